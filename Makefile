@@ -1,0 +1,79 @@
+# Every target makes the environment it needs, once: a stamp inside it is older than setup.cfg only when that changed.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	>/dev/null 2>&1 && { echo $$p; break; }; done)
+JOBS ?= 2
+RUNS ?= $(wildcard runs/*/)
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+BIN := .venv/bin
+CPU := JAX_PLATFORMS=cpu
+EIGHT := $(CPU) XLA_FLAGS="--xla_force_host_platform_device_count=8"
+TPU := $(CPU) ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 \
+	TPU_ACCELERATOR_TYPE=v5litepod-4
+ONE_PROCESS := not multi_device and not tpu_compile and not peer
+
+.PHONY: help train test test-fast test-full test-multi test-tpu test-peer lint evidence report clean
+
+help:
+	@echo "make train      pre-train a small LLaMA with dct_adamw on embedded text; writes a checkpoint and a report"
+	@echo "make test       lint, types, doctests, fast and slow tests, tests on eight fake devices (20 minutes on 2 cores)"
+	@echo "make test-fast  doctests and fast tests (3 minutes on 2 cores)"
+	@echo "make lint       ruff and mypy"
+	@echo "make evidence   the study behind README's tables (about 2 hours on 2 cores; may be interrupted and resumed)"
+	@echo "make report     one page from finished runs: make report RUNS='runs/a runs/b'"
+	@echo "make test-tpu   compile for TPUs that are not there (libtpu); make test-peer: compare with PyTorch"
+
+# $(call environment,DIRECTORY,EXTRAS)
+define environment
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "make: needs Python 3.11 or newer with venv and pip (on Debian: apt install python3.11-venv);" \
+			"name it with 'make PYTHON=/path/to/python3.11 ...'" >&2; exit 1; fi
+	@if [ ! -x $(1)/bin/python ]; then rm -rf $(1) && $(PYTHON) -m venv $(1); fi
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(2)]"
+	@touch $(1)/installed
+endef
+
+.venv/installed: setup.cfg pyproject.toml
+	$(call environment,.venv,experiments$(comma)test)
+.venv-tpu/installed: setup.cfg pyproject.toml
+	$(call environment,.venv-tpu,experiments$(comma)test$(comma)tpu)
+.venv-peer/installed: setup.cfg pyproject.toml
+	$(call environment,.venv-peer,experiments$(comma)test$(comma)peer)
+comma := ,
+
+train: .venv/installed
+	$(BIN)/python -m experiments.pretrain --config=experiments/configs/default.py
+
+report: .venv/installed
+	$(BIN)/python -m experiments.report $(RUNS) --output=runs/report.html
+
+evidence: .venv/installed
+	$(BIN)/python -m experiments.evidence --time
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test-fast: .venv/installed
+	$(CPU) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and $(ONE_PROCESS)"
+
+test-full: .venv/installed
+	$(CPU) $(BIN)/python -m pytest -q -n $(JOBS) -m "$(ONE_PROCESS)"
+
+test-multi: .venv/installed
+	$(EIGHT) $(BIN)/python -m pytest -q -m multi_device tests
+
+test: lint
+	$(MAKE) test-full
+	$(MAKE) test-multi
+
+test-tpu: .venv-tpu/installed
+	.venv-tpu/bin/python -c 'import libtpu'  # without it the tests would skip
+	$(TPU) .venv-tpu/bin/python -m pytest -q -m tpu_compile tests/tpu_compile
+
+test-peer: .venv-peer/installed
+	$(CPU) .venv-peer/bin/python -m pytest -q -m peer tests/peer
+
+clean:
+	rm -rf .venv .venv-tpu .venv-peer *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,348 @@
+"""Checkpoints that are verified before they are believed.
+
+Orbax writes the arrays; this file adds what orbax leaves open: a flipped bit, an empty step folder or a changed dtype
+would be restored in silence. One step is one folder:
+
+    checkpoints/120/state/          orbax: a flat dictionary {"params/embed/embedding": array, ...}
+    checkpoints/120/manifest.json   written last: format, leaves (path, shape, dtype), sha256 of the files
+
+A folder without a manifest was never finished and counts for nothing. A manifest that disagrees with its files is
+damage: the newest step that verifies is restored and the newer ones are reported. Leaves that disagree with the model
+or the optimizer at hand are an error, because falling back would not help.
+
+A full disk does not stop a run: the unfinished step is removed, the last good ones stay, and the next save tries again.
+Only the final save of a run raises.
+"""
+
+import concurrent.futures
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none could be restored."""
+
+
+class MismatchError(CheckpointError):
+    """A sound checkpoint of another model or optimizer."""
+
+
+class DiskFullError(CheckpointError):
+    """No space was left for a checkpoint."""
+
+
+class Restored(NamedTuple):
+    """step: updates done. tree: arrays as in `like`. extra: what `save` was given."""
+
+    step: int
+    tree: Any
+    extra: dict
+
+
+def leaf_table(tree) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{path: (shape, dtype)} of the leaves of a tree of arrays or of `jax.ShapeDtypeStruct`.
+
+    >>> leaf_table({"layer": {"kernel": np.zeros((2, 3), np.float32)}})
+    {'layer/kernel': ((2, 3), 'float32')}
+    """
+    return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _flatten(tree).items()}
+
+
+def write_json(path, value) -> None:
+    """Write `value` so that `path` holds either the old text or all of the new one, whenever the process dies."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def digest(value) -> str:
+    """sha256 of a JSON value, independent of the order of keys.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _flatten(tree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    table = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(table) != len(leaves):
+        raise CheckpointError("two leaves have the same path: rename a key that contains '/'")
+    return table
+
+
+def _sha256(path) -> dict:
+    with open(path, "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _checksums(directory: pathlib.Path, names=None) -> dict[str, dict]:
+    """{relative path: size and sha256}; hashing releases the interpreter lock, so files are hashed side by side."""
+    names = (
+        sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+        if names is None
+        else names
+    )
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: _sha256(directory / name), names), strict=True))
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Orbax reports a full disk as OSError, or as ValueError with tensorstore's text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return re.search(r"No space left on device|Disk quota exceeded|os_error_code='(28|122)'", str(error)) is not None
+
+
+def _show(leaf: tuple[tuple[int, ...], str] | None) -> str:
+    return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+
+
+def _seal(manifest: Mapping) -> dict:
+    return {**manifest, "digest": digest(manifest)}
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """The manifest goes first, so that a folder half removed counts as never finished."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Checkpoints:
+    """The checkpoints of one run: one writer, `keep` finished steps.
+
+    Args:
+      directory: the `checkpoints` folder; made when missing.
+      keep: how many verified steps stay; older ones are removed after a newer one is finished.
+      verify: compare checksums when restoring.
+      config_digest: stored in the manifest.
+      sides: {path: [side, rank]} of the projected matrices, stored in the manifest; a checkpoint with others is
+        refused, because a square matrix projected from its other side has the same shapes.
+      say: receives one line per event (a step passed over, a save that failed).
+    """
+
+    def __init__(
+        self,
+        directory,
+        *,
+        keep: int = 2,
+        verify: bool = True,
+        config_digest: str = "",
+        sides: Mapping | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep={keep}: keep at least 1, or there is nothing to resume from")
+        self.directory = pathlib.Path(directory).absolute()
+        self.keep, self.verify, self.config_digest, self.say = keep, verify, config_digest, say
+        self.sides = {path: list(side) for path, side in (sides or {}).items()}
+        self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._finished: int | None = None
+        self._is_lead = jax.process_index() == 0
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def steps(self) -> list[int]:
+        """Steps with a folder, newest first, finished or not."""
+        return sorted((int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), reverse=True)
+
+    def save(self, step: int, tree, extra: Mapping | None = None) -> None:
+        """Begin to write `tree`. Returns once the values are copied to the host, so their buffers may be donated.
+
+        Leaves of size zero, which orbax refuses, are in the manifest alone. Raises what went wrong with the save
+        before.
+        """
+        self.wait()
+        if step == self._finished:
+            return
+        leaves = {path: leaf for path, leaf in _flatten(tree).items() if leaf.size}
+        table = leaf_table(tree)
+        folder = self.directory / str(step)
+        try:
+            if self._is_lead:
+                _remove(folder)
+                folder.mkdir()
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("checkpoint folder made")
+            self._writer.save(folder / "state", args=ocp.args.StandardSave(leaves))
+        except Exception as error:
+            self._fail(step, error)
+            self._raise()
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, table, dict(extra or {})), name=f"checkpoint {step}"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Block until the save in progress is finished or has failed; raises in the latter case."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._raise()
+
+    def close(self) -> None:
+        """Wait, and let go of orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._writer.close()
+
+    def restore(self, like) -> Restored | None:
+        """The newest good step in the structure of `like`, or None when nothing was ever finished.
+
+        Args:
+          like: tree of `jax.ShapeDtypeStruct`, with shardings, or of arrays.
+
+        Raises:
+          MismatchError: a leaf is missing, superfluous, or of another shape or dtype; names the first one.
+          CheckpointError: checkpoints exist and none of them verifies.
+        """
+        damaged = []
+        for step in self.steps():
+            folder = self.directory / str(step)
+            if not (folder / MANIFEST).exists():
+                self.say(f"checkpoint {folder}: never finished (no {MANIFEST}); passed over")
+                continue
+            manifest, problem = self._read(folder)
+            if problem is None:
+                self._compare(folder, manifest, leaf_table(like))
+                try:
+                    return Restored(step, self._load(folder, like), manifest["extra"])
+                except Exception as error:
+                    if self.verify:
+                        raise CheckpointError(
+                            f"checkpoint {folder} verifies but orbax cannot read it: {error}"
+                        ) from error
+                    problem = f"orbax cannot read it: {error}"
+            self.say(f"checkpoint {folder}: damaged, {problem}; passed over")
+            damaged.append(step)
+        if damaged:
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} verifies (damaged: {damaged}): restore a backup, or remove the "
+                "folder to start over"
+            )
+        return None
+
+    def _load(self, folder, like):
+        flat = _flatten(like)
+        target = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+            for path, leaf in flat.items()
+            if leaf.size
+        }
+        found = self._writer.restore(folder / "state", args=ocp.args.StandardRestore(target))
+        leaves = [found[path] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in flat.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def _read(self, folder) -> tuple[dict, str | None]:
+        """The manifest, and what is wrong with the step (None when it verifies)."""
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            sealed = manifest.pop("digest")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return {}, f"{MANIFEST} cannot be read ({error!r})"
+        if self.verify and sealed != digest(manifest):
+            return {}, f"{MANIFEST} does not match its own digest"
+        if manifest["format"] != FORMAT:
+            return {}, f"format {manifest['format']}, this program reads {FORMAT}"
+        files = manifest["files"]
+        missing = [name for name in files if not (folder / "state" / name).is_file()]
+        if missing:
+            return manifest, f"file state/{missing[0]} is missing"
+        if self.verify:
+            found = _checksums(folder / "state", list(files))
+            for name, expected in files.items():
+                if found[name] != expected:
+                    return manifest, f"file state/{name} has {found[name]}, expected {expected}"
+        return manifest, None
+
+    def _compare(self, folder, manifest: Mapping, expected: Mapping) -> None:
+        stored = {path: (tuple(shape), dtype) for path, (shape, dtype) in manifest["leaves"].items()}
+        for path in [*expected, *stored]:
+            if stored.get(path) != expected.get(path):
+                raise MismatchError(
+                    f"checkpoint {folder} belongs to another model or optimizer: leaf {path} is "
+                    f"{_show(stored.get(path))} there and {_show(expected.get(path))} here. Give the configuration it "
+                    "was written with, or another workdir"
+                )
+        for path in [*self.sides, *manifest["sides"]]:
+            there, here = manifest["sides"].get(path), self.sides.get(path)
+            if there != here:
+                raise MismatchError(
+                    f"checkpoint {folder} projects {path} by (side, rank) = {there}, this program by {here}. Set the "
+                    "side of that view, or give another workdir"
+                )
+
+    def _finish(self, step, table, extra) -> None:
+        folder = self.directory / str(step)
+        try:
+            self._writer.wait_until_finished()
+            if self._is_lead:
+                manifest = {
+                    "format": FORMAT,
+                    "step": step,
+                    "leaves": table,
+                    "files": _checksums(folder / "state"),
+                    "config_digest": self.config_digest,
+                    "sides": self.sides,
+                    "versions": {"jax": jax.__version__, "orbax": ocp.__version__, "numpy": np.__version__},
+                    "extra": extra,
+                }
+                write_json(folder / MANIFEST, _seal(json.loads(json.dumps(manifest))))
+                self._prune(step)
+            self._finished = step
+        except BaseException as error:  # kept for the next wait(): a thread has nobody to raise to
+            self._fail(step, error)
+
+    def _prune(self, newest: int) -> None:
+        """Keep `keep` finished steps up to `newest`; unfinished older ones go too."""
+        older = [step for step in self.steps() if step <= newest]
+        finished = [step for step in older if (self.directory / str(step) / MANIFEST).exists()]
+        for step in older:
+            if step not in finished[: self.keep]:
+                _remove(self.directory / str(step))
+
+    def _fail(self, step, error) -> None:
+        _remove(self.directory / str(step))
+        where = f"checkpoint of step {step} in {self.directory}"
+        kept = [kept for kept in self.steps() if (self.directory / str(kept) / MANIFEST).exists()]
+        last = f"the last good step is {kept[0]}" if kept else "there is no earlier one"
+        if _is_disk_full(error):
+            message = f"{where} was not written, the disk is full ({last}): free space there, or lower checkpoint.keep"
+            self._error = DiskFullError(message)
+        else:
+            self._error = CheckpointError(f"{where} was not written ({last}): {type(error).__name__}: {error}")
+        self._error.__cause__ = error
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error

@@ -1,0 +1,102 @@
+"""A split as one flat array of tokens on disk, tokenised once.
+
+Layout of a cached split, a folder made under a temporary name and renamed when whole:
+
+    tokens.bin    all documents, each followed by eos; uint16, or int32 when the vocabulary is larger than 65536
+    starts.npy    (documents + 1,) int64: document i is tokens[starts[i]:starts[i + 1]], eos included
+    info.json     number of tokens, CRC-32 of tokens.bin, and what they were made from
+"""
+
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import zlib
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.data.sources import Source, exclusive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizedSplit:
+    """tokens: (N,) memory map; starts: (documents + 1,) int64; eos, pad: ids; fingerprint: equal for equal tokens."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    eos: int
+    pad: int
+    fingerprint: str
+
+
+def tokenized(source: Source, split: str, tokenizer, directory: str) -> TokenizedSplit:
+    """The tokens of `split`, from `directory/tokens/` or made there now; safe in several processes and to interrupt.
+
+    Raises ValueError when the source has no such split, or the split has fewer than two tokens.
+    """
+    if split.split("[")[0] not in source.splits:
+        have = ", ".join(f"{name!r}" for name in source.splits)
+        raise ValueError(
+            f"split {split!r}: {source.name} has the splits {have}; set data.train_split and data.validation_split "
+            "among them, or to a slice such as 'train[:99%]'"
+        )
+    key = hashlib.sha256(json.dumps([source.identity, tokenizer.identity, split]).encode()).hexdigest()[:16]
+    readable = re.sub(r"[^\w.-]+", "_", f"{source.name}-{split}-{tokenizer.identity}")
+    folder = os.path.join(directory, "tokens", f"{readable}-{key}")
+    if not os.path.isdir(folder):
+        with exclusive(folder + ".lock") as held:
+            if held:  # then whoever wrote these was killed
+                for leftover in glob.glob(glob.escape(folder) + ".*.incomplete"):
+                    shutil.rmtree(leftover)
+            if not os.path.isdir(folder):
+                _write(source, split, tokenizer, folder)
+    with open(os.path.join(folder, "info.json")) as file:
+        info = json.load(file)
+    tokens = np.memmap(os.path.join(folder, "tokens.bin"), dtype=info["dtype"], mode="r")
+    if tokens.size != info["tokens"]:
+        raise ValueError(f"{folder} holds {tokens.size} tokens in place of {info['tokens']}: delete the folder")
+    starts = np.load(os.path.join(folder, "starts.npy"))
+    return TokenizedSplit(
+        tokens=tokens,
+        starts=starts,
+        eos=tokenizer.eos,
+        pad=tokenizer.pad,
+        fingerprint=f"{info['tokens']}-{info['crc32']}",
+    )
+
+
+def _write(source, split, tokenizer, folder):
+    dtype = np.dtype(np.uint16 if tokenizer.vocabulary_size <= 1 << 16 else np.int32)
+    temporary = f"{folder}.{os.getpid()}.incomplete"
+    os.makedirs(temporary)
+    try:
+        starts, checksum = [0], 0
+        with open(os.path.join(temporary, "tokens.bin"), "wb") as file:
+            documents = tqdm(
+                source.documents(split), total=source.splits.get(split), desc=f"tokens of {split}", unit="doc"
+            )
+            for document in documents:
+                block = np.append(tokenizer.encode(document), tokenizer.eos).astype(dtype).tobytes()
+                checksum = zlib.crc32(block, checksum)
+                file.write(block)
+                starts.append(starts[-1] + len(block) // dtype.itemsize)
+        if starts[-1] < 2:
+            raise ValueError(
+                f"split {split!r} of {source.name} has {starts[-1]} tokens: too few to predict one from another"
+            )
+        np.save(os.path.join(temporary, "starts.npy"), np.asarray(starts, np.int64))
+        info = {"tokens": starts[-1], "crc32": f"{checksum:08x}", "dtype": dtype.name}
+        info |= {"source": source.identity, "split": split, "tokenizer": tokenizer.identity}
+        with open(os.path.join(temporary, "info.json"), "w") as file:
+            json.dump(info, file)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not os.path.isdir(folder):  # else another process, unseen by the lock, was first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,219 @@
+"""What a run says while it runs: JSON lines, a progress line, TensorBoard, and the figures in them."""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Dense bf16 peaks in FLOP/s per device, from the vendors' data sheets; matched by the start of `device_kind`.
+PEAK_FLOPS = {
+    "TPU v2": 46e12,
+    "TPU v3": 123e12,
+    "TPU v4 lite": 137e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA V100": 125e12,
+    "Tesla V100": 125e12,
+    "Tesla T4": 65e12,
+}
+
+
+class Metrics:
+    """Appends `metrics.jsonl`, one object per line, and TensorBoard scalars when asked for.
+
+    A number that is not finite is written as null, so that every line is strict JSON.
+
+    Args:
+      path: the file; its folder exists.
+      tensorboard: folder of the event files, or None.
+    """
+
+    def __init__(self, path, tensorboard=None):
+        self.path = pathlib.Path(path)
+        self._file = open(self.path, "a")  # noqa: SIM115 - lives as long as the run
+        self._board = None
+        if tensorboard is not None:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(tensorboard))
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one line; it has left the process when this returns."""
+        values = {key: _plain(value) for key, value in values.items()}
+        try:
+            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}: metrics cannot be written, free space and resume", str(self.path)
+            ) from error
+        if self._board is not None and kind in ("train", "eval"):
+            for key, value in values.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{key}", value, values["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read(path) -> list[dict]:
+    """The objects of a JSON lines file; a last line cut short by a kill is left out."""
+    rows = []
+    for line in pathlib.Path(path).read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def truncate(path, step: int) -> int:
+    """Drop the lines of steps after `step`, which a resumed run is about to repeat; returns how many.
+
+    The new file replaces the old one at once, so that a kill here loses nothing.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return 0
+    rows = read(path)
+    kept = [row for row in rows if row["step"] <= step]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(temporary, path)
+    return len(rows) - len(kept)
+
+
+def _plain(value):
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Progress:
+    """A progress bar on a terminal (when tqdm is there), otherwise one line every `every` steps."""
+
+    def __init__(self, total: int, start: int, *, every: int, enabled: bool = True):
+        self.total, self.every, self.enabled = total, every, enabled
+        self._bar = None
+        self._begin: float | None = None
+        self._start = start
+        if enabled and sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+
+    def update(self, step: int, *, loss: float, tokens_per_second: float, mfu: float) -> None:
+        """Show step `step`, counted from 1."""
+        if not self.enabled:
+            return
+        if self._begin is None:  # the first update has just ended
+            self._begin, self._start = time.perf_counter(), step
+        figures = f"loss {loss:.4f}  {tokens_per_second:.0f} tokens/s  MFU {mfu:.1%}  {format_bytes(memory_in_use())}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step % self.every == 0 or step == self.total:
+            eta = (time.perf_counter() - self._begin) / max(step - self._start, 1) * (self.total - step)
+            self.say(f"step {step}/{self.total}  {figures}  ETA {format_seconds(eta)}")
+
+    def say(self, line: str) -> None:
+        """One line beside the bar."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def format_bytes(count: float) -> str:
+    """
+    >>> format_bytes(1536 * 2**20)
+    '1.50 GiB'
+    """
+    power = 0 if count < 1 else min(int(math.log2(count)) // 10, 4)
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{count / 1024**power:.{2 if power else 0}f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """
+    >>> format_seconds(3725)
+    '1:02:05'
+    """
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def memory_in_use() -> int:
+    """Bytes in use on the first local device, or, on CPU, the resident bytes of this process."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics:
+        return statistics["bytes_in_use"]
+    import resource
+
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux: the peak is what the system tells
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory() -> int:
+    """Most bytes ever in use on the first local device, or, on CPU, resident in this process."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics:
+        return statistics["peak_bytes_in_use"]
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@functools.cache
+def peak_flops() -> tuple[float, str]:
+    """(peak FLOP/s of one device, where the figure comes from): the data sheet's, or a float32 matmul's rate.
+
+    The devices of a simulated CPU mesh share one processor, so the measured rate is divided among them.
+    """
+    device = jax.devices()[0]
+    for kind, peak in PEAK_FLOPS.items():
+        if device.device_kind.startswith(kind):
+            return peak, f"{kind}, dense bf16, data sheet"
+    size = 1024 if device.platform == "cpu" else 8192
+    matrix = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    product(matrix).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        product(matrix).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    shared = jax.local_device_count() if device.platform == "cpu" else 1
+    return 2 * size**3 / min(seconds) / shared, f"{device.device_kind}, float32 matmul of {size}, measured"

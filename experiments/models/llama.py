@@ -1,0 +1,314 @@
+"""A LLaMA-style decoder in Flax linen, the model every pre-training experiment uses.
+
+Pre-norm blocks of grouped-query attention and SwiGLU (Touvron et al. 2023, arXiv:2302.13971), RMSNorm, rotary positions
+in Hugging Face's half-split convention, no biases. One block:
+
+    x = x + o_proj(softmax(rope(q) rope(k)^T / sqrt(K), causal) v),   q, k, v = {q,k,v}_proj(norm(x))
+    x = x + down_proj(silu(gate_proj(h)) * up_proj(h)),               h = norm(x)
+
+Shapes are named by their suffix:
+
+    B batch   S sequence   D width   F hidden (feed-forward)   H query heads   G key/value heads   K = D / H
+    V vocabulary   L layers
+
+Every linear layer is a `nn.Dense` whose kernel is `(d_in, d_out)`, or `(L, d_in, d_out)` when the layers are scanned:
+`embed/embedding`, `layers/attention/{q,k,v,o}_proj/kernel`, `layers/attention_norm/scale`,
+`layers/mlp/{gate,up,down}_proj/kernel`, `layers/mlp_norm/scale`, `norm/scale`, `lm_head/kernel`. Unscanned layers are
+named `layer_0`, `layer_1`, ... in place of `layers`.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+REMAT_POLICIES = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Shape and precision of a model.
+
+    Attributes:
+      vocabulary_size: number of token ids, V.
+      width: residual stream, D.
+      hidden: inner width of the SwiGLU layer, F.
+      heads, kv_heads: query heads H and key/value heads G; G divides H, H divides D.
+      layers: number of blocks, L.
+      sequence_length: longest sequence the model accepts.
+      rope_theta: base of the rotary frequencies (10000: Su et al. 2021, arXiv:2104.09864).
+      norm_eps: added to the mean square (1e-6: LLaMA).
+      tied_head: use the embedding transposed as the output layer.
+      dtype, param_dtype: of the matrix products and of the parameters, "float32" or "bfloat16". Norms, rotations,
+        softmax and logits are float32 in either case.
+      remat: False, True (keep only the input of each block), or the name of a `jax.checkpoint_policies` member.
+      scan: compile one block and scan it over stacked parameters.
+      init_std: standard deviation of the normal initialiser of all matrices (0.02: LLaMA, GaLore).
+    """
+
+    vocabulary_size: int
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    layers: int
+    sequence_length: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tied_head: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: bool | str = False
+    scan: bool = True
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        for name in ("vocabulary_size", "width", "hidden", "heads", "kv_heads", "layers", "sequence_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: give a positive integer")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a positive number")
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}: choose a divisor of the width")
+        if self.width // self.heads % 2:
+            raise ValueError(
+                f"width / heads = {self.width // self.heads} is odd: rotary positions need an even head size"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}: choose a divisor of heads")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(DTYPES)}")
+        if not isinstance(self.remat, bool) and self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat={self.remat!r}: choose False, True, or one of {', '.join(REMAT_POLICIES)}")
+
+
+def _shape(width, hidden, heads, layers, vocabulary_size=32000):
+    return LlamaConfig(vocabulary_size=vocabulary_size, width=width, hidden=hidden, heads=heads, kv_heads=heads,
+                       layers=layers, sequence_length=256)  # fmt: skip
+
+
+# GaLore's configs (github.com/jiaweizzhao/GaLore, configs/llama_*.json), trained at 256 tokens; vocabulary 32000.
+# nano is the 9M shape with the byte tokenizer's vocabulary: 0.86 M parameters.
+PRESETS = {
+    "nano": _shape(128, 352, 4, 4, vocabulary_size=259),
+    "9M": _shape(128, 352, 4, 4),
+    "20M": _shape(256, 688, 4, 4),
+    "35M": _shape(384, 1024, 8, 6),
+    "60M": _shape(512, 1376, 8, 8),
+    "130M": _shape(768, 2048, 12, 12),
+    "350M": _shape(1024, 2736, 16, 24),
+    "1B": _shape(2048, 5461, 32, 24),
+    "3B": _shape(2560, 6848, 32, 32),
+    "7B": _shape(4096, 11008, 32, 32),
+}
+
+
+def preset(name: str, **overrides) -> LlamaConfig:
+    """The preset `name` with fields replaced.
+
+    >>> preset("60M", sequence_length=128).width
+    512
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r}: choose one of {', '.join(PRESETS)}")
+    fields = [field.name for field in dataclasses.fields(LlamaConfig)]
+    for key in overrides:
+        if key not in fields:
+            raise ValueError(f"unknown model field {key!r}: choose among {', '.join(fields)}")
+    return dataclasses.replace(PRESETS[name], **overrides)
+
+
+def layer_matrix_parameters(config: LlamaConfig) -> int:
+    """Parameters of one block's matrices: 2 D² + 2 D G K + 3 D F."""
+    kv_width = config.kv_heads * (config.width // config.heads)
+    return 2 * config.width**2 + 2 * config.width * kv_width + 3 * config.width * config.hidden
+
+
+def parameter_count(config: LlamaConfig) -> int:
+    """Number of parameters: L (2 D² + 2 D G K + 3 D F + 2 D) + D + V D (2 V D when the head is not tied).
+
+    >>> f"{parameter_count(preset('60M')) / 1e6:.2f} M"
+    '58.07 M'
+    """
+    blocks = config.layers * (layer_matrix_parameters(config) + 2 * config.width)
+    return blocks + config.width + config.vocabulary_size * config.width * (1 if config.tied_head else 2)
+
+
+def flops_per_token(config: LlamaConfig, sequence_length: int | None = None) -> int:
+    """Floating-point operations of one forward and backward pass, per token of a sequence of length S.
+
+    6 (L (2 D² + 2 D G K + 3 D F) + V D) + 12 L D S: six per weight that meets the token in a matrix product (the head,
+    tied or not, but not the embedding look-up) and, as in PaLM (arXiv:2204.02311, appendix B), the two S x S attention
+    products counted whole, without the saving of the causal mask. Rematerialisation is not counted.
+
+    >>> flops_per_token(preset("nano"))
+    6588672
+    """
+    sequence_length = sequence_length or config.sequence_length
+    weights = config.layers * layer_matrix_parameters(config) + config.vocabulary_size * config.width
+    return 6 * weights + 12 * config.layers * config.width * sequence_length
+
+
+class RMSNorm(nn.Module):
+    """scale * x / sqrt(mean(x²) + eps), in float32."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x):
+        """Of x (..., D) in any dtype; the result is in the compute dtype."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), DTYPES[self.config.param_dtype])
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
+        return (x * scale).astype(DTYPES[self.config.dtype])
+
+
+def rotate(x_BxSxHxK, theta):
+    """Rotary positions, half-split: the pair (x_i, x_{i + K/2}) turns by the angle position * theta^(-2 i / K).
+
+    >>> float(rotate(jnp.ones((1, 2, 1, 2)), 1e4)[0, 1, 0, 0])  # cos 1 - sin 1
+    -0.30116...
+    """
+    S, K = x_BxSxHxK.shape[1], x_BxSxHxK.shape[3]
+    frequencies = theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+    angles = jnp.arange(S, dtype=jnp.float32)[:, None, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x_BxSxHxK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BxSxHxK.dtype)
+
+
+def _dense(config, features, name, **kwargs):
+    return nn.Dense(
+        features,
+        use_bias=False,
+        dtype=DTYPES[config.dtype],
+        param_dtype=DTYPES[config.param_dtype],
+        kernel_init=nn.initializers.normal(config.init_std),
+        name=name,
+        **kwargs,
+    )
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; query head h reads key/value head h // (H / G)."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BxSxD):
+        """Of normed x, without the residual connection."""
+        config = self.config
+        K = config.width // config.heads
+        B, S, _ = x_BxSxD.shape
+        q_BxSxHxK = _dense(config, config.width, "q_proj")(x_BxSxD).reshape(B, S, config.heads, K)
+        k_BxSxGxK = _dense(config, config.kv_heads * K, "k_proj")(x_BxSxD).reshape(B, S, config.kv_heads, K)
+        v_BxSxGxK = _dense(config, config.kv_heads * K, "v_proj")(x_BxSxD).reshape(B, S, config.kv_heads, K)
+        q_BxSxHxK, k_BxSxGxK = rotate(q_BxSxHxK, config.rope_theta), rotate(k_BxSxGxK, config.rope_theta)
+        # scores and softmax are float32 inside
+        out_BxSxHxK = jax.nn.dot_product_attention(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, is_causal=True)
+        return _dense(config, config.width, "o_proj")(out_BxSxHxK.reshape(B, S, config.width))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BxSxD):
+        """Of normed x, without the residual connection."""
+        gate_BxSxF = _dense(self.config, self.config.hidden, "gate_proj")(x_BxSxD)
+        up_BxSxF = _dense(self.config, self.config.hidden, "up_proj")(x_BxSxD)
+        return _dense(self.config, self.config.width, "down_proj")(nn.silu(gate_BxSxF) * up_BxSxF)
+
+
+class Block(nn.Module):
+    """One layer, in the (carry, per-layer output) form that `nn.scan` wants."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BxSxD, _=None):
+        """Of (x, nothing to scan over), giving (x, nothing to stack)."""
+        x_BxSxD = x_BxSxD + Attention(self.config, name="attention")(
+            RMSNorm(self.config, name="attention_norm")(x_BxSxD)
+        )
+        x_BxSxD = x_BxSxD + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x_BxSxD))
+        return x_BxSxD, None
+
+
+class Llama(nn.Module):
+    """Tokens (B, S) int32 to logits (B, S, V) float32.
+
+    Raises ValueError when S exceeds `config.sequence_length`.
+
+    >>> model = Llama(preset("nano", layers=1))
+    >>> tokens = jnp.zeros((2, 8), jnp.int32)
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)  # shapes of {"params": ...}
+    >>> jax.eval_shape(model.apply, variables, tokens).shape
+    (2, 8, 259)
+    """
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, tokens_BxS):
+        """Logits of token ids."""
+        config = self.config
+        if tokens_BxS.shape[1] > config.sequence_length:
+            limit = f"sequence_length={config.sequence_length}"
+            raise ValueError(f"{tokens_BxS.shape[1]} tokens exceed {limit}: shorten them, or raise it")
+        embed = nn.Embed(
+            config.vocabulary_size,
+            config.width,
+            dtype=DTYPES[config.dtype],
+            param_dtype=DTYPES[config.param_dtype],
+            embedding_init=nn.initializers.normal(config.init_std),
+            name="embed",
+        )
+        x_BxSxD = embed(tokens_BxS)
+        block = Block
+        if config.remat:
+            policy = None if config.remat is True else getattr(jax.checkpoint_policies, config.remat)
+            # inside a scan XLA cannot merge the recomputation with the forward pass, so no barrier is needed
+            block = nn.remat(Block, policy=policy, prevent_cse=not config.scan)
+        if config.scan:
+            stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.layers)
+            x_BxSxD, _ = stack(config, name="layers")(x_BxSxD, None)
+        else:
+            for layer in range(config.layers):
+                x_BxSxD, _ = block(config, name=f"layer_{layer}")(x_BxSxD)
+        x_BxSxD = RMSNorm(config, name="norm")(x_BxSxD)
+        if config.tied_head:
+            kernel_VxD = embed.embedding.astype(DTYPES[config.dtype])
+            return jnp.einsum("BSD,VD->BSV", x_BxSxD, kernel_VxD, preferred_element_type=jnp.float32)
+        product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        return _dense(config, config.vocabulary_size, "lm_head", dot_general=product)(x_BxSxD)
+
+
+def token_losses(logits_BxSxV, targets_BxS):
+    """Cross-entropy in nats per token, logsumexp(logits) - logits[target], float32, (B, S)."""
+    logits_BxSxV = logits_BxSxV.astype(jnp.float32)
+    chosen_BxS = jnp.take_along_axis(logits_BxSxV, targets_BxS[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BxSxV, axis=-1) - chosen_BxS
+
+
+def loss_and_metrics(logits_BxSxV, targets_BxS, weights_BxS):
+    """The exact token mean sum(w * loss) / sum(w), and its parts {"loss_sum", "weight_sum"} for averaging over batches.
+
+    A batch without weight has loss 0.
+
+    >>> loss, parts = loss_and_metrics(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2), jnp.int32), jnp.array([[1.0, 0.0]]))
+    >>> round(float(loss), 4), float(parts["weight_sum"])  # log 4
+    (1.3863, 1.0)
+    """
+    weights_BxS = weights_BxS.astype(jnp.float32)
+    loss_sum, weight_sum = jnp.sum(token_losses(logits_BxSxV, targets_BxS) * weights_BxS), jnp.sum(weights_BxS)
+    return loss_sum / jnp.maximum(weight_sum, 1.0), {"loss_sum": loss_sum, "weight_sum": weight_sum}

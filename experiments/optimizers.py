@@ -1,0 +1,95 @@
+"""The one place that maps the names of `config.optimizer.name` to functions of optax and lowrank_jax."""
+
+import inspect
+
+import jax
+import optax
+
+import lowrank_jax as lr
+from experiments.configuration import LOWRANK, ConfigurationError, OptimizerConfig, ScheduleConfig
+
+
+def schedule(config: ScheduleConfig, learning_rate: float) -> optax.Schedule:
+    """Linear from 0 to `learning_rate` over the warm-up, then a cosine to `final_fraction` of it at the last update.
+
+    >>> rate = schedule(ScheduleConfig(steps=100, warmup_steps=10), 1.0)
+    >>> float(rate(10)), round(float(rate(100)), 6)
+    (1.0, 0.1)
+    """
+    warmup = max(1, config.steps // 10) if config.warmup_steps is None else config.warmup_steps
+    warmup = min(warmup, config.steps - 1)
+    end = learning_rate * config.final_fraction
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else learning_rate, learning_rate, warmup, config.steps, end
+    )
+
+
+def build(config: OptimizerConfig, rate: optax.Schedule, *, stacked: bool, seed: int) -> optax.GradientTransformation:
+    """The configured optimizer, after clipping by the global norm.
+
+    Args:
+      config: names the method; its None fields keep the method's own defaults.
+      rate: learning rate by update.
+      stacked: the model's layers lie along a leading axis of each kernel under `layers`.
+      seed: of random projections.
+
+    Raises ConfigurationError for a field that the method does not have.
+    """
+    function = METHODS[config.name]
+    accepted = inspect.signature(function).parameters
+    arguments = {}
+    for field in ("rank", "projector", "refresh_every", "scale", "weight_decay", "b1", "b2", "eps", "momentum"):
+        value = getattr(config, field)
+        if value is None:
+            continue
+        if field not in accepted:
+            raise ConfigurationError(f"optimizer.{field}={value!r}: {config.name} has no such setting; leave it None")
+        arguments[field] = value
+    if config.projector is not None:
+        arguments["projector"] = getattr(lr.projectors, config.projector)(rank=arguments.pop("rank"))
+    if config.name in LOWRANK:
+        arguments |= {"views": lr.Views(stacked=(r"layers/.*",) if stacked else ()), "seed": seed}
+    optimizer = function(rate, **arguments)
+    if config.clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def skipped(state) -> jax.Array | int:
+    """How many updates the optimizer refused because a gradient was not finite (0 when it does not watch for it)."""
+    return sum(value for _, value in optax.tree.get_all_with_path(state, "skipped"))
+
+
+def sides(state) -> dict[str, tuple[int, int]]:
+    """{path: (side, rank)} of the projected matrices of an optimizer state: what shapes alone do not tell."""
+    holds_view = lambda node: hasattr(node, "view")  # noqa: E731
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=holds_view) if holds_view(node)]
+    return {node.view.path: (node.view.side, node.view.rank) for node in nodes}
+
+
+def _optax_galore(learning_rate, *, rank, refresh_every=200, scale=0.25, weight_decay=0.0):
+    """`optax.contrib.galore` on the kernels of the blocks, as the papers do; it would also take the head."""
+
+    def numbers(params):
+        def one(path, leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            in_block = name.startswith("layer_") and name.endswith("kernel")
+            return optax.contrib.GaLoreDimensionNumbers() if in_block else None
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    return optax.contrib.galore(
+        learning_rate, rank, refresh_every, scale, weight_decay=weight_decay, weight_dimension_numbers=numbers
+    )
+
+
+METHODS = {
+    "adamw": optax.adamw,
+    "sgd": optax.sgd,
+    "optax_galore": _optax_galore,
+    "galore": lr.galore,
+    "dct_adamw": lr.dct_adamw,
+    "frugal": lr.frugal,
+    "ldadam": lr.ldadam,
+    "apollo": lr.apollo,
+}

@@ -1,0 +1,242 @@
+"""One self-contained page that compares runs: loss, memory, step time, configuration, sampled text.
+
+    python -m experiments.report runs/adamw runs/galore --output report.html
+
+The page needs no other file and no network; the figures are also written beside it as PNG files.
+"""
+
+import argparse
+import base64
+import html
+import io
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments import figures
+from experiments.metrics import format_bytes, format_seconds
+from experiments.runs import Run, RunError, read_runs
+
+MISSING = "-"
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 "Source Sans 3", "Helvetica Neue", Arial, sans-serif; color: #1a1a1a; background: #fff;
+       max-width: 1060px; margin: 2.2em auto; padding: 0 1.2em; }
+h1 { font-size: 1.6em; margin: 0 0 .2em; } h2 { font-size: 1.15em; margin: 2em 0 .5em; }
+p { margin: .3em 0 .8em; } .note, figcaption { color: #555; font-size: .9em; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92em; }
+.wide { overflow-x: auto; }
+th, td { padding: .28em .8em; text-align: right; white-space: nowrap; }
+th { font-weight: 600; border-bottom: 1.5px solid #1a1a1a; border-top: 1.5px solid #1a1a1a; vertical-align: bottom; }
+tbody tr:last-child td { border-bottom: 1.5px solid #1a1a1a; }
+th:first-child, td:first-child, .text td, .text th { text-align: left; }
+.headline td:nth-child(2), .headline th:nth-child(2) { text-align: left; }
+.best { font-weight: 700; }
+.swatch { display: inline-block; width: .75em; height: .75em; border-radius: 50%; margin-right: .5em; }
+figure { margin: 0 0 1.2em; } figure img { width: 100%; height: auto; }
+pre { background: #f6f6f4; padding: .8em 1em; white-space: pre-wrap; font-size: .85em; line-height: 1.4; }
+details { margin: .4em 0; } summary { cursor: pointer; }
+"""
+
+
+def write(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
+    """Write the page of these run folders to `output`, and its figures beside it as PNG files.
+
+    Args:
+      run_dirs: folders that `python -m experiments.pretrain` wrote; finished or not.
+      output: the HTML file, or a folder (a path without a suffix) to hold report.html; made when it is missing.
+
+    Returns: the path of the page.
+    Raises: RunError when there is no run, or a folder is none; the message names it and the remedy.
+    """
+    runs = read_runs(run_dirs)
+    output = Path(output)
+    output = output if output.suffix else output / "report.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    page = [f"<h1>{_title(runs)}</h1>", _origin(runs), _headline(runs)]
+    if any(run.train or run.evaluations for run in runs):
+        page.append("<h2>Loss</h2>")
+        caption = (
+            "Thin: training loss, smoothed over 2 % of the run. Markers: validation loss, exact mean over tokens; its "
+            f"last value stands beside the name. The first {figures.START:.0%} of a run may lie above the figure."
+        )
+        page.append(_picture(figures.loss(runs), output, "loss", caption))
+    else:
+        page.append("<p class=note>No run has recorded a step yet.</p>")
+    page.append("<h2>Memory</h2>")
+    page += _memory(runs, output)
+    if any(run.step_seconds for run in runs):
+        page.append("<h2>Step time</h2>")
+        caption = "Filled: median. Bar: 95th percentile. Open: worst. The first step is left out."
+        page.append(_picture(figures.step_time(runs), output, "step_time", caption))
+        rows = [
+            [_name(runs, run), *(f"{1e3 * v:.4g}" for v in figures.step_quantiles(run).values())]
+            for run in runs
+            if run.step_seconds
+        ]
+        page.append(_table(["run", "median ms", "95 % ms", "worst ms"], rows))
+    page += ["<h2>Configuration</h2>", *_configuration(runs)]
+    samples = [(run, text) for run in runs if (text := run.summary.get("sample"))]
+    if samples:
+        page.append("<h2>Sampled text</h2>")
+        page += [f"<p>{_name(runs, run)}</p><pre>{html.escape(str(text))}</pre>" for run, text in samples]
+    body = "\n".join(page)
+    document = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_title(runs)}</title>'
+    output.write_text(f"{document}\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n", encoding="utf-8")
+    return output
+
+
+def _title(runs: Sequence[Run]) -> str:
+    return f"Run {html.escape(runs[0].name)}" if len(runs) == 1 else f"{len(runs)} runs side by side"
+
+
+def _origin(runs: Sequence[Run]) -> str:
+    versions = {"; ".join(f"{k} {v}" for k, v in sorted((run.summary.get("versions") or {}).items())) for run in runs}
+    text = " / ".join(sorted(html.escape(version) for version in versions if version))
+    return f"<p class=note>{text}</p>" if text else ""
+
+
+def _headline(runs: Sequence[Run]) -> str:
+    header = [
+        "run",
+        "optimizer",
+        "parameters",
+        "tokens",
+        "validation loss",
+        "perplexity",
+        "trigram loss",
+        "optimizer state",
+        "median step",
+        "time",
+    ]
+    losses = [run.final("validation_loss") for run in runs]
+    known = [value for value, run in zip(losses, runs, strict=True) if value is not None and run.finished]
+    rows = []
+    for run, value in zip(runs, losses, strict=True):
+        best = len(runs) > 1 and run.finished and known and value == min(known)
+        rows.append(
+            [
+                _name(runs, run) + _status(run),
+                html.escape(str(run.final("optimizer") or "")),
+                _cell(run.final("parameters"), _millions),
+                _cell(run.final("tokens"), _millions),
+                f"<span class={'best' if best else 'plain'}>{_cell(value, '{:.4f}'.format)}</span>",
+                _cell(run.final("perplexity"), "{:.3f}".format),
+                _cell(run.final("trigram_loss"), "{:.4f}".format),
+                _cell(run.final("state_bytes"), format_bytes),
+                _cell(run.final("median_step_seconds"), lambda seconds: f"{1e3 * seconds:.4g} ms"),
+                _cell(run.final("total_seconds"), format_seconds),
+            ]
+        )
+    return _table(header, rows, "headline")
+
+
+def _status(run: Run) -> str:
+    status = run.summary.get("status", "finished") if run.finished else "unfinished"
+    return "" if status == "finished" else f" <span class=note>{html.escape(status)}, step {run.steps}</span>"
+
+
+def _memory(runs: Sequence[Run], output: Path) -> Iterable[str]:
+    shown = [run for run in runs if run.ledger]
+    if shown:
+        caption = "Bytes per component: measured from the compiled program where they were measured, else by formula."
+        yield _picture(figures.memory(runs), output, "memory", caption)
+        names = list(dict.fromkeys(row["component"] for run in shown for row in run.ledger))
+        header = ["component", *(f"{_name(runs, run)}<br><span class=note>formula / measured</span>" for run in shown)]
+        rows = []
+        for name in names:
+            cells = []
+            for run in shown:
+                row = next((row for row in run.ledger if row["component"] == name), {})
+                cells.append(
+                    " / ".join(_cell(row.get(key), format_bytes) for key in ("bytes_formula", "bytes_measured"))
+                )
+            rows.append([html.escape(name), *cells])
+        yield _table(header, rows)
+    missing = [html.escape(run.name) for run in runs if not run.ledger]
+    if missing:
+        yield f"<p class=note>No ledger.json: {', '.join(missing)}.</p>"
+
+
+def _configuration(runs: Sequence[Run]) -> Iterable[str]:
+    flat = [_flatten(run.config) for run in runs]
+    if len(runs) > 1:
+        keys = [key for key in dict.fromkeys(key for config in flat for key in config) if key != "name"]
+        differing = [key for key in keys if len({repr(config.get(key)) for config in flat}) > 1]
+        if differing:
+            rows = [[html.escape(key), *(_value(config.get(key)) for config in flat)] for key in differing]
+            yield _table(["differs", *(_name(runs, run) for run in runs)], rows, "text")
+        else:
+            yield "<p>The configurations are the same.</p>"
+    for run, config in zip(runs, flat, strict=True):
+        lines = html.escape("\n".join(f"{key} = {value!r}" for key, value in config.items()))
+        yield f"<details><summary>All of {_name(runs, run)}</summary><pre>{lines}</pre></details>"
+
+
+def _flatten(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots.
+
+    >>> _flatten({"optimizer": {"name": "galore", "rank": 32}, "name": "a"})
+    {'optimizer.name': 'galore', 'optimizer.rank': 32, 'name': 'a'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _name(runs: Sequence[Run], run: Run) -> str:
+    swatch = f'<span class=swatch style="background:{figures.colour(runs.index(run))}"></span>'
+    return swatch + html.escape(run.name)
+
+
+def _value(value: Any) -> str:
+    return MISSING if value is None else html.escape(str(value))
+
+
+def _cell(value: Any, show) -> str:
+    return MISSING if value is None else show(value)
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.2f} M"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class=wide><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    )
+
+
+def _picture(figure: Figure, output: Path, name: str, caption: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    output.with_name(f"{output.stem}_{name}.png").write_bytes(buffer.getvalue())
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: run folders, and where to write."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--output", default="report.html", help="the page to write, or a folder for it (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        print(write(options.runs, options.output))
+    except RunError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""README's tables, generated from the committed results: `python -m experiments.tables` rewrites them in place.
+
+A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`; `--check` exits 1 where README and results differ.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A GitHub table.
+
+    >>> print(markdown(["a", "b"], [["1", "2"]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|" for line in lines)
+
+
+def mebibytes(count: float | None) -> str:
+    """Two decimals, or a dash."""
+    return "-" if count is None else f"{count / 2**20:.2f}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Three figures, or a dash."""
+    return "-" if seconds is None else f"{1000 * seconds:.3g}"
+
+
+def methods(result: dict) -> str:
+    """What each method keeps, and what it was checked against."""
+    header = ["method", "function", "state of a matrix that shrinks s to r and keeps k", "checked against"]
+    rows = [[row["method"], f"`{row['function']}`", row["state"], row["checked"]] for row in result["rows"]]
+    return markdown(header, rows)
+
+
+def evidence(result: dict) -> str:
+    """Validation loss with AdamW's spread as the measure of a tie."""
+    rows = result["rows"]
+    reference = next((row for row in rows if row["method"] == "AdamW"), None)
+    lines = []
+    for row in rows:
+        verdict = "" if reference is None or row is reference else _verdict(row, reference)
+        seeds = f"{row['seeds']}" + ("" if row["complete"] else " (unfinished)")
+        lines.append(
+            [row["method"], f"{row['learning_rate']:g}", seeds, f"{row['validation_loss']:.4f}", f"{row['spread']:.4f}",
+             verdict, mebibytes(row["state_bytes"]), milliseconds(row["step_seconds"])]
+        )  # fmt: skip
+    header = ["optimizer", "best lr", "seeds", "validation loss", "max - min", "against AdamW"]
+    header += ["state, MiB", "step, ms"]
+    note = (
+        f"`{result['command']}`: {result['preset']} preset, rank {result['rank']}, {result['steps']} updates of "
+        f"{result['tokens_per_update']} tokens, {result['runs']} runs in {result['spent_hours']:g} of "
+        f"{result['budget_hours']:g} hours, {result['device']}. A difference inside AdamW's spread is a tie."
+    )
+    diverged = result.get("diverged") or []
+    return markdown(header, lines) + "\n\n" + note + (f" Diverged: {', '.join(diverged)}." if diverged else "")
+
+
+def _verdict(row: dict, reference: dict) -> str:
+    difference = row["validation_loss"] - reference["validation_loss"]
+    if not math.isfinite(difference):
+        return "diverged"
+    spread = max(reference["spread"], row["spread"])
+    return "tie" if abs(difference) <= spread else f"{'worse' if difference > 0 else 'better'} by {abs(difference):.3f}"
+
+
+def train(result: dict) -> str:
+    """The run of `make train` against its aim."""
+    below = result["validation_loss"] < result["trigram_loss"]
+    met = "met" if below and result["total_seconds"] <= 300 else "**missed**"
+    rows = [
+        ["parameters", f"{result['parameters']:,}"],
+        ["tokens", f"{result['tokens']:,}"],
+        ["validation loss (nats per byte)", f"{result['validation_loss']:.4f}"],
+        ["trigram model of the training text", f"{result['trigram_loss']:.4f}"],
+        ["optimizer state", f"{mebibytes(result['state_bytes'])} MiB"],
+        ["training time, 2 cores", f"{result['total_seconds']:.0f} s"],
+        ["aim: below the trigram loss in 300 s", met],
+    ]
+    return markdown(["`make train`", ""], rows)
+
+
+def optimizer_step(result: dict) -> str:
+    """Times and bytes of one step, then every aim with what was measured."""
+    rows = [
+        [row["optimizer"], milliseconds(row["normal_seconds"]), f"{row['normal_over_adamw']:.2f}",
+         milliseconds(row["worst_seconds"]), f"{row['worst_over_normal']:.2f}", milliseconds(row["amortised_seconds"]),
+         mebibytes(row["state_bytes"]), mebibytes(row["temporary_bytes"])]
+        for row in result["rows"]
+    ]  # fmt: skip
+    header = [
+        "optimizer",
+        "normal, ms",
+        "of AdamW",
+        "worst, ms",
+        "of normal",
+        "mean, ms",
+        "state, MiB",
+        "temporary, MiB",
+    ]
+    reference = result["reference"]
+    note = (
+        f"`{result['command']}`: {result['parameters'] / 1e6:.2f} M parameters in the block kernels, rank "
+        f"{result['rank']}, medians of {result['repetitions']} interleaved steps (refreshes: "
+        f"{result['refresh_repetitions']}), {result['machine']['cores']} cores. Own arithmetic of two thin products "
+        f"{milliseconds(reference['own_arithmetic_seconds'])} ms at the "
+        f"{reference['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s of a square product, AdamW's memory traffic "
+        f"{milliseconds(reference['adamw_traffic_seconds'])} ms. Where every step refreshes, normal is worst."
+    )
+    return "\n\n".join([markdown(header, rows), note, _aims(result["aims"])])
+
+
+def _aims(aims: list[dict]) -> str:
+    lines = []
+    for aim in aims:
+        verdict = "not measured" if aim["met"] is None else "met" if aim["met"] else "**missed**"
+        scale, unit = (1e-6, " MB") if "bytes" in aim["aim"] else (1e3, " ms") if "(s)" in aim["aim"] else (1, "")
+        value = "-" if aim["value"] is None else f"{scale * aim['value']:.3g}{unit}"
+        bound = f"{scale * aim['bound']:.3g}{unit}"
+        lines.append([aim["aim"].split(" (")[0], aim["of"], value, bound, verdict])
+    return markdown(["aim", "of", "measured", "below", ""], lines)
+
+
+TABLES: dict[str, Callable[[dict], str]] = {
+    "methods": methods,
+    "evidence": evidence,
+    "train": train,
+    "optimizer_step": optimizer_step,
+}
+
+
+def render(text: str, results: pathlib.Path = RESULTS) -> str:
+    """README's text with every table made anew from `results`.
+
+    Raises:
+      ValueError: for a marker without an end, a table nobody generates, or one whose result is missing.
+    """
+    found = re.findall(r"<!-- begin:(\w+) -->", text)
+    for name in found:
+        if name not in TABLES:
+            raise ValueError(f"README names a table {name!r}; known ones are {', '.join(TABLES)}")
+        path = results / f"{name}.json"
+        if not path.exists():
+            raise ValueError(f"README's table {name!r} needs {path.name}, which is not committed; run its command")
+        block = f"<!-- begin:{name} -->\n{TABLES[name](json.loads(path.read_text()))}\n<!-- end:{name} -->"
+        pattern = rf"<!-- begin:{name} -->.*?<!-- end:{name} -->"
+        blocks = re.findall(pattern, text, flags=re.DOTALL)
+        if len(blocks) != 1:
+            raise ValueError(f"README's table {name!r} stands {len(blocks)} times between its markers; once is right")
+        text = text.replace(blocks[0], block)
+    return text
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README differs")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = render(text)
+    if options.check:
+        sys.exit("README.md differs from the results: run python -m experiments.tables" if new != text else 0)
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

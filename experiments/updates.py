@@ -1,0 +1,71 @@
+"""The pure functions of a run: loss, update and evaluation."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import optimizers
+from experiments.models import llama
+
+
+def loss_sums(model, params, batch):
+    """(sum_i w_i loss_i, sum_i w_i) over the tokens of a batch of "inputs", "targets" and "weights", all (B, S)."""
+    logits = model.apply({"params": params}, batch["inputs"])
+    _, parts = llama.loss_and_metrics(logits, batch["targets"], batch["weights"])
+    return parts["loss_sum"], parts["weight_sum"]
+
+
+def train_step(model, optimizer, accumulation: int):
+    """The update `(state, batch) -> (state, metrics)`; state is {"params", "opt_state"}.
+
+    The gradient is that of the exact token mean over the whole batch, sum_i w_i loss_i / sum_i w_i: microbatch sums are
+    added in float32 and divided once. Microbatch a takes rows a, a + A, a + 2A, ..., so that each device keeps its own
+    rows.
+    """
+
+    def gradient_sum(params, batch):
+        (loss, weight), grads = jax.value_and_grad(loss_sums, argnums=1, has_aux=True)(model, params, batch)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), (loss, weight, grads))
+
+    def update(state, batch):
+        params = state["params"]
+        if accumulation == 1:
+            loss, weight, grads = gradient_sum(params, batch)
+        else:
+            parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1), batch)
+            shapes = jax.eval_shape(gradient_sum, params, jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            total, _ = jax.lax.scan(
+                lambda sums, part: (optax.tree.add(sums, gradient_sum(params, part)), None), zeros, parts
+            )
+            loss, weight, grads = total
+        weight = jnp.maximum(weight, 1.0)
+        grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, params)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        measured = {"loss": loss / weight, "grad_norm": optax.tree.norm(grads), "tokens": weight}
+        measured["skipped"] = jnp.asarray(optimizers.skipped(opt_state), jnp.int32)
+        return {"params": optax.apply_updates(params, updates), "opt_state": opt_state}, measured
+
+    return update
+
+
+def evaluate(step_function, params, batches) -> dict:
+    """Exact token mean and its perplexity, and the number the GaLore-descended scripts print.
+
+    Those scripts add the mean losses of the batches and divide by (batches + 1); `script_perplexity` is the exponential
+    of that.
+
+    Args:
+      step_function: `(params, batch) -> (sum of losses, sum of weights)`.
+    """
+    total, weight, means = 0.0, 0.0, []
+    for batch in batches:
+        loss, tokens = (float(x) for x in step_function(params, batch))
+        total, weight = total + loss, weight + tokens
+        means.append(loss / max(tokens, 1.0))
+    loss = total / max(weight, 1.0)
+    script = sum(means) / (len(means) + 1)
+    exp = lambda x: math.exp(min(x, 700.0))  # noqa: E731 - beyond 700 a double overflows
+    return {"loss": loss, "perplexity": exp(loss), "script_perplexity": exp(script), "tokens": int(weight)}

@@ -1,0 +1,178 @@
+"""The run folder: who may write to it, whether its run is the one asked for, and what is known before any work."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+import lowrank_jax.version
+from experiments import checkpoint, configuration, metrics
+from experiments.configuration import ConfigurationError, RunConfig
+from experiments.data import Dataset, load
+
+# A resumed run may change these: they alter neither an update nor a line of metrics.
+WATCHING: dict[str, tuple[str, ...]] = {
+    "name": (),
+    "checkpoint": ("every", "keep", "verify"),
+    "run": (
+        "log_every",
+        "tensorboard",
+        "profile_steps",
+        "compile_cache",
+        "sample_tokens",
+        "sample_prompt",
+        "temperature",
+    ),
+}
+
+
+def as_json(config: RunConfig) -> dict:
+    """The configuration as JSON gives it back (tuples are lists)."""
+    return json.loads(json.dumps(configuration.to_dict(config)))
+
+
+def decisive(values: dict) -> dict:
+    """{"section.key": value} of what decides a run's numbers: all but WATCHING."""
+    flat: dict[str, Any] = {}
+    for section, table in values.items():
+        if isinstance(table, dict):
+            flat |= {f"{section}.{key}": value for key, value in table.items() if key not in WATCHING.get(section, ())}
+        elif section not in WATCHING:
+            flat[section] = table
+    return flat
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Hold the folder until the process ends, however it ends; ConfigurationError when another one holds it."""
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigurationError(
+                f"workdir={str(workdir)!r}: another process trains here; give another folder"
+            ) from error
+        yield
+
+
+def claim(config: RunConfig, workdir: pathlib.Path) -> dict | None:
+    """Write config.json, or compare with the one there; returns the summary of a run that is over.
+
+    Raises ConfigurationError for another configuration's folder, naming the first difference.
+    """
+    path, now = workdir / "config.json", as_json(config)
+    if path.exists():
+        there, here = decisive(json.loads(path.read_text())), decisive(now)
+        for key in sorted(there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                raise ConfigurationError(
+                    f"{key}={here.get(key)!r}: {workdir} holds a run with {there.get(key)!r}; give another --workdir, "
+                    f"or --config.{key}={there.get(key)!r} to resume that run"
+                )
+    elif any(workdir.glob("checkpoints/*/" + checkpoint.MANIFEST)):
+        raise ConfigurationError(f"workdir={str(workdir)!r}: holds checkpoints but no config.json; give another folder")
+    if jax.process_index() == 0:
+        checkpoint.write_json(path, now)
+    summary = workdir / "summary.json"
+    return json.loads(summary.read_text()) if summary.exists() else None
+
+
+@contextlib.contextmanager
+def stop_flag(handle_signals: bool) -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets; a second signal acts as it did before."""
+    stop = threading.Event()
+    if not handle_signals:
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number, frame):
+        stop.set()
+        signal.signal(number, before[number])
+
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX already has a place for them."""
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(base / "lowrank_jax" / "xla"))
+
+
+def check_devices(config: RunConfig) -> None:
+    """ConfigurationError unless all devices get equally many sequences of each microbatch and of an evaluation."""
+    devices, accumulation = jax.device_count(), config.schedule.accumulation
+    batch = config.data.batch_size
+    if batch % (devices * accumulation):
+        raise ConfigurationError(
+            f"data.batch_size={batch}: does not divide over {devices} devices with schedule.accumulation={accumulation}"
+            f"; choose a multiple of {devices * accumulation}"
+        )
+    size = config.run.evaluation_batch_size or batch
+    if size % devices:
+        raise ConfigurationError(f"run.evaluation_batch_size={size}: choose a multiple of the {devices} devices")
+
+
+def check_disk(workdir: pathlib.Path, state, keep: int) -> None:
+    """ConfigurationError when the disk cannot hold `keep` checkpoints and the one being written."""
+    needed, free = (keep + 1) * tree_bytes(state), shutil.disk_usage(workdir).free
+    present = sum(path.stat().st_size for path in (workdir / "checkpoints").rglob("*") if path.is_file())
+    if needed > free + present:
+        raise ConfigurationError(
+            f"workdir={str(workdir)!r}: {keep + 1} checkpoints take {metrics.format_bytes(needed)}, the disk has "
+            f"{metrics.format_bytes(free)} left; free space, lower checkpoint.keep, or give another folder"
+        )
+
+
+def open_dataset(config: RunConfig) -> Dataset:
+    """The dataset; whatever is wrong with it, or between it and the model, is a ConfigurationError."""
+    try:
+        dataset = load(config.data, config.run.seed)
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigurationError(str(error)) from error
+    size, room = dataset.vocabulary_size, config.model.vocabulary_size
+    if size > room:
+        raise ConfigurationError(
+            f"data.tokenizer={config.data.tokenizer!r}: has {size} tokens, the model {room}; set model.vocabulary_size="
+            f"{size} or give a smaller tokenizer"
+        )
+    return dataset
+
+
+def tree_bytes(tree) -> int:
+    """Bytes of the leaves of a tree of arrays or of `jax.ShapeDtypeStruct`.
+
+    >>> tree_bytes({"a": np.zeros((2, 3), np.float32)})
+    24
+    """
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def versions() -> dict[str, str]:
+    """What a number depends on besides the configuration."""
+    modules = {"jax": jax, "flax": flax, "optax": optax, "orbax": ocp, "numpy": np}
+    return {"lowrank_jax": lowrank_jax.version.__version__} | {
+        name: module.__version__ for name, module in modules.items()
+    }

@@ -1,0 +1,66 @@
+"""Matrices in, matrices out: orthogonalisation, decompositions, fast transforms, row selection and spectra.
+
+Nothing here knows of trees, optimizers or Flax. Every function takes one matrix or a stack (..., rows, cols), treats
+leading axes as batch, and works in and out of jit, under vmap and ``jax.eval_shape``.
+
+One dtype rule: arithmetic is done, and results are returned, in float32 (float64 for float64 input), whatever the
+input, so bfloat16 gradients give float32 factors. The exceptions say so: ``gather_rows`` and ``scatter_rows`` only
+move numbers and keep their dtype; functions that make a basis from integers take ``dtype=``; indices are int32.
+
+Ranks, sizes and choices are static and checked by name. Values are not checked: a non-finite input gives a non-finite
+result, a finite one (zero and rank-deficient included) a finite result unless its products overflow.
+
+>>> import jax, jax.numpy as jnp
+>>> gradients = jax.random.normal(jax.random.key(0), (2, 8, 16), jnp.bfloat16)
+>>> basis = range_finder(gradients, rank=3, key=jax.random.key(1))
+>>> basis.shape, basis.dtype.name
+((2, 8, 3), 'float32')
+"""
+
+from lowrank_jax.linalg.decompositions import (
+    canonical_signs,
+    power_step,
+    randomized_svd,
+    range_finder,
+    truncated_svd,
+)
+from lowrank_jax.linalg.orthogonal import cholesky_qr2, newton_schulz, orthonormalize, qr_orthonormal
+from lowrank_jax.linalg.selection import gather_rows, random_rows, row_scores, scatter_rows, top_rows
+from lowrank_jax.linalg.spectra import effective_rank, explained_variance, principal_angles, stable_rank
+from lowrank_jax.linalg.transforms import (
+    dct,
+    dct_columns,
+    dct_matrix,
+    hadamard_columns,
+    hadamard_matrix,
+    hadamard_transform,
+    idct,
+)
+
+__all__ = [
+    "canonical_signs",
+    "cholesky_qr2",
+    "dct",
+    "dct_columns",
+    "dct_matrix",
+    "effective_rank",
+    "explained_variance",
+    "gather_rows",
+    "hadamard_columns",
+    "hadamard_matrix",
+    "hadamard_transform",
+    "idct",
+    "newton_schulz",
+    "orthonormalize",
+    "power_step",
+    "principal_angles",
+    "qr_orthonormal",
+    "random_rows",
+    "randomized_svd",
+    "range_finder",
+    "row_scores",
+    "scatter_rows",
+    "stable_rank",
+    "top_rows",
+    "truncated_svd",
+]

@@ -1,0 +1,144 @@
+"""Orthonormal columns: Householder QR, Cholesky-QR2, their safe combination, and Newton-Schulz.
+
+Householder QR is unconditionally stable but slow in batches (LAPACK column by column on CPU, long programs on TPU).
+Cholesky-QR2 (Yamamoto et al. 2015) is two Gram matrices and two triangular inverses. Newton-Schulz (Muon, Jordan et
+al. 2024) is matrix products only and gives an approximate polar factor. Shapes: x (..., s, r) with s >= r; every QR
+here has diag(R) >= 0, which makes the factor of a full-rank x unique.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lowrank_jax.linalg._common import Array, as_matrix, product, transpose
+
+
+def _as_tall(x: Any) -> Array:
+    x = as_matrix(x)
+    rows, cols = x.shape[-2:]
+    if rows < cols:
+        raise ValueError(f"x has {rows} rows and {cols} cols; {cols} orthonormal columns need rows >= cols")
+    return x
+
+
+def _gram(x: Array) -> Array:
+    return product(transpose(x), x)
+
+
+def qr_orthonormal(x: Any) -> Array:
+    """The Q (..., s, r) of the Householder QR x = Q R with diag(R) >= 0.
+
+    Orthonormal for every finite x, zero and rank-deficient ones included. Raises ValueError when s < r.
+
+    >>> import jax.numpy as jnp
+    >>> (qr_orthonormal(jnp.array([[-3.0, 1.0], [0.0, 2.0]])).round(4) + 0).tolist()
+    [[-1.0, 0.0], [0.0, 1.0]]
+    """
+    q, r = jnp.linalg.qr(_as_tall(x))
+    diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
+    return q * jnp.where(diagonal < 0, -1, 1).astype(q.dtype)[..., None, :]
+
+
+def _cholesky_pass(x: Array, shift: float = 0.0) -> Array:
+    """x L^-T with L L^T = x^T x + shift I. The explicit inverse is a product, faster than a solve of s rows."""
+    gram = _gram(x)
+    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=x.dtype), gram.shape)
+    lower = jnp.linalg.cholesky(gram + shift * identity, symmetrize_input=False)
+    inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    return product(x, transpose(inverse))
+
+
+def cholesky_qr2(x: Any) -> Array:
+    """The Q (..., s, r) of x = Q R, diag(R) > 0, by Cholesky-QR2; fast, and wrong or NaN on rank-deficient x.
+
+    Columns are first scaled to unit norm, which removes bad scaling (a warm power step's columns have the squared
+    singular values as norms). The first Gram matrix is shifted by r * machine epsilon, which keeps its factorisation
+    alive up to a condition number of about 1e4 in float32; both leave Q as it is in exact arithmetic, since scaling,
+    shift and second pass only change R. :func:`orthonormalize` checks the result. Raises ValueError when s < r.
+
+    >>> import jax.numpy as jnp
+    >>> q = cholesky_qr2(jnp.array([[3.0, 1.0], [4.0, 1.0], [0.0, 1.0]]))
+    >>> bool(jnp.allclose(q.T @ q, jnp.eye(2), atol=1e-6))
+    True
+    """
+    x = _as_tall(x)
+    largest = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
+    x = x / jnp.where(largest == 0, 1, largest)  # so that squares neither overflow nor underflow
+    norm = jnp.sqrt(jnp.sum(x * x, axis=-2, keepdims=True))
+    x = x / jnp.where(norm == 0, 1, norm)
+    return _cholesky_pass(_cholesky_pass(x, shift=x.shape[-1] * float(jnp.finfo(x.dtype).eps)))
+
+
+@jax.custom_jvp
+def _orthonormalize(x: Array) -> Array:
+    return lax.platform_dependent(x, tpu=qr_orthonormal, default=_checked_cholesky)
+
+
+def _checked_cholesky(x: Array) -> Array:
+    q = cholesky_qr2(x)
+    error = jnp.abs(_gram(q) - jnp.eye(q.shape[-1], dtype=q.dtype))
+    good = jnp.all(error < 1000 * jnp.finfo(q.dtype).eps)  # about 1e-4; NaN compares false
+    return lax.cond(good, lambda x, q: q, lambda x, q: qr_orthonormal(x), x, q)
+
+
+@_orthonormalize.defjvp
+def _orthonormalize_jvp(primals, tangents):
+    # With W = dx R^-1 and A = the strictly lower part of Q^T W: dQ = Q (A - A^T - Q^T W) + W.
+    (x,), (dx,) = primals, tangents
+    q = _orthonormalize(x)
+    weighted = lax.linalg.triangular_solve(product(transpose(q), x), dx, left_side=False, lower=False)
+    inner = product(transpose(q), weighted)
+    lower = jnp.tril(inner, -1)
+    return q, product(q, lower - transpose(lower) - inner) + weighted
+
+
+def orthonormalize(x: Any) -> Array:
+    """Orthonormal columns (..., s, r) spanning those of x, x = Q R with diag(R) >= 0: Cholesky-QR2, QR when it fails.
+
+    One scalar test over the whole stack (everything finite and orthonormal to 1000 machine epsilons, 1e-4 in float32)
+    decides by ``lax.cond``, so a good stack never pays for Householder QR; under ``vmap`` the cond becomes a select
+    and both are paid: pass the stack itself. TPU programs hold Householder QR alone, which compiles to a third. Zero
+    and rank-deficient x give orthonormal columns too (the spare ones complete the basis). Non-finite x gives
+    non-finite columns. Differentiable where x has full rank. Raises ValueError when s < r.
+
+    >>> import jax.numpy as jnp
+    >>> q = orthonormalize(jnp.ones((2, 4, 3)))  # rank one
+    >>> bool(jnp.allclose(jnp.swapaxes(q, -1, -2) @ q, jnp.eye(3), atol=1e-5))
+    True
+    """
+    return _orthonormalize(_as_tall(x))
+
+
+def newton_schulz(
+    x: Any,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-8,
+    compute_dtype: Any = None,
+) -> Array:
+    """Muon's Newton-Schulz iteration: singular values of x (..., m, n) moved towards 1, singular vectors kept.
+
+    Y = x / (||x||_F + eps), then ``steps`` times Y <- a Y + (b A + c A A) Y with A = Y Y^T, on the orientation with
+    fewer rows. Steps and coefficients are Muon's (Jordan et al. 2024): steep at 0, hence values end in about
+    [0.7, 1.2], not at 1; (1.5, -0.5, 0) converges to 1, slowly. ``compute_dtype`` (default: float32, float64 for a
+    float64 x) sets the dtype of the iteration, bfloat16 in the original; the result is cast back by the package's rule.
+    Zero x gives zeros.
+
+    >>> import jax.numpy as jnp
+    >>> newton_schulz(jnp.diag(jnp.array([2.0, 1.0])), steps=20, coefficients=(1.5, -0.5, 0.0)).round(4).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    x = as_matrix(x)
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1; Muon uses 5")
+    a, b, c = coefficients
+    tall = x.shape[-2] > x.shape[-1]
+    y = transpose(x) if tall else x
+    y = y / (jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) + eps)
+    y = y.astype(compute_dtype or x.dtype)
+    for _ in range(steps):
+        gram = product(y, transpose(y))
+        y = a * y + product(b * gram + c * product(gram, gram), y)
+    return (transpose(y) if tall else y).astype(x.dtype)

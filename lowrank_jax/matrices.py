@@ -1,0 +1,150 @@
+"""Which matrix is this? Every parameter leaf seen as a stack of `(rows, cols)` matrices.
+
+A leaf is `(batch..., rows, cols)` after a transpose and a reshape. The convention is Flax's: `y = x @ W` with
+`W: (d_in, d_out)`, so rows are inputs and columns outputs (papers and PyTorch write the transpose).
+
+* `MatrixView` names the axes of one leaf. Layers of scanned models, heads, experts and convolution windows are batch
+  axes, or are folded into rows or columns.
+* `ResolvedView` adds the rank and the shrunk side of one leaf and orients its matrices `(batch..., s, k)` with the
+  shrunk dimension `s` first, so that every basis is `P (s, r)` and every low-rank object `PᵀX (r, k)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import sharding
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatrixView:
+    """Names the axes of a leaf: which are batch, which fold into rows, which into columns.
+
+    Args:
+      rows: axes folded, in this order, into the rows (inputs).
+      cols: axes folded, in this order, into the columns (outputs).
+      batch: axes kept in front; every index along them is a matrix of its own.
+
+    Raises:
+      ValueError: if an axis is negative or named twice, or rows or cols is empty.
+
+    >>> import jax.numpy as jnp
+    >>> query = MatrixView(rows=(0,), cols=(1, 2))      # attention kernel (d, heads, head_dim)
+    >>> query.to_matrices(jnp.ones((16, 4, 8))).shape
+    (16, 32)
+    >>> experts = MatrixView(batch=(0,), rows=(1,), cols=(2,))
+    >>> experts.to_matrices(jnp.ones((3, 16, 8))).shape
+    (3, 16, 8)
+    """
+
+    rows: tuple[int, ...] = (0,)
+    cols: tuple[int, ...] = (1,)
+    batch: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        axes = self.batch + self.rows + self.cols
+        if not self.rows or not self.cols:
+            raise ValueError(f"rows={self.rows} and cols={self.cols} must each name at least one axis")
+        if len(set(axes)) != len(axes) or min(axes) < 0:
+            raise ValueError(f"batch={self.batch}, rows={self.rows}, cols={self.cols} must name distinct axes >= 0")
+
+    @property
+    def permutation(self) -> tuple[int, ...]:
+        return self.batch + self.rows + self.cols
+
+    def stacked(self) -> MatrixView:
+        """The same view of a leaf that has one more leading (layer) axis."""
+        batch, rows, cols = (tuple(axis + 1 for axis in axes) for axes in (self.batch, self.rows, self.cols))
+        return MatrixView(batch=(0, *batch), rows=rows, cols=cols)
+
+    def matrix_shape(self, shape: Shape) -> Shape:
+        """`(batch..., rows, cols)` of a leaf of this shape; ValueError if the axes do not cover it."""
+        if sorted(self.permutation) != list(range(len(shape))):
+            raise ValueError(
+                f"a view of axes batch={self.batch}, rows={self.rows}, cols={self.cols} does not cover a leaf of shape "
+                f"{tuple(shape)}: name each of its {len(shape)} axes once"
+            )
+        sizes = [math.prod(shape[axis] for axis in axes) for axes in (self.rows, self.cols)]
+        return (*(shape[axis] for axis in self.batch), *sizes)
+
+    def to_matrices(self, x: jax.Array) -> jax.Array:
+        """The leaf as `(batch..., rows, cols)`."""
+        shape = self.matrix_shape(x.shape)
+        if self.permutation != tuple(range(x.ndim)):
+            x = jnp.transpose(x, self.permutation)
+        return x if x.shape == shape else sharding.reshape(x, shape, first=len(self.batch))
+
+    def from_matrices(self, x: jax.Array, shape: Shape) -> jax.Array:
+        """The inverse of `to_matrices` for a leaf of the given shape."""
+        permuted = tuple(shape[axis] for axis in self.permutation)
+        if x.shape != permuted:
+            x = sharding.reshape(x, permuted, first=len(self.batch))
+        if self.permutation == tuple(range(len(shape))):
+            return x
+        return jnp.transpose(x, tuple(self.permutation.index(axis) for axis in range(len(shape))))
+
+
+DENSE = MatrixView()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedView:
+    """One leaf, with everything that fixes the shapes of its optimizer state.
+
+    Attributes:
+      path: "/"-joined path of the leaf.
+      shape: its shape.
+      view: which axes are batch, rows and columns.
+      rank: r, the size of the low-rank object's first axis.
+      side: which dimension is shrunk, "rows" or "cols".
+      batch: the shape of the batch axes.
+      spec: PartitionSpec of the oriented matrices on an explicit mesh, else None.
+
+    >>> import jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> view = lr.resolve(jnp.ones((16, 4)), rank=2).projected[0]
+    >>> view.side, view.oriented, view.orient(jnp.ones((16, 4))).shape
+    ('cols', (4, 16), (4, 16))
+    """
+
+    path: str
+    shape: Shape
+    view: MatrixView
+    rank: int
+    side: str
+    batch: Shape
+    spec: tuple | None = None
+
+    @property
+    def shrunk(self) -> int:
+        """s, the size of the dimension that the basis shrinks to r."""
+        return self.view.matrix_shape(self.shape)[-2 if self.side == "rows" else -1]
+
+    @property
+    def kept(self) -> int:
+        """k, the size of the dimension that is kept whole."""
+        return self.view.matrix_shape(self.shape)[-1 if self.side == "rows" else -2]
+
+    @property
+    def oriented(self) -> Shape:
+        """`(batch..., s, k)`."""
+        return (*self.batch, self.shrunk, self.kept)
+
+    def orient(self, x: jax.Array) -> jax.Array:
+        """The leaf as `(batch..., s, k)`."""
+        x = self.view.to_matrices(x)
+        return x if self.side == "rows" else jnp.swapaxes(x, -1, -2)
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The inverse of `orient`."""
+        return self.view.from_matrices(x if self.side == "rows" else jnp.swapaxes(x, -1, -2), self.shape)
+
+    def structure(self) -> ResolvedView:
+        """The view without the mesh: what is stored in a state's static metadata."""
+        return dataclasses.replace(self, spec=None)

@@ -1,0 +1,1 @@
+"""Projection optimizers as optax transformations: one transformation with slots, and named recipes."""

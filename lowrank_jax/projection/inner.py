@@ -1,0 +1,259 @@
+"""What runs inside the subspace, and how others reach the moments it keeps.
+
+An inner transformation works on one matrix (or on the group of plain leaves, as a tree) and returns a direction and a
+scale apart: the step is `scale * direction`. `adam` keeps its bias correction in the scale, because rules that rescale
+gradients by the inner direction need the uncorrected one. Any optax transformation serves too, with scale 1.
+
+The moments protocol lets transports and error feedback reach the state of any inner transformation without knowing its
+fields: `moments(inner, state)` lists `Moment(path, kind, decay, count)`, registered by state type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Moment(NamedTuple):
+    """One moment inside an inner state.
+
+    Attributes:
+      path: key path of the leaf inside the state.
+      kind: "first", "second", "max", "factored" or "other".
+      decay: its decay rate, or None where the state does not know.
+      count: steps it has seen, or None.
+    """
+
+    path: tuple
+    kind: str
+    decay: Any
+    count: Any
+
+
+@runtime_checkable
+class Inner(Protocol):
+    """An inner transformation: pure functions on one matrix, or on a tree of plain leaves."""
+
+    splits: bool
+
+    def init(self, tree: Any) -> Any: ...
+
+    def update(self, grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any, Any]: ...
+
+
+def debias(decay: Any, count: jax.Array) -> jax.Array:
+    """`1 - decay^count` in float32, without the cancellation that rounding the decay first would bring."""
+    if isinstance(decay, (int, float)):
+        log: Any = math.log(decay) if decay > 0 else -math.inf
+    else:
+        log = jnp.log(decay)
+    return -jnp.expm1(count.astype(jnp.float32) * log)
+
+
+def _average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
+    return decay * old.astype(jnp.float32) + (1 - decay) * new
+
+
+class AdamState(NamedTuple):
+    """State of `adam`: int32 count, first and second moments shaped like the low-rank object."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+_EPSILON = ("torch", "hf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adam:
+    """Adam, with its bias correction apart from its direction.
+
+    `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g²`, `scale = sqrt(1 - b2^t) / (1 - b1^t)`, and
+
+    * `convention="torch"`: `direction = m / (sqrt(v) + eps sqrt(1 - b2^t))`, so that `scale * direction` is
+      `m̂ / (sqrt(v̂) + eps)` (torch, optax; FRUGAL, LDAdam, DCT-AdamW; eps 1e-8);
+    * `convention="hf"`: `direction = m / (sqrt(v) + eps)` (GaLore, Fira, APOLLO; eps 1e-6).
+
+    Args:
+      b1, b2, eps: decay rates and the epsilon of the convention.
+      mu_dtype, nu_dtype: dtypes of the stored moments; the arithmetic is float32.
+
+    Raises:
+      ValueError: for a decay rate outside [0, 1), a negative eps or an unknown convention.
+
+    >>> import jax.numpy as jnp
+    >>> adam = Adam(eps=0.0)
+    >>> direction, scale, state = adam.update(jnp.array([3.0, -4.0]), adam.init(jnp.zeros(2)))
+    >>> print(scale * direction)
+    [ 1. -1.]
+    """
+
+    b1: Any = 0.9
+    b2: Any = 0.999
+    eps: Any = 1e-8
+    convention: str = "torch"
+    mu_dtype: Any = jnp.float32
+    nu_dtype: Any = jnp.float32
+    splits = True
+
+    def __post_init__(self):
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not 0 <= value < 1:
+                raise ValueError(f"adam: {name}={value} must be in [0, 1)")
+        if isinstance(self.eps, (int, float)) and self.eps < 0:
+            raise ValueError(f"adam: eps={self.eps} must not be negative")
+        if self.convention not in _EPSILON:
+            raise ValueError(f"adam: convention={self.convention!r} must be one of {_EPSILON}")
+
+    def init(self, tree):
+        return AdamState(
+            jnp.zeros((), jnp.int32),
+            jax.tree.map(lambda x: jnp.zeros_like(x, self.mu_dtype), tree),
+            jax.tree.map(lambda x: jnp.zeros_like(x, self.nu_dtype), tree),
+        )
+
+    def update(self, grads, state, params=None, **extra):
+        del params, extra
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda m, g: _average(m, g.astype(jnp.float32), self.b1), state.mu, grads)
+        nu = jax.tree.map(lambda v, g: _average(v, jnp.square(g.astype(jnp.float32)), self.b2), state.nu, grads)
+        correction = jnp.sqrt(debias(self.b2, count))
+        eps = self.eps * correction if self.convention == "torch" else self.eps
+        direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        mu = jax.tree.map(lambda m: m.astype(self.mu_dtype), mu)
+        nu = jax.tree.map(lambda v: v.astype(self.nu_dtype), nu)
+        return direction, correction / debias(self.b1, count), AdamState(count, mu, nu)
+
+    def state_bytes(self, sizes: list[int]) -> int:
+        """Formula: 4 bytes of count, and each element once in `mu_dtype` and once in `nu_dtype`."""
+        return 4 + sum(sizes) * (jnp.dtype(self.mu_dtype).itemsize + jnp.dtype(self.nu_dtype).itemsize)
+
+    def decays(self) -> dict[str, Any]:
+        return {"first": self.b1, "second": self.b2}
+
+
+@dataclasses.dataclass(frozen=True)
+class FromOptax:
+    """Any optax transformation as an inner one: scale 1, state as optax made it.
+
+    Args:
+      transformation: gradient-only, or told `params=True`. It is initialised for each matrix and may not couple leaves.
+      params: hand it the parameter, projected as the gradient is (`PᵀW`).
+      decay: decay rates by kind of moment, for transports that need them, for instance `(("first", 0.9),)`.
+
+    >>> import optax, jax.numpy as jnp
+    >>> lion = FromOptax(optax.scale_by_lion())
+    >>> direction, scale, state = lion.update(jnp.array([0.5, -2.0]), lion.init(jnp.zeros(2)))
+    >>> print(direction, scale)
+    [ 1. -1.] 1.0
+    """
+
+    transformation: Any
+    params: bool = False
+    decay: tuple[tuple[str, float], ...] = ()
+    splits = False
+
+    def init(self, tree):
+        return self.transformation.init(tree)
+
+    def update(self, grads, state, params=None, **extra):
+        update = optax.with_extra_args_support(self.transformation).update
+        if params is None and self.params:
+            raise ValueError("inner: params=True needs params; call update(grads, state, params)")
+        try:
+            direction, state = update(grads, state, params if self.params else None, **extra)
+        except ValueError as error:
+            if "params" in str(error) and not self.params:
+                raise ValueError(
+                    "inner: this optax transformation demands params; wrap it as lr.inner.from_optax(tx, params=True), "
+                    "which hands it the projected parameter, or chain it outside scale_by_projection"
+                ) from error
+            raise
+        return direction, jnp.ones((), jnp.float32), state
+
+    def decays(self) -> dict[str, Any]:
+        return dict(self.decay)
+
+
+def as_inner(inner: Any) -> Inner:
+    """`inner` itself, or an optax transformation wrapped."""
+    if isinstance(inner, optax.GradientTransformation):
+        return FromOptax(inner)
+    if not isinstance(inner, Inner):
+        raise ValueError(f"inner={inner!r} must be lr.inner.adam(...) or an optax GradientTransformation")
+    return inner
+
+
+_REGISTRY: dict[type, tuple[dict[str, str], str | None]] = {}
+
+
+def register_moments(state_type: type, kinds: dict[str, str], count: str | None = None) -> None:
+    """Tells the moments protocol which fields of a state type are moments, and of which kind."""
+    _REGISTRY[state_type] = (kinds, count)
+
+
+register_moments(AdamState, {"mu": "first", "nu": "second"}, "count")
+register_moments(optax.ScaleByAdamState, {"mu": "first", "nu": "second"}, "count")
+register_moments(optax.ScaleByAmsgradState, {"mu": "first", "nu": "second", "nu_max": "max"}, "count")
+register_moments(optax.ScaleByLionState, {"mu": "first"}, "count")
+register_moments(optax.TraceState, {"trace": "first"})
+register_moments(optax.ScaleByRmsState, {"nu": "second"})
+register_moments(optax.FactoredState, {"v_row": "factored", "v_col": "factored", "v": "second"}, "count")
+
+
+def moments(inner: Inner, state: Any) -> list[Moment]:
+    """The registered moments inside a state of `inner`, in the order of its leaves."""
+    decays = inner.decays() if hasattr(inner, "decays") else {}
+    found: list[Moment] = []
+
+    def visit(node, path):
+        entry = _REGISTRY.get(type(node))
+        if entry is not None:
+            kinds, count = entry
+            for field, kind in kinds.items():
+                for inner_path, _ in jax.tree_util.tree_flatten_with_path(getattr(node, field))[0]:
+                    where = (*path, jax.tree_util.GetAttrKey(field), *inner_path)
+                    found.append(Moment(where, kind, decays.get(kind), getattr(node, count) if count else None))
+            return
+        children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+        for child_path, child in children:
+            if child is not node:
+                visit(child, (*path, *child_path))
+
+    visit(state, ())
+    return found
+
+
+def map_moments(inner: Inner, state: Any, function: Callable[[Moment, jax.Array], jax.Array]) -> Any:
+    """`state` with every registered moment replaced by `function(moment, value)`."""
+    by_path = {moment.path: moment for moment in moments(inner, state)}
+
+    def visit(path, value):
+        moment = by_path.get(tuple(path))
+        return value if moment is None else function(moment, value).astype(value.dtype)
+
+    return jax.tree_util.tree_map_with_path(visit, state)
+
+
+def first_moment(inner: Inner, state: Any) -> tuple[Moment, jax.Array]:
+    """The one first moment inside a state, for rules that need it; ValueError where there is none, or no count."""
+    firsts = [moment for moment in moments(inner, state) if moment.kind == "first"]
+    if len(firsts) != 1 or firsts[0].decay is None:
+        raise ValueError(
+            f"inner {type(inner).__name__} has {len(firsts)} registered first moments with a known decay; this rule "
+            "needs exactly one: use lr.inner.adam, or from_optax(tx, decay=(('first', 0.9),)) and register_moments"
+        )
+    values = {tuple(p): v for p, v in jax.tree_util.tree_flatten_with_path(state)[0]}
+    return firsts[0], values[firsts[0].path]
+
+
+adam = Adam
+from_optax = FromOptax

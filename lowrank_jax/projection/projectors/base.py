@@ -1,0 +1,186 @@
+"""The projector interface: which subspace, as a basis that is plain state and pure functions on it.
+
+    init(view, keys) -> basis                      valid before any refresh; every leaf has the batch axes in front
+    refresh(view, basis, evidence) -> basis        may look at what `needs` declares
+    down(view, basis, x (..., s, k)) -> low (..., r, k)
+    up(view, basis, low) -> (..., s, k)
+    overlap(view, old, new) -> change              what transports apply to moments
+    measure(view, basis, x) -> (...)               captured energy, between 0 and 1
+
+Everything that fixes shapes lives in the frozen dataclass. Batch axes are handled by every function itself, never by
+vmap, so that conditions on scalars stay conditions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import sharding
+from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.projection.transports import DenseChange, IndexChange
+
+Rank = int | float | tuple[tuple[str, int | float], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projector:
+    """Base of the projectors.
+
+    Args:
+      rank: r as an integer, as a fraction of the shrunk dimension (a float in (0, 1]), or by path as
+        `((pattern, rank), ...)`, where the first pattern that matches the whole path wins.
+
+    Raises:
+      ValueError: for a rank that is traced, not positive, or larger than the shrunk dimension; it names the leaf.
+    """
+
+    rank: Any = 1.0
+    needs: ClassVar[frozenset[str]] = frozenset()
+    moves: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = True
+
+    def __post_init__(self):
+        rules = self.rank if isinstance(self.rank, tuple) else (("", self.rank),)
+        for _, rank in rules:
+            check_rank(rank)
+
+    def _round(self, size: float) -> int:
+        return round(size)
+
+    def rank_for(self, path: str, shrunk: int) -> int:
+        """r for a leaf. Fractions round half to even, as FRUGAL's code does; coordinate selections round down."""
+        rank = self.rank
+        if isinstance(rank, tuple):
+            matching = [value for pattern, value in rank if re.fullmatch(pattern, path)]
+            if not matching:
+                raise ValueError(f"rank: no pattern matches {path!r}; add ('.*', rank) as the last rule")
+            rank = matching[0]
+        if isinstance(rank, float):
+            rank = max(1, self._round(rank * shrunk))
+        if rank > shrunk:
+            raise ValueError(f"rank={rank} exceeds {shrunk}, the shrunk dimension of {path!r}; use at most {shrunk}")
+        return rank
+
+    def init(self, view: ResolvedView, keys: jax.Array) -> Any:
+        raise TypeError(f"{type(self).__name__} does not implement init")
+
+    def refresh(self, view: ResolvedView, basis: Any, evidence: Any) -> Any:
+        return basis
+
+    def down(self, view: ResolvedView, basis: Any, x: jax.Array) -> jax.Array:
+        raise TypeError(f"{type(self).__name__} does not implement down")
+
+    def up(self, view: ResolvedView, basis: Any, low: jax.Array) -> jax.Array:
+        raise TypeError(f"{type(self).__name__} does not implement up")
+
+    def overlap(self, view: ResolvedView, old: Any, new: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} does not implement overlap")
+
+    def low_shape(self, view: ResolvedView) -> tuple[int, ...]:
+        """Shape of the low-rank object of one matrix, without batch axes."""
+        return (view.rank, view.kept)
+
+    def low_spec(self, view: ResolvedView):
+        """Partition entries of the low-rank object on an explicit mesh."""
+        return sharding.low_spec(view.spec)
+
+    def basis_bytes(self, view: ResolvedView) -> int:
+        """Formula of the stored basis, in bytes, over all matrices of the leaf."""
+        raise TypeError(f"{type(self).__name__} does not implement basis_bytes")
+
+    def measure(self, view: ResolvedView, basis: Any, x: jax.Array) -> jax.Array:
+        """Captured energy `|PᵀX|² / |X|²` of each matrix, for orthonormal bases (0 where X is zero)."""
+        energy = jnp.sum(jnp.square(x), axis=(-2, -1))
+        captured = jnp.sum(jnp.square(self.down(view, basis, x)), axis=(-2, -1))
+        return jnp.where(energy > 0, captured / jnp.where(energy > 0, energy, 1), 0)
+
+
+def check_rank(rank: Any) -> None:
+    """ValueError unless `rank` is a positive Python integer or a fraction in (0, 1]."""
+    if isinstance(rank, jax.core.Tracer | jax.Array):
+        raise ValueError(
+            "rank is a traced array: it fixes shapes and must be a Python number. Under optax.inject_hyperparams pass "
+            "static_args=('rank',), or give a projector such as lr.projectors.svd(rank=8), which passes through"
+        )
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise ValueError(f"rank={rank!r} must be an integer, a fraction in (0, 1], or ((pattern, rank), ...)")
+    if rank <= 0 or (isinstance(rank, float) and rank > 1):
+        raise ValueError(f"rank={rank} must be a positive integer, or a fraction in (0, 1] of the shrunk dimension")
+
+
+def count(view: ResolvedView) -> int:
+    """Number of matrices in a leaf."""
+    total = 1
+    for size in view.batch:
+        total *= size
+    return total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BasisProjector(Projector):
+    """Projectors whose basis is, or is regenerated as, a matrix `P (..., s, r)`."""
+
+    def columns(self, view: ResolvedView, basis: Any) -> jax.Array:
+        """The basis as a float32 matrix `(..., s, r)`."""
+        return basis.astype(jnp.float32)
+
+    def down(self, view, basis, x):
+        x, columns = x.astype(jnp.float32), self.columns(view, basis)
+        if view.side == "cols":
+            # x is a transpose of the leaf. On CPU (k, r) then comes out twice as fast as (r, k), and the barrier keeps
+            # XLA from rewriting one as the other.
+            low = jax.lax.optimization_barrier(jnp.einsum("...sk,...sr->...kr", x, columns))
+            low = jnp.swapaxes(low, -1, -2)
+        else:
+            low = jnp.einsum("...sr,...sk->...rk", columns, x)
+        return sharding.reshard(low, sharding.low_spec(view.spec))
+
+    def up(self, view, basis, low):
+        x = jnp.einsum("...sr,...rk->...sk", self.columns(view, basis), low.astype(jnp.float32))
+        return sharding.reshard(x, view.spec)
+
+    def overlap(self, view, old, new):
+        new, old = self.columns(view, new), self.columns(view, old)
+        return DenseChange(jnp.einsum("...sr,...sq->...rq", new, old))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredProjector(BasisProjector):
+    """Projectors that store `P (..., s, r)`.
+
+    Args:
+      dtype: of the stored basis; it is computed in float32.
+    """
+
+    dtype: Any = jnp.float32
+
+    def init(self, view, keys):
+        eye = jnp.eye(view.shrunk, view.rank, dtype=self.dtype)
+        shape = (*view.batch, view.shrunk, view.rank)
+        spec = sharding.whole_spec(view.spec)
+        if spec is None:
+            return jnp.broadcast_to(eye, shape)
+        return sharding.reshard(jnp.broadcast_to(eye, shape), spec)
+
+    def basis_bytes(self, view):
+        return count(view) * view.shrunk * view.rank * jnp.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexProjector(Projector):
+    """Projectors whose basis is a set of sorted int32 indices `(..., r)` into a fixed basis of the shrunk dimension."""
+
+    def init(self, view, keys):
+        indices = jnp.broadcast_to(jnp.arange(view.rank, dtype=jnp.int32), (*view.batch, view.rank))
+        return sharding.reshard(indices, None if view.spec is None else (*view.spec[:-2], None))
+
+    def overlap(self, view, old, new):
+        return IndexChange.between(old, new)
+
+    def basis_bytes(self, view):
+        return 4 * count(view) * view.rank

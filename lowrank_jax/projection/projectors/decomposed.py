@@ -1,0 +1,238 @@
+"""Bases computed from the gradient by a decomposition, and the two trivial ones: identity and a given matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax import linalg, sharding
+from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.projection.projectors.base import Projector, StoredProjector, count
+from lowrank_jax.projection.projectors.random import normal, structured
+from lowrank_jax.projection.transports import DenseChange, SameBasis
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Identity(Projector):
+    """`P = I`: the low-rank object is the gradient itself, and the projection optimizer is its inner one."""
+
+    moves: ClassVar[bool] = False
+
+    def rank_for(self, path, shrunk):
+        return shrunk
+
+    def init(self, view, keys):
+        return ()
+
+    def down(self, view, basis, x):
+        return x.astype(jnp.float32)
+
+    def up(self, view, basis, low):
+        return low
+
+    def overlap(self, view, old, new):
+        return SameBasis()
+
+    def low_spec(self, view):
+        return view.spec
+
+    def basis_bytes(self, view):
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Given(StoredProjector):
+    """A fixed matrix `(s, r)` or `(batch..., s, r)`, or one by path as `((pattern, matrix), ...)`.
+
+    >>> import numpy as np
+    >>> Given(matrix=np.eye(4, 2)).rank_for("w", 4)
+    2
+    """
+
+    matrix: Any = None
+    moves: ClassVar[bool] = False
+    orthonormal: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.matrix is None:
+            raise ValueError("given: matrix=None; pass the basis as an array (s, r), or ((pattern, array), ...)")
+
+    def _matrix(self, path: str) -> np.ndarray:
+        rules = self.matrix if isinstance(self.matrix, tuple) else ((".*", self.matrix),)
+        for pattern, matrix in rules:
+            if re.fullmatch(pattern, path):
+                return matrix
+        raise ValueError(f"given: no pattern matches {path!r}; add ('.*', matrix) as the last rule")
+
+    def rank_for(self, path, shrunk):
+        shape = np.shape(self._matrix(path))
+        if shape[-2] != shrunk:
+            raise ValueError(f"given: matrix of shape {shape} cannot shrink dimension {shrunk} of {path!r}")
+        return shape[-1]
+
+    def init(self, view, keys):
+        matrix = jnp.asarray(self._matrix(view.path), self.dtype)
+        matrix = jnp.array(jnp.broadcast_to(matrix, (*view.batch, view.shrunk, view.rank)))
+        return sharding.reshard(matrix, sharding.whole_spec(view.spec))
+
+    def overlap(self, view, old, new):
+        return SameBasis()
+
+
+def singular_vectors(view: ResolvedView, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The leading `u (..., s, r)` and `v (..., k, r)`, with the signs that are canonical for u.
+
+    A matrix that lies row by row in memory is factored as its transpose: LAPACK reads column by column, and XLA would
+    otherwise copy every gradient on every step, due or not, to have it ready for the refresh.
+    """
+    if view.side == "cols":
+        u, _, vt = linalg.truncated_svd(x, view.rank)
+        return u, jnp.swapaxes(vt, -1, -2)
+    v, _, ut = linalg.truncated_svd(jnp.swapaxes(x, -1, -2), view.rank)
+    u = jnp.swapaxes(ut, -1, -2)
+    signed = linalg.canonical_signs(u)
+    return signed, v * jnp.sum(signed * u, axis=-2, keepdims=True).round()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Svd(StoredProjector):
+    """The r leading singular vectors of the gradient, with canonical signs (GaLore).
+
+    Exact and slow: on CPU an SVD costs some forty normal steps, on TPU minutes of compilation; `power`, `randomized`
+    and `dct` are the fast alternatives.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"grad"})
+
+    def refresh(self, view, basis, evidence):
+        return singular_vectors(view, evidence.grad)[0].astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoSidedSvd(StoredProjector):
+    """Both sides: `R = PᵀGQ (r, r)` with the leading left and right singular vectors (GaLore `full`)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"grad"})
+
+    def init(self, view, keys):
+        eye = jnp.eye(view.kept, view.rank, dtype=self.dtype)
+        right = jnp.broadcast_to(eye, (*view.batch, view.kept, view.rank))
+        return super().init(view, keys), sharding.reshard(right, sharding.whole_spec(view.spec))
+
+    def refresh(self, view, basis, evidence):
+        return tuple(side.astype(self.dtype) for side in singular_vectors(view, evidence.grad))
+
+    def down(self, view, basis, x):
+        left, right = (side.astype(jnp.float32) for side in basis)
+        low = jnp.einsum("...sr,...sk->...rk", left, x.astype(jnp.float32))
+        return sharding.reshard(jnp.einsum("...rk,...kq->...rq", low, right), self.low_spec(view))
+
+    def up(self, view, basis, low):
+        left, right = (side.astype(jnp.float32) for side in basis)
+        x = jnp.einsum("...sr,...rk->...sk", left, jnp.einsum("...rq,...kq->...rk", low, right))
+        return sharding.reshard(x, view.spec)
+
+    def overlap(self, view, old, new):
+        left, right = (jnp.einsum("...sr,...sq->...rq", b, a) for a, b in zip(old, new, strict=True))
+        return DenseChange(left, right)
+
+    def low_shape(self, view):
+        return (view.rank, view.rank)
+
+    def low_spec(self, view):
+        return sharding.whole_spec(view.spec)
+
+    def basis_bytes(self, view):
+        return count(view) * (view.shrunk + view.kept) * view.rank * jnp.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Randomized(StoredProjector):
+    """A randomized range finder: power iterations from a fresh Gaussian block, products and QR only.
+
+    `P = qr((G Gᵀ)^iterations Ω)` with Gaussian `Ω (s, r)`: the range finder of Halko, Martinsson and Tropp (2011) with
+    the sketch `G (GᵀΩ)`.
+
+    Args:
+      iterations: each sharpens the decay of the spectrum by the power two.
+    """
+
+    iterations: int = 1
+    needs: ClassVar[frozenset[str]] = frozenset({"grad", "key"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.iterations < 1:
+            raise ValueError(f"randomized: iterations={self.iterations} must be at least 1")
+
+    def refresh(self, view, basis, evidence):
+        moved = normal(evidence.key, (view.shrunk, view.rank))
+        for _ in range(self.iterations):
+            moved = linalg.power_step(evidence.grad, moved)
+        return linalg.canonical_signs(moved).astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Power(StoredProjector):
+    """Block power iteration, warm from the last basis: `P <- qr(B Bᵀ P)`.
+
+    `B` is the gradient, or LDAdam's mix `mix up(m̂) + (1 - mix) G` of the debiased first moment and the gradient. Signs
+    follow the warm start, so that moments kept across a refresh stay aligned.
+
+    Args:
+      iterations: power steps at a refresh.
+      first: the first refresh: "svd" takes singular vectors (LDAdam); "range" iterates from the structured random
+        basis that `init` makes, with no SVD anywhere in the program.
+      mix: LDAdam's rho, or None to use the gradient alone.
+    """
+
+    iterations: int = 1
+    first: str = "range"
+    mix: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.first not in ("svd", "range"):
+            raise ValueError(f"power: first={self.first!r} must be 'svd' or 'range'")
+        if self.iterations < 1:
+            raise ValueError(f"power: iterations={self.iterations} must be at least 1")
+
+    @property
+    def needs(self):
+        return frozenset({"grad", "step"} if self.mix is None else {"grad", "moments", "step"})
+
+    def init(self, view, keys):
+        basis = structured(keys, view.shrunk, view.rank).astype(self.dtype)
+        return sharding.reshard(basis, sharding.whole_spec(view.spec))
+
+    def refresh(self, view, basis, evidence):
+        def svd():
+            return singular_vectors(view, evidence.grad)[0]
+
+        def warm():
+            return self._iterated(basis.astype(jnp.float32), evidence)
+
+        moved = jax.lax.cond(evidence.step == 0, svd, warm) if self.first == "svd" else warm()
+        return moved.astype(self.dtype)
+
+    def _iterated(self, basis, evidence):
+        target = evidence.grad
+        if self.mix is not None:
+            momentum = jnp.einsum("...sr,...rk->...sk", basis, evidence.moments)
+            target = self.mix * momentum + (1 - self.mix) * target
+        for _ in range(self.iterations):
+            basis = linalg.power_step(target, basis)
+        return basis
+
+
+identity = Identity
+given = Given
+svd = Svd
+svd_two_sided = TwoSidedSvd
+randomized = Randomized
+power = Power

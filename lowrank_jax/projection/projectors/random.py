@@ -1,0 +1,99 @@
+"""Bases drawn at random: Gaussian (regenerated from its key), orthonormal (stored), structured (regenerated)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import linalg, sharding
+from lowrank_jax.projection.projectors.base import BasisProjector, count
+
+
+def per_matrix(function: Callable, keys: jax.Array) -> jax.Array:
+    """`function(key)` for each key of an array of keys, batch axes in front."""
+    for _ in range(keys.ndim):
+        function = jax.vmap(function)
+    return function(keys)
+
+
+def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal matrices, one for each key."""
+    return per_matrix(lambda key: jax.random.normal(key, shape, jnp.float32), keys)
+
+
+def structured(keys: jax.Array, s: int, r: int) -> jax.Array:
+    """Orthonormal matrices `(s, r)`: r random columns of a DCT with random signs on its rows, one for each key."""
+    signs = per_matrix(lambda key: jax.random.rademacher(jax.random.fold_in(key, 0), (s, 1), jnp.float32), keys)
+    indices = per_matrix(lambda key: linalg.random_rows(jax.random.fold_in(key, 1), s, r), keys)
+    return signs * linalg.dct_columns(indices, s, 3)
+
+
+KINDS = ("gaussian", "orthonormal", "structured")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Random(BasisProjector):
+    """A random basis, drawn anew at every refresh.
+
+    * "gaussian": entries `N(0, 1) / sqrt(r)`, not orthonormal (APOLLO, Flora);
+    * "orthonormal": QR of a Gaussian matrix, uniform over subspaces (GoLore, FRUGAL `random`);
+    * "structured": r random columns of a DCT with random signs on its rows, orthonormal and as cheap as `dct`.
+
+    Args:
+      kind: one of the above.
+      stored: keep `P (s, r)` as state, or regenerate it from its key (8 bytes) at every use. By default only
+        "orthonormal" is stored, since a QR costs about three times a projection.
+      dtype: of a stored basis.
+
+    >>> Random(rank=4, kind="orthonormal").kind
+    'orthonormal'
+    """
+
+    kind: str = "gaussian"
+    stored: bool | None = None
+    dtype: Any = jnp.float32
+    needs: ClassVar[frozenset[str]] = frozenset({"key"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kind not in KINDS:
+            raise ValueError(f"random: kind={self.kind!r} must be one of {KINDS}")
+        if self.stored is None:
+            object.__setattr__(self, "stored", self.kind == "orthonormal")
+
+    @property
+    def orthonormal(self):
+        return self.kind != "gaussian"
+
+    def _draw(self, view, keys):
+        s, r = view.shrunk, view.rank
+        if self.kind == "structured":
+            return structured(keys, s, r)
+        gaussian = normal(keys, (s, r))
+        return gaussian / jnp.sqrt(jnp.float32(r)) if self.kind == "gaussian" else linalg.orthonormalize(gaussian)
+
+    def init(self, view, keys):
+        if self.stored:
+            return sharding.reshard(self._draw(view, keys).astype(self.dtype), sharding.whole_spec(view.spec))
+        data = jax.random.key_data(keys)
+        return sharding.reshard(data, None if view.spec is None else (*view.spec[:-2], None))
+
+    def refresh(self, view, basis, evidence):
+        return self.init(view, evidence.key)
+
+    def columns(self, view, basis):
+        if self.stored:
+            return basis.astype(jnp.float32)
+        return self._draw(view, jax.random.wrap_key_data(basis))
+
+    def basis_bytes(self, view):
+        if not self.stored:
+            return 8 * count(view)
+        return count(view) * view.shrunk * view.rank * jnp.dtype(self.dtype).itemsize
+
+
+random = Random

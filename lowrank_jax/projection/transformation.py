@@ -1,0 +1,349 @@
+"""The one projection transformation: projector, clock, transport, inner, residual and storage joined.
+
+A step of one matrix, oriented `(batch..., s, k)` with basis `P (batch..., s, r)`:
+
+    K        = target(G)                        residual rule: the gradient, or gradient plus fed-back error
+    P, state = refresh(K) if the clock is due   projector, then transport of the moments
+    R        = PᵀK                              down
+    d, c     = inner(R)                         direction and scale, one inner state for each matrix
+    U        = combine(K, R, d, c)              residual rule: up(c d), plus or instead of the rest
+
+Whether a refresh is due is one scalar for the whole tree, tested outside any vmap. Leaves that are not projected form
+one ordinary group with an inner state of their own.
+
+NaN guard: a step counts as finite if the squares of what is kept sum to a finite number, so that no moment overflows
+either. Full matrices are read for it only at a due refresh; a normal step tests `R` (a non-finite gradient makes its
+low-rank object non-finite, unless it lies in coordinates that a `columns` basis drops), or `K` where the residual rule
+reads it anyway. If a step is not finite, every update is zero and every field of the state is what it was, except
+`skipped`; a due refresh stays due.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax import sharding
+from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.projection.clocks import Clock, Every, Staggered
+from lowrank_jax.projection.matrix_step import (
+    MatrixStep,
+    all_finite,
+    each,
+    energy,
+    layer_numbers,
+    on_own_matrices,
+    select,
+)
+from lowrank_jax.projection.projectors.base import Projector
+from lowrank_jax.projection.residuals import Discard, Residual
+from lowrank_jax.projection.state import FORMAT_VERSION, MatrixState, ProjectionState
+from lowrank_jax.projection.transports import Keep
+from lowrank_jax.resolution import Report, Views, check_side, resolve
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projection:
+    """The slots of `scale_by_projection`, validated; `init` and `update` are pure functions of it.
+
+    >>> import lowrank_jax as lr
+    >>> lr.Projection(projector=lr.projectors.svd(rank=8)).clock
+    Every(when='before', period=200, phase=0, first=True)
+    """
+
+    projector: Projector
+    inner: Any = dataclasses.field(default_factory=inner_lib.Adam)
+    clock: Clock = Every(period=200)
+    transport: Any = Keep()
+    residual: Residual = Discard()
+    scale: Any = 1.0
+    side: Any = "paper"
+    tie: str = "rows"
+    views: Views = Views()
+    plain: Any = None
+    guard: bool = True
+    clip_norm: Any = None
+    seed: Any = 0
+
+    def __post_init__(self):
+        kinds = {"projector": Projector, "clock": Clock, "residual": Residual, "views": Views}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of lr.{_ROOMS[name]}")
+        if not callable(self.transport) or not hasattr(self.transport, "moves"):
+            raise ValueError(f"transport={self.transport!r} must be one of lr.transports")
+        object.__setattr__(self, "inner", inner_lib.as_inner(self.inner))
+        object.__setattr__(self, "plain", self.inner if self.plain is None else inner_lib.as_inner(self.plain))
+        check_side(self.side, self.tie)
+        if isinstance(self.clip_norm, (int, float)) and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be positive, or None for no clipping")
+        no_first = isinstance(self.clock, Every) and not self.clock.first
+        if no_first and "grad" in self.projector.needs:
+            raise ValueError(
+                f"clock: first=False leaves {type(self.projector).__name__} without a basis from data until the first "
+                "due step; use first=True, or a random or given projector"
+            )
+
+    def report(self, params: Any, shardings: Any = None) -> Report:
+        """What is projected, at which rank, and what is not and why."""
+        return resolve(
+            params, self.views, rank=self.projector.rank_for, side=self.side, tie=self.tie, shardings=shardings
+        )
+
+    def init(self, params: Any) -> ProjectionState:
+        with sharding.mesh_of(params):
+            return sharding.settled(self._init(params))
+
+    def _init(self, params: Any) -> ProjectionState:
+        report = self.report(params)
+        leaves, treedef = jax.tree.flatten(params)
+        views = _views_of(report)
+        step = jnp.zeros((), jnp.int32)
+        matrices = [optax.MaskedNode() if view is None else self._init_matrix(view) for view in views]
+        for view, matrix in zip(views, matrices, strict=True):
+            if view is not None:
+                self._check_inner(matrix)
+        plain = _only_plain(treedef, leaves, views)
+        return ProjectionState(
+            format_version=jnp.asarray(FORMAT_VERSION, jnp.int32),
+            step=step,
+            skipped=jnp.zeros((), jnp.int32),
+            matrices=jax.tree.unflatten(treedef, matrices),
+            plain=self.plain.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), plain)),
+        )
+
+    def _check_inner(self, matrix: MatrixState) -> None:
+        axes = len(matrix.view.batch)
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), matrix.inner)
+        self.transport.check(self.inner, state)
+        self.residual.check(self.inner, state, matrix.view, self.projector.low_shape(matrix.view))
+        if "moments" in self.projector.needs:
+            inner_lib.first_moment(self.inner, state)
+
+    def fresh_inner(self, view: ResolvedView) -> Any:
+        low = sharding.zeros((*view.batch, *self.projector.low_shape(view)), jnp.float32, self.projector.low_spec(view))
+        return each(self.inner.init, view.batch)(low)
+
+    def _init_matrix(self, view: ResolvedView) -> MatrixState:
+        def rest(config, view, trees):
+            return config.fresh_inner(view), config.residual.init(view)
+
+        layers = layer_numbers(view)
+        basis = self.projector.init(view, self.keys(view, jnp.zeros((), jnp.int32), layers))
+        inner, residual = on_own_matrices(rest, self, view, {"layers": layers})
+        return MatrixState(basis, inner, residual, view.structure())
+
+    def phase(self, view: ResolvedView) -> int:
+        """A number of the leaf alone, the same in every process: the CRC32 of its path."""
+        return zlib.crc32(view.path.encode())
+
+    def keys(self, view: ResolvedView, step: jax.Array, layers: jax.Array) -> jax.Array:
+        """One key for each matrix of a leaf, from the seed, the CRC32 of the path, the step and the layer's number."""
+        key = jax.random.fold_in(jax.random.key(jnp.asarray(self.seed, jnp.int32)), self.phase(view))
+        key = jax.random.fold_in(key, step)
+        return each(lambda layer: jax.random.fold_in(key, layer), view.batch)(layers)
+
+    def update(self, updates: Any, state: ProjectionState, params: Any = None, **extra: Any):
+        with sharding.mesh_of((updates, params)):
+            return self._update(updates, state, params, extra)
+
+    def _update(self, updates: Any, state: ProjectionState, params: Any, extra: dict[str, Any]):
+        leaves, treedef = jax.tree.flatten(updates)
+        views = _views_of(self.report(updates if params is None else params))
+        references = leaves if params is None else jax.tree.leaves(params)
+        matrices = _leaves_of(state.matrices, views)
+        _check_structure(views, matrices)
+        projected = [(i, view) for i, view in enumerate(views) if view is not None]
+        plain = _only_plain(treedef, leaves, views)
+
+        steps = []
+        for i, view in projected:
+            param = view.orient(references[i]) if self.reads_params else None
+            steps.append(MatrixStep(self, view, matrices[i], view.orient(leaves[i]), param))
+        plain_grads = jax.tree.leaves(plain)
+        due, whole = self._due(state.step, leaves)
+        if self.clock.when == "before":
+            for step in steps:
+                step.refresh(due, state.step)
+        for step in steps:
+            step.project()
+        kept = [step.kept for step in steps] + plain_grads
+        ok = None if not self.guard else all_finite(kept) & (True if whole is None else whole)
+        factor = None if self.clip_norm is None else self._clip_factor(kept)
+        outputs = list(leaves)
+        for (i, view), step in zip(projected, steps, strict=True):
+            update = view.restore(step.finish(factor, ok, extra)).astype(references[i].dtype)
+            outputs[i] = sharding.reshard(update, sharding.explicit_spec(leaves[i]))
+            if self.clock.when == "after":
+                step.refresh(due if ok is None else ok & due, state.step)
+            matrices[i] = step.state()
+        plain_params = _only_plain(treedef, references, views) if params is not None else None
+        plain_updates, plain_state = self._update_plain(plain, state.plain, plain_params, factor, ok, extra)
+        for i, value in zip([i for i, v in enumerate(views) if v is None], plain_updates, strict=True):
+            outputs[i] = value.astype(references[i].dtype)
+        accepted = jnp.asarray(1 if ok is None else ok, jnp.int32)
+        return jax.tree.unflatten(treedef, outputs), state._replace(
+            step=state.step + accepted,
+            skipped=state.skipped + 1 - accepted,
+            matrices=_replace_leaves(state.matrices, matrices),
+            plain=plain_state,
+        )
+
+    @property
+    def reads_params(self) -> bool:
+        return getattr(self.inner, "params", False) or "param" in self.projector.needs
+
+    def _due(self, step: jax.Array, grads: list[jax.Array]) -> tuple[Any, Any]:
+        """The clock's scalar, and whether the gradients at a due refresh are finite (None where that is not tested).
+
+        A Python bool means that the answer does not depend on the step.
+        """
+        if not self.projector.moves:
+            return False, None
+        due = True if isinstance(self.clock, Staggered) else self.clock.due(step)
+        if not self.guard or self.clock.when == "after":
+            return due, None
+        if due is True:
+            whole = all_finite(grads)
+            return whole, whole
+        whole = jax.lax.cond(due, lambda: all_finite(grads), lambda: jnp.asarray(True))
+        return due & whole, whole
+
+    def _clip_factor(self, kept: list[jax.Array]) -> jax.Array:
+        """`min(1, clip_norm / |kept|)`, over what is kept of projected leaves and over plain ones alike."""
+        norm = jnp.sqrt(sum((energy(x) for x in kept), jnp.zeros(())))
+        return jnp.minimum(1.0, self.clip_norm / jnp.maximum(norm, 1e-30))
+
+    def _update_plain(self, grads, state, params, factor, ok, extra):
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) if factor is None else g * factor, grads)
+        params = params if getattr(self.plain, "params", False) else None
+        direction, scale, new = self.plain.update(grads, state, params, **extra)
+        updates = [jnp.asarray(scale * x) for x in jax.tree.leaves(direction)]
+        if ok is None:
+            return updates, new
+        return [jnp.where(ok, x, 0) for x in updates], select(ok, new, state)
+
+
+_ROOMS = {"projector": "projectors", "clock": "clocks", "residual": "residuals", "views": "Views"}
+
+
+def _views_of(report: Report) -> list[ResolvedView | None]:
+    return [leaf.view for leaf in report.leaves]
+
+
+def _leaves_of(matrices: Any, views: list[ResolvedView | None]) -> list[Any]:
+    """The `MatrixState` of each leaf, or None."""
+    nodes = jax.tree.leaves(matrices, is_leaf=lambda x: isinstance(x, MatrixState))
+    found = {node.view.path: node for node in nodes if isinstance(node, MatrixState)}
+    return [None if view is None else found.get(view.path) for view in views]
+
+
+def _check_structure(views: list[ResolvedView | None], matrices: list[Any]) -> None:
+    for view, matrix in zip(views, matrices, strict=True):
+        if view is not None and (matrix is None or matrix.view != view.structure()):
+            raise ValueError(
+                f"leaf {view.path!r}: the state was made for {None if matrix is None else matrix.view}, the update "
+                f"resolves to {view.structure()}; give update the tree, views, rank and sides that init saw"
+            )
+
+
+def _replace_leaves(tree: Any, matrices: list[Any]) -> Any:
+    """`tree` with its `MatrixState` nodes replaced, by path."""
+    found = {node.view.path: node for node in matrices if node is not None}
+    is_state = lambda x: isinstance(x, MatrixState)  # noqa: E731
+    return jax.tree.map(lambda node: found[node.view.path] if is_state(node) else node, tree, is_leaf=is_state)
+
+
+def _only_plain(treedef: Any, leaves: list[Any], views: list[ResolvedView | None]) -> Any:
+    return jax.tree.unflatten(
+        treedef, [leaf if v is None else optax.MaskedNode() for leaf, v in zip(leaves, views, strict=True)]
+    )
+
+
+class ProjectionTransformation(optax.GradientTransformationExtraArgs):
+    """An optax transformation that remembers the `Projection` it was made from."""
+
+    projection: Projection
+
+
+def scale_by_projection(projector: Projector, **slots: Any) -> ProjectionTransformation:
+    """Runs an inner optimizer in a low-rank subspace of each matrix: the one projection transformation.
+
+    Returns the positive direction, as optax's `scale_by_*` do; chain a learning rate after it.
+
+    Args:
+      projector: which subspace, one of `lr.projectors`.
+      inner: what runs inside, `lr.inner.adam(...)` (default) or any optax transformation.
+      clock: when the basis moves, one of `lr.clocks` (default `every(period=200)`).
+      transport: what becomes of the moments, one of `lr.transports` (default `keep()`).
+      residual: what becomes of the rest of the gradient, one of `lr.residuals` (default `discard()`).
+      scale: factor on the step inside the subspace (GaLore's alpha); a residual rule has its own.
+      side, tie: which dimension is shrunk, and which of a square; see `lr.resolve`.
+      views: which leaves are matrices, `lr.Views(...)`.
+      plain: the inner transformation of leaves that are not projected (default: `inner`).
+      guard: skip, and count, steps whose gradients are not finite or so large that their square overflows.
+      clip_norm: clip the global norm of what is kept: low-rank gradients (full ones where the residual rule reads
+        them) and plain gradients alike.
+      seed: of random bases and sketches.
+
+    Raises:
+      ValueError: for slots that do not fit together, rules that match nothing, ranks that exceed a dimension; all at
+        construction or `init`, naming field, value and remedy.
+
+    >>> import jax.numpy as jnp, optax
+    >>> import lowrank_jax as lr
+    >>> tx = optax.chain(lr.scale_by_projection(lr.projectors.dct(rank=2)), optax.scale_by_learning_rate(1e-2))
+    >>> params = {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update(params, state, params)
+    >>> state[0].matrices["dense"]["kernel"]
+    MatrixState('dense/kernel', rank=2, shrinks=rows, basis=[(2,)], 108 bytes)
+    """
+    slots |= slots.pop("slots", {})  # optax.inject_hyperparams hands `**slots` on as one keyword
+    return transformation_of(Projection(projector=projector, **slots))
+
+
+def transformation_of(projection: Projection) -> ProjectionTransformation:
+    """The optax form of a `Projection`."""
+    transformation = ProjectionTransformation(projection.init, projection.update)
+    transformation.projection = projection
+    return transformation
+
+
+def explain(transformation: Any, params: Any) -> Report:
+    """What a projection optimizer does with each leaf, as a printable report.
+
+    >>> import jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> print(lr.explain(lr.galore(1e-2, rank=4), {"dense": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}}))
+    leaf          shape    matrices  rank  shrinks  note
+    dense/bias    (16,)    -         -     -        not named kernel (1-D)
+    dense/kernel  (8, 16)  8x16      4     rows     default
+    1 of 2 leaves projected: 128 of 144 parameters (88.9 %)
+
+    Raises:
+      TypeError: for a transformation that was not made by this library (an optax chain hides what is inside it).
+    """
+    return projection_of(transformation).report(params)
+
+
+def projection_of(transformation: Any) -> Projection:
+    """The `Projection` behind a transformation of this library; TypeError for any other.
+
+    >>> import lowrank_jax as lr
+    >>> lr.projection_of(lr.galore(1e-2, rank=8)).scale
+    0.25
+    """
+    projection = getattr(transformation, "projection", None)
+    if projection is None:
+        raise TypeError(
+            f"{type(transformation).__name__} was not made by lowrank_jax. Nothing can look inside optax.chain or "
+            "inject_hyperparams: pass the transformation itself, lr.galore(...) or lr.scale_by_projection(...)"
+        )
+    return projection

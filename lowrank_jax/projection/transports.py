@@ -1,0 +1,169 @@
+"""What becomes of the moments when the basis moves.
+
+A transport maps an inner state from the old basis to the new one. `change` is the overlap `C = P_newᵀ P_old`, as a
+dense matrix or as an index map, with `apply(low) = C low` and `apply_squared(low) = (C∘C) low`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.projection import inner as inner_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseChange:
+    """Overlap of two bases as a matrix `C (batch..., r, r)`; two-sided bases have a second one on the right."""
+
+    left: jax.Array
+    right: jax.Array | None = None
+
+    def apply(self, low: jax.Array) -> jax.Array:
+        low = jnp.einsum("...ij,...jk->...ik", self.left, low)
+        return low if self.right is None else jnp.einsum("...ik,...lk->...il", low, self.right)
+
+    def apply_squared(self, low: jax.Array) -> jax.Array:
+        right = None if self.right is None else jnp.square(self.right)
+        return DenseChange(jnp.square(self.left), right).apply(low)
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexChange:
+    """Overlap of two sets of indices: slot j takes the old slot `source[j]`, or zero where `found[j]` is False."""
+
+    source: jax.Array
+    found: jax.Array
+
+    @classmethod
+    def between(cls, old: jax.Array, new: jax.Array) -> IndexChange:
+        """From sorted indices `(batch..., r)`."""
+        same = new[..., :, None] == old[..., None, :]
+        return cls(jnp.argmax(same, axis=-1), jnp.any(same, axis=-1))
+
+    def apply(self, low: jax.Array) -> jax.Array:
+        return jnp.where(self.found[..., None], jnp.take_along_axis(low, self.source[..., None], axis=-2), 0)
+
+    apply_squared = apply
+
+
+@dataclasses.dataclass(frozen=True)
+class SameBasis:
+    """The overlap of a basis that cannot move."""
+
+    def apply(self, low: jax.Array) -> jax.Array:
+        return low
+
+    apply_squared = apply
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Moments stay as they are, in slots that now mean other directions (GaLore, Fira, APOLLO)."""
+
+    moves = False
+
+    def check(self, inner: Any, state: Any) -> None:
+        """Any inner state will do."""
+
+    def __call__(self, inner, state, fresh, change):
+        return state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reset:
+    """Moments start again from `inner.init` (FRUGAL).
+
+    Args:
+      count: whether counts start again too, so that bias correction restarts. With False only registered moments are
+        zeroed.
+    """
+
+    count: bool = True
+    moves = True
+
+    def check(self, inner, state):
+        if not self.count:
+            _check_registered("reset(count=False)", inner, state)
+
+    def __call__(self, inner, state, fresh, change):
+        if self.count:
+            return fresh
+        return inner_lib.map_moments(inner, state, lambda moment, value: jnp.zeros_like(value))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotate:
+    """First moments by `C m`, second ones by `|C v|` (DCT-AdamW). On index bases a slot keeps its moments if its index
+    survives, and a new index starts at zero."""
+
+    moves = True
+
+    def check(self, inner, state):
+        _check_registered("rotate", inner, state)
+
+    def __call__(self, inner, state, fresh, change):
+        def rotate(moment, value):
+            rotated = change.apply(value.astype(jnp.float32))
+            return rotated if moment.kind == "first" else jnp.abs(rotated)
+
+        return inner_lib.map_moments(inner, state, rotate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LDAdam:
+    """LDAdam's rule: the second moment is rotated as the variance of a rotated random variable.
+
+    With `t` steps seen, `m̂ = m / (1 - b1^t)` and `v̂ = v / (1 - b2^t)`,
+    `v <- (1 - b2^t) |(C∘C)(v̂ - m̂²) + (C m̂)²|`, then `m <- C m`.
+    """
+
+    moves = True
+
+    def check(self, inner, state):
+        _check_registered("ldadam", inner, state)
+        inner_lib.first_moment(inner, state)
+        seconds = [moment for moment in inner_lib.moments(inner, state) if moment.kind == "second"]
+        if len(seconds) != 1 or seconds[0].decay is None or seconds[0].count is None:
+            raise ValueError(
+                f"transport ldadam needs one second moment with a known decay and count; {type(inner).__name__} has "
+                f"{len(seconds)}: use lr.inner.adam"
+            )
+
+    def __call__(self, inner, state, fresh, change):
+        first, m = inner_lib.first_moment(inner, state)
+        m = m.astype(jnp.float32)
+
+        def move(moment, value):
+            if moment.kind == "first":
+                return change.apply(m)
+            seen = moment.count[..., None, None]
+            t = jnp.maximum(seen, 1)
+            mean = m / inner_lib.debias(first.decay, t)
+            correction = inner_lib.debias(moment.decay, t)
+            variance = value.astype(jnp.float32) / correction - jnp.square(mean)
+            second = correction * jnp.abs(change.apply_squared(variance) + jnp.square(change.apply(mean)))
+            return jnp.where(seen > 0, second, value)
+
+        return inner_lib.map_moments(inner, state, move)
+
+
+def _check_registered(name: str, inner: Any, state: Any) -> None:
+    """ValueError if the state has a non-scalar leaf that the moments protocol does not know."""
+    known = {moment.path: moment.kind for moment in inner_lib.moments(inner, state)}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        kind = known.get(tuple(path))
+        if leaf.ndim and kind in (None, "factored", "other"):
+            raise ValueError(
+                f"transport {name} does not know how to move {jax.tree_util.keystr(path)} ({kind or 'unregistered'}) "
+                f"of {type(inner).__name__}; use transports.keep() or reset(), or lr.inner.register_moments"
+            )
+
+
+keep = Keep
+reset = Reset
+rotate = Rotate
+ldadam = LDAdam

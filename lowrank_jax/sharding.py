@@ -1,0 +1,161 @@
+"""Shardings of optimizer state that follow from the parameters' shardings, on explicit and on auto meshes.
+
+An explicit mesh carries shardings in array types: state is born with the right one, and decompositions see whole
+matrices because their input is resharded first. An auto mesh leaves them to the compiler, and `state_shardings` gives
+`jax.jit` the same answer from outside. Where other libraries say pjit, this is `jax.jit` with shardings.
+
+One rule places everything: batch axes keep their sharding, the kept dimension `k` keeps its own, the rank `r` and the
+shrunk dimension of a basis are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Spec = tuple
+
+
+def _pad(spec: Any, ndim: int) -> Spec:
+    entries = tuple(spec)
+    return entries + (None,) * (ndim - len(entries))
+
+
+def explicit_spec(x: Any) -> Spec | None:
+    """The partition entries of an array on an explicit mesh, one for each axis; None elsewhere."""
+    kind = getattr(x, "sharding", None) if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
+    if not isinstance(kind, NamedSharding) or AxisType.Explicit not in kind.mesh.axis_types:
+        return None
+    return _pad(kind.spec, len(x.shape))
+
+
+def spec_of(kind: Any, ndim: int) -> Spec:
+    """The partition entries of a sharding, one for each axis; a sharding without a spec is whole."""
+    return _pad(kind.spec, ndim) if isinstance(kind, NamedSharding) else (None,) * ndim
+
+
+def fold_spec(spec: Spec, *groups: tuple[int, ...]) -> Spec:
+    """Partition entries after folding: batch axes one by one, then each other group of axes into one.
+
+    A folded dimension is sharded as its first axis is, and whole if a later axis of the group is sharded too.
+    """
+    batch, *folded = groups
+    entries = [spec[axis] for axis in batch]
+    for group in folded:
+        entries.append(spec[group[0]] if all(spec[axis] is None for axis in group[1:]) else None)
+    return tuple(entries)
+
+
+def reshard(x: jax.Array, spec: Spec | None) -> jax.Array:
+    """`x` laid out as `spec` on an explicit mesh; `x` itself where spec is None."""
+    if spec is None or explicit_spec(x) == tuple(spec):
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*spec))
+
+
+def zeros(shape: tuple[int, ...], dtype, spec: Spec | None) -> jax.Array:
+    """Zeros born with their sharding."""
+    return jnp.zeros(shape, dtype) if spec is None else jnp.zeros(shape, dtype, out_sharding=PartitionSpec(*spec))
+
+
+def reshape(x: jax.Array, shape: tuple[int, ...], *, first: int) -> jax.Array:
+    """`x.reshape(shape)` that folds or splits axes from `first` on and keeps a sharding wherever it survives."""
+    spec = explicit_spec(x)
+    if spec is None or all(entry is None for entry in spec):
+        return x.reshape(shape)
+    target = list(spec[:first])
+    source = list(spec[:first])
+    i = j = first
+    while i < x.ndim and j < len(shape):
+        left, right, a, b = x.shape[i], shape[j], i, j
+        while left != right:
+            if left < right:
+                i += 1
+                left *= x.shape[i]
+            else:
+                j += 1
+                right *= shape[j]
+        survives = all(entry is None for entry in spec[a + 1 : i + 1]) and (a == i or _divides(spec[a], x.shape[a]))
+        entry = spec[a] if survives and _divides(spec[a], shape[b]) else None
+        source += [entry] + [None] * (i - a)
+        target += [entry] + [None] * (j - b)
+        i, j = i + 1, j + 1
+    return jax.lax.reshape(reshard(x, tuple(source)), shape, out_sharding=PartitionSpec(*target))
+
+
+def _names(entry) -> tuple[str, ...]:
+    return () if entry is None else (entry if isinstance(entry, tuple) else (entry,))
+
+
+def _divides(entry, size: int) -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    count = 1
+    for name in _names(entry):
+        count *= mesh.shape[name]
+    return size % count == 0
+
+
+def mesh_of(tree: Any) -> contextlib.AbstractContextManager:
+    """A context in which PartitionSpecs mean the explicit mesh of the tree's leaves, as inside `jax.set_mesh`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        for x in jax.tree.leaves(tree):
+            if hasattr(x, "shape") and explicit_spec(x) is not None:
+                mesh = jax.typeof(x).sharding.mesh if isinstance(x, jax.core.Tracer) else x.sharding.mesh
+                abstract = isinstance(mesh, jax.sharding.AbstractMesh)
+                return jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh)
+    return contextlib.nullcontext()
+
+
+def settled(tree: Any) -> Any:
+    """`tree` with the leaves that are on no explicit mesh replicated over the current one, if that is explicit."""
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return tree
+    return jax.tree.map(lambda x: reshard(x, (None,) * x.ndim) if explicit_spec(x) is None else x, tree)
+
+
+def batch_axes(spec: Spec | None, axes: int) -> frozenset[str]:
+    """Names of the mesh axes over which the first `axes` axes are sharded."""
+    entries = () if spec is None else spec[:axes]
+    return frozenset(name for entry in entries for name in _names(entry))
+
+
+def over_batch(function: Callable, spec: Spec, axes: int) -> Callable:
+    """`function(trees, shared)` on each device's own matrices: a `shard_map` over the mesh axes of the batch axes.
+
+    Every leaf of `trees` and of the result has the batch axes in front; `shared` holds unsharded arrays. Explicit
+    meshes need it for what cannot be batched over a sharded axis: vmap of mixed shardings, QR, Cholesky, slices.
+    """
+    batch = PartitionSpec(*spec[:axes])
+
+    def place(x):
+        own = explicit_spec(x) or (None,) * x.ndim
+        return reshard(x, (*spec[:axes], *own[axes:]))
+
+    def run(trees, shared):
+        names = set(batch_axes(spec, axes))
+        mapped = jax.shard_map(function, in_specs=(batch, PartitionSpec()), out_specs=batch, axis_names=names)
+        return mapped(jax.tree.map(place, trees), shared)
+
+    return run
+
+
+def like(x: jax.Array, old: jax.Array) -> jax.Array:
+    """`x` in the dtype of `old`, and on an explicit mesh in its type: its sharding, and varying where `old` varies."""
+    x = reshard(x.astype(old.dtype), explicit_spec(old))
+    manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    return jnp.where(True, x, old) if manual else x  # the same numbers, varying over the mesh axes that old varies over
+
+
+def low_spec(spec: Spec | None) -> Spec | None:
+    """Entries of a low-rank object `(batch..., r, k)` from those of its oriented matrix `(batch..., s, k)`."""
+    return None if spec is None else (*spec[:-2], None, spec[-1])
+
+
+def whole_spec(spec: Spec | None) -> Spec | None:
+    """Entries of an object whose last two axes are whole, such as a basis or the input of a decomposition."""
+    return None if spec is None else (*spec[:-2], None, None)

@@ -1,0 +1,251 @@
+"""The report: what stands in the page, and what it does with runs that are not whole."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import figures, report
+from experiments.runs import RunError, read_run, read_runs
+
+
+def make_run(
+    folder, *, optimizer="galore", final=1.7, steps=1000, step_seconds=0.08, seed=0, finished=True, ledger=True
+):
+    """A run folder as the trainer writes it, with a plausible loss curve."""
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    config = {
+        "name": folder.name,
+        "model": {"preset": "nano", "width": 128},
+        "optimizer": {"name": optimizer, "learning_rate": 0.01, "rank": None if optimizer == "adamw" else 32},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    lines, seconds = [], 0.0
+
+    def curve(step):
+        return final + 3.85 * (1 + step / 18) ** -0.75 - 3.85 * (1 + 1000 / 18) ** -0.75
+
+    for step in range(1, steps + 1):
+        took = step_seconds * (1 + 0.06 * random.normal()) * (6 if optimizer == "galore" and step % 200 == 0 else 1)
+        took = 3.1 if step == 1 else took
+        seconds += took
+        row = {
+            "kind": "train",
+            "step": step,
+            "loss": curve(step) + 0.05 * random.normal(),
+            "tokens": step * 4096,
+            "seconds": seconds,
+            "step_seconds": took,
+            "tokens_per_second": 4096 / took,
+            "learning_rate": 0.01,
+            "grad_norm": 1.0,
+            "mfu": 0.2,
+            "skipped": 0,
+        }
+        lines.append(row)
+        if step % 100 == 0:
+            value = curve(step) + 0.02
+            lines.append(
+                {
+                    "kind": "eval",
+                    "step": step,
+                    "loss": value,
+                    "perplexity": float(np.exp(value)),
+                    "script_perplexity": 5.0,
+                    "tokens": 100_000,
+                    "seconds": seconds,
+                }
+            )
+    lines.insert(0, {"kind": "note", "step": 0, "text": "started"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if ledger:
+        state = {"adamw": 7.4, "galore": 3.1}.get(optimizer, 2.6)
+        rows = [
+            ("parameters", 3.7, 3.7),
+            ("optimizer state", state, state),
+            ("gradients", 3.7, None),
+            ("activations", 9.1, None),
+            ("temporaries", None, 6.2),
+        ]
+        size = {"bytes_formula": 1, "bytes_measured": 2}
+        table = [
+            {"component": row[0]} | {k: None if row[i] is None else int(row[i] * 2**20) for k, i in size.items()}
+            for row in rows
+        ]
+        (folder / "ledger.json").write_text(json.dumps(table))
+    if finished:
+        value = curve(steps) + 0.02
+        summary = {
+            "status": "finished",
+            "name": folder.name,
+            "optimizer": optimizer,
+            "preset": "nano",
+            "parameters": 918_912,
+            "steps": steps,
+            "tokens": steps * 4096,
+            "validation_loss": value,
+            "perplexity": float(np.exp(value)),
+            "trigram_loss": 2.1432,
+            "state_bytes": 3_250_000,
+            "median_step_seconds": step_seconds,
+            "total_seconds": seconds,
+            "versions": {"jax": "0.10.2"},
+            "sample": "def <main>():\n    return self & other",
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    base = tmp_path_factory.mktemp("runs")
+    return [
+        make_run(base / "adamw", optimizer="adamw", final=1.62, step_seconds=0.071, seed=1),
+        make_run(base / "galore", optimizer="galore", final=1.74, step_seconds=0.084, seed=2),
+        make_run(base / "dct_adamw", optimizer="dct_adamw", final=1.69, step_seconds=0.078, seed=3),
+        make_run(base / "frugal", optimizer="frugal", final=1.66, steps=520, finished=False, ledger=False, seed=4),
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    path = report.write(runs, tmp_path_factory.mktemp("page") / "new" / "report.html")
+    return path, path.read_text()
+
+
+def test_page_is_self_contained(page):
+    path, text = page
+    assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,)', text)
+    assert "<script" not in text
+    assert "http" not in text.replace("base64", "")[:500]
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "report.html",
+        "report_loss.png",
+        "report_memory.png",
+        "report_step_time.png",
+    ]
+    assert text.count("data:image/png;base64,") == 3
+
+
+def test_headline_holds_the_summary_and_marks_the_best(page):
+    _, text = page
+    rows = re.findall(r"<tr>(.*?)</tr>", text.split("<h2>")[0])[1:]
+    cells = [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)] for row in rows]
+    assert [cell[0] for cell in cells] == ["adamw", "galore", "dct_adamw", "frugal unfinished, step 520"]
+    assert cells[0][1:9] == ["adamw", "0.92 M", "4.10 M", "1.6400", "5.155", "2.1432", "3.10 MiB", "71 ms"]
+    assert cells[3][2] == cells[3][6] == "-"
+    assert float(cells[3][4]) == pytest.approx(read_run_loss(500), abs=1e-4)
+    assert re.findall(r"<span class=best>(.*?)<", text) == ["1.6400"]
+
+
+def read_run_loss(step, final=1.66):
+    return final + 3.85 * (1 + step / 18) ** -0.75 - 3.85 * (1 + 1000 / 18) ** -0.75 + 0.02
+
+
+def test_configuration_shows_only_what_differs(page):
+    _, text = page
+    table = text.split("<h2>Configuration</h2>")[1].split("</table>")[0]
+    assert "optimizer.name" in table
+    assert "optimizer.rank" in table
+    assert "learning_rate" not in table
+    assert "model.width" not in table
+
+
+def test_sampled_text_is_escaped(page):
+    assert "def &lt;main&gt;():\n    return self &amp; other" in page[1]
+
+
+def test_missing_ledger_is_named(page):
+    assert "No ledger.json: frugal." in page[1]
+
+
+def test_broken_last_line_and_repeated_steps(tmp_path):
+    folder = make_run(tmp_path / "resumed", steps=20, finished=False)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "train", "step": 20, "loss": 0.5, "seconds": 9.0, "step_seconds": 0.1}) + "\n")
+        file.write('{"kind": "train", "st')
+    run = read_run(folder)
+    assert [row["step"] for row in run.train] == list(range(1, 21))
+    assert run.train[-1]["loss"] == 0.5
+    assert len(run.step_seconds) == 19
+    assert not run.finished
+    assert report.write([folder], tmp_path / "folder") == tmp_path / "folder" / "report.html"
+
+
+def test_run_that_recorded_nothing(tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("")
+    text = report.write([folder], tmp_path / "empty.html").read_text()
+    assert "No run has recorded a step yet" in text
+    assert "data:image" not in text
+
+
+def test_loss_that_is_not_finite_leaves_a_gap(tmp_path):
+    folder = make_run(tmp_path / "diverged", steps=60, finished=False)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(re.sub(r'("step": [345]\d, "loss": )[\d.]+', r"\1null", text))
+    run = read_run(folder)
+    assert run.train[-1]["loss"] is not None
+    assert run.train[-5]["loss"] is None
+    report.write([folder], tmp_path / "diverged.html")
+
+
+def test_names_tell_runs_of_the_same_folder_name_apart(tmp_path):
+    folders = [make_run(tmp_path / group / "seed0", steps=3) for group in ("a", "b")]
+    assert [run.name for run in read_runs([*folders, folders[0]])] == ["a/seed0", "b/seed0"]
+
+
+def test_errors_name_the_folder_and_the_remedy(tmp_path):
+    with pytest.raises(RunError, match="no run folders"):
+        report.write([], tmp_path / "x.html")
+    with pytest.raises(RunError, match="absent does not exist: give the folder that"):
+        report.write([tmp_path / "absent"], tmp_path / "x.html")
+    with pytest.raises(RunError, match=r"has no metrics\.jsonl"):
+        report.write([tmp_path], tmp_path / "x.html")
+    folder = make_run(tmp_path / "damaged", steps=3)
+    (folder / "metrics.jsonl").write_text('{"kind": "train"\n')
+    with pytest.raises(RunError, match="is damaged"):
+        report.write([folder], tmp_path / "x.html")
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(RunError, match="is not JSON"):
+        report.write([folder], tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_smoothing_against_a_direct_mean():
+    values = np.random.default_rng(0).normal(size=50)
+    values[[3, 4, 20]] = np.nan
+    for window in (1, 2, 7, 100):
+        half = window // 2
+        direct = [np.nanmean(values[max(0, i - half) : i + half + 1]) if window > 1 else values[i] for i in range(50)]
+        np.testing.assert_allclose(figures.smoothed(values, window), direct)
+
+
+def test_memory_bars_are_as_long_as_the_ledger(runs):
+    loaded = read_runs(runs)
+    axes = figures.memory(loaded).axes[0]
+    ends = {}
+    for bar in axes.patches:
+        place = round(bar.get_y() + bar.get_height() / 2)
+        ends[place] = max(ends.get(place, 0.0), bar.get_x() + bar.get_width())
+    expected = [3.7 + state + 3.7 + 9.1 + 6.2 for state in (7.4, 3.1, 2.6)]
+    np.testing.assert_allclose([ends[place] for place in range(3)], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_command_line(runs, tmp_path):
+    command = [sys.executable, "-m", "experiments.report"]
+    done = subprocess.run(
+        [*command, *map(str, runs), "--output", str(tmp_path / "r.html")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "r.html").stat().st_size > 50_000
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("report: no run folders")

@@ -1,0 +1,247 @@
+"""The table of methods: every value of every slot of the projection transformation is in at least one row.
+
+Every row is tested by every law. A row's program is compiled once: a `lax.scan` over steps whose body is a `lax.cond`,
+with parameters and state donated, so that it alone is evidence for scan, cond, donation and stable shapes. "Eager" is
+`jax.disable_jit`, in which conditions are Python's.
+"""
+
+import dataclasses
+import functools
+import re
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_jax as lr
+
+STEPS = 6
+VIEWS = lr.Views(stacked=("stack/.*",))
+SHAPES = {"dense": {"bias": (12,), "kernel": (8, 12)}, "stack": {"kernel": (3, 8, 8)}}
+BASIS = np.linalg.qr(np.random.default_rng(5).normal(size=(8, 4)))[0].astype(np.float32)
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Method:
+    """One row.
+
+    Attributes:
+      factory, options: the call that makes the transformation.
+      due: the steps below STEPS at which the basis moves.
+      seeded: its basis depends on keys, and so on the path of a leaf and its place in a stack.
+      fast: it also runs in the fast tier.
+      tolerance: between two programs; larger where state is rounded to bfloat16.
+    """
+
+    name: str
+    factory: Callable
+    options: dict[str, Any]
+    due: tuple[int, ...] = (0, 2, 4)
+    seeded: bool = False
+    fast: bool = False
+    tolerance: float = 1e-4
+
+    @property
+    def named(self) -> bool:
+        return self.factory is not lr.scale_by_projection
+
+    def build(self, **overrides):
+        options = {"views": VIEWS} | self.options | overrides
+        return self.factory(options.pop("learning_rate"), **options) if self.named else self.factory(**options)
+
+
+def _named(factory, name, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, **options):
+    return Method(name=name, factory=factory, options={"learning_rate": 0.1, "weight_decay": 0.1} | options, due=due,
+                  seeded=seeded, fast=fast, tolerance=tolerance)  # fmt: skip
+
+
+def _custom(name, projector, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, **options):
+    clock = {"clock": lr.clocks.every(period=2)}
+    return Method(name=name, factory=lr.scale_by_projection, options={"projector": projector} | clock | options,
+                  due=due, seeded=seeded, fast=fast, tolerance=tolerance)  # fmt: skip
+
+
+P, C, T, R = lr.projectors, lr.clocks, lr.transports, lr.residuals
+ALL = tuple(range(STEPS))
+_galore = functools.partial(_named, lr.galore, refresh_every=2)
+_frugal = functools.partial(_named, lr.frugal, refresh_every=2)
+_apollo = functools.partial(_named, lr.apollo, refresh_every=2, seeded=True)
+_low_bits = lr.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16)
+_decayed_trace = lr.inner.from_optax(optax.trace(0.9), decay=(("first", 0.9),))
+_factored = lr.inner.from_optax(optax.scale_by_factored_rms(), params=True)
+
+METHODS = (
+    _galore("galore", rank=4, fast=True),
+    _galore("galore-reverse_std", rank=4, proj_type="reverse_std"),
+    _galore("galore-left", rank=0.5, proj_type="left"),
+    _galore("galore-right", rank=(("dense/.*", 2), (".*", 0.5)), proj_type="right"),
+    _galore("galore-full", rank=4, proj_type="full", eps=1e-2),  # R is diagonal: a small eps amplifies rounding
+    _galore("galore-full-rotate", rank=4, proj_type="full", eps=1e-2, transport=T.rotate()),
+    _galore("galore-power", projector=P.power(rank=4, iterations=2), seeded=True),
+    _galore("galore-randomized", projector=P.randomized(rank=4), seeded=True),
+    _galore("galore-dct", projector=P.dct(rank=4)),
+    _galore("galore-svd-bf16", projector=P.svd(rank=4, dtype=jnp.bfloat16), inner=_low_bits, tolerance=2e-3),
+    _named(lr.dct_adamw, "dct_adamw", rank=4, due=ALL),
+    _named(lr.dct_adamw, "dct_adamw-dct2", rank=4, kind=2, norm="l2", refresh_every=3, due=(0, 2, 5)),
+    _named(lr.dct_adamw, "dct_adamw-ef", rank=4, error_feedback=True, refresh_every=3, due=(0, 2, 5)),
+    _named(lr.dct_adamw, "dct_adamw-keep", rank=4, rotate=False, refresh_every=2, due=(0, 1, 3, 5)),
+    _frugal("frugal"),
+    _frugal("frugal-columns", rank=0.5, projection="columns", seeded=True, fast=True),
+    _frugal("frugal-random", rank=4, projection="random", rule="discard", seeded=True),
+    _frugal("frugal-rho0", rank=0, due=()),
+    _frugal("frugal-rho0-sgd", rank=0, rule="sgd", inactive_scale=0.5, due=()),
+    _frugal("frugal-sgd", rule="sgd", inactive_scale=0.5, reset=False),
+    _frugal("frugal-sgdm", inner=optax.trace(0.9), active_scale=0.5),
+    _named(lr.ldadam, "ldadam", rank=4, due=ALL, fast=True),
+    _named(lr.ldadam, "ldadam-no-ef", rank=4, error_feedback=False, first="range", due=ALL, seeded=True),
+    _apollo("apollo", rank=4),
+    _apollo("apollo-tensor", projector=P.svd(rank=4), axis="tensor", limiter=None),
+    _named(lr.apollo_mini, "apollo_mini", refresh_every=2, seeded=True),
+    _custom("columns-l2", P.columns(rank=4, select="l2"), transport=T.reset(count=False)),
+    _custom("columns-l1-rotate", P.columns(rank=4, select="l1"), transport=T.rotate(), residual=R.sign(scale=0.1)),
+    _custom("columns-given", P.columns(select=(1, 2, 5, 9)), due=(), inner=optax.scale_by_rms()),
+    _custom("hadamard-lion", P.hadamard(rank=4), inner=optax.scale_by_lion(), transport=T.rotate()),
+    _custom("structured-trace", P.random(rank=4, kind="structured"), inner=optax.trace(0.9), seeded=True),
+    _custom("gaussian-stored", P.random(rank=4, stored=True, dtype=jnp.bfloat16), seeded=True, side="larger"),
+    _custom("given-amsgrad", P.given(matrix=BASIS), due=(), inner=optax.scale_by_amsgrad(), transport=T.rotate()),
+    _custom("identity-factored", P.identity(), due=(), inner=_factored, residual=R.sgd()),
+    _custom("staggered", P.svd(rank=4), clock=C.staggered(period=2), transport=T.rotate(), due=ALL),
+    _custom("never", P.dct2(rank=4), clock=C.never(), due=(0,), plain=optax.scale_by_rms()),
+    _custom("after", P.svd(rank=4), clock=C.every(period=2, phase=1, when="after"), inner=optax.scale_by_rms(),
+            transport=T.rotate(), due=(0, 1, 3, 5)),
+    _custom("not-first", P.random(rank=4, kind="orthonormal"), clock=C.every(period=2, first=False, phase=1),
+            due=(1, 3, 5), seeded=True, tie="cols", seed=7),
+    _custom("ldadam-slots", P.power(rank=4, first="svd"), clock=C.every_step(when="after"), transport=T.ldadam(),
+            residual=R.ldadam_error_feedback(dtype=jnp.bfloat16), due=ALL, side="cols", tolerance=2e-3, seeded=True),
+    _custom("clipped", P.dct3(rank=4), residual=R.error_feedback(), clip_norm=0.5, inner=_decayed_trace, scale=0.5),
+)  # fmt: skip
+
+COUPLED = {"clipped": "clip_norm couples leaves on purpose"}
+
+
+def rows(*, unless: Callable[[Method], Any] = lambda method: False):
+    """The table as pytest parameters; rows that are not fast are marked slow."""
+    return [
+        pytest.param(method, id=method.name, marks=() if method.fast else pytest.mark.slow)
+        for method in METHODS
+        if not unless(method)
+    ]
+
+
+def every_method(*, unless: Callable[[Method], Any] = lambda method: False):
+    return pytest.mark.parametrize("method", rows(unless=unless))
+
+
+def tree(seed: int, dtype=np.float32, steps: int | None = None, shapes=SHAPES):
+    """Normal leaves of the given shapes, with a leading steps axis if asked."""
+    generator = np.random.default_rng(seed)
+    lead = () if steps is None else (steps,)
+    return jax.tree.map(lambda shape: jnp.asarray(generator.normal(size=lead + shape), dtype), shapes,
+                        is_leaf=lambda x: isinstance(x, tuple))  # fmt: skip
+
+
+def params_like(dtype=np.float32):
+    return tree(0, dtype)
+
+
+def gradients():
+    return tree(1, steps=STEPS)
+
+
+def at(trees, step: int):
+    return jax.tree.map(lambda x: x[step], trees)
+
+
+def copy(trees):
+    return jax.tree.map(jnp.copy, trees)
+
+
+def eager(function: Callable, *args):
+    """`function(*args)` without any compilation of conditions or loops."""
+    with jax.disable_jit():
+        return function(*args)
+
+
+@functools.cache
+def program(method: Method):
+    """`(transformation, run, traces)`: `run(params, state, grads, live) -> ((params, state), (updates, states))`."""
+    transformation = method.build()
+    traces: list[int] = []
+
+    def run(params, state, grads, live):
+        traces.append(1)
+
+        def body(carry, step):
+            params, state = carry
+            grad, alive = step
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            updates, state = jax.lax.cond(
+                alive, lambda: transformation.update(grad, state, params), lambda: (zeros, state)
+            )
+            return (optax.apply_updates(params, updates), state), (updates, state)
+
+        return jax.lax.scan(body, (params, state), (grads, live))
+
+    return transformation, jax.jit(run, donate_argnums=(0, 1), compiler_options=FAST_COMPILE), traces
+
+
+def run(method: Method, grads, live=None):
+    """The trajectory of a row: `(params, state)` at the end and `(updates, states)` of every step."""
+    transformation, compiled, _ = program(method)
+    params = params_like()
+    state = eager(transformation.init, params)
+    live = jnp.ones(STEPS, bool) if live is None else jnp.asarray(live)
+    return compiled(copy(params), state, grads, live)
+
+
+@functools.cache
+def trajectory(method: Method):
+    return run(method, gradients())
+
+
+def projection_state(state) -> lr.ProjectionState:
+    return state if isinstance(state, lr.ProjectionState) else state.projection
+
+
+def same(a, b) -> bool:
+    """Equal structure, dtypes and bits."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x.dtype == y.dtype and np.array_equal(_bits(x), _bits(y)) for x, y in pairs)
+
+
+def _bits(x):
+    return np.ascontiguousarray(np.asarray(x)).view(np.uint8)
+
+
+def assert_close(a, b, tolerance=2e-5):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        np.testing.assert_allclose(x, y, rtol=10 * tolerance, atol=tolerance * max(1.0, np.abs(y).max(initial=0)),
+                                   err_msg=jax.tree_util.keystr(path))  # fmt: skip
+
+
+def assert_finite(trees):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+        assert np.all(np.isfinite(np.asarray(leaf, np.float32))), jax.tree_util.keystr(path)
+
+
+def fingerprint() -> str:
+    """CRC32 of the traced programs of every row; addresses of functions do not count."""
+    total = 0
+    for method in METHODS:
+        transformation, params = method.build(), params_like()
+        state = jax.eval_shape(transformation.init, params)
+        for jaxpr in (
+            jax.make_jaxpr(transformation.init)(params), jax.make_jaxpr(transformation.update)(params, state, params)
+        ):  # fmt: skip
+            text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr)) + "".join(str(np.asarray(const)) for const in jaxpr.consts)
+            total = zlib.crc32(text.encode(), total)
+    return f"{total:08x}"

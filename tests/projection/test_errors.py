@@ -1,0 +1,101 @@
+"""Every refusal names the field, the value and the remedy."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_jax as lr
+
+P, C, R = lr.projectors, lr.clocks, lr.residuals
+PARAMS = {"kernel": jnp.ones((6, 10))}
+
+AT_CONSTRUCTION = [
+    (lambda: lr.scale_by_projection("svd"), "projector='svd' must be one of lr.projectors"),
+    (lambda: lr.scale_by_projection(P.svd(rank=2), clock=200), "clock=200 must be one of lr.clocks"),
+    (lambda: lr.scale_by_projection(P.svd(rank=2), residual="sign"), "residual='sign' must be one of lr.residuals"),
+    (lambda: lr.scale_by_projection(P.svd(rank=2), views=(".*",)), "must be one of lr.Views"),
+    (lambda: lr.scale_by_projection(P.svd(rank=2), transport="keep"), "transport='keep' must be one of"),
+    (lambda: lr.scale_by_projection(P.svd(rank=2), inner="adam"), "inner='adam' must be lr.inner.adam"),
+    (lambda: lr.scale_by_projection(P.svd(rank=2), side="left"), "side='left' is unknown; use one of"),
+    (lambda: lr.scale_by_projection(P.svd(rank=2), tie="left"), "tie='left' must be 'rows' or 'cols'"),
+    (lambda: lr.scale_by_projection(P.svd(rank=2), clip_norm=0), "clip_norm=0 must be positive"),
+    (lambda: lr.scale_by_projection(P.svd(rank=2), clock=C.every(period=2, first=False)), "first=False leaves Svd"),
+    (lambda: P.svd(rank=0), "rank=0 must be a positive integer"),
+    (lambda: P.svd(rank=1.5), "rank=1.5 must be a positive integer, or a fraction"),
+    (lambda: P.svd(rank=True), "rank=True must be an integer"),
+    (lambda: P.svd(rank=jnp.int32(3)), "static_args"),
+    (lambda: P.dct(rank=2, kind=4), "kind=4 must be the Python number 2 or 3"),
+    (lambda: P.dct(rank=2, norm="max"), "norm='max' must be 'l1' or 'l2'"),
+    (lambda: P.random(rank=2, kind="normal"), "kind='normal' must be one of"),
+    (lambda: P.columns(rank=2, select="best"), "select='best' must be"),
+    (lambda: P.columns(select=(1, 1)), "must be distinct indices"),
+    (lambda: P.columns(select=(-1, 1)), "must be distinct indices"),
+    (lambda: P.given(), "matrix=None; pass the basis"),
+    (lambda: P.power(rank=2, first="qr"), "first='qr' must be 'svd' or 'range'"),
+    (lambda: P.power(rank=2, iterations=0), "iterations=0 must be at least 1"),
+    (lambda: P.randomized(rank=2, iterations=0), "iterations=0 must be at least 1"),
+    (lambda: C.every(period=0), "period=0 must be at least 1"),
+    (lambda: C.every(period=2, when="during"), "when='during' must be 'before' or 'after'"),
+    (lambda: C.staggered(period=2.0), "period=2.0 must be a Python integer"),
+    (lambda: R.gradient_rescale(axis="row"), "axis='row' must be"),
+    (lambda: R.gradient_rescale(limiter=0.5), "limiter=0.5 must be at least 1"),
+    (lambda: lr.inner.adam(b1=1.0), "b1=1.0 must be in"),
+    (lambda: lr.inner.adam(eps=-1), "eps=-1 must not be negative"),
+    (lambda: lr.inner.adam(convention="keras"), "convention='keras' must be one of"),
+    (lambda: lr.MatrixView(rows=()), "must each name at least one axis"),
+    (lambda: lr.MatrixView(rows=(0,), cols=(0,)), "must name distinct axes"),
+    (lambda: lr.Views(stacked=("(",)), "is not a regular expression"),
+    (lambda: lr.galore(0.1), "rank=None: give rank"),
+    (lambda: lr.galore(0.1, rank=2, projector=P.svd(rank=2)), "both fix the rank"),
+    (lambda: lr.galore(0.1, rank=2, proj_type="up"), "proj_type='up' must be one of"),
+    (lambda: lr.frugal(0.1, rule="adam"), "rule='adam'"),
+    (lambda: lr.galore(0.1, rank=2, weight_decay=-1.0), "weight_decay=-1.0 must not be negative"),
+]
+
+AT_INIT = [
+    (lr.galore(0.1, rank=7), PARAMS, "rank=7 exceeds 6, the shrunk dimension of 'kernel'; use at most 6"),
+    (lr.galore(0.1, rank=((".*/q", 2),)), PARAMS, r"no pattern matches 'kernel'; add \('.\*', rank\)"),
+    (lr.galore(0.1, rank=2), {"w": jnp.ones((4, 4))}, "no leaf is projected.*Views"),
+    (lr.galore(0.1, rank=2, side="sharding"), PARAMS, "sides_for"),
+    (lr.galore(0.1, rank=2, side=(("other", "rows"),)), PARAMS, "the stored sides name no 'kernel'"),
+    (lr.scale_by_projection(P.hadamard(rank=2)), PARAMS, "6 of 'kernel' is not a power of two; use dct"),
+    (lr.scale_by_projection(P.given(matrix=np.eye(5, 2))), PARAMS, "cannot shrink dimension 6 of 'kernel'"),
+    (lr.scale_by_projection(P.given(matrix=(("a", np.eye(6)),))), PARAMS, "no pattern matches 'kernel'"),
+    (lr.scale_by_projection(P.columns(select=(6, 9))), PARAMS, "no index of .* is below 6"),
+    (lr.galore(0.1, rank=2, views=lr.Views(rules=(("kernel", lr.MatrixView(rows=(0, 1), cols=(2,))),))), PARAMS,
+     "does not cover a leaf of shape"),
+    (lr.scale_by_projection(P.svd(rank=2), inner=optax.scale_by_lion(), residual=R.gradient_rescale()), PARAMS,
+     "GradientRescale needs the inner direction without bias correction"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("build, message", AT_CONSTRUCTION, ids=[message[:30] for _, message in AT_CONSTRUCTION])
+def test_at_construction(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("transformation, params, message", AT_INIT, ids=[message[:30] for *_, message in AT_INIT])
+def test_at_init(transformation, params, message):
+    with pytest.raises(ValueError, match=message):
+        transformation.init(params)
+
+
+def test_tree_map_params_is_told_what_to_use():
+    transformation = lr.galore(0.1, rank=2)
+    state = transformation.init(PARAMS)
+    with pytest.raises(TypeError, match=r"placeholders.*lr\.state_shardings"):
+        optax.tree_utils.tree_map_params(transformation, lambda x: x, state)
+
+
+def test_explain_of_a_chain_says_why_it_cannot():
+    with pytest.raises(TypeError, match="Nothing can look inside optax.chain"):
+        lr.explain(optax.chain(lr.galore(0.1, rank=2)), PARAMS)
+
+
+def test_a_state_of_another_model_is_refused():
+    transformation = lr.galore(0.1, rank=2)
+    state = transformation.init({"kernel": jnp.ones((8, 10))})
+    with pytest.raises(ValueError, match="kernel"):
+        transformation.update(PARAMS, state, PARAMS)

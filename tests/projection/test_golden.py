@@ -1,0 +1,93 @@
+"""The recorded displacements of the official implementations (third_party/golden), both orientations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_jax as lr
+
+SHAPES = {"6x4": (6, 4), "4x6": (4, 6)}  # (out, in), the transpose of a kernel
+
+
+def problem(m, n, steps):
+    i, j = np.arange(m)[:, None], np.arange(n)[None]
+    weight = 0.1 * np.sin(1 + 0.7 * i + 0.3 * j**2)
+    grads = [
+        np.sin(0.5 + 1.3 * i * (j + 1) + 0.9 * t) + 0.5 * np.cos(0.2 * t * (i + 1) + 1.1 * j) for t in range(steps)
+    ]
+    return weight.astype(np.float32), [grad.astype(np.float32) for grad in grads]
+
+
+def fixed_basis(m, n, rank):
+    i, k = np.arange(min(m, n))[:, None], np.arange(rank)[None]
+    return lr.projectors.given(matrix=(np.cos(1 + 2 * i + 3 * i * k) / np.sqrt(rank)).astype(np.float32))
+
+
+def apollo_projector(configuration, m, n, rank):
+    return lr.projectors.svd(rank=rank) if configuration["projector"] == "svd" else fixed_basis(m, n, rank)
+
+
+def galore(c, m, n):
+    return lr.galore(
+        0.01, rank=c["rank"], refresh_every=c["refresh_every"], scale=c["scale"], proj_type=c["side"], weight_decay=0.1
+    )
+
+
+def apollo(c, m, n):
+    axis = c["norm_by"]
+    return lr.apollo(0.01, projector=apollo_projector(c, m, n, c["rank"]), axis=axis, scale=c["scale"],
+                     limiter=c["limiter"], weight_decay=0.1)  # fmt: skip
+
+
+def frugal(c, m, n):
+    common = {"weight_decay": 0.1, "refresh_every": c["refresh_every"], "rule": c["residual"]}
+    common["inactive_scale"] = c["residual_scale"]
+    if c["projector"] == "columns":
+        chosen = lr.projectors.columns(select=tuple(c["columns"]))
+        return lr.frugal(0.01, projection="columns", projector=chosen, **common)
+    return lr.frugal(0.01, rank=c["density"], **common)
+
+
+def ldadam(c, m, n):
+    return lr.ldadam(0.01, rank=c["rank"], mix=c["rho"], b1=c["b1"], b2=c["b2"], weight_decay=0.1,
+                     error_feedback=c["error_feedback"])  # fmt: skip
+
+
+def dct_adamw(c, m, n):
+    return lr.dct_adamw(
+        0.01, rank=c["rank"], refresh_every=c["refresh_every"], kind=int(c["transform"][-1]), norm=c["norm"],
+        error_feedback=c["error_feedback"], weight_decay=0.1,
+    )  # fmt: skip
+
+
+METHODS = {"galore": galore, "apollo": apollo, "frugal": frugal, "ldadam": ldadam, "dct_adamw": dct_adamw}
+ROWS = {"galore": 3, "apollo": 4, "frugal": 5, "ldadam": 2, "dct_adamw": 4}
+
+
+def test_every_row_of_our_methods_is_here(golden):
+    recorded = [row["method"] for row in golden("projection_traces")["rows"]]
+    assert {method: recorded.count(method) for method in ROWS} == ROWS
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_golden_traces(golden, method, shape):
+    traces = golden("projection_traces")
+    m, n = SHAPES[shape]
+    weight, grads = problem(m, n, traces["defaults"]["steps"])
+    for row in traces["rows"]:
+        if row["method"] != method:
+            continue
+        tx = METHODS[method](traces["defaults"] | row["configuration"], m, n)
+        params = {"kernel": jnp.asarray(weight.T)}
+        state, update = tx.init(params), jax.jit(tx.update)
+        for grad in grads:
+            updates, state = update({"kernel": jnp.asarray(grad.T)}, state, params)
+            params = optax.apply_updates(params, updates)
+        moved = np.asarray(params["kernel"]).T - weight
+        want = row["traces"][shape]
+        got = {"norm": np.linalg.norm(moved), "entry_0_0": moved[0, 0], "entry_1_2": moved[1, 2]}
+        for name, value in want.items():
+            np.testing.assert_allclose(got[name], value, rtol=row["tolerance"], err_msg=f"{row['name']} {name}")

@@ -1,0 +1,75 @@
+"""The NaN guard in single steps; that a skipped step is bitwise one that was never made is a law (tests/laws)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_jax as lr
+
+PARAMS = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+GOOD = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), jnp.float32), PARAMS)
+
+
+@pytest.mark.parametrize("residual", [lr.residuals.discard(), lr.residuals.sign()], ids=["low", "full"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20])
+def test_one_bad_entry_skips_the_step(residual, when, bad):
+    transformation = lr.scale_by_projection(
+        lr.projectors.dct(rank=2), residual=residual, clock=lr.clocks.every(period=2, when=when)
+    )
+    update = jax.jit(transformation.update)
+    states = [transformation.init(PARAMS)]
+    for step in range(3):  # on a refresh, off one, and on one again
+        for leaf in ("kernel", "bias"):
+            grads = GOOD | {leaf: GOOD[leaf].at[..., 1].set(bad)}
+            updates, after = update(grads, states[-1])
+            assert not any(np.any(x) for x in jax.tree.leaves(updates))
+            assert int(after.skipped) == 1
+            jax.tree.map(np.testing.assert_array_equal, after._replace(skipped=states[-1].skipped), states[-1])
+        states.append(update(GOOD, states[-1])[1])
+        assert int(states[-1].step) == step + 1
+
+
+def test_only_what_the_basis_reads_is_tested():
+    """Coordinates that were not chosen are dropped with whatever is in them, except where a refresh reads them."""
+    given, by_norm = lr.projectors.columns(select=(0, 1)), lr.projectors.columns(rank=2, select="l2")
+    for projector, skipped in ((given, 0), (by_norm, 1)):
+        transformation = lr.scale_by_projection(projector, inner=optax.identity())
+        grads = GOOD | {"kernel": GOOD["kernel"].at[3, 3].set(np.nan)}
+        updates, state = transformation.update(grads, transformation.init(PARAMS))
+        assert int(state.skipped) == skipped
+        assert np.all(np.isfinite(updates["kernel"]))
+
+
+def test_clip_norm():
+    """One factor for projected and plain leaves, from the norm of what is kept."""
+    slots = {"inner": optax.identity(), "clock": lr.clocks.never()}
+    indices = (0, 2)
+    kept = np.zeros((4, 6), np.float32)
+    kept[list(indices)] = GOOD["kernel"][np.array(indices)]
+    for residual, reads in ((lr.residuals.discard(), kept), (lr.residuals.sgd(), np.asarray(GOOD["kernel"]))):
+        norm = np.sqrt(np.sum(reads**2) + np.sum(np.asarray(GOOD["bias"]) ** 2))
+        for limit in (0.5, 100.0):
+            transformation = lr.scale_by_projection(
+                lr.projectors.columns(select=indices), residual=residual, clip_norm=limit, **slots
+            )
+            updates, _ = transformation.update(GOOD, transformation.init(PARAMS))
+            factor = min(1.0, limit / norm)
+            np.testing.assert_allclose(updates["bias"], factor * GOOD["bias"], rtol=1e-5)
+            np.testing.assert_allclose(updates["kernel"], factor * reads, rtol=1e-5, atol=1e-7)
+
+
+def test_scale_and_plain_and_seed_do_something():
+    build = lambda **slots: lr.scale_by_projection(  # noqa: E731
+        lr.projectors.random(rank=2), clock=lr.clocks.every_step(), inner=optax.identity(), **slots
+    )
+    run = lambda transformation: transformation.update(GOOD, transformation.init(PARAMS))[0]  # noqa: E731
+    plain = run(build())
+    scaled, other, seeded = run(build(scale=2.0)), run(build(plain=optax.scale(-1.0))), run(build(seed=1))
+    np.testing.assert_allclose(scaled["kernel"], 2 * plain["kernel"], rtol=1e-5)
+    np.testing.assert_array_equal(scaled["bias"], plain["bias"])
+    np.testing.assert_array_equal(other["bias"], -plain["bias"])
+    np.testing.assert_array_equal(other["kernel"], plain["kernel"])
+    assert np.max(np.abs(seeded["kernel"] - plain["kernel"])) > 0.1

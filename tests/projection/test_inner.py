@@ -1,0 +1,107 @@
+"""Adam in its two conventions, optax transformations inside, and the moments protocol."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_jax as lr
+from lowrank_jax.projection import inner as inner_lib
+
+GRADS = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
+
+
+@pytest.mark.parametrize("convention", ["torch", "hf"])
+def test_adam_is_numpys(convention):
+    b1, b2, eps = 0.8, 0.95, 0.3
+    adam = lr.inner.adam(b1=b1, b2=b2, eps=eps, convention=convention)
+    state = adam.init(jnp.zeros((3, 5)))
+    m = v = np.zeros((3, 5))
+    for t, g in enumerate(GRADS, 1):
+        direction, scale, state = adam.update(jnp.asarray(g), state)
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        if convention == "torch":
+            expected = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+        else:
+            expected = np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + eps)
+        np.testing.assert_allclose(scale * direction, expected, rtol=2e-5)
+        np.testing.assert_allclose(scale, np.sqrt(1 - b2**t) / (1 - b1**t), rtol=1e-5)
+    assert int(state.count) == 4
+
+
+def test_adam_is_optaxs_and_stores_what_it_is_told():
+    adam, reference = lr.inner.adam(b2=0.9999), optax.scale_by_adam(b2=0.9999)
+    state, expected_state = adam.init(jnp.zeros((3, 5))), reference.init(jnp.zeros((3, 5)))
+    for g in GRADS:
+        direction, scale, state = adam.update(jnp.asarray(g), state)
+        expected, expected_state = reference.update(jnp.asarray(g), expected_state)
+    np.testing.assert_allclose(scale * direction, expected, rtol=1e-3)
+    low = lr.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.float16)
+    _, _, state = low.update(jnp.asarray(GRADS[0]), low.init(jnp.zeros((3, 5))))
+    assert (state.mu.dtype, state.nu.dtype) == (jnp.bfloat16, jnp.float16)
+    assert low.state_bytes([15, 2]) == 4 + 17 * 4
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.999, 0.0, 1 - 1e-7])
+def test_debias_does_not_cancel(decay):
+    for count in (1, 10, 1000):
+        expected = -np.expm1(count * np.log(decay)) if decay else 1.0
+        np.testing.assert_allclose(inner_lib.debias(decay, jnp.int32(count)), expected, rtol=1e-5)
+    np.testing.assert_allclose(inner_lib.debias(jnp.float32(0.9), jnp.int32(5)), 1 - 0.9**5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "transformation, kinds",
+    [
+        (optax.scale_by_adam(), ["first", "second"]), (optax.scale_by_amsgrad(), ["first", "second", "max"]),
+        (optax.scale_by_lion(), ["first"]), (optax.trace(0.9), ["first"]), (optax.scale_by_rms(), ["second"]),
+        (optax.scale_by_factored_rms(), ["factored", "factored", "second"]), (optax.identity(), []),
+        (optax.chain(optax.clip(1.0), optax.scale_by_adam()), ["first", "second"]),
+        (optax.masked(optax.scale_by_lion(), True), ["first"]),
+    ],
+)  # fmt: skip
+def test_moments_of_optax_states(transformation, kinds):
+    inner = inner_lib.as_inner(transformation)
+    state = inner.init(jnp.ones((3, 5)))
+    assert [moment.kind for moment in inner_lib.moments(inner, state)] == kinds
+    doubled = inner_lib.map_moments(inner, state, lambda moment, value: value + 1)
+    changed = [np.any(a != b) for a, b in zip(jax.tree.leaves(doubled), jax.tree.leaves(state), strict=True)]
+    assert sum(changed) == len(kinds)
+
+
+def test_register_moments_teaches_a_new_state():
+
+    from typing import Any, NamedTuple
+
+    class OwnState(NamedTuple):
+        average: Any
+
+    own = optax.GradientTransformation(
+        lambda params: OwnState(jnp.zeros_like(params)), lambda g, state, params=None: (g, OwnState(state.average + g))
+    )
+    build = lambda: lr.scale_by_projection(  # noqa: E731
+        lr.projectors.svd(rank=2), inner=own, plain=optax.identity(), transport=lr.transports.rotate())  # fmt: skip
+    with pytest.raises(ValueError, match="unregistered"):
+        build().init({"kernel": jnp.ones((4, 6))})
+    inner_lib.register_moments(OwnState, {"average": "first"})
+    build().init({"kernel": jnp.ones((4, 6))})
+
+
+def test_params_are_projected_for_an_inner_that_wants_them():
+    """`PᵀW` reaches weight decay inside the subspace."""
+    w, g = np.random.default_rng(1).normal(size=(2, 4, 6)).astype(np.float32)
+    indices = (0, 2)
+    build = lambda inner: lr.scale_by_projection(  # noqa: E731
+        lr.projectors.columns(select=indices), inner=inner, clock=lr.clocks.never()
+    )
+    decay = optax.add_decayed_weights(0.5)
+    told = build(lr.inner.from_optax(decay, params=True))
+    updates, _ = told.update(jnp.asarray(g), told.init(jnp.asarray(w)), jnp.asarray(w))
+    expected = np.zeros_like(g)
+    expected[list(indices)] = (g + 0.5 * w)[list(indices)]
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="from_optax.*params=True"):
+        build(decay).update(jnp.asarray(g), build(decay).init(jnp.asarray(w)), jnp.asarray(w))
+    with pytest.raises(ValueError, match="needs params"):
+        told.update(jnp.asarray(g), told.init(jnp.asarray(w)))

@@ -1,0 +1,84 @@
+"""What becomes of the rest of the gradient: each rule against NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_jax as lr
+
+RNG = np.random.default_rng(0)
+G = RNG.normal(size=(3, 4, 6)).astype(np.float32)
+ROWS = [0, 2]
+PROJECTOR = lr.projectors.columns(select=tuple(ROWS))
+
+
+def _run(residual, inner, steps=2, **slots):
+    transformation = lr.scale_by_projection(PROJECTOR, residual=residual, inner=inner, **slots)
+    state, updates = transformation.init(jnp.asarray(G[0])), []
+    for g in G[:steps]:
+        update, state = transformation.update(jnp.asarray(g), state)
+        updates.append(np.asarray(update))
+    return updates, state
+
+
+def _kept(g):
+    low = np.zeros_like(g)
+    low[ROWS] = g[ROWS]
+    return low
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_sign_and_sgd(scale):
+    for g, sign, sgd, none in zip(
+        G, *(_run(rule, optax.scale(3.0), scale=2.0)[0] for rule in (
+            lr.residuals.sign(scale=scale), lr.residuals.sgd(scale=scale), lr.residuals.discard())),
+        strict=False,
+    ):  # fmt: skip
+        rest = g - _kept(g)
+        np.testing.assert_allclose(none, 6 * _kept(g), rtol=1e-6)
+        np.testing.assert_allclose(sign, 6 * _kept(g) + scale * np.sign(rest), rtol=1e-6)
+        np.testing.assert_allclose(sgd, 6 * _kept(g) + scale * rest, rtol=1e-6)
+
+
+def test_error_feedback():
+    (first, second), state = _run(lr.residuals.error_feedback(), optax.identity())
+    np.testing.assert_allclose(first, _kept(G[0]))
+    np.testing.assert_allclose(second, _kept(G[1]))
+    rest = [g - _kept(g) for g in G]
+    np.testing.assert_allclose(state.matrices.residual, rest[0] + rest[1], rtol=1e-6)
+    _, state = _run(lr.residuals.error_feedback(dtype=jnp.bfloat16), optax.identity())
+    assert state.matrices.residual.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("axis", ["channel", "tensor"])
+@pytest.mark.parametrize("limiter", [None, 1.01])
+def test_gradient_rescale(axis, limiter):
+    """`f = |N| / |R|` with the uncorrected direction, the limiter on the norm before the bias correction."""
+    scale, eps, b1, b2 = 1.5, 1e-6, 0.9, 0.999
+    rule = lr.residuals.gradient_rescale(axis=axis, scale=scale, limiter=limiter)
+    updates, state = _run(rule, lr.inner.adam(convention="hf", eps=eps), steps=3)
+    m = v = np.zeros((2, 6))
+    axes = 0 if axis == "channel" else None
+    norm_before = None
+    for t, (g, update) in enumerate(zip(G.astype(np.float64), updates, strict=True), 1):
+        low = g[ROWS]
+        m, v = b1 * m + (1 - b1) * low, b2 * v + (1 - b2) * low**2
+        direction = m / (np.sqrt(v) + eps)
+        rescaled = scale * g * np.linalg.norm(direction, axis=axes) / (np.linalg.norm(low, axis=axes) + 1e-8)
+        if limiter is not None:
+            norm = np.linalg.norm(rescaled)
+            if norm_before is not None and norm > limiter * norm_before:
+                rescaled *= limiter * norm_before / norm
+            norm_before = np.linalg.norm(rescaled)
+        np.testing.assert_allclose(update, np.sqrt(1 - b2**t) / (1 - b1**t) * rescaled, rtol=1e-4, atol=1e-6)
+    if limiter is not None:
+        np.testing.assert_allclose(state.matrices.residual, norm_before, rtol=1e-4)
+
+
+def test_a_zero_gradient_at_the_start_does_not_silence_the_limiter():
+    transformation = lr.scale_by_projection(PROJECTOR, residual=lr.residuals.gradient_rescale())
+    _, state = transformation.update(jnp.zeros((4, 6)), transformation.init(jnp.asarray(G[0])))
+    updates, state = transformation.update(jnp.asarray(G[0]), state)
+    assert np.linalg.norm(updates) > 1
+    assert float(state.matrices.residual) > 0

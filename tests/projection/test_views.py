@@ -1,0 +1,104 @@
+"""Which leaf is which matrix: axes, rules, sides, ranks and the report."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import lowrank_jax as lr
+
+VIEWS = [
+    (lr.MatrixView(), (4, 6), (4, 6)),
+    (lr.MatrixView(rows=(0,), cols=(1, 2)), (4, 2, 3), (4, 6)),
+    (lr.MatrixView(rows=(0, 1), cols=(2,)), (2, 3, 4), (6, 4)),
+    (lr.MatrixView(rows=(2, 0), cols=(1,)), (2, 3, 4), (8, 3)),
+    (lr.MatrixView(batch=(1,), rows=(2,), cols=(0, 3)), (2, 3, 4, 5), (3, 4, 10)),
+    (lr.MatrixView(rows=(0,), cols=(1, 2)).stacked(), (5, 4, 2, 3), (5, 4, 6)),
+]
+
+
+@pytest.mark.parametrize("view, shape, matrices", VIEWS)
+def test_matrices_are_numpys_transpose_and_reshape(view, shape, matrices):
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    expected = np.transpose(x, view.batch + view.rows + view.cols).reshape(matrices)
+    assert view.matrix_shape(shape) == matrices
+    np.testing.assert_array_equal(view.to_matrices(jnp.asarray(x)), expected)
+    np.testing.assert_array_equal(view.from_matrices(jnp.asarray(expected), shape), x)
+    for side in ("rows", "cols"):
+        resolved = lr.ResolvedView(path="w", shape=shape, view=view, rank=1, side=side, batch=matrices[:-2])
+        oriented = resolved.orient(jnp.asarray(x))
+        np.testing.assert_array_equal(oriented, expected if side == "rows" else np.swapaxes(expected, -1, -2))
+        assert oriented.shape == resolved.oriented == (*matrices[:-2], resolved.shrunk, resolved.kept)
+        np.testing.assert_array_equal(resolved.restore(oriented), x)
+
+
+@pytest.mark.parametrize(
+    "shape, side, tie, shrinks",
+    [
+        ((4, 6), "paper", "rows", "rows"), ((6, 4), "paper", "rows", "cols"), ((4, 6), "larger", "rows", "cols"),
+        ((6, 4), "larger", "cols", "rows"), ((4, 4), "paper", "rows", "rows"), ((4, 4), "paper", "cols", "cols"),
+        ((4, 4), "larger", "cols", "cols"), ((4, 6), "rows", "cols", "rows"), ((6, 4), "cols", "rows", "cols"),
+        ((6, 4), (("kernel", "rows"),), "cols", "rows"),
+    ],
+)  # fmt: skip
+def test_side(shape, side, tie, shrinks):
+    report = lr.resolve({"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}, rank=2, side=side, tie=tie)
+    assert report.sides == (("kernel", shrinks),)
+    assert lr.resolve({"kernel": jnp.ones(shape)}, rank=2, side=report.sides, tie="rows").sides == report.sides
+
+
+def test_the_first_rule_that_matches_wins_and_defaults_leave_out_what_the_papers_do():
+    params = {
+        "embed": {"embedding": jnp.ones((9, 4)), "kernel": jnp.ones((9, 4))}, "lm_head": {"kernel": jnp.ones((4, 9))},
+        "mlp": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}, "final_norm": {"kernel": jnp.ones((4, 4))},
+        "out": {"w": jnp.ones((2, 2, 4))}, "skip": {"kernel": jnp.ones((4, 4))},
+    }  # fmt: skip
+    rules = ((r"skip/.*", None), (r".*/w", lr.MatrixView(rows=(0, 1), cols=(2,))), (r"(skip|out)/.*", lr.MatrixView()))
+    views = lr.Views(rules=rules[:2])
+    report = lr.resolve(params, views, rank=2)
+    assert [view.path for view in report.projected] == ["mlp/kernel", "out/w"]
+    assert "2 of 8 leaves projected: 48 of" in str(report)
+    assert lr.resolve(params, lr.Views(rules=dict(rules[:2])), rank=2) == report
+    with pytest.raises(ValueError, match="matches no leaf"):  # shadowed by the rules before it
+        lr.resolve(params, lr.Views(rules=rules), rank=2)
+    assert lr.resolve((jnp.ones((4, 8)), jnp.ones(3)), rank=2).projected[0].path == "0"
+    assert lr.resolve(jnp.ones((4, 8)), rank=2).projected[0].path == ""
+
+
+def test_stacks_are_named_or_boxed_never_guessed():
+    stack = jnp.ones((3, 4, 8))
+    with pytest.raises(ValueError, match=r"stacked=\('layers/kernel',\).*MatrixView\(rows=\(0,\), cols=\(1, 2\)\)"):
+        lr.resolve({"layers": {"kernel": stack}}, rank=2)
+    named = lr.resolve({"layers": {"kernel": stack}}, lr.Views(stacked="layers/.*"), rank=2)
+    boxed = lr.resolve({"layers": {"kernel": nn.Partitioned(stack, ("layers", "embed", "mlp"))}}, rank=2)
+    assert named.projected == boxed.projected
+    assert named.projected[0].oriented == (3, 4, 8)
+    bias = lr.resolve({"layers": {"kernel": stack, "bias": jnp.ones((3, 8))}}, lr.Views(stacked="layers/.*"), rank=2)
+    assert len(bias.projected) == 1
+
+
+def test_masked_leaves_are_absent_and_excuse_only_rules_that_match_them():
+    params = {"a": {"kernel": optax.MaskedNode()}, "b": {"kernel": jnp.ones((4, 8))}}
+    assert len(lr.resolve(params, lr.Views(rules=(("a/.*", lr.MatrixView()),)), rank=2).projected) == 1
+    with pytest.raises(ValueError, match="'c/.*' matches no leaf"):
+        lr.resolve(params, lr.Views(rules=(("c/.*", lr.MatrixView()),)), rank=2)
+    all_masked = {"a": {"kernel": optax.MaskedNode()}}
+    assert lr.resolve(all_masked, lr.Views(rules=(("c/.*", lr.MatrixView()),)), rank=2).projected == ()
+
+
+@pytest.mark.parametrize(
+    "rank, expected",
+    [(3, 3), (0.5, 4), (0.3125, 2), (0.01, 1), (1.0, 8), (((".*/q/.*", 2), (".*", 0.25)), 2)],
+)
+def test_rank(rank, expected):
+    """Fractions round half to even: .3125 x 8 = 2.5 -> 2."""
+    transformation = lr.scale_by_projection(lr.projectors.svd(rank=rank))
+    params = {"layer": {"q": {"kernel": jnp.ones((8, 16))}}}
+    assert lr.explain(transformation, params).projected[0].rank == expected
+
+
+def test_columns_round_down():
+    transformation = lr.scale_by_projection(lr.projectors.columns(rank=0.47))
+    assert lr.explain(transformation, {"kernel": jnp.ones((8, 16))}).projected[0].rank == 3

@@ -1,0 +1,206 @@
+"""The shape of the workspace itself: attributions, rooms and their imports, recorded values, sizes of files."""
+
+import ast
+import configparser
+import doctest
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = sorted((ROOT / "lowrank_jax").rglob("*.py"))
+PROGRAMS = sorted((ROOT / "experiments").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+MARK = "TO" + "DO"
+
+# What each room of the library may import from the library. A room that is missing here may not exist.
+MAY_IMPORT = {
+    "version": set(),
+    "matrices": {"sharding"},
+    "resolution": {"matrices", "sharding"},
+    "linalg": {"sharding"},
+    "sharding": set(),
+    "kernels": {"matrices", "linalg", "sharding"},
+    "projection": {"matrices", "resolution", "linalg", "kernels", "sharding"},
+    "memory": {"matrices", "resolution", "linalg", "kernels", "sharding", "projection"},
+    "linen": {"matrices", "resolution", "linalg", "kernels", "sharding", "projection"},
+    "nnx": {"matrices", "resolution", "linalg", "kernels", "sharding", "projection"},
+}
+
+
+def imported(path: Path, root: Path = ROOT) -> set[str]:
+    """Dotted names of every module a file imports, relative imports made absolute.
+
+    `from a import b` gives both a and a.b, because b may be a module.
+    """
+    package = path.relative_to(root).with_suffix("").parts[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = ".".join(base + ([node.module] if node.module else []))
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room(parts: tuple[str, ...] | list[str]) -> str:
+    return parts[1].removesuffix(".py")
+
+
+def test_library_never_imports_programs():
+    wrong = {str(p.relative_to(ROOT)): n for p in LIBRARY for n in imported(p) if n.split(".")[0] == "experiments"}
+    assert not wrong
+
+
+def test_rooms_import_one_way():
+    wrong = []
+    for path in LIBRARY:
+        here = room(path.relative_to(ROOT).parts)
+        if here == "__init__":
+            continue
+        assert here in MAY_IMPORT, f"{path}: the room {here} is not in the table of who may import whom"
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] != "lowrank_jax" or len(parts) == 1 or room(parts) not in MAY_IMPORT:
+                continue
+            if room(parts) not in MAY_IMPORT[here] | {here, "version"}:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from ..linalg import svd", "lowrank_jax.linalg"),
+        ("from .. import linalg", "lowrank_jax.linalg"),
+        ("import lowrank_jax.linalg", "lowrank_jax.linalg"),
+        ("from lowrank_jax import linalg", "lowrank_jax.linalg"),
+        ("from .state import x", "lowrank_jax.projection.state"),
+    ],
+)
+def test_imported_sees_every_spelling(tmp_path, source, expected):
+    file = tmp_path / "lowrank_jax" / "projection" / "clocks.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    assert expected in imported(file, tmp_path)
+
+
+def test_library_imports_only_what_it_requires():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = config["options"]["install_requires"].split()
+    required = {re.split(r"[<>=\[]", line)[0].replace("-", "_") for line in lines}
+    known = required - {"orbax_checkpoint", "absl_py"} | {"orbax", "absl", "numpy", "lowrank_jax"}
+    known |= set(sys.stdlib_module_names)
+    wrong = {f"{p.relative_to(ROOT)}: {n}" for p in LIBRARY for n in imported(p) if n.split(".")[0] not in known}
+    assert not wrong
+
+
+def test_every_requirement_is_bounded_on_both_sides():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    groups = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    for line in "\n".join(groups).split():
+        assert ("<" in line and ">=" in line) or "==" in line, line
+
+
+@pytest.mark.slow
+def test_import_is_light():
+    heavy = ("flax.nnx", "tensorflow", "torch", "matplotlib", "experiments", "tensorflow_datasets")
+    code = f"import sys, lowrank_jax; print([n for n in {heavy!r} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_have_examples():
+    import lowrank_jax
+
+    parser = doctest.DocTestParser()
+    missing = []
+    for name in getattr(lowrank_jax, "__all__", []):
+        value = getattr(lowrank_jax, name)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            text = inspect.getdoc(value) or ""
+            if not parser.get_examples(text):
+                missing.append(name)
+    assert not missing, f"no runnable example in the docstring of {missing}"
+
+
+@pytest.mark.parametrize("path", LIBRARY + PROGRAMS + TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short_and_finished(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, f"{path}: more than 400 lines; is it two files?"
+    assert MARK not in text
+
+
+def test_every_attribution_is_complete():
+    lines = [line for line in (ROOT / "third_party" / "README.md").read_text().splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert header == ["method", "paper", "official code", "licence", "what of it is used"]
+    methods = " ".join(row[0] for row in rows)
+    for row in rows:
+        assert len(row) == 5, row
+        assert all(row), row
+        if "NC" in row[3] or row[3] == "none stated":
+            assert "facts only" in row[4] or row[4] == "recorded values", row
+    for method in ("GaLore", "DCT-AdamW", "FRUGAL", "LDAdam", "APOLLO", "Fira", "Muon", "optax", "LLaMA"):
+        assert method in methods
+    repositories = "\n".join(row[2] for row in rows)
+    for recorded in traces()["rows"]:
+        project = recorded["official"].split("@")[0].split(" ")[0]
+        assert project in repositories or project == "torch.optim.AdamW", project
+
+
+def traces():
+    return json.loads((ROOT / "third_party" / "golden" / "projection_traces.json").read_text())
+
+
+def test_recorded_rows_are_complete():
+    rows = traces()["rows"]
+    assert len({row["name"] for row in rows}) == len(rows) == 31
+    for row in rows:
+        assert set(row) == {"name", "method", "configuration", "official", "tolerance", "traces"}
+        assert set(row["traces"]) == {"6x4", "4x6"}
+        assert all(set(trace) == {"norm", "entry_0_0", "entry_1_2"} for trace in row["traces"].values())
+        assert 2e-4 <= row["tolerance"] <= 5e-2
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+@pytest.mark.parametrize("name", ["adamw_a", "adamw_b", "frugal_sign_only"])
+def test_problem_as_written_gives_the_recorded_values(name, shape):
+    """Anchors the problem's definition by the three methods that need no projector."""
+    data = traces()
+    setting = data["defaults"]
+    row = next(row for row in data["rows"] if row["name"] == name)
+    learning_rate, decay, b1, b2 = (setting[k] for k in ("learning_rate", "weight_decay", "b1", "b2"))
+    i, j = np.arange(shape[0])[:, None], np.arange(shape[1])[None, :]
+    first = weight = 0.1 * np.sin(1 + 0.7 * i + 0.3 * j**2)
+    m = v = np.zeros(shape)
+    for t in range(setting["steps"]):
+        gradient = np.sin(0.5 + 1.3 * i * (j + 1) + 0.9 * t) + 0.5 * np.cos(0.2 * t * (i + 1) + 1.1 * j)
+        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        correction, epsilon = np.sqrt(1 - b2 ** (t + 1)), row["configuration"]["eps"]
+        if name == "frugal_sign_only":
+            weight = (1 - learning_rate * decay) * weight - learning_rate * np.sign(gradient)
+        elif name == "adamw_a":
+            direction = correction / (1 - b1 ** (t + 1)) * m / (np.sqrt(v) + epsilon)
+            weight = (weight - learning_rate * direction) * (1 - learning_rate * decay)
+        else:
+            direction = m / (1 - b1 ** (t + 1)) / (np.sqrt(v) / correction + epsilon)
+            weight = (1 - learning_rate * decay) * weight - learning_rate * direction
+    moved = weight - first
+    trace = row["traces"][f"{shape[0]}x{shape[1]}"]
+    np.testing.assert_allclose(
+        [np.linalg.norm(moved), moved[0, 0], moved[1, 2]],
+        [trace["norm"], trace["entry_0_0"], trace["entry_1_2"]],
+        rtol=row["tolerance"],
+    )
