@@ -12,11 +12,11 @@ import pytest
 
 from tests.experiments import runs
 
+pytestmark = pytest.mark.slow
+
 STEPS, EVERY = 240, 10
 CONFIG = """
 from experiments import configuration
-
-pytestmark = pytest.mark.slow
 
 def get_config():
     config = configuration.template()
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
         run={"evaluate_every": 60, "compile_cache": True},
     )
     (folder / "config.py").write_text(CONFIG.format(values=configuration.to_dict(config)))
-    assert start(folder, "whole").wait(300) == 0
+    assert start(folder, "whole").wait(300) == 0, (folder / "whole.log").read_text()
     return folder
 
 
