@@ -20,7 +20,8 @@ from experiments.models import llama
 
 LOWRANK = ("galore", "dct_adamw", "frugal", "ldadam", "apollo")
 OPTIMIZERS = ("adamw", "sgd", "optax_galore", *LOWRANK)
-PROJECTORS = ("svd", "power", "randomized")
+PROJECTORS = ("svd", "power", "randomized", "alternating", "sketch")
+BACKPROP = ("projected", "full")
 
 
 class ConfigurationError(ValueError):
@@ -40,8 +41,14 @@ class OptimizerConfig:
       name: one of OPTIMIZERS; `experiments.optimizers` maps it to a function.
       learning_rate: peak of the schedule.
       rank: of the projection: an integer, or a fraction of the shrunk dimension.
-      projector: "svd", "power" or "randomized" in place of the method's own, for methods that take one.
+      projector: one of PROJECTORS in place of the method's own, for methods that take one; "sketch" is "randomized"
+        by one product.
       refresh_every: steps between two changes of the subspace.
+      refresh_when: "before" the update, as in the papers, or "after" it, which "alternating" and "sketch" need to do
+        without full gradients.
+      backprop: "projected" takes low-rank gradients through taps wherever the method allows it and steps in place,
+        "full" takes full gradients and steps in place; both clip what the method keeps of the gradient. None is the
+        optax form, which clips the full gradient.
       scale, weight_decay, b1, b2, eps, momentum: the method's own when None; setting one it does not have is an error.
       clip_norm: largest global norm of the gradient; None does not clip (1.0: GaLore's and FRUGAL's scripts).
     """
@@ -51,6 +58,8 @@ class OptimizerConfig:
     rank: int | float | None = None
     projector: str | None = None
     refresh_every: int | None = None
+    refresh_when: str | None = None
+    backprop: str | None = None
     scale: float | None = None
     weight_decay: float | None = None
     b1: float | None = None
@@ -77,6 +86,13 @@ class OptimizerConfig:
             _require(self.rank >= 1, "optimizer.rank", self.rank, "give a positive integer or a fraction in (0, 1]")
         if self.projector is not None:
             _one_of("optimizer.projector", self.projector, PROJECTORS)
+        if self.backprop is not None:
+            _one_of("optimizer.backprop", self.backprop, BACKPROP)
+            remedy = f"{self.name} projects nothing; leave it None, or choose one of {', '.join(LOWRANK)}"
+            _require(self.name in LOWRANK, "optimizer.backprop", self.backprop, remedy)
+        if self.refresh_when is not None:
+            _one_of("optimizer.refresh_when", self.refresh_when, ("before", "after"))
+            _require(self.name in LOWRANK, "optimizer.refresh_when", self.refresh_when, f"{self.name} has no basis")
         for name in ("refresh_every", "clip_norm", "eps"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"optimizer.{name}", value, "give a positive number")

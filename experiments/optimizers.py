@@ -1,6 +1,9 @@
 """The one place that maps the names of `config.optimizer.name` to functions of optax and lowrank_jax."""
 
+import dataclasses
+import functools
 import inspect
+from collections.abc import Callable
 
 import jax
 import optax
@@ -25,7 +28,7 @@ def schedule(config: ScheduleConfig, learning_rate: float) -> optax.Schedule:
 
 
 def build(config: OptimizerConfig, rate: optax.Schedule, *, stacked: bool, seed: int) -> optax.GradientTransformation:
-    """The configured optimizer, after clipping by the global norm.
+    """The configured optimizer, after clipping by the global norm (of what it keeps, where `backprop` is set).
 
     Args:
       config: names the method; its None fields keep the method's own defaults.
@@ -46,11 +49,16 @@ def build(config: OptimizerConfig, rate: optax.Schedule, *, stacked: bool, seed:
             raise ConfigurationError(f"optimizer.{field}={value!r}: {config.name} has no such setting; leave it None")
         arguments[field] = value
     if config.projector is not None:
-        arguments["projector"] = getattr(lr.projectors, config.projector)(rank=arguments.pop("rank"))
+        arguments["projector"] = PROJECTORS[config.projector](rank=arguments.pop("rank"))
     if config.name in LOWRANK:
         arguments |= {"views": lr.Views(stacked=(r"layers/.*",) if stacked else ()), "seed": seed}
+    if config.backprop is not None:
+        arguments["clip_norm"] = config.clip_norm
     optimizer = function(rate, **arguments)
-    if config.clip_norm is None:
+    if config.refresh_when is not None:
+        clock = dataclasses.replace(optimizer.projection.clock, when=config.refresh_when)
+        optimizer = function(rate, **arguments | {"clock": clock})
+    if config.clip_norm is None or config.backprop is not None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
@@ -82,6 +90,14 @@ def _optax_galore(learning_rate, *, rank, refresh_every=200, scale=0.25, weight_
         learning_rate, rank, refresh_every, scale, weight_decay=weight_decay, weight_dimension_numbers=numbers
     )
 
+
+PROJECTORS: dict[str, Callable[..., lr.projectors.Projector]] = {
+    "svd": lr.projectors.svd,
+    "power": lr.projectors.power,
+    "randomized": lr.projectors.randomized,
+    "alternating": lr.projectors.alternating,
+    "sketch": functools.partial(lr.projectors.randomized, iterations=0),
+}
 
 METHODS = {
     "adamw": optax.adamw,

@@ -121,6 +121,32 @@ def optimizer_step(result: dict) -> str:
     return "\n\n".join([markdown(header, rows), note, _aims(result["aims"])])
 
 
+def training_step(result: dict) -> str:
+    """Whole steps: clock beside operations, then bytes, then every aim."""
+    parts = []
+    for part in result["tables"]:
+        rows = [
+            [row["case"], milliseconds(row["seconds"]), f"{row['clock_ratio']:.3f}", f"{row['operations_ratio']:.3f}",
+             "-" if "amortised_ratio" not in row else f"{row['amortised_ratio']:.3f}",
+             mebibytes(row["bytes"]), mebibytes(row["state_bytes"])]
+            for row in part["rows"]
+        ]  # fmt: skip
+        header = [part["part"], "normal, ms", "of AdamW", "operations of AdamW's", "with refreshes, of AdamW"]
+        parts.append(markdown([*header, "parameters + temporaries, MiB", "state, MiB"], rows))
+    note = (
+        f"`{result['command']}`: {result['tokens']} tokens in sequences of {result['length']}, medians of "
+        f"{result['repetitions']} interleaved steps, {result['machine']['cores']} cores; refreshes by exact SVD every "
+        "200 steps."
+    )
+    if result["losses"] is not None:
+        found = result["losses"]
+        note += (
+            f" Over {found['steps']} updates of nano the losses of projected and full gradients differ by at most "
+            f"{found['largest_difference']:.1e}."
+        )
+    return "\n\n".join([*parts, note, _aims(result["aims"])])
+
+
 def _aims(aims: list[dict]) -> str:
     lines = []
     for aim in aims:
@@ -137,6 +163,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "evidence": evidence,
     "train": train,
     "optimizer_step": optimizer_step,
+    "training_step_60M": training_step,
 }
 
 

@@ -118,6 +118,7 @@ class _Training:
                 f"{config.preset}: {parameters:,} parameters; {config.optimizer.name}; {self.dataset.description}"
             )
             step_function = self._compile()
+            self._check_taps(state)
             state, status = self._loop(step_function, state)
             summary = self._finish(state, status)
         finally:
@@ -161,7 +162,11 @@ class _Training:
     def _compile(self):
         """Compile before the first update, so that no compilation is counted as training."""
         begin = time.perf_counter()
-        update = updates.train_step(self.model, self.optimizer, self.config.schedule.accumulation)
+        accumulation, backprop = self.config.schedule.accumulation, self.config.optimizer.backprop
+        if backprop is None:
+            update = updates.train_step(self.model, self.optimizer, accumulation)
+        else:
+            update = updates.fused_step(self.model, self.optimizer, accumulation, backprop)
         shape = (self.config.data.batch_size, self.config.data.sequence_length)
         kinds = {name: array.dtype for name, array in self._host_batch(0).items()}
         batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.rows) for name, kind in kinds.items()}
@@ -173,6 +178,19 @@ class _Training:
         self.peak, source = metrics.peak_flops()
         self._note(f"compiled in {time.perf_counter() - begin:.1f} s; peak {self.peak:.3g} FLOP/s ({source})")
         return self.compiled
+
+    def _check_taps(self, state) -> None:
+        """One sequence, once: the projected gradient is the projection of the full one."""
+        config = self.config.optimizer
+        if config.backprop != "projected" or lr.plan(self.optimizer.projection) == "full":
+            return
+        begin = time.perf_counter()
+        batch = {name: array[:1] for name, array in self._host_batch(0).items()}
+        share = 1.0 / max(float(batch["weights"].sum()), 1.0)
+        tolerance = 1e-3 if self.config.model.dtype == "float32" else 5e-2
+        loss = updates.projected_loss(self.model)
+        lr.check_taps(loss, lr.taps(state["opt_state"]), state["params"], batch, share, tolerance=tolerance)
+        self._note(f"projected gradients agree with the full ones ({time.perf_counter() - begin:.1f} s)")
 
     def _loop(self, step_function, state):
         """Dispatch update t, then read the metrics of t - 1, so that the device never waits for the host."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import lowrank_jax as lr
 from experiments import optimizers
 from experiments.models import llama
 
@@ -17,12 +18,42 @@ def loss_sums(model, params, batch):
     return parts["loss_sum"], parts["weight_sum"]
 
 
+def projected_loss(model):
+    """`loss(params, batch, share)`: the sum of the losses of a batch times its share, for kernels with taps."""
+    return lr.linen.tapped(lambda params, batch, share: loss_sums(model, params, batch)[0] * share)
+
+
+def fused_step(model, optimizer, accumulation: int, backprop: str):
+    """`train_step` by `lowrank_jax.train_step`: gradients by taps, parameters written in place.
+
+    `grad_norm` is the norm of the gradients that the step took, low-rank ones where they are projected.
+    """
+    step = lr.train_step(projected_loss(model), optimizer, accumulate=accumulation, with_norm=True, backprop=backprop)
+
+    def update(state, batch):
+        weight = jnp.maximum(jnp.sum(batch["weights"].astype(jnp.float32)), 1.0)
+        # `lr.train_step` averages over microbatches; with these shares the average is the exact token mean
+        share = accumulation / weight
+        if accumulation > 1:
+            batch, share = microbatches(batch, accumulation), jnp.full(accumulation, share)
+        params, opt_state, (loss, norm) = step(state["params"], state["opt_state"], batch, share)
+        measured = {"loss": loss, "grad_norm": norm, "tokens": weight}
+        measured["skipped"] = jnp.asarray(optimizers.skipped(opt_state), jnp.int32)
+        return {"params": params, "opt_state": opt_state}, measured
+
+    return update
+
+
+def microbatches(batch, accumulation: int):
+    """Microbatch a takes rows a, a + A, a + 2A, ..., so that each device keeps its own rows."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1), batch)
+
+
 def train_step(model, optimizer, accumulation: int):
     """The update `(state, batch) -> (state, metrics)`; state is {"params", "opt_state"}.
 
     The gradient is that of the exact token mean over the whole batch, sum_i w_i loss_i / sum_i w_i: microbatch sums are
-    added in float32 and divided once. Microbatch a takes rows a, a + A, a + 2A, ..., so that each device keeps its own
-    rows.
+    added in float32 and divided once.
     """
 
     def gradient_sum(params, batch):
@@ -34,7 +65,7 @@ def train_step(model, optimizer, accumulation: int):
         if accumulation == 1:
             loss, weight, grads = gradient_sum(params, batch)
         else:
-            parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1), batch)
+            parts = microbatches(batch, accumulation)
             shapes = jax.eval_shape(gradient_sum, params, jax.tree.map(lambda x: x[0], parts))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             total, _ = jax.lax.scan(

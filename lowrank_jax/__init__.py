@@ -8,40 +8,62 @@
 >>> updates, state = tx.update(params, state, params)
 """
 
-from lowrank_jax import linalg, memory
+import importlib
+import types
+
+from lowrank_jax import linalg, linen, memory
 from lowrank_jax.matrices import MatrixView, ResolvedView
 from lowrank_jax.projection import clocks, inner, projectors, residuals, transports
+from lowrank_jax.projection.fused import Fused, fused
+from lowrank_jax.projection.layerwise import Stack, layerwise_step
 from lowrank_jax.projection.learning_rate import apply_learning_rate
 from lowrank_jax.projection.optimizers import Recipe, apollo, apollo_mini, dct_adamw, frugal, galore, ldadam
 from lowrank_jax.projection.placement import resolved_sides, sides_for, state_shardings
-from lowrank_jax.projection.state import Evidence, MatrixState, ProjectionState
+from lowrank_jax.projection.state import Evidence, MatrixState, Projected, ProjectionState
+from lowrank_jax.projection.tapped import Tapped, dot_general, einsum, matmul
+from lowrank_jax.projection.taps import Taps, check_taps, projected_value_and_grad, taps
+from lowrank_jax.projection.training import plan, train_step
 from lowrank_jax.projection.transformation import Projection, explain, projection_of, scale_by_projection
 from lowrank_jax.resolution import Report, Views, resolve
 from lowrank_jax.version import __version__
 
 __all__ = [
     "Evidence",
+    "Fused",
     "MatrixState",
     "MatrixView",
+    "Projected",
     "Projection",
     "ProjectionState",
     "Recipe",
     "Report",
     "ResolvedView",
+    "Stack",
+    "Tapped",
+    "Taps",
     "Views",
     "__version__",
     "apollo",
     "apollo_mini",
     "apply_learning_rate",
+    "check_taps",
     "clocks",
     "dct_adamw",
+    "dot_general",
+    "einsum",
     "explain",
     "frugal",
+    "fused",
     "galore",
     "inner",
+    "layerwise_step",
     "ldadam",
     "linalg",
+    "linen",
+    "matmul",
     "memory",
+    "plan",
+    "projected_value_and_grad",
     "projection_of",
     "projectors",
     "residuals",
@@ -50,5 +72,14 @@ __all__ = [
     "scale_by_projection",
     "sides_for",
     "state_shardings",
+    "taps",
+    "train_step",
     "transports",
 ]
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    """`lr.nnx`, which imports flax.nnx, at its first use."""
+    if name == "nnx":
+        return importlib.import_module("lowrank_jax.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

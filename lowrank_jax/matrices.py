@@ -145,6 +145,20 @@ class ResolvedView:
         """The inverse of `orient`."""
         return self.view.from_matrices(x if self.side == "rows" else jnp.swapaxes(x, -1, -2), self.shape)
 
+    @property
+    def layered(self) -> bool:
+        """Whether the first axis of the leaf is a batch axis, so that `layer` can take it one by one."""
+        return bool(self.view.batch) and self.view.batch[0] == 0
+
+    def layer(self) -> ResolvedView:
+        """The view of one index along the first axis of a layered leaf."""
+        batch, rows, cols = (
+            tuple(axis - 1 for axis in axes) for axes in (self.view.batch[1:], self.view.rows, self.view.cols)
+        )
+        view = MatrixView(batch=batch, rows=rows, cols=cols)
+        spec = None if self.spec is None else self.spec[1:]
+        return dataclasses.replace(self, view=view, shape=self.shape[1:], batch=self.batch[1:], spec=spec)
+
     def structure(self) -> ResolvedView:
         """The view without the mesh: what is stored in a state's static metadata."""
         return dataclasses.replace(self, spec=None)

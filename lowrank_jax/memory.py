@@ -6,7 +6,7 @@ State of one projected leaf of `L` matrices that shrinks s and keeps k, at rank 
     moments    L inner.state_bytes([r k])      two moments of r k elements and a 4-byte step count, for `inner.adam`
     residual   residual.state_bytes(view)      L s k words of error, 4 L of norms, or nothing
     plain      plain.state_bytes(sizes)        of the leaves that are not projected, as one group
-    scalars    12 (+ 4)                        format version, step, skipped (and a named optimizer's schedule count)
+    scalars    16 (+ 4)                        format version, step, skipped, refreshes (and a schedule's count)
 
 Formulas are arithmetic over shapes. Measured bytes are what a compiled program takes as arguments; on one device and
 without padding both agree exactly. With sharded parameters a formula counts whole arrays and a measurement one device.
@@ -71,7 +71,7 @@ def formula(tx: optax.GradientTransformation, params: Any) -> list[dict[str, Any
     >>> import lowrank_jax as lr
     >>> rows = formula(lr.galore(1e-2, rank=4), {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)})
     >>> {row["component"]: row["bytes_formula"] for row in rows}
-    {'parameters': 576, 'gradients': 576, 'basis': 128, 'moments': 516, 'residual': 0, 'plain': 132, 'scalars': 16}
+    {'parameters': 576, 'gradients': 576, 'basis': 128, 'moments': 516, 'residual': 0, 'plain': 132, 'scalars': 20}
     """
     rows: dict[str, int | None] = {"parameters": _bytes(params), "gradients": _bytes(params)}
     projection = getattr(tx, "projection", None)
@@ -82,7 +82,7 @@ def formula(tx: optax.GradientTransformation, params: Any) -> list[dict[str, Any
         matrices = [_matrix_bytes(projection, view) for view in report.projected]
         rows |= {name: sum(matrix[name] for matrix in matrices) for name in ("basis", "moments", "residual")}
         rows["plain"] = _inner_bytes(projection.plain, _plain_leaves(report, params))
-        rows["scalars"] = 12 + (4 if hasattr(tx, "recipe") else 0)
+        rows["scalars"] = 16 + (4 if hasattr(tx, "recipe") else 0)
     return [{"component": name, "bytes_formula": size} for name, size in rows.items()]
 
 
@@ -166,7 +166,8 @@ def _components(state: Any) -> dict[str, Any]:
         "moments": [matrix.inner for matrix in matrices],
         "residual": [matrix.residual for matrix in matrices],
         "plain": [node.plain for node in ours],
-        "scalars": [(node.format_version, node.step, node.skipped) for node in ours] + [x for x in rest if not x.shape],
+        "scalars": [(node.format_version, node.step, node.skipped, node.refreshes) for node in ours]
+        + [x for x in rest if not x.shape],
     }
     other = [x for x in rest if x.shape]
     return parts | {"other": other} if other else parts

@@ -121,8 +121,9 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-def _is_node(x: Any) -> bool:
-    return isinstance(x, (optax.MaskedNode, meta.AxisMetadata))
+def is_node(x: Any) -> bool:
+    """What counts as one leaf of a parameter tree: a masked one, a box of metadata, a quantised array."""
+    return isinstance(x, (optax.MaskedNode, meta.AxisMetadata)) or hasattr(x, "dequantize")
 
 
 def path_of(keys: Iterable[Any]) -> str:
@@ -133,7 +134,7 @@ def path_of(keys: Iterable[Any]) -> str:
 def leaves_with_metadata(tree: Any) -> list[tuple[str, Any, tuple[str | None, ...] | None]]:
     """`[(path, leaf or MaskedNode, logical axis names or None), ...]` in the order of `jax.tree.leaves`."""
     found = []
-    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_node)[0]:
+    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)[0]:
         names = None
         while isinstance(node, meta.AxisMetadata):
             names = getattr(node, "names", names)

@@ -28,10 +28,15 @@ def _pad(spec: Any, ndim: int) -> Spec:
 
 def explicit_spec(x: Any) -> Spec | None:
     """The partition entries of an array on an explicit mesh, one for each axis; None elsewhere."""
+    if hasattr(x, "dequantize"):
+        x = jax.tree.leaves(x)[0]  # a quantised array lies like its codes
     kind = getattr(x, "sharding", None) if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
-    if not isinstance(kind, NamedSharding) or AxisType.Explicit not in kind.mesh.axis_types:
-        return None
-    return _pad(kind.spec, len(x.shape))
+    return spec_of(kind, len(x.shape)) if is_explicit(kind) else None
+
+
+def is_explicit(kind: Any) -> bool:
+    """Whether a sharding belongs to a mesh with explicit axes."""
+    return isinstance(kind, NamedSharding) and AxisType.Explicit in kind.mesh.axis_types
 
 
 def spec_of(kind: Any, ndim: int) -> Spec:

@@ -57,7 +57,7 @@ def refresh_of(projector: Any, view: lr.ResolvedView):
 
     def refresh(basis, gradient, moments, step, seed):
         keys = jax.random.split(jax.random.key(seed), view.batch)
-        return projector.refresh(view, basis, lr.Evidence(gradient, None, moments, step, keys))
+        return projector.refresh(view, basis, lr.Evidence(grad=gradient, moments=moments, step=step, key=keys))
 
     return refresh
 

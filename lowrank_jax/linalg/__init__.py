@@ -1,4 +1,5 @@
-"""Matrices in, matrices out: orthogonalisation, decompositions, fast transforms, row selection and spectra.
+"""Matrices in, matrices out: orthogonalisation, decompositions, fast transforms, row selection,
+quantisation and spectra.
 
 Nothing here knows of trees, optimizers or Flax. Every function takes one matrix or a stack (..., rows, cols), treats
 leading axes as batch, and works in and out of jit, under vmap and ``jax.eval_shape``.
@@ -25,6 +26,7 @@ from lowrank_jax.linalg.decompositions import (
     truncated_svd,
 )
 from lowrank_jax.linalg.orthogonal import cholesky_qr2, newton_schulz, orthonormalize, qr_orthonormal
+from lowrank_jax.linalg.quantization import QuantizedBlocks, dynamic_code_book, quantize_blocks, stochastic_round
 from lowrank_jax.linalg.selection import gather_rows, random_rows, row_scores, scatter_rows, top_rows
 from lowrank_jax.linalg.spectra import effective_rank, explained_variance, principal_angles, stable_rank
 from lowrank_jax.linalg.transforms import (
@@ -38,11 +40,13 @@ from lowrank_jax.linalg.transforms import (
 )
 
 __all__ = [
+    "QuantizedBlocks",
     "canonical_signs",
     "cholesky_qr2",
     "dct",
     "dct_columns",
     "dct_matrix",
+    "dynamic_code_book",
     "effective_rank",
     "explained_variance",
     "gather_rows",
@@ -55,12 +59,14 @@ __all__ = [
     "power_step",
     "principal_angles",
     "qr_orthonormal",
+    "quantize_blocks",
     "random_rows",
     "randomized_svd",
     "range_finder",
     "row_scores",
     "scatter_rows",
     "stable_rank",
+    "stochastic_round",
     "top_rows",
     "truncated_svd",
 ]

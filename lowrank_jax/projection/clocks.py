@@ -24,7 +24,7 @@ class Clock:
         if self.when not in ("before", "after"):
             raise ValueError(f"when={self.when!r} must be 'before' or 'after' the update")
 
-    def due(self, step: jax.Array) -> Any:
+    def due(self, step: Any) -> Any:
         """Scalar: does the basis move at this 0-based step? A Python bool where it is known without the step."""
         raise TypeError(f"{type(self).__name__} has no scalar clock")
 

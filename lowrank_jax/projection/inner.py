@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax import linalg
+
 
 class Moment(NamedTuple):
     """One moment inside an inner state.
@@ -102,6 +104,7 @@ class Adam:
     mu_dtype: Any = jnp.float32
     nu_dtype: Any = jnp.float32
     splits = True
+    guards = True
 
     def __post_init__(self):
         for name in ("b1", "b2"):
@@ -120,17 +123,23 @@ class Adam:
             jax.tree.map(lambda x: jnp.zeros_like(x, self.nu_dtype), tree),
         )
 
-    def update(self, grads, state, params=None, **extra):
+    def update(self, grads, state, params=None, *, ok=None, **extra):
         del params, extra
+
+        def average(old, new, decay):
+            moved = _average(old, new, decay)
+            return moved if ok is None else jnp.where(ok, moved, old.astype(jnp.float32))
+
         count = optax.safe_increment(state.count)
-        mu = jax.tree.map(lambda m, g: _average(m, g.astype(jnp.float32), self.b1), state.mu, grads)
-        nu = jax.tree.map(lambda v, g: _average(v, jnp.square(g.astype(jnp.float32)), self.b2), state.nu, grads)
+        mu = jax.tree.map(lambda m, g: average(m, g.astype(jnp.float32), self.b1), state.mu, grads)
+        nu = jax.tree.map(lambda v, g: average(v, jnp.square(g.astype(jnp.float32)), self.b2), state.nu, grads)
         correction = jnp.sqrt(debias(self.b2, count))
         eps = self.eps * correction if self.convention == "torch" else self.eps
         direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
         mu = jax.tree.map(lambda m: m.astype(self.mu_dtype), mu)
         nu = jax.tree.map(lambda v: v.astype(self.nu_dtype), nu)
-        return direction, correction / debias(self.b1, count), AdamState(count, mu, nu)
+        kept = count if ok is None else jnp.where(ok, count, state.count)
+        return direction, correction / debias(self.b1, count), AdamState(kept, mu, nu)
 
     def state_bytes(self, sizes: list[int]) -> int:
         """Formula: 4 bytes of count, and each element once in `mu_dtype` and once in `nu_dtype`."""
@@ -183,6 +192,20 @@ class FromOptax:
         return dict(self.decay)
 
 
+def guarded(inner: Inner, grads: Any, state: Any, params: Any, ok: Any, extra: dict[str, Any]):
+    """`inner.update`, whose state stays where not `ok`.
+
+    An inner that `guards` takes `ok` itself and derives its direction from the moments that it keeps: each moment is
+    then read and written by one pass, in place, where a selection afterwards would need a copy of the old ones.
+    """
+    if ok is None:
+        return inner.update(grads, state, params, **extra)
+    if getattr(inner, "guards", False):
+        return inner.update(grads, state, params, ok=ok, **extra)
+    direction, scale, new = inner.update(grads, state, params, **extra)
+    return direction, scale, jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
+
+
 def as_inner(inner: Any) -> Inner:
     """`inner` itself, or an optax transformation wrapped."""
     if isinstance(inner, optax.GradientTransformation):
@@ -190,6 +213,85 @@ def as_inner(inner: Any) -> Inner:
     if not isinstance(inner, Inner):
         raise ValueError(f"inner={inner!r} must be lr.inner.adam(...) or an optax GradientTransformation")
     return inner
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored8:
+    """An inner transformation whose moments are stored in blocks of 8 bits, and computed in float32 (8-bit Adam).
+
+    First moments take the signed dynamic code, second and maximal ones the unsigned one; other leaves stay.
+
+    Args:
+      inner: what is stored, `lr.inner.adam(...)` or another with registered moments.
+      block: entries of a block along the last axis (256: bitsandbytes).
+      minimum: moments of fewer entries stay as they are (4096: bitsandbytes).
+
+    >>> import jax.numpy as jnp
+    >>> state = Stored8(minimum=1).init(jnp.ones((4, 512)))
+    >>> state.mu.codes.dtype.name, state.mu.scales.shape
+    ('uint8', (4, 2))
+    """
+
+    inner: Any = dataclasses.field(default_factory=Adam)
+    block: int = 256
+    minimum: int = 4096
+    guards = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "inner", as_inner(self.inner))
+        if isinstance(self.inner, Stored8):
+            raise ValueError("stored8: inner is stored in 8 bits already; wrap it once")
+        for name, least in (("block", 1), ("minimum", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"stored8: {name}={value!r} must be an integer of at least {least}")
+
+    @property
+    def splits(self) -> bool:
+        return self.inner.splits
+
+    @property
+    def params(self) -> bool:
+        return getattr(self.inner, "params", False)
+
+    def init(self, tree):
+        return self.encode(self.inner.init(tree))
+
+    def update(self, grads, state, params=None, **extra):
+        direction, scale, state = self.inner.update(grads, self.decode(state), params, **extra)
+        return direction, scale, self.encode(state)
+
+    def encode(self, state: Any) -> Any:
+        """Registered moments as `linalg.QuantizedBlocks`."""
+        kinds = {moment.path: moment.kind for moment in moments(self.inner, state)}
+        codes = {"first": "signed", "second": "unsigned", "max": "unsigned"}
+
+        def one(path, value):
+            code = codes.get(kinds.get(tuple(path), ""))
+            small = math.prod(value.shape[-2:]) < self.minimum
+            return value if code is None or small else linalg.quantize_blocks(value, code, self.block)
+
+        return jax.tree_util.tree_map_with_path(one, state)
+
+    def decode(self, state: Any) -> Any:
+        """The state of `inner`."""
+        quantized = lambda x: isinstance(x, linalg.QuantizedBlocks)  # noqa: E731
+        return jax.tree.map(lambda x: x.dequantize() if quantized(x) else x, state, is_leaf=quantized)
+
+
+def core(inner: Any) -> Inner:
+    """The inner transformation without its storage."""
+    return inner.inner if isinstance(inner, Stored8) else inner
+
+
+def decoded(inner: Any, state: Any) -> tuple[Inner, Any]:
+    """The inner transformation and its state without their storage."""
+    return (inner.inner, inner.decode(state)) if isinstance(inner, Stored8) else (inner, state)
+
+
+def encoded(inner: Any, state: Any) -> Any:
+    """A decoded state as it is stored."""
+    return inner.encode(state) if isinstance(inner, Stored8) else state
 
 
 _REGISTRY: dict[type, tuple[dict[str, str], str | None]] = {}
@@ -256,4 +358,5 @@ def first_moment(inner: Inner, state: Any) -> tuple[Moment, jax.Array]:
 
 
 adam = Adam
+stored8 = Stored8
 from_optax = FromOptax

@@ -16,6 +16,27 @@ class LearningRateState(NamedTuple):
     count: Any
 
 
+def _decays(weight_decay: Any) -> bool:
+    return not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+
+
+def selected_for_decay(updates: Any, params: Any, weight_decay: Any, mask: Any) -> Any:
+    """A tree of booleans like `updates`: which leaves decay."""
+    selected = mask(params) if callable(mask) else mask
+    if selected is None:
+        return jax.tree.map(lambda _: _decays(weight_decay), updates)
+    return jax.tree.map(lambda flag: bool(flag) and _decays(weight_decay), selected)
+
+
+def decayed_step(u: jax.Array, p: jax.Array, rate: Any, weight_decay: Any, when: str, accepted: Any) -> jax.Array:
+    """The float32 change of one leaf: `-lr u` with decoupled decay before or after it."""
+    u = u.astype(jnp.float32)
+    if not _decays(weight_decay):
+        return -rate * u
+    shrink = 1 - rate * weight_decay if when == "post" else 1.0
+    return -rate * shrink * u - jnp.where(accepted, rate * weight_decay, 0) * p.astype(jnp.float32)
+
+
 def apply_learning_rate(
     learning_rate: Any, weight_decay: Any = 0.0, *, when: str = "pre", mask: Callable | Any = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -46,7 +67,7 @@ def apply_learning_rate(
         raise ValueError(f"when={when!r} must be 'pre' or 'post' the step")
     if isinstance(weight_decay, (int, float)) and weight_decay < 0:
         raise ValueError(f"weight_decay={weight_decay} must not be negative")
-    decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+    decays = _decays(weight_decay)
 
     def init(params):
         del params
@@ -57,19 +78,11 @@ def apply_learning_rate(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         if decays and params is None:
             raise ValueError(f"weight_decay={weight_decay} needs params; call update(grads, state, params)")
-        shrink = 1 - rate * weight_decay if decays and when == "post" else 1.0
 
         def apply(u, p, decayed):
-            step = -rate * shrink * u.astype(jnp.float32) if decayed else -rate * u.astype(jnp.float32)
-            if decayed:
-                step = step - jnp.where(accepted, rate * weight_decay, 0) * p.astype(jnp.float32)
-            return step.astype(u.dtype)
+            return decayed_step(u, p, rate, weight_decay if decayed else 0, when, accepted).astype(u.dtype)
 
-        selected = mask(params) if callable(mask) else mask
-        if selected is None:
-            selected = jax.tree.map(lambda _: decays, updates)
-        else:
-            selected = jax.tree.map(lambda flag: bool(flag) and decays, selected)
+        selected = selected_for_decay(updates, params, weight_decay, mask)
         new = jax.tree.map(apply, updates, updates if params is None else params, selected)
         return new, LearningRateState(state.count + jnp.asarray(accepted, jnp.int32))
 

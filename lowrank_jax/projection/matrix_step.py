@@ -14,7 +14,7 @@ from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection.clocks import Staggered
 from lowrank_jax.projection.projectors.base import count
-from lowrank_jax.projection.state import Evidence, MatrixState
+from lowrank_jax.projection.state import Evidence, MatrixState, Projected
 
 if TYPE_CHECKING:
     from lowrank_jax.projection.transformation import Projection
@@ -40,6 +40,11 @@ def all_finite(arrays: list[jax.Array]) -> jax.Array:
 def select(ok: jax.Array, new: Any, old: Any) -> Any:
     """`new` where ok, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+
+
+def whole(param: Any) -> jax.Array:
+    """A parameter as an array: quantised ones are decoded."""
+    return param.dequantize() if hasattr(param, "dequantize") else param
 
 
 def layer_numbers(view: ResolvedView) -> jax.Array:
@@ -93,52 +98,121 @@ def _with_numbers(config: Any, numbers: Iterator[jax.Array]) -> Any:
 
 
 class MatrixStep:
-    """A mutable record of one leaf's update, so that `Projection.update` reads as the steps of the method.
+    """A mutable record of one leaf's update, so that an update of the tree reads as the steps of the method.
 
     Attributes:
-      target: `(batch..., s, k)` float32, what is projected.
+      target: `(batch..., s, k)` float32, what is projected; None where the gradient came projected.
       low: `(batch..., r, k)`, after `project`.
+      sketch: `(batch..., s, q)`, or None.
       basis, inner, residual: the state so far.
     """
 
-    def __init__(self, config: Projection, view: ResolvedView, state: MatrixState, grad: jax.Array, param):
-        self.config, self.view, self.old, self.param = config, view, state, param
-        self.target, self.residual = config.residual.target(state.residual, grad.astype(jnp.float32))
-        self.basis, self.inner = state.basis, state.inner
+    def __init__(
+        self, config: Projection, view: ResolvedView, state: MatrixState, grad: Any, param: Any, layer: Any = None
+    ):
+        self.config, self.view, self.old = config, view, state
+        # the numbers and the count of the leaf's matrices, of which a layer-wise step has one
+        self.layers = layer_numbers(view) if layer is None else layer
+        self.total = count(state.view)
+        self.param = view.orient(whole(param)) if config.reads_params else None
+        self.basis, self.inner, self.residual = state.basis, state.inner, state.residual
+        self.target: Any = None
+        self.sketch: Any = None
+        if isinstance(grad, Projected):
+            self.low, self.sketch = _checked(config, view, grad)
+        else:
+            gradient = view.orient(grad).astype(jnp.float32)
+            self.target, self.residual = config.residual.target(state.residual, gradient)
+
+    @property
+    def can_refresh(self) -> bool:
+        """Whether a refresh finds what it reads: a gradient, or the sketch that serves instead."""
+        needs = self.config.projector.needs
+        return self.target is not None or not ("grad" in needs or ("sketch" in needs and self.sketch is None))
+
+    def look(self, due: Any, step: jax.Array) -> None:
+        """Takes the sketch of a full gradient, where a refresh after the update will need it."""
+        if due is False or self.target is None or "sketch" not in self.config.projector.needs:
+            return
+
+        def product():
+            return self.target @ sketch_basis(self.config, self.view, self.old, step, self.layers)
+
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(product))
+        self.sketch = product() if due is True else jax.lax.cond(due, product, lambda: nothing)
 
     def refresh(self, due: Any, step: jax.Array) -> None:
         """Moves basis, moments and residual where `due`: one `cond` on an unbatched scalar.
 
         What a refresh does not change stays outside the condition, so that a normal step does not copy it.
         """
-        if due is False:
+        if due is False or not self.can_refresh:
             return
         state = {"basis": self.basis, "inner": self.inner, "residual": self.residual}
-        seen = {"target": self.target, "param": self.param, "layers": layer_numbers(self.view)}
-        state |= on_own_matrices(_refresh, self.config, self.view, state | seen, due, step, count(self.view))
+        seen = {"target": self.target, "sketch": self.sketch, "param": self.param, "layers": self.layers}
+        state |= on_own_matrices(_refresh, self.config, self.view, state | seen, due, step, self.total)
         self.basis, self.inner, self.residual = state["basis"], state["inner"], state["residual"]
 
     def project(self) -> None:
         def down(config, view, trees):
             return config.projector.down(view, trees["basis"], trees["x"])
 
-        self.low = on_own_matrices(down, self.config, self.view, {"x": self.target, "basis": self.basis})
+        if self.target is not None:
+            self.low = on_own_matrices(down, self.config, self.view, {"x": self.target, "basis": self.basis})
 
     @property
-    def kept(self) -> jax.Array:
+    def kept(self) -> Any:
         """What the step keeps of the gradient: all of it where the residual rule reads it, else its projection."""
         return self.target if self.config.residual.sees_gradient else self.low
 
+    def arrays(self) -> dict[str, Any]:
+        """What `finish` reads, batch axes in front; what it does not read is left out."""
+        own = {"low": self.low, "target": self.target if self.config.residual.sees_gradient else None,
+               "param": self.param if getattr(self.config.inner, "params", False) else None,
+               "basis": self.basis, "inner": self.inner, "residual": self.residual}  # fmt: skip
+        moved = {"inner": self.old.inner, "residual": self.old.residual}
+        return own | {"old": {name: tree for name, tree in moved.items() if own[name] is not tree}}
+
     def finish(self, factor: jax.Array | None, ok: jax.Array | None, extra: dict[str, Any]) -> jax.Array:
         """The oriented update; leaves the new inner and residual states in place, or the old ones where not ok."""
-        arrays = {"low": self.low, "target": self.target, "param": self.param, "old": self.old.inner,
-                  "old_residual": self.old.residual, "basis": self.basis, "inner": self.inner,
-                  "residual": self.residual}  # fmt: skip
-        update, self.inner, self.residual = on_own_matrices(_finish, self.config, self.view, arrays, factor, ok, extra)
+        update, self.inner, self.residual = on_own_matrices(
+            finish, self.config, self.view, self.arrays(), factor, ok, extra
+        )
         return update
 
     def state(self) -> MatrixState:
-        return MatrixState(self.basis, self.inner, self.residual, self.old.view)
+        return MatrixState(self.basis, self.inner, self.residual, self.old.view, self.old.projector)
+
+
+def _checked(config: Projection, view: ResolvedView, grad: Projected) -> tuple[jax.Array, jax.Array | None]:
+    """`(low, sketch)` of a projected gradient; ValueError where it cannot serve."""
+    if config.residual.sees_gradient:
+        raise ValueError(
+            f"leaf {view.path!r}: residual {type(config.residual).__name__} reads the full gradient, and this one is "
+            "projected; take jax.value_and_grad(loss) for this optimizer, or residual=lr.residuals.discard()"
+        )
+    shape = (*view.batch, *config.projector.low_shape(view))
+    if tuple(grad.low.shape) != shape:
+        raise ValueError(
+            f"leaf {view.path!r}: the projected gradient has shape {tuple(grad.low.shape)}, not {shape}; something "
+            "between lr.projected_value_and_grad and update broadcast or stacked it. Accumulate with "
+            "projected_value_and_grad(..., accumulate=k), not optax.MultiSteps"
+        )
+    return grad.low.astype(jnp.float32), grad.sketch
+
+
+def sketch_basis(
+    config: Projection, view: ResolvedView, state: MatrixState, step: jax.Array, layers: jax.Array
+) -> jax.Array:
+    """`(batch..., k, q)`: what a refresh by a sketch contracts the kept side of the gradient with."""
+    evidence = Evidence(
+        moments=_debiased(config, state.inner, sharding.whole_spec(view.spec))
+        if "moments" in config.projector.needs
+        else None,
+        step=step,
+        key=config.keys(view, step, layers),
+    )
+    return config.projector.sketch_basis(view, evidence)
 
 
 def _refresh(config: Projection, view: ResolvedView, trees: Any, due: Any, step: jax.Array, total: int) -> Any:
@@ -161,26 +235,29 @@ def _refreshed(config: Projection, view: ResolvedView, trees: dict[str, Any], st
     needs, basis, inner, whole = config.projector.needs, trees["basis"], trees["inner"], sharding.whole_spec(view.spec)
     evidence = Evidence(
         grad=sharding.reshard(trees["target"], whole) if "grad" in needs else None,
+        sketch=sharding.reshard(trees["sketch"], whole) if "sketch" in needs else None,
         param=sharding.reshard(trees["param"], whole) if "param" in needs else None,
         moments=_debiased(config, inner, whole) if "moments" in needs else None,
         step=step,
         key=config.keys(view, step, trees["layers"]),
     )
     new = jax.tree.map(sharding.like, config.projector.refresh(view, basis, evidence), basis)
-    after, residual = inner, trees["residual"]
+    residual, (core, before) = trees["residual"], inner_lib.decoded(config.inner, inner)
+    after = before
     if config.transport.moves:
         change = config.projector.overlap(view, basis, new)
-        after = config.transport(config.inner, inner, config.fresh_inner(view), change)
-        after = jax.tree.map(sharding.like, after, inner)
+        _, fresh = inner_lib.decoded(config.inner, config.fresh_inner(view))
+        after = jax.tree.map(sharding.like, config.transport(core, before, fresh, change), before)
     if config.residual.follows_basis:
-        moved = config.residual.moved(config.projector, view, basis, new, config.inner, inner, after, residual)
+        moved = config.residual.moved(config.projector, view, basis, new, core, before, after, residual)
         residual = jax.tree.map(sharding.like, moved, residual)
+    after = inner_lib.encoded(config.inner, after)
     return _movable(config, {"basis": new, "inner": after, "residual": residual})
 
 
 def _debiased(config: Projection, inner: Any, spec: Any) -> jax.Array:
     """The first moment over `1 - b1^t`, in the old basis."""
-    moment, value = inner_lib.first_moment(config.inner, inner)
+    moment, value = inner_lib.first_moment(*inner_lib.decoded(config.inner, inner))
     seen = jnp.maximum(moment.count, 1)[..., None, None]
     return sharding.reshard(value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen), spec)
 
@@ -220,13 +297,13 @@ def _refresh_staggered(config: Projection, view: ResolvedView, trees: Any, due: 
     return jax.lax.switch(branch, [lambda: stay, some, lambda: _refreshed(config, view, trees, step)])
 
 
-def _finish(config: Projection, view: ResolvedView, trees: dict[str, Any], factor: Any, ok: Any, extra: dict[str, Any]):
-    """Oriented update, inner state, residual state."""
-    low, target = (trees[name] if factor is None else trees[name] * factor for name in ("low", "target"))
+def finish(config: Projection, view: ResolvedView, trees: dict[str, Any], factor: Any, ok: Any, extra: dict[str, Any]):
+    """Oriented update, inner state, residual state, from `MatrixStep.arrays`."""
+    low, target = (x if factor is None or x is None else x * factor for x in (trees["low"], trees["target"]))
     basis, param = trees["basis"], None
     if getattr(config.inner, "params", False):
         param = config.projector.down(view, basis, trees["param"])
-    run = each(lambda g, s, p: config.inner.update(g, s, p, **extra), view.batch)
+    run = each(lambda g, s, p: inner_lib.guarded(config.inner, g, s, p, ok, extra), view.batch)
     direction, scale, inner = run(low, trees["inner"], param)
     scale = jnp.asarray(scale, jnp.float32) * config.scale
     if ok is not None:
@@ -235,6 +312,7 @@ def _finish(config: Projection, view: ResolvedView, trees: dict[str, Any], facto
         config.projector, view, basis, trees["residual"], target, low, direction, scale
     )
     if ok is not None:
-        inner, residual = select(ok, inner, trees["old"]), select(ok, residual, trees["old_residual"])
+        residual = select(ok, residual, (trees | trees["old"])["residual"])
+        inner = select(ok, inner, trees["old"]["inner"]) if "inner" in trees["old"] else inner
         update = jnp.where(ok, update, 0) if config.residual.sees_gradient else update
     return update, inner, residual

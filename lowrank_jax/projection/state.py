@@ -9,7 +9,7 @@ import jax
 
 from lowrank_jax.matrices import ResolvedView
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: refreshes
 
 
 class ProjectionState(NamedTuple):
@@ -18,7 +18,8 @@ class ProjectionState(NamedTuple):
     Attributes:
       format_version: int32 (), the layout of this state; raised when it changes.
       step: int32 (), accepted steps. The clock of the whole tree; a skipped step does not count.
-      skipped: int32 (), steps whose gradients were not finite.
+      skipped: int32 (), steps whose gradients were not finite, or were projected on a basis that is not this one.
+      refreshes: int32 (), steps at which a basis moved; taps carry it, so that stale ones are noticed.
       matrices: like the parameters, a `MatrixState` where a leaf is projected and `optax.MaskedNode` elsewhere.
       plain: state of the inner transformation of the leaves that are not projected.
 
@@ -26,12 +27,13 @@ class ProjectionState(NamedTuple):
     >>> import lowrank_jax as lr
     >>> state = lr.scale_by_projection(lr.projectors.svd(rank=2)).init({"kernel": jnp.ones((4, 8))})
     >>> int(state.format_version), int(state.step), int(state.skipped)
-    (1, 0, 0)
+    (2, 0, 0)
     """
 
     format_version: jax.Array
     step: jax.Array
     skipped: jax.Array
+    refreshes: jax.Array
     matrices: Any
     plain: Any
 
@@ -46,6 +48,7 @@ class MatrixState:
       inner: state of the inner transformation, one for each matrix, on `(r, k)`.
       residual: state of the residual rule; `()` for rules without one.
       view: static; path, shape, axes, side and rank.
+      projector: static; what the basis means (`Projector.structure()`), without any number.
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -58,6 +61,7 @@ class MatrixState:
     inner: Any
     residual: Any
     view: ResolvedView = dataclasses.field(metadata={"static": True})
+    projector: Any = dataclasses.field(metadata={"static": True})
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves((self.basis, self.inner, self.residual))
@@ -67,13 +71,39 @@ class MatrixState:
         return f"MatrixState({view.path!r}, rank={view.rank}, shrinks={view.side}, basis={shapes}, {total:,} bytes)"
 
 
+def matrix_states(state: ProjectionState) -> list[MatrixState]:
+    """The states of the projected leaves, in the order of the tree."""
+    is_matrix = lambda x: isinstance(x, MatrixState)  # noqa: E731
+    return [node for node in jax.tree.leaves(state.matrices, is_leaf=is_matrix) if is_matrix(node)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Projected:
+    """The gradient of a tapped kernel: its low-rank object, and at a refresh by a sketch that too.
+
+    Attributes:
+      low: `(batch..., r, k)` float32, `PᵀG` of the oriented gradient.
+      sketch: `(batch..., s, q)` float32, `G Q`, or None.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> len(jax.tree.leaves(lr.Projected(jnp.ones((2, 8)))))
+    1
+    """
+
+    low: jax.Array
+    sketch: jax.Array | None = None
+
+
 class Evidence(NamedTuple):
     """What a projector may use at a refresh; what it did not ask for in `needs` is None.
 
     Attributes:
       grad: `(batch..., s, k)` float32, the oriented target (gradient plus any fed-back error), whole.
       param: `(batch..., s, k)`, the oriented parameter.
-      moments: `(batch..., r, k)`, debiased first moment in the old basis.
+      moments: `(batch..., r, k)`, debiased first moment in the old basis, before this step's update.
+      sketch: `(batch..., s, q)`, the target times the projector's `sketch_basis (batch..., k, q)`.
       step: int32 (), 0 at the first refresh.
       key: typed random keys `(batch...)`, one for each matrix, new at every step.
 
@@ -92,5 +122,6 @@ class Evidence(NamedTuple):
     grad: jax.Array | None = None
     param: jax.Array | None = None
     moments: jax.Array | None = None
+    sketch: jax.Array | None = None
     step: jax.Array | None = None
     key: jax.Array | None = None

@@ -31,19 +31,12 @@ import optax
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection import inner as inner_lib
-from lowrank_jax.projection.clocks import Clock, Every, Staggered
-from lowrank_jax.projection.matrix_step import (
-    MatrixStep,
-    all_finite,
-    each,
-    energy,
-    layer_numbers,
-    on_own_matrices,
-    select,
-)
+from lowrank_jax.projection import step as step_lib
+from lowrank_jax.projection.clocks import Clock, Every
+from lowrank_jax.projection.matrix_step import each, layer_numbers, on_own_matrices, sketch_basis
 from lowrank_jax.projection.projectors.base import Projector
 from lowrank_jax.projection.residuals import Discard, Residual
-from lowrank_jax.projection.state import FORMAT_VERSION, MatrixState, ProjectionState
+from lowrank_jax.projection.state import FORMAT_VERSION, MatrixState, ProjectionState, matrix_states
 from lowrank_jax.projection.transports import Keep
 from lowrank_jax.resolution import Report, Views, check_side, resolve
 
@@ -102,18 +95,19 @@ class Projection:
 
     def _init(self, params: Any) -> ProjectionState:
         report = self.report(params)
-        leaves, treedef = jax.tree.flatten(params)
-        views = _views_of(report)
+        leaves, treedef = step_lib.flatten(params)
+        views = [leaf.view for leaf in report.leaves]
         step = jnp.zeros((), jnp.int32)
         matrices = [optax.MaskedNode() if view is None else self._init_matrix(view) for view in views]
         for view, matrix in zip(views, matrices, strict=True):
             if view is not None:
                 self._check_inner(matrix)
-        plain = _only_plain(treedef, leaves, views)
+        plain = step_lib.only_plain(treedef, leaves, views)
         return ProjectionState(
             format_version=jnp.asarray(FORMAT_VERSION, jnp.int32),
             step=step,
             skipped=jnp.zeros((), jnp.int32),
+            refreshes=jnp.zeros((), jnp.int32),
             matrices=jax.tree.unflatten(treedef, matrices),
             plain=self.plain.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), plain)),
         )
@@ -121,10 +115,12 @@ class Projection:
     def _check_inner(self, matrix: MatrixState) -> None:
         axes = len(matrix.view.batch)
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), matrix.inner)
-        self.transport.check(self.inner, state)
-        self.residual.check(self.inner, state, matrix.view, self.projector.low_shape(matrix.view))
+        core = inner_lib.core(self.inner)
+        state = jax.eval_shape(lambda state: inner_lib.decoded(self.inner, state)[1], state)
+        self.transport.check(core, state)
+        self.residual.check(core, state, matrix.view, self.projector.low_shape(matrix.view))
         if "moments" in self.projector.needs:
-            inner_lib.first_moment(self.inner, state)
+            inner_lib.first_moment(core, state)
 
     def fresh_inner(self, view: ResolvedView) -> Any:
         low = sharding.zeros((*view.batch, *self.projector.low_shape(view)), jnp.float32, self.projector.low_spec(view))
@@ -137,7 +133,7 @@ class Projection:
         layers = layer_numbers(view)
         basis = self.projector.init(view, self.keys(view, jnp.zeros((), jnp.int32), layers))
         inner, residual = on_own_matrices(rest, self, view, {"layers": layers})
-        return MatrixState(basis, inner, residual, view.structure())
+        return MatrixState(basis, inner, residual, view.structure(), self.projector.structure())
 
     def phase(self, view: ResolvedView) -> int:
         """A number of the leaf alone, the same in every process: the CRC32 of its path."""
@@ -151,119 +147,25 @@ class Projection:
 
     def update(self, updates: Any, state: ProjectionState, params: Any = None, **extra: Any):
         with sharding.mesh_of((updates, params)):
-            return self._update(updates, state, params, extra)
-
-    def _update(self, updates: Any, state: ProjectionState, params: Any, extra: dict[str, Any]):
-        leaves, treedef = jax.tree.flatten(updates)
-        views = _views_of(self.report(updates if params is None else params))
-        references = leaves if params is None else jax.tree.leaves(params)
-        matrices = _leaves_of(state.matrices, views)
-        _check_structure(views, matrices)
-        projected = [(i, view) for i, view in enumerate(views) if view is not None]
-        plain = _only_plain(treedef, leaves, views)
-
-        steps = []
-        for i, view in projected:
-            param = view.orient(references[i]) if self.reads_params else None
-            steps.append(MatrixStep(self, view, matrices[i], view.orient(leaves[i]), param))
-        plain_grads = jax.tree.leaves(plain)
-        due, whole = self._due(state.step, leaves)
-        if self.clock.when == "before":
-            for step in steps:
-                step.refresh(due, state.step)
-        for step in steps:
-            step.project()
-        kept = [step.kept for step in steps] + plain_grads
-        ok = None if not self.guard else all_finite(kept) & (True if whole is None else whole)
-        factor = None if self.clip_norm is None else self._clip_factor(kept)
-        outputs = list(leaves)
-        for (i, view), step in zip(projected, steps, strict=True):
-            update = view.restore(step.finish(factor, ok, extra)).astype(references[i].dtype)
-            outputs[i] = sharding.reshard(update, sharding.explicit_spec(leaves[i]))
-            if self.clock.when == "after":
-                step.refresh(due if ok is None else ok & due, state.step)
-            matrices[i] = step.state()
-        plain_params = _only_plain(treedef, references, views) if params is not None else None
-        plain_updates, plain_state = self._update_plain(plain, state.plain, plain_params, factor, ok, extra)
-        for i, value in zip([i for i, v in enumerate(views) if v is None], plain_updates, strict=True):
-            outputs[i] = value.astype(references[i].dtype)
-        accepted = jnp.asarray(1 if ok is None else ok, jnp.int32)
-        return jax.tree.unflatten(treedef, outputs), state._replace(
-            step=state.step + accepted,
-            skipped=state.skipped + 1 - accepted,
-            matrices=_replace_leaves(state.matrices, matrices),
-            plain=plain_state,
-        )
+            return step_lib.update(self, updates, state, params, extra)
 
     @property
     def reads_params(self) -> bool:
         return getattr(self.inner, "params", False) or "param" in self.projector.needs
 
-    def _due(self, step: jax.Array, grads: list[jax.Array]) -> tuple[Any, Any]:
-        """The clock's scalar, and whether the gradients at a due refresh are finite (None where that is not tested).
+    def due(self, state: ProjectionState) -> Any:
+        """Scalar: does a basis move at the next step? A Python bool where that does not depend on the step."""
+        return step_lib.due_any(self, state.step, [matrix.view for matrix in matrix_states(state)])
 
-        A Python bool means that the answer does not depend on the step.
-        """
-        if not self.projector.moves:
-            return False, None
-        due = True if isinstance(self.clock, Staggered) else self.clock.due(step)
-        if not self.guard or self.clock.when == "after":
-            return due, None
-        if due is True:
-            whole = all_finite(grads)
-            return whole, whole
-        whole = jax.lax.cond(due, lambda: all_finite(grads), lambda: jnp.asarray(True))
-        return due & whole, whole
-
-    def _clip_factor(self, kept: list[jax.Array]) -> jax.Array:
-        """`min(1, clip_norm / |kept|)`, over what is kept of projected leaves and over plain ones alike."""
-        norm = jnp.sqrt(sum((energy(x) for x in kept), jnp.zeros(())))
-        return jnp.minimum(1.0, self.clip_norm / jnp.maximum(norm, 1e-30))
-
-    def _update_plain(self, grads, state, params, factor, ok, extra):
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32) if factor is None else g * factor, grads)
-        params = params if getattr(self.plain, "params", False) else None
-        direction, scale, new = self.plain.update(grads, state, params, **extra)
-        updates = [jnp.asarray(scale * x) for x in jax.tree.leaves(direction)]
-        if ok is None:
-            return updates, new
-        return [jnp.where(ok, x, 0) for x in updates], select(ok, new, state)
+    def sketch_bases(self, state: ProjectionState) -> dict[str, jax.Array]:
+        """`{path: (batch..., k, q)}`: what a refresh through taps contracts the gradients with, for `lr.taps`."""
+        return {
+            matrix.view.path: sketch_basis(self, matrix.view, matrix, state.step, layer_numbers(matrix.view))
+            for matrix in matrix_states(state)
+        }
 
 
 _ROOMS = {"projector": "projectors", "clock": "clocks", "residual": "residuals", "views": "Views"}
-
-
-def _views_of(report: Report) -> list[ResolvedView | None]:
-    return [leaf.view for leaf in report.leaves]
-
-
-def _leaves_of(matrices: Any, views: list[ResolvedView | None]) -> list[Any]:
-    """The `MatrixState` of each leaf, or None."""
-    nodes = jax.tree.leaves(matrices, is_leaf=lambda x: isinstance(x, MatrixState))
-    found = {node.view.path: node for node in nodes if isinstance(node, MatrixState)}
-    return [None if view is None else found.get(view.path) for view in views]
-
-
-def _check_structure(views: list[ResolvedView | None], matrices: list[Any]) -> None:
-    for view, matrix in zip(views, matrices, strict=True):
-        if view is not None and (matrix is None or matrix.view != view.structure()):
-            raise ValueError(
-                f"leaf {view.path!r}: the state was made for {None if matrix is None else matrix.view}, the update "
-                f"resolves to {view.structure()}; give update the tree, views, rank and sides that init saw"
-            )
-
-
-def _replace_leaves(tree: Any, matrices: list[Any]) -> Any:
-    """`tree` with its `MatrixState` nodes replaced, by path."""
-    found = {node.view.path: node for node in matrices if node is not None}
-    is_state = lambda x: isinstance(x, MatrixState)  # noqa: E731
-    return jax.tree.map(lambda node: found[node.view.path] if is_state(node) else node, tree, is_leaf=is_state)
-
-
-def _only_plain(treedef: Any, leaves: list[Any], views: list[ResolvedView | None]) -> Any:
-    return jax.tree.unflatten(
-        treedef, [leaf if v is None else optax.MaskedNode() for leaf, v in zip(leaves, views, strict=True)]
-    )
 
 
 class ProjectionTransformation(optax.GradientTransformationExtraArgs):

@@ -1,5 +1,6 @@
 """The optimizer benchmark on small shapes: its bookkeeping, not its times."""
 
+import functools
 import json
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import optimizer_step, timing, tpu_programs, workload
+from experiments.benchmarks import optimizer_step, timing, tpu_programs, training_step, workload
+from experiments.models import llama
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +89,7 @@ def test_rows_hold_what_the_table_prints(result):
     assert rows["optax.adamw"]["state_bytes"] == 8 * elements + 4
     assert rows["optax.adamw"]["normal_over_adamw"] == 1.0
     low = 8 * (4 * 32 + 3 * 48)  # rank 8: a quarter of the width
-    assert rows["galore (power, staggered)"]["state_bytes"] == 4 * 7 * 32 * 8 + 8 * low + 4 * 7 + 4 + 16
+    assert rows["galore (power, staggered)"]["state_bytes"] == 4 * 7 * 32 * 8 + 8 * low + 4 * 7 + 4 + 20
     for row in rows.values():
         assert row["normal_seconds"] > 0
         mean = (row["worst_seconds"] + 199 * row["normal_seconds"]) / 200
@@ -131,3 +133,37 @@ def test_without_a_tpu_compiler_the_reason_is_given(tmp_path):
     assert [row["projector"] for row in tpu_programs.measure("60M", str(python))["rows"]] == ["power", "dct2"]
     python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho broken >&2\nexit 3\n')
     assert tpu_programs.measure("60M", str(python))["reason"] == "not measured: broken"
+
+
+def test_operations_of_a_training_step():
+    """By hand for one square model: the head and attention stay, taps trade 2 N m n for 2 N r (m + n)."""
+    config = llama.preset("nano", layers=3, width=32, hidden=48, heads=2, kv_heads=2, sequence_length=16)
+    tokens, rank = 64, 8
+    blocks = 3 * (4 * 32 * 32 + 3 * 32 * 48)
+    attention, head = 12 * 3 * 32 * 16 * tokens, 6 * tokens * 259 * 32
+    count = functools.partial(training_step.operations, config, tokens)
+    assert count(head=True) == 6 * tokens * blocks + attention + head
+    assert count(head=False) == 6 * tokens * blocks + attention
+    assert count(head=False, rank=rank) == 6 * tokens * blocks + attention + 4 * blocks * rank
+    thin = 2 * tokens * rank * 3 * (4 * 64 + 3 * 80)
+    assert count(head=False, rank=rank, tapped=True) == 4 * tokens * blocks + thin + attention + 2 * blocks * rank
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_the_table_of_training_steps(head):
+    found = training_step.table("nano", 1, 16, 1, head=head, contrib=head)
+    names = [row["case"] for row in found["rows"]]
+    assert names[0] == "optax.adamw"
+    assert ("optax.contrib.galore" in names) == head
+    tapped = [row for row in found["rows"] if row["tapped"]]
+    assert [row["rank"] for row in tapped] == [32, 16, 8]
+    assert all(row["seconds"] > 0 and row["refresh_seconds"] > 0 and row["bytes"] > 0 for row in found["rows"][-1:])
+    aims = training_step.aims("nano", [found])
+    assert len(aims) == 2 * len(tapped)
+    assert all(aim["met"] == (aim["value"] <= aim["bound"]) for aim in aims)
+
+
+def test_projected_losses_follow_full_ones():
+    found = training_step.losses(3)
+    assert found["largest_difference"] < 1e-4
+    assert found["projected_last"] == pytest.approx(found["full_last"], abs=1e-4)

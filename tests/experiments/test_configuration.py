@@ -143,8 +143,33 @@ def test_projector_is_heeded(projector):
     config = OptimizerConfig(name="galore", rank=4, projector=projector)
     optimizer = optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
     plain = optimizers.build(dataclasses.replace(config, clip_norm=None), lambda step: 0.1, stacked=True, seed=0)
-    assert type(plain.projection.projector).__name__.lower() == projector
+    found = plain.projection.projector
+    assert type(found).__name__.lower() == {"sketch": "randomized"}.get(projector, projector)
+    assert getattr(found, "iterations", 1) == (0 if projector == "sketch" else 1)
     assert len(optimizer.init(PARAMS)) == 2  # clipping, then the method
+
+
+@pytest.mark.parametrize("backprop", configuration.BACKPROP)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_backprop_and_the_clock_are_heeded(backprop, when):
+    config = OptimizerConfig(name="galore", rank=4, backprop=backprop, refresh_when=when, refresh_every=7)
+    optimizer = optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
+    assert optimizer.projection.clip_norm == 1.0  # of what is kept, not chained before
+    assert (optimizer.projection.clock.when, optimizer.projection.clock.period) == (when, 7)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"backprop": "low"}, "optimizer.backprop='low'"),
+        ({"name": "adamw", "rank": None, "backprop": "full"}, "adamw projects nothing"),
+        ({"refresh_when": "now"}, "optimizer.refresh_when='now'"),
+        ({"name": "adamw", "rank": None, "refresh_when": "after"}, "adamw has no basis"),
+    ],
+)
+def test_backprop_that_cannot_be(fields, message):
+    with pytest.raises(ConfigurationError, match=message):
+        OptimizerConfig(**({"name": "galore", "rank": 4} | fields))
 
 
 def test_clipping_is_heeded():

@@ -34,7 +34,7 @@ AT_CONSTRUCTION = [
     (lambda: P.given(), "matrix=None; pass the basis"),
     (lambda: P.power(rank=2, first="qr"), "first='qr' must be 'svd' or 'range'"),
     (lambda: P.power(rank=2, iterations=0), "iterations=0 must be at least 1"),
-    (lambda: P.randomized(rank=2, iterations=0), "iterations=0 must be at least 1"),
+    (lambda: P.randomized(rank=2, iterations=-1), "iterations=-1 must not be negative"),
     (lambda: C.every(period=0), "period=0 must be at least 1"),
     (lambda: C.every(period=2, when="during"), "when='during' must be 'before' or 'after'"),
     (lambda: C.staggered(period=2.0), "period=2.0 must be a Python integer"),

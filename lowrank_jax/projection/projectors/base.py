@@ -4,6 +4,9 @@
     refresh(view, basis, evidence) -> basis        may look at what `needs` declares
     down(view, basis, x (..., s, k)) -> low (..., r, k)
     up(view, basis, low) -> (..., s, k)
+    thin(view, basis, x (..., n), axis) -> (..., n or r)   inputs ("rows") or cotangents ("cols") of a product, so that
+                                                   thin(X)ᵀ thin(dY) is the low-rank object of the gradient XᵀdY
+    sketch_basis(view, evidence) -> (batch..., k, q)       of projectors that need a "sketch"
     overlap(view, old, new) -> change              what transports apply to moments
     measure(view, basis, x) -> (...)               captured energy, between 0 and 1
 
@@ -20,7 +23,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import sharding
+from lowrank_jax import linalg, sharding
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.transports import DenseChange, IndexChange
 
@@ -78,6 +81,17 @@ class Projector:
     def up(self, view: ResolvedView, basis: Any, low: jax.Array) -> jax.Array:
         raise TypeError(f"{type(self).__name__} does not implement up")
 
+    def thin(self, view: ResolvedView, basis: Any, x: jax.Array, axis: str) -> jax.Array:
+        """What a product keeps of its inputs (`axis="rows"`) or of its cotangents ("cols"), for one matrix."""
+        raise TypeError(f"{type(self).__name__} cannot project inside a product; use jax.value_and_grad")
+
+    def sketch_basis(self, view: ResolvedView, evidence: Any) -> jax.Array:
+        raise TypeError(f"{type(self).__name__} needs no sketch")
+
+    def structure(self) -> Projector:
+        """What a basis of this projector means: enough for `down`, `up` and `thin`, and without any number."""
+        raise TypeError(f"{type(self).__name__} does not implement structure")
+
     def overlap(self, view: ResolvedView, old: Any, new: Any) -> Any:
         raise TypeError(f"{type(self).__name__} does not implement overlap")
 
@@ -121,6 +135,12 @@ def count(view: ResolvedView) -> int:
     return total
 
 
+def thin_product(x: jax.Array, basis: jax.Array) -> jax.Array:
+    """`x (..., s) @ basis (s, r)` in the dtype of x, summed in float32."""
+    low = jnp.einsum("...s,sr->...r", x, basis.astype(x.dtype), preferred_element_type=jnp.float32)
+    return low.astype(x.dtype)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BasisProjector(Projector):
     """Projectors whose basis is, or is regenerated as, a matrix `P (..., s, r)`."""
@@ -144,6 +164,9 @@ class BasisProjector(Projector):
         x = jnp.einsum("...sr,...rk->...sk", self.columns(view, basis), low.astype(jnp.float32))
         return sharding.reshard(x, view.spec)
 
+    def thin(self, view, basis, x, axis):
+        return x if axis != view.side else thin_product(x, self.columns(view, basis))
+
     def overlap(self, view, old, new):
         new, old = self.columns(view, new), self.columns(view, old)
         return DenseChange(jnp.einsum("...sr,...sq->...rq", new, old))
@@ -154,21 +177,36 @@ class StoredProjector(BasisProjector):
     """Projectors that store `P (..., s, r)`.
 
     Args:
-      dtype: of the stored basis; it is computed in float32.
+      dtype: of the stored basis, float32, bfloat16 or int8 (block-wise); it is computed in float32.
     """
 
     dtype: Any = jnp.float32
 
+    def structure(self):
+        return StoredProjector(dtype=jnp.dtype(self.dtype))
+
     def init(self, view, keys):
-        eye = jnp.eye(view.shrunk, view.rank, dtype=self.dtype)
+        eye = jnp.eye(view.shrunk, view.rank)
         shape = (*view.batch, view.shrunk, view.rank)
+        return self.store(view, jnp.broadcast_to(eye, shape))
+
+    def store(self, view: ResolvedView, matrix: jax.Array) -> Any:
+        """The basis as it is kept: in `dtype`, or for int8 as codes with one scale for each 256 entries of a row."""
         spec = sharding.whole_spec(view.spec)
-        if spec is None:
-            return jnp.broadcast_to(eye, shape)
-        return sharding.reshard(jnp.broadcast_to(eye, shape), spec)
+        if jnp.dtype(self.dtype) == jnp.int8:
+            return jax.tree.map(lambda x: sharding.reshard(x, spec), linalg.quantize_blocks(matrix, "linear"))
+        return sharding.reshard(matrix.astype(self.dtype), spec)
+
+    def columns(self, view, basis):
+        return basis.dequantize() if hasattr(basis, "dequantize") else basis.astype(jnp.float32)
 
     def basis_bytes(self, view):
-        return count(view) * view.shrunk * view.rank * jnp.dtype(self.dtype).itemsize
+        return self.matrix_bytes(view, view.shrunk)
+
+    def matrix_bytes(self, view: ResolvedView, rows: int) -> int:
+        """Formula of a stored `(rows, r)`, over all matrices of the leaf; int8 adds 4 bytes for each block."""
+        scales = 4 * -(-view.rank // 256) if jnp.dtype(self.dtype) == jnp.int8 else 0
+        return count(view) * rows * (view.rank * jnp.dtype(self.dtype).itemsize + scales)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

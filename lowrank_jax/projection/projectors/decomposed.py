@@ -12,7 +12,7 @@ import numpy as np
 
 from lowrank_jax import linalg, sharding
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.projection.projectors.base import Projector, StoredProjector, count
+from lowrank_jax.projection.projectors.base import Projector, StoredProjector, thin_product
 from lowrank_jax.projection.projectors.random import normal, structured
 from lowrank_jax.projection.transports import DenseChange, SameBasis
 
@@ -26,8 +26,14 @@ class Identity(Projector):
     def rank_for(self, path, shrunk):
         return shrunk
 
+    def structure(self):
+        return Identity()
+
     def init(self, view, keys):
         return ()
+
+    def thin(self, view, basis, x, axis):
+        return x
 
     def down(self, view, basis, x):
         return x.astype(jnp.float32)
@@ -76,9 +82,8 @@ class Given(StoredProjector):
         return shape[-1]
 
     def init(self, view, keys):
-        matrix = jnp.asarray(self._matrix(view.path), self.dtype)
-        matrix = jnp.array(jnp.broadcast_to(matrix, (*view.batch, view.shrunk, view.rank)))
-        return sharding.reshard(matrix, sharding.whole_spec(view.spec))
+        matrix = jnp.asarray(self._matrix(view.path), jnp.float32)
+        return self.store(view, jnp.array(jnp.broadcast_to(matrix, (*view.batch, view.shrunk, view.rank))))
 
     def overlap(self, view, old, new):
         return SameBasis()
@@ -110,7 +115,7 @@ class Svd(StoredProjector):
     needs: ClassVar[frozenset[str]] = frozenset({"grad"})
 
     def refresh(self, view, basis, evidence):
-        return singular_vectors(view, evidence.grad)[0].astype(self.dtype)
+        return self.store(view, singular_vectors(view, evidence.grad)[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,25 +124,31 @@ class TwoSidedSvd(StoredProjector):
 
     needs: ClassVar[frozenset[str]] = frozenset({"grad"})
 
+    def structure(self):
+        return TwoSidedSvd(dtype=jnp.dtype(self.dtype))
+
     def init(self, view, keys):
-        eye = jnp.eye(view.kept, view.rank, dtype=self.dtype)
-        right = jnp.broadcast_to(eye, (*view.batch, view.kept, view.rank))
-        return super().init(view, keys), sharding.reshard(right, sharding.whole_spec(view.spec))
+        right = jnp.broadcast_to(jnp.eye(view.kept, view.rank), (*view.batch, view.kept, view.rank))
+        return super().init(view, keys), self.store(view, right)
 
     def refresh(self, view, basis, evidence):
-        return tuple(side.astype(self.dtype) for side in singular_vectors(view, evidence.grad))
+        return tuple(self.store(view, side) for side in singular_vectors(view, evidence.grad))
+
+    def thin(self, view, basis, x, axis):
+        return thin_product(x, self.columns(view, basis[0 if axis == view.side else 1]))
 
     def down(self, view, basis, x):
-        left, right = (side.astype(jnp.float32) for side in basis)
+        left, right = (self.columns(view, side) for side in basis)
         low = jnp.einsum("...sr,...sk->...rk", left, x.astype(jnp.float32))
         return sharding.reshard(jnp.einsum("...rk,...kq->...rq", low, right), self.low_spec(view))
 
     def up(self, view, basis, low):
-        left, right = (side.astype(jnp.float32) for side in basis)
+        left, right = (self.columns(view, side) for side in basis)
         x = jnp.einsum("...sr,...rk->...sk", left, jnp.einsum("...rq,...kq->...rk", low, right))
         return sharding.reshard(x, view.spec)
 
     def overlap(self, view, old, new):
+        old, new = ([self.columns(view, side) for side in basis] for basis in (old, new))
         left, right = (jnp.einsum("...sr,...sq->...rq", b, a) for a, b in zip(old, new, strict=True))
         return DenseChange(left, right)
 
@@ -148,7 +159,7 @@ class TwoSidedSvd(StoredProjector):
         return sharding.whole_spec(view.spec)
 
     def basis_bytes(self, view):
-        return count(view) * (view.shrunk + view.kept) * view.rank * jnp.dtype(self.dtype).itemsize
+        return self.matrix_bytes(view, view.shrunk + view.kept)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,25 +167,67 @@ class Randomized(StoredProjector):
     """A randomized range finder: power iterations from a fresh Gaussian block, products and QR only.
 
     `P = qr((G Gᵀ)^iterations Ω)` with Gaussian `Ω (s, r)`: the range finder of Halko, Martinsson and Tropp (2011) with
-    the sketch `G (GᵀΩ)`.
+    the sketch `G (GᵀΩ)`; without iterations `P = qr(GΩ)` with Gaussian `Ω (k, r)`, one product, which projected
+    backprop delivers without the full gradient.
 
     Args:
       iterations: each sharpens the decay of the spectrum by the power two.
     """
 
     iterations: int = 1
-    needs: ClassVar[frozenset[str]] = frozenset({"grad", "key"})
 
     def __post_init__(self):
         super().__post_init__()
-        if self.iterations < 1:
-            raise ValueError(f"randomized: iterations={self.iterations} must be at least 1")
+        if self.iterations < 0:
+            raise ValueError(f"randomized: iterations={self.iterations} must not be negative")
+
+    @property
+    def needs(self):
+        return frozenset({"grad" if self.iterations else "sketch", "key"})
+
+    def sketch_basis(self, view, evidence):
+        return normal(evidence.key, (view.kept, view.rank))
 
     def refresh(self, view, basis, evidence):
+        if not self.iterations:
+            return self.store(view, range_of(evidence.sketch))
         moved = normal(evidence.key, (view.shrunk, view.rank))
         for _ in range(self.iterations):
             moved = linalg.power_step(evidence.grad, moved)
-        return linalg.canonical_signs(moved).astype(self.dtype)
+        return self.store(view, linalg.canonical_signs(moved))
+
+
+def range_of(sketch: jax.Array) -> jax.Array:
+    """Orthonormal basis of the columns, with canonical signs; the scale is divided out first, so nothing underflows."""
+    size = jnp.max(jnp.abs(sketch), axis=(-2, -1), keepdims=True)
+    scaled = sketch / jnp.where(size > 0, size, 1)
+    return linalg.canonical_signs(linalg.orthonormalize(scaled))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alternating(StoredProjector):
+    """Alternating-side power iteration: `P <- qr(G Q)`, `Q = qr(m̂ᵀ)` with the debiased first moment `m̂ ~ PᵀG`.
+
+    The first moment is the other half of a power step, averaged over steps, so that a refresh needs one thin product
+    of the gradient, which projected backprop delivers; at the first refresh Q is Gaussian. Signs follow the old basis.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"sketch", "moments", "step", "key"})
+
+    def init(self, view, keys):
+        return self.store(view, structured(keys, view.shrunk, view.rank))
+
+    def sketch_basis(self, view, evidence):
+        gaussian = normal(evidence.key, (view.kept, view.rank))
+        momentum = jnp.swapaxes(evidence.moments, -1, -2)
+        size = jnp.max(jnp.abs(momentum), axis=(-2, -1), keepdims=True)
+        warm = linalg.orthonormalize(momentum / jnp.where(size > 0, size, 1))
+        return jnp.where(evidence.step == 0, gaussian, warm)
+
+    def refresh(self, view, basis, evidence):
+        new, old = range_of(evidence.sketch), self.columns(view, basis)
+        signs = jnp.where(jnp.sum(new * old, axis=-2, keepdims=True) < 0, -1.0, 1.0)
+        return self.store(view, new * signs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,18 +260,17 @@ class Power(StoredProjector):
         return frozenset({"grad", "step"} if self.mix is None else {"grad", "moments", "step"})
 
     def init(self, view, keys):
-        basis = structured(keys, view.shrunk, view.rank).astype(self.dtype)
-        return sharding.reshard(basis, sharding.whole_spec(view.spec))
+        return self.store(view, structured(keys, view.shrunk, view.rank))
 
     def refresh(self, view, basis, evidence):
         def svd():
             return singular_vectors(view, evidence.grad)[0]
 
         def warm():
-            return self._iterated(basis.astype(jnp.float32), evidence)
+            return self._iterated(self.columns(view, basis), evidence)
 
         moved = jax.lax.cond(evidence.step == 0, svd, warm) if self.first == "svd" else warm()
-        return moved.astype(self.dtype)
+        return self.store(view, moved)
 
     def _iterated(self, basis, evidence):
         target = evidence.grad
@@ -236,3 +288,4 @@ svd = Svd
 svd_two_sided = TwoSidedSvd
 randomized = Randomized
 power = Power
+alternating = Alternating

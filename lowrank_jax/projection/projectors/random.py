@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg, sharding
-from lowrank_jax.projection.projectors.base import BasisProjector, count
+from lowrank_jax.projection.projectors.base import BasisProjector, StoredProjector, count
 
 
 def per_matrix(function: Callable, keys: jax.Array) -> jax.Array:
@@ -69,6 +69,13 @@ class Random(BasisProjector):
     def orthonormal(self):
         return self.kind != "gaussian"
 
+    @property
+    def _store(self) -> StoredProjector:
+        return StoredProjector(dtype=jnp.dtype(self.dtype))
+
+    def structure(self):
+        return self._store if self.stored else Random(kind=self.kind, stored=False)
+
     def _draw(self, view, keys):
         s, r = view.shrunk, view.rank
         if self.kind == "structured":
@@ -78,7 +85,7 @@ class Random(BasisProjector):
 
     def init(self, view, keys):
         if self.stored:
-            return sharding.reshard(self._draw(view, keys).astype(self.dtype), sharding.whole_spec(view.spec))
+            return self._store.store(view, self._draw(view, keys))
         data = jax.random.key_data(keys)
         return sharding.reshard(data, None if view.spec is None else (*view.spec[:-2], None))
 
@@ -87,13 +94,13 @@ class Random(BasisProjector):
 
     def columns(self, view, basis):
         if self.stored:
-            return basis.astype(jnp.float32)
+            return self._store.columns(view, basis)
         return self._draw(view, jax.random.wrap_key_data(basis))
 
     def basis_bytes(self, view):
         if not self.stored:
             return 8 * count(view)
-        return count(view) * view.shrunk * view.rank * jnp.dtype(self.dtype).itemsize
+        return self._store.basis_bytes(view)
 
 
 random = Random

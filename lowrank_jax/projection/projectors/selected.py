@@ -62,6 +62,9 @@ class Dct(TransformProjector):
     def _transform(self, x):
         return linalg.dct(x, self.kind, axis=-2)
 
+    def structure(self):
+        return Dct(kind=self.kind)
+
     def columns(self, view, basis):
         return linalg.dct_columns(basis, view.shrunk, self.kind)
 
@@ -87,6 +90,9 @@ class Hadamard(TransformProjector):
 
     def _transform(self, x):
         return linalg.hadamard_transform(x, axis=-2)
+
+    def structure(self):
+        return Hadamard()
 
     def columns(self, view, basis):
         return linalg.hadamard_columns(basis, view.shrunk)
@@ -148,6 +154,12 @@ class Columns(IndexProjector):
         if self.select == "random":
             return per_matrix(lambda key: linalg.random_rows(key, view.shrunk, view.rank), evidence.key)
         return linalg.top_rows(evidence.grad, view.rank, self.select)
+
+    def structure(self):
+        return Columns()
+
+    def thin(self, view, basis, x, axis):
+        return x if axis != view.side else jnp.take(x, basis, axis=-1)
 
     def down(self, view, basis, x):
         x = sharding.reshard(x, sharding.low_spec(view.spec))

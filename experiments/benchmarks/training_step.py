@@ -1,0 +1,299 @@
+"""What a whole training step costs: forward, backward and update, with full gradients and with projected ones.
+
+    python -m experiments.benchmarks.training_step --preset 60M --output experiments/results/training_step_60M.json
+
+Every case trains the same LLaMA preset on the same tokens, as one jitted step with parameters and state donated, all in
+one process and interleaved; times are medians of steps that refresh nothing. AdamW is `optax.adamw`.
+`optax.contrib.galore` gets unscanned layers, because it skips stacks. "blocks" is the stack of layers alone, without
+embedding, head and loss.
+
+Beside each clock ratio stands the ratio of the operations, by formula: of N tokens a matrix (m, n) costs 6 N m n, with
+a tap of rank r `4 N m n + 2 N r (m + n)`; `12 L D S` a token for attention, 6 V D for the head; an optimizer's own
+products are 2 m n r each. Bytes are parameters plus the program's temporaries, which hold the gradients.
+
+`amortised` spreads one refresh by exact SVD over 200 steps. `losses` runs 200 updates of the nano preset on the
+standard library's source twice, with projected and with full gradients and the same clip rule.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lowrank_jax as lr
+from experiments import configuration, updates, workdir
+from experiments.benchmarks import timing, workload
+from experiments.models import llama
+from experiments.optimizers import METHODS
+
+PERIOD = workload.PERIOD
+AIMS = {("60M", 4): 0.82, ("60M", 8): 0.76}
+CLOCK_OVER_FLOPS = 1.05
+
+
+class Blocks(nn.Module):
+    """The stack of layers alone."""
+
+    config: llama.LlamaConfig
+
+    @nn.compact
+    def __call__(self, x):
+        """Of x (B, S, D)."""
+        stack = nn.scan(
+            llama.Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.layers
+        )
+        return stack(self.config, name="layers")(x, None)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step trains: a model, its parameters, its loss and one batch."""
+
+    params: Any
+    loss: Callable[..., Any]
+    batch: Any
+
+
+def work(config: llama.LlamaConfig, batch: int, *, head: bool = True) -> Work:
+    """A model with random parameters and tokens; `head=False` is the blocks alone on normal inputs."""
+    key = jax.random.key(0)
+    if head:
+        model: nn.Module = llama.Llama(config)
+        data: Any = jax.random.randint(key, (batch, config.sequence_length), 0, config.vocabulary_size)
+
+        def loss(params, tokens):
+            logits = model.apply({"params": params}, tokens)
+            return llama.loss_and_metrics(logits, tokens, jnp.ones(tokens.shape))[0]
+    else:
+        model = Blocks(config)
+        data = jax.random.normal(key, (batch, config.sequence_length, config.width))
+
+        def loss(params, x):
+            return jnp.mean(jnp.square(jnp.asarray(model.apply({"params": params}, x))))
+
+    params = jax.jit(model.init)(key, data[:1])["params"]
+    return Work(params, lr.linen.tapped(loss), data)
+
+
+def operations(config: llama.LlamaConfig, tokens: int, *, head: bool, rank: int = 0, tapped: bool = False) -> int:
+    """Floating-point operations of a step by the formulas above; rank 0 is AdamW.
+
+    >>> config = llama.preset("60M")
+    >>> operations(config, 256, head=True) == 256 * llama.flops_per_token(config)
+    True
+    """
+    D, F, L = config.width, config.hidden, config.layers
+    KV = config.kv_heads * (D // config.heads)
+    total = 12 * L * D * config.sequence_length * tokens + (6 * tokens * config.vocabulary_size * D if head else 0)
+    for m, n in ((D, D), (D, KV), (D, KV), (D, D), (D, F), (D, F), (F, D)):
+        total += L * (4 * tokens * m * n + 2 * tokens * rank * (m + n) if tapped else 6 * tokens * m * n)
+        total += L * 2 * m * n * rank * (1 if tapped else 2)
+    return total
+
+
+@dataclasses.dataclass
+class Case:
+    """One row: a compiled step with its own parameters and state."""
+
+    name: str
+    rank: int
+    tapped: bool
+    compiled: Any
+    params: Any
+    state: Any
+    bytes: int
+    state_bytes: int
+
+    def run(self, batch: Any) -> float:
+        """Seconds of one step."""
+
+        def once():
+            self.params, self.state, value = self.compiled(self.params, self.state, batch)
+            return self.params, self.state, value
+
+        return timing.seconds(once)
+
+
+def optax_step(tx: Any, loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The usual step: gradients, updates, their addition."""
+
+    def step(params, state, batch):
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def at(state: Any, step: int) -> Any:
+    """The state as the clock sees it at this step."""
+    count = jnp.asarray(step, jnp.int32)
+    if hasattr(state, "projection"):
+        return state._replace(projection=state.projection._replace(step=count))
+    if hasattr(state[0], "projector"):
+        return (state[0]._replace(count=count), *state[1:])
+    return state
+
+
+def make(name: str, step: Callable[..., Any], tx: Any, of: Work, *, rank: int = 0, tapped: bool = False) -> Case:
+    """Compiles a case and puts its state past the first refresh."""
+    print(f"compiling {name}", file=sys.stderr, flush=True)
+    params = jax.tree.map(jnp.array, of.params)
+    state = at(jax.jit(tx.init)(params), 1)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, of.batch).compile()
+    program = lr.memory.measure(compiled)
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (params, state)]
+    return Case(name, rank, tapped, compiled, params, state, sizes[0] + program.temporaries, sizes[1])
+
+
+def cases(preset: str, batch: int, length: int, *, head: bool, contrib: bool) -> tuple[list[Case], list[Work]]:
+    """The rows of one table, and the batch of each."""
+    config = llama.preset(preset, sequence_length=length)
+    of = work(config, batch, head=head)
+    adamw = optax.adamw(1e-3)
+    rows, works = [make("optax.adamw", optax_step(adamw, of.loss), adamw, of)], [of]
+    ranks = [config.width // part for part in (4, 8, 16)]
+    if contrib:
+        flat = work(dataclasses.replace(config, scan=False), batch)
+        tx = METHODS["optax_galore"](1e-2, rank=ranks[0])
+        rows.append(make("optax.contrib.galore", optax_step(tx, flat.loss), tx, flat, rank=ranks[0]))
+        works.append(flat)
+    for rank in ranks:
+        tx = lr.galore(1e-2, rank=rank, views=workload.VIEWS)
+        rows.append(make(f"galore, rank {rank}", optax_step(tx, of.loss), tx, of, rank=rank))
+        name = f"galore, rank {rank}, projected backprop"
+        rows.append(make(name, lr.train_step(of.loss, tx), tx, of, rank=rank, tapped=True))
+        works += [of, of]
+    return rows, works
+
+
+def table(preset: str, batch: int, length: int, repetitions: int, *, head: bool, contrib: bool) -> dict[str, Any]:
+    """Times, operations and bytes of every case."""
+    config = llama.preset(preset, sequence_length=length)
+    rows, works = cases(preset, batch, length, head=head, contrib=contrib)
+    for row, of in zip(rows, works, strict=True):
+        row.run(of.batch)
+    runners = {row.name: functools.partial(row.run, of.batch) for row, of in zip(rows, works, strict=True)}
+    seconds = timing.interleave(runners, repetitions)
+    base = operations(config, batch * length, head=head)
+    lines = []
+    for row, of in zip(rows, works, strict=True):
+        counted = operations(config, batch * length, head=head, rank=row.rank, tapped=row.tapped)
+        clock, work_ratio = seconds[row.name] / seconds["optax.adamw"], counted / base
+        line = {"case": row.name, "rank": row.rank, "tapped": row.tapped, "seconds": seconds[row.name],
+                "clock_ratio": clock, "operations": counted, "operations_ratio": work_ratio,
+                "clock_over_operations": clock / work_ratio, "bytes": row.bytes,
+                "state_bytes": row.state_bytes}  # fmt: skip
+        if row.tapped:
+            row.state = at(row.state, 0)
+            refresh = row.run(of.batch)
+            mean = (refresh + (PERIOD - 1) * seconds[row.name]) / PERIOD
+            line |= {"refresh_seconds": refresh, "amortised_ratio": mean / seconds["optax.adamw"]}
+        lines.append(line)
+    return {"part": "whole model" if head else "blocks alone", "rows": lines}
+
+
+def losses(steps: int = 200) -> dict[str, Any]:
+    """The largest difference between the losses of projected and of full gradients, update by update."""
+    config = configuration.from_dict({
+        "data": {"sequence_length": 64, "batch_size": 8},
+        "optimizer": {"name": "galore", "rank": 32, "learning_rate": 1e-2, "refresh_every": 50,
+                      "backprop": "projected"},
+        "schedule": {"steps": steps},
+    })  # fmt: skip
+    dataset, model = workdir.open_dataset(config), llama.Llama(config.model)
+    options: dict[str, Any] = {"rank": 32, "refresh_every": 50, "clip_norm": 1.0, "views": workload.VIEWS}
+    tx = lr.galore(1e-2, **options)
+    key = jax.random.key(0)
+    params = model.init(key, jnp.zeros((1, 64), jnp.int32))["params"]
+    runs: dict[str, list[float]] = {}
+    for name, update in (
+        ("projected", updates.fused_step(model, tx, 1, "projected")),
+        ("full", updates.train_step(model, tx, 1)),
+    ):
+        state: Any = {"params": params, "opt_state": tx.init(params)}
+        step = jax.jit(update)
+        runs[name] = []
+        for number in range(steps):
+            state, measured = step(state, jax.tree.map(jnp.asarray, dataset.train.batch(number, 0, 1)))
+            runs[name].append(float(measured["loss"]))
+    difference = np.abs(np.subtract(runs["projected"], runs["full"]))
+    last = {f"{name}_last": values[-1] for name, values in runs.items()}
+    return {"steps": steps, "largest_difference": float(difference.max()), **last}
+
+
+def aims(preset: str, tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each aim with its value, its bound and whether it is met."""
+    width, found = llama.preset(preset).width, []
+
+    def add(aim: str, of: str, value: float, bound: float) -> None:
+        found.append({"aim": aim, "of": of, "value": value, "bound": bound, "met": value <= bound})
+
+    for part in tables:
+        adamw = part["rows"][0]
+        for row in part["rows"]:
+            if not row["tapped"]:
+                continue
+            name = f"{part['part']}, rank {row['rank']}"
+            bound = AIMS.get((preset, width // row["rank"]))
+            if bound is not None:
+                add("clock ratio to AdamW", name, row["clock_ratio"], bound)
+            add("clock ratio over operations ratio", name, row["clock_over_operations"], CLOCK_OVER_FLOPS)
+            add("bytes over AdamW's", name, row["bytes"] / adamw["bytes"], 1.0)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the benchmark, prints it and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="60M")
+    parser.add_argument("--batch", type=int, default=4, help="sequences")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--nolosses", action="store_true", help="leave out the 200 updates of nano")
+    parser.add_argument("--output", type=Path, default=Path("experiments/results/training_step_60M.json"))
+    options = parser.parse_args(arguments)
+    size = (options.preset, options.batch, options.length, options.repetitions)
+    tables = [table(*size, head=True, contrib=True), table(*size, head=False, contrib=False)]
+    words = " ".join(sys.argv[1:] if arguments is None else arguments)
+    result = {
+        "command": f"python -m experiments.benchmarks.training_step {words}".strip(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": timing.machine(),
+        "preset": options.preset,
+        "tokens": options.batch * options.length,
+        "length": options.length,
+        "repetitions": options.repetitions,
+        "tables": tables,
+        "losses": None if options.nolosses else losses(),
+        "aims": aims(options.preset, tables),
+    }
+    for part in tables:
+        print(part["part"])
+        for row in part["rows"]:
+            print(
+                f"  {row['case']:<40}{1e3 * row['seconds']:>9.1f} ms {row['clock_ratio']:>6.3f} of AdamW, operations "
+                f"{row['operations_ratio']:.3f}, {row['bytes'] / 2**20:.0f} + {row['state_bytes'] / 2**20:.0f} MiB"
+            )
+    print(json.dumps(result["losses"]))
+    for aim in result["aims"]:
+        print(
+            f"{aim['aim']:<36}{aim['of']:<28}{aim['value']:.3f} <= {aim['bound']} {'met' if aim['met'] else 'missed'}"
+        )
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

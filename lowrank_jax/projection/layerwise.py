@@ -1,0 +1,380 @@
+"""The layer-wise step: each layer of a scanned stack is updated inside the backward pass, as soon as it can be.
+
+    x_0 = before(rest, batch)         embedding
+    x_{l+1} = layer(W_l, x_l)         the stack; only the inputs x_l are kept
+    value = after(rest, x_L, batch)   norm, head and loss
+
+The backward pass goes down the stack, takes the gradient of one layer (low-rank through taps, or full where the method
+reads it), moves its basis if that is due, and writes its parameters and state in place. No gradient of the stack
+exists, low-rank or full, at any time. Of the parameters outside the stack and of the stack's vectors the gradients are
+kept, and updated at the end as one group.
+
+What the published layer-wise codes get wrong is kept right:
+
+* accumulation: the inputs of all k microbatches are kept, and a layer's gradients are summed over them before its one
+  update; a hook after each microbatch would make k updates;
+* clipping: `clip_norm` is the global norm over all layers, which a first backward pass measures (a second one then
+  updates), where clipping layer by layer would change the direction of the step;
+* counting: one step for each call, whatever the number of layers.
+
+Guard: the whole step is skipped where the value or the gradient at the top of the stack is not finite. A layer below
+whose own gradient is not finite stays as it is; the step then counts as skipped, though the layers above it have moved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.projection import step as step_lib
+from lowrank_jax.projection.fused import Fused, Write, fused
+from lowrank_jax.projection.learning_rate import LearningRateState, selected_for_decay
+from lowrank_jax.projection.matrix_step import MatrixStep, all_finite, energy, finish, sketch_basis
+from lowrank_jax.projection.state import Projected, matrix_states
+from lowrank_jax.projection.tapped import Tap, Tapped
+from lowrank_jax.projection.training import plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A model in three parts around a stack of equal layers.
+
+    Attributes:
+      before: `(rest, *args) -> x`.
+      layer: `(layer parameters, x) -> x`, which multiplies by taps (`lr.linen.tapped`).
+      after: `(rest, x, *args) -> value`, a scalar.
+      name: the entry of `params` with the stacked layers; `rest` is the parameters without it.
+
+    >>> import jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> stack = Stack(
+    ...     before=lambda rest, x: x,
+    ...     layer=lambda layer, x: jnp.tanh(lr.matmul(x, layer["kernel"])),
+    ...     after=lambda rest, x, _: jnp.mean(x**2),
+    ... )
+    >>> stack.name
+    'layers'
+    """
+
+    before: Callable[..., Any]
+    layer: Callable[..., Any]
+    after: Callable[..., Any]
+    name: str = "layers"
+
+    def loss(self, params: Any, *args: Any) -> jax.Array:
+        """The same model as one function, for evaluation and for `train_step`."""
+        rest = {name: tree for name, tree in params.items() if name != self.name}
+        x, _ = jax.lax.scan(lambda x, layer: (self.layer(layer, x), None), self.before(rest, *args), params[self.name])
+        return self.after(rest, x, *args)
+
+
+def layerwise_step(stack: Stack, optimizer: Any, *, accumulate: int = 1) -> Callable[..., Any]:
+    """`step(params, opt_state, *args) -> (params, opt_state, value)`, which never holds a gradient of the stack.
+
+    Equal to `train_step(stack.loss, optimizer)` where gradients are finite. Jit it and donate the first two arguments.
+
+    Args:
+      stack: the model in three parts; `params` is a dict whose entry `stack.name` has the layers on a leading axis.
+      optimizer: a named optimizer, or its fused form.
+      accumulate: k microbatches along a leading axis of every argument; their values and gradients are averaged.
+
+    Raises:
+      TypeError: for an optimizer without a fused form.
+      ValueError: for a projected leaf outside the stack, or one whose layers are not its first axis.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> stack = lr.Stack(
+    ...     before=lambda rest, x: x,
+    ...     layer=lambda layer, x: jnp.tanh(lr.matmul(x, layer["kernel"])),
+    ...     after=lambda rest, x, _: jnp.mean(x**2),
+    ... )
+    >>> params = {"layers": {"kernel": jnp.stack([jnp.eye(8)] * 3)}}
+    >>> tx = lr.galore(1e-2, rank=2, views=lr.Views(stacked=("layers/.*",)))
+    >>> step = jax.jit(lr.layerwise_step(stack, tx), donate_argnums=(0, 1))
+    >>> params, state, value = step(params, tx.init(params), jnp.ones((4, 8)))
+    >>> int(state.projection.step)
+    1
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be at least 1 microbatch")
+    form = optimizer if isinstance(optimizer, Fused) else fused(optimizer)
+
+    def step(params, state, *args):
+        if accumulate == 1:
+            args = jax.tree.map(lambda x: jnp.asarray(x)[None], args)
+        return _Layerwise(stack, form, params, state, args).run()
+
+    return step
+
+
+def _arrays(node: Any) -> dict[str, Any]:
+    """The arrays of a matrix's state, or of its step."""
+    return {"basis": node.basis, "inner": node.inner, "residual": node.residual}
+
+
+class _Layerwise:
+    """One call: the trees that its passes share. Microbatches lie on a leading axis everywhere."""
+
+    def __init__(self, stack: Stack, form: Fused, params: Any, state: Any, args: Any):
+        self.stack, self.form, self.params, self.state, self.args = stack, form, params, state, args
+        self.config = form.recipe.projection
+        self.plan = plan(self.config)
+        self.rest = {name: tree for name, tree in params.items() if name != stack.name}
+        leaves, self.treedef = step_lib.flatten(params[stack.name])
+        report = self.config.report(params)
+        self.views = [leaf.view for leaf in report.leaves if leaf.path.startswith(f"{stack.name}/")]
+        outside = [view.path for view in report.projected if view not in self.views]
+        if outside or any(view is not None and not view.layered for view in self.views):
+            raise ValueError(
+                f"layerwise: {outside or [v.path for v in self.views if v is not None and not v.layered]} cannot be "
+                f"updated layer by layer; stack it under params[{stack.name!r}], or leave it out with Views(rules=...)"
+            )
+        by_path = {matrix.view.path: matrix for matrix in matrix_states(state.projection)}
+        self.leaves = leaves
+        self.matrices = [None if view is None else by_path[view.path] for view in self.views]
+        self.microbatches = jax.tree.leaves(args)[0].shape[0]
+        self.due = step_lib.due_any(self.config, state.projection.step, list(report.projected))
+        self.own_due = True if hasattr(self.config.clock, "start") else self.due  # staggered clocks ask layer by layer
+
+    def run(self):
+        inputs, value, d_rest, d_top = self._forward()
+        ok = jnp.isfinite(value) & all_finite([d_top]) if self.config.guard else jnp.asarray(True)
+        factor = None
+        if self.config.clip_norm is not None:
+            square, vectors, d_bottom, _ = self._backward(inputs, d_top, ok, None, update=False)
+            plain = [leaf for leaf in vectors if leaf is not None] + jax.tree.leaves(self._all_rest(d_rest, d_bottom))
+            norm = jnp.sqrt(square + sum(energy(leaf) for leaf in plain))
+            factor = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-30))
+        fine, vectors, d_bottom, moved = self._backward(inputs, d_top, ok, factor, update=True)
+        return self._finish(value, self._all_rest(d_rest, d_bottom), vectors, moved, ok & fine, factor)
+
+    def _forward(self):
+        """Inputs of the layers `(L, k, ...)`, the value, and the gradients at the top."""
+        stack = self.stack
+        bottom = jax.lax.map(lambda args: stack.before(self.rest, *args), self.args)
+
+        def layer(x, parameters):
+            return jax.lax.map(lambda one: stack.layer(parameters, one), x), x
+
+        top, inputs = jax.lax.scan(layer, bottom, self.params[stack.name])
+
+        def one(total, part):
+            x, args = part
+            value, (rest, dx) = jax.value_and_grad(lambda rest, x: stack.after(rest, x, *args), (0, 1))(self.rest, x)
+            wide = jax.tree.map(lambda g: g.astype(jnp.float32), rest) if self.microbatches > 1 else rest
+            total = (wide if total[0] is None else jax.tree.map(jnp.add, total[0], wide), total[1] + value)
+            return total, dx
+
+        if self.microbatches == 1:
+            (rest, value), dx = one((None, jnp.zeros(())), jax.tree.map(lambda x: x[0], (top, self.args)))
+            return inputs, value, rest, dx[None]
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), self.rest)
+        (rest, value), dx = jax.lax.scan(one, (zeros, jnp.zeros(())), (top, self.args))
+        count = self.microbatches
+        return inputs, value / count, jax.tree.map(lambda g: g / count, rest), dx / count
+
+    def _all_rest(self, d_rest, d_bottom):
+        """Gradients outside the stack: from the top, and through the inputs of the first layer."""
+
+        def one(total, part):
+            args, dx = part
+            _, pull = jax.vjp(lambda rest: self.stack.before(rest, *args), self.rest)
+            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, pull(dx)[0]), None
+
+        return jax.lax.scan(one, d_rest, (self.args, d_bottom))[0]
+
+    def _backward(self, inputs, d_top, ok, factor, *, update: bool):
+        """Down the stack: `(squares, or whether all was finite; vectors' gradients; the bottom's; moved)`."""
+        layers = jax.tree.leaves(inputs)[0].shape[0]
+        kernels = [leaf for leaf, view in zip(self.leaves, self.views, strict=True) if view is not None]
+        states = [_arrays(m) for m in self.matrices if m is not None]
+        vectors = [leaf for leaf, view in zip(self.leaves, self.views, strict=True) if view is None]
+        gathered = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in vectors]
+        take = lambda tree, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)  # noqa: E731
+
+        def put(tree, i, new):
+            change = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0)  # noqa: E731
+            return jax.tree.map(change, tree, new)
+
+        def body(i, carry):
+            number = layers - 1 - i
+            dx, kernels, states, gathered, total = carry
+            own, own_states = take(kernels, number), take(states, number)
+            part = (own, own_states, take(vectors, number), take(inputs, number), dx)
+            steps, d_vectors, dx = self._layer(*part, number, ok)
+            gathered = put(gathered, number, d_vectors)
+            if not update:
+                return dx, kernels, states, gathered, total + sum(energy(step.kept) for step in steps)
+            fine = ok & all_finite([step.kept for step in steps]) if self.config.guard else ok
+            written = [self._write(step, kernel, fine, factor, number) for step, kernel in zip(steps, own, strict=True)]
+            moved = [_arrays(step) for step in steps]
+            return dx, put(kernels, number, written), put(states, number, moved), gathered, total & fine
+
+        start = (d_top, kernels, states, gathered, jnp.asarray(True) if update else jnp.zeros(()))
+        dx, kernels, states, gathered, total = jax.lax.fori_loop(0, layers, body, start)
+        placed = iter(gathered)
+        return total, [None if view is not None else next(placed) for view in self.views], dx, (kernels, states)
+
+    def _layer(self, kernels, states, vectors, inputs, dx, number, ok):
+        """`(matrix steps after their refresh and projection, gradients of vectors, gradient of the inputs)`."""
+        matrices = [matrix for matrix in self.matrices if matrix is not None]
+        views = [view.layer() for view in self.views if view is not None]
+        states = [dataclasses.replace(m, **own) for own, m in zip(states, matrices, strict=True)]
+
+        def steps_of(grads):
+            steps = [
+                MatrixStep(self.config, view, state, grad, kernel, number)
+                for view, state, grad, kernel in zip(views, states, grads, kernels, strict=True)
+            ]
+            for step in steps:
+                step.look(self.own_due, self.state.projection.step)
+                if self.config.clock.when == "before" and self.own_due is not False:
+                    fine = ok & all_finite([step.target]) if self.config.guard else ok
+                    step.refresh(fine & self.own_due, self.state.projection.step)
+                step.project()
+            return steps
+
+        def low(sketched):
+            taps = []
+            for view, state, matrix in zip(views, states, matrices, strict=True):
+                basis = None
+                if sketched:
+                    basis = sketch_basis(self.config, view, state, self.state.projection.step, number)
+                taps.append(Tap(state.basis, None, basis, None, view, matrix.projector))
+            return self._pull(kernels, taps, vectors, inputs, dx)
+
+        if self.plan == "full":
+            grads, d_vectors, dx = self._pull(kernels, None, vectors, inputs, dx)
+            return steps_of(grads), d_vectors, dx
+        if self.plan == "taps":
+            grads, d_vectors, dx = low(False)
+            return steps_of(grads), d_vectors, dx
+        if self.plan == "sketch at a refresh":
+            shapes = jax.eval_shape(lambda: low(True))[0]
+
+            def unsketched():
+                grads, *others = low(False)
+                zeros = [jnp.zeros(shape.sketch.shape, shape.sketch.dtype) for shape in shapes]
+                return [Projected(grad.low, zero) for grad, zero in zip(grads, zeros, strict=True)], *others
+
+            grads, d_vectors, dx = jax.lax.cond(self.due, lambda: low(True), unsketched)
+            return steps_of(grads), d_vectors, dx
+
+        # full at a refresh: bases move inside the branch, and what leaves it is low-rank
+        def refreshed():
+            grads, d_vectors, d_inputs = self._pull(kernels, None, vectors, inputs, dx)
+            steps = steps_of(grads)
+            return [(step.low, _arrays(step)) for step in steps], d_vectors, d_inputs
+
+        def standing():
+            grads, d_vectors, d_inputs = low(False)
+            own = [(grad.low, _arrays(state)) for grad, state in zip(grads, states, strict=True)]
+            return own, d_vectors, d_inputs
+
+        own, d_vectors, dx = jax.lax.cond(self.due, refreshed, standing)
+        steps = []
+        for (lows, moved), view, state, kernel in zip(own, views, states, kernels, strict=True):
+            step = MatrixStep(self.config, view, state, Projected(lows), kernel, number)
+            step.basis, step.inner, step.residual = moved["basis"], moved["inner"], moved["residual"]
+            steps.append(step)
+        return steps, d_vectors, dx
+
+    def _pull(self, kernels, taps, vectors, inputs, dx):
+        """Gradients of one layer, summed over the microbatches: `(kernels', vectors', inputs')`."""
+        zeros = None if taps is None else [tap.zeros() for tap in taps]
+
+        def apply(free, x):
+            places, vectors = free
+            own = iter(kernels if taps is not None else places)
+            if taps is not None:
+                merged = [
+                    Tapped(kernel, dataclasses.replace(tap, low=low, sketch=sketch))
+                    for kernel, tap, (low, sketch) in zip(kernels, taps, places, strict=True)
+                ]
+                own = iter(merged)
+            rest = iter(vectors)
+            leaves = [next(rest) if view is None else next(own) for view in self.views]
+            return self.stack.layer(jax.tree.unflatten(self.treedef, leaves), x)
+
+        free = (zeros if taps is not None else kernels, vectors)
+
+        def one(total, part):
+            x, dx = part
+            _, pull = jax.vjp(apply, free, x)
+            grads, d_inputs = pull(dx)
+            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), d_inputs
+
+        if self.microbatches == 1:
+            _, pull = jax.vjp(apply, free, inputs[0])
+            (places, d_vectors), d_inputs = pull(dx[0])
+            d_inputs = d_inputs[None]
+        else:
+            start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), free)
+            (places, d_vectors), d_inputs = jax.lax.scan(one, start, (inputs, dx))
+        if taps is not None:
+            places = [Projected(*place) for place in places]
+        return places, d_vectors, d_inputs
+
+    def _write(self, step: MatrixStep, kernel, ok, factor, number):
+        """The new kernel of one layer; leaves the new states in `step`, the old ones where not ok."""
+        update, inner, residual = finish(self.config, step.view, step.arrays(), factor, ok, {})
+        step.inner, step.residual = inner, residual
+        if self.config.clock.when == "after":
+            due = self.own_due
+            step.refresh(due if due is False else ok & due, self.state.projection.step)
+        write = self._writer(ok, step.old.view.path, decays=self._decays()[step.old.view.path])
+        return write(kernel, step.view.restore(update), number)
+
+    def _decays(self) -> dict[str, bool]:
+        recipe = self.form.recipe
+        report = self.config.report(self.params)
+        flags = selected_for_decay(
+            jax.tree.map(lambda _: 0, self.params, is_leaf=lambda x: hasattr(x, "dequantize")),
+            self.params, recipe.weight_decay, recipe.mask,
+        )  # fmt: skip
+        return {leaf.path: flag for leaf, flag in zip(report.leaves, jax.tree.leaves(flags), strict=True)}
+
+    def _writer(self, ok, path: str, *, decays: bool) -> Write:
+        recipe, schedule = self.form.recipe, self.state.schedule
+        rate = recipe.learning_rate(schedule.count) if callable(recipe.learning_rate) else recipe.learning_rate
+        return Write.of(self.form, rate, decays, ok, self.state.projection.step, path)
+
+    def _finish(self, value, d_rest, vectors, moved, ok, factor):
+        """The plain leaves as one group, and the new trees."""
+        kernels, states = moved
+        own, found = iter(kernels), iter(states)
+        stacked = [leaf if view is None else next(own) for leaf, view in zip(self.leaves, self.views, strict=True)]
+        params = self.rest | {self.stack.name: jax.tree.unflatten(self.treedef, stacked)}
+        grads = d_rest | {self.stack.name: jax.tree.unflatten(self.treedef, [
+            kernel if view is not None else vector
+            for kernel, vector, view in zip(self.leaves, vectors, self.views, strict=True)
+        ])}  # fmt: skip
+        projection = self.state.projection
+        report = self.config.report(self.params)
+        leaves, treedef = step_lib.flatten(params)
+        gradients = step_lib.flatten(grads)[0]
+        views = [leaf.view for leaf in report.leaves]
+        paths = [leaf.path for leaf in report.leaves]
+        prepared = step_lib.Prepared(treedef, leaves, gradients, views, paths, {}, False, False, ok, factor)
+        updates, plain = step_lib.update_plain(self.config, prepared, projection.plain, params, {})
+        decays = self._decays()
+        for number, update in zip([i for i, v in enumerate(views) if v is None], updates, strict=True):
+            path = report.leaves[number].path
+            leaves[number] = self._writer(ok, path, decays=decays[path])(leaves[number], update, 0)
+        matrices = [dataclasses.replace(m, **next(found)) for m in self.matrices if m is not None]
+        accepted = ok.astype(jnp.int32)
+        projection = projection._replace(
+            step=projection.step + accepted,
+            skipped=projection.skipped + 1 - accepted,
+            refreshes=projection.refreshes + accepted * jnp.asarray(self.due, jnp.int32),
+            matrices=step_lib.replace_matrices(projection.matrices, matrices),
+            plain=plain,
+        )
+        schedule = LearningRateState(self.state.schedule.count + accepted)
+        new = self.state._replace(projection=projection, schedule=schedule)
+        return jax.tree.unflatten(treedef, leaves), new, value

@@ -1,0 +1,178 @@
+"""The whole training step: projected backprop where the basis stands, what a refresh needs where it moves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax.projection.clocks import Staggered
+from lowrank_jax.projection.fused import Fused, fused
+from lowrank_jax.projection.state import Projected
+from lowrank_jax.projection.taps import accumulated, first_microbatch, is_projected, projected_value_and_grad, taps
+
+if TYPE_CHECKING:
+    from lowrank_jax.projection.transformation import Projection
+
+PLANS = ("full", "taps", "full at a refresh", "sketch at a refresh")
+
+
+def plan(projection: Projection) -> str:
+    """Which gradients a projection optimizer needs.
+
+    * "full": always the whole gradient (a residual rule reads it, or the basis follows it at every step);
+    * "taps": never (the basis is fixed, or moves after the update by a random key);
+    * "full at a refresh": an exact SVD, a DCT's scores, and every basis that moves before its update;
+    * "sketch at a refresh": a thin product with a second tap, after the update.
+
+    >>> import lowrank_jax as lr
+    >>> plan(lr.galore(1e-2, rank=8).projection)
+    'full at a refresh'
+    >>> after = lr.clocks.every(period=200, when="after")
+    >>> plan(lr.galore(1e-2, projector=lr.projectors.alternating(rank=8), clock=after).projection)
+    'sketch at a refresh'
+    """
+    if projection.residual.sees_gradient:
+        return "full"
+    if not projection.projector.moves:
+        return "taps"
+    needs = projection.projector.needs
+    if projection.clock.when == "after" and "grad" not in needs:
+        return "sketch at a refresh" if "sketch" in needs else "taps"
+    every_step = not isinstance(projection.clock, Staggered) and projection.clock.due(0) is True
+    return "full" if every_step else "full at a refresh"
+
+
+def train_step(
+    loss: Callable[..., Any],
+    optimizer: Any,
+    *,
+    accumulate: int = 1,
+    has_aux: bool = False,
+    with_norm: bool = False,
+    backprop: str = "projected",
+) -> Callable[..., Any]:
+    """`step(params, opt_state, *args) -> (params, opt_state, value)`: backward pass and fused update in one function.
+
+    A normal step takes low-rank gradients through taps; a step whose refresh needs more takes that, by one `cond`
+    around the gradients, which leaves parameters and state to be written in place. Jit it, donate the first two.
+
+    Args:
+      loss: `loss(params, *args) -> value`, which multiplies by taps; see `projected_value_and_grad`.
+      optimizer: a named optimizer, or its fused form `lr.fused(tx, ...)`.
+      accumulate: k microbatches along a leading axis of every argument; see `projected_value_and_grad`.
+      has_aux: the loss returns `(value, aux)`, and so does the step, in place of the value.
+      with_norm: the step returns `(value, norm)` in place of the value, with the global norm of the gradients that it
+        took: low-rank ones where they are projected.
+      backprop: "projected", or "full" for full gradients at every step (the same numbers, dearer).
+
+    Raises:
+      TypeError: for an optimizer without a fused form.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> params, x = {"kernel": jnp.ones((4, 8))}, jnp.ones((3, 4))
+    >>> tx = lr.galore(1e-2, rank=2)
+    >>> step = lr.train_step(lambda params, x: jnp.mean(lr.matmul(x, params["kernel"]) ** 2), tx)
+    >>> params, state, value = jax.jit(step, donate_argnums=(0, 1))(params, tx.init(params), x)
+    >>> print(value)
+    16.0
+    """
+    if backprop not in ("projected", "full"):
+        raise ValueError(f"backprop={backprop!r} must be 'projected' or 'full'")
+    form = optimizer if isinstance(optimizer, Fused) else fused(optimizer)
+    gradients = _Gradients(loss, form, accumulate, has_aux)
+    projection = form.recipe.projection
+    chosen = "full" if backprop == "full" else plan(projection)
+
+    def take(params, state, args):
+        """`(value, gradients, state, options of the fused step)`."""
+        if chosen == "full":
+            return *gradients.full(params, state, args), state, {}
+        if chosen == "taps":
+            return *gradients.tapped(params, state, args), state, {"taps": taps(state)}
+        due = projection.due(state.projection)
+        if chosen == "sketch at a refresh":
+            found = jax.lax.cond(due, gradients.sketched, gradients.unsketched, params, state, args)
+            return *found, state, {"taps": taps(state)}
+        value, grads, state = jax.lax.cond(due, gradients.rebased, gradients.standing, params, state, args)
+        return value, grads, state, {"taps": taps(state), "rebased": True}
+
+    def finish(params, state, value, grads, options):
+        measured = (value, optax.tree.norm(grads)) if with_norm else value
+        return *form.step(params, grads, state, **options), measured
+
+    def step(params, state, *args):
+        if chosen == "full at a refresh" and projection.clock.when == "after":
+            # moments move after the update, so the whole step is a branch
+            def full(params, state, args):
+                value, grads = gradients.full(params, state, args)
+                return finish(params, state, value, grads, {})
+
+            def low(params, state, args):
+                value, grads = gradients.tapped(params, state, args)
+                return finish(params, state, value, grads, {"taps": taps(state)})
+
+            return jax.lax.cond(projection.due(state.projection), full, low, params, state, args)
+        value, grads, state, options = take(params, state, args)
+        return finish(params, state, value, grads, options)
+
+    return step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """The ways to take a gradient that a step chooses from, all `(params, state, args)`."""
+
+    loss: Callable[..., Any]
+    form: Fused
+    accumulate: int
+    has_aux: bool
+
+    def full(self, params, state, args):
+        return _value_and_grad(self.loss, self.accumulate, self.has_aux)(params, *args)
+
+    def tapped(self, params, state, args, sketches=None):
+        function = projected_value_and_grad(
+            self.loss, taps(state, sketches), accumulate=self.accumulate, has_aux=self.has_aux
+        )
+        return function(params, *args)
+
+    def rebased(self, params, state, args):
+        value, grads = self.full(params, state, args)
+        return value, *self.form.rebase(params, grads, state)
+
+    def standing(self, params, state, args):
+        return *self.tapped(params, state, args), state
+
+    def sketched(self, params, state, args):
+        return self.tapped(params, state, args, self.form.recipe.projection.sketch_bases(state.projection))
+
+    def unsketched(self, params, state, args):
+        """As without a refresh, in the structure of one with it."""
+        shapes = jax.eval_shape(self.sketched, params, state, args)[1]
+        value, grads = self.tapped(params, state, args)
+        return value, jax.tree.map(_with_zero_sketch, grads, shapes, is_leaf=is_projected)
+
+
+def _with_zero_sketch(grad: Any, shape: Any) -> Any:
+    if not is_projected(grad):
+        return grad
+    return Projected(grad.low, jnp.zeros(shape.sketch.shape, shape.sketch.dtype))
+
+
+def _value_and_grad(loss: Callable[..., Any], accumulate: int, has_aux: bool) -> Callable[..., Any]:
+    """`jax.value_and_grad(loss)`, averaged over microbatches."""
+    function = jax.value_and_grad(loss, has_aux=has_aux)
+    if accumulate == 1:
+        return function
+
+    def run(params, *args):
+        first_microbatch(args, accumulate)
+        return accumulated(function, params, args, accumulate, has_aux)
+
+    return run

@@ -1,0 +1,257 @@
+"""The law of forms: the optax form, the fused form and projected backprop make the same step, refresh mode by mode."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_jax as lr
+
+RNG = np.random.default_rng(3)
+DRAW = lambda *shape: jnp.asarray(RNG.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)  # noqa: E731
+VIEWS = lr.Views(stacked=(r"layers/.*",))
+PARAMS = {
+    "layers": {"up": {"kernel": DRAW(3, 10, 16)}, "down": {"kernel": DRAW(3, 16, 10)}},
+    "square": {"kernel": DRAW(10, 10)},
+    "bias": jnp.zeros(10),
+}
+X, Y = DRAW(40, 10) * 5, DRAW(40, 10) * 5
+BATCHES = [(X + 0.1 * i, Y) for i in range(7)]
+AFTER = {"when": "after"}
+
+
+def loss(params, x, y):
+    def layer(x, kernels):
+        return x + lr.matmul(jnp.tanh(lr.matmul(x, kernels["up"]["kernel"])), kernels["down"]["kernel"]), None
+
+    x, _ = jax.lax.scan(layer, x + params["bias"], params["layers"])
+    return jnp.mean(jnp.square(lr.matmul(x, params["square"]["kernel"]) - y))
+
+
+def galore(projector, clock, **options):
+    options = {"eps": 1e-3, "clip_norm": 1.0, "weight_decay": 0.1} | options
+    return lr.galore(1e-2, projector=projector, clock=clock, views=VIEWS, **options)
+
+
+every, staggered = lr.clocks.every, lr.clocks.staggered
+P = lr.projectors
+ROWS = {
+    "svd": (galore(P.svd(rank=3), every(period=3)), "full at a refresh"),
+    "svd after": (galore(P.svd(rank=3), every(period=3, **AFTER)), "full at a refresh"),
+    "svd staggered": (galore(P.svd(rank=3), staggered(period=3)), "full at a refresh"),
+    "svd reset": (galore(P.svd(rank=3), every(period=3), transport=lr.transports.reset()), "full at a refresh"),
+    "svd rotate": (galore(P.svd(rank=3), every(period=3), transport=lr.transports.rotate()), "full at a refresh"),
+    "power": (galore(P.power(rank=3), every(period=3)), "full at a refresh"),
+    "dct": (galore(P.dct(rank=3), every(period=3)), "full at a refresh"),
+    "columns": (galore(P.columns(rank=3), every(period=3)), "full at a refresh"),
+    "columns after": (galore(P.columns(rank=3), every(period=3, **AFTER)), "taps"),
+    "gaussian after": (galore(P.random(rank=3), every(period=2, **AFTER)), "taps"),
+    "gaussian staggered": (galore(P.random(rank=3), staggered(period=2, **AFTER)), "taps"),
+    "identity": (galore(P.identity(), every(period=2)), "taps"),
+    "alternating": (galore(P.alternating(rank=3), every(period=3, **AFTER)), "sketch at a refresh"),
+    "alternating staggered": (galore(P.alternating(rank=3), staggered(period=3, **AFTER)), "sketch at a refresh"),
+    "alternating before": (galore(P.alternating(rank=3), every(period=3)), "full at a refresh"),
+    "sketch": (galore(P.randomized(rank=3, iterations=0), every(period=3, **AFTER)), "sketch at a refresh"),
+    "bf16 basis": (galore(P.svd(rank=3, dtype=jnp.bfloat16), every(period=3)), "full at a refresh"),
+    "int8 basis": (galore(P.svd(rank=3, dtype=jnp.int8), every(period=3)), "full at a refresh"),
+    "no guard": (galore(P.svd(rank=3), every(period=3), guard=False), "full at a refresh"),
+    "schedule": (lr.galore(optax.linear_schedule(1e-2, 0.0, 7), rank=3, views=VIEWS, eps=1e-3), "full at a refresh"),
+    "masked decay": (galore(P.svd(rank=3), every(period=3), mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+                     "full at a refresh"),
+    "dct_adamw": (lr.dct_adamw(1e-2, rank=3, views=VIEWS, weight_decay=0.1), "full"),
+    "dct_adamw T": (lr.dct_adamw(1e-2, rank=3, refresh_every=3, views=VIEWS), "full at a refresh"),
+    "frugal": (lr.frugal(1e-2, views=VIEWS, refresh_every=3), "full"),
+    "ldadam": (lr.ldadam(1e-2, rank=3, views=VIEWS), "full"),
+    "apollo": (lr.apollo(1e-2, rank=3, views=VIEWS), "full"),
+}  # fmt: skip
+
+
+def optax_step(tx):
+    def step(params, state, *args):
+        value, grads = jax.value_and_grad(loss)(params, *args)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def run(step, tx, batches=BATCHES, params=PARAMS):
+    step, state = jax.jit(step), tx.init(params)
+    values = []
+    for batch in batches:
+        params, state, value = step(params, state, *batch)
+        values.append(float(value))
+    return params, state, values
+
+
+def close(a, b, tolerance):
+    a, b = (jax.tree.map(lambda x: np.asarray(x, np.float32), tree) for tree in (a, b))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+FAST = ("svd", "alternating", "columns after")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ROWS])
+def test_optax_fused_and_projected_are_one(name):
+    tx, plan = ROWS[name]
+    assert lr.plan(tx.projection) == plan
+    params, state, values = run(optax_step(tx), tx)
+    fused_params, fused_state, fused_values = run(lr.train_step(loss, tx, backprop="full"), tx)
+    close(fused_params, params, 2e-5)
+    close(fused_values, values, 1e-5)
+    low_params, low_state, low_values = run(lr.train_step(loss, tx), tx)
+    # int8 codes jump where float noise crosses a boundary
+    tolerance = 3e-3 if name == "int8 basis" else 2e-4
+    close(low_params, params, tolerance)
+    close(low_values, values, tolerance)
+    for other in (fused_state, low_state):
+        assert jax.tree.structure(other) == jax.tree.structure(state)
+        for field in ("step", "skipped", "refreshes"):
+            assert int(getattr(other.projection, field)) == int(getattr(state.projection, field)), field
+    assert int(state.projection.step) == len(BATCHES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["svd", "columns after", "alternating", "apollo"])
+def test_accumulation_is_the_large_batch(name):
+    tx, _ = ROWS[name]
+    _, _, values = run(lr.train_step(loss, tx), tx)
+    parts = [(x.reshape(4, 10, 10), y.reshape(4, 10, 10)) for x, y in BATCHES]
+    for backprop in ("projected", "full"):
+        _, _, got = run(lr.train_step(loss, tx, accumulate=4, backprop=backprop), tx, parts)
+        np.testing.assert_allclose(got, values, rtol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["svd", "alternating", "columns after", "frugal"])
+def test_a_bad_batch_is_skipped_and_counted(name):
+    """Bitwise as if it had never come, also at a refresh."""
+    tx, _ = ROWS[name]
+    step = jax.jit(lr.train_step(loss, tx))
+    params, state = PARAMS, tx.init(PARAMS)
+    bad = (X.at[0, 0].set(np.nan), Y)
+    for i, batch in enumerate(BATCHES[:4]):
+        again, after, _ = step(params, state, *bad)
+        assert int(after.projection.skipped) == int(state.projection.skipped) + 1, i
+        jax.tree.map(np.testing.assert_array_equal, again, params)
+        old = state.projection._replace(skipped=after.projection.skipped)
+        jax.tree.map(np.testing.assert_array_equal, after.projection, old)
+        params, state, _ = step(params, state, *batch)
+        assert int(state.projection.step) == i + 1
+
+
+@pytest.mark.slow
+def test_an_explicit_learning_rate_replaces_the_schedule():
+    tx, _ = ROWS["schedule"]
+    form, grads = lr.fused(tx), jax.grad(loss)(PARAMS, X, Y)
+    state = form.init(PARAMS)
+    same, _ = form.step(PARAMS, grads, state)
+    given, _ = form.step(PARAMS, grads, state, 1e-2)
+    double, _ = form.step(PARAMS, grads, state, 2e-2)
+    close(same, given, 1e-7)
+    moved = lambda new: np.asarray(new["square"]["kernel"] - PARAMS["square"]["kernel"])  # noqa: E731
+    np.testing.assert_allclose(moved(double), 2 * moved(given), rtol=1e-3, atol=1e-7)
+
+
+def test_fused_needs_a_recipe():
+    for tx in (optax.chain(optax.clip(1.0), lr.galore(1e-2, rank=2)), lr.scale_by_projection(P.svd(rank=2))):
+        with pytest.raises(TypeError, match="has no fused form"):
+            lr.fused(tx)
+    with pytest.raises(ValueError, match="rounding='up'"):
+        lr.fused(lr.galore(1e-2, rank=2), rounding="up")
+    with pytest.raises(ValueError, match="backprop='low'"):
+        lr.train_step(loss, lr.galore(1e-2, rank=2), backprop="low")
+
+
+def test_no_update_of_full_size():
+    """The fused form needs the scratch of one layer where the optax form needs that of the stack."""
+    params = {"layers": {"kernel": jnp.zeros((16, 128, 256))}}
+    tx = lr.galore(1e-2, projector=P.random(rank=8, kind="orthonormal"), views=VIEWS, guard=False)
+    state = tx.init(params)
+    grads = {"layers": {"kernel": lr.Projected(jnp.zeros((16, 8, 256)))}}
+
+    def fused(params, grads, state):
+        return lr.fused(tx).step(params, grads, state, taps=lr.taps(state), rebased=True)
+
+    def plain(params, grads, state):
+        updates, state = tx.update(grads, state, params, taps=lr.taps(state))
+        return optax.apply_updates(params, updates), state
+
+    small, large = (
+        jax.jit(f, donate_argnums=(0, 2)).lower(params, grads, state).compile().memory_analysis().temp_size_in_bytes
+        for f in (fused, plain)
+    )
+    assert small < 4 * 128 * 256 * 4
+    assert large > 16 * 128 * 256 * 4
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_bfloat16_weights(rounding):
+    """Updates far below half a unit in the last place vanish when rounded to nearest, and add up stochastically."""
+    params = {"layers": {"kernel": jnp.ones((2, 32, 64), jnp.bfloat16)}}
+    tx = lr.galore(1e-4, projector=P.identity(), scale=1.0, views=VIEWS)
+    form = lr.fused(tx, rounding=rounding)
+    grads, state = jax.tree.map(jnp.ones_like, params), form.init(params)
+    step = jax.jit(form.step)
+    for _ in range(30):
+        params, state = step(params, grads, state)
+    assert params["layers"]["kernel"].dtype == jnp.bfloat16
+    moved = 1 - float(jnp.mean(params["layers"]["kernel"].astype(jnp.float32)))
+    assert moved == 0 if rounding == "nearest" else abs(moved - 30e-4) < 3e-4
+
+
+@pytest.mark.slow
+def test_int8_weights_train():
+    """Quantised kernels are requantised in place, and stay a fixed point of a skipped step."""
+    from lowrank_jax import linalg
+
+    small = jax.tree.map(lambda x: linalg.quantize_blocks(x, "linear") if x.ndim == 3 else x, PARAMS)
+    tx = galore(P.random(rank=3, kind="orthonormal"), every(period=3, **AFTER))
+    step = jax.jit(lr.train_step(loss, lr.fused(tx, rounding="stochastic")))
+    params, state = small, tx.init(small)
+    first = None
+    for batch in BATCHES * 6:
+        params, state, value = step(params, state, *batch)
+        first = value if first is None else first
+    assert jax.tree.structure(params) == jax.tree.structure(small)
+    assert params["layers"]["up"]["kernel"].codes.dtype == jnp.int8
+    assert float(value) < 0.9 * float(first)
+    again, after, _ = step(params, state, X.at[0, 0].set(np.nan), Y)
+    assert int(after.projection.skipped) == 1
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    with pytest.raises(ValueError, match="use lr.fused"):
+        tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(small), small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["keep", "rotate", "ldadam", "reset"])
+def test_moments_in_8_bits(transport):
+    """Close to float32 moments, at a quarter of the bytes; transports see decoded moments."""
+    inner = lr.inner.adam(eps=1e-3)
+    slots = {"transport": getattr(lr.transports, transport)()}
+    stored = lr.inner.stored8(inner=inner, minimum=0, block=64)
+    make = lambda inner: galore(P.svd(rank=4), every(period=3), inner=inner, **slots)  # noqa: E731
+    _, state, values = run(optax_step(make(inner)), make(inner))
+    _, small_state, small = run(lr.train_step(loss, make(stored)), make(stored))
+    np.testing.assert_allclose(small, values, rtol=2e-2)
+    assert small != values
+
+    def nbytes(state):
+        nodes = jax.tree.leaves(state.projection.matrices, is_leaf=lambda x: hasattr(x, "inner"))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves([node.inner for node in nodes]))
+
+    assert nbytes(small_state) < 0.4 * nbytes(state)
+
+
+def test_the_minimum_keeps_small_moments():
+    state = lr.inner.stored8(minimum=64).init({"large": jnp.ones((8, 8)), "small": jnp.ones(7)})
+    assert state.mu["large"].codes.shape == (8, 8)
+    assert state.mu["small"].dtype == jnp.float32
+    assert lr.inner.stored8(minimum=0, block=4).init(jnp.ones((3, 8))).nu.scales.shape == (3, 2)
+    for options, message in (({"block": 0}, "block=0"), ({"minimum": -1}, "minimum=-1")):
+        with pytest.raises(ValueError, match=message):
+            lr.inner.stored8(**options)
+    with pytest.raises(ValueError, match="wrap it once"):
+        lr.inner.stored8(inner=lr.inner.stored8())

@@ -1,0 +1,120 @@
+"""The layer-wise step is the ordinary one: clipping, accumulation, refreshes and counts included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_jax as lr
+
+RNG = np.random.default_rng(5)
+DRAW = lambda *shape: jnp.asarray(RNG.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)  # noqa: E731
+VIEWS = lr.Views(stacked=(r"layers/.*",), rules=((r"(embed|out)/kernel", None),))
+PARAMS = {
+    "embed": {"kernel": DRAW(6, 10)},
+    "layers": {
+        "up": {"kernel": DRAW(3, 10, 16)},
+        "down": {"kernel": DRAW(3, 16, 10)},
+        "norm": {"scale": jnp.ones((3, 10))},
+    },
+    "out": {"kernel": DRAW(10, 4)},
+}
+X, Y = DRAW(40, 6) * 5, DRAW(40, 4) * 5
+BATCHES = [(X + 0.1 * i, Y) for i in range(5)]
+STACK = lr.Stack(
+    before=lambda rest, x, y: x @ rest["embed"]["kernel"],
+    layer=lambda layer, x: x + lr.matmul(
+        jnp.tanh(lr.matmul(x * layer["norm"]["scale"], layer["up"]["kernel"])), layer["down"]["kernel"]
+    ),
+    after=lambda rest, x, x0, y: jnp.mean(jnp.square(x @ rest["out"]["kernel"] - y)),
+)  # fmt: skip
+AFTER = {"when": "after"}
+every, P = lr.clocks.every, lr.projectors
+
+
+def galore(projector, clock, **options):
+    return lr.galore(1e-2, projector=projector, clock=clock, views=VIEWS, **({"eps": 1e-3} | options))
+
+
+ROWS = {
+    "svd": galore(P.svd(rank=3), every(period=3), weight_decay=0.1),
+    "svd clipped": galore(P.svd(rank=3), every(period=3), clip_norm=0.5),
+    "svd reset": galore(P.svd(rank=3), every(period=2), transport=lr.transports.reset()),
+    "svd staggered": galore(P.svd(rank=3), lr.clocks.staggered(period=2)),
+    "random after": galore(P.random(rank=3), every(period=2, **AFTER), clip_norm=0.5),
+    "alternating": galore(P.alternating(rank=3), every(period=3, **AFTER)),
+    "masked decay": galore(P.svd(rank=3), every(period=3), weight_decay=0.5,
+                           mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)),
+    "stored": galore(P.svd(rank=3), every(period=3), inner=lr.inner.stored8(minimum=0), plain=lr.inner.adam()),
+    "frugal": lr.frugal(1e-2, views=VIEWS, refresh_every=3, clip_norm=5.0),
+    "ldadam": lr.ldadam(1e-2, rank=3, views=VIEWS),
+    "apollo": lr.apollo(1e-2, rank=3, views=VIEWS),
+    "dct_adamw": lr.dct_adamw(1e-2, rank=3, views=VIEWS, error_feedback=True),
+}  # fmt: skip
+
+
+def run(step, tx, batches):
+    step, params, state, values = jax.jit(step), PARAMS, tx.init(PARAMS), []
+    for batch in batches:
+        params, state, value = step(params, state, *batch)
+        values.append(float(value))
+    return params, state, values
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("svd clipped", "frugal") else pytest.param(n, marks=pytest.mark.slow) for n in ROWS]
+)
+def test_layer_by_layer_is_the_ordinary_step(name):
+    tx = ROWS[name]
+    params, state, values = run(lr.train_step(STACK.loss, tx, backprop="full"), tx, BATCHES)
+    own_params, own_state, own_values = run(lr.layerwise_step(STACK, tx), tx, BATCHES)
+    np.testing.assert_allclose(own_values, values, rtol=2e-3 if name == "stored" else 2e-4)
+    tolerance = 2e-3 if name == "stored" else 3e-4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance), own_params, params)
+    assert jax.tree.structure(own_state) == jax.tree.structure(state)
+    for field in ("step", "skipped", "refreshes"):
+        assert int(getattr(own_state.projection, field)) == int(getattr(state.projection, field))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["svd clipped", "random after", "frugal"])
+def test_accumulation_is_one_update_of_the_large_batch(name):
+    tx = ROWS[name]
+    _, _, values = run(lr.layerwise_step(STACK, tx), tx, BATCHES)
+    parts = [(x.reshape(4, 10, -1), y.reshape(4, 10, -1)) for x, y in BATCHES]
+    _, state, got = run(lr.layerwise_step(STACK, tx, accumulate=4), tx, parts)
+    np.testing.assert_allclose(got, values, rtol=2e-3)
+    assert int(state.projection.step) == len(BATCHES)
+
+
+def test_a_bad_batch_is_skipped():
+    tx = ROWS["svd"]
+    step, state = jax.jit(lr.layerwise_step(STACK, tx)), tx.init(PARAMS)
+    params, after, _ = step(PARAMS, state, X.at[0, 0].set(np.nan), Y)
+    assert (int(after.projection.step), int(after.projection.skipped)) == (0, 1)
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    old = state.projection._replace(skipped=after.projection.skipped)
+    jax.tree.map(np.testing.assert_array_equal, after.projection, old)
+
+
+def test_no_gradient_of_the_stack_is_held():
+    layers, width = 16, 128
+    params = {"layers": {"kernel": jnp.zeros((layers, width, width))}}
+    stack = lr.Stack(before=lambda rest, x: x, layer=lambda p, x: jnp.tanh(lr.matmul(x, p["kernel"])),
+                     after=lambda rest, x, _: jnp.mean(x**2))  # fmt: skip
+    tx = lr.frugal(1e-2, views=lr.Views(stacked=("layers/.*",)), projection="columns")
+    x, state = jnp.ones((8, width)), tx.init(params)
+    small, large = (
+        jax.jit(f, donate_argnums=(0, 1)).lower(params, state, x).compile().memory_analysis().temp_size_in_bytes
+        for f in (lr.layerwise_step(stack, tx), lr.train_step(stack.loss, tx))
+    )
+    assert small < 10 * width * width * 4
+    assert large > layers * width * width * 4
+
+
+def test_what_cannot_be_taken_layer_by_layer():
+    tx = lr.galore(1e-2, rank=2, views=lr.Views(stacked=(r"layers/.*",)))
+    with pytest.raises(ValueError, match="out/kernel.*cannot be updated layer by layer"):
+        lr.layerwise_step(STACK, tx)(PARAMS, tx.init(PARAMS), X, Y)
+    with pytest.raises(ValueError, match="accumulate=0"):
+        lr.layerwise_step(STACK, tx, accumulate=0)

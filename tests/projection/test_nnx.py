@@ -1,0 +1,279 @@
+"""Projected backprop of nnx models against their full gradients."""
+
+import functools
+import importlib
+import sys
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lowrank_jax as lr
+from lowrank_jax import linalg
+
+HEADS = (
+    (r".*heads/kernel", lr.MatrixView(rows=(0,), cols=(1, 2))),
+    (r".*out/kernel", lr.MatrixView(rows=(0, 1), cols=(2,))),
+)
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 8)), jnp.float32)
+RANDOM = lr.projectors.random(rank=3, kind="orthonormal")
+
+
+def setup(model, views, side="paper", pure=True):
+    """(loss of lr.nnx.merge, loss of nnx.merge, parameters, taps)."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params = nnx.to_pure_dict(params) if pure else params
+
+    def loss_of(merge):
+        output = lambda params, x: merge(graphdef, params, rest)(x).astype(jnp.float32)  # noqa: E731
+        return lambda params, x: jnp.mean(jnp.square(output(params, x) - 1))
+
+    taps = lr.taps(lr.scale_by_projection(RANDOM, views=views, side=side).init(params))
+    return loss_of(lr.nnx.merge), loss_of(nnx.merge), params, taps
+
+
+def run(function, *args):
+    return jax.jit(function).lower(*args).compile(FAST_COMPILE)(*args)
+
+
+def check(model, views, *, side="paper", pure=True, tolerance=1e-5):
+    """Equal losses and plain gradients, and every tap the projection of the full gradient."""
+    tapped, plain, params, taps = setup(model, views, side, pure)
+    value, grads = run(lr.projected_value_and_grad(tapped, taps), params, X)
+    expected, full = run(jax.value_and_grad(plain), params, X)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    is_projected = lambda leaf: isinstance(leaf, lr.Projected)  # noqa: E731
+    seen = set()
+    for (keys, leaf), got in zip(
+        jax.tree_util.tree_leaves_with_path(full), jax.tree.leaves(grads, is_leaf=is_projected), strict=True
+    ):
+        path = "/".join(str(getattr(key, "key", getattr(key, "name", None))) for key in keys)
+        if is_projected(got):
+            seen.add(path)
+            tap = taps.taps[path]
+            leaf, got = tap.projector.down(tap.view, tap.basis, tap.view.orient(leaf)), got.low
+        bound = tolerance * float(jnp.max(jnp.abs(leaf))) + 1e-7
+        np.testing.assert_allclose(np.float32(got), np.float32(leaf), atol=bound)
+    assert seen == set(taps.taps)
+    return taps
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.heads = nnx.LinearGeneral(8, (2, 5), rngs=rngs)
+        self.out = nnx.LinearGeneral((2, 5), 8, axis=(-2, -1), rngs=rngs)
+        self.up = nnx.Linear(8, 12, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(12, 8, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.out(jnp.sin(self.heads(self.norm(x))))
+        return x + self.down(jnp.tanh(self.up(x)))
+
+
+class Stack(nnx.Module):
+    """Layers made by nnx.vmap, and run by nnx.scan with rematerialisation inside."""
+
+    def __init__(self, rngs):
+        make = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=(0,), out_axes=0))
+        self.layers = make(rngs)
+        self.head = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def layers(x, layer):
+            return nnx.remat(lambda x, layer: layer(x))(x, layer)
+
+        return self.head(layers(x, self.layers))
+
+
+class Listed(nnx.Module):
+    """Layers in a list, one of them used twice, inside nnx.jit."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([Block(rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        x = nnx.jit(lambda layer, x: layer(x))(self.layers[0], x)
+        return self.layers[1](self.layers[1](x))
+
+
+@pytest.mark.slow
+def test_stacked_layers():
+    taps = check(Stack(nnx.Rngs(0)), lr.Views(rules=HEADS, stacked=(r"layers/.*",)), side="rows")
+    assert sorted(taps.taps) == [f"layers/{name}/kernel" for name in ("down", "heads", "out", "up")]
+
+
+@pytest.mark.slow
+def test_listed_layers_some_left_out():
+    taps = check(Listed(nnx.Rngs(0)), lr.Views(rules=((r"layers/0/up/kernel", None), *HEADS)), side="cols")
+    assert len(taps.taps) == 7
+
+
+def test_experts_by_vmap():
+    class Experts(nnx.Module):
+        def __init__(self, rngs):
+            self.experts = nnx.split_rngs(splits=4)(
+                nnx.vmap(lambda rngs: nnx.Linear(8, 12, rngs=rngs), in_axes=0, out_axes=0)
+            )(rngs)
+
+        def __call__(self, x):
+            return nnx.vmap(lambda expert, x: expert(x), in_axes=(0, 0))(self.experts, x)
+
+    check(Experts(nnx.Rngs(0)), lr.Views(stacked=(r"experts/.*",)))
+
+
+HIGHEST = functools.partial(jax.lax.dot_general, precision="highest")
+
+
+@pytest.mark.parametrize(
+    "make, rules",
+    [
+        (functools.partial(nnx.Linear, 8, 12, dtype=jnp.bfloat16, preferred_element_type=jnp.float32), ()),
+        (functools.partial(nnx.Linear, 8, 12, dot_general=HIGHEST), ()),
+        (functools.partial(nnx.LinearGeneral, 8, 12, dot_general_cls=lambda: HIGHEST), ()),
+        (
+            functools.partial(nnx.LinearGeneral, 8, 12, batch_axis={0: 4}),
+            ((r"kernel", lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))),),
+        ),
+        (functools.partial(nnx.Einsum, "bsd,dhk->bhsk", (8, 3, 5), (3, 5)), ((r"kernel", HEADS[0][1]),)),
+        (functools.partial(nnx.Einsum, "...d,df->...f", (8, 12)), ()),
+    ],
+    ids=["bf16", "partial", "cls", "batch", "einsum", "einsum ellipsis"],
+)
+def test_layers(make, rules):
+    bf16 = make.keywords.get("dtype") == jnp.bfloat16
+    check(make(rngs=nnx.Rngs(0)), lr.Views(rules=rules), tolerance=2e-2 if bf16 else 1e-5)
+
+
+def test_a_state_in_place_of_a_dict():
+    """The leaf of a `nnx.State` is the value of its Param, and says so in its path."""
+    views = lr.Views(rules=((r".*kernel/value", lr.MatrixView()),))
+    assert list(check(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), views, pure=False).taps) == ["kernel/value"]
+
+
+def test_a_kernel_shared_by_two_modules():
+    class Shared(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(8, 8, rngs=rngs)
+            self.second = nnx.Linear(8, 8, rngs=rngs)
+            self.second.kernel = self.first.kernel
+
+        def __call__(self, x):
+            return self.second(jnp.tanh(self.first(x)))
+
+    assert list(check(Shared(nnx.Rngs(0)), lr.Views()).taps) == ["first/kernel"]
+
+
+class Custom(nnx.Module):
+    """A product of one's own, by lr.matmul."""
+
+    def __init__(self, rngs):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (8, 12)))
+
+    def __call__(self, x):
+        return lr.matmul(x, self.kernel[...])
+
+
+class Adapted(nnx.LoRALinear):
+    """A class derived from nnx.Linear."""
+
+
+def test_modules_of_ones_own():
+    check(Custom(nnx.Rngs(0)), lr.Views())
+    check(Adapted(8, 12, lora_rank=2, rngs=nnx.Rngs(0)), lr.Views())
+
+
+def test_check_taps_and_a_training_step():
+    tapped, _, params, taps = setup(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), lr.Views())
+    lr.check_taps(tapped, taps, params, X)
+    tx = lr.galore(1e-2, projector=RANDOM, clock=lr.clocks.every(period=9, when="after"))
+    new, state, _ = jax.jit(lr.train_step(tapped, tx))(params, tx.init(params), X)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    assert int(state.projection.skipped) == 0
+    assert not np.allclose(new["kernel"], params["kernel"])
+
+
+@pytest.mark.slow
+def test_without_taps_merge_is_flax_own():
+    model = Stack(nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    assert nnx.graphdef(lr.nnx.merge(graphdef, state)) == graphdef
+    np.testing.assert_array_equal(lr.nnx.merge(graphdef, state)(X), model(X))
+
+
+@pytest.mark.parametrize("pure", [True, False])
+def test_quantised_kernels(pure):
+    """Forward passes and taps take int8 kernels as they would their decoded values."""
+    model = Stack(nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    tree = nnx.to_pure_dict(state) if pure else state
+    is_kernel = lambda keys: [str(getattr(keys[i], "key", "")) for i in (0, 2)] == ["layers", "kernel"]  # noqa: E731
+    quantize = lambda keys, x: linalg.quantize_blocks(x, "linear") if len(keys) > 2 and is_kernel(keys) else x  # noqa: E731
+    small = jax.tree_util.tree_map_with_path(quantize, tree)
+    is_small = lambda x: hasattr(x, "dequantize")  # noqa: E731
+    decoded = jax.tree.map(lambda x: x.dequantize() if is_small(x) else x, small, is_leaf=is_small)
+    before = jax.tree.structure(small)
+    first, second = lr.nnx.merge(graphdef, small), lr.nnx.merge(graphdef, small)
+    assert nnx.graphdef(first) == nnx.graphdef(second)
+    np.testing.assert_allclose(first(X), nnx.merge(graphdef, decoded)(X), rtol=1e-4, atol=1e-5)
+    assert jax.tree.structure(small) == before
+    if pure:
+        tapped, _, _, taps = setup(model, lr.Views(rules=HEADS, stacked=(r"layers/.*",)))
+        got, expected = (run(lr.projected_value_and_grad(tapped, taps), tree, X)[1] for tree in (small, decoded))
+        low = lambda grads: grads["layers"]["heads"]["kernel"].low  # noqa: E731
+        np.testing.assert_allclose(low(got), low(expected), rtol=1e-4, atol=1e-6)
+
+
+def own_product(*args, **kwargs):
+    return jax.lax.dot_general(*args, **kwargs)
+
+
+def test_a_custom_product_takes_quantised_kernels_and_no_taps():
+    tapped, plain, params, taps = setup(nnx.Linear(8, 12, dot_general=own_product, rngs=nnx.Rngs(0)), lr.Views())
+    with pytest.raises(ValueError, match=r"Linear has its own dot_general, .*own_product"):
+        lr.projected_value_and_grad(tapped, taps)(params, X)
+    small = params | {"kernel": linalg.quantize_blocks(params["kernel"], "linear")}
+    np.testing.assert_allclose(tapped(small, X), plain(params | {"kernel": small["kernel"].dequantize()}, X), rtol=1e-6)
+
+
+class Convolved(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(8, 8, (3,), rngs=rngs)
+
+    def __call__(self, x):
+        return self.conv(x)
+
+
+def test_what_cannot_be_tapped_is_refused():
+    views = lr.Views(rules=((r"conv/kernel", lr.MatrixView(rows=(0, 1), cols=(2,))),))
+    tapped, plain, params, taps = setup(Convolved(nnx.Rngs(0)), views)
+    with pytest.raises(ValueError, match="conv: kernel of nnx.Conv is tapped or quantised"):
+        lr.projected_value_and_grad(tapped, taps)(params, X)
+    with pytest.raises(TypeError):  # flax's own merge does not know a Tapped
+        lr.projected_value_and_grad(plain, taps)(params, X)
+    tapped, _, params, taps = setup(Custom(nnx.Rngs(0)), lr.Views())
+    with pytest.raises(ValueError, match="no product uses the taps"):
+        lr.projected_value_and_grad(lambda params, x: jnp.sum(x), taps)(params, X)
+    graphdef = nnx.graphdef(Custom(nnx.Rngs(0)))
+    sliced = lambda params, x: jnp.sum(lr.nnx.merge(graphdef, params).kernel[0])  # noqa: E731
+    with pytest.raises(TypeError, match="as a whole only"):
+        lr.projected_value_and_grad(sliced, taps)(params, X)
+
+
+def test_a_flax_without_nnx_is_named(monkeypatch):
+    """As flax 0.12.8 is on jax 0.11.1 and later."""
+    monkeypatch.delattr(flax, "nnx")
+    monkeypatch.setitem(sys.modules, "flax.nnx", None)
+    monkeypatch.delitem(sys.modules, "lowrank_jax.nnx", raising=False)
+    with pytest.raises(ImportError, match=r"flax 0.12.8 needs jax<0.11.1"):
+        importlib.import_module("lowrank_jax.nnx")
+
+
+def test_other_attributes_are_still_errors():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lr.nothing
