@@ -147,6 +147,22 @@ def training_step(result: dict) -> str:
     return "\n\n".join([*parts, note, _aims(result["aims"])])
 
 
+def data_parallel(result: dict) -> str:
+    """Reduced bytes of a step, in all and of the kernels that have taps."""
+    rows, reference = [], result["rows"][0]
+    for row in result["rows"]:
+        blocks, ratio = row["block_bytes"], reference["block_bytes"] / row["block_bytes"]
+        largest = "; ".join(
+            f"{row['times']} x ({', '.join(map(str, row['shape']))})" for row in row["tensors"] if len(row["shape"]) > 1
+        )
+        rows.append([row["case"], mebibytes(row["bytes"]), mebibytes(blocks), f"{ratio:.1f} x fewer", largest])
+    header = ["all-reduced in a step", "MiB", "kernels of the blocks, MiB", "of AdamW's", "matrices"]
+    note = (
+        f"`{result['command']}`: {result['preset']} preset on {result['devices']} fake devices, read from the program."
+    )
+    return markdown(header, rows) + "\n\n" + note
+
+
 def _aims(aims: list[dict]) -> str:
     lines = []
     for aim in aims:
@@ -164,6 +180,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "train": train,
     "optimizer_step": optimizer_step,
     "training_step_60M": training_step,
+    "data_parallel": data_parallel,
 }
 
 

@@ -10,6 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 import lowrank_jax as lr
+from experiments.benchmarks import data_parallel
+from experiments.models import llama
 
 pytestmark = pytest.mark.multi_device
 
@@ -86,3 +88,13 @@ def test_reductions_carry_low_rank_gradients():
     assert shapes["full"] & full
     assert not shapes["projected"] & full
     assert any(RANK in shape for shape in shapes["projected"])
+
+
+def test_the_benchmark_counts_what_a_step_reduces():
+    """Loops count their trips, and taps divide the bytes of the blocks' kernels by width over rank."""
+    found = data_parallel.measure("nano", length=8)["rows"]
+    config = llama.preset("nano")
+    kernels = 4 * llama.layer_matrix_parameters(config) * config.layers
+    assert found[0]["block_bytes"] == kernels
+    for row in found[1:]:
+        assert row["block_bytes"] == kernels * row["rank"] // config.width
