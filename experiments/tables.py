@@ -163,6 +163,22 @@ def data_parallel(result: dict) -> str:
     return markdown(header, rows) + "\n\n" + note
 
 
+def memory_7b(result: dict) -> str:
+    """Memory of the compiled 7B step, in GiB."""
+    gibibytes = lambda count: f"{count / 2**30:.2f}"  # noqa: E731
+    rows = []
+    for row in result["rows"]:
+        sizes = [gibibytes(row[f"{name}_bytes"]) for name in ("parameter", "state", "temporary", "peak")]
+        verdict = "-" if row["met"] is None else f"{row['bound_gib']:g}: {'met' if row['met'] else '**missed**'}"
+        rows.append([row["weights"], str(row["rank"]), *sizes, verdict])
+    header = ["weights", "rank", "parameters, GiB", "optimizer state", "temporary", "peak", "aim, below"]
+    note = (
+        f"`{result['command']}`: compiled for one {result['device']}, sequence {result['length']}, batch 1, layer-wise "
+        "step between two refreshes, 8-bit moments, int8 basis, stochastic rounding. Nothing was run."
+    )
+    return markdown(header, rows) + "\n\n" + note
+
+
 def _aims(aims: list[dict]) -> str:
     lines = []
     for aim in aims:
@@ -181,6 +197,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "optimizer_step": optimizer_step,
     "training_step_60M": training_step,
     "data_parallel": data_parallel,
+    "memory_7b": memory_7b,
 }
 
 

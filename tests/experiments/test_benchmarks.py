@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import optimizer_step, timing, tpu_programs, training_step, workload
+from experiments.benchmarks import memory_7b, optimizer_step, timing, tpu_programs, training_step, workload
 from experiments.models import llama
 
 pytestmark = pytest.mark.slow
@@ -167,3 +167,20 @@ def test_projected_losses_follow_full_ones():
     found = training_step.losses(3)
     assert found["largest_difference"] < 1e-4
     assert found["projected_last"] == pytest.approx(found["full_last"], abs=1e-4)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_7b_step_is_the_model_s(int8):
+    """In three parts the model has the same loss, and its step trains, with small weights too."""
+    config = llama.preset("nano", layers=2, width=32, hidden=48, heads=2, kv_heads=2)
+    model, tokens = llama.Llama(config), jax.random.randint(jax.random.key(1), (1, 16), 0, 259)
+    params = model.init(jax.random.key(0), tokens)["params"]
+    logits = model.apply({"params": params}, tokens)
+    expected = llama.loss_and_metrics(logits, tokens, jnp.ones(tokens.shape))[0]
+    np.testing.assert_allclose(memory_7b.stack(config).loss(params, tokens), expected, rtol=1e-5)
+    step, shapes, state = memory_7b.step_of(config, 8, int8=int8)
+    codes = [leaf for leaf in jax.tree.leaves(shapes) if leaf.dtype == jnp.int8]
+    assert len(codes) == (7 if int8 else 0)
+    after, _, value = jax.eval_shape(step, shapes, state, tokens)
+    assert jax.tree.structure(after) == jax.tree.structure(shapes)
+    assert value.shape == ()
