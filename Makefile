@@ -13,10 +13,11 @@ TPU := $(CPU) ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTN
 	TPU_ACCELERATOR_TYPE=v5litepod-4
 ONE_PROCESS := not multi_device and not tpu_compile and not peer
 
-.PHONY: help train test test-fast test-full test-multi test-tpu test-peer lint evidence report clean
+.PHONY: help train finetune test test-fast test-full test-multi test-tpu test-peer lint evidence report clean
 
 help:
 	@echo "make train      pre-train a small LLaMA with dct_adamw on embedded text; writes a checkpoint and a report"
+	@echo "make finetune   LoRA of that model on documentation texts (trains it first if it is not there)"
 	@echo "make test       lint, types, doctests, fast and slow tests, tests on eight fake devices (20 minutes on 2 cores)"
 	@echo "make test-fast  doctests and fast tests (3 minutes on 2 cores)"
 	@echo "make lint       ruff and mypy"
@@ -44,6 +45,10 @@ comma := ,
 
 train: .venv/installed
 	$(BIN)/python -m experiments.pretrain --config=experiments/configs/default.py
+
+finetune: .venv/installed
+	@if [ ! -e runs/default/summary.json ]; then $(MAKE) train; fi
+	$(BIN)/python -m experiments.finetune --config=experiments/configs/finetune/documentation.py
 
 report: .venv/installed
 	$(BIN)/python -m experiments.report $(RUNS) --output=runs/report.html

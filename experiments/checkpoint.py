@@ -215,11 +215,13 @@ class Checkpoints:
         finally:
             self._writer.close()
 
-    def restore(self, like) -> Restored | None:
+    def restore(self, like, *, partial: bool = False) -> Restored | None:
         """The newest good step in the structure of `like`, or None when nothing was ever finished.
 
         Args:
           like: tree of `jax.ShapeDtypeStruct`, with shardings, or of arrays.
+          partial: `like` holds some of the leaves, such as {"params": ...}; the others and the sides are not compared,
+            and not read but for their checksums.
 
         Raises:
           MismatchError: a leaf is missing, superfluous, or of another shape or dtype; names the first one.
@@ -233,9 +235,9 @@ class Checkpoints:
                 continue
             manifest, problem = self._read(folder)
             if problem is None:
-                self._compare(folder, manifest, leaf_table(like))
+                self._compare(folder, manifest, leaf_table(like), partial)
                 try:
-                    return Restored(step, self._load(folder, like), manifest["extra"])
+                    return Restored(step, self._load(folder, like, partial), manifest["extra"])
                 except Exception as error:
                     if self.verify:
                         raise CheckpointError(
@@ -251,14 +253,20 @@ class Checkpoints:
             )
         return None
 
-    def _load(self, folder, like):
+    def _load(self, folder, like, partial):
         flat = _flatten(like)
         target = {
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
             for path, leaf in flat.items()
             if leaf.size
         }
-        found = self._writer.restore(folder / "state", args=ocp.args.StandardRestore(target))
+        if partial:
+            reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+            each = ocp.checkpoint_utils.construct_restore_args(target)
+            options = ocp.args.PyTreeRestore(target, restore_args=each, partial_restore=True)
+            found = reader.restore(folder / "state", args=options)
+        else:
+            found = self._writer.restore(folder / "state", args=ocp.args.StandardRestore(target))
         leaves = [found[path] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in flat.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -284,8 +292,9 @@ class Checkpoints:
                     return manifest, f"file state/{name} has {found[name]}, expected {expected}"
         return manifest, None
 
-    def _compare(self, folder, manifest: Mapping, expected: Mapping) -> None:
+    def _compare(self, folder, manifest: Mapping, expected: Mapping, partial: bool) -> None:
         stored = {path: (tuple(shape), dtype) for path, (shape, dtype) in manifest["leaves"].items()}
+        stored = {path: leaf for path, leaf in stored.items() if path in expected or not partial}
         for path in [*expected, *stored]:
             if stored.get(path) != expected.get(path):
                 raise MismatchError(
@@ -293,7 +302,7 @@ class Checkpoints:
                     f"{_show(stored.get(path))} there and {_show(expected.get(path))} here. Give the configuration it "
                     "was written with, or another workdir"
                 )
-        for path in [*self.sides, *manifest["sides"]]:
+        for path in [] if partial else [*self.sides, *manifest["sides"]]:
             there, here = manifest["sides"].get(path), self.sides.get(path)
             if there != here:
                 raise MismatchError(

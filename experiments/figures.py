@@ -175,6 +175,24 @@ def step_time(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def forgetting(runs: Sequence[Run]) -> Figure:
+    """What fine-tuning gives and takes: loss on the base's domain against validation loss, evaluation by evaluation."""
+    figure = _figure(7.0, 4.2)
+    (axes,) = _axes(figure)
+    for index, run in enumerate(runs):
+        rows = [row for row in run.evaluations if row.get("domain_loss") is not None and row.get("loss") is not None]
+        if not rows:
+            continue
+        x, y = [row["loss"] for row in rows], [row["domain_loss"] for row in rows]
+        axes.plot(x, y, color=colour(index), linewidth=1.2, marker=".", label=run.name)
+        axes.plot(x[:1], y[:1], color=colour(index), marker="o", markerfacecolor="white", markersize=8)
+        axes.plot(x[-1:], y[-1:], color=colour(index), marker="o", markersize=8)
+    axes.set(xlabel="validation loss", ylabel="loss on the base's domain")
+    axes.grid(color="#eeeeee", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8.5)
+    return figure
+
+
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", dpi=200)
     FigureCanvasAgg(figure)

@@ -41,8 +41,9 @@ def build(config: OptimizerConfig, rate: optax.Schedule, *, stacked: bool, seed:
     function = METHODS[config.name]
     accepted = inspect.signature(function).parameters
     arguments = {}
-    for field in ("rank", "projector", "refresh_every", "scale", "weight_decay", "b1", "b2", "eps", "momentum"):
-        value = getattr(config, field)
+    own = ("rank", "projector", "refresh_every", "scale", "weight_decay", "b1", "b2", "eps", "momentum")
+    for field in (*own, "ratio", "damping"):  # the last two are of fine-tuning
+        value = getattr(config, field, None)
         if value is None:
             continue
         if field not in accepted:
@@ -91,6 +92,18 @@ def _optax_galore(learning_rate, *, rank, refresh_every=200, scale=0.25, weight_
     )
 
 
+def _pairs(method: Callable) -> Callable:
+    """An optimizer of the factors of adapters; their scale comes with every update, see `updates.step`."""
+    signature = inspect.signature(method)
+    own = [one for name, one in signature.parameters.items() if name != "scale"]
+
+    def build(learning_rate, **settings):
+        return method(learning_rate, scale=1.0, **settings)
+
+    build.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return build
+
+
 PROJECTORS: dict[str, Callable[..., lr.projectors.Projector]] = {
     "svd": lr.projectors.svd,
     "power": lr.projectors.power,
@@ -108,4 +121,8 @@ METHODS = {
     "frugal": lr.frugal,
     "ldadam": lr.ldadam,
     "apollo": lr.apollo,
+    "lora_plus": lr.lora_plus,
+    "scaled_adamw": _pairs(lr.scaled_adamw),
+    "altlora": _pairs(lr.altlora),
+    "altlora_plus": _pairs(lr.altlora_plus),
 }

@@ -67,6 +67,10 @@ def write(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
         page.append(_picture(figures.loss(runs), output, "loss", caption))
     else:
         page.append("<p class=note>No run has recorded a step yet.</p>")
+    if any(row.get("domain_loss") is not None for run in runs for row in run.evaluations):
+        page.append("<h2>Forgetting</h2>")
+        caption = "One marker an evaluation, from before the first update (open) to the last one (large, filled)."
+        page.append(_picture(figures.forgetting(runs), output, "forgetting", caption))
     page.append("<h2>Memory</h2>")
     page += _memory(runs, output)
     if any(run.step_seconds for run in runs):
@@ -101,38 +105,38 @@ def _origin(runs: Sequence[Run]) -> str:
 
 
 def _headline(runs: Sequence[Run]) -> str:
-    header = [
-        "run",
-        "optimizer",
-        "parameters",
-        "tokens",
-        "validation loss",
-        "perplexity",
-        "trigram loss",
-        "optimizer state",
-        "median step",
-        "time",
-    ]
     losses = [run.final("validation_loss") for run in runs]
     known = [value for value, run in zip(losses, runs, strict=True) if value is not None and run.finished]
-    rows = []
-    for run, value in zip(runs, losses, strict=True):
+
+    def loss(run):
+        value = run.final("validation_loss")
         best = len(runs) > 1 and run.finished and known and value == min(known)
-        rows.append(
-            [
-                _name(runs, run) + _status(run),
-                html.escape(str(run.final("optimizer") or "")),
-                _cell(run.final("parameters"), _millions),
-                _cell(run.final("tokens"), _millions),
-                f"<span class={'best' if best else 'plain'}>{_cell(value, '{:.4f}'.format)}</span>",
-                _cell(run.final("perplexity"), "{:.3f}".format),
-                _cell(run.final("trigram_loss"), "{:.4f}".format),
-                _cell(run.final("state_bytes"), format_bytes),
-                _cell(run.final("median_step_seconds"), lambda seconds: f"{1e3 * seconds:.4g} ms"),
-                _cell(run.final("total_seconds"), format_seconds),
-            ]
-        )
-    return _table(header, rows, "headline")
+        return f"<span class={'best' if best else 'plain'}>{_cell(value, '{:.4f}'.format)}</span>"
+
+    def figure(key, show):
+        return lambda run: _cell(run.final(key), show)
+
+    columns = [
+        ("run", lambda run: _name(runs, run) + _status(run)),
+        ("optimizer", lambda run: html.escape(str(run.final("optimizer") or ""))),
+        ("parameters", figure("parameters", _millions)),
+        ("trained", figure("trainable_parameters", "{:,}".format)),
+        ("tokens", figure("tokens", _millions)),
+        ("validation loss", loss),
+        ("accuracy", figure("validation_accuracy", "{:.2%}".format)),
+        ("perplexity", figure("perplexity", "{:.3f}".format)),
+        ("base's domain, before", figure("domain_loss_before", "{:.4f}".format)),
+        ("after", figure("domain_loss", "{:.4f}".format)),
+        ("trigram loss", figure("trigram_loss", "{:.4f}".format)),
+        ("optimizer state", figure("state_bytes", format_bytes)),
+        ("median step", figure("median_step_seconds", lambda seconds: f"{1e3 * seconds:.4g} ms")),
+        ("time", figure("total_seconds", format_seconds)),
+    ]
+    of_tuning = {"trained", "accuracy", "base's domain, before", "after"}
+    cells = {title: [show(run) for run in runs] for title, show in columns}
+    titles = [title for title, column in cells.items() if title not in of_tuning or {*column} != {MISSING}]
+    rows = [[cells[title][number] for title in titles] for number in range(len(runs))]
+    return _table(titles, rows, "headline")
 
 
 def _status(run: Run) -> str:

@@ -65,6 +65,8 @@ class Run:
             "tokens": last_step.get("tokens"),
             "validation_loss": last_evaluation.get("loss"),
             "perplexity": last_evaluation.get("perplexity"),
+            "validation_accuracy": last_evaluation.get("accuracy"),
+            "domain_loss": last_evaluation.get("domain_loss"),
             "median_step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
             "total_seconds": last_step.get("seconds"),
         }
@@ -77,7 +79,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     lines_file = folder / "metrics.jsonl"
     if not lines_file.is_file():
         what = "has no metrics.jsonl" if folder.is_dir() else "does not exist"
-        raise RunError(f"{folder} {what}: give the folder that `python -m experiments.pretrain` wrote")
+        raise RunError(f"{folder} {what}: give the folder that `python -m experiments.pretrain` or `finetune` wrote")
     try:
         rows = metrics.read(lines_file)
         kinds: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}

@@ -40,8 +40,17 @@ def milliseconds(seconds: float | None) -> str:
 def methods(result: dict) -> str:
     """What each method keeps, and what it was checked against."""
     header = ["method", "function", "state of a matrix that shrinks s to r and keeps k", "checked against"]
-    rows = [[row["method"], f"`{row['function']}`", row["state"], row["checked"]] for row in result["rows"]]
+    names = lambda row: ", ".join(f"`{name}`" for name in row["function"].split(", "))  # noqa: E731
+    rows = [[row["method"], names(row), row["state"], row["checked"]] for row in result["rows"]]
     return markdown(header, rows)
+
+
+def adapters(result: dict) -> str:
+    """What each adapter trains, how it starts, and what its comparison with PEFT covered."""
+    header = ["adapter", "`lr.adapters.`", "trained numbers", "delta at the start", "compared with PEFT"]
+    rows = [[row["adapter"], f"`{row['function']}`", *(row[name] for name in ("trained", "start", "checked"))]
+            for row in result["rows"]]  # fmt: skip
+    return markdown(header, rows) + f"\n\n`{result['command']}` repeats the comparison: outputs within 1e-5."
 
 
 def evidence(result: dict) -> str:
@@ -131,12 +140,12 @@ def training_step(result: dict) -> str:
              mebibytes(row["bytes"]), mebibytes(row["state_bytes"])]
             for row in part["rows"]
         ]  # fmt: skip
-        header = [part["part"], "normal, ms", "of AdamW", "operations of AdamW's", "with refreshes, of AdamW"]
+        header = [part["part"], "normal, ms", "of AdamW", "operations, of AdamW's", "with refreshes, of AdamW"]
         parts.append(markdown([*header, "parameters + temporaries, MiB", "state, MiB"], rows))
     note = (
         f"`{result['command']}`: {result['tokens']} tokens in sequences of {result['length']}, medians of "
-        f"{result['repetitions']} interleaved steps, {result['machine']['cores']} cores; refreshes by exact SVD every "
-        "200 steps."
+        f"{result['repetitions']} interleaved steps, {result['machine']['cores']} cores; refreshes every 200 steps, by "
+        "exact SVD unless the row says alternating."
     )
     if result["losses"] is not None:
         found = result["losses"]
@@ -163,20 +172,53 @@ def data_parallel(result: dict) -> str:
     return markdown(header, rows) + "\n\n" + note
 
 
-def memory_7b(result: dict) -> str:
-    """Memory of the compiled 7B step, in GiB."""
-    gibibytes = lambda count: f"{count / 2**30:.2f}"  # noqa: E731
+def refresh_subspaces(result: dict) -> str:
+    """Subspaces of refreshes in a run, as shares of what the exact SVD's captures, and the losses of the runs."""
     rows = []
     for row in result["rows"]:
-        sizes = [gibibytes(row[f"{name}_bytes"]) for name in ("parameter", "state", "temporary", "peak")]
-        verdict = "-" if row["met"] is None else f"{row['bound_gib']:g}: {'met' if row['met'] else '**missed**'}"
-        rows.append([row["weights"], str(row["rank"]), *sizes, verdict])
-    header = ["weights", "rank", "parameters, GiB", "optimizer state", "temporary", "peak", "aim, below"]
+        losses = ", ".join(f"{loss:.4f}" for loss in row["validation_losses"])
+        rows.append(
+            [row["refresh"], str(row["period"]), row["reads"], f"{row['largest_angle']:.1f}°",
+             f"{row['median_angle']:.1f}°", f"{row['step_share']:.3f}", f"{row['window_share']:.3f}",
+             f"{row['window_energy_svd']:.3f}", losses + ("" if row["runs"] == row["wanted"] else " (unfinished)")]
+        )  # fmt: skip
+    header = ["refresh", "every", "reads gradients", "largest angle to SVD's", "median angle", "energy of its gradient"]
+    header += ["of the next window's", "which SVD's captures", "validation loss, by seed"]
     note = (
-        f"`{result['command']}`: compiled for one {result['device']}, sequence {result['length']}, batch 1, layer-wise "
-        "step between two refreshes, 8-bit moments, int8 basis, stochastic rounding. Nothing was run."
+        f"`{result['command']}`: {result['preset']} preset, rank {result['rank']}, {result['steps']} updates of "
+        f"{result['tokens_per_update']} tokens, projected backprop, every refresh after its update; "
+        f"{result['cpu_minutes']:g} minutes on one core. Energies are over those of the exact SVD of the same gradient "
+        "in the same run; means over matrices, refreshes and seeds."
     )
     return markdown(header, rows) + "\n\n" + note
+
+
+def memory_7b(result: dict) -> str:
+    """Memory of the compiled 7B steps, in GiB: of one card, then of one chip of a slice."""
+    names = ("parameter", "plain", "basis", "moment", "temporary", "peak")
+    sizes = lambda row: [f"{row[f'{name}_bytes'] / 2**30:.2f}" for name in names]  # noqa: E731
+    header = ["parameters, GiB", "plain state", "bases", "moments", "temporary", "peak"]
+    card, slice_rows = [], []
+    for row in result.get("card_rows", ()):
+        verdict = "-" if row["met"] is None else f"{row['bound_gib']:g}: {'met' if row['met'] else '**missed**'}"
+        card.append([row["weights"], str(row["rank"]), row["refresh"], *sizes(row), verdict])
+    for row in result.get("slice_rows", ()):
+        rank, bases = ("-", "-") if row["rank"] == 0 else (str(row["rank"]), "split" if row["split"] else "whole")
+        slice_rows.append([row["optimizer"], row["form"], rank, row["refresh"], bases, *sizes(row)])
+    parts, command, length = [], result["command"], result["length"]
+    if card:
+        inputs = result["card_rows"][0]["input_bytes"] / 2**30
+        parts += [markdown(["weights", "rank", "refresh", *header, "aim, below"], card), (
+            f"`{command} --part card`: compiled for one {result['device']}, sequence {length}, batch 1, layer-wise "
+            "step, 8-bit moments, int8 basis, stochastic rounding. A program with a refresh holds the step between two "
+            f"as well. Of the temporaries {inputs:.2f} GiB are the inputs of the layers. Nothing was run."
+        )]  # fmt: skip
+    if slice_rows:
+        parts += [markdown(["optimizer", "form", "rank", "refresh", "bases", *header], slice_rows), (
+            f"`{command} --part slice`: one chip of {result['slice']}, one sequence of {length} on each, float32 "
+            "parameters and state split over the chips, products in bfloat16. Nothing was run."
+        )]  # fmt: skip
+    return "\n\n".join(parts)
 
 
 def _aims(aims: list[dict]) -> str:
@@ -192,11 +234,14 @@ def _aims(aims: list[dict]) -> str:
 
 TABLES: dict[str, Callable[[dict], str]] = {
     "methods": methods,
+    "adapters": adapters,
     "evidence": evidence,
     "train": train,
     "optimizer_step": optimizer_step,
     "training_step_60M": training_step,
+    "training_step_130M": training_step,
     "data_parallel": data_parallel,
+    "refresh_subspaces": refresh_subspaces,
     "memory_7b": memory_7b,
 }
 

@@ -18,19 +18,21 @@ def loss_sums(model, params, batch):
     return parts["loss_sum"], parts["weight_sum"]
 
 
-def projected_loss(model):
+def projected_loss(sums, frozen=()):
     """`loss(params, batch, share)`: the sum of the losses of a batch times its share, for kernels with taps."""
-    return lr.linen.tapped(lambda params, batch, share: loss_sums(model, params, batch)[0] * share)
+    return lr.linen.tapped(lambda params, batch, share: sums(params, batch, {}, *frozen)[0] * share)
 
 
-def fused_step(model, optimizer, accumulation: int, backprop: str):
-    """`train_step` by `lowrank_jax.train_step`: gradients by taps, parameters written in place.
+def fused(sums, optimizer, accumulation: int, backprop: str):
+    """`step` by `lowrank_jax.train_step`: gradients by taps, parameters written in place.
 
     `grad_norm` is the norm of the gradients that the step took, low-rank ones where they are projected.
     """
-    step = lr.train_step(projected_loss(model), optimizer, accumulate=accumulation, with_norm=True, backprop=backprop)
 
-    def update(state, batch):
+    def update(state, batch, *frozen):
+        step = lr.train_step(
+            projected_loss(sums, frozen), optimizer, accumulate=accumulation, with_norm=True, backprop=backprop
+        )
         weight = jnp.maximum(jnp.sum(batch["weights"].astype(jnp.float32)), 1.0)
         # `lr.train_step` averages over microbatches; with these shares the average is the exact token mean
         share = accumulation / weight
@@ -49,37 +51,61 @@ def microbatches(batch, accumulation: int):
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1), batch)
 
 
-def train_step(model, optimizer, accumulation: int):
-    """The update `(state, batch) -> (state, metrics)`; state is {"params", "opt_state"}.
+def step(sums, optimizer, accumulation: int):
+    """The update `(state, batch, *frozen) -> (state, metrics)`.
 
-    The gradient is that of the exact token mean over the whole batch, sum_i w_i loss_i / sum_i w_i: microbatch sums are
-    added in float32 and divided once.
+    The gradient is that of the exact mean over the whole batch, sum_i w_i loss_i / sum_i w_i: microbatch sums are added
+    in float32 and divided once.
+
+    Args:
+      sums: `(params, batch, rest, *frozen) -> (sum_i w_i loss_i, sum_i w_i)`. `rest` is what the state holds besides
+        "params" and "opt_state", unchanged by the update, but for "key": the state's is split once an update, and each
+        microbatch sees a key of its own.
     """
 
-    def gradient_sum(params, batch):
-        (loss, weight), grads = jax.value_and_grad(loss_sums, argnums=1, has_aux=True)(model, params, batch)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), (loss, weight, grads))
-
-    def update(state, batch):
+    def update(state, batch, *frozen):
         params = state["params"]
+        rest = {name: value for name, value in state.items() if name not in ("params", "opt_state")}
+        after, keys = rest, {}
+        if "key" in rest:
+            key, own = jax.random.split(rest["key"])
+            after, keys = rest | {"key": key}, {"key": jax.random.split(own, accumulation)}
+
+        def gradient_sum(part, keys):
+            loss = lambda params: sums(params, part, rest | keys, *frozen)  # noqa: E731
+            (loss, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            return jax.tree.map(lambda g: g.astype(jnp.float32), (loss, weight, grads))
+
+        first = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
         if accumulation == 1:
-            loss, weight, grads = gradient_sum(params, batch)
+            loss, weight, grads = gradient_sum(batch, first(keys))
         else:
             parts = microbatches(batch, accumulation)
-            shapes = jax.eval_shape(gradient_sum, params, jax.tree.map(lambda x: x[0], parts))
+            shapes = jax.eval_shape(gradient_sum, first(parts), first(keys))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             total, _ = jax.lax.scan(
-                lambda sums, part: (optax.tree.add(sums, gradient_sum(params, part)), None), zeros, parts
+                lambda sums, part: (optax.tree.add(sums, gradient_sum(*part)), None), zeros, (parts, keys)
             )
             loss, weight, grads = total
         weight = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, params)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        extra = {"scale": rest["fixed"]} if "fixed" in rest else {}  # of adapters, for optimizers of their factors
+        moves, opt_state = optax.with_extra_args_support(optimizer).update(grads, state["opt_state"], params, **extra)
         measured = {"loss": loss / weight, "grad_norm": optax.tree.norm(grads), "tokens": weight}
         measured["skipped"] = jnp.asarray(optimizers.skipped(opt_state), jnp.int32)
-        return {"params": optax.apply_updates(params, updates), "opt_state": opt_state}, measured
+        return after | {"params": optax.apply_updates(params, moves), "opt_state": opt_state}, measured
 
     return update
+
+
+def train_step(model, optimizer, accumulation: int):
+    """`step` for a language model; the state is {"params", "opt_state"}."""
+    return step(lambda params, batch, rest: loss_sums(model, params, batch), optimizer, accumulation)
+
+
+def fused_step(model, optimizer, accumulation: int, backprop: str):
+    """`fused` for a language model."""
+    return fused(lambda params, batch, rest: loss_sums(model, params, batch), optimizer, accumulation, backprop)
 
 
 def evaluate(step_function, params, batches) -> dict:

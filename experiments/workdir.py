@@ -1,6 +1,7 @@
 """The run folder: who may write to it, whether its run is the one asked for, and what is known before any work."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -38,9 +39,10 @@ WATCHING: dict[str, tuple[str, ...]] = {
 }
 
 
-def as_json(config: RunConfig) -> dict:
+def as_json(config) -> dict:
     """The configuration as JSON gives it back (tuples are lists)."""
-    return json.loads(json.dumps(configuration.to_dict(config)))
+    values = configuration.to_dict(config) if isinstance(config, RunConfig) else dataclasses.asdict(config)
+    return json.loads(json.dumps(values))
 
 
 def decisive(values: dict) -> dict:
@@ -70,8 +72,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def claim(config: RunConfig, workdir: pathlib.Path) -> dict | None:
-    """Write config.json, or compare with the one there; returns the summary of a run that is over.
+def claim(config, workdir: pathlib.Path) -> dict | None:
+    """Compare with the config.json that is there, if any; returns the summary of a run that is over.
 
     Raises ConfigurationError for another configuration's folder, naming the first difference.
     """
@@ -86,8 +88,6 @@ def claim(config: RunConfig, workdir: pathlib.Path) -> dict | None:
                 )
     elif any(workdir.glob("checkpoints/*/" + checkpoint.MANIFEST)):
         raise ConfigurationError(f"workdir={str(workdir)!r}: holds checkpoints but no config.json; give another folder")
-    if jax.process_index() == 0:
-        checkpoint.write_json(path, now)
     summary = workdir / "summary.json"
     return json.loads(summary.read_text()) if summary.exists() else None
 
@@ -121,7 +121,7 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(base / "lowrank_jax" / "xla"))
 
 
-def check_devices(config: RunConfig) -> None:
+def check_devices(config) -> None:
     """ConfigurationError unless all devices get equally many sequences of each microbatch and of an evaluation."""
     devices, accumulation = jax.device_count(), config.schedule.accumulation
     batch = config.data.batch_size

@@ -11,8 +11,28 @@
 import importlib
 import types
 
-from lowrank_jax import linalg, linen, memory
+from lowrank_jax import adapters, linalg, linen, memory
+from lowrank_jax.adapters import (
+    Adaptation,
+    AdaptedKernel,
+    absorb,
+    adapt,
+    altlora,
+    altlora_plus,
+    attach,
+    combine,
+    effective,
+    join,
+    lora_plus,
+    merge,
+    partition,
+    precondition_pairs,
+    scaled_adamw,
+    to_lora,
+    unmerge,
+)
 from lowrank_jax.matrices import MatrixView, ResolvedView
+from lowrank_jax.products import dot_general, einsum, matmul
 from lowrank_jax.projection import clocks, inner, projectors, residuals, transports
 from lowrank_jax.projection.fused import Fused, fused
 from lowrank_jax.projection.layerwise import Stack, layerwise_step
@@ -20,7 +40,7 @@ from lowrank_jax.projection.learning_rate import apply_learning_rate
 from lowrank_jax.projection.optimizers import Recipe, apollo, apollo_mini, dct_adamw, frugal, galore, ldadam
 from lowrank_jax.projection.placement import resolved_sides, sides_for, state_shardings
 from lowrank_jax.projection.state import Evidence, MatrixState, Projected, ProjectionState
-from lowrank_jax.projection.tapped import Tapped, dot_general, einsum, matmul
+from lowrank_jax.projection.tapped import Tapped
 from lowrank_jax.projection.taps import Taps, check_taps, projected_value_and_grad, taps
 from lowrank_jax.projection.training import plan, train_step
 from lowrank_jax.projection.transformation import Projection, explain, projection_of, scale_by_projection
@@ -28,6 +48,8 @@ from lowrank_jax.resolution import Report, Views, resolve
 from lowrank_jax.version import __version__
 
 __all__ = [
+    "Adaptation",
+    "AdaptedKernel",
     "Evidence",
     "Fused",
     "MatrixState",
@@ -43,26 +65,39 @@ __all__ = [
     "Taps",
     "Views",
     "__version__",
+    "absorb",
+    "adapt",
+    "adapters",
+    "altlora",
+    "altlora_plus",
     "apollo",
     "apollo_mini",
     "apply_learning_rate",
+    "attach",
     "check_taps",
     "clocks",
+    "combine",
     "dct_adamw",
     "dot_general",
+    "effective",
     "einsum",
     "explain",
     "frugal",
     "fused",
     "galore",
     "inner",
+    "join",
     "layerwise_step",
     "ldadam",
     "linalg",
     "linen",
+    "lora_plus",
     "matmul",
     "memory",
+    "merge",
+    "partition",
     "plan",
+    "precondition_pairs",
     "projected_value_and_grad",
     "projection_of",
     "projectors",
@@ -70,16 +105,19 @@ __all__ = [
     "resolve",
     "resolved_sides",
     "scale_by_projection",
+    "scaled_adamw",
     "sides_for",
     "state_shardings",
     "taps",
+    "to_lora",
     "train_step",
     "transports",
+    "unmerge",
 ]
 
 
 def __getattr__(name: str) -> types.ModuleType:
-    """`lr.nnx`, which imports flax.nnx, at its first use."""
-    if name == "nnx":
-        return importlib.import_module("lowrank_jax.nnx")
+    """`lr.nnx` and `lr.interop`, which import flax.nnx and read other people's files, at their first use."""
+    if name in ("nnx", "interop"):
+        return importlib.import_module(f"lowrank_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -143,7 +143,7 @@ def leaves_with_metadata(tree: Any) -> list[tuple[str, Any, tuple[str | None, ..
     return found
 
 
-def _by_default(path: str, ndim: int) -> tuple[bool, str]:
+def is_linear(path: str, ndim: int) -> tuple[bool, str]:
     """Whether the default rule takes a leaf, and why."""
     if re.fullmatch(_DEFAULT_EXCLUDE, path):
         return False, "embedding, head or norm"
@@ -153,11 +153,18 @@ def _by_default(path: str, ndim: int) -> tuple[bool, str]:
     return ndim >= 2, "default" if ndim >= 2 else f"{ndim}-D"
 
 
-def _view_of(path: str, shape: Shape, names, views: Views, used: set[str]) -> tuple[MatrixView | None, str]:
+def is_stacked(path: str, names: tuple[str | None, ...] | None, views: Views) -> bool:
+    """Whether the first axis of a leaf counts layers or experts: by the views, or by the names of its axes."""
+    named = names is not None and len(names) > 0 and names[0] in _LAYER_AXES
+    return named or any(re.fullmatch(pattern, path) for pattern in views.stacked)
+
+
+def view_of(
+    path: str, shape: Shape, names, views: Views, used: set[str], take_by_default: Callable = is_linear
+) -> tuple[MatrixView | None, str]:
     """The view that the rules give a leaf, and a note that says which rule it was."""
-    stack = [pattern for pattern in views.stacked if re.fullmatch(pattern, path)]
-    used.update(stack)
-    layered = bool(stack) or (bool(names) and names[0] in _LAYER_AXES)
+    used.update(pattern for pattern in views.stacked if re.fullmatch(pattern, path))
+    layered = is_stacked(path, names, views)
     ndim = len(shape) - layered
     for pattern, view in views.rules:
         if not re.fullmatch(pattern, path):
@@ -167,7 +174,7 @@ def _view_of(path: str, shape: Shape, names, views: Views, used: set[str]) -> tu
             return None, f"rule {pattern!r}"
         note = f"rule {pattern!r}" + (", stacked" if layered else "")
         return (view.stacked() if layered else view), note
-    take, note = _by_default(path, ndim)
+    take, note = take_by_default(path, ndim)
     if not take:
         return None, note
     if ndim > 2:
@@ -261,7 +268,7 @@ def resolve(
             continue
         _check_leaf(path, node)
         shape = tuple(node.shape)
-        view, note = _view_of(path, shape, names, views, used)
+        view, note = view_of(path, shape, names, views, used)
         if view is None:
             leaves.append(Leaf(path, shape, note))
             continue

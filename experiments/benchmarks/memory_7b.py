@@ -1,29 +1,51 @@
-"""What a whole training step of the 7B preset takes on one RTX 4090, from the CUDA compiler, without a device.
+"""What a whole training step of the 7B preset takes, from compilers, without a device: on one card, on a TPU slice.
 
-    python -m experiments.benchmarks.memory_7b --output experiments/results/memory_7b.json
+    python -m experiments.benchmarks.memory_7b --part card     needs jax-cuda13-plugin and -pjrt of jax's version
+    python -m experiments.benchmarks.memory_7b --part slice    needs libtpu: `.venv-tpu/bin/python`
 
-needs an environment with `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's version (no CUDA libraries). Sequence 2048,
-batch 1: the layer-wise step of GaLore with projected backprop, 8-bit moments (block-wise, dynamic code), an int8 basis,
-weights in bfloat16 or in int8 blocks with stochastic rounding, each layer rematerialised. The basis is a random
-orthonormal one and the step compiled is one between two refreshes. It proves lowering and memory, not speed.
+Each part replaces its rows in `experiments/results/memory_7b.json`. Nothing is run: lowering and memory are proven, not
+speed and not numbers.
+
+card: one RTX 4090, sequence 2048, batch 1. The layer-wise step of GaLore with projected backprop, 8-bit moments
+(block-wise, dynamic code), an int8 basis, weights in bfloat16 or in int8 blocks with stochastic rounding, attention in
+chunks, embedding and head updated in blocks. "none": the basis stands, a step between two refreshes. Every other row's
+program holds a refresh too, as a branch, so that its peak is that of a step with a refresh:
+
+    random        an orthonormal basis drawn anew (QR of a Gaussian)
+    alternating   qr(G Q) by a second tap, without the full gradient; see `benchmarks.refresh_subspaces`
+    power         one power step on the full gradient of one layer at a time
+
+slice: v5e:4x4, 16 chips, one sequence of 2048 on each; parameters, moments and bases in float32, products in bfloat16,
+each layer rematerialised, rank a quarter of the width. Every matrix is split over the chips along its larger dimension,
+which projection keeps, and moments with it (`lr.state_shardings`); layers are gathered as they are used. Bases are
+whole on every chip, as that function says, or "split" along the dimension that they shrink, by shardings given to
+`jax.jit`. Bytes are those of one chip; rows with a refresh are the layer-wise step, which makes one layer's basis at a
+time.
 """
 
 import argparse
 import dataclasses
 import json
+import math
+import os
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as Spec
 
 import lowrank_jax as lr
-from experiments.benchmarks import workload
+from experiments.benchmarks import tpu_programs, training_step, workload
 from experiments.models import llama
 from lowrank_jax.projection.projectors.random import Random
+from lowrank_jax.projection.state import matrix_states
 
 # What XLA's GPU compiler asks of a device; public figures of the RTX 4090.
 RTX_4090 = """
@@ -36,6 +58,30 @@ gpu_device_info {
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA GeForce RTX 4090"
 """
+SLICE, CHIPS = "v5e:4x4", 16
+ATTENTION_CHUNK, PLAIN_BLOCK = 256, 2**22
+
+# Weights, rank, refresh, and the peak in GiB that a rough prototype took or that was aimed at.
+CARD = (
+    ("bfloat16", 1024, "none", 21.15),
+    ("bfloat16", 256, "none", 16.16),
+    ("int8", 1024, "none", None),
+    ("int8", 256, "none", 12.0),
+    *(
+        (weights, 256, refresh, None)
+        for weights in ("bfloat16", "int8")
+        for refresh in ("random", "alternating", "power")
+    ),
+)
+# Optimizer, form of the step, refresh, and whether bases are split.
+PODS = (
+    ("adamw", "train_step", "none", False),
+    ("galore", "train_step", "none", False),
+    ("galore", "train_step", "none", True),
+    ("galore", "layerwise_step", "none", True),
+    ("galore", "layerwise_step", "random", True),
+    ("galore", "layerwise_step", "alternating", True),
+)
 
 
 def stack(config: llama.LlamaConfig) -> lr.Stack:
@@ -45,7 +91,8 @@ def stack(config: llama.LlamaConfig) -> lr.Stack:
 
     def after(rest, x, tokens):
         x = norm.apply({"params": rest["norm"]}, x)
-        logits = jnp.einsum("bsd,dv->bsv", x, rest["lm_head"]["kernel"], preferred_element_type=jnp.float32)
+        kernel = rest["lm_head"]["kernel"].astype(dtype)
+        logits = jnp.einsum("bsd,dv->bsv", x, kernel, preferred_element_type=jnp.float32)
         return llama.loss_and_metrics(logits, tokens, jnp.ones(tokens.shape))[0]
 
     return lr.Stack(
@@ -62,69 +109,164 @@ class Standing(Random):
     moves: ClassVar[bool] = False
 
 
-def step_of(config: llama.LlamaConfig, rank: int, *, int8: bool) -> tuple[Any, Any, Any]:
-    """`(step, abstract parameters, abstract state)`."""
-    model = llama.Llama(config)
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-    projector = Standing(rank=rank, kind="orthonormal", dtype=jnp.int8)
+def optimizer(refresh: str, rank: int, *, dtype: Any, **options: Any) -> Any:
+    """GaLore whose basis moves as the row says, every 200 steps."""
+    projectors = {
+        "none": Standing(rank=rank, kind="orthonormal", dtype=dtype),
+        "random": lr.projectors.random(rank=rank, kind="orthonormal", dtype=dtype),
+        "alternating": lr.projectors.alternating(rank=rank, dtype=dtype),
+        "power": lr.projectors.power(rank=rank, dtype=dtype),
+    }
+    clock = lr.clocks.every(period=workload.PERIOD, when="before" if refresh == "power" else "after")
+    return lr.galore(1e-2, projector=projectors[refresh], clock=clock, views=workload.VIEWS, **options)
+
+
+def abstract_parameters(config: llama.LlamaConfig) -> Any:
+    """Shapes of the model's parameters."""
+    return jax.eval_shape(llama.Llama(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+
+
+def step_of(config: llama.LlamaConfig, rank: int, refresh: str, *, int8: bool) -> tuple[Any, Any, Any]:
+    """The card's `(step, abstract parameters, abstract state)`."""
+    params = abstract_parameters(config)
     inner = lr.inner.stored8(inner=lr.inner.adam(eps=1e-6, convention="hf"))
-    tx = lr.galore(1e-2, projector=projector, views=workload.VIEWS, inner=inner)
+    tx = optimizer(refresh, rank, dtype=jnp.int8, inner=inner)
     if int8:
         paths = {view.path for view in lr.explain(tx, params).projected}
         small = lambda x: jax.eval_shape(lambda: lr.linalg.quantize_blocks(jnp.zeros(x.shape), "linear"))  # noqa: E731
         params = jax.tree_util.tree_map_with_path(
             lambda keys, x: small(x) if "/".join(key.key for key in keys) in paths else x, params
         )
-    form = lr.fused(tx, rounding="stochastic")
+    form = lr.fused(tx, rounding="stochastic", plain_block=PLAIN_BLOCK)
     return lr.layerwise_step(stack(config), form), params, jax.eval_shape(form.init, params)
 
 
-def measure(preset: str, rank: int, length: int, *, int8: bool) -> dict[str, Any]:
-    """Bytes of the compiled step."""
-    config = llama.preset(preset, sequence_length=length, dtype="bfloat16", param_dtype="bfloat16")
-    step, params, state = step_of(config, rank, int8=int8)
+def nbytes(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays; of sharded ones, on one device."""
+    sizes = [
+        math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    ]
+    return sum(sizes)
+
+
+def parts(params: Any, state: Any) -> dict[str, int]:
+    """What a step takes as arguments."""
+    if not hasattr(state, "projection"):
+        return {"parameter_bytes": nbytes(params), "plain_bytes": nbytes(state), "basis_bytes": 0, "moment_bytes": 0}
+    matrices = matrix_states(state.projection)
+    return {
+        "parameter_bytes": nbytes(params),
+        "plain_bytes": nbytes(state.projection.plain),
+        "basis_bytes": nbytes([matrix.basis for matrix in matrices]),
+        "moment_bytes": nbytes([matrix.inner for matrix in matrices]),
+    }
+
+
+def compiled(step: Callable[..., Any], params: Any, state: Any, tokens: Any, kept: int, **jit: Any) -> dict[str, int]:
+    """Bytes of the compiled step; of its temporaries `kept` are the inputs of the layers."""
+    begin = time.perf_counter()
+    jitted = jax.jit(step, donate_argnums=(0, 1), **jit)
+    program = lr.memory.measure(jitted.lower(params, state, tokens).compile())
+    return parts(params, state) | {
+        "argument_bytes": program.arguments,
+        "input_bytes": kept,
+        "temporary_bytes": program.temporaries,
+        "peak_bytes": program.peak,
+        "compile_seconds": round(time.perf_counter() - begin),
+    }
+
+
+def card(preset: str, length: int) -> Iterator[dict[str, Any]]:
+    """The rows of one RTX 4090."""
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="x", target_config=RTX_4090, topology="1x1x1"
     )
     device = SingleDeviceSharding(topology.devices[0])
-    place = lambda tree: jax.tree.map(  # noqa: E731
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree
+    config = llama.preset(
+        preset, sequence_length=length, dtype="bfloat16", param_dtype="bfloat16", attention_chunk=ATTENTION_CHUNK
     )
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=device)
-    begin = time.perf_counter()
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-    program = lr.memory.measure(jitted.lower(place(params), place(state), tokens).compile())
-    nbytes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
-    return {
-        "weights": "int8" if int8 else "bfloat16",
-        "rank": rank,
-        "parameter_bytes": nbytes(params),
-        "state_bytes": nbytes(state),
-        "argument_bytes": program.arguments,
-        "temporary_bytes": program.temporaries,
-        "peak_bytes": program.peak,
-        "compile_seconds": time.perf_counter() - begin,
-    }
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    for weights, rank, refresh, bound in CARD:
+        step, *arguments = step_of(config, rank, refresh, int8=weights == "int8")
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)  # noqa: E731
+        params, state, batch = jax.tree.map(place, (*arguments, tokens))
+        row = compiled(step, params, state, batch, 2 * config.layers * length * config.width)
+        met = None if bound is None else row["peak_bytes"] < bound * 2**30
+        yield {"weights": weights, "rank": rank, "refresh": refresh} | row | {"bound_gib": bound, "met": met}
 
 
-# Weights, rank, and the peak in GiB that a rough prototype took or that was aimed at.
-ROWS = ((False, 1024, 21.15), (False, 256, 16.16), (True, 1024, None), (True, 256, 12.0))
+def pod_shardings(mesh: Any, tx: Any, params: Any, *, split: bool) -> tuple[Any, Any]:
+    """NamedShardings of parameters and state: matrices along their larger dimension, of equal ones the last."""
+    axis = mesh.axis_names[0]
+
+    def of_parameter(keys, x):
+        if keys[-1].key not in ("kernel", "embedding"):
+            return NamedSharding(mesh, Spec())
+        rows, cols = x.shape[-2:]
+        return NamedSharding(mesh, Spec(*[None] * (x.ndim - 2), *((None, axis) if cols >= rows else (axis, None))))
+
+    placed = jax.tree_util.tree_map_with_path(of_parameter, params)
+    state = lr.state_shardings(tx, params, placed)
+    if split:
+        is_matrix = lambda node: isinstance(node, lr.MatrixState)  # noqa: E731
+        by_rows = NamedSharding(mesh, Spec(None, axis, None))
+        divided = lambda node: dataclasses.replace(node, basis=jax.tree.map(lambda _: by_rows, node.basis))  # noqa: E731
+        state = jax.tree.map(lambda node: divided(node) if is_matrix(node) else node, state, is_leaf=is_matrix)
+    return placed, state
+
+
+def pod(preset: str, length: int) -> Iterator[dict[str, Any]]:
+    """The rows of the TPU slice; rank is a quarter of the width."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=SLICE)
+    mesh = topologies.make_mesh(topology, (CHIPS,), ("chips",))
+    config = llama.preset(
+        preset, sequence_length=length, dtype="bfloat16", remat=True, attention_chunk=ATTENTION_CHUNK
+    )
+    model = llama.Llama(config)
+
+    def loss(params, tokens):
+        return llama.loss_and_metrics(model.apply({"params": params}, tokens), tokens, jnp.ones(tokens.shape))[0]
+
+    rows, params, rank = NamedSharding(mesh, Spec("chips")), abstract_parameters(config), workload.rank(preset)
+    tokens = jax.ShapeDtypeStruct((CHIPS, length), jnp.int32, sharding=rows)
+    for name, form, refresh, split in PODS:
+        adamw = name == "adamw"
+        tx: Any = optax.adamw(1e-3) if adamw else optimizer(refresh, rank, dtype=jnp.float32)
+        step = training_step.optax_step(tx, loss) if adamw else lr.train_step(lr.linen.tapped(loss), tx)
+        step = lr.layerwise_step(stack(config), tx) if form == "layerwise_step" else step
+        placed, state_placed = pod_shardings(mesh, tx, params, split=split)
+        place = lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind)  # noqa: E731
+        state = jax.tree.map(place, jax.eval_shape(tx.init, params), state_placed)
+        results = (placed, state_placed, NamedSharding(mesh, Spec()))
+        kept = 2 * config.layers * length * config.width
+        row = compiled(step, jax.tree.map(place, params, placed), state, tokens, kept, out_shardings=results)
+        yield {"optimizer": name, "form": form, "rank": 0 if adamw else rank, "refresh": refresh, "split": split} | row
+
+
+PARTS: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]] = {"card": card, "slice": pod}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compiles the rows, prints them and writes the JSON."""
+    """Compiles the rows of one part, prints them and puts them into the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=tuple(PARTS), required=True)
+    parser.add_argument("--preset", default="7B")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--output", type=Path, default=Path("experiments/results/memory_7b.json"))
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(words)
+    needed = tpu_programs.ENVIRONMENT if options.part == "slice" else {"JAX_PLATFORMS": "cpu"}
+    if any(os.environ.get(name) != value for name, value in needed.items()):
+        command = [sys.executable, "-m", "experiments.benchmarks.memory_7b", *words]
+        os.execve(sys.executable, command, os.environ | needed)
     rows = []
-    for int8, rank, bound in ROWS:
-        row = measure("7B", rank, options.length, int8=int8)
-        rows.append(row | {"bound_gib": bound, "met": None if bound is None else row["peak_bytes"] < bound * 2**30})
-        sizes = {name: round(value / 2**30, 2) for name, value in row.items() if name.endswith("bytes")}
-        print(row["weights"], rank, sizes)
-    result = {"command": "python -m experiments.benchmarks.memory_7b", "device": "RTX 4090", "length": options.length,
-              "rows": rows}  # fmt: skip
+    for row in PARTS[options.part](options.preset, options.length):
+        rows.append(row)
+        print({name: f"{v / 2**30:.2f}" if name.endswith("bytes") else v for name, v in row.items()}, flush=True)
+    result = json.loads(options.output.read_text()) if options.output.exists() else {}
+    result |= {"command": "python -m experiments.benchmarks.memory_7b", "device": "RTX 4090", "slice": SLICE,
+               "length": options.length, f"{options.part}_rows": rows}  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 from experiments.data.loader import MODES, Batches
 from experiments.data.packing import tokenized
@@ -55,14 +56,18 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """train, validation: `Batches`; description: one line; fingerprint: equal for equal tokens, to check on resume."""
+    """train, validation: `Numbered`; description: one line; fingerprint: equal for equal tokens, to check on resume.
 
-    train: Batches
-    validation: Batches
-    tokenizer: ByteTokenizer | SentencePieceTokenizer
+    Images have no tokenizer, and only labelled data has classes.
+    """
+
+    train: Any
+    validation: Any
+    tokenizer: ByteTokenizer | SentencePieceTokenizer | None
     vocabulary_size: int
     description: str
     fingerprint: str
+    classes: tuple[str, ...] = ()
 
 
 def load(config: DataConfig, seed: int = 0) -> Dataset:

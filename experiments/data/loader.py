@@ -48,7 +48,54 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.nd
     return x.astype(np.int64)
 
 
-class Batches:
+class Numbered:
+    """Fixed-shape batches of examples 0 ... n - 1; a subclass reads them by number.
+
+    Args:
+      count: examples to train on.
+      evaluated: examples of an evaluation, which may be one more.
+      length: tokens of an example, which an evaluation's limit counts.
+    """
+
+    def __init__(self, count: int, evaluated: int, batch_size: int, seed: int, length: int = 1):
+        self.examples, self._all, self.batch_size, self.seed, self._length = count, evaluated, batch_size, seed, length
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> dict[str, np.ndarray]:
+        """The part of batch `step` (from 0) that belongs to a process; joined, the parts do not depend on their number.
+
+        Raises ValueError when the split has no example, or `process_count` does not divide the batch.
+        """
+        positions = step * self.batch_size + self._slice(self.batch_size, process_index, process_count)
+        return self._read(permute(positions % self.examples, self.examples, self.seed, positions // self.examples))
+
+    def evaluation(
+        self, batch_size: int, limit_tokens: int | None = None, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Every example once, in order; the last batch is filled up with weight 0.
+
+        With `limit_tokens`, the first limit_tokens // sequence_length examples, at least one.
+        """
+        count = self._all if limit_tokens is None else min(self._all, max(1, limit_tokens // self._length))
+        own = self._slice(batch_size, process_index, process_count)
+        for first in range(0, count, batch_size):
+            batch = self._read(np.minimum(first + own, count - 1))
+            batch["weights"][first + own >= count] = 0
+            yield batch
+
+    def _slice(self, batch_size, process_index, process_count):
+        if batch_size % process_count:
+            raise ValueError(
+                f"data.batch_size={batch_size} is not a multiple of the {process_count} processes: make it one"
+            )
+        part = batch_size // process_count
+        return np.arange(process_index * part, (process_index + 1) * part)
+
+    def _read(self, examples: np.ndarray) -> dict[str, np.ndarray]:
+        """The batch of numbered examples."""
+        raise NotImplementedError
+
+
+class Batches(Numbered):
     """Fixed-shape batches of a tokenised split: {"inputs", "targets": (b, S) int32, "weights": (b, S) float32}.
 
     mode "pack": example i reads tokens[i S : i S + S + 1], so that every token but the first is the target of one
@@ -67,16 +114,10 @@ class Batches:
     def __init__(self, split: TokenizedSplit, batch_size: int, sequence_length: int, seed: int, mode: str = "pack"):
         if mode not in MODES:
             raise ValueError(f"data.packing={mode!r}: choose one of {', '.join(MODES)}")
-        self.split, self.batch_size, self.sequence_length, self.seed, self.mode = (
-            split,
-            batch_size,
-            sequence_length,
-            seed,
-            mode,
-        )
-        documents = len(split.starts) - 1
-        self._all = -(-(len(split.tokens) - 1) // sequence_length) if mode == "pack" else documents
-        self.examples = (len(split.tokens) - 1) // sequence_length if mode == "pack" else documents
+        self.split, self.sequence_length, self.mode = split, sequence_length, mode
+        windows, documents = len(split.tokens) - 1, len(split.starts) - 1
+        counts = (windows // sequence_length, -(-windows // sequence_length)) if mode == "pack" else (documents,) * 2
+        super().__init__(*counts, batch_size, seed, sequence_length)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -84,39 +125,12 @@ class Batches:
         return self.split.tokens
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> dict[str, np.ndarray]:
-        """The part of batch `step` (from 0) that belongs to a process; joined, the parts do not depend on their number.
-
-        Raises ValueError when the split has no example, or `process_count` does not divide the batch.
-        """
         if self.examples == 0:
             raise ValueError(
                 f"data.sequence_length={self.sequence_length}: the split has only {len(self.tokens)} tokens; "
                 "shorten the sequences"
             )
-        positions = step * self.batch_size + self._slice(self.batch_size, process_index, process_count)
-        return self._read(permute(positions % self.examples, self.examples, self.seed, positions // self.examples))
-
-    def evaluation(
-        self, batch_size: int, limit_tokens: int | None = None, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Every example once, in order; the last batch is filled up with weight 0.
-
-        With `limit_tokens`, the first limit_tokens // sequence_length examples, at least one.
-        """
-        count = self._all if limit_tokens is None else min(self._all, max(1, limit_tokens // self.sequence_length))
-        own = self._slice(batch_size, process_index, process_count)
-        for first in range(0, count, batch_size):
-            batch = self._read(np.minimum(first + own, count - 1))
-            batch["weights"][first + own >= count] = 0
-            yield batch
-
-    def _slice(self, batch_size, process_index, process_count):
-        if batch_size % process_count:
-            raise ValueError(
-                f"data.batch_size={batch_size} is not a multiple of the {process_count} processes: make it one"
-            )
-        part = batch_size // process_count
-        return np.arange(process_index * part, (process_index + 1) * part)
+        return super().batch(step, process_index, process_count)
 
     def _read(self, examples):
         """The (b, S + 1) tokens of numbered examples, as inputs, targets and weights."""

@@ -4,7 +4,8 @@ Layout of a cached split, a folder made under a temporary name and renamed when 
 
     tokens.bin    all documents, each followed by eos; uint16, or int32 when the vocabulary is larger than 65536
     starts.npy    (documents + 1,) int64: document i is tokens[starts[i]:starts[i + 1]], eos included
-    info.json     number of tokens, CRC-32 of tokens.bin, and what they were made from
+    marks.npy     (documents,) int64: of a pair, the number of tokens of its prompt, or of its class; absent for text
+    info.json     number of tokens, CRC-32 of tokens.bin (and marks), and what they were made from
 """
 
 import dataclasses
@@ -24,17 +25,23 @@ from experiments.data.sources import Source, exclusive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizedSplit:
-    """tokens: (N,) memory map; starts: (documents + 1,) int64; eos, pad: ids; fingerprint: equal for equal tokens."""
+    """tokens: (N,) memory map; starts: (documents + 1,) int64; eos, pad: ids; fingerprint: equal for equal tokens.
+
+    marks: (documents,) int64 of documents that are pairs, see above, else None.
+    """
 
     tokens: np.ndarray
     starts: np.ndarray
     eos: int
     pad: int
     fingerprint: str
+    marks: np.ndarray | None = None
 
 
-def tokenized(source: Source, split: str, tokenizer, directory: str) -> TokenizedSplit:
+def tokenized(source: Source, split: str, tokenizer, directory: str, *, bos: bool = False) -> TokenizedSplit:
     """The tokens of `split`, from `directory/tokens/` or made there now; safe in several processes and to interrupt.
+
+    With `bos`, every document begins with the tokenizer's bos.
 
     Raises ValueError when the source has no such split, or the split has fewer than two tokens.
     """
@@ -44,7 +51,8 @@ def tokenized(source: Source, split: str, tokenizer, directory: str) -> Tokenize
             f"split {split!r}: {source.name} has the splits {have}; set data.train_split and data.validation_split "
             "among them, or to a slice such as 'train[:99%]'"
         )
-    key = hashlib.sha256(json.dumps([source.identity, tokenizer.identity, split]).encode()).hexdigest()[:16]
+    content = [source.identity, tokenizer.identity, split, *["bos"] * bos]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     readable = re.sub(r"[^\w.-]+", "_", f"{source.name}-{split}-{tokenizer.identity}")
     folder = os.path.join(directory, "tokens", f"{readable}-{key}")
     if not os.path.isdir(folder):
@@ -53,42 +61,50 @@ def tokenized(source: Source, split: str, tokenizer, directory: str) -> Tokenize
                 for leftover in glob.glob(glob.escape(folder) + ".*.incomplete"):
                     shutil.rmtree(leftover)
             if not os.path.isdir(folder):
-                _write(source, split, tokenizer, folder)
+                _write(source, split, tokenizer, folder, bos)
     with open(os.path.join(folder, "info.json")) as file:
         info = json.load(file)
     tokens = np.memmap(os.path.join(folder, "tokens.bin"), dtype=info["dtype"], mode="r")
     if tokens.size != info["tokens"]:
         raise ValueError(f"{folder} holds {tokens.size} tokens in place of {info['tokens']}: delete the folder")
     starts = np.load(os.path.join(folder, "starts.npy"))
+    marks = os.path.join(folder, "marks.npy")
     return TokenizedSplit(
         tokens=tokens,
         starts=starts,
+        marks=np.load(marks) if os.path.exists(marks) else None,
         eos=tokenizer.eos,
         pad=tokenizer.pad,
         fingerprint=f"{info['tokens']}-{info['crc32']}",
     )
 
 
-def _write(source, split, tokenizer, folder):
+def _write(source, split, tokenizer, folder, bos):
     dtype = np.dtype(np.uint16 if tokenizer.vocabulary_size <= 1 << 16 else np.int32)
     temporary = f"{folder}.{os.getpid()}.incomplete"
     os.makedirs(temporary)
     try:
-        starts, checksum = [0], 0
+        starts, marks, checksum = [0], [], 0
         with open(os.path.join(temporary, "tokens.bin"), "wb") as file:
             documents = tqdm(
                 source.documents(split), total=source.splits.get(split), desc=f"tokens of {split}", unit="doc"
             )
             for document in documents:
-                block = np.append(tokenizer.encode(document), tokenizer.eos).astype(dtype).tobytes()
+                ids, mark = _encode(document, tokenizer, bos)
+                block = ids.astype(dtype).tobytes()
                 checksum = zlib.crc32(block, checksum)
                 file.write(block)
                 starts.append(starts[-1] + len(block) // dtype.itemsize)
+                marks.append(mark)
         if starts[-1] < 2:
             raise ValueError(
                 f"split {split!r} of {source.name} has {starts[-1]} tokens: too few to predict one from another"
             )
         np.save(os.path.join(temporary, "starts.npy"), np.asarray(starts, np.int64))
+        if None not in marks:
+            each = np.asarray(marks, np.int64)
+            np.save(os.path.join(temporary, "marks.npy"), each)
+            checksum = zlib.crc32(each.tobytes(), checksum)
         info = {"tokens": starts[-1], "crc32": f"{checksum:08x}", "dtype": dtype.name}
         info |= {"source": source.identity, "split": split, "tokenizer": tokenizer.identity}
         with open(os.path.join(temporary, "info.json"), "w") as file:
@@ -100,3 +116,14 @@ def _write(source, split, tokenizer, folder):
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _encode(document, tokenizer, bos) -> tuple[np.ndarray, int | None]:
+    """The ids of a document, eos included, and its mark."""
+    first, second = document if isinstance(document, tuple) else (document, None)
+    ids = tokenizer.encode(first)
+    if bos:
+        ids = np.append(tokenizer.bos, ids)
+    if isinstance(second, bytes):
+        return np.concatenate([ids, tokenizer.encode(second), [tokenizer.eos]]), len(ids)
+    return np.append(ids, tokenizer.eos), second

@@ -11,12 +11,15 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+TEXT: Mapping[str, str] = {"text_key": "text"}
+Document = bytes | tuple[bytes, bytes] | tuple[bytes, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,13 +30,16 @@ class Source:
       name: short, usable as a file name.
       identity: equal for equal documents.
       splits: {split: number of documents}.
-      documents: `documents(split)` iterates over them in a fixed order, as bytes.
+      documents: `documents(split)` iterates over them in a fixed order: text as bytes, a prompt and its response as two
+        of them, or a text and the number of its class.
+      classes: names of the classes, where there are any.
     """
 
     name: str
     identity: str
     splits: dict[str, int]
-    documents: Callable[[str], Iterator[bytes]]
+    documents: Callable[[str], Iterator[Document]]
+    classes: tuple[str, ...] = ()
 
 
 def split_of(relative_path: str) -> str:
@@ -99,15 +105,25 @@ def folder_source(path: str, pattern: str = "**/*.txt") -> Source:
 
 def directory_source(path: str, text_key: str = "text") -> Source:
     """A prepared TFDS dataset by its version directory, such as `.../c4/en/3.1.0`."""
-    import tensorflow_datasets as tfds
-
-    return builder_source(tfds.builder_from_directory(os.path.expanduser(path)), text_key)
+    return builder_source(directory_builder(path), {"text_key": text_key})
 
 
 def named_source(name: str, directory: str, text_key: str = "text") -> Source:
-    """A dataset prepared under `directory` or TFDS's own data directory, by name, such as `lm1b` or `c4/en`.
+    """A dataset prepared under `directory` or TFDS's own data directory, by name, such as `lm1b` or `c4/en`."""
+    return builder_source(named_builder(name, directory), {"text_key": text_key})
 
-    Its builder's code is not needed when its files are there. Raises FileNotFoundError when they are not.
+
+def directory_builder(path: str):
+    """The TFDS builder of a version directory."""
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(os.path.expanduser(path))
+
+
+def named_builder(name: str, directory: str):
+    """The TFDS builder of a dataset that is prepared under `directory` or TFDS's own data directory.
+
+    Its code is not needed when its files are there. Raises FileNotFoundError when they are not.
     """
     import tensorflow_datasets as tfds
 
@@ -117,7 +133,7 @@ def named_source(name: str, directory: str, text_key: str = "text") -> Source:
         except Exception:  # unknown, or its builder cannot be imported without TensorFlow
             continue
         if builder.data_path.exists():
-            return builder_source(builder, text_key)
+            return builder
     raise FileNotFoundError(
         f"data.name={name!r} is not prepared under {directory} or TFDS's data directory. Prepare it with "
         f"`python -m experiments.data.prepare {name} --directory={directory}`, or give its version directory as "
@@ -125,29 +141,47 @@ def named_source(name: str, directory: str, text_key: str = "text") -> Source:
     )
 
 
-def builder_source(builder, text_key: str = "text") -> Source:
-    """Checks that a prepared TFDS builder has random access and a text feature, and reads it."""
+def builder_source(builder, keys: Mapping[str, str] = TEXT) -> Source:
+    """Checks that a prepared TFDS builder has random access and the features that are asked for, and reads it.
+
+    Args:
+      builder: of a prepared dataset.
+      keys: {field of the configuration: feature}: {"text_key": ...} alone, with "label_key" (a `ClassLabel`), or
+        {"prompt_key": ..., "response_key": ...}.
+    """
     info = builder.info
     where = f"{info.full_name} in {builder.data_path}"
     if info.file_format is None or info.file_format.value != "array_record":
         kind = info.file_format and info.file_format.value
         raise ValueError(f"{where} was prepared as {kind}: prepare it again with file_format='array_record'")
     features = dict(info.features or {})
-    if text_key not in features:
-        raise ValueError(
-            f"data.text_key={text_key!r}: {where} has the features {', '.join(features)}; name one of them"
-        )
+    for field, name in keys.items():
+        if name not in features:
+            raise ValueError(
+                f"data.{field}={name!r}: {where} has the features {', '.join(features)}; name one of them"
+            )
+        if field == "label_key" and not hasattr(features[name], "names"):
+            raise ValueError(f"data.{field}={name!r}: {where} has no class names there; name a ClassLabel feature")
+    classes = tuple(features[keys["label_key"]].names) if "label_key" in keys else ()
+
+    def value(example, field, name):
+        found = example[name]
+        if field == "label_key":
+            return int(found)
+        return found.encode() if isinstance(found, str) else bytes(found)
 
     def documents(split):
         for example in builder.as_data_source(split, decoders=None):
-            text = example[text_key]
-            yield text.encode() if isinstance(text, str) else bytes(text)
+            values = tuple(value(example, field, name) for field, name in keys.items())
+            yield values if len(values) > 1 else values[0]
 
     metadata = {name: [split.num_examples, split.num_bytes, split.shard_lengths] for name, split in info.splits.items()}
-    digest = hashlib.sha256(json.dumps([info.full_name, text_key, metadata], sort_keys=True).encode())
+    read = [*keys.values()] if len(keys) > 1 else next(iter(keys.values()))
+    digest = hashlib.sha256(json.dumps([info.full_name, read, metadata], sort_keys=True).encode())
     return Source(
         name=info.full_name.replace("/", "-"),
         identity=f"{info.full_name}-{digest.hexdigest()[:16]}",
         splits={name: split.num_examples for name, split in info.splits.items()},
         documents=documents,
+        classes=classes,
     )

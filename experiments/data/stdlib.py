@@ -59,13 +59,18 @@ def library_files(root: str | None = None) -> dict[str, list[tuple[str, str]]]:
 
 def stdlib_source(directory: str) -> Source:
     """Prepares the dataset under `directory` unless it is there, and reads it; safe in several processes at once."""
-    builder = PythonStdlib(data_dir=directory)
+    return prepared_here(PythonStdlib, directory)
+
+
+def prepared_here(builder_of: type[tfds.core.GeneratorBasedBuilder], directory: str) -> Source:
+    """The dataset of a builder that downloads nothing, prepared under `directory` by whichever process is first."""
+    builder = builder_of(data_dir=directory)
     if not builder.data_path.exists():
-        with exclusive(os.path.join(directory, ".python_stdlib.lock")):
-            builder = PythonStdlib(data_dir=directory)
+        with exclusive(os.path.join(directory, f".{builder.name}.lock")):
+            builder = builder_of(data_dir=directory)
             try:
                 builder.download_and_prepare(file_format="array_record")  # does nothing when it was prepared meanwhile
             except OSError:
                 if not builder.data_path.exists():  # else another process, unseen by the lock, was first
                     raise
-    return builder_source(PythonStdlib(data_dir=directory))
+    return builder_source(builder_of(data_dir=directory))

@@ -1,30 +1,35 @@
 """A LLaMA-style decoder in Flax linen, the model every pre-training experiment uses.
 
 Pre-norm blocks of grouped-query attention and SwiGLU (Touvron et al. 2023, arXiv:2302.13971), RMSNorm, rotary positions
-in Hugging Face's half-split convention, no biases. One block:
+in Hugging Face's half-split convention, biases only where `biases` names them. One block:
 
     x = x + o_proj(softmax(rope(q) rope(k)^T / sqrt(K), causal) v),   q, k, v = {q,k,v}_proj(norm(x))
     x = x + down_proj(silu(gate_proj(h)) * up_proj(h)),               h = norm(x)
 
 Shapes are named by their suffix:
 
-    B batch   S sequence   D width   F hidden (feed-forward)   H query heads   G key/value heads   K = D / H
-    V vocabulary   L layers
+    B batch   S sequence   D width   F hidden (feed-forward)   H query heads   G key/value heads
+    K head size (D / H unless `head_dim` says else)   V vocabulary   L layers
 
 Every linear layer is a `nn.Dense` whose kernel is `(d_in, d_out)`, or `(L, d_in, d_out)` when the layers are scanned:
 `embed/embedding`, `layers/attention/{q,k,v,o}_proj/kernel`, `layers/attention_norm/scale`,
 `layers/mlp/{gate,up,down}_proj/kernel`, `layers/mlp_norm/scale`, `norm/scale`, `lm_head/kernel`. Unscanned layers are
-named `layer_0`, `layer_1`, ... in place of `layers`.
+named `layer_0`, `layer_1`, ... in place of `layers`. A bias is `bias` beside its `kernel`.
 """
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models.attention import chunked_attention
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_SCALINGS: dict[object, int] = {"linear": 1, "llama3": 4}  # kinds, and how many numbers each takes
 REMAT_POLICIES = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
@@ -36,7 +41,7 @@ class LlamaConfig:
       vocabulary_size: number of token ids, V.
       width: residual stream, D.
       hidden: inner width of the SwiGLU layer, F.
-      heads, kv_heads: query heads H and key/value heads G; G divides H, H divides D.
+      heads, kv_heads: query heads H and key/value heads G; G divides H, H divides D unless `head_dim` is set.
       layers: number of blocks, L.
       sequence_length: longest sequence the model accepts.
       rope_theta: base of the rotary frequencies (10000: Su et al. 2021, arXiv:2104.09864).
@@ -47,6 +52,12 @@ class LlamaConfig:
       remat: False, True (keep only the input of each block), or the name of a `jax.checkpoint_policies` member.
       scan: compile one block and scan it over stacked parameters.
       init_std: standard deviation of the normal initialiser of all matrices (0.02: LLaMA, GaLore).
+      attention_chunk: positions that attention takes at once, so that no S x S scores are kept (`models.attention`);
+        None is `jax.nn.dot_product_attention`.
+      head_dim: size of a head, K; None is D / H.
+      rope_scaling: stretches the rotary frequencies (`rope_frequencies`): None, ("linear", factor), or
+        ("llama3", factor, low, high, length) as in LLaMA 3.1.
+      biases: which of PROJECTIONS add a bias, as Qwen2's q_proj, k_proj and v_proj do; None is none.
     """
 
     vocabulary_size: int
@@ -64,21 +75,25 @@ class LlamaConfig:
     remat: bool | str = False
     scan: bool = True
     init_std: float = 0.02
+    attention_chunk: int | None = None
+    head_dim: int | None = None
+    rope_scaling: tuple[str | float, ...] | None = None
+    biases: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        for name in ("vocabulary_size", "width", "hidden", "heads", "kv_heads", "layers", "sequence_length"):
+        counts = ("vocabulary_size", "width", "hidden", "heads", "kv_heads", "layers", "sequence_length")
+        for name in (*counts, *(() if self.head_dim is None else ("head_dim",))):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a positive integer")
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a positive number")
-        if self.width % self.heads:
+        if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width={self.width}: choose a divisor of the width")
-        if self.width // self.heads % 2:
-            raise ValueError(
-                f"width / heads = {self.width // self.heads} is odd: rotary positions need an even head size"
-            )
+        if self.head_size % 2:
+            name = "width / heads = " if self.head_dim is None else "head_dim="
+            raise ValueError(f"{name}{self.head_size} is odd: rotary positions need an even head size")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}: choose a divisor of heads")
         for name in ("dtype", "param_dtype"):
@@ -86,6 +101,30 @@ class LlamaConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(DTYPES)}")
         if not isinstance(self.remat, bool) and self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat={self.remat!r}: choose False, True, or one of {', '.join(REMAT_POLICIES)}")
+        chunk = self.attention_chunk
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+            raise ValueError(f"attention_chunk={chunk!r}: give a positive integer, or None for unchunked attention")
+        for name in self.biases or ():
+            if name not in PROJECTIONS:
+                raise ValueError(f"biases={self.biases!r}: choose among {', '.join(PROJECTIONS)}")
+        self._check_rope_scaling()
+
+    def _check_rope_scaling(self):
+        if self.rope_scaling is None:
+            return
+        kind, *numbers = self.rope_scaling or (None,)
+        positive = [number for number in numbers if isinstance(number, int | float) and number > 0]
+        complete = len(positive) == len(numbers) == _SCALINGS.get(kind)
+        if not complete or (kind == "llama3" and positive[1] >= positive[2]):
+            raise ValueError(
+                f"rope_scaling={self.rope_scaling!r}: give None, ('linear', factor) or ('llama3', factor, low, high, "
+                "length) with positive numbers and low < high"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """K."""
+        return self.head_dim or self.width // self.heads
 
 
 def _shape(width, hidden, heads, layers, vocabulary_size=32000):
@@ -125,34 +164,41 @@ def preset(name: str, **overrides) -> LlamaConfig:
 
 
 def layer_matrix_parameters(config: LlamaConfig) -> int:
-    """Parameters of one block's matrices: 2 D² + 2 D G K + 3 D F."""
-    kv_width = config.kv_heads * (config.width // config.heads)
-    return 2 * config.width**2 + 2 * config.width * kv_width + 3 * config.width * config.hidden
+    """Parameters of one block's matrices: 2 D H K + 2 D G K + 3 D F."""
+    return config.width * (2 * (config.heads + config.kv_heads) * config.head_size + 3 * config.hidden)
+
+
+def layer_bias_parameters(config: LlamaConfig) -> int:
+    """Parameters of one block's biases: the widths of what the projections in `biases` give."""
+    K = config.head_size
+    attention, mlp = [config.heads * K, config.kv_heads * K, config.kv_heads * K, config.width], [config.hidden] * 2
+    widths = [*attention, *mlp, config.width]
+    return sum(width for name, width in zip(PROJECTIONS, widths, strict=True) if name in (config.biases or ()))
 
 
 def parameter_count(config: LlamaConfig) -> int:
-    """Number of parameters: L (2 D² + 2 D G K + 3 D F + 2 D) + D + V D (2 V D when the head is not tied).
+    """Number of parameters: L (2 D H K + 2 D G K + 3 D F + 2 D) + D + V D (2 V D when the head is not tied) + biases.
 
     >>> f"{parameter_count(preset('60M')) / 1e6:.2f} M"
     '58.07 M'
     """
-    blocks = config.layers * (layer_matrix_parameters(config) + 2 * config.width)
+    blocks = config.layers * (layer_matrix_parameters(config) + layer_bias_parameters(config) + 2 * config.width)
     return blocks + config.width + config.vocabulary_size * config.width * (1 if config.tied_head else 2)
 
 
 def flops_per_token(config: LlamaConfig, sequence_length: int | None = None) -> int:
     """Floating-point operations of one forward and backward pass, per token of a sequence of length S.
 
-    6 (L (2 D² + 2 D G K + 3 D F) + V D) + 12 L D S: six per weight that meets the token in a matrix product (the head,
-    tied or not, but not the embedding look-up) and, as in PaLM (arXiv:2204.02311, appendix B), the two S x S attention
-    products counted whole, without the saving of the causal mask. Rematerialisation is not counted.
+    6 (L (2 D H K + 2 D G K + 3 D F) + V D) + 12 L H K S: six per weight that meets the token in a matrix product (the
+    head, tied or not, but not the embedding look-up) and, as in PaLM (arXiv:2204.02311, appendix B), the two S x S
+    attention products counted whole, without the saving of the causal mask. Rematerialisation is not counted.
 
     >>> flops_per_token(preset("nano"))
     6588672
     """
     sequence_length = sequence_length or config.sequence_length
     weights = config.layers * layer_matrix_parameters(config) + config.vocabulary_size * config.width
-    return 6 * weights + 12 * config.layers * config.width * sequence_length
+    return 6 * weights + 12 * config.layers * config.heads * config.head_size * sequence_length
 
 
 class RMSNorm(nn.Module):
@@ -169,14 +215,37 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(DTYPES[self.config.dtype])
 
 
-def rotate(x_BxSxHxK, theta):
-    """Rotary positions, half-split: the pair (x_i, x_{i + K/2}) turns by the angle position * theta^(-2 i / K).
+def rope_frequencies(K, theta, scaling=None):
+    """The angles by which the K / 2 pairs turn per position, float32: f_i = theta^(-2 i / K), stretched by `scaling`.
+
+    ("linear", factor): f / factor (Chen et al. 2023, arXiv:2306.15595).
+    ("llama3", factor, low, high, length): f / factor where a pair turns less than `low` times in `length` positions,
+    f where it turns more than `high` times, and between them, as LLaMA 3.1's code has it,
+
+        f ((1 - s) / factor + s),   s = (f length / (2 pi) - low) / (high - low)
+
+    >>> rope_frequencies(4, 100.0, ("linear", 2.0))
+    Array([0.5 , 0.05], dtype=float32)
+    """
+    frequencies = theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+    if scaling is None:
+        return frequencies
+    kind, factor, *rest = scaling
+    if kind == "linear":
+        return frequencies / factor
+    low, high, length = rest
+    share = jnp.clip((frequencies * (length / (2 * math.pi)) - low) / (high - low), 0, 1)
+    return frequencies * ((1 - share) / factor + share)
+
+
+def rotate(x_BxSxHxK, theta, scaling=None):
+    """Rotary positions, half-split: the pair (x_i, x_{i + K/2}) turns by position * rope_frequencies(K, ...)[i].
 
     >>> float(rotate(jnp.ones((1, 2, 1, 2)), 1e4)[0, 1, 0, 0])  # cos 1 - sin 1
     -0.30116...
     """
     S, K = x_BxSxHxK.shape[1], x_BxSxHxK.shape[3]
-    frequencies = theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+    frequencies = rope_frequencies(K, theta, scaling)
     angles = jnp.arange(S, dtype=jnp.float32)[:, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x_BxSxHxK.astype(jnp.float32), 2, axis=-1)
@@ -187,7 +256,7 @@ def rotate(x_BxSxHxK, theta):
 def _dense(config, features, name, **kwargs):
     return nn.Dense(
         features,
-        use_bias=False,
+        use_bias=name in (config.biases or ()),
         dtype=DTYPES[config.dtype],
         param_dtype=DTYPES[config.param_dtype],
         kernel_init=nn.initializers.normal(config.init_std),
@@ -205,15 +274,18 @@ class Attention(nn.Module):
     def __call__(self, x_BxSxD):
         """Of normed x, without the residual connection."""
         config = self.config
-        K = config.width // config.heads
+        K = config.head_size
         B, S, _ = x_BxSxD.shape
-        q_BxSxHxK = _dense(config, config.width, "q_proj")(x_BxSxD).reshape(B, S, config.heads, K)
+        q_BxSxHxK = _dense(config, config.heads * K, "q_proj")(x_BxSxD).reshape(B, S, config.heads, K)
         k_BxSxGxK = _dense(config, config.kv_heads * K, "k_proj")(x_BxSxD).reshape(B, S, config.kv_heads, K)
         v_BxSxGxK = _dense(config, config.kv_heads * K, "v_proj")(x_BxSxD).reshape(B, S, config.kv_heads, K)
-        q_BxSxHxK, k_BxSxGxK = rotate(q_BxSxHxK, config.rope_theta), rotate(k_BxSxGxK, config.rope_theta)
+        q_BxSxHxK, k_BxSxGxK = (rotate(x, config.rope_theta, config.rope_scaling) for x in (q_BxSxHxK, k_BxSxGxK))
         # scores and softmax are float32 inside
-        out_BxSxHxK = jax.nn.dot_product_attention(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK, is_causal=True)
-        return _dense(config, config.width, "o_proj")(out_BxSxHxK.reshape(B, S, config.width))
+        product = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+        if config.attention_chunk is not None:
+            product = functools.partial(chunked_attention, chunk=config.attention_chunk)
+        out_BxSxHxK = product(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK)
+        return _dense(config, config.width, "o_proj")(out_BxSxHxK.reshape(B, S, config.heads * K))
 
 
 class MLP(nn.Module):

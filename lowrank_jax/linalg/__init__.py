@@ -23,12 +23,19 @@ from lowrank_jax.linalg.decompositions import (
     power_step,
     randomized_svd,
     range_finder,
+    svd_of_product,
     truncated_svd,
 )
 from lowrank_jax.linalg.orthogonal import cholesky_qr2, newton_schulz, orthonormalize, qr_orthonormal
 from lowrank_jax.linalg.quantization import QuantizedBlocks, dynamic_code_book, quantize_blocks, stochastic_round
 from lowrank_jax.linalg.selection import gather_rows, random_rows, row_scores, scatter_rows, top_rows
-from lowrank_jax.linalg.spectra import effective_rank, explained_variance, principal_angles, stable_rank
+from lowrank_jax.linalg.spectra import (
+    effective_rank,
+    explained_variance,
+    principal_angles,
+    rank_for_energy,
+    stable_rank,
+)
 from lowrank_jax.linalg.transforms import (
     dct,
     dct_columns,
@@ -63,10 +70,12 @@ __all__ = [
     "random_rows",
     "randomized_svd",
     "range_finder",
+    "rank_for_energy",
     "row_scores",
     "scatter_rows",
     "stable_rank",
     "stochastic_round",
+    "svd_of_product",
     "top_rows",
     "truncated_svd",
 ]

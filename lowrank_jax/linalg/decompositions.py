@@ -125,3 +125,26 @@ def randomized_svd(
     right = orthonormalize(projected)
     u, s, vt = jnp.linalg.svd(product(transpose(projected), right), full_matrices=False)
     return _sign_and_cut(product(left, u), s, product(vt, transpose(right)), rank)
+
+
+def svd_of_product(a: Any, b: Any, rank: int | None = None) -> tuple[Array, Array, Array]:
+    """The SVD of a @ b, a (..., m, q), b (..., q, n), without the product: u (..., m, p), s (..., p), vt (..., p, n).
+
+    a = Qa Ra and b^T = Qb Rb, then the SVD of the core Ra Rb^T, at most q x q: O((m + n) q^2 + q^3), the compression of
+    LoRA-Squeeze. p = min(q, m, n), or ``rank`` if that is given; u has canonical signs. Raises ValueError for shapes
+    that do not multiply, and unless 1 <= rank <= min(q, m, n).
+
+    >>> import jax.numpy as jnp
+    >>> u, s, vt = svd_of_product(jnp.array([[3.0], [4.0]]), jnp.array([[2.0, 0.0]]))
+    >>> u.round(4).tolist(), s.round(4).tolist(), vt.round(4).tolist()
+    ([[0.6], [0.8]], [10.0], [[1.0, 0.0]])
+    """
+    a, b = as_matrix(a, "a"), as_matrix(b, "b")
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"a of shape {a.shape} and b of shape {b.shape} do not multiply")
+    limit = min(a.shape[-1], a.shape[-2], b.shape[-1])
+    rank = limit if rank is None else check_rank(rank, limit, what="the smallest of m, q and n")
+    left, core_left = jnp.linalg.qr(a)
+    right, core_right = jnp.linalg.qr(transpose(b))
+    u, s, vt = jnp.linalg.svd(product(core_left, transpose(core_right)), full_matrices=False)
+    return _sign_and_cut(product(left, u), s, product(vt, transpose(right)), rank)

@@ -23,6 +23,22 @@ def effective_rank(s: Any) -> Array:
     return jnp.where(total[..., 0] == 0, 0, jnp.exp(-jnp.sum(xlogy(share, share), axis=-1)))
 
 
+def rank_for_energy(s: Any, energy: float) -> Array:
+    """The smallest k with s_1^2 + ... + s_k^2 >= energy * (s_1^2 + ... + s_n^2), s (..., n) descending; int32 (...).
+
+    At least 1, also of zero singular values. Raises ValueError unless 0 < energy <= 1.
+
+    >>> import jax.numpy as jnp
+    >>> rank_for_energy(jnp.array([[3.0, 2.0, 1.0], [2.0, 0.0, 0.0]]), 0.9).tolist()
+    [2, 1]
+    """
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy={energy} must lie in (0, 1]: the share of the squared singular values that is kept")
+    s = as_array(s)
+    kept = jnp.cumsum(jnp.square(divide(s, jnp.max(s, axis=-1, keepdims=True))), axis=-1)
+    return 1 + jnp.sum(kept[..., :-1] < energy * kept[..., -1:], axis=-1, dtype=jnp.int32)
+
+
 def _unit_scale(x: Array) -> Array:
     # Ratios of squared norms do not change, and squares neither overflow nor underflow.
     return divide(x, jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))

@@ -2,23 +2,28 @@
 
 The optax form makes an update as large as the parameters and leaves its addition to the caller. Here each layer of a
 stack is back-projected, decayed and written in place, one after the other, so that no full-size update exists: beside
-donated parameters and state a step needs the scratch of one matrix. Both forms have the same state and, in float32,
-the same result; the fused one adds in float32 and rounds once, to nearest or stochastically.
+donated parameters and state a step needs the scratch of one matrix and the low-rank step of one stack. Both forms have
+the same state and, in float32, the same result; the fused one adds in float32 and rounds once, to nearest or
+stochastically.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg, sharding
+from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.learning_rate import LearningRateState, decayed_step, selected_for_decay
-from lowrank_jax.projection.matrix_step import MatrixStep, finish, select
+from lowrank_jax.projection.matrix_step import MatrixStep, advance, combine, select
 
 if TYPE_CHECKING:
     from lowrank_jax.projection.optimizers import Recipe, RecipeState
@@ -33,6 +38,7 @@ class Fused:
     Attributes:
       recipe: projection, learning rate and decay.
       rounding: of parameters stored in bfloat16 or as quantised blocks: "nearest" or "stochastic".
+      plain_block: entries of a plain leaf that are updated at once, or None for all of it.
 
     >>> import lowrank_jax as lr
     >>> lr.fused(lr.galore(1e-2, rank=2)).recipe.when
@@ -41,10 +47,19 @@ class Fused:
 
     recipe: Recipe
     rounding: str = "nearest"
+    plain_block: int | None = None
 
     def __post_init__(self):
         if self.rounding not in ROUNDING:
             raise ValueError(f"rounding={self.rounding!r} must be one of {ROUNDING}")
+        block, plain = self.plain_block, self.recipe.projection.plain
+        if block is not None and (not isinstance(block, int) or block < 1):
+            raise ValueError(f"plain_block={block!r} must be a positive integer, or None for whole leaves")
+        if block is not None and not getattr(plain, "elementwise", False):
+            raise ValueError(
+                f"plain_block={block}: {type(plain).__name__} may couple the entries of a leaf; leave it None, or give "
+                "plain=lr.inner.adam(...), stored8 or not"
+            )
 
     def init(self, params: Any) -> RecipeState:
         """The state of the optax form: both forms share it."""
@@ -98,11 +113,14 @@ class Fused:
         for i, step in prepared.steps.items():
             write = Write.of(self, rate, decays[i], accepted, state.projection.step, step.view.path)
             outputs[i] = _finish_leaf(step, outputs[i], prepared, extra, write)
-        updates, plain = step_lib.update_plain(config, prepared, state.projection.plain, params, extra)
-        numbers = [i for i, view in enumerate(prepared.views) if view is None]
-        for i, update in zip(numbers, updates, strict=True):
-            write = Write.of(self, rate, decays[i], accepted, state.projection.step, prepared.paths[i])
-            outputs[i] = write(outputs[i], update, 0)
+        writers = {
+            i: Write.of(self, rate, decays[i], accepted, state.projection.step, prepared.paths[i])
+            for i, view in enumerate(prepared.views)
+            if view is None
+        }
+        found, plain = write_plain(self, prepared, state.projection.plain, params, extra, writers)
+        for i, leaf in found.items():
+            outputs[i] = leaf
         projection = step_lib.finished(config, prepared, state.projection, plain)
         count = state.schedule.count + jnp.asarray(accepted, jnp.int32)
         new = jax.tree.unflatten(prepared.treedef, outputs)
@@ -139,37 +157,125 @@ class Write:
         return linalg.stochastic_round(value, param.dtype, key)
 
 
+def write_plain(
+    form: Fused, prepared: step_lib.Prepared, state: Any, params: Any, extra: dict[str, Any], writers: dict[int, Write]
+) -> tuple[dict[int, Any], Any]:
+    """`({number: new plain leaf}, new state)`; `writers` has a `Write` by the number of each plain leaf.
+
+    With `plain_block` a leaf is taken in blocks of rows, one after the other and in place: decoded moments, direction
+    and float32 update exist for one block at a time. Those of a whole leaf in bfloat16 are several times its size.
+    """
+    config, leaves, ok = form.recipe.projection, {i: prepared.references[i] for i in writers}, prepared.ok
+    if form.plain_block is None:
+        updates, state = step_lib.update_plain(config, prepared, state, params, extra)
+        return {i: writers[i](leaves[i], u, 0) for i, u in zip(writers, updates, strict=True)}, state
+    new, parts = {}, []
+    for (i, write), own in zip(writers.items(), inner_lib.by_leaf(state), strict=True):
+
+        def one(number, grad, param, own, write=write):
+            grad = grad.astype(jnp.float32) if prepared.factor is None else grad * prepared.factor
+            direction, scale, own = inner_lib.guarded(config.plain, grad, own, None, ok, extra)
+            update = jnp.asarray(scale * direction)
+            return write(param, update if ok is None else jnp.where(ok, update, 0), number), own
+
+        new[i], moved = _by_rows(one, form.plain_block, prepared.paths[i], prepared.gradients[i], leaves[i], own)
+        parts.append(moved)
+    return new, inner_lib.of_leaves(config.plain, state, parts, ok, extra)
+
+
+def _by_rows(function: Callable[..., Any], block: int, path: str, grad: jax.Array, param: Any, own: Any):
+    """`function(number, grad, param, own) -> (param, own)` on blocks of rows, in place; scalars in `own` stay."""
+    rows, size = param.shape[0] if param.ndim > 1 else 1, max(1, block // math.prod(param.shape[1:]))
+    if size >= rows:
+        return function(0, grad, param, own)
+    if (sharding.explicit_spec(param) or (None,))[0] is not None:
+        raise ValueError(
+            f"plain_block={block}: leaf {path!r} is sharded along its rows, which blocks would gather; leave it None"
+        )
+
+    def take(x, number):
+        return jax.lax.dynamic_slice_in_dim(x, number * size, size) if x.ndim else x
+
+    def put(x, new, number):
+        return jax.lax.dynamic_update_slice_in_dim(x, new, number * size, 0) if x.ndim else x
+
+    def one(number, param, own):
+        return function(number, take(grad, number), param, own)
+
+    new = in_place(one, rows // size, take, put, param, own)
+    rest = rows % size
+    if not rest:
+        return new
+    last = lambda x: x[rows - rest :] if x.ndim else x  # noqa: E731
+    tail = function(rows // size, last(grad), *jax.tree.map(last, new))
+    return jax.tree.map(lambda x, y: put(x, y.astype(x.dtype), rows // size), new, tail)
+
+
 def _finish_leaf(step: MatrixStep, param: Any, prepared: step_lib.Prepared, extra: dict[str, Any], write: Write):
     """The new parameter; leaves the new states in `step`."""
     view, factor, ok = step.view, prepared.factor, prepared.ok
     if not view.layered or (view.spec is not None and view.spec[0] is not None):
         return write(param, view.restore(step.finish(factor, ok, extra)), 0)
-    arrays, layer = step.arrays(), view.layer()
-    moving = {name: arrays.pop(name) for name in ("inner", "residual")}
+    config, arrays, layer = step.config, step.arrays(), view.layer()
+    take = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    # all layers' moments move at once, unless that takes all parameters too, or float32 in place of 8 bits
+    at_once = not (getattr(config.inner, "params", False) or isinstance(config.inner, inner_lib.Stored8))
+    if at_once:
+        found, step.inner = advance(config, view, arrays, factor, ok, extra)
+        arrays |= found
+    moving = {"residual": arrays.pop("residual"), "inner": () if at_once else arrays["inner"]}
+    del arrays["inner"]
 
-    def body(number, carry):
-        take = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)  # noqa: E731
-        put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new.astype(x.dtype), number, 0)  # noqa: E731
-        param, own = jax.tree.map(take, carry)
-        update, inner, residual = finish(step.config, layer, own | jax.tree.map(take, arrays), factor, ok, extra)
-        new = (write(param, layer.restore(update), number), {"inner": inner, "residual": residual})
-        return jax.tree.map(put, carry, new)
+    def one(number, param, moving):
+        trees = moving | jax.tree.map(lambda x: take(x, number), arrays)
+        inner = ()
+        if not at_once:
+            found, inner = advance(config, layer, trees, factor, ok, extra)
+            trees |= found
+        update, residual = combine(config, layer, trees, factor, ok)
+        return write(param, layer.restore(update), number), {"residual": residual, "inner": inner}
 
-    param, moved = jax.lax.fori_loop(0, view.batch[0], body, (param, moving))
-    step.inner, step.residual = moved["inner"], moved["residual"]
+    param, moved = in_place(one, view.batch[0], take, put, param, moving)
+    step.residual = moved["residual"]
+    step.inner = step.inner if at_once else moved["inner"]
     return param
 
 
-def fused(transformation: Any, *, rounding: str = "nearest") -> Fused:
+def in_place(function: Callable, count: int, take: Callable, put: Callable, param: Any, state: Any) -> tuple[Any, Any]:
+    """`(param, state)` after `function(number, param, state)` on each of `count` parts `take(x, number)` of both.
+
+    A part of the state travels with the loop from the end of the step before. If it were taken where it is used, every
+    operation that uses it would read the whole state for itself, some of them after it was written, and XLA would copy
+    the whole state for each part. Parameters are read once, by what writes them.
+    """
+
+    def of(tree, number):
+        return jax.tree.map(lambda x: take(x, number), tree)
+
+    def body(number, carry):
+        param, state, own = carry
+        new = function(number, of(param, number), own)
+        param, state = jax.tree.map(lambda x, y: put(x, y.astype(x.dtype), number), (param, state), new)
+        return param, state, of(state, number + 1)
+
+    return jax.lax.fori_loop(0, count, body, (param, state, of(state, 0)))[:2]
+
+
+def fused(transformation: Any, *, rounding: str = "nearest", plain_block: int | None = None) -> Fused:
     """The fused form of a named optimizer of this library.
 
     Args:
       transformation: `lr.galore(...)` or another named optimizer.
       rounding: "nearest", or "stochastic" for parameters in bfloat16 or quantised blocks, so that updates below half a
         unit in the last place are not lost but made with the right probability.
+      plain_block: entries of leaves that are not projected that are updated at once, in blocks of rows; None for whole
+        leaves. On one device a block of some millions saves the float32 scratch of embedding and head.
 
     Raises:
       TypeError: for an optax chain or any transformation without a recipe.
+      ValueError: for an unknown rounding; for a `plain_block` where the inner transformation of plain leaves may couple
+        the entries of a leaf, or where a leaf is sharded along its rows.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -188,4 +294,4 @@ def fused(transformation: Any, *, rounding: str = "nearest") -> Fused:
             "lr.galore(...), with clip_norm= in place of a chained clip and learning_rate= of step in place of an "
             "injected one"
         )
-    return Fused(recipe=recipe, rounding=rounding)
+    return Fused(recipe=recipe, rounding=rounding, plain_block=plain_block)

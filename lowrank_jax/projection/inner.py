@@ -40,7 +40,11 @@ class Moment(NamedTuple):
 
 @runtime_checkable
 class Inner(Protocol):
-    """An inner transformation: pure functions on one matrix, or on a tree of plain leaves."""
+    """An inner transformation: pure functions on one matrix, or on a tree of plain leaves.
+
+    Optional attributes: `guards`, see `guarded`; `elementwise`, where an entry moves by its own gradients alone and all
+    state but registered moments is shared, so that a leaf may be updated in parts.
+    """
 
     splits: bool
 
@@ -105,6 +109,7 @@ class Adam:
     nu_dtype: Any = jnp.float32
     splits = True
     guards = True
+    elementwise = True
 
     def __post_init__(self):
         for name in ("b1", "b2"):
@@ -215,6 +220,14 @@ def as_inner(inner: Any) -> Inner:
     return inner
 
 
+def _quantized(x: Any) -> bool:
+    return isinstance(x, linalg.QuantizedBlocks)
+
+
+def _stored_like(old: Any, new: Any) -> Any:
+    return old.requantize(new) if _quantized(old) else new
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stored8:
     """An inner transformation whose moments are stored in blocks of 8 bits, and computed in float32 (8-bit Adam).
@@ -251,6 +264,10 @@ class Stored8:
         return self.inner.splits
 
     @property
+    def elementwise(self) -> bool:
+        return getattr(self.inner, "elementwise", False)
+
+    @property
     def params(self) -> bool:
         return getattr(self.inner, "params", False)
 
@@ -258,8 +275,8 @@ class Stored8:
         return self.encode(self.inner.init(tree))
 
     def update(self, grads, state, params=None, **extra):
-        direction, scale, state = self.inner.update(grads, self.decode(state), params, **extra)
-        return direction, scale, self.encode(state)
+        direction, scale, new = self.inner.update(grads, self.decode(state), params, **extra)
+        return direction, scale, jax.tree.map(_stored_like, state, new, is_leaf=_quantized)
 
     def encode(self, state: Any) -> Any:
         """Registered moments as `linalg.QuantizedBlocks`."""
@@ -275,8 +292,7 @@ class Stored8:
 
     def decode(self, state: Any) -> Any:
         """The state of `inner`."""
-        quantized = lambda x: isinstance(x, linalg.QuantizedBlocks)  # noqa: E731
-        return jax.tree.map(lambda x: x.dequantize() if quantized(x) else x, state, is_leaf=quantized)
+        return jax.tree.map(lambda x: x.dequantize() if _quantized(x) else x, state, is_leaf=_quantized)
 
 
 def core(inner: Any) -> Inner:
@@ -332,6 +348,23 @@ def moments(inner: Inner, state: Any) -> list[Moment]:
 
     visit(state, ())
     return found
+
+
+def by_leaf(state: Any) -> list[Any]:
+    """The states of the single leaves of a tree, from the state of an `elementwise` inner transformation."""
+    fields = tuple(_REGISTRY[type(state)][0])
+    columns = [jax.tree.leaves(getattr(state, field), is_leaf=_quantized) for field in fields]
+    return [state._replace(**dict(zip(fields, row, strict=True))) for row in zip(*columns, strict=True)]
+
+
+def of_leaves(inner: Inner, state: Any, parts: list[Any], ok: Any, extra: dict[str, Any]) -> Any:
+    """State whose leaves moved to `parts`: the inverse of `by_leaf`. What they share, such as a count, moves too."""
+    fields = _REGISTRY[type(state)][0]
+    shared = guarded(inner, (), state._replace(**dict.fromkeys(fields, ())), None, ok, extra)[2]
+    trees = {field: jax.tree.structure(getattr(state, field), is_leaf=_quantized) for field in fields}
+    return shared._replace(
+        **{field: jax.tree.unflatten(tree, [getattr(part, field) for part in parts]) for field, tree in trees.items()}
+    )
 
 
 def map_moments(inner: Inner, state: Any, function: Callable[[Moment, jax.Array], jax.Array]) -> Any:

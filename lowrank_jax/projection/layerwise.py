@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.projection import step as step_lib
-from lowrank_jax.projection.fused import Fused, Write, fused
+from lowrank_jax.projection.fused import Fused, Write, fused, write_plain
 from lowrank_jax.projection.learning_rate import LearningRateState, selected_for_decay
 from lowrank_jax.projection.matrix_step import MatrixStep, all_finite, energy, finish, sketch_basis
 from lowrank_jax.projection.state import Projected, matrix_states
@@ -203,20 +203,24 @@ class _Layerwise:
 
         def body(i, carry):
             number = layers - 1 - i
-            dx, kernels, states, gathered, total = carry
-            own, own_states = take(kernels, number), take(states, number)
+            dx, kernels, states, own_states, gathered, total = carry
+            own = take(kernels, number)
             part = (own, own_states, take(vectors, number), take(inputs, number), dx)
             steps, d_vectors, dx = self._layer(*part, number, ok)
             gathered = put(gathered, number, d_vectors)
+            following = jnp.maximum(number - 1, 0)
             if not update:
-                return dx, kernels, states, gathered, total + sum(energy(step.kept) for step in steps)
+                total += sum(energy(step.kept) for step in steps)
+                return dx, kernels, states, take(states, following), gathered, total
             fine = ok & all_finite([step.kept for step in steps]) if self.config.guard else ok
             written = [self._write(step, kernel, fine, factor, number) for step, kernel in zip(steps, own, strict=True)]
-            moved = [_arrays(step) for step in steps]
-            return dx, put(kernels, number, written), put(states, number, moved), gathered, total & fine
+            states = put(states, number, [_arrays(step) for step in steps])
+            return dx, put(kernels, number, written), states, take(states, following), gathered, total & fine
 
-        start = (d_top, kernels, states, gathered, jnp.asarray(True) if update else jnp.zeros(()))
-        dx, kernels, states, gathered, total = jax.lax.fori_loop(0, layers, body, start)
+        # states travel with the loop, see `in_place`; kernels would be held twice
+        total = jnp.asarray(True) if update else jnp.zeros(())
+        start = (d_top, kernels, states, take(states, layers - 1), gathered, total)
+        dx, kernels, states, _, gathered, total = jax.lax.fori_loop(0, layers, body, start)
         placed = iter(gathered)
         return total, [None if view is not None else next(placed) for view in self.views], dx, (kernels, states)
 
@@ -287,6 +291,9 @@ class _Layerwise:
     def _pull(self, kernels, taps, vectors, inputs, dx):
         """Gradients of one layer, summed over the microbatches: `(kernels', vectors', inputs')`."""
         zeros = None if taps is None else [tap.zeros() for tap in taps]
+        if taps is None:  # codes have no gradient, their values do
+            dtype = jax.tree.leaves(inputs)[0].dtype
+            kernels = [kernel.dequantize(dtype) if hasattr(kernel, "dequantize") else kernel for kernel in kernels]
 
         def apply(free, x):
             places, vectors = free
@@ -347,7 +354,7 @@ class _Layerwise:
     def _finish(self, value, d_rest, vectors, moved, ok, factor):
         """The plain leaves as one group, and the new trees."""
         kernels, states = moved
-        own, found = iter(kernels), iter(states)
+        own, moving = iter(kernels), iter(states)
         stacked = [leaf if view is None else next(own) for leaf, view in zip(self.leaves, self.views, strict=True)]
         params = self.rest | {self.stack.name: jax.tree.unflatten(self.treedef, stacked)}
         grads = d_rest | {self.stack.name: jax.tree.unflatten(self.treedef, [
@@ -361,12 +368,13 @@ class _Layerwise:
         views = [leaf.view for leaf in report.leaves]
         paths = [leaf.path for leaf in report.leaves]
         prepared = step_lib.Prepared(treedef, leaves, gradients, views, paths, {}, False, False, ok, factor)
-        updates, plain = step_lib.update_plain(self.config, prepared, projection.plain, params, {})
         decays = self._decays()
-        for number, update in zip([i for i, v in enumerate(views) if v is None], updates, strict=True):
-            path = report.leaves[number].path
-            leaves[number] = self._writer(ok, path, decays=decays[path])(leaves[number], update, 0)
-        matrices = [dataclasses.replace(m, **next(found)) for m in self.matrices if m is not None]
+        numbers = [i for i, view in enumerate(views) if view is None]
+        writers = {i: self._writer(ok, paths[i], decays=decays[paths[i]]) for i in numbers}
+        found, plain = write_plain(self.form, prepared, projection.plain, params, {}, writers)
+        for i, leaf in found.items():
+            leaves[i] = leaf
+        matrices = [dataclasses.replace(m, **next(moving)) for m in self.matrices if m is not None]
         accepted = ok.astype(jnp.int32)
         projection = projection._replace(
             step=projection.step + accepted,

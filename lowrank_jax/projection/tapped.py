@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.products import Layout, dense
 from lowrank_jax.projection.matrix_step import each
 from lowrank_jax.projection.projectors.base import thin_product
 
@@ -93,117 +94,34 @@ class Tapped:
     def ndim(self) -> int:
         return len(self.kernel.shape)
 
+    def __jax_array__(self) -> jax.Array:
+        raise ValueError(
+            f"tap {self.tap.view.path!r}: the kernel is read as an array, and its projected gradient would lack that "
+            "use; multiply by lr.matmul, lr.einsum or lr.dot_general, or leave it out with Views(rules=((path, None),))"
+        )
 
-def dot_general(
-    x: jax.Array,
-    kernel: Any,
-    dimension_numbers: Any,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    **options: Any,
-) -> jax.Array:
-    """`jax.lax.dot_general(x, kernel, ...)` for a kernel that is an array or a `Tapped`.
-
-    Of a tapped kernel the contracted axes must be its rows, batched axes its remaining batch axes.
-
-    >>> import jax.numpy as jnp
-    >>> dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), (((1,), (0,)), ((), ()))).shape
-    (2, 4)
-    """
-    options |= {"dimension_numbers": dimension_numbers, "precision": precision}
-    product: Callable[..., jax.Array] = functools.partial(
-        jax.lax.dot_general, preferred_element_type=preferred_element_type, **options
-    )
-    if not isinstance(kernel, Tapped):
-        return product(x, _dense(kernel, x.dtype))
-    (contract_x, contract_w), (batch_x, batch_w) = (tuple(map(tuple, axes)) for axes in dimension_numbers)
-    view = _view_of_product(kernel, contract_w, batch_w)
-    # the axes of the product: batch, free axes of x, free axes of the kernel in their own order
-    order = [contract_x[contract_w.index(axis)] for axis in view.view.rows]
-    free = [axis for axis in range(x.ndim) if axis not in contract_x and axis not in batch_x]
-    cols = [axis for axis in range(kernel.ndim) if axis not in view.view.rows and axis not in batch_w]
-    first = len(batch_x) + len(free)
-    aligned = [batch_x[batch_w.index(axis)] for axis in view.view.batch]
-    batch_y = [batch_w.index(axis) for axis in view.view.batch]
-    layout = _Layout(
-        x=(*aligned, *free, *order),
-        y=(*batch_y, *range(len(batch_x), first), *(first + cols.index(axis) for axis in view.view.cols)),
-        free=len(free),
-    )
-    tap, weight = kernel.tap, kernel.kernel
-    return _tapped(product, layout, view, tap.projector, x, weight, tap.basis, tap.sketch_basis, tap.low, tap.sketch)
+    def dot_general(
+        self,
+        x: jax.Array,
+        dimension_numbers: Any,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        **options: Any,
+    ) -> jax.Array:
+        """`lr.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes its batch axes."""
+        options |= {"dimension_numbers": dimension_numbers, "precision": precision}
+        product: Callable[..., jax.Array] = functools.partial(
+            jax.lax.dot_general, preferred_element_type=preferred_element_type, **options
+        )
+        view = _view_of_product(self, dimension_numbers)
+        layout = Layout.of(x.ndim, self.ndim, view.view, dimension_numbers)
+        tap = self.tap
+        return _tapped(
+            product, layout, view, tap.projector, x, self.kernel, tap.basis, tap.sketch_basis, tap.low, tap.sketch
+        )
 
 
-def matmul(x: jax.Array, kernel: Any) -> jax.Array:
-    """`x (..., d_in) @ kernel (d_in, d_out)` for a kernel that is an array or a `Tapped`.
-
-    >>> import jax.numpy as jnp
-    >>> matmul(jnp.ones((2, 5, 3)), jnp.ones((3, 4))).shape
-    (2, 5, 4)
-    """
-    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-def einsum(subscripts: str, x: jax.Array, kernel: Any, **options: Any) -> jax.Array:
-    """`jnp.einsum(subscripts, x, kernel)` of two operands, for a kernel that is an array or a `Tapped`.
-
-    An index that only one operand has and the result lacks is not supported for a tapped kernel.
-
-    >>> import jax.numpy as jnp
-    >>> einsum("bsd,dhk->bshk", jnp.ones((2, 5, 8)), jnp.ones((8, 2, 4))).shape
-    (2, 5, 2, 4)
-    """
-    if not isinstance(kernel, Tapped):
-        return jnp.einsum(subscripts, x, _dense(kernel, x.dtype), **options)
-    left, right, out = _indices(subscripts, x.ndim, kernel.ndim)
-    batch = [name for name in left if name in right and name in out]
-    contract = [name for name in left if name in right and name not in out]
-    free = [[name for name in names if name not in batch + contract] for names in (left, right)]
-    result = batch + free[0] + free[1]
-    if sorted(result) != sorted(out) or len(set(left)) != len(left) or len(set(right)) != len(right):
-        raise ValueError(f"einsum {subscripts!r}: every index of a tapped product must be contracted or kept, once")
-    axes = lambda names, among: tuple(among.index(name) for name in names)  # noqa: E731
-    numbers = ((axes(contract, left), axes(contract, right)), (axes(batch, left), axes(batch, right)))
-    return jnp.transpose(dot_general(x, kernel, numbers, **options), axes(out, result))
-
-
-def _indices(subscripts: str, *ndims: int) -> list[list[str]]:
-    """The names of the axes of both operands and the result; an ellipsis stands for axes "0", "1", ... of x."""
-    operands, arrow, out = subscripts.replace(" ", "").partition("->")
-    names = operands.split(",")
-    if not arrow or len(names) != 2 or "..." in names[1]:
-        raise ValueError(f"einsum {subscripts!r}: write both operands and the result, and no ellipsis in the kernel")
-    extra = [str(i) for i in range(ndims[0] - len(names[0].replace("...", "")))]
-
-    def expand(term: str) -> list[str]:
-        before, dots, after = term.partition("...")
-        return [*before, *(extra if dots else []), *after]
-
-    return [expand(names[0]), expand(names[1]), expand(out)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """How the operands of a product lie: axes of x as (batch, free, rows), of the result as (batch, free, cols)."""
-
-    x: tuple[int, ...]
-    y: tuple[int, ...]
-    free: int
-
-    def matrices(self, x: jax.Array, axes: Sequence[int], batch: int) -> jax.Array:
-        """`(batch..., free..., rows or cols)`, with the last axes folded into one."""
-        if tuple(axes) != tuple(range(x.ndim)):
-            x = jnp.transpose(x, axes)
-        kept = batch + self.free
-        if x.ndim == kept + 1:
-            return x
-        last = 1
-        for size in x.shape[kept:]:
-            last *= size
-        return sharding.reshape(x, (*x.shape[:kept], last), first=kept)
-
-
-def _view_of_product(kernel: Tapped, contract: tuple[int, ...], batch: tuple[int, ...]) -> ResolvedView:
+def _view_of_product(kernel: Tapped, dimension_numbers: Any) -> ResolvedView:
     """The view of the slice of the leaf that this product uses: scanned axes are gone, the rest must fit."""
     view = kernel.tap.view
     while len(view.shape) > kernel.ndim and view.layered:
@@ -213,6 +131,7 @@ def _view_of_product(kernel: Tapped, contract: tuple[int, ...], batch: tuple[int
             f"tap {view.path!r}: a product uses a slice of shape {tuple(kernel.shape)} of the kernel of shape "
             f"{kernel.tap.view.shape}; only leading batch axes may be taken apart"
         )
+    (_, contract), (_, batch) = (tuple(map(tuple, axes)) for axes in dimension_numbers)
     if set(contract) != set(view.view.rows) or set(batch) != set(view.view.batch):
         raise ValueError(
             f"tap {view.path!r}: the product contracts axes {contract} and batches axes {batch} of the kernel, but its "
@@ -224,15 +143,11 @@ def _view_of_product(kernel: Tapped, contract: tuple[int, ...], batch: tuple[int
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _tapped(product, layout, view, projector, x, kernel, basis, sketch_basis, low, sketch):
     del layout, view, projector, basis, sketch_basis, low, sketch
-    return product(x, _dense(kernel, x.dtype))
-
-
-def _dense(kernel: Any, dtype: Any) -> jax.Array:
-    return kernel.dequantize(dtype) if hasattr(kernel, "dequantize") else kernel
+    return product(x, dense(kernel, x.dtype))
 
 
 def _forward(product, layout, view, projector, x, kernel, basis, sketch_basis, low, sketch):
-    inputs = layout.matrices(x, layout.x, len(view.batch))
+    inputs = layout.inputs(x)
     thin = each(lambda x, basis: projector.thin(view, basis, x, "rows"), view.batch)(inputs, basis)
     rows = None
     if sketch_basis is not None:
@@ -240,7 +155,7 @@ def _forward(product, layout, view, projector, x, kernel, basis, sketch_basis, l
     where = jax.typeof(x).sharding
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where if sharding.is_explicit(where) else None)
     static = _Static(shape, *(None if leaf is None else jax.typeof(leaf).sharding for leaf in (low, sketch)))
-    return product(x, _dense(kernel, x.dtype)), (thin, rows, kernel, basis, sketch_basis, static)
+    return product(x, dense(kernel, x.dtype)), (thin, rows, kernel, basis, sketch_basis, static)
 
 
 @jax.tree_util.register_static
@@ -260,8 +175,8 @@ def _sketched(view: ResolvedView, x: jax.Array, basis: jax.Array, axis: str) -> 
 
 def _backward(product, layout, view, projector, residuals, dy):
     thin, rows, kernel, basis, sketch_basis, static = residuals
-    (dx,) = jax.linear_transpose(lambda x: product(x, _dense(kernel, static.x.dtype)), static.x)(dy)
-    outputs = layout.matrices(dy, layout.y, len(view.batch))
+    (dx,) = jax.linear_transpose(lambda x: product(x, dense(kernel, static.x.dtype)), static.x)(dy)
+    outputs = layout.outputs(dy)
 
     def contract(left, right, where):
         axes = tuple(range(layout.free))

@@ -12,6 +12,7 @@ import optax
 
 from lowrank_jax.projection.clocks import Staggered
 from lowrank_jax.projection.fused import Fused, fused
+from lowrank_jax.projection.matrix_step import whole
 from lowrank_jax.projection.state import Projected
 from lowrank_jax.projection.taps import accumulated, first_microbatch, is_projected, projected_value_and_grad, taps
 
@@ -166,12 +167,13 @@ def _with_zero_sketch(grad: Any, shape: Any) -> Any:
 
 
 def _value_and_grad(loss: Callable[..., Any], accumulate: int, has_aux: bool) -> Callable[..., Any]:
-    """`jax.value_and_grad(loss)`, averaged over microbatches."""
+    """`jax.value_and_grad(loss)`, averaged over microbatches; of quantised leaves the gradients of their values."""
     function = jax.value_and_grad(loss, has_aux=has_aux)
-    if accumulate == 1:
-        return function
 
     def run(params, *args):
+        params = jax.tree.map(whole, params, is_leaf=lambda x: hasattr(x, "dequantize"))
+        if accumulate == 1:
+            return function(params, *args)
         first_microbatch(args, accumulate)
         return accumulated(function, params, args, accumulate, has_aux)
 

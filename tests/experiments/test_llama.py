@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from experiments.models import llama
-from experiments.models.llama import Llama, LlamaConfig, loss_and_metrics, parameter_count, preset, token_losses
+from experiments.models.llama import (
+    PROJECTIONS,
+    Llama,
+    LlamaConfig,
+    loss_and_metrics,
+    parameter_count,
+    preset,
+    token_losses,
+)
 from experiments.models.sampling import sample
 
 TINY = LlamaConfig(
@@ -55,31 +63,55 @@ def unstack(params, layers):
     return rest | {f"layer_{i}": layer_of(params["layers"], i) for i in range(layers)}
 
 
+def numpy_frequencies(K, theta, scaling):
+    """By wavelengths, in float64; a pair keeps its frequency, or is slowed down wholly or in part."""
+    kind, factor, *rest = scaling or ("linear", 1.0)
+    slowed = []
+    for i in range(K // 2):
+        f = theta ** (-2 * i / K)
+        if kind == "linear":
+            slowed.append(f / factor)
+            continue
+        low, high, length = rest
+        wavelength = 2 * np.pi / f
+        if wavelength < length / high:
+            slowed.append(f)
+        elif wavelength > length / low:
+            slowed.append(f / factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            slowed.append((1 - smooth) * f / factor + smooth * f)
+    return np.array(slowed)
+
+
 def numpy_llama(params, tokens, config):
     """One sequence, one head, one position at a time, in float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    K, group = config.width // config.heads, config.heads // config.kv_heads
+    K, group = config.head_dim or config.width // config.heads, config.heads // config.kv_heads
+    frequencies = numpy_frequencies(K, config.rope_theta, config.rope_scaling)
+
+    def affine(x, p):
+        return x @ p["kernel"] + p.get("bias", 0)
 
     def norm(x, scale):
         return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * scale
 
     def rotate(vector, position):  # as complex numbers, half-split
-        angles = position * config.rope_theta ** (-2 * np.arange(K // 2) / K)
-        turned = (vector[: K // 2] + 1j * vector[K // 2 :]) * np.exp(1j * angles)
+        turned = (vector[: K // 2] + 1j * vector[K // 2 :]) * np.exp(1j * position * frequencies)
         return np.concatenate([turned.real, turned.imag])
 
     def attention(x, p):
-        out = np.zeros_like(x)
+        out = np.zeros((len(x), config.heads * K))
         for head in range(config.heads):
             own, shared = slice(head * K, (head + 1) * K), slice(head // group * K, (head // group + 1) * K)
-            q = [rotate(v, s) for s, v in enumerate(x @ p["q_proj"]["kernel"][:, own])]
-            k = [rotate(v, s) for s, v in enumerate(x @ p["k_proj"]["kernel"][:, shared])]
-            v = x @ p["v_proj"]["kernel"][:, shared]
+            q = [rotate(v, s) for s, v in enumerate(affine(x, p["q_proj"])[:, own])]
+            k = [rotate(v, s) for s, v in enumerate(affine(x, p["k_proj"])[:, shared])]
+            v = affine(x, p["v_proj"])[:, shared]
             for s in range(len(x)):
                 scores = np.array([q[s] @ k[t] / np.sqrt(K) for t in range(s + 1)])
                 weights = np.exp(scores - scores.max())
                 out[s, own] = weights / weights.sum() @ v[: s + 1]
-        return out @ p["o_proj"]["kernel"]
+        return affine(out, p["o_proj"])
 
     def logits(sequence):
         x = params["embed"]["embedding"][sequence]
@@ -87,8 +119,8 @@ def numpy_llama(params, tokens, config):
             p = layer_of(params["layers"], i)
             x = x + attention(norm(x, p["attention_norm"]["scale"]), p["attention"])
             h = norm(x, p["mlp_norm"]["scale"])
-            gate, up = h @ p["mlp"]["gate_proj"]["kernel"], h @ p["mlp"]["up_proj"]["kernel"]
-            x = x + (gate / (1 + np.exp(-gate)) * up) @ p["mlp"]["down_proj"]["kernel"]
+            gate, up = affine(h, p["mlp"]["gate_proj"]), affine(h, p["mlp"]["up_proj"])
+            x = x + affine(gate / (1 + np.exp(-gate)) * up, p["mlp"]["down_proj"])
         head = params["embed"]["embedding"].T if config.tied_head else params["lm_head"]["kernel"]
         return norm(x, params["norm"]["scale"]) @ head
 
@@ -105,7 +137,7 @@ def test_published_parameter_counts(name, millions):
     assert parameter_count(preset(name)) == count
 
 
-@pytest.mark.parametrize("overrides", [{}, {"tied_head": True, "kv_heads": 1}])
+@pytest.mark.parametrize("overrides", [{}, {"tied_head": True, "kv_heads": 1}, {"head_dim": 40, "biases": PROJECTIONS}])
 @pytest.mark.parametrize("name", ["nano", "35M"])
 def test_parameter_count_is_the_tree(name, overrides):
     config = preset(name, **overrides)
@@ -144,12 +176,31 @@ def test_initial_scale_and_distinct_layers():
     assert not np.allclose(first, second)
 
 
-@pytest.mark.parametrize("tied_head", [False, True])
-def test_logits_equal_the_numpy_model(tied_head):
-    config = dataclasses.replace(TINY, tied_head=tied_head)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"tied_head": True, "rope_scaling": ("linear", 3.0), "biases": ("q_proj", "down_proj")},
+        {"head_dim": 6, "rope_scaling": ("llama3", 8.0, 1.0, 4.0, 40), "biases": PROJECTIONS},
+    ],
+    ids=["plain", "tied, linear, two biases", "head size, llama3, all biases"],
+)
+def test_logits_equal_the_numpy_model(overrides):
+    config = dataclasses.replace(TINY, **overrides)
     params = init(config)
-    assert ("lm_head" in params) != tied_head
+    assert ("lm_head" in params) != config.tied_head
+    biased = {path[-2].key for path, _ in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "bias"}
+    assert biased == set(config.biases or ())
     np.testing.assert_allclose(logits_of(config, params), numpy_llama(params, TOKENS, config), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [None, ("linear", 4.0), ("llama3", 8.0, 1.0, 4.0, 8192)])
+def test_rope_frequencies(scaling):
+    plain, stretched = numpy_frequencies(128, 5e5, None), numpy_frequencies(128, 5e5, scaling)
+    np.testing.assert_allclose(llama.rope_frequencies(128, 5e5, scaling), stretched, rtol=3e-6)
+    if scaling and scaling[0] == "llama3":  # all three regimes occur
+        ratio = stretched / plain
+        assert ratio[0] == 1 and ratio[-1] == 1 / 8 and np.sum((ratio < 0.999) & (ratio > 0.126)) > 5
 
 
 def test_causality():
@@ -190,9 +241,12 @@ def test_bfloat16_is_close_and_logits_are_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_flops_per_token_counts_matrix_products():
+@pytest.mark.parametrize("head_dim", [None, 32])
+def test_flops_per_token_counts_matrix_products(head_dim):
     """XLA counts two operations per multiply-add; elementwise work makes its count a little larger than ours."""
-    config = dataclasses.replace(TINY, width=64, hidden=128, vocabulary_size=256, sequence_length=32, scan=False)
+    config = dataclasses.replace(
+        TINY, width=64, hidden=128, vocabulary_size=256, sequence_length=32, scan=False, head_dim=head_dim
+    )
     tokens = np.zeros((2, 32), np.int32)
     cost = logits_of.lower(config, shapes_of(config), tokens).compile().cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
@@ -253,6 +307,13 @@ def test_sampling_is_seeded_and_random():
         ({"norm_eps": 0.0}, "norm_eps=0.0: give a positive number"),
         ({"dtype": "float16"}, "dtype='float16': choose one of float32, bfloat16"),
         ({"param_dtype": "int8"}, "param_dtype='int8'"),
+        ({"head_dim": 5}, "head_dim=5 is odd"),
+        ({"head_dim": 0}, "head_dim=0: give a positive integer"),
+        ({"biases": ("q_proj", "lm_head")}, r"biases=.*choose among q_proj, k_proj"),
+        ({"rope_scaling": ("yarn", 2.0)}, r"rope_scaling=\('yarn', 2.0\): give None, \('linear', factor\)"),
+        ({"rope_scaling": ("linear",)}, "rope_scaling="),
+        ({"rope_scaling": ("linear", 0.0)}, "positive numbers"),
+        ({"rope_scaling": ("llama3", 8.0, 4.0, 1.0, 64)}, "low < high"),
         ({"remat": "all"}, "remat='all': choose False, True, or one of nothing_saveable"),
     ],
 )

@@ -1,5 +1,7 @@
 """The law of forms: the optax form, the fused form and projected backprop make the same step, refresh mode by mode."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,6 +157,20 @@ def test_an_explicit_learning_rate_replaces_the_schedule():
     np.testing.assert_allclose(moved(double), 2 * moved(given), rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_no_stack_is_copied_layer_by_layer(layerwise):
+    """A loop over layers writes moments in place: one copy of a stack in it would be made for every layer."""
+    params = {"layers": {"kernel": jnp.zeros((5, 24, 48))}}
+    tx = lr.galore(1e-2, projector=P.random(rank=7, kind="orthonormal"), views=VIEWS, clock=every(period=9, **AFTER))
+    stack = lr.Stack(before=lambda rest, x: x, layer=lambda p, x: jnp.tanh(lr.matmul(x, p["kernel"]))[..., :24],
+                     after=lambda rest, x, _: jnp.mean(x**2))  # fmt: skip
+    step = lr.layerwise_step(stack, tx) if layerwise else lr.train_step(stack.loss, tx)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), jnp.ones((8, 24))).compile()
+    loops = compiled.as_text().split("ENTRY")[0]
+    assert "while" in compiled.as_text()
+    assert not re.findall(r"f32\[5,7,48\]\S* copy\(%get-tuple-element", loops)
+
+
 def test_fused_needs_a_recipe():
     for tx in (optax.chain(optax.clip(1.0), lr.galore(1e-2, rank=2)), lr.scale_by_projection(P.svd(rank=2))):
         with pytest.raises(TypeError, match="has no fused form"):
@@ -203,12 +219,16 @@ def test_bfloat16_weights(rounding):
 
 
 @pytest.mark.slow
-def test_int8_weights_train():
-    """Quantised kernels are requantised in place, and stay a fixed point of a skipped step."""
+@pytest.mark.parametrize(
+    "projector, when", [(P.random(rank=3, kind="orthonormal"), "after"), (P.svd(rank=3), "before")]
+)
+def test_int8_weights_train(projector, when):
+    """Quantised kernels are requantised in place and stay a fixed point of a skipped step, also where a refresh reads
+    full gradients, which are those of their values."""
     from lowrank_jax import linalg
 
     small = jax.tree.map(lambda x: linalg.quantize_blocks(x, "linear") if x.ndim == 3 else x, PARAMS)
-    tx = galore(P.random(rank=3, kind="orthonormal"), every(period=3, **AFTER))
+    tx = galore(projector, every(period=3, when=when))
     step = jax.jit(lr.train_step(loss, lr.fused(tx, rounding="stochastic")))
     params, state = small, tx.init(small)
     first = None

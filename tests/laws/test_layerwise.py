@@ -87,6 +87,25 @@ def test_accumulation_is_one_update_of_the_large_batch(name):
     assert int(state.projection.step) == len(BATCHES)
 
 
+@pytest.mark.slow
+def test_int8_kernels_refresh_by_the_gradients_of_their_values():
+    quantise = lambda x: lr.linalg.quantize_blocks(x, "linear") if x.ndim == 3 else x  # noqa: E731
+    params = PARAMS | {"layers": jax.tree.map(quantise, PARAMS["layers"])}
+    tx = ROWS["svd"]
+    values = {}
+    for name, step in (("own", lr.layerwise_step(STACK, tx)), ("ordinary", lr.train_step(STACK.loss, tx))):
+        step, found, state = jax.jit(step), params, tx.init(params)
+        values[name] = []
+        for batch in BATCHES[:3]:
+            found, state, value = step(found, state, *batch)
+            values[name].append(float(value))
+        values[name].append(found)
+    np.testing.assert_allclose(values["own"][:3], values["ordinary"][:3], rtol=2e-2)
+    decoded = [[x.dequantize() for x in (v[3]["layers"][k]["kernel"] for k in ("up", "down"))] for v in values.values()]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), *decoded)
+    assert jax.tree.structure(values["own"][3]) == jax.tree.structure(params)
+
+
 def test_a_bad_batch_is_skipped():
     tx = ROWS["svd"]
     step, state = jax.jit(lr.layerwise_step(STACK, tx)), tx.init(PARAMS)

@@ -13,6 +13,7 @@ TRUNCATED = jax.jit(linalg.truncated_svd, static_argnames="rank")
 RANDOMIZED = jax.jit(linalg.randomized_svd, static_argnames=("rank", "oversample", "power_iterations"))
 RANGE = jax.jit(linalg.range_finder, static_argnames=("rank", "power_iterations"))
 POWER = jax.jit(linalg.power_step)
+OF_PRODUCT = jax.jit(linalg.svd_of_product, static_argnames="rank")
 
 
 def normal(*shape, seed=0):
@@ -89,6 +90,46 @@ def test_range_finder_needs_no_svd_and_its_iterations_help():
     assert "svd" not in jaxpr
     assert "eigh" not in jaxpr
     assert "svd" in str(jax.make_jaxpr(lambda x: RANDOMIZED(x, 6, KEY))(x))
+
+
+@pytest.mark.parametrize(("m", "q", "n"), [(9, 3, 7), (3, 5, 4), (6, 5, 2)])
+def test_svd_of_product_is_the_svd_of_the_product_and_never_forms_it(m, q, n):
+    a, b = normal(2, m, q, seed=1), normal(2, q, n, seed=2)
+    limit = min(m, q, n)
+    u, s, vt = OF_PRODUCT(a.astype(np.float32), b.astype(np.float32))
+    assert (u.shape, s.shape, vt.shape) == ((2, m, limit), (2, limit), (2, limit, n))
+    np.testing.assert_allclose(s, np.linalg.svd(a @ b, compute_uv=False)[:, :limit], atol=2e-5)
+    np.testing.assert_allclose((u * s[:, None]) @ vt, a @ b, atol=2e-5)
+    np.testing.assert_allclose(np.swapaxes(u, 1, 2) @ u, np.broadcast_to(np.eye(limit), (2, limit, limit)), atol=2e-5)
+    assert (largest_entries(u) > 0).all()
+    first = OF_PRODUCT(a[0].astype(np.float32), b[0].astype(np.float32), 1)
+    for got, want in zip(first, (u[0, :, :1], s[0, :1], vt[0, :1]), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+    equations = jax.make_jaxpr(linalg.svd_of_product)(a[0], b[0]).eqns
+    shapes = {value.aval.shape for equation in equations for value in equation.outvars}
+    assert m == limit or n == limit or (m, n) not in shapes
+
+
+def test_svd_of_a_zero_deficient_and_low_precision_product():
+    b = np.outer(np.ones(3), np.arange(5.0)).astype(np.float32)
+    for a in (np.zeros((6, 3), np.float32), np.outer(np.arange(6.0), np.ones(3)).astype(np.float32)):
+        u, s, vt = OF_PRODUCT(a, b)
+        np.testing.assert_allclose((u * s) @ vt, a @ b, atol=1e-4)
+        np.testing.assert_allclose(u.T @ u, np.eye(3), atol=1e-5)
+        np.testing.assert_array_equal(s[1:] < 1e-4, True)
+    a = jnp.asarray(normal(6, 3), jnp.bfloat16)
+    for got, want in zip(OF_PRODUCT(a, b), OF_PRODUCT(a.astype(jnp.float32), b), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_svd_of_product_errors():
+    with pytest.raises(ValueError, match=r"a of shape \(4, 3\) and b of shape \(2, 5\) do not multiply"):
+        linalg.svd_of_product(jnp.ones((4, 3)), jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match=r"rank=4 must lie in \[1, 3\], where 3 is the smallest of m, q and n"):
+        linalg.svd_of_product(jnp.ones((4, 3)), jnp.ones((3, 5)), 4)
+    with pytest.raises(ValueError, match=r"b has shape \(3,\)"):
+        linalg.svd_of_product(jnp.ones((4, 3)), jnp.ones(3))
 
 
 def test_power_step_formula_and_convergence():

@@ -89,6 +89,29 @@ def test_effective_rank():
     assert jax.eval_shape(linalg.effective_rank, jnp.ones(4, jnp.bfloat16)).dtype == jnp.float32
 
 
+@pytest.mark.parametrize("energy", [0.3, 0.9, 1.0])
+def test_rank_for_energy_is_the_smallest_that_keeps_enough(energy):
+    s = -np.sort(-np.abs(normal(2, 3, 6)), axis=-1)
+    s[0, 0, 4:] = 0
+    want = np.ones((2, 3), int)
+    for index in np.ndindex(2, 3):
+        squares = s[index] ** 2
+        while squares[: want[index]].sum() < energy * squares.sum() * (1 - 1e-12):
+            want[index] += 1
+    got = jax.jit(linalg.rank_for_energy, static_argnums=1)(s.astype(np.float32), energy)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(linalg.rank_for_energy((1e-30 * s).astype(np.float32), energy), want)
+
+
+def test_rank_for_energy_edges():
+    assert linalg.rank_for_energy(jnp.zeros(4), 1.0) == 1
+    assert linalg.rank_for_energy(jnp.ones(1), 0.5) == 1
+    for energy in (0.0, 1.5):
+        with pytest.raises(ValueError, match=rf"energy={energy} must lie in \(0, 1\]"):
+            linalg.rank_for_energy(jnp.ones(4), energy)
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (2, 5, 5)])
 @pytest.mark.parametrize("scale", [1.0, 1e-30])
 def test_stable_rank_and_explained_variance(shape, scale):

@@ -1,0 +1,226 @@
+"""Models to start from: run folders, exported folders and folders of Hugging Face's transformers.
+
+`open_base` reads only what describes a model; `Base.read` reads its parameters.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import checkpoint, configuration, tuning_configuration
+from experiments.configuration import ConfigurationError
+from experiments.data.tuning import TuningDataConfig
+from experiments.models import huggingface, llama, vit
+from experiments.tuning_configuration import BaseConfig
+
+# config.json of a folder that finetune exported begins with it
+EXPORTED = "lowrank_jax model"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+    """A model to start from.
+
+    Attributes:
+      source: the folder, or the preset of new parameters.
+      config: a `llama.LlamaConfig` or `vit.VitConfig`.
+      read: `read(sharding) -> parameters`.
+      tokenizer: its name, "" where there is none.
+      classes: of its head, where it has one for classes.
+      domain: what it was trained on, or None.
+    """
+
+    source: str
+    config: Any
+    read: Callable[[Any], Any]
+    tokenizer: str = ""
+    classes: tuple[str, ...] = ()
+    domain: TuningDataConfig | None = None
+
+    @property
+    def is_vit(self) -> bool:
+        """It reads images."""
+        return isinstance(self.config, vit.VitConfig)
+
+
+def shapes(config, classes: int = 0) -> Any:
+    """Parameters of the model of `config` as `jax.ShapeDtypeStruct`s; with a classifier where text has classes."""
+    if isinstance(config, vit.VitConfig):
+        images = jax.ShapeDtypeStruct((1, config.image, config.image, config.channels), jnp.float32)
+        return jax.eval_shape(vit.Vit(config).init, jax.random.key(0), images)["params"]
+    found = huggingface.shapes(config)
+    if classes:
+        dtype = llama.DTYPES[config.param_dtype]
+        found = found | {"classifier": {"kernel": jax.ShapeDtypeStruct((config.width, classes), dtype)}}
+    return found
+
+
+def digest(params) -> str:
+    """sha256 over path, shape, dtype and bytes of every leaf.
+
+    >>> digest({"a": np.zeros(2)}) == digest({"a": jnp.zeros(2, jnp.float32)})
+    False
+    """
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype} ".encode())
+        found.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    return found.hexdigest()
+
+
+def open_base(config: BaseConfig, seed: int) -> Base:
+    """The model that `config` names. Raises ConfigurationError for a folder that holds none."""
+    if not config.source:
+        return _new(config, seed)
+    folder = pathlib.Path(config.source).expanduser()
+    path = folder / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ConfigurationError(
+            f"base.source={config.source!r} {what}: name a run folder (`make train` makes runs/default), an exported "
+            "folder, or one of Hugging Face's transformers"
+        )
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigurationError(f"base.source={config.source!r}: config.json is not JSON ({error})") from error
+    overrides = {
+        name: value for name in ("dtype", "param_dtype", "remat") if (value := getattr(config, name)) is not None
+    }
+    if "model_type" in values or "architectures" in values:
+        return _of_transformers(folder, config, values, overrides)
+    if "adapter" in values:
+        from experiments import merged  # which reads the base of that run by this module
+
+        base = merged.merged_base(folder, values)
+    else:
+        base = (_exported if values.get("format") == EXPORTED else _pretrained)(folder, values)
+    return _with(base, config, overrides)
+
+
+def _new(config: BaseConfig, seed: int) -> Base:
+    overrides = {name: getattr(config, name) for name in ("dtype", "param_dtype", "remat")}
+    chosen = {name: value for name, value in overrides.items() if value is not None}
+    model_config = dataclasses.replace(tuning_configuration.PRESETS[config.preset or ""], **chosen)
+    is_vit = isinstance(model_config, vit.VitConfig)
+
+    def read(sharding):
+        def init(key):
+            if is_vit:
+                return vit.Vit(model_config).init(key, jnp.zeros((1, *_image(model_config))))["params"]
+            return llama.Llama(model_config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+        return jax.jit(init, out_shardings=sharding)(jax.random.key(seed))
+
+    tokenizer = "" if is_vit else "bytes"
+    base = Base(source=config.preset or "", config=model_config, read=read, tokenizer=tokenizer)
+    return dataclasses.replace(base, domain=_domain(config, base))
+
+
+def _image(config: vit.VitConfig) -> tuple[int, int, int]:
+    return config.image, config.image, config.channels
+
+
+def _of_transformers(folder: pathlib.Path, config: BaseConfig, values: dict, overrides: dict) -> Base:
+    try:
+        model_config = huggingface.config_from(values, **overrides)
+    except ValueError as error:
+        raise ConfigurationError(f"base.source={config.source!r}: {error}") from error
+
+    def read(sharding):
+        try:
+            return huggingface.load(folder, shardings=sharding, **overrides)[1]
+        except (ValueError, OSError, ImportError) as error:
+            raise ConfigurationError(f"base.source={config.source!r}: {error}") from error
+
+    pieces = folder / "tokenizer.model"
+    tokenizer = str(pieces) if pieces.is_file() else ""
+    base = Base(source=config.source, config=model_config, read=read, tokenizer=tokenizer)
+    return dataclasses.replace(base, domain=_domain(config, base))
+
+
+def _pretrained(folder: pathlib.Path, values: dict) -> Base:
+    try:
+        config = configuration.from_dict(values)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"base.source={str(folder)!r} holds no run of this program: {error}") from error
+    domain = TuningDataConfig(**dataclasses.asdict(config.data))
+    return Base(
+        source=str(folder),
+        config=config.model,
+        read=lambda sharding: read_run(folder, shapes(config.model), sharding),
+        tokenizer=config.data.tokenizer,
+        domain=domain,
+    )
+
+
+def _exported(folder: pathlib.Path, values: dict) -> Base:
+    kind = {"llama": llama.LlamaConfig, "vit": vit.VitConfig}[values["architecture"]]
+    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values["model"].items()}
+    config, classes = kind(**lists), tuple(values["classes"])
+    count = len(classes) if kind is llama.LlamaConfig else 0
+    return Base(
+        source=str(folder),
+        config=config,
+        read=lambda sharding: read_run(folder, shapes(config, count), sharding),
+        tokenizer=values["tokenizer"],
+        classes=classes,
+        domain=TuningDataConfig(**values["domain"]),
+    )
+
+
+def _with(base: Base, config: BaseConfig, overrides: dict) -> Base:
+    """The base with another domain, dtypes and rematerialisation."""
+    model_config = dataclasses.replace(base.config, **overrides)
+
+    def read(sharding):
+        params = base.read(sharding)
+        if model_config.param_dtype == base.config.param_dtype:
+            return params
+        dtype = llama.DTYPES[model_config.param_dtype]
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    domain = _domain(config, base)
+    return dataclasses.replace(base, source=config.source, config=model_config, read=read, domain=domain)
+
+
+def _domain(config: BaseConfig, base: Base) -> TuningDataConfig | None:
+    if config.domain is None or config.domain == "none":
+        return None if config.domain == "none" else base.domain
+    try:
+        length = None if base.is_vit else min(256, base.config.sequence_length)
+        task = "classification" if base.is_vit else "language_modelling"
+        return TuningDataConfig(name=config.domain, task=task, tokenizer=base.tokenizer, sequence_length=length)
+    except ValueError as error:
+        raise ConfigurationError(f"base.domain={config.domain!r}: {error}") from error
+
+
+def read_run(folder: pathlib.Path, like, sharding):
+    """The parameters of the newest good checkpoint of a folder."""
+    return restored(folder, {"params": like}, sharding).tree["params"]
+
+
+def restored(folder: pathlib.Path, like, sharding) -> checkpoint.Restored:
+    """The newest good checkpoint of a folder, as far as `like` goes. Raises ConfigurationError when there is none."""
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
+    where, found = f"base.source={str(folder)!r}", None
+    if (folder / "checkpoints").is_dir():
+        checkpoints = checkpoint.Checkpoints(folder / "checkpoints", say=lambda line: print(line, file=sys.stderr))
+        try:
+            found = checkpoints.restore(target, partial=True)
+        except checkpoint.CheckpointError as error:
+            raise ConfigurationError(f"{where}: {error}") from error
+        finally:
+            checkpoints.close()
+    if found is None:
+        raise ConfigurationError(f"{where}: holds no finished checkpoint yet; let its run save one")
+    return found

@@ -1,0 +1,92 @@
+"""What the training commands share: flags, signals, exit codes, and the last lines that they print.
+
+SIGTERM or Ctrl-C saves and exits with 0. Exit codes: 0 done or stopped on request, 1 failed, 2 wrong configuration.
+"""
+
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from experiments import checkpoint, training
+from experiments.configuration import ConfigurationError
+from experiments.tasks import Task
+
+WORKDIR = flags.DEFINE_string("workdir", None, "run folder; by default runs/<name of the configuration>")
+REPORT = flags.DEFINE_bool("report", True, "write <workdir>/report at the end")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other hosts with jax.distributed.initialize()")
+flags.declare_key_flag("workdir")
+flags.declare_key_flag("report")
+flags.declare_key_flag("distributed")
+
+
+def run(
+    program: str,
+    configure: Callable[[Any], Any],
+    task: Callable[[Any], Task],
+    conclude: Callable[[dict, pathlib.Path], None],
+    *,
+    default: pathlib.Path,
+) -> None:
+    """The whole command: parse, train, report, conclude.
+
+    Args:
+      program: the module, for the line that says how to resume.
+      configure: makes the checked configuration of the ConfigDict.
+      task: makes the task of the configuration.
+      conclude: `(summary, workdir)` prints the last lines of a run that is over.
+      default: the configuration file where none is named.
+    """
+
+    def main(argv) -> int:
+        logging.set_verbosity(logging.WARNING)  # orbax and TFDS tell their steps at INFO, which absl shows
+        if len(argv) > 1:
+            return refuse(f"unexpected arguments {argv[1:]}: flags are written --config.section.key=value")
+        if DISTRIBUTED.value:
+            jax.distributed.initialize()
+        try:
+            config = configure(flags.FLAGS.config)
+            workdir = pathlib.Path(WORKDIR.value or f"runs/{config.name}")
+            summary = training.run(config, workdir, task=task, handle_signals=True)
+            if summary["status"] == "stopped":
+                again = shlex.join([sys.executable, "-m", program, *sys.argv[1:]])
+                done = f"stopped after update {summary['step']} of {summary['steps']}, saved in {workdir}"
+                print(f"{done}; to resume:\n  {again}")
+                return 0
+            if jax.process_index() == 0:
+                if REPORT.value:
+                    from experiments import report
+
+                    report.write([workdir], workdir / "report")
+                size = f"{summary['steps']} updates, {summary['tokens']:,} tokens"
+                print(f"{summary['status']} after {size}, {summary['total_seconds']:.0f} s")
+                conclude(summary, workdir)
+        except ConfigurationError as error:
+            return refuse(str(error))
+        except checkpoint.CheckpointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 1 if summary["status"] == "diverged" else 0
+
+    def parse(argv):
+        """absl's parser; a key that the configuration lacks is a message in place of a traceback."""
+        try:
+            config_flags.DEFINE_config_file(
+                "config", str(default), "Python file; a flag --config.section.key=value changes a key"
+            )
+            return app.parse_flags_with_usage(argv)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            sys.exit(refuse(str(error).strip("'\"").replace("\\n", " ")))
+
+    app.run(main, flags_parser=parse)
+
+
+def refuse(message: str) -> int:
+    """Says what is wrong with the configuration; the exit code."""
+    print(f"configuration error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,188 @@
+"""From a `TuningDataConfig` to a `Dataset` for fine-tuning: text, instructions or classes."""
+
+import dataclasses
+import os
+
+from experiments.data.dataset import Dataset
+from experiments.data.digits import CLASSES, NAMES, Images, digits, fingerprint
+from experiments.data.documentation import documentation_source
+from experiments.data.loader import MODES, Batches
+from experiments.data.packing import tokenized
+from experiments.data.records import jsonl_source
+from experiments.data.rows import Instructions, Labelled, Rows
+from experiments.data.sources import (
+    Source,
+    builder_source,
+    data_directory,
+    directory_builder,
+    folder_source,
+    named_builder,
+)
+from experiments.data.tokenizer import make_tokenizer
+
+TASKS = ("language_modelling", "instruction", "classification")
+KEYS = {
+    "language_modelling": ("text_key",),
+    "instruction": ("prompt_key", "response_key"),
+    "classification": ("text_key", "label_key"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningDataConfig:
+    """What is read, and how it is cut into batches.
+
+    Attributes:
+      task: one of TASKS. An instruction's loss is that of its response alone.
+      name: "documentation" (the embedded default: the docstrings of Python's library), "stdlib" (its source), "digits"
+        or "digits_rotated" (images, for a vision transformer); the path of a .jsonl file; a prepared TFDS dataset by
+        name or by its version directory; or a folder of text files.
+      validation: a second .jsonl file, for validation; "" holds out one line in twenty of the first.
+      directory: where datasets and cached tokens live; "" is $LOWRANK_JAX_DATA, else ~/.cache/lowrank_jax/datasets.
+      tokenizer: "bytes", the path of a SentencePiece model, or "" for the one that the base was trained with.
+      bos: begin every document with the tokenizer's bos, as LLaMA's own checkpoints expect.
+      text_key, label_key, prompt_key, response_key: names in the JSON objects, or of TFDS features.
+      file_pattern: glob for the files of a folder.
+      train_split, validation_split: of a TFDS dataset, names or slices ("train[:1%]").
+      packing: of language modelling: "pack" (contiguous windows of a stream of documents, the default) or "pad" (a
+        document per row).
+      sequence_length: tokens per row (256); images have none.
+      batch_size: rows of a global batch.
+    """
+
+    task: str = "language_modelling"
+    name: str = "documentation"
+    validation: str = ""
+    directory: str = ""
+    tokenizer: str = ""
+    bos: bool = False
+    text_key: str = "text"
+    label_key: str = "label"
+    prompt_key: str = "prompt"
+    response_key: str = "response"
+    file_pattern: str = "**/*.txt"
+    train_split: str = "train"
+    validation_split: str = "validation"
+    packing: str | None = None
+    sequence_length: int | None = None
+    batch_size: int = 16
+
+    def __post_init__(self):
+        def require(condition, field, remedy):
+            if not condition:
+                raise ValueError(f"data.{field}={getattr(self, field)!r}: {remedy}")
+
+        require(self.task in TASKS, "task", f"choose one of {', '.join(TASKS)}")
+        for field in ("name", "file_pattern", "train_split", "validation_split", *sum(KEYS.values(), ())):
+            value = getattr(self, field)
+            require(isinstance(value, str) and value, field, "give a non-empty string")
+        whole = isinstance(self.batch_size, int) and not isinstance(self.batch_size, bool)
+        require(whole and self.batch_size >= 1, "batch_size", "give an integer of at least 1")
+        language = self.task == "language_modelling"
+        require(self.packing is None or self.packing in MODES, "packing", f"choose one of {', '.join(MODES)}")
+        require(self.packing is None or language, "packing", f"{self.task} has a document per row; leave it None")
+        require(self.train_split != self.validation_split, "validation_split", "is the training split: choose another")
+        require(not self.validation or self.is_jsonl, "validation", "goes with a .jsonl file as data.name; leave it ''")
+        if self.has_images:
+            require(self.task == "classification", "task", f"{self.name} has classes; set data.task='classification'")
+            require(self.sequence_length is None, "sequence_length", "images have none; leave it None")
+            require(not self.tokenizer, "tokenizer", "images have none; leave it ''")
+            require(not self.bos, "bos", "images have no tokens; leave it False")
+        else:
+            length = self.length
+            whole = isinstance(length, int) and not isinstance(length, bool)
+            require(whole and length >= 2, "sequence_length", "give an integer of at least 2")
+        text = self.name in ("documentation", "stdlib")
+        require(language or not text, "task", f"{self.name} is plain text; set data.task='language_modelling'")
+
+    @property
+    def is_jsonl(self) -> bool:
+        """The documents are lines of a file."""
+        return self.name.endswith(".jsonl")
+
+    @property
+    def has_images(self) -> bool:
+        """The examples are images."""
+        return self.name in NAMES
+
+    @property
+    def length(self) -> int:
+        """Tokens per row; 1 for images."""
+        return 1 if self.has_images else 256 if self.sequence_length is None else self.sequence_length
+
+
+def load_tuning(config: TuningDataConfig, tokenizer: str, seed: int = 0) -> Dataset:
+    """Opens, and where needed prepares, a dataset; tokenises both splits once.
+
+    Args:
+      config: what is read.
+      tokenizer: used when `config.tokenizer` is "".
+      seed: of the order of the batches.
+
+    Raises FileNotFoundError, ImportError or ValueError, each naming field, value and remedy, or file and line.
+    """
+    if config.has_images:
+        splits = digits(config.name)
+        train, validation = (Images(*splits[split], config.batch_size, seed) for split in ("train", "validation"))
+        size = f"{train.examples} + {validation.examples} images (train + validation)"
+        return Dataset(
+            train=train,
+            validation=validation,
+            tokenizer=None,
+            vocabulary_size=0,
+            description=f"{config.name}: {size}, {len(CLASSES)} classes",
+            fingerprint=fingerprint(splits),
+            classes=CLASSES,
+        )
+    pieces = make_tokenizer(config.tokenizer or tokenizer)
+    if config.bos and pieces.bos < 0:
+        raise ValueError(f"data.bos=True: the tokenizer {pieces.identity} has no bos piece; set it False")
+    directory = data_directory(config.directory)
+    source = open_tuning_source(config, directory)
+    names = (config.train_split, config.validation_split)
+    halves = [tokenized(source, name, pieces, directory, bos=config.bos) for name in names]
+    train, validation = (_batches(config, half, seed) for half in halves)
+    if train.examples == 0:
+        train.batch(0)  # raises
+    sizes = " + ".join(f"{len(half.tokens):,}" for half in halves)
+    rows = f"{train.examples} rows" if isinstance(train, Rows) else config.packing or "pack"
+    return Dataset(
+        train=train,
+        validation=validation,
+        tokenizer=pieces,
+        vocabulary_size=pieces.vocabulary_size,
+        description=f"{source.name}: {sizes} tokens (train + validation), {pieces.identity}, {rows}",
+        fingerprint=f"{halves[0].fingerprint}/{halves[1].fingerprint}",
+        classes=source.classes,
+    )
+
+
+def _batches(config: TuningDataConfig, half, seed: int):
+    arguments = (half, config.batch_size, config.length, seed)
+    if config.task == "language_modelling":
+        return Batches(*arguments, config.packing or "pack")
+    return (Instructions if config.task == "instruction" else Labelled)(*arguments)
+
+
+def open_tuning_source(config: TuningDataConfig, directory: str) -> Source:
+    """The documents that `config.name` stands for."""
+    keys = {field: getattr(config, field) for field in KEYS[config.task]}
+    if config.is_jsonl:
+        return jsonl_source(config.name, keys, config.validation)
+    if config.name == "documentation":
+        return documentation_source(directory)
+    if config.name == "stdlib":
+        from experiments.data.stdlib import stdlib_source
+
+        return stdlib_source(directory)
+    if config.name.startswith(("/", ".", "~")) or "://" in config.name:
+        prepared = os.path.isfile(os.path.join(os.path.expanduser(config.name), "dataset_info.json"))
+        if prepared or "://" in config.name:
+            return builder_source(directory_builder(config.name), keys)
+        if config.task != "language_modelling":
+            raise ValueError(
+                f"data.name={config.name!r}: a folder holds plain text; give a .jsonl file or a prepared TFDS dataset "
+                f"for data.task={config.task!r}"
+            )
+        return folder_source(config.name, config.file_pattern)
+    return builder_source(named_builder(config.name, directory), keys)

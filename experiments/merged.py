@@ -1,0 +1,105 @@
+"""The tuned model of a fine-tuning run as plain parameters: a base for further runs, or a folder for others.
+
+An exported folder is what `base.source` reads:
+
+    config.json     what the model is, as model.json in the folder of the run
+    checkpoints/    one step that holds "params" alone (experiments.checkpoint)
+"""
+
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+
+from experiments import bases, checkpoint, tuning_configuration
+from experiments.bases import Base
+from experiments.configuration import ConfigurationError
+from experiments.data.tokenizer import ByteTokenizer, make_tokenizer
+from experiments.data.tuning import TuningDataConfig
+from experiments.finetuning import MODEL, Model
+from experiments.models import huggingface
+from experiments.tuning_configuration import TuningConfig
+
+FORMATS = ("run", "huggingface")
+
+
+def merged_base(folder: pathlib.Path, values: dict) -> Base:
+    """The tuned model of the run in `folder`, whose config.json holds `values`."""
+    config = tuning_configuration.from_dict(values)
+    try:
+        description = json.loads((folder / MODEL).read_text())
+    except (OSError, ValueError) as error:
+        message = f"base.source={str(folder)!r}: no readable {MODEL}; let the run begin first"
+        raise ConfigurationError(message) from error
+    base = bases.open_base(config.base, config.run.seed)
+    model = Model(config, base, tuple(description["classes"]))
+    return Base(
+        source=str(folder),
+        config=model.config,
+        read=lambda sharding: _read(folder, config, model, sharding)[1],
+        tokenizer=description["tokenizer"],
+        classes=model.classes,
+        domain=TuningDataConfig(**description["domain"]),
+    )
+
+
+def _read(folder: pathlib.Path, config: TuningConfig, model: Model, sharding) -> tuple[int, Any]:
+    """(step, parameters) of the newest good checkpoint."""
+    parts, digest = model.parts, None
+    frozen: tuple = ()
+    if parts.needs_base:
+        params = model.base.read(sharding)
+        digest = bases.digest(params)
+        frozen = parts.cut_off(model.with_head(params, config.run.seed, sharding))
+    like = {name: tree for name, tree in parts.abstract.items() if name != "key"}
+    restored = bases.restored(folder, like, sharding)
+    if digest is not None and restored.extra["base"] != digest:
+        raise ConfigurationError(
+            f"base.source={config.base.source!r}: its parameters changed since {folder} was trained; restore them"
+        )
+    rest = {name: tree for name, tree in restored.tree.items() if name != "params"}
+    return restored.step, parts.merged(restored.tree["params"], rest, *frozen)
+
+
+def export(workdir, output, form: str) -> pathlib.Path:
+    """Write the tuned model of a run to the folder `output`: "run" for `base.source`, or "huggingface".
+
+    Raises:
+      ConfigurationError: `output` holds files, `workdir` no fine-tuning run with a checkpoint, or no family of
+        transformers has this model.
+    """
+    workdir, output = pathlib.Path(workdir), pathlib.Path(output)
+    if output.exists() and any(output.iterdir()):
+        raise ConfigurationError(f"--export={str(output)!r}: holds files; give another folder")
+    base = merged_base(workdir, json.loads((workdir / "config.json").read_text()))
+    if form == "huggingface" and (base.is_vit or base.classes):
+        raise ConfigurationError(
+            "--export_format='huggingface': writes language models; give 'run' for a vision transformer or a classifier"
+        )
+    params = base.read(jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    output.mkdir(parents=True, exist_ok=True)
+    if form == "huggingface":
+        _write_transformers(output, base, params)
+    else:
+        _write_run(output, json.loads((workdir / MODEL).read_text()), params)
+    return output
+
+
+def _write_run(output: pathlib.Path, description: dict, params) -> None:
+    checkpoints = checkpoint.Checkpoints(output / "checkpoints", say=lambda line: print(line, file=sys.stderr))
+    try:
+        checkpoints.save(0, {"params": params})
+    finally:
+        checkpoints.close()
+    checkpoint.write_json(output / "config.json", description)
+
+
+def _write_transformers(output: pathlib.Path, base: Base, params) -> None:
+    tokenizer = make_tokenizer(base.tokenizer)
+    ids = {f"{name}_token_id": getattr(tokenizer, name) for name in ("bos", "eos", "pad")}
+    huggingface.save(output, base.config, params, entries={name: n if n >= 0 else None for name, n in ids.items()})
+    if not isinstance(tokenizer, ByteTokenizer):
+        shutil.copyfile(pathlib.Path(base.tokenizer).expanduser(), output / "tokenizer.model")

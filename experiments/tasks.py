@@ -1,0 +1,220 @@
+"""What the loop of `experiments.training` trains: a `Task`; and the first of them, pre-training.
+
+The loop knows batches, updates, evaluations and checkpoints. A task says where the state comes from, what the loss is,
+what is evaluated, and what checkpoint and summary hold besides.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lowrank_jax as lr
+from experiments import optimizers, updates
+from experiments import workdir as folder
+from experiments.configuration import RunConfig
+from experiments.data import Dataset, ngram
+from experiments.models import llama
+from experiments.models.sampling import sample
+
+# Puts the rows of a host's batch on the devices.
+Place = Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
+
+
+class Task:
+    """One kind of training. A subclass sets the attributes in `__init__`, before any work, and fulfils the methods.
+
+    Attributes:
+      config: a name and the sections data (with batch_size), optimizer, schedule, checkpoint and run.
+      dataset: `dataset.train.batch(step, process, processes)` gives the rows of an update.
+      optimizer, rate: what updates "params", and its learning rate by update.
+      work: floating-point operations of an update, for the MFU.
+      exact: products are counted in float32.
+      abstract: shapes, dtypes and shardings of the state: "params" (what trains), "opt_state", and what the task adds.
+        All of it is saved, and donated to the update.
+      frozen: arguments of every update after state and batch; not saved.
+      evaluates_first: also before the first update.
+      rows, whole: shardings of batches and of everything else.
+    """
+
+    config: Any
+    dataset: Dataset
+    optimizer: optax.GradientTransformation
+    rate: Callable[[int], Any]
+    work: float
+    exact: bool
+    abstract: dict[str, Any]
+    frozen: tuple = ()
+    evaluates_first: bool = False
+
+    def __init__(self):
+        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        self.rows, self.whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
+
+    def headline(self) -> str:
+        """One line: what trains on what."""
+        raise NotImplementedError
+
+    def initial(self) -> dict[str, Any]:
+        """The state before the first update."""
+        raise NotImplementedError
+
+    def sums(self, params, batch, rest, *frozen):
+        """`updates.step`'s loss: (sum of weighted losses, sum of weights)."""
+        raise NotImplementedError
+
+    def evaluate(self, state, place: Place) -> tuple[dict[str, Any], str]:
+        """The figures of an evaluation, and a line that tells them."""
+        raise NotImplementedError
+
+    def summary(self, state, evaluations: list[dict]) -> dict[str, Any]:
+        """Entries of summary.json besides the loop's own; "sample" is also printed."""
+        raise NotImplementedError
+
+    def memory(self, compiled) -> list[dict]:
+        """Rows {"component", "bytes_formula", "bytes_measured"} of the ledger; clipping has no state."""
+        settings = dataclasses.replace(self.config.optimizer, clip_norm=None)
+        return list(lr.memory.ledger(self.optimizer_of(settings), self.abstract["params"], compiled).rows)
+
+    def optimizer_of(self, settings) -> optax.GradientTransformation:
+        """The optimizer that these settings describe."""
+        raise NotImplementedError
+
+    def update(self) -> Callable:
+        """`(state, batch, *frozen) -> (state, {"loss", "grad_norm", "tokens", "skipped"})`, to be compiled."""
+        accumulation, backprop = self.config.schedule.accumulation, self.config.optimizer.backprop
+        if backprop is None:
+            return updates.step(self.sums, self.optimizer, accumulation)
+        return updates.fused(self.sums, self.optimizer, accumulation, backprop)
+
+    def check(self, state) -> str | None:
+        """Before the first update, on one example: the projected gradient is the projection of the full one."""
+        if self.config.optimizer.backprop != "projected" or lr.plan(self.optimizer.projection) == "full":
+            return None
+        begin = time.perf_counter()
+        batch = {name: array[:1] for name, array in self.host_batch(0).items()}
+        share = 1.0 / max(float(batch["weights"].sum()), 1.0)
+        loss, taps = updates.projected_loss(self.sums, self.frozen), lr.taps(state["opt_state"])
+        lr.check_taps(loss, taps, state["params"], batch, share, tolerance=1e-3 if self.exact else 5e-2)
+        return f"projected gradients agree with the full ones ({time.perf_counter() - begin:.1f} s)"
+
+    def record(self) -> dict[str, tuple[Any, str, str]]:
+        """{key: (value, what changed, remedy)}: surroundings that a checkpoint notes and a resumed run must share."""
+        subject = f"data.name={self.config.data.name!r}: its tokens changed"
+        return {"data": (self.dataset.fingerprint, subject, "restore them, or give another workdir")}
+
+    def files(self) -> dict[str, Any]:
+        """{name: JSON} of what the run folder holds from the start."""
+        return {}
+
+    def host_batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's rows of an update."""
+        return self.dataset.train.batch(step, jax.process_index(), jax.process_count())
+
+    def evaluation_batches(self, part, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of `part`, as far as an evaluation goes: `limit` tokens, or run.evaluation_tokens."""
+        settings = self.config.run
+        size = settings.evaluation_batch_size or self.config.data.batch_size
+        limit = settings.evaluation_tokens if limit is None else limit
+        return part.evaluation(size, limit, jax.process_index(), jax.process_count())
+
+    def placed(self, shapes):
+        """Shapes with the sharding of everything but batches."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.whole), shapes)
+
+
+def without_weak_types(tree):
+    """Weak types, which a restored state cannot have, become ordinary ones."""
+    is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else jax.lax.convert_element_type(leaf, leaf.dtype), tree)
+
+
+def trigram_loss(config, dataset: Dataset, length: int) -> float:
+    """Loss of a trigram model of the training text on the tokens that the evaluation sees."""
+    tokens, limit = dataset.validation.tokens, config.run.evaluation_tokens
+    tokens = tokens if limit is None else tokens[: max(1, limit // length) * length + 1]
+    return ngram.trigram_loss(dataset.train.tokens, tokens, dataset.vocabulary_size)
+
+
+def sampled(config, tokenizer, model, params) -> str:
+    """Text drawn from a language model after `run.sample_prompt`."""
+    settings = config.run
+    prompt = tokenizer.encode(settings.sample_prompt)[-model.config.sequence_length :]
+    tokens = sample(
+        model,
+        params,
+        jnp.asarray(prompt, jnp.int32)[None],
+        settings.sample_tokens,
+        jax.random.key(settings.seed),
+        settings.temperature,
+    )
+    known = np.asarray(tokens[0])
+    return settings.sample_prompt + tokenizer.decode(known[known < tokenizer.vocabulary_size])
+
+
+class Pretraining(Task):
+    """A LLaMA from scratch, on text."""
+
+    def __init__(self, config: RunConfig):
+        super().__init__()
+        self.config, self.dataset = config, folder.open_dataset(config)
+        self.model = llama.Llama(config.model)
+        self.rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
+        self.optimizer = self.optimizer_of(config.optimizer)
+        data = config.data
+        self.work = llama.flops_per_token(config.model, data.sequence_length) * data.batch_size * data.sequence_length
+        self.exact = config.model.dtype == "float32"
+        self.abstract = self.placed(jax.eval_shape(self._initial, jax.random.key(0)))
+        self.evaluation_step = jax.jit(lambda params, batch: self.sums(params, batch, {}))
+
+    def headline(self):
+        parameters = llama.parameter_count(self.config.model)
+        name = self.config.optimizer.name
+        return f"{self.config.preset}: {parameters:,} parameters; {name}; {self.dataset.description}"
+
+    def optimizer_of(self, settings):
+        return optimizers.build(settings, self.rate, stacked=self.config.model.scan, seed=self.config.run.seed)
+
+    def _initial(self, key):
+        tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)
+        params = self.model.init(key, tokens)["params"]
+        return without_weak_types({"params": params, "opt_state": self.optimizer.init(params)})
+
+    def initial(self):
+        initial = jax.jit(self._initial, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
+        return initial(jax.random.key(self.config.run.seed))
+
+    def sums(self, params, batch, rest, *frozen):
+        return updates.loss_sums(self.model, params, batch)
+
+    def update(self):
+        accumulation, backprop = self.config.schedule.accumulation, self.config.optimizer.backprop
+        if backprop is None:
+            return updates.train_step(self.model, self.optimizer, accumulation)
+        return updates.fused_step(self.model, self.optimizer, accumulation, backprop)
+
+    def evaluate(self, state, place):
+        batches = map(place, self.evaluation_batches(self.dataset.validation))
+        found = updates.evaluate(self.evaluation_step, state["params"], batches)
+        return found, f"validation loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
+
+    def summary(self, state, evaluations):
+        config, last = self.config, evaluations[-1] if evaluations else {}
+        entries = {
+            "preset": config.preset,
+            "parameters": llama.parameter_count(config.model),
+            "validation_loss": last.get("loss"),
+            "perplexity": last.get("perplexity"),
+            "script_perplexity": last.get("script_perplexity"),
+            "trigram_loss": trigram_loss(config, self.dataset, config.data.sequence_length)
+            if config.run.trigram
+            else None,
+        }
+        if state is not None and config.run.sample_tokens:
+            entries["sample"] = sampled(config, self.dataset.tokenizer, self.model, state["params"])
+        return entries

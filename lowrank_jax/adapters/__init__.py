@@ -1,0 +1,84 @@
+"""Adapters: re-parameterisations of a frozen weight, each a frozen description of pure functions.
+
+>>> import jax, jax.numpy as jnp
+>>> import lowrank_jax as lr
+>>> params = {"dense": {"kernel": jnp.ones((8, 16))}}
+>>> adaptation = lr.adapt(params, lr.adapters.lora(rank=4), jax.random.key(0))
+>>> adaptation.trained
+96
+"""
+
+from lowrank_jax.adapters.adaptation import Adaptation
+from lowrank_jax.adapters.base import Adapter, Group, Op, Site, matrix_op
+from lowrank_jax.adapters.combination import combine
+from lowrank_jax.adapters.conversion import Conversion, absorb, to_lora
+from lowrank_jax.adapters.dora import dora
+from lowrank_jax.adapters.fourierft import fourierft
+from lowrank_jax.adapters.hira import hira
+from lowrank_jax.adapters.hosts import AdaptedKernel, Bound, attend, conv, embed
+from lowrank_jax.adapters.loha import loha
+from lowrank_jax.adapters.lora import gaussian, kaiming, lora, olora, orthogonal, pissa
+from lowrank_jax.adapters.miss import miss
+from lowrank_jax.adapters.named import candidate_ids, candidates, hot_swap, padded, weighted
+from lowrank_jax.adapters.oft import oft
+from lowrank_jax.adapters.pair_optimizers import altlora, altlora_plus, lora_plus, precondition_pairs, scaled_adamw
+from lowrank_jax.adapters.partition import join, partition
+from lowrank_jax.adapters.rules import ALL_LINEAR, Plan
+from lowrank_jax.adapters.shira import shira
+from lowrank_jax.adapters.specs import specs
+from lowrank_jax.adapters.tree import adapt, attach, effective, merge, unmerge
+from lowrank_jax.adapters.uni_lora import uni_lora
+from lowrank_jax.adapters.vera import vera
+
+__all__ = [
+    "ALL_LINEAR",
+    "Adaptation",
+    "AdaptedKernel",
+    "Adapter",
+    "Bound",
+    "Conversion",
+    "Group",
+    "Op",
+    "Plan",
+    "Site",
+    "absorb",
+    "adapt",
+    "altlora",
+    "altlora_plus",
+    "attach",
+    "attend",
+    "candidate_ids",
+    "candidates",
+    "combine",
+    "conv",
+    "dora",
+    "effective",
+    "embed",
+    "fourierft",
+    "gaussian",
+    "hira",
+    "hot_swap",
+    "join",
+    "kaiming",
+    "loha",
+    "lora",
+    "lora_plus",
+    "matrix_op",
+    "merge",
+    "miss",
+    "oft",
+    "olora",
+    "orthogonal",
+    "padded",
+    "partition",
+    "pissa",
+    "precondition_pairs",
+    "scaled_adamw",
+    "shira",
+    "specs",
+    "to_lora",
+    "uni_lora",
+    "unmerge",
+    "vera",
+    "weighted",
+]

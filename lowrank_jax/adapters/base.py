@@ -1,0 +1,318 @@
+"""What an adapter is: a map from a linear operator to a linear operator.
+
+An `Op` is what a host (dense, embedding, attend, convolution) does to its input, without bias, seen as one matrix
+`K (n, m)`. An `Adapter` is a frozen description of pure functions of arrays; what it trains and what it keeps frozen
+are dicts of arrays, one for each `Site` (a leaf of the parameter tree, one matrix or a stack of them) and one for each
+group of sites that share. It works on three levels, of which only the first is compulsory:
+
+1. `effective(site, kernel, p)`, the adapted matrix; for additive adapters its delta, `delta(site, p)`;
+2. `factors(site, p) -> (a (n, q), scale (q,), b (q, m))`, whose thin products replace the dense delta on every host;
+3. `wrap(op, site, p, key)`, for adapters that do better still (DoRA, OFT, MiSS).
+
+`p` holds the arrays of one matrix by name, trained and frozen alike, `p["scale"]` among them, and those of its group
+under `p["shared"]`. The kernel is asked for lazily: factors never read it, so a quantised one stays quantised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import sharding
+from lowrank_jax.matrices import DENSE, MatrixView, Shape
+
+Arrays = dict[str, Any]
+Factors = tuple[jax.Array, jax.Array, jax.Array]
+INPUTS = ("features", "indices", "windows", "transposed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A linear operator without bias: what a host does to its input x, as one matrix `K (n, m)`.
+
+    Attributes:
+      shape: (n, m).
+      contract: `(x, M (n, q)) -> (..., q)`, the host's input times another matrix, the host's way: `x @ M`, `M[ids]`, a
+        convolution. Products are counted in the dtype of x and summed in float32. Where `input` is "transposed" the
+        host computes `x Kᵀ`, and M has m rows.
+      kernel: `() -> K (n, m)`; asked for only where it is needed.
+      product: `x -> (..., m)`, the operator itself.
+      input: what x is: "features" (contract is `x @ M`), "indices", "windows" of a convolution, or "transposed".
+
+    >>> import jax.numpy as jnp
+    >>> op = matrix_op(jnp.ones((3, 4)))
+    >>> op(jnp.ones((2, 3))).shape
+    (2, 4)
+    """
+
+    shape: Shape
+    contract: Callable[[Any, jax.Array], jax.Array]
+    kernel: Callable[[], jax.Array]
+    product: Callable[[Any], jax.Array]
+    input: str = "features"
+
+    def __call__(self, x: Any) -> jax.Array:
+        return self.product(x)
+
+    def thin(self, x: Any, factors: Factors) -> jax.Array:
+        """`x a diag(scale) b`, or `x bᵀ diag(scale) aᵀ` for a transposed host; no dense delta is formed."""
+        a, scale, b = factors
+        if self.input == "transposed":
+            a, b = b.T, a.T
+        low = self.contract(x, a) * scale
+        compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else low.dtype
+        return product(low.astype(compute), b)
+
+    def plus(self, forward: Callable[[Any], jax.Array], delta: Callable[[], jax.Array]) -> Op:
+        """This operator plus another: `forward(x)` in the product, `delta()` in the kernel."""
+        return dataclasses.replace(
+            self, product=lambda x: self(x) + forward(x), kernel=lambda: self.kernel() + delta()
+        )
+
+    def replaced(self, kernel: Callable[[], jax.Array]) -> Op:
+        """The host's product with another kernel, which is formed again in the backward pass rather than kept."""
+
+        def product(x):
+            return jax.checkpoint(lambda x: self.contract(x, self.as_factor(kernel())))(x)
+
+        return dataclasses.replace(self, product=product, kernel=kernel)
+
+    def as_factor(self, kernel: jax.Array) -> jax.Array:
+        """A kernel in the orientation that `contract` wants."""
+        return kernel.T if self.input == "transposed" else kernel
+
+
+def product(x: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array:
+    """`x (..., n) @ matrix (n, q)`, counted in the dtype of x and summed in float32 (float64 where x is)."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    axes = (((x.ndim - 1,), (0,)), ((), ()))
+    matrix, place = matrix.astype(x.dtype), None
+    left, right = sharding.explicit_spec(x), sharding.explicit_spec(matrix)
+    if left is not None and right is not None:
+        # on an explicit mesh: a sum over a sharded axis is whole, and an axis of the mesh that x uses stays with x
+        free = sharding.batch_axes(left, x.ndim - 1).isdisjoint(sharding.batch_axes(right[1:], 1))
+        place = jax.sharding.PartitionSpec(*left[:-1], right[1] if free else None)
+    return jax.lax.dot_general(x, matrix, axes, precision=precision, preferred_element_type=wide, out_sharding=place)
+
+
+def matrix_op(kernel: jax.Array) -> Op:
+    """The operator of a bare matrix `(n, m)`: `x @ kernel`."""
+    return Op(kernel.shape, product, lambda: kernel, lambda x: product(x, kernel))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+    """One leaf that is adapted, with everything that fixes the shapes of its arrays.
+
+    Attributes:
+      path: "/"-joined path of the leaf.
+      shape: its shape.
+      view: which axes are rows (inputs), columns (outputs) and batch.
+      rank: r; of several ranks in a stack the largest, the others are padded and masked by `scale`. 0 without rank.
+      lookup: the leaf is an embedding `(V, d)`, whose rows are looked up.
+      group: name of the sites that share what is shared.
+      bank: the largest (n, m) of the group.
+
+    >>> site = Site(path="q/kernel", shape=(3, 16, 4, 8), view=MatrixView(batch=(0,), rows=(1,), cols=(2, 3)), rank=2)
+    >>> site.lead, site.n, site.m, site.count
+    ((3,), 16, 32, 3)
+    """
+
+    path: str = ""
+    shape: Shape
+    view: MatrixView = DENSE
+    rank: int = 0
+    lookup: bool = False
+    group: str = ""
+    bank: tuple[int, int] = (0, 0)
+
+    @property
+    def lead(self) -> Shape:
+        """Sizes of the batch axes."""
+        return self.view.matrix_shape(self.shape)[:-2]
+
+    @property
+    def n(self) -> int:
+        """Rows of one matrix: inputs."""
+        return self.view.matrix_shape(self.shape)[-2]
+
+    @property
+    def m(self) -> int:
+        """Columns of one matrix: outputs."""
+        return self.view.matrix_shape(self.shape)[-1]
+
+    @property
+    def count(self) -> int:
+        """How many matrices the leaf holds."""
+        return math.prod(self.lead)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """The sites of one adaptation that share, in the order that is part of a checkpoint.
+
+    Attributes:
+      sites: by path.
+      order: `((path, index along the flattened batch axes), ...)`.
+      ranks: of those matrices whose rank is not that of their site, 0 for one that is left out.
+    """
+
+    sites: dict[str, Site]
+    order: tuple[tuple[str, int], ...]
+    ranks: Mapping[tuple[str, int], int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def matrices(self) -> tuple[tuple[str, int, Site], ...]:
+        """`((path, index, site with the matrix's own rank), ...)` in order, without those that are left out."""
+        found = [(*entry, self.ranks.get(entry, self.sites[entry[0]].rank)) for entry in self.order]
+        return tuple((path, i, dataclasses.replace(self.sites[path], rank=r)) for path, i, r in found if r)
+
+    @property
+    def bank(self) -> tuple[int, int]:
+        """The largest n and m."""
+        return max(site.n for site in self.sites.values()), max(site.m for site in self.sites.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Base of the adapters: frozen numbers, pure functions of one matrix.
+
+    Class attributes, which a family sets:
+      ranked: it has a rank, and its `scale` is a vector (r,); else a scalar ().
+      reads_kernel: `init_site` wants the kernel.
+      axes: of each array, what its own axes lie along: "rows" or "cols" of the kernel, the "rank", or None. Shardings
+        follow the first two, padding of ranks the third; axes of arrays that are not named here are none of them.
+
+    Attributes:
+      group: sites whose adapters are equal share what is shared; different groups keep it apart.
+    """
+
+    group: str = ""
+
+    ranked: ClassVar[bool] = False
+    reads_kernel: ClassVar[bool] = False
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+
+    @property
+    def kind(self) -> str:
+        """The family's name, for reports and groups."""
+        return type(self).__name__.lower()
+
+    def validate(self, site: Site) -> None:
+        """ValueError, naming path, value and remedy, where a site does not fit."""
+
+    def scaling(self, rank: int) -> float:
+        """The number that `scale` starts from: alpha / r and its like."""
+        del rank
+        return 1.0
+
+    def init_shared(self, key: jax.Array, group: Group) -> tuple[Arrays, Arrays, dict[str, Arrays]]:
+        """`(trained, frozen, {path: frozen arrays of that site, batch axes in front})` of a group."""
+        del key, group
+        return {}, {}, {}
+
+    def init_site(self, key: jax.Array, site: Site, kernel: jax.Array | None, given: Arrays) -> tuple[Arrays, Arrays]:
+        """`(trained, frozen)` arrays of one matrix.
+
+        Args:
+          key: of this matrix.
+          site: which.
+          kernel: `(n, m)` float32 where `reads_kernel`, else None.
+          given: `scale`, `shared`, what `init_shared` made for this matrix, and statistics under "stats".
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say how its arrays start")
+
+    def factors(self, site: Site, p: Arrays) -> Factors | None:
+        """`(a (n, q), scale (q,), b (q, m))` with `delta = a diag(scale) b`; None where the delta is not thin."""
+        del site, p
+        return None
+
+    def delta(self, site: Site, p: Arrays) -> jax.Array:
+        """`(n, m)`, what is added to the kernel; by default the product of the factors."""
+        found = self.factors(site, p)
+        if found is None:
+            raise TypeError(f"{type(self).__name__} has no additive delta; effective() gives the whole matrix")
+        a, scale, b = found
+        return (a * scale) @ b
+
+    def effective(self, site: Site, kernel: jax.Array, p: Arrays) -> jax.Array:
+        """`(n, m)`, the adapted matrix; by default `kernel + delta`."""
+        return kernel + self.delta(site, p)
+
+    def remove(self, site: Site, kernel: jax.Array, p: Arrays) -> jax.Array:
+        """The inverse of `effective`: the kernel from the adapted matrix, up to rounding."""
+        if type(self).effective is not Adapter.effective:
+            raise ValueError(
+                f"{site.path!r}: {type(self).__name__} cannot be taken out of a merged kernel by arithmetic; pass the "
+                "parameters from before the merge as base="
+            )
+        return kernel - self.delta(site, p)
+
+    def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
+        """The adapted operator. `key` draws dropout of the factors' input, at the rate `dropout` of a family that has
+        one; None is deterministic."""
+        found, rate = self.factors(site, p), getattr(self, "dropout", 0.0)
+        if found is None:
+            return op.replaced(lambda: self.effective(site, op.kernel(), p))
+        return op.plus(lambda x: op.thin(dropout(x, rate, key), found), lambda: self.delta(site, p))
+
+    def apply(self, x: jax.Array, kernel: jax.Array, p: Arrays, key: jax.Array | None = None) -> jax.Array:
+        """`x (..., n)` times the adapted `kernel (n, m)`, for one bare matrix."""
+        return self.wrap(matrix_op(kernel), self.site(kernel.shape), p, key)(x)
+
+    def site(self, shape: Shape, path: str = "") -> Site:
+        """The site of a bare `(n, m)` matrix."""
+        return Site(shape=tuple(shape), path=path, rank=getattr(self, "rank", 0), bank=(shape[-2], shape[-1]))
+
+    def start(self, key: jax.Array, kernel: jax.Array, **stats: Any) -> Arrays:
+        """All arrays of one bare `kernel (n, m)` as `apply` and `effective` want them, in one dict.
+
+        >>> import jax, jax.numpy as jnp
+        >>> import lowrank_jax as lr
+        >>> lora, kernel = lr.adapters.lora(rank=2), jnp.ones((4, 6))
+        >>> p = lora.start(jax.random.key(0), kernel)
+        >>> lora.apply(jnp.ones((3, 4)), kernel, p).shape, p["a"].shape
+        ((3, 6), (4, 2))
+        """
+        site = self.site(kernel.shape)
+        self.validate(site)
+        keys = jax.random.split(key)
+        train, fixed, sites = self.init_shared(keys[0], Group(sites={"": site}, order=(("", 0),)))
+        scale = jnp.full((site.rank,) if self.ranked else (), self.scaling(site.rank or 1), jnp.float32)
+        given = {"scale": scale, "shared": train | fixed, **sites.get("", {})}
+        train, fixed = self.init_site(keys[1], site, kernel.astype(jnp.float32), given | {"stats": stats})
+        return given | fixed | train
+
+    def count(self, site: Site) -> int:
+        """Trained numbers of one matrix of a site, the shared ones aside."""
+        raise NotImplementedError(f"{type(self).__name__} must count its arrays")
+
+    def shared_count(self, group: Group) -> int:
+        """Trained numbers that the sites of a group share."""
+        del group
+        return 0
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; x itself without a key or a rate, and for indices."""
+    if key is None or rate == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def check_rate(rate: float, field: str = "dropout") -> None:
+    """ValueError unless 0 <= rate < 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{field}={rate} must be at least 0 and below 1")
+
+
+def check_positive(field: str, value: Any) -> None:
+    """ValueError unless a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field}={value!r} must be a positive integer (put it in static_args under tracing)")

@@ -1,0 +1,294 @@
+"""From any adapter to plain LoRA: exactly where it has factors, else by the SVD of what it adds.
+
+Families with `factors` are pairs already (LoRA, Uni-LoRA, VeRA, ...); starts from the kernel (PiSSA, OLoRA) have the
+offset as further factors, so they are pairs of rank 2 r against the kernel as it was. All others change the kernel by a
+full matrix `effective(K) - K`, of which a truncated SVD is kept. To a smaller rank a pair goes by LoRA-Squeeze (two QR
+factorisations and the SVD of the core), and the product is never formed.
+
+The singular values are split evenly over both factors; PEFT puts them on B, which is the same product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from lowrank_jax import linalg
+from lowrank_jax.adapters.adaptation import Adaptation
+from lowrank_jax.adapters.base import Adapter, Site, check_positive
+from lowrank_jax.adapters.lora import Lora
+from lowrank_jax.adapters.rules import Matrices, chosen_rows
+from lowrank_jax.adapters.tree import matrices_of
+from lowrank_jax.resolution import is_node, leaves_with_metadata, path_of
+
+HOW = ("as it is", "SVD of the product", "SVD of the difference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Thin:
+    """Factors of the matrices of a site, `a diag(scale) b`, and which of their q components are of a matrix's own rank.
+
+    Attributes:
+      a, scale, b: `(batch..., n, q)`, `(batch..., q)`, `(batch..., q, m)`.
+      own: `(batch..., q)`, known without any array.
+    """
+
+    a: jax.Array
+    scale: jax.Array
+    b: jax.Array
+    own: np.ndarray
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """`(batch...)`, the rank of each matrix."""
+        return self.own.sum(axis=-1)
+
+    def scaled(self) -> tuple[jax.Array, jax.Array]:
+        """`a` and `diag(scale) b`."""
+        return self.a, self.scale[..., None] * self.b
+
+    def compact(self) -> Thin:
+        """The components of a matrix's own rank in front, and no more of the others than the largest rank wants."""
+        cut = max(int(self.ranks.max()), 1)
+        order = np.argsort(~self.own, axis=-1, kind="stable")[..., :cut]
+        if (order == np.arange(cut)).all():
+            return Thin(self.a[..., :cut], self.scale[..., :cut], self.b[..., :cut, :], self.own[..., :cut])
+        return Thin(
+            jnp.take_along_axis(self.a, order[..., None, :], axis=-1),
+            jnp.take_along_axis(self.scale, order, axis=-1),
+            jnp.take_along_axis(self.b, order[..., None], axis=-2),
+            np.take_along_axis(self.own, order, axis=-1),
+        )
+
+
+def factors_of(adaptation: Adaptation, path: str) -> Thin | None:
+    """The factors of a site, or None where its adapter has none."""
+    adapter, site = adaptation.plan.by_path[path]
+    arrays = adaptation.arrays(path)
+    shared = arrays.pop("shared")
+
+    def one(own):
+        return adapter.factors(site, own | {"shared": shared})
+
+    for _ in site.lead:
+        one = jax.vmap(one)
+    found = one(arrays)
+    if found is None:
+        return None
+    a, scale, b = found
+    q, ranks = a.shape[-1], np.reshape(dict(adaptation.matrices)[path].ranks, (*site.lead, 1))
+    # an offset repeats the components: those of the adapter's rank, then those of its start
+    position = np.arange(q) % site.rank if site.rank and q % site.rank == 0 else np.zeros(q, int)
+    return Thin(a, scale, b, np.broadcast_to(position < ranks, (*site.lead, q)))
+
+
+def lora_of(
+    like: Adaptation, parts: Mapping[str, tuple[Site, jax.Array, jax.Array, np.ndarray, float]], name: str
+) -> Adaptation:
+    """Plain LoRA with scale 1 from `{path: (site, a (batch..., n, r), b (batch..., r, m), own ranks, dropout)}`."""
+    sites, adapters, matrices = [], [], {}
+    groups: dict[Lora, str] = {}
+    train: dict[str, Any] = {"shared": {}, "sites": {}, "whole": dict(like.train["whole"])}
+    fixed: dict[str, Any] = {"shared": {}, "sites": {}}
+    for path, (site, a, b, ranks, dropout) in parts.items():
+        rank = a.shape[-1]
+        adapter = Lora(rank=rank, alpha=float(rank), dropout=dropout)
+        group = groups.setdefault(adapter, "lora" + (f"_{len(groups)}" if groups else ""))
+        site = dataclasses.replace(site, rank=rank, group=group)
+        own = tuple(int(r) for r in ranks.reshape(-1))
+        matrices[path] = Matrices(ranks=own, alphas=tuple(float(r) for r in own))
+        sites.append(site)
+        adapters.append(adapter)
+        train["sites"][path] = {"a": a.astype(jnp.float32), "b": b.astype(jnp.float32)}
+        fixed["sites"][path] = {"scale": matrices[path].scale(adapter, site)}
+    order = tuple((site.path, index) for site in sites for index in range(site.count))
+    given = [entry for entry in like.plan.order if entry in set(order)]
+    plan = dataclasses.replace(
+        like.plan, name=name, sites=tuple(sites), adapters=tuple(adapters), whole=tuple(train["whole"]),
+        order=tuple(given + [entry for entry in order if entry not in set(given)]), candidates=(),
+    )  # fmt: skip
+    return Adaptation(train, fixed, plan.banked(), tuple(matrices.items()))
+
+
+def truncated(
+    svd: tuple[jax.Array, jax.Array, jax.Array], limit: np.ndarray, energy: float | None
+) -> tuple[jax.Array, jax.Array, np.ndarray, jax.Array]:
+    """`(a, b, ranks, relative errors)` of SVDs `(batch..., n, p)`, `(batch..., p)`, `(batch..., p, m)`.
+
+    Args:
+      svd: u, s, vt.
+      limit: `(batch...)`, the largest rank of each matrix.
+      energy: share of the squared singular values that is enough, or None.
+    """
+    u, s, vt = svd
+    ranks = np.minimum(limit, s.shape[-1])
+    if energy is not None:
+        if isinstance(s, jax.core.Tracer):
+            raise ValueError("energy: the ranks depend on values and fix shapes; call this outside jit, or give rank=")
+        ranks = np.minimum(ranks, np.asarray(linalg.rank_for_energy(s, energy)))
+    size = max(int(ranks.max()), 1)
+    kept = np.arange(s.shape[-1]) < ranks[..., None]
+    root = jnp.sqrt(jnp.where(kept, s, 0))[..., :size]
+    shares = s / jnp.where(s[..., :1] == 0, 1, s[..., :1])
+    total = jnp.linalg.norm(shares, axis=-1)
+    errors = jnp.linalg.norm(jnp.where(kept, 0, shares), axis=-1) / jnp.where(total == 0, 1, total)
+    return u[..., :size] * root[..., None, :], root[..., None] * vt[..., :size, :], ranks, errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What `to_lora` did to each site: how, to which ranks, and the relative Frobenius error of each matrix's delta.
+
+    Attributes:
+      how: by path, one of "as it is", "SVD of the product", "SVD of the difference".
+      ranks: by path, `(batch...)`.
+      errors: by path, `(batch...)`.
+    """
+
+    how: dict[str, str]
+    ranks: dict[str, np.ndarray]
+    errors: dict[str, jax.Array]
+
+    def __str__(self) -> str:
+        rows = [("leaf", "how", "rank", "largest error")]
+        for path, how in self.how.items():
+            low, high = int(self.ranks[path].min()), int(self.ranks[path].max())
+            rank = str(low) if low == high else f"{low} to {high}"
+            rows.append((path, how, rank, f"{float(jnp.max(self.errors[path])):.3g}"))
+        widths = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
+        lines = ["".join(c.ljust(w) for c, w in zip(row, widths, strict=False)) + row[3] for row in rows]
+        return "\n".join(lines)
+
+
+def to_lora(
+    params: Any, adaptation: Adaptation, *, rank: int | None = None, energy: float | None = None
+) -> tuple[Adaptation, Conversion]:
+    """The adaptation as plain LoRA on the same `params`, with alpha = r, and what that cost.
+
+    Adapters with factors are taken as they are, exactly, unless a smaller rank or an energy is asked for; the others by
+    a truncated SVD of `effective(K) - K`. Starts from the kernel give rank 2 r, against the kernel as it was. Weights
+    and masks are worked in; leaves trained whole go along.
+
+    Args:
+      params: the tree that the adaptation belongs to; read where an adapter has no factors.
+      adaptation: of any families.
+      rank: at most this; a matrix whose delta has fewer components keeps those.
+      energy: the smallest rank of each matrix that keeps this share of its squared singular values; ranks differ, and
+        are padded within a stack. With `rank` the smaller counts.
+
+    Raises:
+      ValueError: for an adapter without factors when neither is given; for an energy outside (0, 1] or under tracing;
+        for a leaf that is not there.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
+    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2, init="pissa"), jax.random.key(1))
+    >>> lora, report = to_lora(params, adaptation)
+    >>> print(report)
+    leaf    how       rank  largest error
+    kernel  as it is  4     0
+    """
+    chosen_rows([adaptation.plan], None)
+    if rank is not None:
+        check_positive("rank", rank)
+    nodes = {path: node for path, node, _ in leaves_with_metadata(params)}
+    parts, how, ranks, errors = {}, {}, {}, {}
+    for path, (adapter, site) in adaptation.plan.by_path.items():
+        a, b, ranks[path], errors[path], how[path] = _pair_of(nodes, adaptation, adapter, site, rank, energy)
+        parts[path] = (site, a, b, ranks[path], float(getattr(adapter, "dropout", 0.0)))
+    return lora_of(adaptation, parts, adaptation.plan.name), Conversion(how, ranks, errors)
+
+
+def _pair_of(nodes: Mapping[str, Any], adaptation: Adaptation, adapter: Adapter, site: Site, rank: Any, energy: Any):
+    """`(a, b, ranks, errors, how)` of one site."""
+    thin = factors_of(adaptation, site.path)
+    if thin is not None:
+        thin = thin.compact()
+        a, b = thin.scaled()
+        if energy is None and (rank is None or thin.ranks.max() <= rank):
+            return a, b, thin.ranks, jnp.zeros(site.lead), HOW[0]
+        limit = thin.ranks if rank is None else np.minimum(thin.ranks, rank)
+        b = jnp.where(thin.own[..., None], b, 0)
+        return (*truncated(linalg.svd_of_product(a, b), limit, energy), HOW[1])
+    if rank is None and energy is None:
+        raise ValueError(
+            f"{site.path!r}: {type(adapter).__name__} has no factors, so its delta has no rank of its own; give rank= "
+            "or energy="
+        )
+    if site.path not in nodes or tuple(nodes[site.path].shape) != site.shape:
+        raise ValueError(f"adapted leaf {site.path!r}, {site.shape}, is not in params; give the tree that adapt saw")
+    arrays = adaptation.arrays(site.path)
+    shared = arrays.pop("shared")
+
+    def one(layer):
+        kernel, own = layer
+        delta = adapter.effective(site, kernel, own | {"shared": shared}) - kernel
+        return linalg.truncated_svd(delta, min(site.n, site.m))
+
+    svd = over_matrices(one, site, (matrices_of(nodes[site.path], site), arrays))
+    full = min(site.n, site.m) if rank is None else rank
+    own = np.reshape(dict(adaptation.matrices)[site.path].ranks, site.lead) > 0
+    return (*truncated(svd, np.where(own, full, 0), energy), HOW[2])
+
+
+def over_matrices(function: Callable, site: Site, trees: Any) -> Any:
+    """`function(trees of one matrix)` of every matrix of a site, one after the other, so that a large stack fits."""
+    if not site.lead:
+        return function(trees)
+    flat = jax.tree.map(lambda x: x.reshape(site.count, *x.shape[len(site.lead) :]), trees)
+    return jax.tree.map(lambda x: x.reshape(*site.lead, *x.shape[1:]), jax.lax.map(function, flat))
+
+
+def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
+    """Writes the offsets of PiSSA-like starts into the kernels, `K - s a0 b0`, as the papers do, and drops them.
+
+    The function stays as it was, and the adapter is then plain LoRA on *another* base: `merge`, `to_lora` and files
+    made from the result refer to the parameters returned here, and `s` must be what it was (a weight of 0 is the base
+    without its principal part). Computed in float32 and rounded to the leaf's dtype: a bfloat16 kernel loses what the
+    offset kept as data, up to 2**-9 of each entry, and int8 or NF4 kernels are quantised anew. The way back is the
+    adaptation that was given here, which has the same layout: `before.replace(train=after.train)` is the trained state
+    against the original parameters, and `to_lora` of that is the LoRA of rank 2 r that others can load.
+
+    Raises:
+      ValueError: if there is no offset; for a quantised leaf that cannot be requantised.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
+    >>> before = lr.adapt(params, lr.adapters.lora(rank=2, init="pissa"), jax.random.key(1))
+    >>> residual, after = absorb(params, before)
+    >>> jnp.linalg.matrix_rank(residual["kernel"]).item(), sorted(after.fixed["sites"]["kernel"])
+    (4, ['scale'])
+    """
+    chosen_rows([adaptation.plan], None)
+    sites = adaptation.fixed["sites"]
+    offsets = {path: arrays for path, arrays in sites.items() if {"a0", "b0"} <= set(arrays)}
+    if not offsets:
+        raise ValueError(f"{adaptation.plan.name!r} has no offset a0, b0: there is nothing that could be absorbed")
+
+    def place(keys, node):
+        path = path_of(keys)
+        if path not in offsets:
+            return node
+        site, own = adaptation.plan.by_path[path][1], offsets[path]
+        array = meta.unbox(node)
+        if hasattr(array, "dequantize") and not hasattr(array, "requantize"):
+            raise ValueError(f"{path!r}: {type(array).__name__} has no requantize; keep the offset as data beside it")
+        rest = matrices_of(array, site) - jnp.matmul(own["a0"] * own["scale"][..., None, :], own["b0"])
+        whole = site.view.from_matrices(rest, tuple(array.shape))
+        whole = array.requantize(whole) if hasattr(array, "requantize") else whole.astype(array.dtype)
+        return node.replace_boxed(whole) if isinstance(node, meta.AxisMetadata) else whole
+
+    missing = set(offsets) - {path for path, _, _ in leaves_with_metadata(params)}
+    if missing:
+        raise ValueError(f"adapted leaves {sorted(missing)} are not in params; give the tree that adapt saw")
+    left = {path: {name: x for name, x in own.items() if name not in ("a0", "b0")} for path, own in sites.items()}
+    absorbed = jax.tree_util.tree_map_with_path(place, params, is_leaf=is_node)
+    return absorbed, adaptation.replace(fixed=adaptation.fixed | {"sites": left})

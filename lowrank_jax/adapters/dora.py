@@ -1,0 +1,96 @@
+"""DoRA: a direction by LoRA and a trained magnitude for each output (Liu et al. 2024, arXiv:2402.09353).
+
+    K' = (K + s a b) diag(magnitude / |K + s a b|),   |.| the norm of each column, magnitude = |K| at the start
+
+The norm is a constant of the backward pass, as in section 4.3 of the paper and in PEFT. It is found without the dense
+delta, by one thin product with the kernel a step:
+
+    |K + s a b|² = |K|² + 2 s Σ (Kᵀa ⊙ bᵀ) + s² Σ (bᵀ(aᵀa) ⊙ bᵀ)
+
+Biases are not scaled. Convolutions take the norm over the window and input channels, embeddings over the vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import sharding
+from lowrank_jax.adapters.base import Arrays, Factors, Op, Site, dropout, product
+from lowrank_jax.adapters.lora import Lora
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dora(Lora):
+    """DoRA.
+
+    Args: those of `lora`, except starts from the kernel, with an offset that would change the norm's meaning.
+
+    Trains `r (n + m) + m` numbers. A matrix whose `scale` is all zero (a layer left out, a weight of 0) is the kernel
+    as it was. With dropout the base term sees the dropped input too, as in PEFT.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> kernel = jax.random.normal(jax.random.key(0), (8, 16))
+    >>> dora = lr.adapters.dora(rank=2)
+    >>> p = dora.start(jax.random.key(1), kernel)
+    >>> bool(jnp.allclose(dora.effective(dora.site(kernel.shape), kernel, p), kernel, atol=1e-6))
+    True
+    """
+
+    reads_kernel: ClassVar[bool] = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = Lora.axes | {"magnitude": ("cols",)}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.start_of.offset:
+            raise ValueError(f"init={self.init!r} subtracts an offset from the kernel; DoRA starts from 'kaiming'")
+
+    def init_site(self, key, site, kernel, given):
+        train, fixed = super().init_site(key, site, kernel, given)
+        return train | {"magnitude": jnp.linalg.norm(kernel, axis=0)}, fixed
+
+    def factors(self, site: Site, p: Arrays) -> Factors | None:
+        del site, p
+        return None
+
+    def gain(self, kernel: jax.Array, p: Arrays) -> jax.Array:
+        """`magnitude / |K + s a b|` of each column, with a constant norm; 1 where the adapter is off."""
+        a, b, scale = (jax.lax.stop_gradient(p[name]) for name in ("a", "b", "scale"))
+        kernel, a = jax.lax.stop_gradient(kernel).astype(jnp.float32), a * scale
+        cross = jnp.sum(product(kernel.T, a) * b.T, axis=1)
+        square = jnp.sum((product(b.T, product(a.T, a)) * b.T), axis=1)
+        norm = jnp.sqrt(jnp.maximum(jnp.sum(kernel * kernel, axis=0) + 2 * cross + square, 1e-30))
+        gain = jnp.where(jnp.any(p["scale"] != 0), p["magnitude"] / norm, 1.0)
+        # whole on an explicit mesh, whose rows may use the axis along which the columns are sharded
+        return sharding.reshard(gain, None if sharding.explicit_spec(gain) is None else (None,))
+
+    def effective(self, site, kernel, p):
+        del site
+        return (kernel + (p["a"] * p["scale"]) @ p["b"]) * self.gain(kernel, p)
+
+    def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
+        found = (p["a"], p["scale"], p["b"])
+
+        def product(x):
+            gain, dropped = self.gain(op.kernel(), p), dropout(x, self.dropout, key)
+            if op.input == "transposed":  # the columns of K are inputs here
+                scaled = (dropped * gain).astype(x.dtype)
+                base = scaled if dropped is x else (x + dropped * (gain - 1)).astype(x.dtype)
+                return op(base) + op.thin(scaled, found)
+            if dropped is x:
+                return gain * (op(x) + op.thin(x, found))
+            return op(x) + (gain - 1) * op(dropped) + gain * op.thin(dropped, found)
+
+        return dataclasses.replace(
+            op, product=product, kernel=lambda: self.effective(site, op.kernel(), p)
+        )
+
+    def count(self, site):
+        return super().count(site) + site.m
+
+
+dora = Dora

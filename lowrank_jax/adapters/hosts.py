@@ -1,0 +1,352 @@
+"""Kernels with adapters, and the hosts that multiply by them.
+
+`attach(params, adaptation)` puts an `AdaptedKernel` in the place of each adapted leaf. `lr.matmul`, `lr.einsum` and
+`lr.dot_general` take it as they take an array; `embed`, `attend` and `conv` here are the other hosts. The Flax skins
+call the same functions from inside a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from lowrank_jax.adapters.base import Adapter, Op, Site, product
+from lowrank_jax.matrices import MatrixView
+from lowrank_jax.products import Layout, decoding, dense
+
+
+class RawKernelError(ValueError, AttributeError):
+    """A kernel with adapters is read as a bare array, past its adapters."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(eq=False)
+class Outside:
+    """A value that goes into a model beside its parameters: without batch axes, a scan over a leaf must not slice it.
+
+    It is static, and equal to itself alone, so that what a nested jit traced with one value is not used for another.
+    """
+
+    value: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """One adapter of one leaf, with its arrays.
+
+    Attributes:
+      arrays: of the site, trained and frozen, with the leaf's batch axes in front; behind those an axis of candidates,
+        where rows choose among several adapters.
+      shared: of the group, without batch axes; within a Flax model an `Outside` of them.
+      keys: random keys `(batch...)` for dropout, or None.
+      ids: None, or which candidate each row of the input takes, `(batch..., rows)`; -1 is none.
+      adapter, site: static.
+    """
+
+    arrays: dict[str, Any]
+    shared: Any
+    keys: jax.Array | None
+    ids: jax.Array | None
+    adapter: Adapter = dataclasses.field(metadata={"static": True})
+    site: Site = dataclasses.field(metadata={"static": True})
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """What is shared, wherever it is."""
+        return self.shared.value if isinstance(self.shared, Outside) else self.shared
+
+    def wrap(self, op: Op) -> Op:
+        """The operator with this adapter."""
+        return self.adapter.wrap(op, self.site, self.arrays | {"shared": self.group}, self.keys)
+
+    def effective(self, kernel: jax.Array) -> jax.Array:
+        """The matrix with this adapter."""
+        return self.adapter.effective(self.site, kernel, self.arrays | {"shared": self.group})
+
+    def boxed(self, box: Any) -> Bound:
+        """This adapter with its arrays in boxes like that of its leaf, if that is in one that names its axes."""
+        names = getattr(box, "names", None) if isinstance(box, meta.AxisMetadata) else None
+        if names is None:
+            return self
+        own = lambda name, x: axis_names(self.adapter, self.site, name, len(x.shape), names)  # noqa: E731
+        return dataclasses.replace(
+            self, arrays={name: box.replace(value=x, names=own(name, x)) for name, x in self.arrays.items()}
+        )
+
+    def of_row(self, number: jax.Array, row: jax.Array) -> Bound:
+        """What one row sees: its candidate, where there is a choice, and dropout of its own."""
+        keys = None if self.keys is None else jax.random.fold_in(self.keys, row)
+        if self.ids is None:
+            return dataclasses.replace(self, keys=keys)
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(number, 0), keepdims=False)  # noqa: E731
+        arrays, shared = jax.tree.map(take, (self.arrays, self.group))
+        # a number that no candidate has would silently be the last one
+        weight = jnp.where(number < self.arrays["scale"].shape[0], number >= 0, jnp.nan)
+        return dataclasses.replace(
+            self, arrays=arrays | {"scale": arrays["scale"] * weight}, shared=shared, keys=keys, ids=None
+        )
+
+
+def axis_names(adapter: Adapter, site: Site, array: str, ndim: int, names: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Names or partition entries of the axes of one array of a site, from those of its leaf: `a (in, None)`.
+
+    A side folded from several axes is named as the first of them.
+    """
+    names = (*names, *[None] * (len(site.shape) - len(names)))
+    along: dict[str | None, Any] = {"rows": names[site.view.rows[0]], "cols": names[site.view.cols[0]]}
+    lead, own = [names[axis] for axis in site.view.batch], adapter.axes.get(array, ())
+    return (*lead, *[None] * (ndim - len(lead) - len(own)), *(along.get(axis) for axis in own))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdaptedKernel:
+    """A kernel that is given to a loss together with its adapters, in the order in which they act.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> params = {"kernel": jnp.ones((4, 6))}
+    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
+    >>> lr.matmul(jnp.ones((3, 4)), lr.attach(params, adaptation)["kernel"]).shape
+    (3, 6)
+    """
+
+    kernel: Any
+    bound: tuple[Bound, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.kernel.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.kernel.shape)
+
+    def __jax_array__(self) -> jax.Array:
+        raise self.raw("is read as an array")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise self.raw("is indexed")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "bound":
+            raise AttributeError(name)
+        raise self.raw(f"is asked for .{name}")
+
+    def raw(self, what: str) -> RawKernelError:
+        """The error of a use that would pass the adapters by."""
+        return RawKernelError(
+            f"adapters of {self.bound[0].site.path!r}: the kernel {what}, by a layer or a product that knows no "
+            "adapters, which would pass them by. Multiply by lr.matmul, lr.einsum, lr.adapters.embed, attend or conv, "
+            "wrap a function of a linen model as lr.linen.adapted(function), merge an nnx model by lr.nnx.merge, or "
+            "give the model lr.effective(params, adaptations) in place of lr.attach(...)"
+        )
+
+    def carried(self) -> AdaptedKernel:
+        """This kernel as a Flax model carries it, whose scans slice it: what its adapters share is `Outside`."""
+        put = lambda shared: Outside(shared) if shared else shared  # noqa: E731
+        bound = (dataclasses.replace(one, shared=put(one.shared)) for one in self.bound)
+        return dataclasses.replace(self, bound=tuple(bound))
+
+    def view(self) -> MatrixView:
+        """The view of the slice that is here: leading axes that a scan took apart are gone."""
+        site = self.bound[0].site
+        view, taken = site.view, len(site.shape) - self.ndim
+        if taken < 0 or tuple(site.shape[taken:]) != tuple(self.shape) or view.batch[:taken] != tuple(range(taken)):
+            raise ValueError(
+                f"adapters of {site.path!r}: a product uses a slice of shape {tuple(self.shape)} of the kernel of "
+                f"shape {site.shape}; only leading batch axes may be taken apart"
+            )
+        shift = lambda axes: tuple(axis - taken for axis in axes)  # noqa: E731
+        return MatrixView(batch=shift(view.batch[taken:]), rows=shift(view.rows), cols=shift(view.cols))
+
+    def dot_general(
+        self,
+        x: jax.Array,
+        dimension_numbers: Any,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        product: Callable[..., jax.Array] | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """`lr.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes its batch axes.
+
+        `product` stands in for `jax.lax.dot_general` in the base product.
+        """
+        view = self.view()
+        (_, contract), (_, batch) = (tuple(map(tuple, axes)) for axes in dimension_numbers)
+        if set(contract) != set(view.rows) or set(batch) != set(view.batch):
+            raise ValueError(
+                f"adapters of {self.bound[0].site.path!r}: the product contracts axes {contract} and batches axes "
+                f"{batch} of the kernel, but its view has rows {view.rows} and batch {view.batch}; give it another "
+                "MatrixView in views="
+            )
+        layout = Layout.of(x.ndim, self.ndim, view, dimension_numbers)
+        options |= {"precision": precision}
+        if preferred_element_type is not None:  # a product of one's own need not know it
+            options |= {"preferred_element_type": preferred_element_type}
+        own = product or jax.lax.dot_general
+
+        def base(x, matrix):
+            return own(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), **options)
+
+        def run(x, matrix, bound):
+            return fold(dense_op(matrix, precision, base), bound)(x)
+
+        def whole(x, kernel, bound):
+            kernel = dense(kernel, x.dtype)
+            outputs = over_batch(run, layout.batch)(layout.inputs(x), view.to_matrices(kernel), bound)
+            dtype = jax.eval_shape(lambda x, k: own(x, k, dimension_numbers, **options), x, kernel).dtype
+            return layout.result(outputs.astype(dtype), [self.shape[axis] for axis in view.cols])
+
+        return decoding(whole, self.kernel)(x, self.kernel, self.bound)
+
+
+def over_batch(function: Callable, axes: int) -> Callable:
+    """`function(x, matrix, bound)`, mapped over the kernel's leading batch axes."""
+    for _ in range(axes):
+        function = _mapped(function)
+    return function
+
+
+def _mapped(function: Callable) -> Callable:
+    def run(x, matrix, bound):
+        axes = tuple(dataclasses.replace(one, arrays=0, shared=None, keys=0, ids=0) for one in bound)
+        return jax.vmap(function, in_axes=(0, 0, axes))(x, matrix, bound)
+
+    return run
+
+
+def fold(op: Op, bound: tuple[Bound, ...]) -> Op:
+    """The operator with every adapter in turn; rows that choose among candidates are mapped one by one."""
+    if all(one.ids is None for one in bound):
+        for one in bound:
+            op = one.wrap(op)
+        return op
+    ids = next(one.ids for one in bound if one.ids is not None)  # one call of attach: the same for all
+
+    def product(x):
+        if x.ndim < 1 or x.shape[0] != ids.shape[0]:
+            raise ValueError(
+                f"adapters of {bound[0].site.path!r}: ids choose for {ids.shape[0]} rows, the input of this host has "
+                f"shape {x.shape}; its first axis must be those rows"
+            )
+
+        def row(x, number, index):
+            return fold(op, tuple(one.of_row(number, index) for one in bound))(x[None])[0]
+
+        return jax.vmap(row)(x, ids, jnp.arange(ids.shape[0]))
+
+    return dataclasses.replace(op, product=product)
+
+
+def dense_op(matrix: jax.Array, precision: Any = None, base: Callable | None = None) -> Op:
+    """The operator `x @ matrix`; `base(x, matrix)` is the host's own product."""
+    contract = lambda x, factor: product(x, factor, precision)  # noqa: E731
+    own = contract if base is None else base
+    return Op(matrix.shape, contract, lambda: matrix, lambda x: own(x, matrix))
+
+
+def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
+    """Rows of an embedding `(V, d)` that may have adapters: `table[indices]`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> params = {"embedding": jnp.ones((9, 4))}
+    >>> adaptation = lr.adapt(params, {"embedding": lr.adapters.lora(rank=2)}, jax.random.key(0))
+    >>> lr.adapters.embed(jnp.array([[1, 2]]), lr.attach(params, adaptation)["embedding"]).shape
+    (1, 2, 4)
+    """
+    own = base or (lambda indices, matrix: matrix[indices])
+    if not isinstance(table, AdaptedKernel):
+        return own(indices, dense(table, getattr(table, "dtype", jnp.float32)))
+
+    def whole(table, bound):
+        matrix = dense(table, table.dtype)
+        op = Op(matrix.shape, lambda x, factor: factor[x], lambda: matrix, lambda x: own(x, matrix), "indices")
+        return fold(op, bound)(indices).astype(jax.eval_shape(own, indices, matrix).dtype)
+
+    return decoding(whole, table.kernel)(table.kernel, table.bound)
+
+
+def attend(x: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
+    """`x (..., d) @ tableᵀ` for an embedding `(V, d)` that may have adapters: a tied output layer.
+
+    >>> import jax.numpy as jnp
+    >>> attend(jnp.ones((2, 4)), jnp.ones((9, 4))).shape
+    (2, 9)
+    """
+    own = base or (lambda x, matrix: product(x, matrix.T).astype(jnp.result_type(x, matrix)))
+    if not isinstance(table, AdaptedKernel):
+        return decoding(lambda x, table: own(x, dense(table, x.dtype)), table)(x, table)
+
+    def whole(x, table, bound):
+        matrix = dense(table, x.dtype)
+        op = Op(matrix.shape, product, lambda: matrix, lambda x: own(x, matrix), "transposed")
+        return fold(op, bound)(x).astype(jax.eval_shape(own, x, matrix).dtype)
+
+    return decoding(whole, table.kernel)(x, table.kernel, table.bound)
+
+
+def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.Array:
+    """`convolve(x, kernel)` for a kernel `(window..., c_in, c_out)` that may have adapters.
+
+    A factor `a (window... c_in, r)` is a convolution with r channels, `b (r, c_out)` one without a window.
+
+    Args:
+      x: the input.
+      kernel: an array or an adapted kernel, whose view folds all axes but the last into rows, in their order.
+      convolve: `(x, kernel of any number of output channels) -> (..., channels)`; strides, padding and so on are its.
+
+    Raises:
+      ValueError: for a kernel whose view is another, and for a convolution in groups.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> layout = ("NWC", "WIO", "NWC")
+    >>> convolve = lambda x, k: jax.lax.conv_general_dilated(x, k, (1,), "SAME", dimension_numbers=layout)
+    >>> params = {"kernel": jnp.ones((3, 4, 6))}
+    >>> views = lr.Views(rules={"kernel": lr.MatrixView(rows=(0, 1), cols=(2,))})
+    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0), views=views)
+    >>> lr.adapters.conv(jnp.ones((1, 5, 4)), lr.attach(params, adaptation)["kernel"], convolve).shape
+    (1, 5, 6)
+    """
+    if not isinstance(kernel, AdaptedKernel):
+        return decoding(lambda x, kernel: convolve(x, dense(kernel, x.dtype)), kernel)(x, kernel)
+    view, last = kernel.view(), kernel.ndim - 1
+    if view != MatrixView(rows=tuple(range(last)), cols=(last,)):
+        raise ValueError(
+            f"adapters of {kernel.bound[0].site.path!r}: a convolution's kernel {tuple(kernel.shape)} wants the view "
+            f"MatrixView(rows={tuple(range(last))}, cols=({last},)), not rows={view.rows}, cols={view.cols}"
+        )
+    window = kernel.shape[:-1]
+    try:
+        jax.eval_shape(convolve, x, jax.ShapeDtypeStruct((*window, 1), x.dtype))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"adapters of {kernel.bound[0].site.path!r}: convolve must take a kernel of any number of output channels, "
+            "and cannot take one of a single channel: a convolution in groups is no product of its whole input with "
+            "factors. Give it the kernel of lr.effective(params, adaptations)"
+        ) from error
+
+    def contract(x, factor):
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return convolve(x, factor.astype(x.dtype).reshape(*window, factor.shape[-1])).astype(wide)
+
+    def whole(x, kernel, bound):
+        array = dense(kernel, x.dtype)
+        matrix = view.to_matrices(array)
+        op = Op(matrix.shape, contract, lambda: matrix, lambda x: convolve(x, array), "windows")
+        return fold(op, bound)(x).astype(jax.eval_shape(convolve, x, array).dtype)
+
+    return decoding(whole, kernel.kernel)(x, kernel.kernel, kernel.bound)

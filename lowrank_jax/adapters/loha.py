@@ -1,0 +1,73 @@
+"""LoHa: a Hadamard product of two low-rank matrices (FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098; LyCORIS).
+
+    delta = s (a1 b1) ⊙ (a2 b2),   a1, a2 (n, r), b1, b2 (r, m),   s = alpha / r
+
+The rank reaches r². a1 is uniform in ±1 / sqrt(n), b1 and b2 in ±1 / sqrt(r), a2 = 0: PEFT's start (kaiming_uniform
+with a = sqrt(5) of torch's `w1_b`, `w1_a`, `w2_a`; LyCORIS draws normals). The dense n x m matrix is formed at each use
+and again in the backward pass. `hira` multiplies the kernel instead of a second pair, with half of the numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.adapters.base import Adapter, check_positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loha(Adapter):
+    """LoHa.
+
+    Args:
+      rank: r (8: PEFT).
+      alpha: of `s = alpha / r` (8: PEFT).
+
+    Trains `2 r (n + m)` numbers.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> loha, kernel = lr.adapters.loha(rank=2), jnp.ones((4, 6))
+    >>> p = loha.start(jax.random.key(0), kernel)
+    >>> loha.apply(jnp.ones((3, 4)), kernel, p).tolist()[0]
+    [4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+
+    ranked: ClassVar[bool] = True
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "a1": ("rows", "rank"), "b1": ("rank", "cols"), "a2": ("rows", "rank"), "b2": ("rank", "cols"),
+    }  # fmt: skip
+
+    def __post_init__(self):
+        check_positive("rank", self.rank)
+
+    def scaling(self, rank):
+        return self.alpha / rank
+
+    def init_site(self, key, site, kernel, given):
+        del kernel
+        own = jnp.maximum(jnp.sum(given["scale"] != 0), 1)  # a matrix's own rank, without its padding
+        keys = jax.random.split(key, 3)
+        uniform = lambda key, shape, size: jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(size)  # noqa: E731
+        return {
+            "a1": uniform(keys[0], (site.n, site.rank), site.n),
+            "b1": uniform(keys[1], (site.rank, site.m), own),
+            "a2": jnp.zeros((site.n, site.rank)),
+            "b2": uniform(keys[2], (site.rank, site.m), own),
+        }, {}
+
+    def delta(self, site, p):
+        del site
+        return ((p["a1"] * p["scale"]) @ p["b1"]) * ((p["a2"] * (p["scale"] != 0)) @ p["b2"])
+
+    def count(self, site):
+        return 2 * site.rank * (site.n + site.m)
+
+
+loha = Loha

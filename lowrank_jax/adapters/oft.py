@@ -1,0 +1,95 @@
+"""OFT: an orthogonal map of the inputs, block by block (Qiu et al. 2023, arXiv:2306.07280).
+
+    y = (x R) K,   R = blockdiag(R_1, ..., R_{n/β}),   R_i of a skew-symmetric Q_i (β x β)
+
+Exact: the Cayley transform `R = (I - Q)(I + Q)^-1`. PEFT's default is a Neumann series of five terms,
+`I + 2 Q + 2 Q² + 2 Q³ + Q⁴`, which approximates `(I + Q)(I - Q)^-1`: the transpose of the exact map. A checkpoint
+belongs to one of the two, so `cayley` is part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.adapters.base import Adapter, Arrays, Op, Site, check_positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Oft(Adapter):
+    """OFT.
+
+    Args:
+      block: β; it must divide the input dimension n (32: PEFT).
+      cayley: "exact", or "neumann", PEFT's five-term series, which is not quite orthogonal.
+
+    Trains `n (β - 1) / 2` numbers: of each block the upper triangle, row by row. `scale` multiplies Q, so a weight of
+    0 is the identity.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> oft = lr.adapters.oft(block=4)
+    >>> oft.start(jax.random.key(0), jnp.ones((8, 6)))["skew"].shape
+    (2, 6)
+    """
+
+    block: int = 32
+    cayley: str = "exact"
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"skew": ("rows", None)}
+
+    def __post_init__(self):
+        check_positive("block", self.block)
+        if self.block < 2:
+            raise ValueError(f"block={self.block} must be at least 2: a block of one input has nothing to rotate")
+        if self.cayley not in ("exact", "neumann"):
+            raise ValueError(f"cayley={self.cayley!r} must be 'exact' or 'neumann'")
+
+    def validate(self, site):
+        if site.n % self.block:
+            raise ValueError(f"{site.path!r}: block={self.block} does not divide its {site.n} inputs; choose a divisor")
+
+    def init_site(self, key, site, kernel, given):
+        del key, kernel, given
+        return {"skew": jnp.zeros((site.n // self.block, self.block * (self.block - 1) // 2))}, {}
+
+    def rotation(self, p: Arrays) -> jax.Array:
+        """`R (n / β, β, β)`, float32; `x R` rotates the inputs of each block."""
+        rows, cols = np.triu_indices(self.block, 1)
+        half = jnp.zeros((p["skew"].shape[0], self.block, self.block)).at[:, rows, cols].set(p["skew"] * p["scale"])
+        q = half - jnp.swapaxes(half, 1, 2)
+        eye = jnp.eye(self.block)
+        if self.cayley == "exact":
+            # (I - Q) and (I + Q)^-1 commute
+            return jnp.linalg.solve(eye + q, eye - q)
+        square = q @ q
+        return eye + 2 * q + 2 * square + 2 * square @ q + square @ square
+
+    def effective(self, site, kernel, p):
+        blocks = kernel.reshape(-1, self.block, kernel.shape[-1])
+        return jnp.einsum("gij,gjm->gim", self.rotation(p), blocks).reshape(kernel.shape)
+
+    def remove(self, site, kernel, p):
+        blocks = kernel.reshape(-1, self.block, kernel.shape[-1])
+        return jnp.linalg.solve(self.rotation(p), blocks).reshape(kernel.shape)
+
+    def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
+        kernel = lambda: self.effective(site, op.kernel(), p)  # noqa: E731
+        if op.input != "features":
+            return op.replaced(kernel)
+
+        def product(x):
+            rotation = self.rotation(p).astype(x.dtype)
+            parts = x.reshape(*x.shape[:-1], -1, self.block)
+            return op(jnp.einsum("...gi,gij->...gj", parts, rotation).reshape(x.shape))
+
+        return dataclasses.replace(op, product=product, kernel=kernel)
+
+    def count(self, site):
+        return site.n * (self.block - 1) // 2
+
+
+oft = Oft

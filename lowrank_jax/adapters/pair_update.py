@@ -1,0 +1,325 @@
+"""One update of a tree of factor pairs, of which every optimizer on pairs is a choice; `pairs` has the algebra.
+
+For a and then for b, unless they alternate:
+
+    g <- ∇a (b̂ b̂ᵀ + damping I)⁻¹        likewise (âᵀâ + damping I)⁻¹ ∇b; LoRA+ leaves the gradient as it is
+    m <- m T                            momentum moves to the new row space of b̂: T = b̂_old b̂ᵀ (b̂ b̂ᵀ + damping I)⁻¹
+    u  = inner(g)                       Adam, or momentum alone
+    a <- a - lr (u + weight_decay a)
+
+A step whose gradients, updates or moments are not finite changes nothing but a counter, and the schedule waits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax import sharding
+from lowrank_jax.adapters import pairs
+from lowrank_jax.adapters.pairs import OTHER, SIDES, Factors
+from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.projection.learning_rate import decayed_step, selected_for_decay
+from lowrank_jax.projection.matrix_step import all_finite, select
+
+FORMAT_VERSION = 1
+
+
+class PairsState(NamedTuple):
+    """State of an optimizer on pairs; every tree in it is like the parameters, with `optax.MaskedNode` elsewhere.
+
+    Attributes:
+      format_version: int32 (), the layout of this state; raised when it changes.
+      step: int32 (), accepted steps, which drive schedule and alternation.
+      skipped: int32 (), steps that were not finite.
+      a, b: state of the inner transformation of the factors a, and of the factors b, each with a count of its own.
+      plain: state of the inner transformation of the other leaves.
+      bases: float32 `â` and `b̂` by which the partner's momentum was preconditioned last; () where momentum stays.
+
+    >>> import jax.numpy as jnp
+    >>> from lowrank_jax.adapters.pair_optimizers import altlora
+    >>> state = altlora(1e-3, scale=2.0).init({"q": {"a": jnp.ones((4, 2)), "b": jnp.zeros((2, 6))}})
+    >>> state.a.mu["q"]["a"].shape, state.bases["q"]["b"].shape, int(state.skipped)
+    ((4, 2), (2, 6), 0)
+    """
+
+    format_version: jax.Array
+    step: jax.Array
+    skipped: jax.Array
+    a: Any
+    b: Any
+    plain: Any
+    bases: Any
+
+
+class MomentumState(NamedTuple):
+    """State of `Momentum`: int32 count, and the average shaped like the parameters."""
+
+    count: Any
+    mu: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Momentum:
+    """`m <- b1 m + (1 - b1) g`: Adam's first moment alone, its bias correction `1 / (1 - b1^t)` in the scale."""
+
+    b1: Any = 0.9
+    splits = True
+
+    def __post_init__(self):
+        inner_lib.Adam(b1=self.b1)  # which checks b1
+
+    def init(self, tree):
+        return MomentumState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tree))
+
+    def update(self, grads, state, params=None, **extra):
+        del params, extra
+        count = optax.safe_increment(state.count)
+        mu = _average(state.mu, grads, self.b1)
+        return mu, 1 / inner_lib.debias(self.b1, count), MomentumState(count, mu)
+
+    def decays(self) -> dict[str, Any]:
+        return {"first": self.b1}
+
+
+def _average(old: Any, new: Any, decay: Any) -> Any:
+    return jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, old, new)
+
+
+inner_lib.register_moments(MomentumState, {"mu": "first"}, "count")
+
+_CORRECTIONS = ("none", "first", "both")
+_TRANSPORTS = (None, "kept", "step")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairOptimizer:
+    """The choices that make a method; validated, and pure functions of it. The named optimizers fill it.
+
+    Attributes:
+      method: name, for messages.
+      learning_rate: number or schedule of the accepted steps.
+      inner: inner transformation of the factors, one state for all a and one for all b.
+      plain: inner transformation of the leaves that are no factor.
+      bias_correction: of the factors' moments: "none", "first" (momentum alone) or "both" (Adam's).
+      damping: of the preconditioner; None for none.
+      scale: of the pairs, see `pairs.scale_of`.
+      transport: None; "kept", momentum moves to the new space and stays there; "step", it moves for the step alone.
+      alternate: steps on a factor before its partner's turn; None for both at every step.
+      sequential: of two factors in one step, b is preconditioned by the a that this step made, not by the old one.
+      ratio, ratios: learning rate of b over that of a; `((pattern, factor of the learning rate), ...)` by path, first.
+      weight_decay, when, mask: decay, before ("pre") or after ("post") the step, see `lr.apply_learning_rate`. A
+        factor that waits for its turn does not decay.
+      guard: skip, and count, steps that are not finite.
+    """
+
+    method: str
+    learning_rate: Any
+    inner: Any
+    plain: Any = None
+    bias_correction: str = "both"
+    damping: Any = None
+    scale: Any = 1.0
+    transport: str | None = None
+    alternate: Any = None
+    sequential: bool = False
+    ratio: Any = 1.0
+    ratios: tuple[tuple[str, Any], ...] = ()
+    weight_decay: Any = 0.0
+    when: str = "pre"
+    mask: Any = None
+    guard: bool = True
+
+    def __post_init__(self):
+        choices = {"bias_correction": _CORRECTIONS, "transport": _TRANSPORTS, "when": ("pre", "post")}
+        if isinstance(self.inner, Momentum):
+            choices["bias_correction"] = _CORRECTIONS[:2]
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{self.method}: {name}={getattr(self, name)!r} must be one of {allowed}")
+        for name in ("damping", "weight_decay", "ratio"):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and value < 0:
+                raise ValueError(f"{self.method}: {name}={value} must not be negative")
+        turns = self.alternate
+        if isinstance(turns, (int, float)) and (turns < 1 or turns != int(turns)):
+            raise ValueError(f"{self.method}: alternate={turns} must be a positive integer, or None for both factors")
+        plain = self.inner if self.plain is None else self.plain
+        object.__setattr__(self, "inner", inner_lib.as_inner(self.inner))
+        object.__setattr__(self, "plain", inner_lib.as_inner(plain))
+
+    def init(self, params: Any) -> PairsState:
+        with sharding.mesh_of(params):
+            return sharding.settled(self._init(params))
+
+    def _init(self, params: Any) -> PairsState:
+        factors = pairs.find_factors(params, self.method, both=self.damping is not None)
+        self._rates(factors)
+        tree, bases = _Tree(params), ()
+        leaves = [leaf.astype(jnp.float32) for leaf in tree.leaves]
+        if self.transport is not None:  # whatever they are, a momentum of zero moves to zero
+            bases = tree.of({i: jnp.zeros_like(leaves[i]) for side in SIDES for i in factors.of(side)})
+        groups = [tree.of({i: leaves[i] for i in factors.of(side)}) for side in (*SIDES, None)]
+        return PairsState(
+            format_version=jnp.asarray(FORMAT_VERSION, jnp.int32),
+            step=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+            a=self.inner.init(groups[0]),
+            b=self.inner.init(groups[1]),
+            plain=self.plain.init(groups[2]),
+            bases=bases,
+        )
+
+    def update(self, updates: Any, state: PairsState, params: Any = None, *, scale: Any = None, **extra: Any):
+        """`(updates, state)`; the extra argument `scale` stands in for the optimizer's own, for ranks that change."""
+        if params is None and (self.damping is not None or not _is_zero(self.weight_decay)):
+            raise ValueError(f"{self.method}: needs params; call update(grads, state, params)")
+        with sharding.mesh_of((updates, params)):
+            return self._update(updates, state, params, self.scale if scale is None else scale, extra)
+
+    def _update(self, updates: Any, state: PairsState, params: Any, scale: Any, extra: dict[str, Any]):
+        step = _Step(self, updates, state, params, scale, extra)
+        new = state._replace(step=state.step + 1, plain=step.plain(state.plain))
+        for number, side in enumerate(SIDES):
+            if self.alternate is None:
+                step.accept(side, step.turn(side, getattr(state, side)))
+            else:
+                turns = jnp.asarray(self.alternate).astype(jnp.int32)
+                on = (state.step // turns) % 2 == number
+                turn = lambda side=side: step.turn(side, getattr(state, side))  # noqa: E731
+                rest = lambda side=side: step.rest(side, getattr(state, side))  # noqa: E731
+                step.accept(side, jax.lax.cond(on, turn, rest))
+            new = new._replace(**{side: step.inner[side]})
+        if self.transport is not None:
+            new = new._replace(bases=step.tree.of(step.bases))
+        given = list(step.updates.values())
+        if self.guard:
+            made = [x for x in jax.tree.leaves((given, new)) if jnp.issubdtype(x.dtype, jnp.floating)]
+            ok = all_finite(step.grads) & jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in made]))
+            given = [jnp.where(ok, x, jnp.zeros_like(x)) for x in given]
+            new = select(ok, new, state)._replace(skipped=state.skipped + 1 - ok.astype(jnp.int32))
+        return step.tree.of(dict(zip(step.updates, given, strict=True))), new
+
+    def _rates(self, factors: Factors) -> list[Any]:
+        """The factor of each leaf's learning rate."""
+        rates: list[Any] = []
+        used: set[str] = set()
+        for path, side in zip(factors.paths, factors.sides, strict=True):
+            found = [(pattern, rate) for pattern, rate in self.ratios if re.fullmatch(pattern, path)]
+            used.update(pattern for pattern, _ in found[:1])
+            rates.append(found[0][1] if found else self.ratio if side == "b" else 1.0)
+        for pattern, _ in self.ratios:
+            if pattern not in used:
+                raise ValueError(f"{self.method}: ratios: {pattern!r} is the first match of no leaf in {factors.paths}")
+        return rates
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == 0
+
+
+class _Tree:
+    """Trees of the structure of another, from some of their leaves by number."""
+
+    def __init__(self, tree: Any):
+        self.leaves, self.structure = jax.tree.flatten(tree)
+
+    def of(self, leaves: dict[int, Any]) -> Any:
+        filled = [leaves.get(i, optax.MaskedNode()) for i in range(len(self.leaves))]
+        return jax.tree.unflatten(self.structure, filled)
+
+
+class _Step:
+    """A mutable record of one update, so that `PairOptimizer._update` reads as the steps of the method.
+
+    Attributes:
+      leaves: parameters, with the updates made so far where the method is sequential.
+      grads: float32.
+      updates, inner: what was made so far, by leaf and by side.
+      bases: by leaf.
+    """
+
+    def __init__(self, config: PairOptimizer, updates: Any, state: PairsState, params: Any, scale: Any, extra: Any):
+        self.config, self.extra = config, extra
+        self.tree = _Tree(updates if params is None else params)
+        self.leaves = list(self.tree.leaves)
+        self.grads = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(updates)]
+        self.factors = pairs.find_factors(
+            updates if params is None else params, config.method, both=config.damping is not None
+        )
+        if len(self.grads) != len(self.leaves):
+            raise ValueError(f"updates have {len(self.grads)} leaves, params {len(self.leaves)}: give one structure")
+        rate = config.learning_rate
+        rate = rate(state.step) if callable(rate) else rate
+        self.rates = [rate * factor for factor in config._rates(self.factors)]
+        decays = selected_for_decay(updates, params, config.weight_decay, config.mask)
+        self.decays = [config.weight_decay if flag else 0 for flag in jax.tree.leaves(decays)]
+        self.scales = []
+        if config.damping is not None:
+            self.scales = [
+                pairs.scale_of(scale, pair, self.leaves[pair.leaf["a"]].shape) for pair in self.factors.pairs
+            ]
+        owners = sorted(i for side in SIDES for i in self.factors.of(side))
+        self.bases = dict(zip(owners, jax.tree.leaves(state.bases), strict=False))
+        self.updates: dict[int, jax.Array] = {}
+        self.inner: dict[str, Any] = {}
+
+    def _given(self, inner: Any, own: list[int]) -> Any:
+        return self.tree.of({i: self.leaves[i] for i in own}) if getattr(inner, "params", False) else None
+
+    def _moved(self, own: list[int], directions: list[jax.Array]) -> dict[int, jax.Array]:
+        """The updates, in the parameters' dtypes."""
+        made = {}
+        for i, u in zip(own, directions, strict=True):
+            change = decayed_step(u, self.leaves[i], self.rates[i], self.decays[i], self.config.when, True)
+            made[i] = change.astype(self.leaves[i].dtype)
+        return made
+
+    def plain(self, state: Any) -> Any:
+        """Updates the leaves that are no factor; their new state."""
+        inner, own = self.config.plain, self.factors.of(None)
+        grads = self.tree.of({i: self.grads[i] for i in own})
+        direction, scale, state = inner.update(grads, state, self._given(inner, own), **self.extra)
+        self.updates |= self._moved(own, [scale * u for u in jax.tree.leaves(direction)])
+        return state
+
+    def turn(self, side: str, state: Any) -> tuple[dict[int, jax.Array], Any, dict[int, jax.Array]]:
+        """`(updates, inner state, bases)` after the turn of one side."""
+        config, own, other = self.config, self.factors.of(side), OTHER[side]
+        low, bases, changes = {i: self.grads[i] for i in own}, dict(self.bases), {}
+        found = self.factors.pairs if config.damping is not None else ()
+        others = pairs.partners(side, found, self.leaves, self.scales, config.damping)
+        for pair, (basis, inverse) in zip(found, others, strict=True):
+            i, j = pair.leaf[side], pair.leaf[other]
+            low[i] = pairs.times(side, self.grads[i], inverse)
+            if config.transport is not None:
+                changes[i] = pairs.times("a", pairs.cross(other, bases[j], basis), inverse)
+                bases[j] = basis
+        grads, carried = self.tree.of(low), state
+        if changes:
+            carried = state._replace(
+                mu=jax.tree.map(lambda m, t: pairs.times(side, m, t), state.mu, self.tree.of(changes))
+            )
+        direction, both, new = config.inner.update(grads, carried, self._given(config.inner, own), **self.extra)
+        if config.transport == "step":
+            new = new._replace(mu=_average(state.mu, grads, config.inner.b1))
+        correction: Any = {"none": 1.0, "both": both}.get(config.bias_correction)
+        if correction is None:
+            correction = 1 / inner_lib.debias(config.inner.b1, new.count)
+        return self._moved(own, [correction * u for u in jax.tree.leaves(direction)]), new, bases
+
+    def rest(self, side: str, state: Any) -> tuple[dict[int, jax.Array], Any, dict[int, jax.Array]]:
+        """What `turn` returns for a side whose turn it is not."""
+        return {i: jnp.zeros_like(self.leaves[i]) for i in self.factors.of(side)}, state, dict(self.bases)
+
+    def accept(self, side: str, made: tuple[dict[int, jax.Array], Any, dict[int, jax.Array]]) -> None:
+        updates, self.inner[side], self.bases = made
+        self.updates |= updates
+        if self.config.sequential:
+            for i, update in updates.items():
+                self.leaves[i] = optax.apply_updates(self.leaves[i], update)

@@ -1,0 +1,153 @@
+"""`adapter_config.json`: which torch modules it names, and what in it is understood.
+
+A field that a family reads is read; one that only says where a run came from or how arrays started is free; any other
+must be off (null, false, zero, empty), as an unknown one that a newer PEFT wrote, or it is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import pathlib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+NAME = "adapter_config.json"
+PREFIX = "base_model.model."
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head", "score", "classifier")
+INFORMATION = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
+)
+TARGETING = frozenset(
+    {"bias", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules"}
+)
+
+
+def read(folder: pathlib.Path) -> dict[str, Any]:
+    """The configuration of a folder.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is no JSON object with a `peft_type`.
+    """
+    file = folder / NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: give the folder that PEFT's save_pretrained wrote")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): copy or download it again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise ValueError(f"{file} has no 'peft_type': give the folder that PEFT's save_pretrained wrote")
+    return config
+
+
+def unsupported(config: Mapping[str, Any], understood: Collection[str]) -> list[str]:
+    """`field=value` of every field that is set and not understood."""
+    known = INFORMATION | TARGETING | set(understood)
+    return [f"{field}={value!r}" for field, value in sorted(config.items()) if value and field not in known]
+
+
+def matches(targets: Any, module: str) -> bool:
+    """Whether a list of names and suffixes, or one regular expression, takes a module: PEFT's rule.
+
+    >>> matches(["q_proj"], "layers.0.q_proj"), matches(["q_proj"], "xq_proj"), matches(r".*\\.[qv]", "layers.0.v")
+    (True, False, True)
+    """
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets or ())
+
+
+def is_whole(config: Mapping[str, Any], module: str) -> bool:
+    """Whether `modules_to_save` takes a module, by itself or by one that it is part of."""
+    parts = module.split(".")
+    above = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(name.endswith(target) for target in config.get("modules_to_save") or () for name in above)
+
+
+def is_targeted(config: Mapping[str, Any], module: str, is_linear: bool) -> bool:
+    """Whether an adapter sits on a module."""
+    targets = config["target_modules"]
+    if matches(config.get("exclude_modules"), module) or is_whole(config, module):
+        return False
+    if isinstance(targets, str):
+        return is_linear if targets.lower() == ALL_LINEAR else matches(targets, module)
+    if not matches(targets, module):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or r"[^.]*"
+    found = [re.match(rf".*?\.{p}\.(\d+)\.", module) for p in ([patterns] if isinstance(patterns, str) else patterns)]
+    numbers = [int(match[1]) for match in found if match is not None][:1]
+    return bool(numbers) and numbers[0] in ([layers] if isinstance(layers, int) else layers)
+
+
+def targeted(config: Mapping[str, Any], modules: Mapping[str, bool], present: Collection[str]) -> list[str]:
+    """The modules with an adapter, out of `{module: whether it is linear}`.
+
+    Of "all-linear" PEFT leaves out the output layer, which it knows and we do not: a head without tensors is no target.
+
+    Raises:
+      ValueError: `target_modules` is empty or takes none of them, with the nearest.
+    """
+    targets = config.get("target_modules")
+    if not targets:
+        raise ValueError(f"target_modules={targets!r} in {NAME}: write the names of the adapted modules there")
+    found = [module for module, is_linear in modules.items() if is_targeted(config, module, is_linear)]
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        found = [module for module in found if module in present or module.rsplit(".", 1)[-1] not in HEADS]
+    if not found:
+        wanted = [targets] if isinstance(targets, str) else sorted(targets)
+        ends = [*dict.fromkeys(module.rsplit(".", 1)[-1] for module in modules), *modules]
+        near = dict.fromkeys(name for target in wanted for name in difflib.get_close_matches(target, ends, n=1))
+        raise ValueError(
+            f"target_modules={wanted} takes none of the modules that names= gives"
+            + (f" (near: {', '.join(near)})" if near else "")
+            + f"; they are {list(modules)[:8]}{' ...' if len(modules) > 8 else ''}"
+        )
+    return found
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches a module, as PEFT reads `rank_pattern` and its like.
+
+    >>> by_pattern({"layers.0.q": 4, "v": 2}, "model.layers.0.q", 8), by_pattern({"v": 2}, "k", 8)
+    (4, 8)
+    """
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """`{pattern: value}` for the modules that differ from the default, read back by `by_pattern`."""
+    found = {f"^{module}": value for module, value in values.items() if value != default}
+    if any(by_pattern(found, module, default) != value for module, value in values.items()):
+        found = {f"^{re.escape(module)}": value for module, value in values.items() if value != default}
+    return found
+
+
+def target_modules(adapted: Sequence[str], modules: Iterable[str]) -> list[str] | str:
+    """A `target_modules` that takes just the adapted ones: last names, whole names, or a regular expression.
+
+    >>> target_modules(["layers.0.q", "layers.1.q"], ["layers.0.q", "layers.1.q", "head"])
+    ['q']
+    >>> target_modules(["layers.0.q"], ["layers.0.q", "layers.1.q"])
+    ['layers.0.q']
+    """
+    every = list(modules)
+    for targets in (sorted({module.rsplit(".", 1)[-1] for module in adapted}), sorted(adapted)):
+        if sorted(module for module in every if matches(targets, module)) == sorted(adapted):
+            return targets
+    return "|".join(re.escape(module) for module in adapted)
+
+
+def most(values: Iterable[Any]) -> Any:
+    """The most frequent value, the first of several."""
+    found = list(values)
+    return max(dict.fromkeys(found), key=found.count)

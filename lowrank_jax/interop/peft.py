@@ -1,0 +1,189 @@
+"""Adapters in the files of Hugging Face PEFT: a folder with `adapter_model.safetensors` and `adapter_config.json`.
+
+    adaptation = lr.interop.peft.load(folder, params, lr.interop.llama.torch_name, views=views)
+    lr.interop.peft.save(folder, adaptation, params, lr.interop.llama.torch_name, views=views)
+
+    PEFT        ours            key after base_model.model.<module>.         shape, for a kernel (n, m)
+    LORA        lora, dora      lora_A.weight, lora_B.weight                 (r, n), (m, r)
+                                lora_embedding_A, lora_embedding_B           (r, V), (d, r)
+                                lora_magnitude_vector                        (m,)
+    HIRA        hira            hira_A, hira_B                               (r, n), (m, r)
+    UNILORA     uni_lora        unilora_indices_{A,B}, unilora_scales_{A,B}  (r, n), (m, r); base_model.unilora_theta_d
+    VERA        vera            vera_lambda_d, vera_lambda_b                 (r,), (m,); base_model.vera_{A,B}
+    LOHA        loha            hada_w{1,2}_a, hada_w{1,2}_b                 (m, r), (r, n)
+    OFT         oft             oft_R.weight                                 (n / β, β (β - 1) / 2)
+    MISS        miss            miss_block                                   (r, m), (r, mini_r) or (m / r, r, r)
+    FOURIERFT   fourierft       fourierft_spectrum                           (k,)
+    SHIRA       shira           shira_weight, shira_indices                  (r (n + m),), (2, r (n + m))
+
+Convolutions have `lora_A (r, c_in, window...)` and `lora_B (c_out, r, 1, ...)`. A stack of layers is one leaf here and
+a module for each layer there. What PEFT trains whole (`modules_to_save`, `bias`) is what `lr.adapt` trains whole.
+
+Nothing is passed over: a tensor that is missing, unexpected or of another shape, and a field of the configuration that
+would change the function or its training and is not understood, is an error that lists all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.adapters.adaptation import Adaptation
+from lowrank_jax.adapters.base import Adapter, Arrays
+from lowrank_jax.interop import _peft_config, _peft_whole, _peft_writing, llama, safetensors
+from lowrank_jax.interop._peft_config import PREFIX
+from lowrank_jax.interop._peft_reading import TENSORS, Source, as_float
+from lowrank_jax.interop._torch_layout import Host, Names, Tree, linen_name
+from lowrank_jax.resolution import Views
+
+__all__ = ["linen_name", "load", "save"]
+
+
+def load(
+    folder: str | os.PathLike,
+    params: Any,
+    names: Names = linen_name,
+    *,
+    views: Views | None = None,
+    convolutions: Sequence[str] = (),
+    order: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    name: str = "default",
+) -> Adaptation:
+    """The adaptation of `params` that a folder of PEFT holds.
+
+    Factors come as float32, leaves trained whole in their own dtype. The base is not changed: of a PiSSA or OLoRA that
+    was saved without conversion the offset is found again from `params`, as PEFT does it.
+
+    Args:
+      folder: what PEFT's `save_pretrained` wrote.
+      params: the base, as for `lr.adapt`.
+      names: `(path, index) -> torch's name` of a leaf's parameter, "model.layers.3.self_attn.q_proj.weight"; the index
+        counts along the batch axes of a stack and is None for other leaves. `lr.interop.llama.torch_name` for the LLaMA
+        family, scanned or not; by default that of a linen tree, with dots for slashes.
+      views: which axes are inputs, outputs and layers, as for `lr.adapt`.
+      convolutions: patterns of kernels `(window, c_in, c_out)` of one-dimensional convolutions, which look like a
+        projection `(heads, head_dim, d)`. Those with more window axes need no word.
+      order: for a Uni-LoRA without saved indices, the adapted modules in the order of torch's `named_modules()`; known
+        where names is that of the LLaMA family.
+      ignore: fields of the configuration to pass over, such as a dropout that we do not have.
+      name: of the adaptation.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: an unknown method; fields that are not understood; targets that take no module; missing, unexpected or
+        misshapen tensors. All of a kind are listed.
+
+    >>> import jax, jax.numpy as jnp, tempfile
+    >>> import lowrank_jax as lr
+    >>> params = {"dense": {"kernel": jnp.ones((4, 6))}}
+    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     files = save(folder, adaptation, params)
+    ...     back = load(folder, params)
+    >>> bool(jnp.array_equal(back.train["sites"]["dense/kernel"]["a"], adaptation.train["sites"]["dense/kernel"]["a"]))
+    True
+    """
+    tree = Tree.of(params, names, views or Views(), convolutions)
+    source = Source.open(pathlib.Path(folder), tree, ignore)
+    in_order = lambda: _order(order, names, source.hosts)  # noqa: E731
+    shared = source.family.shared(source.config, source.hosts, source.tensors, in_order)
+    known = order is not None or names is llama.torch_name
+    plan, matrices = source.plan(views or Views(), name, in_order() if known else None)
+    train: dict[str, Any] = {"shared": {}, "sites": {}, "whole": {path: source.leaf(path) for path in plan.whole}}
+    fixed: dict[str, Any] = {"shared": {}, "sites": {}}
+    for group in plan.groups:
+        for arrays, tree_of in ((shared.train, train), (shared.fixed, fixed)):
+            tree_of["shared"] |= {group: {k: jnp.asarray(as_float(x)) for k, x in arrays.items()}} if arrays else {}
+    for path, (adapter, site) in plan.by_path.items():
+        trained, frozen = source.arrays(site, shared)
+        train["sites"] |= {path: trained} if trained else {}
+        fixed["sites"][path] = {"scale": matrices[path].scale(adapter, site)} | frozen
+    return Adaptation(train, fixed, plan, tuple(matrices.items()))
+
+
+def save(
+    folder: str | os.PathLike,
+    adaptation: Adaptation,
+    params: Any,
+    names: Names = linen_name,
+    *,
+    views: Views | None = None,
+    convolutions: Sequence[str] = (),
+    order: Sequence[str] | None = None,
+    **config: Any,
+) -> list[pathlib.Path]:
+    """Writes an adaptation as PEFT loads it onto the same base, and returns the files.
+
+    Scales other than alpha / r (weights, masked ranks) are worked into the tensors. Starts with an offset (PiSSA,
+    OLoRA) are written as LoRA of rank 2 r, which is exact; after `lr.adapters.absorb` there is no offset, the rank
+    stays, and the file belongs to the absorbed base. Which factor trains is not written.
+
+    Args:
+      folder: made when missing.
+      adaptation: of one method.
+      params: the base; of its values only those of modules that are trained in part are read.
+      names, views, convolutions: as for `load`.
+      order: with `save_indices=False`, as for `load`.
+      config: further fields: base_model_name_or_path, revision, task_type, inference_mode, peft_version, auto_mapping;
+        fan_in_fan_out=True where torch's base has transposed Conv1D modules (GPT-2); of Uni-LoRA save_indices=False,
+        which leaves the drawing of indices to PEFT.
+
+    Raises:
+      ValueError: several methods, or settings of which PEFT has one for all modules; a kind of module that PEFT does
+        not adapt so; candidates; an adapter that is switched off by its scale; a field that follows from the
+        adaptation; views that differ from the adaptation's.
+
+    >>> import jax, jax.numpy as jnp, tempfile
+    >>> import lowrank_jax as lr
+    >>> params = {"table": {"embedding": jnp.ones((7, 4))}}
+    >>> adaptation = lr.adapt(params, {"table/embedding": lr.adapters.lora(rank=2)}, jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tensors, config = save(folder, adaptation, params, task_type="CAUSAL_LM")
+    ...     sorted(safetensors.read(tensors)), json.loads(config.read_text())["target_modules"]
+    (['base_model.model.table.lora_embedding_A', 'base_model.model.table.lora_embedding_B'], ['table'])
+    """
+    folder, family = pathlib.Path(folder), _peft_writing.family_of(adaptation, config)
+    tree = Tree.of(params, names, views or Views(), convolutions)
+    tensors: dict[str, np.ndarray] = {}
+    made: dict[str, tuple[Adapter, Host]] = {}
+    arrays: dict[str, Arrays] = {}
+    sizes: dict[str, int] = {}
+    alphas: dict[str, Any] = {}
+    for path, (adapter, site) in adaptation.plan.by_path.items():
+        _peft_writing.check_site(family, tree, site)
+        host = tree.host(path)
+        for place, own, p, fold in _peft_writing.matrices(adaptation, tree, adapter, site):
+            module, rank = place.module, getattr(own, "rank", 1)
+            tensors |= {f"{PREFIX}{module}.{end}": x for end, x in family.write(own, host, p, rank, fold).items()}
+            made[module], arrays[module] = (own, host), p
+            sizes[module], alphas[module] = family.written(own, p, rank, getattr(own, "alpha", None))
+    hosts = {module: host for module, (_, host) in made.items()}
+    shared, first = _peft_writing.shared_arrays(adaptation), next(iter(made.values()))[0]
+    fields = family.fields(list(made.values()), config) | family.sizes(sizes, alphas)
+    tensors |= family.write_shared(first, hosts, arrays, shared, config, lambda: _order(order, names, hosts))
+    entries, whole = _peft_whole.write(adaptation.train["whole"], family.bias, tree, hosts, config)
+    general = {"peft_type": family.peft_type, "base_model_name_or_path": None, "task_type": None}
+    targets = _peft_config.target_modules(list(hosts), tree.modules)
+    written = general | {"inference_mode": True, "target_modules": targets} | entries | fields | config
+    files = safetensors.write(folder / TENSORS, tensors | whole)
+    text = json.dumps(written, indent=2, sort_keys=True) + "\n"
+    return [*files, _peft_writing.replace(folder / _peft_config.NAME, text)]
+
+
+def _order(order: Sequence[str] | None, names: Names, hosts: Mapping[str, Host]) -> list[str]:
+    """The adapted modules in the order of torch's traversal."""
+    if order is None and names is llama.torch_name:
+        return sorted(hosts, key=lambda module: llama._order(f"{module}.weight"))
+    if order is None:
+        raise ValueError("order: indices depend on the order of the modules: give their names as named_modules() does")
+    if sorted(order) != sorted(hosts):
+        raise ValueError(f"order: names {sorted(order)[:8]}, the adapted modules are {sorted(hosts)[:8]}")
+    return list(order)
+

@@ -1,0 +1,335 @@
+"""Every host of a kernel: its output with adapters is that of the effective kernel; and what a host must not do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_jax as lr
+from lowrank_jax.adapters.base import matrix_op
+
+A = lr.adapters
+KEY = jax.random.key(0)
+# one of each way to act: factors, factors of a shared vector, a gain on the columns, a rotation of the rows, a sum of
+# shards, a dense delta, a product with the kernel, entries in blocks
+FAMILIES = {
+    "lora": A.lora(rank=2, init="pissa"), "uni_lora": A.uni_lora(rank=2, size=20, bound=0.5), "dora": A.dora(rank=2),
+    "oft": A.oft(block=4), "miss": A.miss(rank=3), "mini": A.miss(rank=4, mode="mini", mini_rank=2),
+    "loha": A.loha(rank=2), "hira": A.hira(rank=2), "shira": A.shira(rank=1), "vera": A.vera(rank=3),
+    "fourierft": A.fourierft(frequencies=9, alpha=20.0), "bat": A.miss(rank=4, mode="bat"),
+}  # fmt: skip
+FAST = ("lora", "dora", "oft", "miss", "shira")
+
+
+def slow(*names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+every_family = pytest.mark.parametrize("name", [*FAST, *slow(*(name for name in FAMILIES if name not in FAST))])
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+HEADS = lr.MatrixView(rows=(0,), cols=(1, 2))
+OUT = lr.MatrixView(rows=(0, 1), cols=(2,))
+WINDOW = lr.MatrixView(rows=(0, 1, 2), cols=(3,))
+EXPERTS = lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))
+VIEWS = lr.Views(rules={"heads": HEADS, "out": OUT, "conv": WINDOW, "experts": EXPERTS})
+SHAPES = {"dense": (8, 12), "heads": (8, 3, 4), "out": (2, 4, 12), "experts": (3, 8, 4), "embedding": (12, 8),
+          "conv": (2, 2, 4, 8)}  # fmt: skip
+
+
+def normal(shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 2, dtype)
+
+
+@functools.cache
+def kernels(dtype=jnp.float32):
+    return {name: normal(shape, len(name), dtype) for name, shape in SHAPES.items()}
+
+
+@functools.cache
+def adaptation(family, seed=3, name="default"):
+    """Of all hosts' kernels, somewhere else than at the start."""
+    adapt = lambda params: lr.adapt(params, {".*": FAMILIES[family]}, KEY, views=VIEWS, name=name)  # noqa: E731
+    return moved(jax.jit(adapt, compiler_options=FAST_COMPILE)(kernels()), seed)
+
+
+def moved(made, seed):
+    """The adaptation with random numbers added to everything that trains."""
+    leaves, treedef = jax.tree.flatten(made.train)
+    return made.replace(
+        train=jax.tree.unflatten(treedef, [x + 0.4 * normal(x.shape, seed + i) for i, x in enumerate(leaves)])
+    )
+
+
+def convolve(x, kernel, strides=(2, 1), padding=((1, 0), (0, 1)), groups=1):
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                                        feature_group_count=groups)  # fmt: skip
+
+
+def hosts(tree):
+    """`{host: output}` of plain or adapted kernels."""
+    dtype = tree["dense"].dtype
+    x, heads = normal((2, 5, 8), 1, dtype), normal((2, 5, 2, 4), 2, dtype)
+    numbers = (((2, 3), (0, 1)), ((), ()))
+    return {
+        "matmul": lr.matmul(x, tree["dense"]),
+        "heads": lr.einsum("bsd,dhk->bhsk", x, tree["heads"]),
+        "rows of heads": lr.einsum("...hk,hkd->...d", heads, tree["out"]),
+        "dot_general": lr.dot_general(heads, tree["out"], numbers),
+        "experts": lr.einsum("end,edf->enf", normal((3, 6, 8), 4, dtype), tree["experts"]),
+        "experts in the middle": lr.einsum("ned,edf->nfe", normal((6, 3, 8), 5, dtype), tree["experts"]),
+        "embed": A.embed(jnp.array([[1, 7, 1], [0, 11, 3]]), tree["embedding"]),
+        "attend": A.attend(x, tree["embedding"]),
+        "conv": A.conv(normal((2, 5, 6, 4), 6, dtype), tree["conv"], convolve),
+    }
+
+
+@functools.cache
+def compared(name):
+    """Outputs and gradients through adapted and through effective kernels, in one program."""
+
+    def run(params, adaptation):
+        def loss(form):
+            def of(train):
+                found = hosts(form(params, adaptation.replace(train=train)))
+                weights = {host: jnp.sin(jnp.arange(out.size)).reshape(out.shape) for host, out in found.items()}
+                return sum(jnp.sum(out * weights[host]) for host, out in found.items()), found
+
+            return jax.grad(of, has_aux=True)(adaptation.train)
+
+        return loss(lr.attach), loss(lr.effective), hosts(params)
+
+    return jax.jit(run, compiler_options=FAST_COMPILE)(kernels(), adaptation(name))
+
+
+@every_family
+def test_every_host_multiplies_by_the_effective_kernel(name):
+    (gradient, outputs), (wanted_gradient, wanted), base = compared(name)
+    for host, output in outputs.items():
+        assert float(jnp.abs(output - base[host]).max()) > 1e-2, f"{host}: the adapter changes nothing"
+        np.testing.assert_allclose(output, wanted[host], atol=2e-5 * float(jnp.abs(wanted[host]).max()), err_msg=host)
+        assert output.dtype == wanted[host].dtype
+    for found, value in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient), strict=True):
+        np.testing.assert_allclose(found, value, atol=5e-5 * float(jnp.abs(value).max()))
+
+
+@pytest.mark.parametrize("name", ["lora", "oft", *slow("dora", "miss")])
+def test_a_bfloat16_base_with_float32_adapters_gives_bfloat16(name):
+    params = kernels(jnp.bfloat16)
+    run = lambda form: jax.jit(lambda params, own: hosts(form(params, own)), compiler_options=FAST_COMPILE)  # noqa: E731
+    outputs = run(lr.attach)(params, adaptation(name))
+    exact = run(lr.effective)(jax.tree.map(lambda x: x.astype(jnp.float32), params), adaptation(name))
+    for host, output in outputs.items():
+        assert output.dtype == jnp.bfloat16
+        difference = np.abs(np.asarray(output, np.float32) - exact[host]).max()
+        assert difference < 2.0**-6 * np.abs(exact[host]).max(), host
+    wide = jax.lax.dot_general(normal((5, 8), 1, jnp.bfloat16), params["dense"], (((1,), (0,)), ((), ())),
+                               preferred_element_type=jnp.float32)  # fmt: skip
+    adapted = lr.dot_general(normal((5, 8), 1, jnp.bfloat16), lr.attach(params, adaptation(name))["dense"],
+                             (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)  # fmt: skip
+    assert adapted.dtype == wide.dtype == jnp.float32
+
+
+def test_several_adaptations_act_in_their_order():
+    params, orders = {"dense": kernels()["dense"]}, (("rotate", "add"), ("add", "rotate"), ("add",), ())
+
+    def run(params):
+        rules = {"rotate": A.oft(block=4), "add": A.lora(rank=2)}
+        both = {name: moved(lr.adapt(params, {"dense": own}, KEY, name=name), 3) for name, own in rules.items()}
+        outputs = [lr.matmul(normal((5, 8)), lr.attach(params, both, active=active)["dense"]) for active in orders]
+        effective = [lr.effective(params, both, active=active)["dense"] for active in orders]
+        return outputs, effective, lr.unmerge(lr.merge(params, both), both)
+
+    outputs, effective, back = jax.jit(run, compiler_options=FAST_COMPILE)(params)
+    for output, kernel in zip(outputs, effective, strict=True):
+        np.testing.assert_allclose(output, normal((5, 8)) @ kernel, atol=1e-5)
+    assert np.array_equal(effective[3], params["dense"])
+    assert min(float(jnp.abs(effective[i] - effective[0]).max()) for i in (1, 2, 3)) > 1e-2
+    np.testing.assert_allclose(back["dense"], params["dense"], atol=1e-5)
+
+
+def test_an_operator_of_a_bare_matrix():
+    op = A.oft(block=4).wrap(matrix_op(kernels()["dense"]), A.oft(block=4).site((8, 12)),
+                             A.oft(block=4).start(KEY, kernels()["dense"]))  # fmt: skip
+    assert op.shape == (8, 12)
+    np.testing.assert_allclose(op(normal((5, 8))), normal((5, 8)) @ op.kernel(), atol=1e-5)
+
+
+def test_a_host_may_bring_its_own_product_and_precision():
+    tree, x = lr.attach(kernels(), adaptation("lora")), normal((5, 8))
+    wrong = lambda x, matrix, *_, **options: jnp.full((*x.shape[:-1], matrix.shape[-1]), 7.0)  # noqa: E731
+    numbers = (((1,), (0,)), ((), ()))
+    base = lr.matmul(x, kernels()["dense"])
+    found = tree["dense"].dot_general(x, numbers, product=wrong) - 7.0
+    np.testing.assert_allclose(found, lr.matmul(x, tree["dense"]) - base, atol=1e-5)
+    ids = jnp.array([1, 5])
+    found = A.embed(ids, tree["embedding"], lambda ids, matrix: 3 * matrix[ids]) - 2 * kernels()["embedding"][ids]
+    np.testing.assert_allclose(found, A.embed(ids, tree["embedding"]), atol=1e-5)
+    found = A.attend(x, tree["embedding"], lambda x, matrix: 3 * x @ matrix.T) - 2 * x @ kernels()["embedding"].T
+    np.testing.assert_allclose(found, A.attend(x, tree["embedding"]), atol=1e-5)
+    highest = lambda x: lr.dot_general(x, tree["dense"], numbers, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
+    assert str(jax.make_jaxpr(highest)(x)).count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
+
+
+# what a host refuses
+
+
+def test_products_that_the_view_does_not_fit_are_refused():
+    tree = lr.attach(kernels(), adaptation("lora"))
+    with pytest.raises(ValueError, match=r"'dense': the product contracts axes \(1,\) and batches axes \(\)"):
+        lr.einsum("bd,fd->bf", normal((5, 12)), tree["dense"])
+    with pytest.raises(ValueError, match=r"'experts': the product contracts axes \(1,\) and batches axes \(\)"):
+        lr.einsum("bd,edf->bef", normal((5, 8)), tree["experts"])
+    with pytest.raises(ValueError, match="every index of the product must be contracted or kept, once"):
+        lr.einsum("bd,df->b", normal((5, 8)), tree["dense"])
+    params, views = {"out": kernels()["out"]}, lr.Views(rules={"out": lr.MatrixView(rows=(1, 0), cols=(2,))})
+    kernel = lr.attach(params, lr.adapt(params, {"out": A.lora(rank=2)}, KEY, views=views))["out"]
+    with pytest.raises(ValueError, match=r"'out': a convolution's kernel \(2, 4, 12\) wants .* not rows=\(1, 0\)"):
+        A.conv(normal((2, 5, 4)), kernel, convolve)
+
+
+def test_a_convolution_in_groups_is_refused_and_works_through_effective():
+    tree = lr.attach(kernels(), adaptation("lora"))
+    grouped = functools.partial(convolve, groups=2)
+    x = normal((2, 5, 6, 8), 6)
+    with pytest.raises(ValueError, match=r"'conv': convolve must take .* a convolution in groups"):
+        A.conv(x, tree["conv"], grouped)
+    assert A.conv(x, lr.effective(kernels(), adaptation("lora"))["conv"], grouped).shape[-1] == 8
+
+
+# dropout
+
+
+def dropped(name, key, rate=0.5, tree="dense", host=lr.matmul):
+    families = {
+        "lora": A.lora(rank=2, dropout=rate, init="pissa"), "dora": A.dora(rank=2, dropout=rate),
+        "miss": A.miss(rank=3, dropout=rate), "vera": A.vera(rank=3, initial=2.0, dropout=rate),
+    }  # fmt: skip
+    params = {tree: kernels()[tree]}
+    made = lr.adapt(params, {tree: families[name]}, KEY)
+    return host(normal((4, 8), 1), lr.attach(params, moved(made, 7), key=key)[tree])
+
+
+@pytest.mark.parametrize("host", ["dense", *slow("attend")])
+@pytest.mark.parametrize("name", ["lora", "dora", *slow("miss", "vera")])
+def test_dropout_is_unbiased_and_follows_its_key(name, host):
+    options = {} if host == "dense" else {"tree": "embedding", "host": A.attend}
+    draw = functools.partial(dropped, name, **options)
+    exact, twice = draw(None), [draw(jax.random.key(1)) for _ in range(2)]
+    assert np.array_equal(*twice) and not np.array_equal(twice[0], exact)
+    np.testing.assert_allclose(draw(jax.random.key(1), rate=0.0), exact, atol=1e-6)
+    many = jax.jit(jax.vmap(draw), compiler_options=FAST_COMPILE)(jax.random.split(jax.random.key(2), 4000))
+    spread = np.maximum(many.std(0), 1e-3) / np.sqrt(4000)
+    assert np.abs((many.mean(0) - exact) / spread).max() < 5
+    if name != "dora":  # whose base term sees the dropped input too
+        x = normal((4, 8), 1)
+        base = x @ kernels()["dense"] if host == "dense" else x @ kernels()["embedding"].T
+        np.testing.assert_allclose(draw(None, rate=0.5), exact, atol=1e-6)
+        assert many.std(0).mean() > 1e-2 and np.abs(exact - base).max() > 1e-2
+
+
+def test_dropout_of_lora_is_on_the_branch_alone():
+    """Inverted dropout of the branch's input: with K = 0 and one input 1, the branch is 0 or 2 times itself."""
+    params = {"kernel": jnp.zeros((8, 4))}
+    made = lr.adapt(params, {"kernel": A.lora(rank=2, alpha=2.0, dropout=0.5)}, KEY)
+    made = made.replace(train=jax.tree.map(jnp.ones_like, made.train))
+    x = jnp.zeros((1, 8)).at[0, 3].set(1.0)
+    run = jax.vmap(lambda key: lr.matmul(x, lr.attach(params, made, key=key)["kernel"])[0, 0])
+    outputs = np.asarray(run(jax.random.split(KEY, 400)))
+    assert set(outputs.round(4)) == {0.0, 4.0} and 0.4 < (outputs > 0).mean() < 0.6
+
+
+def test_dropout_differs_between_sites_layers_and_names():
+    params = {name: jnp.zeros((2, 8, 4)) for name in ("one", "two")}
+    views = lr.Views(stacked=".*")
+
+    def outputs(name):
+        made = lr.adapt(params, {".*": A.miss(rank=8, dropout=0.5)}, KEY, views=views, name=name)
+        places = jnp.arange(8.0)[:, None]
+        made = made.replace(train=jax.tree.map(lambda x: jnp.broadcast_to(places, x.shape), made.train))
+        tree, x = lr.attach(params, made, key=jax.random.key(5)), jnp.ones((2, 20, 8))
+        return [lr.einsum("end,edf->enf", x, tree[leaf])[layer] for leaf in params for layer in (0, 1)]
+
+    draws = [np.asarray(out) for name in ("default", "other") for out in outputs(name)]
+    assert len({draw.tobytes() for draw in draws}) == 8
+
+
+# quantised bases
+
+
+def decodings(jaxpr) -> int:
+    """How often the program looks up codes of 8 bits, those of inner jaxprs included."""
+    found = 0
+    for equation in jaxpr.eqns:
+        found += equation.primitive.name == "gather" and equation.invars[0].aval.shape == (256,)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            found += decodings(inner) if hasattr(inner, "eqns") else 0
+    return found
+
+
+def quantised(adapter):
+    params = {"kernel": lr.linalg.quantize_blocks(kernels()["dense"])}
+    made = moved(lr.adapt(params, {"kernel": adapter}, KEY), 7)
+
+    def loss(train, x):
+        return jnp.sum(lr.matmul(x, lr.attach(params, made.replace(train=train))["kernel"]) ** 2)
+
+    return params, made, loss
+
+
+@every_family
+def test_a_quantised_base_gives_what_its_decoded_kernel_gives(name):
+    params, made, loss = quantised(FAMILIES[name])
+    plain = {"kernel": params["kernel"].dequantize()}
+    wanted = lr.matmul(normal((5, 8)), lr.effective(plain, made)["kernel"])
+    output = lr.matmul(normal((5, 8)), lr.attach(params, made)["kernel"])
+    np.testing.assert_allclose(output, wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
+    assert isinstance(lr.effective(params, made)["kernel"], lr.linalg.QuantizedBlocks)
+    # only the base product decodes: thin adapters, rotations and shards never read the kernel
+    reads = name in ("dora", "hira", "shira", "loha", "fourierft", "bat")
+    asked = []
+    op = matrix_op(plain["kernel"])
+    counting = type(op)(op.shape, op.contract, lambda: asked.append(1) or op.kernel(), op.product)
+    p = made.arrays("kernel")
+    FAMILIES[name].wrap(counting, made.plan.sites[0], p)(normal((5, 8)))
+    assert bool(asked) == reads
+    assert decodings(jax.make_jaxpr(loss)(made.train, normal((5, 8))).jaxpr) == 1
+
+
+@pytest.mark.parametrize("name", ["lora", "oft", "miss"])
+def test_the_backward_pass_keeps_the_codes_of_a_quantised_base(name):
+    """Between the passes there is no decoded kernel: 8 bits an entry are kept, and decoded again where dx needs it."""
+    params, made, loss = quantised(FAMILIES[name])
+    plain = lambda x: jnp.sum(lr.matmul(x, params["kernel"]) ** 2)  # noqa: E731
+    einsum = lambda x: jnp.sum(lr.einsum("bd,df->bf", x, params["kernel"]) ** 2)  # noqa: E731
+    for function, args in ((loss, (made.train,)), (plain, ()), (einsum, ())):
+        _, backward = jax.vjp(function, *args, normal((5, 8)))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(backward) if leaf.shape == (8, 12)} == {"uint8"}
+
+
+# a choice for each row
+
+
+@pytest.mark.parametrize("family", ["lora", *slow("dora", "oft", "miss", "shira", "uni_lora")])
+def test_every_row_takes_its_own_candidate(family):
+    x, indices, ids = normal((4, 3, 8), 1), jnp.array([[0, 3], [11, 3], [5, 3], [2, 3]]), jnp.array([1, -1, 0, 1])
+    params = {name: kernels()[name] for name in ("dense", "embedding")}
+
+    def products(tree):
+        return lr.matmul(x, tree["dense"]), A.embed(indices, tree["embedding"]), A.attend(x, tree["embedding"])
+
+    def run(params, ids):
+        adapt = lambda i: lr.adapt(params, {".*": FAMILIES[family]}, jax.random.key(i), name=str(i))  # noqa: E731
+        made = [moved(adapt(i), 20 * i) for i in (0, 1)]
+        both = A.candidates({one.plan.name: one for one in made})
+        alone = [products(params), *(products(lr.effective(params, one)) for one in made)]
+        return products(lr.attach(params, both, ids=ids)), alone
+
+    found, alone = jax.jit(run, compiler_options=FAST_COMPILE)(params, ids)
+    for host, output in enumerate(found):
+        for row, number in enumerate(ids.tolist()):
+            wanted = alone[number + 1][host][row]
+            np.testing.assert_allclose(output[row], wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
+        assert float(jnp.abs(alone[1][host] - alone[2][host]).max()) > 1e-2

@@ -1,0 +1,140 @@
+"""Adapters whose arrays lie as their kernels do: one training step on eight devices equals that of one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lowrank_jax as lr
+from lowrank_jax.adapters import candidates, specs
+
+SHAPES = {"layers": {"up": (2, 16, 32), "down": (2, 32, 16)}, "heads": {"kernel": (16, 4, 8)}}
+SPECS = {
+    "layers": {"up": P(None, "fsdp", "tensor"), "down": P(None, "tensor", "fsdp")},
+    "heads": {"kernel": P("fsdp", "tensor", None)},
+}
+VIEWS = lr.Views(rules=((r"heads/.*", lr.MatrixView(rows=(0,), cols=(1, 2))),), stacked=(r"layers/.*",))
+FAMILIES = {
+    "lora": lr.adapters.lora(rank=4),
+    "pissa": lr.adapters.lora(rank=4, init="pissa"),
+    "dora": lr.adapters.dora(rank=4),
+    "hira": lr.adapters.hira(rank=4),
+    "miss": lr.adapters.miss(rank=4),
+    "oft": lr.adapters.oft(block=4),
+}
+
+
+def tree(seed):
+    random = np.random.default_rng(seed)
+    draw = lambda shape: jnp.asarray(0.3 * random.normal(size=shape), jnp.float32)  # noqa: E731
+    return jax.tree.map(draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+X = jnp.asarray(np.random.default_rng(9).normal(size=(8, 16)), jnp.float32)
+
+
+def made(family, seed=0):
+    adaptation = lr.adapt(tree(0), {".*": family}, jax.random.key(seed), views=VIEWS)
+    leaves, treedef = jax.tree.flatten(adaptation.train)
+    random = np.random.default_rng(seed + 1)
+    new = [leaf + jnp.asarray(0.1 * random.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
+    return adaptation.replace(train=jax.tree.unflatten(treedef, new))
+
+
+def forward(params, x, place):
+    def layer(x, kernels):
+        hidden = jnp.tanh(lr.matmul(x, kernels["up"]))
+        return x + lr.dot_general(hidden, kernels["down"], (((1,), (0,)), ((), ())), **place), None
+
+    return lr.einsum("bd,dhk->bhk", jax.lax.scan(layer, x, params["layers"])[0], params["heads"]["kernel"])
+
+
+def step(params, train, fixed, x, adaptation, **place):
+    """One step of gradient descent of the adapters; Adam's first step would only see signs."""
+
+    def loss(train):
+        return jnp.mean(forward(lr.attach(params, adaptation.replace(train=train, fixed=fixed)), x, place) ** 2)
+
+    value, grads = jax.value_and_grad(loss)(train)
+    return optax.apply_updates(train, jax.tree.map(lambda g: -0.5 * g, grads)), value
+
+
+def placed(mesh, tree, tree_specs):
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, tree_specs)
+
+
+@functools.cache
+def on_one_device(name):
+    adaptation = made(FAMILIES[name])
+    return adaptation, jax.jit(functools.partial(step, adaptation=adaptation))(
+        tree(0), adaptation.train, adaptation.fixed, X
+    )
+
+
+# OFT's blocks are cut along the sharded rows, which an explicit mesh does not do
+CASES = [(name, AxisType.Auto) for name in FAMILIES] + [(name, AxisType.Explicit) for name in FAMILIES if name != "oft"]
+
+
+@pytest.mark.parametrize("name, kind", CASES, ids=str)
+def test_a_step_on_eight_devices_is_that_of_one(name, kind):
+    adaptation, (want, value) = on_one_device(name)
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(kind,) * 2)
+    train, fixed = specs(adaptation, SPECS)
+    # the model's own business: on an explicit mesh a sum over a sharded axis must be told where it goes
+    place = {"out_sharding": P("fsdp", None)} if kind == AxisType.Explicit else {}
+    shardings = None if place else (jax.tree.map(lambda spec: NamedSharding(mesh, spec), train), None)
+    with jax.set_mesh(mesh):
+        got, loss = jax.jit(functools.partial(step, adaptation=adaptation, **place), out_shardings=shardings)(
+            placed(mesh, tree(0), SPECS), placed(mesh, adaptation.train, train), placed(mesh, adaptation.fixed, fixed),
+            jax.device_put(X, NamedSharding(mesh, P("fsdp", None))),
+        )  # fmt: skip
+    assert jax.tree.map(lambda x: x.sharding.spec, got) == train
+    np.testing.assert_allclose(loss, value, rtol=1e-5)
+    for (path, a), b, old in zip(jax.tree.flatten_with_path(got)[0], jax.tree.leaves(want),
+                                 jax.tree.leaves(adaptation.train), strict=True):  # fmt: skip
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=str(path))
+        assert float(jnp.abs(b - old).max()) > 1e-4, path
+
+
+def test_arrays_follow_their_kernels():
+    shapes = {name: jax.eval_shape(lambda family=family: made(family)) for name, family in FAMILIES.items()}
+    found = {name: specs(adaptation, SPECS) for name, adaptation in shapes.items()}
+    train, fixed = found["pissa"]
+    assert train["sites"]["layers/up"] == {"a": P(None, "fsdp", None), "b": P(None, None, "tensor")}
+    assert fixed["sites"]["layers/down"] == {
+        "scale": P(None, None), "a0": P(None, "tensor", None), "b0": P(None, None, "fsdp")
+    }  # fmt: skip
+    assert train["sites"]["heads/kernel"] == {"a": P("fsdp", None), "b": P(None, "tensor")}
+    assert found["dora"][0]["sites"]["layers/up"]["magnitude"] == P(None, "tensor")
+    assert found["oft"][0]["sites"]["layers/down"]["skew"] == P(None, "tensor", None)
+    both = jax.eval_shape(candidates, {"one": shapes["lora"], "two": shapes["lora"]})
+    assert specs(both, SPECS)[0]["sites"]["layers/up"]["a"] == P(None, None, "fsdp", None)
+    for name, adaptation in shapes.items():
+        for tree_specs, arrays in zip(found[name], (adaptation.train, adaptation.fixed), strict=True):
+            assert jax.tree.structure(tree_specs) == jax.tree.structure(arrays)
+
+
+def test_stacks_folds_shared_and_whole_leaves():
+    params = {"layers": jnp.ones((4, 8, 2, 6)), "head": jnp.ones((8, 3))}
+    views = lr.Views(rules=(("layers", lr.MatrixView(batch=(0,), rows=(1,), cols=(2, 3))),))
+    rules = {"layers": lr.adapters.uni_lora(rank=2, size=8)}
+    adaptation = lr.adapt(params, rules, jax.random.key(0), views=views, whole="head")
+    train, fixed = specs(adaptation, {"layers": P("stage", "fsdp", None, "tensor"), "head": P("fsdp")})
+    assert fixed["sites"]["layers"] == {
+        "scale": P("stage", None), "ia": P("stage", "fsdp", None), "ib": P("stage", None, None)
+    }  # fmt: skip
+    assert train["shared"]["unilora"] == {"theta": P()} and train["whole"] == {"head": P("fsdp")}
+    assert specs(adaptation, {"layers": None, "head": P()})[1]["sites"]["layers"]["ia"] == P(None, None, None)
+
+
+def test_errors():
+    adaptation = made(FAMILIES["lora"])
+    with pytest.raises(ValueError, match=r"no spec for \['heads/kernel'\]"):
+        specs(adaptation, {"layers": SPECS["layers"]})
+    with pytest.raises(ValueError, match=r"'heads/kernel' of shape \(16, 4, 8\) has fewer axes than its spec"):
+        specs(adaptation, SPECS | {"heads": {"kernel": P("fsdp", None, None, None)}})
