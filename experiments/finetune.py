@@ -4,8 +4,9 @@
         --config.base.source=runs/default --config.adapter.method='dora(rank=8)' --workdir=runs/dora --export=exported
 
 With `--export` the tuned model is also written as plain parameters: a folder that `--config.base.source` reads, or,
-with `--export_format=huggingface`, one that transformers reads; of a run that is over, too. SIGTERM or Ctrl-C saves and
-exits with 0. Exit codes: 0 done or stopped on request, 1 failed, 2 wrong configuration.
+with `--export_format=huggingface`, one that transformers reads; `--export_format=peft` writes the adapters alone. Of a
+run that is over, too. SIGTERM or Ctrl-C saves and exits with 0. Exit codes: 0 done or stopped on request, 1 failed, 2
+wrong configuration.
 """
 
 import pathlib
@@ -15,7 +16,7 @@ from absl import flags
 from experiments import command, merged, tuning_configuration
 from experiments.finetuning import Finetuning
 
-_EXPORT = flags.DEFINE_string("export", None, "folder for the tuned model, written when the run is over")
+_EXPORT = flags.DEFINE_string("export", None, "folder for what was tuned, written when the run is over")
 _FORMAT = flags.DEFINE_enum("export_format", "run", merged.FORMATS, "who is to read it")
 
 
@@ -36,7 +37,7 @@ def conclude(summary, workdir):
     line("loss on base's domain", "domain_loss", "{:.4f}".format)
     line("accuracy there", "domain_accuracy", "{:.2%}".format)
     if _EXPORT.value and summary["status"] == "finished":
-        print(f"tuned model in {merged.export(workdir, _EXPORT.value, _FORMAT.value)}")
+        print(f"exported to {merged.export(workdir, _EXPORT.value, _FORMAT.value)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tuned model of a fine-tuning run as plain parameters: a base for further runs, or a folder for others.
+"""What a fine-tuning run made, for others: plain parameters, or the adapters alone.
 
 An exported folder is what `base.source` reads:
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+import lowrank_jax as lr
 from experiments import bases, checkpoint, tuning_configuration
 from experiments.bases import Base
 from experiments.configuration import ConfigurationError
@@ -21,9 +22,10 @@ from experiments.data.tokenizer import ByteTokenizer, make_tokenizer
 from experiments.data.tuning import TuningDataConfig
 from experiments.finetuning import MODEL, Model
 from experiments.models import huggingface
+from experiments.trained import Adapted
 from experiments.tuning_configuration import TuningConfig
 
-FORMATS = ("run", "huggingface")
+FORMATS = ("run", "huggingface", "peft")
 
 
 def merged_base(folder: pathlib.Path, values: dict) -> Base:
@@ -39,15 +41,20 @@ def merged_base(folder: pathlib.Path, values: dict) -> Base:
     return Base(
         source=str(folder),
         config=model.config,
-        read=lambda sharding: _read(folder, config, model, sharding)[1],
+        read=lambda sharding: _merged(folder, config, model, sharding),
         tokenizer=description["tokenizer"],
         classes=model.classes,
         domain=TuningDataConfig(**description["domain"]),
     )
 
 
-def _read(folder: pathlib.Path, config: TuningConfig, model: Model, sharding) -> tuple[int, Any]:
-    """(step, parameters) of the newest good checkpoint."""
+def _merged(folder: pathlib.Path, config: TuningConfig, model: Model, sharding) -> Any:
+    """Plain parameters of the newest good checkpoint."""
+    return model.parts.merged(*_read(folder, config, model, sharding))
+
+
+def _read(folder: pathlib.Path, config: TuningConfig, model: Model, sharding) -> tuple:
+    """(what trained, what the state holds beside it, *frozen arguments) of the newest good checkpoint."""
     parts, digest = model.parts, None
     frozen: tuple = ()
     if parts.needs_base:
@@ -61,25 +68,36 @@ def _read(folder: pathlib.Path, config: TuningConfig, model: Model, sharding) ->
             f"base.source={config.base.source!r}: its parameters changed since {folder} was trained; restore them"
         )
     rest = {name: tree for name, tree in restored.tree.items() if name != "params"}
-    return restored.step, parts.merged(restored.tree["params"], rest, *frozen)
+    return restored.tree["params"], rest, *frozen
 
 
 def export(workdir, output, form: str) -> pathlib.Path:
-    """Write the tuned model of a run to the folder `output`: "run" for `base.source`, or "huggingface".
+    """Write what a run made to the folder `output`.
+
+    Args:
+      workdir: of the run.
+      output: holds nothing yet.
+      form: the tuned model as "run", for `base.source`, or as "huggingface", for transformers; or its adapters alone as
+        "peft", for the package of that name and the base in the form of transformers.
 
     Raises:
-      ConfigurationError: `output` holds files, `workdir` no fine-tuning run with a checkpoint, or no family of
-        transformers has this model.
+      ConfigurationError: `output` holds files, `workdir` no fine-tuning run with a checkpoint, or this model or adapter
+        has no such form.
     """
     workdir, output = pathlib.Path(workdir), pathlib.Path(output)
     if output.exists() and any(output.iterdir()):
         raise ConfigurationError(f"--export={str(output)!r}: holds files; give another folder")
-    base = merged_base(workdir, json.loads((workdir / "config.json").read_text()))
-    if form == "huggingface" and (base.is_vit or base.classes):
+    values = json.loads((workdir / "config.json").read_text())
+    base = merged_base(workdir, values)
+    if form != "run" and (base.is_vit or base.classes):
         raise ConfigurationError(
-            "--export_format='huggingface': writes language models; give 'run' for a vision transformer or a classifier"
+            f"--export_format={form!r}: is for language models; give 'run' for a vision transformer or a classifier"
         )
-    params = base.read(jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if form == "peft":
+        _write_peft(output, workdir, tuning_configuration.from_dict(values), sharding)
+        return output
+    params = base.read(sharding)
     output.mkdir(parents=True, exist_ok=True)
     if form == "huggingface":
         _write_transformers(output, base, params)
@@ -103,3 +121,16 @@ def _write_transformers(output: pathlib.Path, base: Base, params) -> None:
     huggingface.save(output, base.config, params, entries={name: n if n >= 0 else None for name, n in ids.items()})
     if not isinstance(tokenizer, ByteTokenizer):
         shutil.copyfile(pathlib.Path(base.tokenizer).expanduser(), output / "tokenizer.model")
+
+
+def _write_peft(output: pathlib.Path, workdir: pathlib.Path, config: TuningConfig, sharding) -> None:
+    model = Model(config, bases.open_base(config.base, config.run.seed), ())
+    if not isinstance(model.parts, Adapted):
+        raise ConfigurationError("--export_format='peft': the whole model was trained; give 'huggingface'")
+    params, rest, base = _read(workdir, config, model, sharding)
+    adaptation = model.parts.adaptation(params, rest)
+    fields = {"base_model_name_or_path": config.base.source, "task_type": "CAUSAL_LM"}
+    try:
+        lr.interop.peft.save(output, adaptation, base, lr.interop.llama.torch_name, views=model.parts.views, **fields)
+    except ValueError as error:
+        raise ConfigurationError(f"--export_format='peft': {error}") from error

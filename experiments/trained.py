@@ -103,13 +103,14 @@ class Adapted(Parts):
         rules = config.parsed()
         is_targeted = any(re.fullmatch(pattern, PATCHES) for pattern, _ in rules)
         patches = ((PATCHES, lr.MatrixView(rows=(0, 1, 2), cols=(3,))),) if is_targeted else ()
+        self.views = lr.Views(stacked=(LAYERS,) if scan else (), rules=patches)
         self._options: dict[str, Any] = {
             "rules": rules,
             "exclude": config.exclude,
             "layers": config.layers,
             "whole": (*config.whole, *new),
             "bias": config.bias,
-            "views": lr.Views(stacked=(LAYERS,) if scan else (), rules=patches),
+            "views": self.views,
         }
         try:
             self._adaptation = jax.eval_shape(self._adapt, shapes, jax.random.key(0))
@@ -133,15 +134,16 @@ class Adapted(Parts):
     def cut_off(self, tree):
         return (tree,)
 
-    def _current(self, params, rest):
+    def adaptation(self, params, rest) -> lr.adapters.Adaptation:
+        """The adapters with the arrays of a state."""
         return self._adaptation.replace(train=params, fixed=rest["fixed"])
 
     def tree(self, params, rest, *frozen):
         """With dropout where `rest` has a key."""
-        return lr.attach(frozen[0], self._current(params, rest), key=rest.get("key"))
+        return lr.attach(frozen[0], self.adaptation(params, rest), key=rest.get("key"))
 
     def plain(self, params, rest, *frozen):
-        return lr.effective(frozen[0], self._current(params, rest))
+        return lr.effective(frozen[0], self.adaptation(params, rest))
 
     def merged(self, params, rest, *frozen):
-        return lr.merge(frozen[0], self._current(params, rest))
+        return lr.merge(frozen[0], self.adaptation(params, rest))

@@ -98,6 +98,11 @@ def _check(path: str, number: int, field: str, key: str, value: Any) -> None:
         _refuse(path, number, f"{key!r} is {value!r}, where a string is needed")
     elif not value and field not in MAY_BE_EMPTY:
         _refuse(path, number, f"{key!r} is empty")
+    else:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            _refuse(path, number, f"{key!r} holds half of a surrogate pair, which is no character")
 
 
 def _labels(path: str, key: str, keys: Mapping[str, str]) -> dict[Any, int]:

@@ -83,6 +83,9 @@ class TuningDataConfig:
         require(self.packing is None or language, "packing", f"{self.task} has a document per row; leave it None")
         require(self.train_split != self.validation_split, "validation_split", "is the training split: choose another")
         require(not self.validation or self.is_jsonl, "validation", "goes with a .jsonl file as data.name; leave it ''")
+        for field in ("train_split", "validation_split") if self.is_jsonl else ():
+            default = field.removesuffix("_split")
+            require(getattr(self, field) == default, field, f"slices are of TFDS datasets; leave it {default!r}")
         if self.has_images:
             require(self.task == "classification", "task", f"{self.name} has classes; set data.task='classification'")
             require(self.sequence_length is None, "sequence_length", "images have none; leave it None")

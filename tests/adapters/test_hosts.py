@@ -240,6 +240,18 @@ def test_dropout_of_lora_is_on_the_branch_alone():
     assert set(outputs.round(4)) == {0.0, 4.0} and 0.4 < (outputs > 0).mean() < 0.6
 
 
+def test_dropout_of_dora_leaves_the_base_alone_at_the_start():
+    """The base term sees the dropped input only through `gain - 1`, which is 0 there, as in PEFT."""
+    for tree, host, x in (("dense", lr.matmul, normal((4, 8), 1)), ("embedding", A.attend, normal((4, 8), 1))):
+        params = {tree: kernels()[tree]}
+        made = lr.adapt(params, {tree: A.dora(rank=2, dropout=0.5, init="gaussian")}, KEY)
+        own = made.train["sites"][tree]
+        zero = "a" if tree == "embedding" else "b"
+        assert not own[zero].any()
+        found = host(x, lr.attach(params, made, key=jax.random.key(1))[tree])
+        np.testing.assert_allclose(found, host(x, params[tree]), atol=1e-6)
+
+
 def test_dropout_differs_between_sites_layers_and_names():
     params = {name: jnp.zeros((2, 8, 4)) for name in ("one", "two")}
     views = lr.Views(stacked=".*")

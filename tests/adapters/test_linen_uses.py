@@ -146,3 +146,11 @@ def test_taps_of_layers_that_only_take_adapters():
         loss = lr.linen.tapped(lambda params, x, layer=layer: total(layer.apply({"params": params}, x)))
         with pytest.raises(ValueError, match="taps|cannot be tapped"):
             lr.projected_value_and_grad(loss, taps)(params, x)
+
+
+def test_a_use_that_passes_a_tap_by_is_refused():
+    model = Own(lambda x, kernel: x @ kernel)
+    params = initial(model, X)
+    taps = lr.taps(lr.galore(1e-2, rank=2).init(params))
+    with pytest.raises(ValueError, match="tap 'kernel': the kernel is read as an array"):
+        lr.projected_value_and_grad(lambda *args: total(on(model)(*args)), taps)(params, X)

@@ -66,6 +66,7 @@ BAD = [
     ({"text": "a", "label": 3}, LABELLED, r"line 2: 'label' is 3, but line 1 has 'x': not of one type"),
     ({"prompt": "a", "response": ""}, INSTRUCTION, r"line 2: 'response' is empty"),
     ({"prompt": ["a"], "response": "b"}, INSTRUCTION, r"line 2: 'prompt' is \['a'\]"),
+    ('{"text": "a \\ud83d"}', TEXT, r"line 2: 'text' holds half of a surrogate pair"),
 ]
 
 
@@ -165,6 +166,7 @@ def test_digits_in_two_domains():
         ({"batch_size": True}, r"data\.batch_size=True: give an integer of at least 1"),
         ({"validation": "b.jsonl"}, r"data\.validation='b\.jsonl': goes with a \.jsonl file as data\.name"),
         ({"validation_split": "train"}, r"data\.validation_split='train': is the training split"),
+        ({"name": "a.jsonl", "train_split": "train[:9]"}, r"data\.train_split='train\[:9\]': slices are of TFDS"),
         ({"name": "digits"}, r"data\.task='language_modelling': digits has classes"),
         ({"name": "digits", "task": "classification", "sequence_length": 8}, r"data\.sequence_length=8: images have"),
         ({"name": "digits", "task": "classification", "bos": True}, r"data\.bos=True: images have no tokens"),

@@ -197,6 +197,10 @@ def test_an_exported_model_is_a_base_and_a_folder_of_transformers(folder, whole)
     config, params = huggingface.load(folder / "transformers")
     assert config.layers == 2
     jax.tree.map(np.testing.assert_array_equal, params, tuned)
+    merged.export(workdir, folder / "peft", "peft")
+    base, views = params_of(folder / "base"), lr.Views(stacked=("layers/.*",))
+    adaptation = lr.interop.peft.load(folder / "peft", base, lr.interop.llama.torch_name, views=views)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), lr.merge(base, adaptation), tuned)
     with pytest.raises(ConfigurationError, match="--export=.*holds files; give another folder"):
         merged.export(workdir, folder / "exported", "run")
     # tuned again, from the folder of transformers, which says neither tokenizer nor domain
@@ -222,6 +226,8 @@ def test_the_whole_model_with_a_projection_optimizer(folder, backprop, monkeypat
     tuned = params_of(workdir)
     np.testing.assert_array_equal(arrays["params/embed/embedding"], tuned["embed"]["embedding"])
     assert not any(path.startswith("fixed") for path in arrays)
+    with pytest.raises(ConfigurationError, match="export_format='peft': the whole model was trained"):
+        merged.export(workdir, folder / f"peft {backprop}", "peft")
     if backprop is not None:
         return
     interrupted(monkeypatch, config, folder / f"galore {backprop} crashed")
@@ -276,7 +282,7 @@ def test_classes_of_text_get_a_head_and_the_language_model_stays_measurable(fold
         kept = evaluated(tuning.tiny(folder, **again))
         assert kept["accuracy"] == pytest.approx(summary["validation_accuracy"], abs=1e-6)
         assert kept["domain_accuracy"] == kept["accuracy"]  # the base's domain is that of its last tuning
-        with pytest.raises(ConfigurationError, match="writes language models"):
+        with pytest.raises(ConfigurationError, match="is for language models"):
             merged.export(workdir, folder / "no", "huggingface")
 
 

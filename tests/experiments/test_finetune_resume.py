@@ -108,7 +108,7 @@ def test_the_command_tells_the_shares_and_exports(folder):
     assert f"trained {trained:,} of {total:,} parameters ({trained / total:.3%})" in log
     before, after = summary["domain_loss_before"], summary["domain_loss"]
     assert f"loss on base's domain    {before:.4f} before, {after:.4f} after" in log
-    assert f"tuned model in {folder}/exported" in log
+    assert f"exported to {folder}/exported" in log
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     exported, whole = (
         bases.open_base(bases.BaseConfig(source=str(folder / name)), 0).read(sharding) for name in ("exported", "whole")

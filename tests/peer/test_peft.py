@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytest.importorskip("torch", reason="needs PyTorch: run `make test-peer`")
+pytest.importorskip("peft", reason="needs PEFT: run `make test-peer`")
+
 import lowrank_jax as lr
 from lowrank_jax.interop import peft as bridge
 from tests.peer.peft_net import (

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytest.importorskip("torch", reason="needs PyTorch: run `make test-peer`")
+pytest.importorskip("peft", reason="needs PEFT: run `make test-peer`")
+
 import lowrank_jax as lr
 from experiments.models import huggingface
 from experiments.models.llama import Llama
