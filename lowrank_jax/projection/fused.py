@@ -2,9 +2,8 @@
 
 The optax form makes an update as large as the parameters and leaves its addition to the caller. Here each layer of a
 stack is back-projected, decayed and written in place, one after the other, so that no full-size update exists: beside
-donated parameters and state a step needs the scratch of one matrix and the low-rank step of one stack. Both forms have
-the same state and, in float32, the same result; the fused one adds in float32 and rounds once, to nearest or
-stochastically.
+donated parameters and state a step needs the scratch of one matrix. Both forms have the same state and, in float32,
+the same result; the fused one adds in float32 and rounds once, to nearest or stochastically.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lowrank_jax import linalg, sharding
 from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.learning_rate import LearningRateState, decayed_step, selected_for_decay
-from lowrank_jax.projection.matrix_step import MatrixStep, advance, combine, select
+from lowrank_jax.projection.matrix_step import MatrixStep, finish, select
 
 if TYPE_CHECKING:
     from lowrank_jax.projection.optimizers import Recipe, RecipeState
@@ -219,26 +218,15 @@ def _finish_leaf(step: MatrixStep, param: Any, prepared: step_lib.Prepared, extr
     config, arrays, layer = step.config, step.arrays(), view.layer()
     take = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
-    # all layers' moments move at once, unless that takes all parameters too, or float32 in place of 8 bits
-    at_once = not (getattr(config.inner, "params", False) or isinstance(config.inner, inner_lib.Stored8))
-    if at_once:
-        found, step.inner = advance(config, view, arrays, factor, ok, extra)
-        arrays |= found
-    moving = {"residual": arrays.pop("residual"), "inner": () if at_once else arrays["inner"]}
-    del arrays["inner"]
+    moving = {name: arrays.pop(name) for name in ("inner", "residual")}
 
     def one(number, param, moving):
         trees = moving | jax.tree.map(lambda x: take(x, number), arrays)
-        inner = ()
-        if not at_once:
-            found, inner = advance(config, layer, trees, factor, ok, extra)
-            trees |= found
-        update, residual = combine(config, layer, trees, factor, ok)
-        return write(param, layer.restore(update), number), {"residual": residual, "inner": inner}
+        update, inner, residual = finish(config, layer, trees, factor, ok, extra)
+        return write(param, layer.restore(update), number), {"inner": inner, "residual": residual}
 
     param, moved = in_place(one, view.batch[0], take, put, param, moving)
-    step.residual = moved["residual"]
-    step.inner = step.inner if at_once else moved["inner"]
+    step.inner, step.residual = moved["inner"], moved["residual"]
     return param
 
 

@@ -299,33 +299,20 @@ def _refresh_staggered(config: Projection, view: ResolvedView, trees: Any, due: 
 
 def finish(config: Projection, view: ResolvedView, trees: dict[str, Any], factor: Any, ok: Any, extra: dict[str, Any]):
     """Oriented update, inner state, residual state, from `MatrixStep.arrays`."""
-    moved, inner = advance(config, view, trees, factor, ok, extra)
-    update, residual = combine(config, view, trees | moved, factor, ok)
-    return update, inner, residual
-
-
-def advance(config: Projection, view: ResolvedView, trees: dict[str, Any], factor: Any, ok: Any, extra: dict[str, Any]):
-    """The inner transformation's part of `finish`: `({"direction", "scale"}, inner state)`."""
-    low = trees["low"] if factor is None else trees["low"] * factor
-    param = None
+    low, target = (x if factor is None or x is None else x * factor for x in (trees["low"], trees["target"]))
+    basis, param = trees["basis"], None
     if getattr(config.inner, "params", False):
-        param = config.projector.down(view, trees["basis"], trees["param"])
+        param = config.projector.down(view, basis, trees["param"])
     run = each(lambda g, s, p: inner_lib.guarded(config.inner, g, s, p, ok, extra), view.batch)
     direction, scale, inner = run(low, trees["inner"], param)
     scale = jnp.asarray(scale, jnp.float32) * config.scale
     if ok is not None:
         direction = jnp.where(ok, direction, 0)
-        inner = select(ok, inner, trees["old"]["inner"]) if "inner" in trees["old"] else inner
-    return {"direction": direction, "scale": scale}, inner
-
-
-def combine(config: Projection, view: ResolvedView, trees: dict[str, Any], factor: Any, ok: Any):
-    """The residual rule's part of `finish`, from its arrays and those of `advance`: oriented update, residual state."""
-    low, target = (x if factor is None or x is None else x * factor for x in (trees["low"], trees["target"]))
     update, residual = config.residual.combine(
-        config.projector, view, trees["basis"], trees["residual"], target, low, trees["direction"], trees["scale"]
+        config.projector, view, basis, trees["residual"], target, low, direction, scale
     )
     if ok is not None:
         residual = select(ok, residual, (trees | trees["old"])["residual"])
+        inner = select(ok, inner, trees["old"]["inner"]) if "inner" in trees["old"] else inner
         update = jnp.where(ok, update, 0) if config.residual.sees_gradient else update
-    return update, residual
+    return update, inner, residual
