@@ -239,6 +239,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "train": train,
     "optimizer_step": optimizer_step,
     "training_step_60M": training_step,
+    "training_step_130M": training_step,
     "data_parallel": data_parallel,
     "refresh_subspaces": refresh_subspaces,
     "memory_7b": memory_7b,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax import linalg
 from lowrank_jax.adapters.base import Adapter, Arrays, Op, Site, check_positive
 
 
@@ -64,7 +65,7 @@ class Oft(Adapter):
         eye = jnp.eye(self.block)
         if self.cayley == "exact":
             # (I - Q) and (I + Q)^-1 commute
-            return jnp.linalg.solve(eye + q, eye - q)
+            return linalg.solve(eye + q, eye - q)
         square = q @ q
         return eye + 2 * q + 2 * square + 2 * square @ q + square @ square
 
@@ -74,7 +75,7 @@ class Oft(Adapter):
 
     def remove(self, site, kernel, p):
         blocks = kernel.reshape(-1, self.block, kernel.shape[-1])
-        return jnp.linalg.solve(self.rotation(p), blocks).reshape(kernel.shape)
+        return linalg.solve(self.rotation(p), blocks).reshape(kernel.shape)
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
         kernel = lambda: self.effective(site, op.kernel(), p)  # noqa: E731

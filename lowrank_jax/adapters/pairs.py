@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lowrank_jax import sharding
+from lowrank_jax import linalg, sharding
 from lowrank_jax.matrices import Shape
 from lowrank_jax.resolution import path_of
 
@@ -200,7 +200,7 @@ def damped_inverse(gram: jax.Array, damping: Any) -> jax.Array:
     >>> damped_inverse(jnp.diag(jnp.array([4.0, 0.0])), 0.0).tolist()
     [[0.25, 0.0], [0.0, 0.0]]
     """
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = linalg.eigh(gram)
     kept = values > 10 * gram.shape[-1] * float(jnp.finfo(gram.dtype).eps) * values[..., -1:]
     weights = jnp.where(kept, 1 / (jnp.where(kept, values, 1) + damping), 0)
     inverse = times("a", vectors * weights[..., None, :], jnp.swapaxes(vectors, -1, -2))

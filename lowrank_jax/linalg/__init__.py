@@ -18,6 +18,7 @@ result, a finite one (zero and rank-deficient included) a finite result unless i
 ((2, 8, 3), 'float32')
 """
 
+from lowrank_jax.linalg._lapack import eigh, solve
 from lowrank_jax.linalg.decompositions import (
     canonical_signs,
     power_step,
@@ -55,6 +56,7 @@ __all__ = [
     "dct_matrix",
     "dynamic_code_book",
     "effective_rank",
+    "eigh",
     "explained_variance",
     "gather_rows",
     "hadamard_columns",
@@ -73,6 +75,7 @@ __all__ = [
     "rank_for_energy",
     "row_scores",
     "scatter_rows",
+    "solve",
     "stable_rank",
     "stochastic_round",
     "svd_of_product",

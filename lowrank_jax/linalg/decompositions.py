@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_jax.linalg import _lapack
 from lowrank_jax.linalg._common import Array, as_matrix, check_rank, divide, product, transpose
 from lowrank_jax.linalg.orthogonal import orthonormalize
 
@@ -53,7 +54,7 @@ def truncated_svd(x: Any, rank: int) -> tuple[Array, Array, Array]:
     """
     x = as_matrix(x)
     rank = check_rank(rank, min(x.shape[-2:]))
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    u, s, vt = _lapack.svd(x)
     return _sign_and_cut(u, s, vt, rank)
 
 
@@ -123,7 +124,7 @@ def randomized_svd(
     left = range_finder(x, min(rank + oversample, *x.shape[-2:]), key, power_iterations)
     projected = product(transpose(x), left)
     right = orthonormalize(projected)
-    u, s, vt = jnp.linalg.svd(product(transpose(projected), right), full_matrices=False)
+    u, s, vt = _lapack.svd(product(transpose(projected), right))
     return _sign_and_cut(product(left, u), s, product(vt, transpose(right)), rank)
 
 
@@ -144,7 +145,7 @@ def svd_of_product(a: Any, b: Any, rank: int | None = None) -> tuple[Array, Arra
         raise ValueError(f"a of shape {a.shape} and b of shape {b.shape} do not multiply")
     limit = min(a.shape[-1], a.shape[-2], b.shape[-1])
     rank = limit if rank is None else check_rank(rank, limit, what="the smallest of m, q and n")
-    left, core_left = jnp.linalg.qr(a)
-    right, core_right = jnp.linalg.qr(transpose(b))
-    u, s, vt = jnp.linalg.svd(product(core_left, transpose(core_right)), full_matrices=False)
+    left, core_left = _lapack.qr(a)
+    right, core_right = _lapack.qr(transpose(b))
+    u, s, vt = _lapack.svd(product(core_left, transpose(core_right)))
     return _sign_and_cut(product(left, u), s, product(vt, transpose(right)), rank)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowrank_jax.linalg import _lapack
 from lowrank_jax.linalg._common import Array, as_matrix, product, transpose
 
 
@@ -36,7 +37,7 @@ def qr_orthonormal(x: Any) -> Array:
     >>> (qr_orthonormal(jnp.array([[-3.0, 1.0], [0.0, 2.0]])).round(4) + 0).tolist()
     [[-1.0, 0.0], [0.0, 1.0]]
     """
-    q, r = jnp.linalg.qr(_as_tall(x))
+    q, r = _lapack.qr(_as_tall(x))
     diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
     return q * jnp.where(diagonal < 0, -1, 1).astype(q.dtype)[..., None, :]
 
@@ -45,9 +46,7 @@ def _cholesky_pass(x: Array, shift: float = 0.0) -> Array:
     """x L^-T with L L^T = x^T x + shift I. The explicit inverse is a product, faster than a solve of s rows."""
     gram = _gram(x)
     identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=x.dtype), gram.shape)
-    lower = jnp.linalg.cholesky(gram + shift * identity, symmetrize_input=False)
-    inverse = lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    return product(x, transpose(inverse))
+    return product(x, transpose(_lapack.inverse_cholesky(gram + shift * identity)))
 
 
 def cholesky_qr2(x: Any) -> Array:
@@ -88,7 +87,7 @@ def _orthonormalize_jvp(primals, tangents):
     # With W = dx R^-1 and A = the strictly lower part of Q^T W: dQ = Q (A - A^T - Q^T W) + W.
     (x,), (dx,) = primals, tangents
     q = _orthonormalize(x)
-    weighted = lax.linalg.triangular_solve(product(transpose(q), x), dx, left_side=False, lower=False)
+    weighted = _lapack.solve_from_right(product(transpose(q), x), dx)
     inner = product(transpose(q), weighted)
     lower = jnp.tril(inner, -1)
     return q, product(q, lower - transpose(lower) - inner) + weighted
