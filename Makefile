@@ -11,7 +11,7 @@ CPU := JAX_PLATFORMS=cpu
 EIGHT := $(CPU) XLA_FLAGS="--xla_force_host_platform_device_count=8"
 TPU := $(CPU) ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 \
 	TPU_ACCELERATOR_TYPE=v5litepod-4
-ONE_PROCESS := not multi_device and not tpu_compile and not peer
+ONE_PROCESS := not multi_device and not multi_process and not tpu_compile and not peer
 
 .PHONY: help train finetune test test-fast test-full test-multi test-tpu test-peer lint evidence report clean
 
@@ -68,6 +68,7 @@ test-full: .venv/installed
 
 test-multi: .venv/installed
 	$(EIGHT) $(BIN)/python -m pytest -q -m multi_device tests
+	$(CPU) $(BIN)/python -m pytest -q -m multi_process tests/multi_process
 
 test: lint
 	$(MAKE) test-full

@@ -12,9 +12,13 @@ or the optimizer at hand are an error, because falling back would not help.
 
 A full disk does not stop a run: the unfinished step is removed, the last good ones stay, and the next save tries again.
 Only the final save of a run raises.
+
+Several processes write one step together, into a folder that they share. Process 0 makes the folder, writes the
+manifest when all have finished, chooses what is restored, and removes; an error of one is an error of all.
 """
 
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import json
@@ -30,7 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+
+from experiments import distributed
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -125,6 +130,14 @@ def _show(leaf: tuple[tuple[int, ...], str] | None) -> str:
     return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
 
 
+def _empty(leaf) -> jax.Array:
+    """An array of size zero, on the devices of `leaf`."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, sharding, np.zeros(leaf.shape, leaf.dtype).__getitem__)
+
+
 def _seal(manifest: Mapping) -> dict:
     return {**manifest, "digest": digest(manifest)}
 
@@ -133,6 +146,14 @@ def _remove(folder: pathlib.Path) -> None:
     """The manifest goes first, so that a folder half removed counts as never finished."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def stored_sides(directory: pathlib.Path) -> dict[str, list]:
+    """{path: [side, rank]} of the newest finished checkpoint below `directory`; {} where there is none to read."""
+    for step in sorted((int(path.name) for path in directory.glob("*") if path.name.isdecimal()), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads((directory / str(step) / MANIFEST).read_text())["sides"]
+    return {}
 
 
 class Checkpoints:
@@ -166,8 +187,9 @@ class Checkpoints:
         self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._finished: int | None = None
-        self._is_lead = jax.process_index() == 0
+        self._finished: int | None = None  # the last step that all processes have written
+        self._written: int | None = None  # and the last one that this process has
+        self._is_lead = distributed.leads()
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def steps(self) -> list[int]:
@@ -187,12 +209,12 @@ class Checkpoints:
         table = leaf_table(tree)
         folder = self.directory / str(step)
         try:
-            if self._is_lead:
-                _remove(folder)
-                folder.mkdir()
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("checkpoint folder made")
-            self._writer.save(folder / "state", args=ocp.args.StandardSave(leaves))
+            with distributed.together(CheckpointError):
+                if self._is_lead:
+                    _remove(folder)
+                    folder.mkdir()
+            with distributed.together(CheckpointError):
+                self._writer.save(folder / "state", args=ocp.args.StandardSave(leaves))
         except Exception as error:
             self._fail(step, error)
             self._raise()
@@ -204,8 +226,17 @@ class Checkpoints:
     def wait(self) -> None:
         """Block until the save in progress is finished or has failed; raises in the latter case."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            thread, self._thread = self._thread, None
+            thread.join()
+            try:
+                with distributed.together(CheckpointError):
+                    self._raise()
+            except CheckpointError:
+                if self._is_lead and self._written is not None:  # another process failed
+                    _remove(self.directory / str(self._written))
+                self._written = None
+                raise
+            self._finished, self._written = self._written, None
         self._raise()
 
     def close(self) -> None:
@@ -227,23 +258,34 @@ class Checkpoints:
           MismatchError: a leaf is missing, superfluous, or of another shape or dtype; names the first one.
           CheckpointError: checkpoints exist and none of them verifies.
         """
-        damaged = []
-        for step in self.steps():
+        damaged: list[int] = []
+        while True:
+            choose = lambda: self._choose(leaf_table(like), partial, damaged)  # noqa: E731
+            chosen = distributed.by_lead(choose, CheckpointError)
+            if chosen is None:
+                return None
+            step, extra = chosen
+            folder = self.directory / str(step)
+            try:
+                return Restored(step, self._load(folder, like, partial), extra)
+            except Exception as error:
+                if self.verify or distributed.joined():
+                    verified = "verifies but" if self.verify else "was chosen but"
+                    raise CheckpointError(f"checkpoint {folder} {verified} orbax cannot read it: {error}") from error
+                self.say(f"checkpoint {folder}: damaged, orbax cannot read it: {error}; passed over")
+                damaged.append(step)
+
+    def _choose(self, expected: Mapping, partial: bool, damaged: list[int]) -> tuple[int, dict] | None:
+        """The newest good step older than the `damaged` ones, and what was saved beside it; adds to `damaged`."""
+        for step in [step for step in self.steps() if not damaged or step < min(damaged)]:
             folder = self.directory / str(step)
             if not (folder / MANIFEST).exists():
                 self.say(f"checkpoint {folder}: never finished (no {MANIFEST}); passed over")
                 continue
             manifest, problem = self._read(folder)
             if problem is None:
-                self._compare(folder, manifest, leaf_table(like), partial)
-                try:
-                    return Restored(step, self._load(folder, like, partial), manifest["extra"])
-                except Exception as error:
-                    if self.verify:
-                        raise CheckpointError(
-                            f"checkpoint {folder} verifies but orbax cannot read it: {error}"
-                        ) from error
-                    problem = f"orbax cannot read it: {error}"
+                self._compare(folder, manifest, expected, partial)
+                return step, manifest["extra"]
             self.say(f"checkpoint {folder}: damaged, {problem}; passed over")
             damaged.append(step)
         if damaged:
@@ -267,7 +309,7 @@ class Checkpoints:
             found = reader.restore(folder / "state", args=options)
         else:
             found = self._writer.restore(folder / "state", args=ocp.args.StandardRestore(target))
-        leaves = [found[path] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in flat.items()]
+        leaves = [found[path] if leaf.size else _empty(leaf) for path, leaf in flat.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def _read(self, folder) -> tuple[dict, str | None]:
@@ -327,7 +369,7 @@ class Checkpoints:
                 }
                 write_json(folder / MANIFEST, _seal(json.loads(json.dumps(manifest))))
                 self._prune(step)
-            self._finished = step
+            self._written = step
         except BaseException as error:  # kept for the next wait(): a thread has nobody to raise to
             self._fail(step, error)
 
@@ -340,7 +382,8 @@ class Checkpoints:
                 _remove(self.directory / str(step))
 
     def _fail(self, step, error) -> None:
-        _remove(self.directory / str(step))
+        if self._is_lead:
+            _remove(self.directory / str(step))
         where = f"checkpoint of step {step} in {self.directory}"
         kept = [kept for kept in self.steps() if (self.directory / str(kept) / MANIFEST).exists()]
         last = f"the last good step is {kept[0]}" if kept else "there is no earlier one"

@@ -1,28 +1,36 @@
 """What the training commands share: flags, signals, exit codes, and the last lines that they print.
 
-SIGTERM or Ctrl-C saves and exits with 0. Exit codes: 0 done or stopped on request, 1 failed, 2 wrong configuration.
+SIGTERM or Ctrl-C, to any one process of a run, saves and exits with 0. Exit codes: 0 done or stopped on request, 1
+failed, 2 wrong configuration.
 """
 
+import os
 import pathlib
 import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import checkpoint, training
+from experiments import checkpoint, distributed, training
 from experiments.configuration import ConfigurationError
 from experiments.tasks import Task
 
 WORKDIR = flags.DEFINE_string("workdir", None, "run folder; by default runs/<name of the configuration>")
 REPORT = flags.DEFINE_bool("report", True, "write <workdir>/report at the end")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other hosts with jax.distributed.initialize()")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of a TPU pod, SLURM or Open MPI job")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port where process 0 of several listens")
+PROCESSES = flags.DEFINE_integer("processes", None, "how many processes train together")
+PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0")
+JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the other processes at the start")
+SILENCE_TIMEOUT = flags.DEFINE_integer("silence_timeout", 100, "seconds of silence after which a process is lost")
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("report")
 flags.declare_key_flag("distributed")
+for _name in ("coordinator", "processes", "process", "join_timeout", "silence_timeout"):
+    flags.declare_key_flag(_name)
 
 
 def run(
@@ -32,6 +40,7 @@ def run(
     conclude: Callable[[dict, pathlib.Path], None],
     *,
     default: pathlib.Path,
+    alone: tuple[str, ...] = (),
 ) -> None:
     """The whole command: parse, train, report, conclude.
 
@@ -41,16 +50,26 @@ def run(
       task: makes the task of the configuration.
       conclude: `(summary, workdir)` prints the last lines of a run that is over.
       default: the configuration file where none is named.
+      alone: flags that need the run to be one process.
     """
 
     def main(argv) -> int:
         logging.set_verbosity(logging.WARNING)  # orbax and TFDS tell their steps at INFO, which absl shows
         if len(argv) > 1:
             return refuse(f"unexpected arguments {argv[1:]}: flags are written --config.section.key=value")
-        if DISTRIBUTED.value:
-            jax.distributed.initialize()
         try:
-            config = configure(flags.FLAGS.config)
+            hosts = _hosts(alone)
+        except ConfigurationError as error:
+            return refuse(str(error))
+        try:
+            distributed.join(hosts)
+        except ConfigurationError as error:
+            code = refuse(str(error))
+            sys.stderr.flush()
+            os._exit(code)  # what was joined by half does not end in order
+        try:
+            with distributed.together(ConfigurationError):
+                config = configure(flags.FLAGS.config)
             workdir = pathlib.Path(WORKDIR.value or f"runs/{config.name}")
             summary = training.run(config, workdir, task=task, handle_signals=True)
             if summary["status"] == "stopped":
@@ -58,7 +77,7 @@ def run(
                 done = f"stopped after update {summary['step']} of {summary['steps']}, saved in {workdir}"
                 print(f"{done}; to resume:\n  {again}")
                 return 0
-            if jax.process_index() == 0:
+            if distributed.leads():
                 if REPORT.value:
                     from experiments import report
 
@@ -71,6 +90,10 @@ def run(
         except checkpoint.CheckpointError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except Exception as error:
+            if not distributed.joined():
+                raise
+            distributed.end(error)
         return 1 if summary["status"] == "diverged" else 0
 
     def parse(argv):
@@ -84,6 +107,25 @@ def run(
             sys.exit(refuse(str(error).strip("'\"").replace("\\n", " ")))
 
     app.run(main, flags_parser=parse)
+
+
+def _hosts(alone: tuple[str, ...]) -> distributed.Hosts:
+    hosts = distributed.Hosts(
+        coordinator=COORDINATOR.value,
+        processes=PROCESSES.value,
+        process=PROCESS.value,
+        automatic=DISTRIBUTED.value,
+        join_timeout=JOIN_TIMEOUT.value,
+        silence_timeout=SILENCE_TIMEOUT.value,
+    )
+    for name in alone if hosts.are_several else ():
+        value = flags.FLAGS[name].value
+        if value is not None:
+            raise ConfigurationError(
+                f"{name}={value!r}: is for one process; when the run is over, start one without coordinator and "
+                "distributed, which trains nothing again"
+            )
+    return hosts
 
 
 def refuse(message: str) -> int:

@@ -17,10 +17,11 @@ from experiments.models import llama
 from experiments.sections import ConfigurationError as ConfigurationError
 from experiments.sections import build, one_of, plain, reject_unknown, require, table
 
-LOWRANK = ("galore", "dct_adamw", "frugal", "ldadam", "apollo")
+LOWRANK = ("galore", "dct_adamw", "frugal", "ldadam", "apollo", "apollo_mini")
 OPTIMIZERS = ("adamw", "sgd", "optax_galore", *LOWRANK)
 PROJECTORS = ("svd", "power", "randomized", "alternating", "sketch")
 BACKPROP = ("projected", "full")
+SIDES = ("paper", "larger", "rows", "cols", "sharding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,11 @@ class OptimizerConfig:
     Attributes:
       name: one of OPTIMIZERS; `experiments.optimizers` maps it to a function.
       learning_rate: peak of the schedule.
-      rank: of the projection: an integer, or a fraction of the shrunk dimension.
+      rank: of the projection: an integer, or a fraction of the shrunk dimension; None is APOLLO-Mini's own, 1.
       projector: one of PROJECTORS in place of the method's own, for methods that take one; "sketch" is "randomized"
         by one product.
+      side: which dimension is shrunk, one of SIDES, in place of the method's own; "sharding" keeps the one whole that
+        the mesh divides, and a resumed run keeps the sides that it began with, whatever its mesh.
       refresh_every: steps between two changes of the subspace.
       refresh_when: "before" the update, as in the papers, or "after" it, which "alternating" and "sketch" need to do
         without full gradients.
@@ -47,6 +50,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     rank: int | float | None = None
     projector: str | None = None
+    side: str | None = None
     refresh_every: int | None = None
     refresh_when: str | None = None
     backprop: str | None = None
@@ -63,7 +67,7 @@ class OptimizerConfig:
     def __post_init__(self):
         one_of("optimizer.name", self.name, self.NAMES)
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "give a positive number")
-        if self.name in (*LOWRANK, "optax_galore"):
+        if self.name in (*LOWRANK, "optax_galore") and not (self.name == "apollo_mini" and self.projector is None):
             require(
                 self.rank is not None,
                 "optimizer.rank",
@@ -78,6 +82,9 @@ class OptimizerConfig:
             require(self.rank >= 1, "optimizer.rank", self.rank, "give a positive integer or a fraction in (0, 1]")
         if self.projector is not None:
             one_of("optimizer.projector", self.projector, PROJECTORS)
+        if self.side is not None:
+            one_of("optimizer.side", self.side, SIDES)
+            require(self.name in LOWRANK, "optimizer.side", self.side, f"{self.name} projects nothing; leave it None")
         if self.backprop is not None:
             one_of("optimizer.backprop", self.backprop, BACKPROP)
             remedy = f"{self.name} projects nothing; leave it None, or choose one of {', '.join(LOWRANK)}"
@@ -186,6 +193,40 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices share the work; see `lowrank_jax.meshes`.
+
+    Attributes:
+      data, fsdp, sequence, tensor: sizes of the mesh's axes; one may be -1, which is what the others leave. data and
+        fsdp together divide the batch.
+      spread: divide the low-rank optimizer state as far as the parameters are (`lr.state_shardings`).
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+    spread: bool = True
+
+    def __post_init__(self):
+        for name in ("data", "fsdp", "sequence", "tensor"):
+            size = getattr(self, name)
+            require(size == -1 or size >= 1, f"mesh.{name}", size, "give a positive integer, or -1 for the rest")
+
+    def parts(self, devices: int) -> int:
+        """How many parts a batch is cut into on so many devices."""
+        sizes = self.sizes
+        if -1 in (self.data, self.fsdp):
+            return max(1, devices // (self.sequence * self.tensor))
+        return sizes["data"] * sizes["fsdp"]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes, for `meshes.make_mesh`."""
+        return {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run: everything that decides its numbers, and how it is watched and saved."""
 
@@ -197,6 +238,7 @@ class RunConfig:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     run: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
         smallest = smallest_dimension(self.model)
@@ -293,6 +335,7 @@ _SECTIONS = {
     "schedule": ScheduleConfig,
     "checkpoint": CheckpointConfig,
     "run": LoopConfig,
+    "mesh": MeshConfig,
 }
 
 

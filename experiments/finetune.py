@@ -42,4 +42,5 @@ def conclude(summary, workdir):
 
 if __name__ == "__main__":
     default = pathlib.Path(__file__).parent / "configs" / "finetune" / "documentation.py"
-    command.run("experiments.finetune", tuning_configuration.from_dict, Finetuning, conclude, default=default)
+    configure, alone = tuning_configuration.from_dict, ("export",)
+    command.run("experiments.finetune", configure, Finetuning, conclude, default=default, alone=alone)

@@ -27,7 +27,9 @@ def schedule(config: ScheduleConfig, learning_rate: float) -> optax.Schedule:
     )
 
 
-def build(config: OptimizerConfig, rate: optax.Schedule, *, stacked: bool, seed: int) -> optax.GradientTransformation:
+def build(
+    config: OptimizerConfig, rate: optax.Schedule, *, stacked: bool, seed: int, sides: tuple[tuple[str, str], ...] = ()
+) -> optax.GradientTransformation:
     """The configured optimizer, after clipping by the global norm (of what it keeps, where `backprop` is set).
 
     Args:
@@ -35,6 +37,7 @@ def build(config: OptimizerConfig, rate: optax.Schedule, *, stacked: bool, seed:
       rate: learning rate by update.
       stacked: the model's layers lie along a leading axis of each kernel under `layers`.
       seed: of random projections.
+      sides: what "sharding" comes to, of `lr.sides_for`.
 
     Raises ConfigurationError for a field that the method does not have.
     """
@@ -52,7 +55,11 @@ def build(config: OptimizerConfig, rate: optax.Schedule, *, stacked: bool, seed:
     if config.projector is not None:
         arguments["projector"] = PROJECTORS[config.projector](rank=arguments.pop("rank"))
     if config.name in LOWRANK:
-        arguments |= {"views": lr.Views(stacked=(r"layers/.*",) if stacked else ()), "seed": seed}
+        arguments |= {"views": views(stacked), "seed": seed}
+    if config.side is not None:
+        if config.side == "sharding" and not sides:
+            raise ConfigurationError("optimizer.side='sharding': parameters lie whole on each device; leave it None")
+        arguments["side"] = sides if config.side == "sharding" else config.side
     if config.backprop is not None:
         arguments["clip_norm"] = config.clip_norm
     optimizer = function(rate, **arguments)
@@ -62,6 +69,11 @@ def build(config: OptimizerConfig, rate: optax.Schedule, *, stacked: bool, seed:
     if config.clip_norm is None or config.backprop is not None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def views(stacked: bool) -> lr.Views:
+    """Which leaves of our models count layers."""
+    return lr.Views(stacked=(r"layers/.*",) if stacked else ())
 
 
 def skipped(state) -> jax.Array | int:
@@ -90,6 +102,15 @@ def _optax_galore(learning_rate, *, rank, refresh_every=200, scale=0.25, weight_
     return optax.contrib.galore(
         learning_rate, rank, refresh_every, scale, weight_decay=weight_decay, weight_dimension_numbers=numbers
     )
+
+
+def _apollo_mini(learning_rate, **settings):
+    """`lr.apollo_mini`, with the settings of `lr.apollo` by name; a projector brings its rank."""
+    own = {"rank": None} if "projector" in settings else {}
+    return lr.apollo_mini(learning_rate, **own | settings)
+
+
+_apollo_mini.__signature__ = inspect.signature(lr.apollo)  # type: ignore[attr-defined]
 
 
 def _pairs(method: Callable) -> Callable:
@@ -121,6 +142,7 @@ METHODS = {
     "frugal": lr.frugal,
     "ldadam": lr.ldadam,
     "apollo": lr.apollo,
+    "apollo_mini": _apollo_mini,
     "lora_plus": lr.lora_plus,
     "scaled_adamw": _pairs(lr.scaled_adamw),
     "altlora": _pairs(lr.altlora),

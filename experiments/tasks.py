@@ -5,6 +5,7 @@ what is evaluated, and what checkpoint and summary hold besides.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,12 +16,13 @@ import numpy as np
 import optax
 
 import lowrank_jax as lr
-from experiments import optimizers, updates
+from experiments import distributed, optimizers, updates
 from experiments import workdir as folder
-from experiments.configuration import RunConfig
+from experiments.configuration import ConfigurationError, RunConfig
 from experiments.data import Dataset, ngram
-from experiments.models import llama
+from experiments.models import axes, llama
 from experiments.models.sampling import sample
+from lowrank_jax import meshes
 
 # Puts the rows of a host's batch on the devices.
 Place = Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
@@ -39,7 +41,8 @@ class Task:
         All of it is saved, and donated to the update.
       frozen: arguments of every update after state and batch; not saved.
       evaluates_first: also before the first update.
-      rows, whole: shardings of batches and of everything else.
+      mesh: of all devices, with the axes of `lowrank_jax.meshes`.
+      rows, whole: shardings of batches, and of what every device has.
     """
 
     config: Any
@@ -52,9 +55,13 @@ class Task:
     frozen: tuple = ()
     evaluates_first: bool = False
 
-    def __init__(self):
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        self.rows, self.whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
+    def __init__(self, sizes: dict[str, Any] | None = None):
+        try:
+            self.mesh = meshes.make_mesh(**({"data": -1} if sizes is None else sizes))
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+        self.rows = jax.NamedSharding(self.mesh, meshes.spec(("batch",), self.mesh))
+        self.whole = jax.NamedSharding(self.mesh, jax.P())
 
     def headline(self) -> str:
         """One line: what trains on what."""
@@ -92,6 +99,9 @@ class Task:
             return updates.step(self.sums, self.optimizer, accumulation)
         return updates.fused(self.sums, self.optimizer, accumulation, backprop)
 
+    def keep_sides(self, sides: dict[str, tuple[str, int]]) -> None:
+        """Take the (side, rank) of the matrices of a stored state, before anything is compiled."""
+
     def check(self, state) -> str | None:
         """Before the first update, on one example: the projected gradient is the projection of the full one."""
         if self.config.optimizer.backprop != "projected" or lr.plan(self.optimizer.projection) == "full":
@@ -114,14 +124,14 @@ class Task:
 
     def host_batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of an update."""
-        return self.dataset.train.batch(step, jax.process_index(), jax.process_count())
+        return self.dataset.train.batch(step, *distributed.part(self.rows))
 
     def evaluation_batches(self, part, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of `part`, as far as an evaluation goes: `limit` tokens, or run.evaluation_tokens."""
         settings = self.config.run
         size = settings.evaluation_batch_size or self.config.data.batch_size
         limit = settings.evaluation_tokens if limit is None else limit
-        return part.evaluation(size, limit, jax.process_index(), jax.process_count())
+        return part.evaluation(size, limit, *distributed.part(self.rows))
 
     def placed(self, shapes):
         """Shapes with the sharding of everything but batches."""
@@ -160,16 +170,17 @@ def sampled(config, tokenizer, model, params) -> str:
 class Pretraining(Task):
     """A LLaMA from scratch, on text."""
 
+    _sides: tuple[tuple[str, str], ...] = ()  # what optimizer.side = "sharding" comes to
+
     def __init__(self, config: RunConfig):
-        super().__init__()
+        super().__init__(config.mesh.sizes)
         self.config, self.dataset = config, folder.open_dataset(config)
         self.model = llama.Llama(config.model)
         self.rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
-        self.optimizer = self.optimizer_of(config.optimizer)
+        self._choose()
         data = config.data
         self.work = llama.flops_per_token(config.model, data.sequence_length) * data.batch_size * data.sequence_length
         self.exact = config.model.dtype == "float32"
-        self.abstract = self.placed(jax.eval_shape(self._initial, jax.random.key(0)))
         self.evaluation_step = jax.jit(lambda params, batch: self.sums(params, batch, {}))
 
     def headline(self):
@@ -178,25 +189,64 @@ class Pretraining(Task):
         return f"{self.config.preset}: {parameters:,} parameters; {name}; {self.dataset.description}"
 
     def optimizer_of(self, settings):
-        return optimizers.build(settings, self.rate, stacked=self.config.model.scan, seed=self.config.run.seed)
+        stacked, seed = self.config.model.scan, self.config.run.seed
+        if settings.side == "sharding" and not self._sides:
+            params = jax.eval_shape(self._params, jax.random.key(0))
+            placed = meshes.shardings(params, axes.LLAMA, self.mesh)
+            self._sides = lr.sides_for(params, placed, views=optimizers.views(stacked))
+        return optimizers.build(settings, self.rate, stacked=stacked, seed=seed, sides=self._sides)
+
+    def keep_sides(self, sides):
+        own = tuple((path, side) for path, (side, _) in sides.items())
+        if self._sides and own:
+            self._sides = own
+            self._choose()
+
+    def _choose(self):
+        """The optimizer, and the state that follows from it."""
+        self.optimizer = self.optimizer_of(self.config.optimizer)
+        self.abstract = self._placed(jax.eval_shape(self._initial, jax.random.key(0)))
+
+    def _params(self, key):
+        tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)
+        return self.model.init(key, tokens)["params"]
 
     def _initial(self, key):
-        tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)
-        params = self.model.init(key, tokens)["params"]
+        params = self._params(key)
         return without_weak_types({"params": params, "opt_state": self.optimizer.init(params)})
+
+    def _placed(self, shapes):
+        """Shapes with the shardings that follow from the mesh."""
+        params = meshes.shardings(shapes["params"], axes.LLAMA, self.mesh)
+        state = functools.partial(lr.state_shardings, self.optimizer, shapes["params"], params)
+        self._computed = state()
+        placed = {"params": params, "opt_state": state(spread=self.config.mesh.spread)}
+        place = lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)  # noqa: E731
+        return jax.tree.map(place, shapes, placed)
+
+    def update(self):
+        update, stored = super().update(), jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        if self.mesh.size == 1:
+            return update
+        constrain = jax.lax.with_sharding_constraint
+
+        def run(state, batch, *frozen):
+            # spread state, which is low-rank, is gathered here: in the update the partitioner would gather the matrices
+            whole = state | {"opt_state": constrain(state["opt_state"], self._computed)}
+            with meshes.use(self.mesh):
+                state, measured = update(whole, batch, *frozen)
+            state = state | {"opt_state": constrain(state["opt_state"], self._computed)}
+            return constrain(state, stored), measured
+
+        return run
 
     def initial(self):
         initial = jax.jit(self._initial, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
         return initial(jax.random.key(self.config.run.seed))
 
     def sums(self, params, batch, rest, *frozen):
-        return updates.loss_sums(self.model, params, batch)
-
-    def update(self):
-        accumulation, backprop = self.config.schedule.accumulation, self.config.optimizer.backprop
-        if backprop is None:
-            return updates.train_step(self.model, self.optimizer, accumulation)
-        return updates.fused_step(self.model, self.optimizer, accumulation, backprop)
+        with meshes.use(self.mesh):
+            return updates.loss_sums(self.model, params, batch)
 
     def evaluate(self, state, place):
         batches = map(place, self.evaluation_batches(self.dataset.validation))

@@ -9,7 +9,9 @@
     summary.json     final numbers; written last, so its presence means the run is over
 
 A batch is a pure function of (seed, step) and everything random derives from the seed, so a resumed run repeats the
-uninterrupted one bit for bit (same program, versions, device kind and count).
+uninterrupted one bit for bit (same program, versions, device kind and count, number of processes).
+
+Several processes (`experiments.distributed`) all call `run`, on a folder that they share; process 0 writes the files.
 """
 
 import contextlib
@@ -18,7 +20,6 @@ import os
 import pathlib
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,9 +27,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from experiments import checkpoint, metrics, optimizers
+from experiments import checkpoint, distributed, metrics, optimizers
 from experiments import workdir as folder
 from experiments.configuration import ConfigurationError
 from experiments.tasks import Pretraining, Task
@@ -62,21 +62,30 @@ def run(
       experiments.checkpoint.CheckpointError: damage that has no good step to fall back to, or a final save that failed.
     """
     workdir = pathlib.Path(workdir).absolute()
-    workdir.mkdir(parents=True, exist_ok=True)
-    with folder.locked(workdir), folder.stop_flag(handle_signals) as stop:
-        stored = folder.claim(config, workdir)
+    with contextlib.ExitStack() as held:
+        with distributed.together(ConfigurationError):
+            workdir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(folder.locked(workdir))
+        asked = held.enter_context(folder.stop_flag(handle_signals))
+        folder.check_processes(config, workdir)
+        stored = distributed.by_lead(lambda: folder.claim(config, workdir), ConfigurationError)
         if stored is not None:
             return stored
         if config.run.compile_cache:
             folder.use_compile_cache()
         folder.check_devices(config)
-        return _Training(task(config), workdir, stop, verbose).run()
+        sides = distributed.by_lead(lambda: checkpoint.stored_sides(workdir / "checkpoints"), ConfigurationError)
+        with distributed.together(ConfigurationError):
+            trained = task(config)
+            trained.keep_sides(sides)
+            made = _Training(trained, workdir, distributed.Stop(asked), verbose and distributed.leads())
+        return made.run()
 
 
 class _Training:
     """One run from start (or resumption) to end: the pieces that the loop shares."""
 
-    def __init__(self, task: Task, workdir: pathlib.Path, stop: threading.Event, verbose: bool):
+    def __init__(self, task: Task, workdir: pathlib.Path, stop: distributed.Stop, verbose: bool):
         self.task, self.config = task, task.config
         self.workdir, self.stop, self.verbose = workdir, stop, verbose
         folder.check_disk(workdir, task.abstract, self.config.checkpoint.keep)
@@ -97,7 +106,7 @@ class _Training:
         )
         writer = None
         try:
-            lead = jax.process_index() == 0
+            lead = distributed.leads()
             files = {"config.json": folder.as_json(config)} | self.task.files()
             for name, value in files.items() if lead else ():
                 checkpoint.write_json(workdir / name, value)
@@ -108,7 +117,7 @@ class _Training:
             )
             steps = config.schedule.steps
             self.progress = metrics.Progress(
-                steps, self.step, every=config.run.log_every, enabled=self.verbose and lead
+                steps, self.step, every=config.run.log_every, enabled=self.verbose
             )
             for line in self.lines:
                 self.writer.write("note", step=self.step, text=line)
@@ -119,33 +128,44 @@ class _Training:
                 self._note(checked)
             state, status = self._loop(step_function, state)
             summary = self._finish(state, status)
+        except BaseException:
+            if not distributed.joined():  # a save in flight would wait for processes that may be lost
+                self.checkpoints.close()
+            raise
         finally:
             if writer is not None:
                 writer.close()
                 self.progress.close()
-            self.checkpoints.close()
+        self.checkpoints.close()
         return summary
 
     def _restore_or_initialise(self):
-        noted = self.task.record() if self.checkpoints.steps() else {}  # before the state needs memory
+        # before the state needs memory
+        noted = self.task.record() if distributed.joined() or self.checkpoints.steps() else {}
+        self._compare({key: value for key, (value, _, _) in noted.items()}, noted, "from process 0 to this one")
         restored = self.checkpoints.restore(self.task.abstract)
         if restored is None:
-            if jax.process_index() == 0:
+            if distributed.leads():
                 metrics.truncate(self.workdir / "metrics.jsonl", -1)
             return self.task.initial()
-        for key, (value, subject, remedy) in noted.items():
-            if restored.extra[key] != value:
-                raise ConfigurationError(
-                    f"{subject} since the checkpoint of step {restored.step} was written; {remedy}"
-                )
+        self._compare(restored.extra, noted, f"since the checkpoint of step {restored.step} was written")
         self.step = restored.step
         self.tokens, self.seconds = restored.extra["tokens"], restored.extra["seconds"]
         self.skipped = restored.extra["skipped"]
-        dropped = metrics.truncate(self.workdir / "metrics.jsonl", self.step) if jax.process_index() == 0 else 0
+        dropped = metrics.truncate(self.workdir / "metrics.jsonl", self.step) if distributed.leads() else 0
         self._announce(
             f"resumed from the checkpoint of step {self.step}; {dropped} later lines of metrics.jsonl are repeated"
         )
         return restored.tree
+
+    @staticmethod
+    def _compare(lead, noted, where: str) -> None:
+        """ConfigurationError in all processes when one has other surroundings than process 0 notes in `lead`."""
+        there = distributed.by_lead(lambda: {key: lead[key] for key in noted}, ConfigurationError)
+        with distributed.together(ConfigurationError):
+            for key, (value, subject, remedy) in noted.items():
+                if there[key] != value:
+                    raise ConfigurationError(f"{subject} {where}; {remedy}")
 
     def _compile(self):
         """Compile before the first update, so that no compilation is counted as training."""
@@ -168,8 +188,9 @@ class _Training:
         """Dispatch update t, then read the metrics of t - 1, so that the device never waits for the host."""
         config, steps = self.config, self.config.schedule.steps
         first, last = config.run.profile_steps or (0, 0)
-        if self.stop.is_set() and jax.process_count() == 1:
+        if self.stop.before():
             return state, "stopped"
+        distributed.exchange("compiled")  # nor is the wait for another process's compilation counted
         self.mark = time.perf_counter()
         if self.step == 0 and self.task.evaluates_first:
             self._evaluate(state)
@@ -187,7 +208,7 @@ class _Training:
                 self._note(f"profile of steps {first} to {last} written to {self.workdir / 'profile'}")
             if step == steps or (config.run.evaluate_every and step % config.run.evaluate_every == 0):
                 self._evaluate(state)
-            stopping = self._should_stop(step)
+            stopping = self.stop.after(step)
             if stopping or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._save(state, final=stopping or step == steps)
             if stopping and step < steps:
@@ -196,11 +217,6 @@ class _Training:
                 self._note(f"the loss was not finite for {PATIENCE} updates in a row: stopped")
                 return state, "diverged"
         return state, "finished"
-
-    def _should_stop(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.stop.is_set()
 
     def _on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         rows = self.task.rows
@@ -282,9 +298,10 @@ class _Training:
             return {"status": status, "step": self.step, "steps": self.config.schedule.steps}
         self.checkpoints.wait()
         config, task = self.config, self.task
-        rows = metrics.read(self.workdir / "metrics.jsonl")
+        lead = distributed.leads()
+        rows = metrics.read(self.workdir / "metrics.jsonl") if lead else []
         train, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
-        if jax.process_index() == 0:
+        if lead:
             checkpoint.write_json(self.workdir / "ledger.json", task.memory(self.compiled))
         summary = {
             "status": status,
@@ -293,7 +310,7 @@ class _Training:
             "steps": self.step,
             "tokens": self.tokens,
             "state_bytes": folder.tree_bytes(task.abstract["opt_state"]),
-            "median_step_seconds": statistics.median(row["step_seconds"] for row in train),
+            "median_step_seconds": statistics.median(row["step_seconds"] for row in train) if train else None,
             "total_seconds": self.seconds,
             "skipped": self.skipped,
             "peak_memory_bytes": metrics.peak_memory(),
@@ -306,9 +323,9 @@ class _Training:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in summary.items()
         }
-        if jax.process_index() == 0:
+        if lead:
             checkpoint.write_json(self.workdir / "summary.json", summary)
-        return summary
+        return distributed.by_lead(lambda: summary, RuntimeError)
 
     def _announce(self, line: str) -> None:
         """A line from before metrics.jsonl is open."""

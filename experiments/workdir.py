@@ -6,9 +6,11 @@ import fcntl
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,13 +21,14 @@ import optax
 import orbax.checkpoint as ocp
 
 import lowrank_jax.version
-from experiments import checkpoint, configuration, metrics
+from experiments import checkpoint, configuration, distributed, metrics
 from experiments.configuration import ConfigurationError, RunConfig
 from experiments.data import Dataset, load
 
 # A resumed run may change these: they alter neither an update nor a line of metrics.
 WATCHING: dict[str, tuple[str, ...]] = {
     "name": (),
+    "mesh": ("data", "fsdp", "sequence", "tensor", "spread"),  # other devices add up the same numbers
     "checkpoint": ("every", "keep", "verify"),
     "run": (
         "log_every",
@@ -37,6 +40,9 @@ WATCHING: dict[str, tuple[str, ...]] = {
         "temperature",
     ),
 }
+
+# Seconds that a shared file system has to show a host what another one wrote.
+_SHARED = 10
 
 
 def as_json(config) -> dict:
@@ -56,13 +62,44 @@ def decisive(values: dict) -> dict:
     return flat
 
 
+def check_processes(config, workdir: pathlib.Path) -> None:
+    """ConfigurationError unless all processes were given the same configuration and see the same folder.
+
+    The lead, which holds the lock, writes a word into its file, and the others look for it.
+    """
+    now = as_json(config)
+    word = secrets.token_hex(8)
+    there, word = distributed.by_lead(lambda: [now, word], ConfigurationError)
+    with distributed.together(ConfigurationError):
+        for section in sorted(there.keys() | now.keys()):
+            if there.get(section) != now.get(section):
+                raise ConfigurationError(
+                    f"{section}={now.get(section)!r}: process 0 was given {there.get(section)!r}; start all processes "
+                    "with the same flags"
+                )
+        if distributed.leads():
+            (workdir / ".lock").write_text(word)
+    with distributed.together(ConfigurationError):
+        end = time.monotonic() + _SHARED
+        while not (workdir / ".lock").is_file() or (workdir / ".lock").read_text() != word:
+            if time.monotonic() > end:
+                raise ConfigurationError(
+                    f"workdir={str(workdir)!r}: what process 0 writes there is not seen by the others; give a folder "
+                    "that all hosts share"
+                )
+            time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the folder until the process ends, however it ends; ConfigurationError when another one holds it."""
-    if jax.process_index() != 0:
+    """Hold the folder until the process ends, however it ends; ConfigurationError when another one holds it.
+
+    Of several processes the lead holds it.
+    """
+    if not distributed.leads():
         yield
         return
-    with open(workdir / ".lock", "w") as file:
+    with open(workdir / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -124,6 +161,8 @@ def use_compile_cache() -> None:
 def check_devices(config) -> None:
     """ConfigurationError unless all devices get equally many sequences of each microbatch and of an evaluation."""
     devices, accumulation = jax.device_count(), config.schedule.accumulation
+    if isinstance(config, RunConfig):
+        devices = config.mesh.parts(devices)
     batch = config.data.batch_size
     if batch % (devices * accumulation):
         raise ConfigurationError(

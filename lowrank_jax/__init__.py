@@ -11,7 +11,7 @@
 import importlib
 import types
 
-from lowrank_jax import adapters, linalg, linen, memory
+from lowrank_jax import adapters, linalg, linen, memory, meshes
 from lowrank_jax.adapters import (
     Adaptation,
     AdaptedKernel,
@@ -95,6 +95,7 @@ __all__ = [
     "matmul",
     "memory",
     "merge",
+    "meshes",
     "partition",
     "plan",
     "precondition_pairs",

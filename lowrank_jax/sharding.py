@@ -11,6 +11,8 @@ shrunk dimension of a basis are whole.
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Spec = tuple
+
+# The mesh of `meshes.use`: what an auto mesh's arrays do not say while they are traced.
+current_mesh: contextvars.ContextVar[Any] = contextvars.ContextVar("current_mesh", default=None)
 
 
 def _pad(spec: Any, ndim: int) -> Spec:
@@ -63,6 +68,22 @@ def reshard(x: jax.Array, spec: Spec | None) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(*spec))
 
 
+def rows_whole(x: jax.Array) -> jax.Array:
+    """`x (..., s, k)` with s whole and k divided over the auto mesh of `meshes.use`; `x` itself elsewhere.
+
+    What a refresh works on: one all-to-all of a device's share, after which transforms along s and Gram matrices of
+    rows send nothing of a matrix's size (`python -m experiments.benchmarks.collectives`).
+    """
+    mesh = current_mesh.get()
+    if mesh is None or AxisType.Explicit in mesh.axis_types:
+        return x
+    names = tuple(name for name, size in reversed(tuple(mesh.shape.items())) if size > 1)
+    if not names or x.shape[-1] % math.prod(mesh.shape[name] for name in names):
+        return x
+    spec = PartitionSpec(*(None,) * (x.ndim - 1), names)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def zeros(shape: tuple[int, ...], dtype, spec: Spec | None) -> jax.Array:
     """Zeros born with their sharding."""
     return jnp.zeros(shape, dtype) if spec is None else jnp.zeros(shape, dtype, out_sharding=PartitionSpec(*spec))
@@ -93,14 +114,15 @@ def reshape(x: jax.Array, shape: tuple[int, ...], *, first: int) -> jax.Array:
     return jax.lax.reshape(reshard(x, tuple(source)), shape, out_sharding=PartitionSpec(*target))
 
 
-def _names(entry) -> tuple[str, ...]:
+def axis_names_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one partition entry, in order."""
     return () if entry is None else (entry if isinstance(entry, tuple) else (entry,))
 
 
 def _divides(entry, size: int) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     count = 1
-    for name in _names(entry):
+    for name in axis_names_of(entry):
         count *= mesh.shape[name]
     return size % count == 0
 
@@ -126,7 +148,7 @@ def settled(tree: Any) -> Any:
 def batch_axes(spec: Spec | None, axes: int) -> frozenset[str]:
     """Names of the mesh axes over which the first `axes` axes are sharded."""
     entries = () if spec is None else spec[:axes]
-    return frozenset(name for entry in entries for name in _names(entry))
+    return frozenset(name for entry in entries for name in axis_names_of(entry))
 
 
 def over_batch(function: Callable, spec: Spec, axes: int) -> Callable:

@@ -44,20 +44,10 @@ from jax.sharding import PartitionSpec as Spec
 import lowrank_jax as lr
 from experiments.benchmarks import tpu_programs, training_step, workload
 from experiments.models import llama
+from experiments.planning.targets import RTX_4090
 from lowrank_jax.projection.projectors.random import Random
 from lowrank_jax.projection.state import matrix_states
 
-# What XLA's GPU compiler asks of a device; public figures of the RTX 4090.
-RTX_4090 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 1536 core_count: 128 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 l2_cache_size: 75497472 clock_rate_ghz: 2.52
-  memory_bandwidth: 1008000000000 device_memory_size: 25393692672 cuda_compute_capability { major: 8 minor: 9 }
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA GeForce RTX 4090"
-"""
 SLICE, CHIPS = "v5e:4x4", 16
 ATTENTION_CHUNK, PLAIN_BLOCK = 256, 2**22
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.models.attention import chunked_attention
+from lowrank_jax.meshes import constrain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -279,6 +280,9 @@ class Attention(nn.Module):
         q_BxSxHxK = _dense(config, config.heads * K, "q_proj")(x_BxSxD).reshape(B, S, config.heads, K)
         k_BxSxGxK = _dense(config, config.kv_heads * K, "k_proj")(x_BxSxD).reshape(B, S, config.kv_heads, K)
         v_BxSxGxK = _dense(config, config.kv_heads * K, "v_proj")(x_BxSxD).reshape(B, S, config.kv_heads, K)
+        # over a divided sequence every position reads the keys and values of all
+        q_BxSxHxK = constrain(q_BxSxHxK, "batch", "length", "heads", None)
+        k_BxSxGxK, v_BxSxGxK = (constrain(x, "batch", None, "kv", None) for x in (k_BxSxGxK, v_BxSxGxK))
         q_BxSxHxK, k_BxSxGxK = (rotate(x, config.rope_theta, config.rope_scaling) for x in (q_BxSxHxK, k_BxSxGxK))
         # scores and softmax are float32 inside
         product = functools.partial(jax.nn.dot_product_attention, is_causal=True)
@@ -309,11 +313,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BxSxD, _=None):
         """Of (x, nothing to scan over), giving (x, nothing to stack)."""
+        x_BxSxD = constrain(x_BxSxD, "batch", "length", None)
         x_BxSxD = x_BxSxD + Attention(self.config, name="attention")(
             RMSNorm(self.config, name="attention_norm")(x_BxSxD)
         )
+        x_BxSxD = constrain(x_BxSxD, "batch", "length", None)
         x_BxSxD = x_BxSxD + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x_BxSxD))
-        return x_BxSxD, None
+        return constrain(x_BxSxD, "batch", "length", None), None
 
 
 class Llama(nn.Module):

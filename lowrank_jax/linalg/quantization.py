@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from lowrank_jax import sharding
 from lowrank_jax.linalg._common import Array
 
 CODES = ("signed", "unsigned", "linear")
@@ -92,12 +94,16 @@ def _lookup(table: np.ndarray, index: Array) -> Array:
 
 def _spread(scales: Array, size: int, block: int) -> Array:
     """Each block's scale at each of its entries."""
-    return scales if scales.shape[-1] == 1 else jnp.repeat(scales, block, axis=-1)[..., :size]
+    spec = sharding.explicit_spec(scales)
+    place = None if spec is None else PartitionSpec(*spec)
+    return scales if scales.shape[-1] == 1 else jnp.repeat(scales, block, axis=-1, out_sharding=place)[..., :size]
 
 
 def _largest(x: Array, block: int) -> Array:
     """`(..., ceil(n / block))`: the largest magnitude of each block."""
-    size = x.shape[-1]
+    size, spec = x.shape[-1], sharding.explicit_spec(x)
+    if spec is not None:  # a block may lie on two devices
+        x = sharding.reshard(x, (*spec[:-1], None))
     if size <= block:
         return jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     padded = jnp.pad(jnp.abs(x), [(0, 0)] * (x.ndim - 1) + [(0, -size % block)])

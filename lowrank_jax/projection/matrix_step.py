@@ -234,7 +234,7 @@ def _refreshed(config: Projection, view: ResolvedView, trees: dict[str, Any], st
     """The state after a refresh of all matrices in `trees`."""
     needs, basis, inner, whole = config.projector.needs, trees["basis"], trees["inner"], sharding.whole_spec(view.spec)
     evidence = Evidence(
-        grad=sharding.reshard(trees["target"], whole) if "grad" in needs else None,
+        grad=sharding.rows_whole(sharding.reshard(trees["target"], whole)) if "grad" in needs else None,
         sketch=sharding.reshard(trees["sketch"], whole) if "sketch" in needs else None,
         param=sharding.reshard(trees["param"], whole) if "param" in needs else None,
         moments=_debiased(config, inner, whole) if "moments" in needs else None,

@@ -7,16 +7,19 @@ the answer is the same on both kinds of mesh, and covers whatever is chained aro
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lowrank_jax import sharding
 from lowrank_jax.projection.state import MatrixState
 from lowrank_jax.resolution import Views, leaves_with_metadata, path_of, resolve
 
 
-def state_shardings(transformation: Any, params: Any, shardings: Any = None) -> Any:
+def state_shardings(transformation: Any, params: Any, shardings: Any = None, *, spread: bool = False) -> Any:
     """NamedShardings of the whole state of any optax transformation, as a tree like `transformation.init(params)`.
 
     Of a projected leaf, batch axes keep their sharding, the kept dimension keeps its own, the rank and the shrunk
@@ -27,6 +30,12 @@ def state_shardings(transformation: Any, params: Any, shardings: Any = None) -> 
       transformation: ours, or optax's, or any pipeline of both.
       params: arrays or ShapeDtypeStructs.
       shardings: a tree like `params` of NamedShardings; by default what the leaves carry.
+      spread: divide the low-rank state too over every axis that its matrix is divided over, so that each device holds
+        its share of all of it. Of a matrix with s over the axes A, k over B: bases `(s, r)` have s over A and B,
+        low-rank objects `(r, k)` have r over A, k over B, each as far as it divides. So state is kept between two
+        steps, on auto meshes; `jax.lax.with_sharding_constraint` to the shardings without `spread` goes before the
+        update (a gather of what is low-rank) and after it, since inside an update of state that is spread the
+        partitioner gathers whole matrices (`tests/multi_device/test_mesh_training.py`).
 
     Raises:
       ValueError: if a leaf has no NamedSharding, or the leaves lie on different meshes.
@@ -64,6 +73,8 @@ def state_shardings(transformation: Any, params: Any, shardings: Any = None) -> 
     def of_node(keys, node):
         if not isinstance(node, MatrixState):
             return place(keys, node)
+        if spread:
+            return _spread(node, dict(given)[node.view.path])
         return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec_of(leaf)), node)
 
     return jax.tree_util.tree_map_with_path(of_node, state, is_leaf=lambda x: isinstance(x, MatrixState))
@@ -71,6 +82,41 @@ def state_shardings(transformation: Any, params: Any, shardings: Any = None) -> 
 
 def _spec_of(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
     return PartitionSpec() if leaf.sharding is None else PartitionSpec(*leaf.sharding.spec)
+
+
+def _spread(node: MatrixState, kind: NamedSharding) -> MatrixState:
+    """The shardings of one matrix's state with bases and low-rank objects divided as far as the matrix is."""
+    view = node.view
+    entries = sharding.spec_of(kind, len(view.shape))
+    *batch, rows, cols = sharding.fold_spec(entries, view.view.batch, view.view.rows, view.view.cols)
+    s, k = (rows, cols) if view.side == "rows" else (cols, rows)
+    chosen = {
+        "basis": ((*view.batch, view.shrunk, view.rank), (s, k), ()),
+        "inner": ((*view.batch, view.rank, view.kept), (s,), (k,)),
+    }
+
+    def divided(size: int, *parts: Any) -> Any:
+        """As many of these entries as divide `size`, the first ones first."""
+        names: tuple[str, ...] = ()
+        for part in parts:
+            more = names + sharding.axis_names_of(part)
+            if size % math.prod(kind.mesh.shape[name] for name in more) == 0:
+                names = more
+        return names or None
+
+    def place(leaf: Any, wanted: Any) -> NamedSharding:
+        shape, first, last = wanted
+        if tuple(leaf.shape) != shape:
+            return NamedSharding(kind.mesh, _spec_of(leaf))
+        return NamedSharding(kind.mesh, PartitionSpec(*batch, divided(shape[-2], *first), divided(shape[-1], *last)))
+
+    own = lambda leaf: NamedSharding(kind.mesh, _spec_of(leaf))  # noqa: E731
+    return dataclasses.replace(
+        node,
+        basis=jax.tree.map(lambda leaf: place(leaf, chosen["basis"]), node.basis),
+        inner=jax.tree.map(lambda leaf: place(leaf, chosen["inner"]), node.inner),
+        residual=jax.tree.map(own, node.residual),
+    )
 
 
 def _given(params: Any, leaves: list[Any], shardings: Any) -> list[tuple[str, NamedSharding]]:
@@ -93,13 +139,20 @@ def _given(params: Any, leaves: list[Any], shardings: Any) -> list[tuple[str, Na
     return list(zip(paths, kinds, strict=True))
 
 
+def _dividing(kind: NamedSharding) -> NamedSharding:
+    """The same sharding without axes of size 1."""
+    names = [[name for name in sharding.axis_names_of(entry) if kind.mesh.shape[name] > 1] for entry in kind.spec]
+    return NamedSharding(kind.mesh, PartitionSpec(*(tuple(entry) or None for entry in names)))
+
+
 def sides_for(
     params: Any, shardings: Any = None, *, views: Views | None = None, side: Any = "sharding", tie: str = "rows"
 ) -> tuple[tuple[str, str], ...]:
     """`((path, side), ...)` to be passed as `side=`: which dimension each projected leaf shrinks, known before tracing.
 
     With "sharding" the unsharded dimension of a matrix is shrunk, so that projecting and lifting need no communication
-    along the sharded one; where both or neither are sharded, the smaller ("paper").
+    along the sharded one; where both or neither are sharded, the smaller ("paper"). An axis of the mesh of size 1
+    divides nothing.
 
     Args:
       params: arrays or ShapeDtypeStructs.
@@ -110,13 +163,13 @@ def sides_for(
       ValueError: as `lr.state_shardings`, and as `lr.resolve`.
 
     >>> import jax, jax.numpy as jnp
-    >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> mesh = jax.sharding.AbstractMesh((8,), ("model",))
     >>> params = {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}
     >>> sides_for(params, {"kernel": jax.NamedSharding(mesh, jax.P("model", None))})
     (('kernel', 'cols'),)
     """
     given = _given(params, jax.tree.leaves(params), shardings)
-    placed = jax.tree.unflatten(jax.tree.structure(params), [kind for _, kind in given])
+    placed = jax.tree.unflatten(jax.tree.structure(params), [_dividing(kind) for _, kind in given])
     return resolve(params, views, rank=1, side=side, tie=tie, shardings=placed).sides
 
 

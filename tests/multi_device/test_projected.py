@@ -95,6 +95,8 @@ def test_the_benchmark_counts_what_a_step_reduces():
     found = data_parallel.measure("nano", length=8)["rows"]
     config = llama.preset("nano")
     kernels = 4 * llama.layer_matrix_parameters(config) * config.layers
-    assert found[0]["block_bytes"] == kernels
-    for row in found[1:]:
-        assert row["block_bytes"] == kernels * row["rank"] // config.width
+    assert [row["axis"] for row in found] == ["data"] * 4 + ["fsdp"] * 4
+    for row in found:
+        assert row["block_bytes"] == (kernels * row["rank"] // config.width if row["rank"] else kernels)
+        # FSDP gathers every kernel for the forward and for the backward pass, whatever the optimizer
+        assert (row["gathered_bytes"] >= 2 * kernels) if row["axis"] == "fsdp" else row["gathered_bytes"] == 0

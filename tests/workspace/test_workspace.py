@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "projection": _BASE,
     "adapters": _BASE | {"projection"},
     "memory": _BASE | {"projection"},
+    "meshes": {"resolution", "sharding"},
     "linen": _BASE | {"projection", "adapters"},
     "nnx": _BASE | {"projection", "adapters"},
     "interop": _BASE | {"projection", "adapters"},

@@ -1,0 +1,227 @@
+"""Cases of a plan: one configuration compiled for one target, and the product of what a command line lists."""
+
+import ast
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import lowrank_jax as lr
+from experiments import configuration, optimizers
+from experiments.configuration import LOWRANK, ConfigurationError, RunConfig
+from experiments.planning import targets
+from experiments.sections import build, one_of, require
+from lowrank_jax.projection.projectors.decomposed import Power, Svd, TwoSidedSvd
+
+# What another optimizer takes over from the configuration's, where it has it.
+SHARED = ("learning_rate", "clip_norm", "rank", "refresh_every")
+PLANS = ("optax", "full", "projected")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One program to compile.
+
+    Attributes:
+      config: with its mesh and its optimizer.
+      topology: name of a target.
+      execute: also run the program once and measure what it takes (CPU only).
+    """
+
+    config: RunConfig
+    topology: str
+    execute: bool = False
+
+    @property
+    def target(self) -> targets.Target:
+        """The target, taken apart."""
+        return targets.parse(self.topology)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the process that compiles it, and for `from_json`."""
+        config = json.loads(json.dumps(configuration.to_dict(self.config)))
+        return {"config": config, "topology": self.topology, "execute": self.execute}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Case":
+        """The case that `to_json` wrote."""
+        return cls(config=configuration.from_dict(values["config"]), topology=values["topology"],
+                   execute=values["execute"])  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        """Equal for equal programs: a digest of all that decides them."""
+        values = self.to_json()
+        decisive = {name: values["config"][name] for name in ("model", "data", "optimizer", "schedule", "mesh")}
+        text = json.dumps([decisive, values["topology"], values["execute"]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """A few words: preset, target, mesh, optimizer."""
+        mesh = ",".join(f"{name}={size}" for name, size in self.mesh_sizes().items() if size > 1) or "one device"
+        return f"{self.config.preset} {self.topology} {mesh} {self.name}"
+
+    @property
+    def name(self) -> str:
+        """The optimizer with what is unlike its default, and its gradients."""
+        own = self.config.optimizer
+        extra = "" if own.projector is None else f" ({own.projector})"
+        return f"{own.name}{extra}" + ("" if own.backprop is None else f", {own.backprop}")
+
+    def mesh_sizes(self) -> dict[str, int]:
+        """Sizes of the mesh's axes on the target, without -1.
+
+        Raises:
+          ConfigurationError: where they do not make up the target's devices.
+        """
+        sizes, chips = dict(self.config.mesh.sizes), self.target.chips
+        known = 1
+        for size in sizes.values():
+            known *= size if size > 0 else 1
+        opened = [name for name, size in sizes.items() if size == -1]
+        if len(opened) == 1 and chips % known == 0:
+            sizes[opened[0]] = chips // known
+        product = 1
+        for size in sizes.values():
+            product *= size
+        text = ",".join(f"{name}={size}" for name, size in self.config.mesh.sizes.items())
+        require(product == chips and min(sizes.values()) > 0, "mesh", text,
+                f"{self.topology} has {chips} devices; choose sizes whose product that is")  # fmt: skip
+        return sizes
+
+    def check(self) -> None:
+        """ConfigurationError for what is known to fail, before anything is compiled."""
+        sizes = self.mesh_sizes()
+        parts, batch = self.config.schedule.accumulation, self.config.data.batch_size
+        shares = sizes["data"] * sizes["fsdp"]
+        remedy = (
+            f"does not divide over data * fsdp = {shares} with schedule.accumulation={parts}; choose a multiple of "
+            f"{shares * parts}, or --config.schedule.accumulation={max(1, batch // shares)} or a divisor of it"
+        )
+        require(batch % (shares * parts) == 0, "data.batch_size", batch, remedy)
+        require(not self.execute or self.target.kind == "cpu", "execute", True, "only cpu targets are run; use cpu:N")
+        if self.target.kind == "tpu" and self.config.optimizer.name in LOWRANK:
+            exact = decomposes(optimizer_of(self.config).projection.projector)
+            remedy = (
+                f"{self.config.optimizer.name} would take an exact SVD, whose program takes minutes to compile and "
+                "hundreds of MiB on a TPU; give --config.optimizer.projector=power or alternating"
+            )
+            require(not exact, "optimizer.projector", self.config.optimizer.projector, remedy)
+
+
+def decomposes(projector: Any) -> bool:
+    """Whether a projector takes exact singular vectors."""
+    return isinstance(projector, Svd | TwoSidedSvd) or (isinstance(projector, Power) and projector.first == "svd")
+
+
+def optimizer_of(config: RunConfig) -> Any:
+    """The configured optimizer without clipping in front, so that its projection shows, and without a mesh's sides."""
+    rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
+    side = None if config.optimizer.side == "sharding" else config.optimizer.side
+    settings = dataclasses.replace(config.optimizer, clip_norm=None, side=side)
+    return optimizers.build(settings, rate, stacked=config.model.scan, seed=config.run.seed)
+
+
+def gradients_of(config: RunConfig) -> str:
+    """Which gradients the step takes: "full", or for projected backprop what `lr.plan` says."""
+    if config.optimizer.backprop != "projected":
+        return "full"
+    return lr.plan(optimizer_of(config).projection)
+
+
+def with_optimizer(config: RunConfig, text: str) -> RunConfig:
+    """The configuration with another optimizer, spelled `name:field=value:...`.
+
+    Another method takes over learning rate, clipping, rank and period, where it has them; the configuration's own
+    method keeps everything.
+
+    >>> config = with_optimizer(RunConfig(), "galore:rank=32:projector=power")
+    >>> config.optimizer.name, config.optimizer.rank, config.optimizer.projector
+    ('galore', 32, 'power')
+    """
+    name, *settings = text.split(":")
+    one_of("optimizers", name, configuration.OPTIMIZERS)
+    given: dict[str, Any] = {"name": name}
+    for setting in settings:
+        field, equals, value = setting.partition("=")
+        require(equals, "optimizers", text, "write settings as name:field=value:field=value")
+        try:
+            given[field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            given[field] = value
+    own = dataclasses.asdict(config.optimizer)
+    if name != own["name"]:
+        low = name in LOWRANK
+        kept = SHARED[:2] if not low else SHARED if name != "apollo_mini" else (*SHARED[:2], "refresh_every")
+        own = {field: own[field] for field in kept} | {"backprop": own["backprop"] if low else None}
+    return dataclasses.replace(config, optimizer=build(configuration.OptimizerConfig, "optimizer", own | given))
+
+
+def with_backprop(config: RunConfig, text: str) -> RunConfig:
+    """The configuration with another form of the step: "optax" is the optax form, see `OptimizerConfig.backprop`."""
+    one_of("backprop", text, PLANS)
+    value = None if text == "optax" or config.optimizer.name not in LOWRANK else text
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, backprop=value))
+
+
+def with_mesh(config: RunConfig, text: str) -> RunConfig:
+    """The configuration with another mesh, spelled "fsdp=8,tensor=2"; data takes what the others leave.
+
+    >>> with_mesh(RunConfig(), "fsdp=8").mesh.sizes
+    {'data': -1, 'fsdp': 8, 'sequence': 1, 'tensor': 1}
+    """
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        require(size.lstrip("-").isdigit(), "meshes", text, "write them as 'data=16;fsdp=8,tensor=2'")
+        sizes[axis] = int(size)
+    own = {"spread": config.mesh.spread} | sizes
+    return dataclasses.replace(config, mesh=build(configuration.MeshConfig, "mesh", own))
+
+
+def product(
+    config: RunConfig,
+    topologies: Sequence[str],
+    *,
+    meshes: Sequence[str] = (),
+    optimizers: Sequence[str] = (),
+    backprops: Sequence[str] = (),
+    execute: bool = False,
+) -> tuple[list[Case], list[str]]:
+    """Every combination that is a program of its own, and why the others are left out.
+
+    Args:
+      config: what is not listed comes from here.
+      topologies: names of targets.
+      meshes, optimizers, backprops: as for `with_mesh`, `with_optimizer`, `with_backprop`; empty keeps the
+        configuration's own.
+      execute: see `Case`.
+
+    Raises:
+      ConfigurationError: where nothing is left.
+    """
+    found: dict[str, Case] = {}
+    notes: list[str] = []
+    lists: tuple[Sequence[str | None], ...] = (meshes or [None], optimizers or [None], backprops or [None])
+    for topology, (mesh, optimizer, backprop) in itertools.product(topologies, [*itertools.product(*lists)]):
+        try:
+            own = config if mesh is None else with_mesh(config, mesh)
+            own = own if optimizer is None else with_optimizer(own, optimizer)
+            own = own if backprop is None else with_backprop(own, backprop)
+            case = Case(config=own, topology=topology, execute=execute)
+            case.check()
+        except ConfigurationError as error:
+            words = " ".join(word for word in (topology, mesh, optimizer, backprop) if word)
+            notes.append(f"left out: {words}: {error}")
+            continue
+        if own.optimizer.backprop == "projected" and len(backprops) > 1 and gradients_of(own) == "full":
+            note = f"{case.name}: needs full gradients at every step, so that its program is that of backprop=full"
+            notes += [] if note in notes else [note]
+            continue
+        found.setdefault(case.key, case)
+    if not found:
+        raise ConfigurationError(notes[0].removeprefix("left out: ") if notes else "nothing to plan")
+    return list(found.values()), notes

@@ -1,0 +1,217 @@
+"""Meshes of four named axes, and the rules by which parameters and activations lie on them.
+
+    mesh = meshes.make_mesh(fsdp=4, tensor=2)
+    placed = meshes.shardings(params, table, mesh)           NamedShardings, a tree like params
+    state = lr.state_shardings(tx, params, placed)           those of the optimizer follow
+    step = jax.jit(step, in_shardings=(placed, state, rows), out_shardings=(placed, state), donate_argnums=(0, 1))
+
+`jax.jit` with shardings and donation is what pjit is today; there is no other function to call.
+
+A table names the axes of a model's leaves (`(r".*/q_proj/kernel", ("embed", "heads"))`), RULES say over which axes of
+the mesh a named axis is divided:
+
+    data      replicas: each has the whole model and its own rows of the batch
+    fsdp      rows of the batch as well, and parameters along "embed"; they are gathered layer by layer as they are used
+    sequence  positions, outside attention
+    tensor    heads, the inner width of the MLP, and the vocabulary
+
+An axis that the mesh does not divide evenly stays whole, and `describe` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lowrank_jax import sharding
+from lowrank_jax.resolution import leaves_with_metadata
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+Table = Sequence[tuple[str, tuple[str | None, ...]]]
+
+RULES: Rules = (
+    ("batch", ("data", "fsdp")),
+    ("length", "sequence"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv", "tensor"),
+    ("mlp", "tensor"),
+    ("vocabulary", "tensor"),
+    ("layers", None),
+    ("norm", None),
+)
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices: Any = None, explicit: bool = False
+) -> Mesh:
+    """A mesh with the axes `AXES`, whatever their sizes.
+
+    Args:
+      data, fsdp, sequence, tensor: sizes; one of them may be -1, which is what the others leave.
+      devices: all by default; also those of a topology that is not there (`jax.experimental.topologies`).
+      explicit: axes that array types carry (`AxisType.Explicit`); otherwise the compiler completes the shardings.
+
+    Raises:
+      ValueError: where the sizes do not make up the number of devices.
+
+    >>> import jax
+    >>> dict(make_mesh(data=-1).shape) == {"data": jax.device_count(), "fsdp": 1, "sequence": 1, "tensor": 1}
+    True
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict(zip(AXES, (data, fsdp, sequence, tensor), strict=True))
+    for name, size in sizes.items():
+        if size != -1 and size < 1:
+            raise ValueError(f"mesh: {name}={size} must be positive, or -1 for what the other axes leave")
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise ValueError(f"mesh: {' and '.join(open_axes)} are -1; only one axis can take what the others leave")
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes:
+        sizes[open_axes[0]] = max(1, len(devices) // given)
+    if math.prod(sizes.values()) != len(devices):
+        text = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"mesh: {text} is not {len(devices)} devices; choose sizes whose product is {len(devices)}")
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)
+
+
+def logical_axes(params: Any, table: Table) -> Any:
+    """A tree like `params` of tuples of axis names.
+
+    Args:
+      params: arrays or ShapeDtypeStructs.
+      table: ordered `(pattern, names)`; a pattern matches the whole "/"-joined path of a leaf, the first one counts. A
+        leaf with one axis more than its names has the axis "layers" in front.
+
+    Raises:
+      ValueError: for a leaf that nothing matches, or with another number of axes.
+
+    >>> import jax.numpy as jnp
+    >>> logical_axes({"up": {"kernel": jnp.ones((3, 8, 16))}}, [(".*/kernel", ("embed", "mlp"))])
+    {'up': {'kernel': ('layers', 'embed', 'mlp')}}
+    """
+    found = []
+    for path, leaf, _ in leaves_with_metadata(params):
+        names = next((names for pattern, names in table if re.fullmatch(pattern, path)), None)
+        if names is None:
+            raise ValueError(f"table: nothing matches the leaf {path!r}; add a row (pattern, axis names) for it")
+        ndim = len(leaf.shape)
+        if ndim - len(names) not in (0, 1):
+            raise ValueError(f"table: {path!r} of shape {leaf.shape} has {ndim} axes, and its row names {names}")
+        found.append(("layers",) * (ndim - len(names)) + tuple(names))
+    return jax.tree.unflatten(jax.tree.structure(params), found)
+
+
+def _mesh_axes(rules: Rules, name: str | None, mesh: Mesh) -> tuple[str, ...]:
+    if name is None:
+        return ()
+    for logical, axes in rules:
+        if logical == name:
+            axes = () if axes is None else (axes if isinstance(axes, tuple) else (axes,))
+            unknown = [axis for axis in axes if axis not in mesh.shape]
+            if unknown:
+                raise ValueError(f"rules: {name!r} goes to {unknown[0]!r}, and the mesh has {tuple(mesh.shape)}")
+            return axes
+    raise ValueError(f"rules: no rule for the axis {name!r}; add ({name!r}, None) if it stays whole")
+
+
+def spec(names: Sequence[str | None], mesh: Mesh, rules: Rules = RULES, shape: Sequence[int] | None = None) -> Any:
+    """The PartitionSpec of axes with these names; an axis of the mesh is used once, and where it divides `shape`.
+
+    >>> mesh = make_mesh(data=-1)
+    >>> spec(("batch", None, "embed"), mesh)
+    P(('data', 'fsdp'), None, None)
+    """
+    entries: list[Any] = []
+    used: set[str] = set()
+    for i, name in enumerate(names):
+        axes = tuple(axis for axis in _mesh_axes(rules, name, mesh) if axis not in used)
+        if shape is not None and shape[i] % math.prod(mesh.shape[axis] for axis in axes):
+            axes = ()
+        used |= set(axes)
+        entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    return PartitionSpec(*entries)
+
+
+def specs(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """A tree like `params` of PartitionSpecs; see `logical_axes` and `spec`.
+
+    >>> import jax.numpy as jnp
+    >>> specs({"up": {"kernel": jnp.ones((8, 16))}}, [(".*/kernel", ("embed", "mlp"))], make_mesh(data=-1))
+    {'up': {'kernel': P('fsdp', 'tensor')}}
+    """
+    names = logical_axes(params, table)
+    return jax.tree.map(lambda leaf, own: spec(own, mesh, rules, leaf.shape), params, names)
+
+
+def shardings(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """A tree like `params` of NamedShardings; see `specs`."""
+    found = specs(params, table, mesh, rules)
+    return jax.tree.map(lambda own: NamedSharding(mesh, own), found, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def describe(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> str:
+    """A line for each leaf, and what stays whole because the mesh does not divide it.
+
+    >>> import jax.numpy as jnp
+    >>> print(describe({"kernel": jnp.ones((8, 16))}, [("kernel", ("embed", "mlp"))], make_mesh(data=-1)))
+    kernel  (8, 16)  P('fsdp', 'tensor')
+    """
+    lines = []
+    names = jax.tree.leaves(logical_axes(params, table), is_leaf=lambda x: isinstance(x, tuple))
+    for (path, leaf, _), own in zip(leaves_with_metadata(params), names, strict=True):
+        placed, wanted = spec(own, mesh, rules, leaf.shape), spec(own, mesh, rules)
+        line = f"{path}  {tuple(leaf.shape)}  {placed}"
+        for size, name, have, want in zip(leaf.shape, own, placed, wanted, strict=True):
+            if have != want:
+                line += f"  ({name} = {size} stays whole: {want!r} does not divide it)"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+_CURRENT: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
+    """While a function is traced inside, `constrain` places its activations, and a refresh its matrices, on this mesh.
+
+    Inside an optimizer's update on an auto mesh, refreshes need it: without it the compiler adds up whole matrices for
+    a DCT along a divided dimension.
+    """
+    token, placed = _CURRENT.set((mesh, rules)), sharding.current_mesh.set(mesh)
+    try:
+        yield
+    finally:
+        sharding.current_mesh.reset(placed)
+        _CURRENT.reset(token)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x` with its axes, one name each, divided as the rules say; `x` itself outside `use`, or on one device.
+
+    >>> import jax.numpy as jnp
+    >>> constrain(jnp.ones((2, 4)), "batch", None).shape
+    (2, 4)
+    """
+    current = _CURRENT.get()
+    if current is None or current[0].size == 1:
+        return x
+    if len(names) != x.ndim:
+        raise ValueError(f"constrain: {len(names)} names {names} for an array of shape {x.shape}; name every axis")
+    mesh, rules = current
+    placed = spec(names, mesh, rules, x.shape)
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, placed)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
