@@ -28,6 +28,7 @@ from ml_collections import config_flags
 
 from experiments import configuration
 from experiments.configuration import ConfigurationError
+from experiments.metrics import format_bytes
 from experiments.planning import advice, cases, queue, report
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "target, such as v5e:4x4, h200 or cpu:8")
@@ -92,7 +93,7 @@ def _advise(case: cases.Case, row: dict[str, Any], cache: queue.Cache, memory: i
     if found.overrides is None or found.row is None:
         print(f"nothing that was tried makes it fit ({len(found.tried)} programs); give it more chips")
     else:
-        print(f"it fits, at {found.row['peak_bytes'] / 2**30:.2f} GiB, with {' '.join(found.overrides)}")
+        print(f"it fits, at {format_bytes(found.row['peak_bytes'])}, with {' '.join(found.overrides)}")
     return {"overrides": found.overrides, "row": found.row, "tried": found.tried}
 
 

@@ -11,6 +11,8 @@ import re
 import sys
 from collections.abc import Callable
 
+from experiments.planning.report import plans
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -243,6 +245,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "data_parallel": data_parallel,
     "refresh_subspaces": refresh_subspaces,
     "memory_7b": memory_7b,
+    "plans": plans,
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from experiments.metrics import format_bytes
 from experiments.planning import measured, targets
 from experiments.planning.cases import Case
 from lowrank_jax.version import __version__
@@ -203,9 +204,9 @@ def run(
 def summary(row: dict[str, Any]) -> str:
     """One line about a judged row."""
     verdict = {True: "fits", False: "DOES NOT FIT", None: "no limit known"}[row["fits"]]
-    limit = "" if row["limit_bytes"] is None else f" of {row['limit_bytes'] / 2**30:.2f}"
+    limit = "" if row["limit_bytes"] is None else f" of {format_bytes(row['limit_bytes'])}"
     more = "at least " if not row["placed"] else ""
-    return f"{verdict}, {more}{row['peak_bytes'] / 2**30:.2f}{limit} GiB a chip, {row['compile_seconds']:.0f} s"
+    return f"{verdict}, {more}{format_bytes(row['peak_bytes'])}{limit} a chip, {row['compile_seconds']:.0f} s"
 
 
 def _ticker(head: str) -> Callable[[float], None] | None:

@@ -65,21 +65,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def details(row: dict[str, Any]) -> str:
     """Everything about one row."""
     own, share = state_bytes(row)
+    scale, unit = (GIB, "GiB") if row["peak_bytes"] >= GIB else (2**20, "MiB")
     lines = [f"{row['preset']} on {row['topology']} ({row['chips']} devices), {row['name']}: gradients "
              f"{row['gradients_by']}; {row['rows_per_chip']} rows of {row['length']} at once on a chip"]  # fmt: skip
-    lines.append(f"{'bytes of a chip':<32}{'GiB':>9}  whole / chips")
+    lines.append(f"{'bytes of a chip':<32}{unit:>9}  whole / chips")
     for entry in row["components"]:
-        lines.append(f"  {entry['component']:<30}{entry['bytes'] / GIB:>9.3f}{entry['share_bytes'] / GIB:>9.3f}")
-    lines.append(f"  {'state in all':<30}{own / GIB:>9.3f}{share / GIB:>9.3f}")
+        lines.append(f"  {entry['component']:<30}{entry['bytes'] / scale:>9.3f}{entry['share_bytes'] / scale:>9.3f}")
+    lines.append(f"  {'state in all':<30}{own / scale:>9.3f}{share / scale:>9.3f}")
     if row["placed"]:
-        lines.append(f"  {'temporaries':<30}{row['temporary_bytes'] / GIB:>9.3f}")
-        lines.append(f"  {'program':<30}{row['code_bytes'] / GIB:>9.3f}")
-    known = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.3f}" for name, size in row["temporaries"].items() if size)
+        lines.append(f"  {'temporaries':<30}{row['temporary_bytes'] / scale:>9.3f}")
+        lines.append(f"  {'program':<30}{row['code_bytes'] / scale:>9.3f}")
+    told = {name.replace("_", " "): size / scale for name, size in row["temporaries"].items() if size}
+    known = ", ".join(f"{name} {size:.3f}" for name, size in told.items())
     lines.append(f"  of the temporaries, by formula: {known}; the compiler does not tell them apart")
-    limit = "" if row["limit_bytes"] is None else f" of {row['limit_bytes'] / GIB:.3f}"
+    limit = "" if row["limit_bytes"] is None else f" of {row['limit_bytes'] / scale:.3f}"
     least = "" if row["placed"] else "at least "
     fits = {True: "fits", False: "does NOT fit", None: "no limit known"}[row["fits"]]
-    lines.append(f"  {'peak':<30}{least}{row['peak_bytes'] / GIB:>9.3f}{limit}: {fits}")
+    lines.append(f"  {'peak':<30}{least}{row['peak_bytes'] / scale:>9.3f}{limit}: {fits}")
     speed = "" if row["seconds_at_peak"] is None else f"; at the chip's peak {row['seconds_at_peak'] * 1e3:.3g} ms"
     lines.append(f"FLOP of an update, all chips, by formula: {row['flops']:.4g}{speed}")
     if row["placed"]:
@@ -88,8 +90,8 @@ def details(row: dict[str, Any]) -> str:
                          "branches not taken too)")  # fmt: skip
         for name, title in (("normal", "between refreshes"), ("with_refresh", "with the branch of a refresh")):
             moved = row["collectives"][name]
-            text = ", ".join(f"{kind} {size / GIB:.3f}" for kind, size in moved.items()) or "none"
-            lines.append(f"collectives of a chip, GiB, {title}: {text}")
+            text = ", ".join(f"{kind} {size / scale:.3f}" for kind, size in moved.items()) or "none"
+            lines.append(f"collectives of a chip, {unit}, {title}: {text}")
     lines.append(f"traced in {row['trace_seconds']:.1f} s, compiled in {row['compile_seconds']:.1f} s")
     return "\n".join(lines)
 

@@ -262,10 +262,10 @@ def test_a_full_disk_does_not_stop_the_run_but_fails_the_final_save(folder, whol
 
 def poison(monkeypatch, bad):
     """Multiply the loss by NaN in the updates whose number, from 0, satisfies `bad`."""
-    make, sums = updates.train_step, updates.loss_sums
+    make, sums = updates.step, updates.loss_sums
 
-    def poisoned_step(model, optimizer, accumulation):
-        inner = make(model, optimizer, accumulation)
+    def poisoned_step(loss, optimizer, accumulation):
+        inner = make(loss, optimizer, accumulation)
 
         def update(state, batch):
             count = optax.tree.get(state["opt_state"], "steps_seen")
@@ -278,7 +278,7 @@ def poison(monkeypatch, bad):
         return loss * batch.get("factor", 1.0), weight
 
     monkeypatch.setattr(training.optimizers, "build", counting(optimizers.build))
-    monkeypatch.setattr(updates, "train_step", poisoned_step)
+    monkeypatch.setattr(updates, "step", poisoned_step)
     monkeypatch.setattr(updates, "loss_sums", poisoned_sums)
 
 
