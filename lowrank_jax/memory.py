@@ -152,7 +152,7 @@ def measure(step: Any, *arguments: Any) -> Program:
     )
 
 
-def _components(state: Any) -> dict[str, Any]:
+def components(state: Any) -> dict[str, Any]:
     """The parts of an optimizer state by component, wherever in it a `ProjectionState` lies; "other" is not ours."""
     is_ours = lambda x: isinstance(x, (ProjectionState, MatrixState))  # noqa: E731
     nodes = jax.tree.leaves(state, is_leaf=is_ours)
@@ -237,7 +237,7 @@ def ledger(tx: optax.GradientTransformation, params: Any, step: Any = None, *arg
     state in all              0.563           0.563
     """
     params = _abstract(params)
-    parts = {"parameters": params, "gradients": params} | _components(jax.eval_shape(tx.init, params))
+    parts = {"parameters": params, "gradients": params} | components(jax.eval_shape(tx.init, params))
     measured = {name: _as_arguments(part) for name, part in parts.items()}
     by_formula = {row["component"]: row["bytes_formula"] for row in formula(tx, params)}
     program = None if step is None else measure(step, *arguments)

@@ -26,16 +26,9 @@ from jax.sharding import SingleDeviceSharding
 
 import lowrank_jax as lr
 from experiments.benchmarks import workload
+from experiments.planning.targets import TPU_ENVIRONMENT as ENVIRONMENT
 
 TOPOLOGY = "v5e:2x2"
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}
 LIMIT_BYTES = 5_000_000
 
 
