@@ -11,9 +11,9 @@ CPU := JAX_PLATFORMS=cpu
 EIGHT := $(CPU) XLA_FLAGS="--xla_force_host_platform_device_count=8"
 TPU := $(CPU) ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 \
 	TPU_ACCELERATOR_TYPE=v5litepod-4
-ONE_PROCESS := not multi_device and not multi_process and not tpu_compile and not peer
+ONE_PROCESS := not multi_device and not multi_process and not tpu_compile and not cuda_compile and not peer
 
-.PHONY: help train finetune test test-fast test-full test-multi test-tpu test-peer lint evidence report clean
+.PHONY: help train finetune test test-fast test-full test-multi test-tpu test-cuda test-peer lint evidence report clean
 
 help:
 	@echo "make train      pre-train a small LLaMA with dct_adamw on embedded text; writes a checkpoint and a report"
@@ -24,6 +24,7 @@ help:
 	@echo "make evidence   the study behind README's tables (about 2 hours on 2 cores; may be interrupted and resumed)"
 	@echo "make report     one page from finished runs: make report RUNS='runs/a runs/b'"
 	@echo "make test-tpu   compile for TPUs that are not there (libtpu); make test-peer: compare with PyTorch"
+	@echo "make test-cuda  compile kernels for GPUs that are not there (jax-cuda13-plugin)"
 
 # $(call environment,DIRECTORY,EXTRAS)
 define environment
@@ -39,6 +40,8 @@ endef
 	$(call environment,.venv,experiments$(comma)test)
 .venv-tpu/installed: setup.cfg pyproject.toml
 	$(call environment,.venv-tpu,experiments$(comma)test$(comma)tpu)
+.venv-cuda/installed: setup.cfg pyproject.toml
+	$(call environment,.venv-cuda,experiments$(comma)test$(comma)cuda)
 .venv-peer/installed: setup.cfg pyproject.toml
 	$(call environment,.venv-peer,experiments$(comma)test$(comma)peer)
 comma := ,
@@ -78,8 +81,12 @@ test-tpu: .venv-tpu/installed
 	.venv-tpu/bin/python -c 'import libtpu'  # without it the tests would skip
 	$(TPU) .venv-tpu/bin/python -m pytest -q -m tpu_compile tests/tpu_compile
 
+test-cuda: .venv-cuda/installed
+	.venv-cuda/bin/python -c 'import jax_cuda13_plugin'  # without it the tests would skip
+	$(CPU) .venv-cuda/bin/python -m pytest -q -m cuda_compile tests/cuda_compile
+
 test-peer: .venv-peer/installed
 	$(CPU) .venv-peer/bin/python -m pytest -q -m peer tests/peer
 
 clean:
-	rm -rf .venv .venv-tpu .venv-peer *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-tpu .venv-cuda .venv-peer *.egg-info .pytest_cache .mypy_cache .ruff_cache

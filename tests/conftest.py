@@ -10,11 +10,11 @@ import jax
 import pytest
 
 TESTS = Path(__file__).parent
-TIERS = ("multi_device", "multi_process", "tpu_compile", "peer")
+TIERS = ("multi_device", "multi_process", "tpu_compile", "cuda_compile", "peer")
 
 
 def pytest_collection_modifyitems(items):
-    """A test in tests/multi_device, multi_process, tpu_compile or peer carries that marker without saying so."""
+    """A test in the folder of a tier carries its marker without saying so."""
     for item in items:
         if item.path.is_relative_to(TESTS):
             tier = item.path.relative_to(TESTS).parts[0]
@@ -24,7 +24,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_runtest_setup(item):
     """Most of a test's time goes into LLVM: programs are compiled without its optimisations, XLA's own stay."""
-    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("tpu_compile") is None)
+    for_devices = any(item.get_closest_marker(tier) for tier in ("tpu_compile", "cuda_compile"))
+    jax.config.update("jax_disable_most_optimizations", not for_devices)
     if item.get_closest_marker("multi_device") and jax.device_count() < 8:
         pytest.skip("needs 8 devices: run `make test-multi`, which fakes them in a process of their own")
 

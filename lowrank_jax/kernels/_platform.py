@@ -1,0 +1,110 @@
+"""Which program of a kernel runs, and how much fast memory a chip has for its blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+IMPLEMENTATIONS = ("reference", "tpu", "gpu")
+
+
+class Misfit(ValueError):
+    """No tile of a kernel fits the chip, or the kernel does not take the shape there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fast:
+    """The memory next to the compute units: VMEM of a TensorCore, shared memory that one block may ask for.
+
+    Attributes:
+      platform: "tpu" or "gpu".
+      bytes: its size.
+    """
+
+    platform: str
+    bytes: int
+
+
+# TPUs: jax's own table (pallas, `mosaic/tpu_info.py`). GPUs: CUDA programming guide, "maximum amount of shared memory
+# per thread block" by compute capability (9.0; 8.0; 8.9).
+CHIPS = {
+    "v5e": Fast(platform="tpu", bytes=128 * 2**20),
+    "v6e": Fast(platform="tpu", bytes=128 * 2**20),
+    "v5p": Fast(platform="tpu", bytes=64 * 2**20),
+    "h100": Fast(platform="gpu", bytes=227 * 2**10),
+    "h200": Fast(platform="gpu", bytes=227 * 2**10),
+    "a100": Fast(platform="gpu", bytes=163 * 2**10),
+    "rtx4090": Fast(platform="gpu", bytes=99 * 2**10),
+}
+# The compiler's own scratch and what a pipeline holds beside its blocks. Without a chip the smallest of a platform.
+_SHARE = 0.75
+
+
+def budget(platform: str, chip: str | None) -> int:
+    """Bytes that the blocks of one program may take; of a chip of another platform, those of this platform's smallest.
+
+    Raises:
+      ValueError: for a chip that is not in the table.
+
+    >>> budget("tpu", "v5e") // 2**20, budget("tpu", None) // 2**20
+    (96, 48)
+    """
+    own = {name: fast.bytes for name, fast in CHIPS.items() if fast.platform == platform}
+    if chip is not None and chip not in own:
+        if chip not in CHIPS:
+            raise ValueError(f"chip={chip!r} must be one of {tuple(CHIPS)}, or None for the smallest of its platform")
+        chip = None  # this platform's program is traced, another one's runs
+    return int(_SHARE * (min(own.values()) if chip is None else own[chip]))
+
+
+def dispatch(
+    implementation: str | None, interpret: bool, *operands: Any, **programs: Callable[..., Any]
+) -> tuple[Any, ...]:
+    """`programs[implementation](*operands)`; None takes the one of the platform that is compiled for, if it fits there.
+
+    The choice is made when the program is lowered, so that compiling for a device that is not there takes its branch.
+
+    Raises:
+      ValueError: for an unknown implementation, or `interpret` without the name of a kernel.
+      Misfit: where the named kernel does not fit; without a name the reference runs there.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None")
+    if interpret and implementation in (None, "reference"):
+        raise ValueError(
+            f"interpret=True with implementation={implementation!r}: name the kernel to interpret, 'tpu' or 'gpu'"
+        )
+    if implementation is not None:
+        return programs[implementation](*operands)
+
+    def if_it_fits(program):
+        def run(*operands):
+            try:
+                return program(*operands)
+            except Misfit:
+                return programs["reference"](*operands)
+
+        return run
+
+    return jax.lax.platform_dependent(
+        *operands, tpu=if_it_fits(programs["tpu"]), cuda=if_it_fits(programs["gpu"]), default=programs["reference"]
+    )
+
+
+def largest(limit: int, costs: Callable[[int, int], int], rows: tuple[int, ...], cols: tuple[int, ...], what: str):
+    """The pair of most rows, then of most columns, of which `costs(rows, cols)` stays within `limit` bytes.
+
+    Raises:
+      Misfit: where none fits.
+    """
+    fits = [(r, c) for r in rows for c in cols if costs(r, c) <= limit]
+    if not fits:
+        least = costs(min(rows), min(cols))
+        raise Misfit(
+            f"{what}: the smallest tile needs {least} bytes of fast memory and the chip lends {limit}; "
+            "implementation='reference' has no such bound, nor has a chip= with more"
+        )
+    return max(fits)
