@@ -228,15 +228,12 @@ class Pretraining(Task):
         update, stored = super().update(), jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         if self.mesh.size == 1:
             return update
-        constrain = jax.lax.with_sharding_constraint
+        parameters = self.abstract["params"] if self.config.mesh.spread else None
 
         def run(state, batch, *frozen):
-            # spread state, which is low-rank, is gathered here: in the update the partitioner would gather the matrices
-            whole = state | {"opt_state": constrain(state["opt_state"], self._computed)}
-            with meshes.use(self.mesh):
-                state, measured = update(whole, batch, *frozen)
-            state = state | {"opt_state": constrain(state["opt_state"], self._computed)}
-            return constrain(state, stored), measured
+            with meshes.use(self.mesh, parameters=parameters):
+                state, measured = update(state, batch, *frozen)
+            return jax.lax.with_sharding_constraint(state, stored), measured
 
         return run
 

@@ -184,16 +184,28 @@ _CURRENT: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Contex
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
+def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator[None]:
     """While a function is traced inside, `constrain` places its activations, and a refresh its matrices, on this mesh.
 
     Inside an optimizer's update on an auto mesh, refreshes need it: without it the compiler adds up whole matrices for
     a DCT along a divided dimension.
+
+    Args:
+      mesh, rules: of the program.
+      parameters: a tree of arrays or `jax.ShapeDtypeStruct`s with NamedShardings on an auto mesh. The update of an
+        optimizer of this library then keeps its state divided as `lr.state_shardings(..., spread=True)` says, and
+        gathers what is low-rank layer by layer, where a layer is written.
     """
+    specs = None
+    if parameters is not None and AxisType.Explicit not in mesh.axis_types and mesh.size > 1:
+        leaves = leaves_with_metadata(parameters)
+        specs = {path: sharding.spec_of(leaf.sharding, len(leaf.shape)) for path, leaf, _ in leaves}
     token, placed = _CURRENT.set((mesh, rules)), sharding.current_mesh.set(mesh)
+    known = sharding.current_specs.set(specs)
     try:
         yield
     finally:
+        sharding.current_specs.reset(known)
         sharding.current_mesh.reset(placed)
         _CURRENT.reset(token)
 

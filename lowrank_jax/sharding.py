@@ -24,6 +24,8 @@ Spec = tuple
 
 # The mesh of `meshes.use`: what an auto mesh's arrays do not say while they are traced.
 current_mesh: contextvars.ContextVar[Any] = contextvars.ContextVar("current_mesh", default=None)
+# Of `meshes.use(mesh, parameters=...)`: path -> partition entries of the parameter, one for each axis.
+current_specs: contextvars.ContextVar[dict[str, Spec] | None] = contextvars.ContextVar("current_specs", default=None)
 
 
 def _pad(spec: Any, ndim: int) -> Spec:
@@ -68,6 +70,12 @@ def reshard(x: jax.Array, spec: Spec | None) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(*spec))
 
 
+def divides() -> bool:
+    """Whether the program is traced for several devices of an auto mesh, inside `meshes.use`."""
+    mesh = current_mesh.get()
+    return mesh is not None and mesh.size > 1 and AxisType.Explicit not in mesh.axis_types
+
+
 def rows_whole(x: jax.Array) -> jax.Array:
     """`x (..., s, k)` with s whole and k divided over the auto mesh of `meshes.use`; `x` itself elsewhere.
 
@@ -75,13 +83,18 @@ def rows_whole(x: jax.Array) -> jax.Array:
     rows send nothing of a matrix's size (`python -m experiments.benchmarks.collectives`).
     """
     mesh = current_mesh.get()
-    if mesh is None or AxisType.Explicit in mesh.axis_types:
+    if mesh is None or not divides():
         return x
     names = tuple(name for name, size in reversed(tuple(mesh.shape.items())) if size > 1)
     if not names or x.shape[-1] % math.prod(mesh.shape[name] for name in names):
         return x
     spec = PartitionSpec(*(None,) * (x.ndim - 1), names)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def cols_whole(x: jax.Array) -> jax.Array:
+    """`x (..., s, q)` with s divided and q whole, as `rows_whole` divides k."""
+    return jnp.swapaxes(rows_whole(jnp.swapaxes(x, -1, -2)), -1, -2)
 
 
 def zeros(shape: tuple[int, ...], dtype, spec: Spec | None) -> jax.Array:

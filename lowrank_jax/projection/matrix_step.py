@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.projection import layout
 from lowrank_jax.projection.clocks import Staggered
 from lowrank_jax.projection.projectors.base import count
 from lowrank_jax.projection.state import Evidence, MatrixState, Projected
@@ -155,7 +156,8 @@ class MatrixStep:
 
     def project(self) -> None:
         def down(config, view, trees):
-            return config.projector.down(view, trees["basis"], trees["x"])
+            basis = layout.placed(view, trees["basis"], "basis_at_use")
+            return layout.placed(view, config.projector.down(view, basis, trees["x"]), "low_at_use")
 
         if self.target is not None:
             self.low = on_own_matrices(down, self.config, self.view, {"x": self.target, "basis": self.basis})
@@ -198,7 +200,7 @@ def _checked(config: Projection, view: ResolvedView, grad: Projected) -> tuple[j
             "between lr.projected_value_and_grad and update broadcast or stacked it. Accumulate with "
             "projected_value_and_grad(..., accumulate=k), not optax.MultiSteps"
         )
-    return grad.low.astype(jnp.float32), grad.sketch
+    return layout.placed(view, grad.low, "low").astype(jnp.float32), layout.placed(view, grad.sketch, "basis")
 
 
 def sketch_basis(
@@ -235,7 +237,7 @@ def _refreshed(config: Projection, view: ResolvedView, trees: dict[str, Any], st
     needs, basis, inner, whole = config.projector.needs, trees["basis"], trees["inner"], sharding.whole_spec(view.spec)
     evidence = Evidence(
         grad=sharding.rows_whole(sharding.reshard(trees["target"], whole)) if "grad" in needs else None,
-        sketch=sharding.reshard(trees["sketch"], whole) if "sketch" in needs else None,
+        sketch=sharding.cols_whole(sharding.reshard(trees["sketch"], whole)) if "sketch" in needs else None,
         param=sharding.reshard(trees["param"], whole) if "param" in needs else None,
         moments=_debiased(config, inner, whole) if "moments" in needs else None,
         step=step,
@@ -259,7 +261,7 @@ def _debiased(config: Projection, inner: Any, spec: Any) -> jax.Array:
     """The first moment over `1 - b1^t`, in the old basis."""
     moment, value = inner_lib.first_moment(*inner_lib.decoded(config.inner, inner))
     seen = jnp.maximum(moment.count, 1)[..., None, None]
-    return sharding.reshard(value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen), spec)
+    return sharding.rows_whole(sharding.reshard(value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen), spec))
 
 
 def _refresh_staggered(config: Projection, view: ResolvedView, trees: Any, due: Any, step: jax.Array, total: int):
@@ -300,11 +302,14 @@ def _refresh_staggered(config: Projection, view: ResolvedView, trees: Any, due: 
 def finish(config: Projection, view: ResolvedView, trees: dict[str, Any], factor: Any, ok: Any, extra: dict[str, Any]):
     """Oriented update, inner state, residual state, from `MatrixStep.arrays`."""
     low, target = (x if factor is None or x is None else x * factor for x in (trees["low"], trees["target"]))
-    basis, param = trees["basis"], None
+    low = layout.placed(view, low, "low")
+    basis, param = layout.placed(view, trees["basis"], "basis_at_use"), None
     if getattr(config.inner, "params", False):
         param = config.projector.down(view, basis, trees["param"])
     run = each(lambda g, s, p: inner_lib.guarded(config.inner, g, s, p, ok, extra), view.batch)
-    direction, scale, inner = run(low, trees["inner"], param)
+    direction, scale, inner = run(low, layout.placed(view, trees["inner"], "low"), param)
+    inner = layout.placed(view, inner, "low")
+    direction = layout.placed(view, layout.placed(view, direction, "low"), "low_at_use")
     scale = jnp.asarray(scale, jnp.float32) * config.scale
     if ok is not None:
         direction = jnp.where(ok, direction, 0)

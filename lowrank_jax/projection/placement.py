@@ -8,13 +8,13 @@ the answer is the same on both kinds of mesh, and covers whatever is chained aro
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lowrank_jax import sharding
+from lowrank_jax.projection.layout import Layout
 from lowrank_jax.projection.state import MatrixState
 from lowrank_jax.resolution import Views, leaves_with_metadata, path_of, resolve
 
@@ -31,11 +31,9 @@ def state_shardings(transformation: Any, params: Any, shardings: Any = None, *, 
       params: arrays or ShapeDtypeStructs.
       shardings: a tree like `params` of NamedShardings; by default what the leaves carry.
       spread: divide the low-rank state too over every axis that its matrix is divided over, so that each device holds
-        its share of all of it. Of a matrix with s over the axes A, k over B: bases `(s, r)` have s over A and B,
-        low-rank objects `(r, k)` have r over A, k over B, each as far as it divides. So state is kept between two
-        steps, on auto meshes; `jax.lax.with_sharding_constraint` to the shardings without `spread` goes before the
-        update (a gather of what is low-rank) and after it, since inside an update of state that is spread the
-        partitioner gathers whole matrices (`tests/multi_device/test_mesh_training.py`).
+        its share of all of it; `projection.layout` says how. An update on an auto mesh then needs to know where the
+        parameters lie, `with lr.meshes.use(mesh, parameters=...)`: without, the partitioner may gather whole matrices
+        (`tests/multi_device/test_mesh_training.py`).
 
     Raises:
       ValueError: if a leaf has no NamedSharding, or the leaves lie on different meshes.
@@ -87,34 +85,21 @@ def _spec_of(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
 def _spread(node: MatrixState, kind: NamedSharding) -> MatrixState:
     """The shardings of one matrix's state with bases and low-rank objects divided as far as the matrix is."""
     view = node.view
-    entries = sharding.spec_of(kind, len(view.shape))
-    *batch, rows, cols = sharding.fold_spec(entries, view.view.batch, view.view.rows, view.view.cols)
-    s, k = (rows, cols) if view.side == "rows" else (cols, rows)
-    chosen = {
-        "basis": ((*view.batch, view.shrunk, view.rank), (s, k), ()),
-        "inner": ((*view.batch, view.rank, view.kept), (s,), (k,)),
-    }
+    own_layout = Layout.of(view, kind.mesh, sharding.spec_of(kind, len(view.shape)))
 
-    def divided(size: int, *parts: Any) -> Any:
-        """As many of these entries as divide `size`, the first ones first."""
-        names: tuple[str, ...] = ()
-        for part in parts:
-            more = names + sharding.axis_names_of(part)
-            if size % math.prod(kind.mesh.shape[name] for name in more) == 0:
-                names = more
-        return names or None
+    def place(shape, spec):
+        def put(leaf):
+            return NamedSharding(kind.mesh, spec if tuple(leaf.shape) == shape else _spec_of(leaf))
 
-    def place(leaf: Any, wanted: Any) -> NamedSharding:
-        shape, first, last = wanted
-        if tuple(leaf.shape) != shape:
-            return NamedSharding(kind.mesh, _spec_of(leaf))
-        return NamedSharding(kind.mesh, PartitionSpec(*batch, divided(shape[-2], *first), divided(shape[-1], *last)))
+        return put
 
+    basis = place((*view.batch, view.shrunk, view.rank), own_layout.basis)
+    low = place((*view.batch, view.rank, view.kept), own_layout.low)
     own = lambda leaf: NamedSharding(kind.mesh, _spec_of(leaf))  # noqa: E731
     return dataclasses.replace(
         node,
-        basis=jax.tree.map(lambda leaf: place(leaf, chosen["basis"]), node.basis),
-        inner=jax.tree.map(lambda leaf: place(leaf, chosen["inner"]), node.inner),
+        basis=jax.tree.map(basis, node.basis),
+        inner=jax.tree.map(low, node.inner),
         residual=jax.tree.map(own, node.residual),
     )
 

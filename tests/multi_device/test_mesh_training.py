@@ -119,15 +119,13 @@ def update_program(tx, sizes, spread):
         lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind), tree, kinds
     )
 
-    computed = lr.state_shardings(tx, params, placed)
-    constrain = jax.lax.with_sharding_constraint
-
-    def step(params, gradients, state):
-        with meshes.use(mesh):
-            made, state = tx.update(gradients, constrain(state, computed), params)
-        return optax.apply_updates(params, made), constrain(state, computed)
-
     params = place(params, placed)
+
+    def step(params, gradients, state, known=params if spread else None):
+        with meshes.use(mesh, parameters=known):
+            made, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, made), state
+
     jitted = jax.jit(step, out_shardings=(placed, state_placed), donate_argnums=(0, 2))
     return jitted.lower(params, params, place(state, state_placed)).compile()
 
@@ -145,6 +143,37 @@ PROGRAMS += [(method, "tensor", False) for method in METHODS if method != "galor
 @pytest.mark.parametrize(("method", "strategy", "spread"), PROGRAMS)
 def test_no_update_sends_a_whole_matrix(method, strategy, spread):
     assert not whole_matrices(update_program(METHODS[method], STRATEGIES[strategy], spread))
+
+
+def test_low_rank_state_is_gathered_layer_by_layer():
+    task = task_of("galore projected", {"fsdp": 8})
+    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=task.rows) for k, x in task.host_batch(0).items()}
+    text = jax.jit(task.update(), donate_argnums=0).lower(task.abstract, batch).compile().as_text()
+    shapes = {one.shape for one in collectives.read(text)}
+    assert (8, 64) in shapes  # the direction of one layer, over the rank
+    stacks = {shape for shape in shapes if shape[:1] == (2,) and len(shape) == 3}
+    assert stacks and max(map(math.prod, stacks)) <= 2 * 8 * 8  # of all layers only Gram matrices
+    assert "geqrf" not in text  # QR would gather what it factors on every device
+
+
+@pytest.mark.parametrize("rows", ["full", "zero", "deficient"])
+def test_rows_that_are_divided_become_orthonormal_by_gram_matrices(rows):
+    mesh = meshes.make_mesh(fsdp=8)
+    x = jax.random.normal(jax.random.key(0), (3, 64, 8))
+    x = {"full": x, "zero": 0 * x, "deficient": x.at[..., 4:].set(x[..., :4])}[rows]
+
+    def on_mesh(x):
+        with meshes.use(mesh):
+            return lr.linalg.orthonormalize(x)
+
+    divided = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "fsdp")))
+    compiled = jax.jit(on_mesh).lower(divided).compile()
+    q = np.asarray(compiled(divided))
+    np.testing.assert_allclose(np.swapaxes(q, -1, -2) @ q, np.broadcast_to(np.eye(8), (3, 8, 8)), atol=2e-6)
+    np.testing.assert_allclose(q @ (np.swapaxes(q, -1, -2) @ x), x, atol=1e-4)
+    assert max(math.prod(one.shape) for one in collectives.read(compiled.as_text())) <= 3 * 8 * 8
+    if rows == "full":
+        np.testing.assert_allclose(q, lr.linalg.orthonormalize(x), atol=2e-5)
 
 
 @pytest.mark.parametrize("method", EXACT)

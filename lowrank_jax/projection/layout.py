@@ -1,0 +1,100 @@
+"""Where the low-rank state of a projected leaf lies on an auto mesh: between its uses, and where it is used.
+
+Of a matrix `(s, k)` whose s is divided over the mesh axes A and k over B:
+
+                                  spread               at use
+    bases            (s, r)       s over A and B       s over A
+    low-rank objects (r, k)       r over A, k over B   k over B
+
+each as far as it divides. A device so holds its share of all state and works on it there; only what enters a product
+with a matrix's share is gathered over the rank, for one layer at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lowrank_jax import sharding
+from lowrank_jax.matrices import ResolvedView
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Partition entries of the oriented matrices `(batch..., s, k)` of one leaf, and their mesh."""
+
+    mesh: Any
+    view: ResolvedView
+    batch: tuple[Any, ...]
+    s: Any
+    k: Any
+
+    @classmethod
+    def of(cls, view: ResolvedView, mesh: Any, entries: Sequence[Any]) -> Layout:
+        """From the partition entries of the leaf, one for each axis."""
+        axes = view.view
+        *batch, rows, cols = sharding.fold_spec(tuple(entries), axes.batch, axes.rows, axes.cols)
+        return cls(mesh, view, tuple(batch), *((rows, cols) if view.side == "rows" else (cols, rows)))
+
+    @property
+    def low(self) -> PartitionSpec:
+        """Of `(batch..., r, k)`, spread."""
+        return self._spec(self._divided(self.view.rank, self.s), self._divided(self.view.kept, self.k))
+
+    @property
+    def low_at_use(self) -> PartitionSpec:
+        return self._spec(None, self._divided(self.view.kept, self.k))
+
+    @property
+    def basis(self) -> PartitionSpec:
+        """Of `(batch..., s, r)`, spread."""
+        return self._spec(self._divided(self.view.shrunk, self.s, self.k), None)
+
+    @property
+    def basis_at_use(self) -> PartitionSpec:
+        return self._spec(self._divided(self.view.shrunk, self.s), None)
+
+    def _spec(self, first: Any, last: Any) -> PartitionSpec:
+        return PartitionSpec(*self.batch, first, last)
+
+    def _divided(self, size: int, *parts: Any) -> Any:
+        """As many of these entries as divide `size`, the first ones first."""
+        names: tuple[str, ...] = ()
+        for part in parts:
+            more = names + sharding.axis_names_of(part)
+            if size % math.prod(self.mesh.shape[name] for name in more) == 0:
+                names = more
+        return names or None
+
+
+def current(view: ResolvedView) -> Layout | None:
+    """The layout of a leaf, or of a layer of it, inside `meshes.use(mesh, parameters=...)`; None elsewhere."""
+    specs = sharding.current_specs.get()
+    if specs is None or view.path not in specs:
+        return None
+    entries = specs[view.path]
+    return Layout.of(view, sharding.current_mesh.get(), entries[len(entries) - len(view.shape) :])
+
+
+def placed(view: ResolvedView, tree: Any, role: str) -> Any:
+    """`tree` with its arrays of the role's shape laid out so; the tree itself where no layout is known.
+
+    Args:
+      role: "low", "low_at_use", "basis" or "basis_at_use".
+    """
+    own = current(view)
+    if own is None:
+        return tree
+    ends = (view.shrunk, view.rank) if role.startswith("basis") else (view.rank, view.kept)
+    place = NamedSharding(own.mesh, getattr(own, role))
+
+    def put(x):
+        fits = tuple(x.shape) == (*view.batch, *ends)
+        return jax.lax.with_sharding_constraint(x, place) if fits else x
+
+    return jax.tree.map(put, tree)
