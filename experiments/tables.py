@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import re
+import statistics
 import sys
 from collections.abc import Callable
 
@@ -234,6 +235,41 @@ def _aims(aims: list[dict]) -> str:
     return markdown(["aim", "of", "measured", "below", ""], lines)
 
 
+def kernels(result: dict) -> str:
+    """Each kernel on each chip beside XLA's program, over all its matrices and parts, and what was decided."""
+    header = ["kernel", "chip", "programs", "bytes moved below XLA's: least, median, most"]
+    header += ["temporaries at most, MiB: XLA's", "the kernel's", "operations below XLA's, at most"]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["kernel"], row["target"].partition(":")[0]), []).append(row)
+    rows = []
+    for (name, chip), own in sorted(groups.items()):
+        less = sorted(row["less_moved"] for row in own)
+        largest = [max(row[side]["temporary_bytes"] for row in own) for side in ("xla", "pallas")]
+        fewer = max(row.get("xla_operations", 1) / row.get("pallas_operations", 1) for row in own)
+        shares = (less[0], statistics.median(less), less[-1])
+        rows.append([f"`{name}`", chip, str(len(own)), ", ".join(f"{100 * x + 0:.0f} %" for x in shares),
+                     *map(mebibytes, largest), f"{fewer:.0f} times" if fewer > 1 else "-"])  # fmt: skip
+    notes = [f"`{name}`: {verdict['kept']}." for name, verdict in sorted(result["verdicts"].items())]
+    notes += [f"Not written: {one['kernel']}." for one in result["not_written"]]
+    return markdown(header, rows) + "\n\n" + "\n".join(f"* {note}" for note in notes)
+
+
+def collectives(result: dict) -> str:
+    """What a refresh sends under FSDP, by layout."""
+    layouts = list(result["rows"][0]["received"])
+    rows = []
+    for row in result["rows"]:
+        received = row["received"]
+        best = min(received, key=received.__getitem__)
+        rows.append([row["projector"], str(row["rank"]), *(mebibytes(received[name]) for name in layouts), best])
+    note = (
+        f"`{result['command']}`: MiB that one of {result['devices']} devices receives in a refresh of the "
+        f"{result['preset']} preset's matrices, read from compiled programs."
+    )
+    return markdown(["projector", "rank", *layouts, "least"], rows) + "\n\n" + note
+
+
 TABLES: dict[str, Callable[[dict], str]] = {
     "methods": methods,
     "adapters": adapters,
@@ -246,6 +282,8 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "refresh_subspaces": refresh_subspaces,
     "memory_7b": memory_7b,
     "plans": plans,
+    "kernels": kernels,
+    "collectives": collectives,
 }
 
 

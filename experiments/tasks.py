@@ -7,7 +7,7 @@ what is evaluated, and what checkpoint and summary hold besides.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -55,9 +55,9 @@ class Task:
     frozen: tuple = ()
     evaluates_first: bool = False
 
-    def __init__(self, sizes: dict[str, Any] | None = None):
+    def __init__(self, sizes: dict[str, Any] | None = None, devices: Sequence[Any] | None = None):
         try:
-            self.mesh = meshes.make_mesh(**({"data": -1} if sizes is None else sizes))
+            self.mesh = meshes.make_mesh(**({"data": -1} if sizes is None else sizes), devices=devices)
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
         self.rows = jax.NamedSharding(self.mesh, meshes.spec(("batch",), self.mesh))
@@ -172,9 +172,9 @@ class Pretraining(Task):
 
     _sides: tuple[tuple[str, str], ...] = ()  # what optimizer.side = "sharding" comes to
 
-    def __init__(self, config: RunConfig):
-        super().__init__(config.mesh.sizes)
-        self.config, self.dataset = config, folder.open_dataset(config)
+    def __init__(self, config: RunConfig, devices: Sequence[Any] | None = None):
+        super().__init__(config.mesh.sizes, devices)
+        self.config, self.dataset = config, self.open_dataset(config)
         self.model = llama.Llama(config.model)
         self.rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
         self._choose()
@@ -182,6 +182,10 @@ class Pretraining(Task):
         self.work = llama.flops_per_token(config.model, data.sequence_length) * data.batch_size * data.sequence_length
         self.exact = config.model.dtype == "float32"
         self.evaluation_step = jax.jit(lambda params, batch: self.sums(params, batch, {}))
+
+    def open_dataset(self, config: RunConfig) -> Any:
+        """The tokens that the run trains on."""
+        return folder.open_dataset(config)
 
     def headline(self):
         parameters = llama.parameter_count(self.config.model)

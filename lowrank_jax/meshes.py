@@ -180,6 +180,23 @@ def describe(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> str
     return "\n".join(lines)
 
 
+def _specs(mesh: Mesh, parameters: Any) -> dict[str, Any]:
+    """`{path: partition entries, one for each axis}`; a quantised leaf lies as its codes do."""
+    found = {}
+    for path, leaf, _ in leaves_with_metadata(parameters):
+        own = jax.tree.leaves(leaf)[0] if hasattr(leaf, "dequantize") else leaf
+        if not hasattr(own, "shape"):  # a masked leaf
+            continue
+        place = getattr(own, "sharding", None)
+        if not isinstance(place, NamedSharding) or place.mesh.shape != mesh.shape:
+            raise ValueError(
+                f"use: parameters has {place} at {path!r}, not a NamedSharding on this mesh; give abstract or placed "
+                "parameters, for instance with the shardings of lr.meshes.shardings"
+            )
+        found[path] = sharding.spec_of(place, len(own.shape))
+    return found
+
+
 _CURRENT: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("mesh", default=None)
 
 
@@ -195,11 +212,13 @@ def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator
       parameters: a tree of arrays or `jax.ShapeDtypeStruct`s with NamedShardings on an auto mesh. The update of an
         optimizer of this library then keeps its state divided as `lr.state_shardings(..., spread=True)` says, and
         gathers what is low-rank layer by layer, where a layer is written.
+
+    Raises:
+      ValueError: where a leaf of `parameters` lies on no mesh, or on another one.
     """
     specs = None
     if parameters is not None and AxisType.Explicit not in mesh.axis_types and mesh.size > 1:
-        leaves = leaves_with_metadata(parameters)
-        specs = {path: sharding.spec_of(leaf.sharding, len(leaf.shape)) for path, leaf, _ in leaves}
+        specs = _specs(mesh, parameters)
     token, placed = _CURRENT.set((mesh, rules)), sharding.current_mesh.set(mesh)
     known = sharding.current_specs.set(specs)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import sharding
+from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.matrices import MatrixView
 
 
@@ -27,6 +27,13 @@ def dense(kernel: Any, dtype: Any) -> jax.Array:
 def decoding(function: Callable, kernel: Any) -> Callable:
     """`function`, which decodes `kernel`: a quantised one again in the backward pass, which keeps its codes alone."""
     return jax.checkpoint(function) if hasattr(kernel, "dequantize") else function
+
+
+def undecoded(kernel: Any) -> Callable[[jax.Array], jax.Array] | None:
+    """`x -> x K` by `lr.kernels.nf4_linear`, of one matrix in NF4 that asks for it; None of every other kernel."""
+    if not isinstance(kernel, linalg.NormalFloat4) or kernel.products != "kernel" or kernel.ndim != 2:
+        return None
+    return lambda x: kernels.nf4_linear(x, kernel)
 
 
 def dot_general(
@@ -46,10 +53,18 @@ def dot_general(
     (2, 4)
     """
     options |= {"precision": precision, "preferred_element_type": preferred_element_type}
+    direct = undecoded(kernel)
+    plain = (((x.ndim - 1,), (0,)), ((), ()))
+    if direct is not None and not any(options.values()) and _tuples(dimension_numbers) == plain:
+        return direct(x)
     if hasattr(kernel, "dot_general"):
         return kernel.dot_general(x, dimension_numbers, **options)
     own = lambda x, kernel: jax.lax.dot_general(x, dense(kernel, x.dtype), dimension_numbers, **options)  # noqa: E731
     return decoding(own, kernel)(x, kernel)
+
+
+def _tuples(numbers: Any) -> Any:
+    return tuple(map(_tuples, numbers)) if isinstance(numbers, list | tuple) else numbers
 
 
 def matmul(x: jax.Array, kernel: Any) -> jax.Array:

@@ -76,25 +76,27 @@ def divides() -> bool:
     return mesh is not None and mesh.size > 1 and AxisType.Explicit not in mesh.axis_types
 
 
-def rows_whole(x: jax.Array) -> jax.Array:
+def rows_whole(x: jax.Array, *, pad: bool = False) -> jax.Array:
     """`x (..., s, k)` with s whole and k divided over the auto mesh of `meshes.use`; `x` itself elsewhere.
 
     What a refresh works on: one all-to-all of a device's share, after which transforms along s and Gram matrices of
     rows send nothing of a matrix's size (`python -m experiments.benchmarks.collectives`).
+
+    Args:
+      x: matrices.
+      pad: add columns of zeros up to the next k that the mesh divides; otherwise such an x stays as it lies.
     """
     mesh = current_mesh.get()
     if mesh is None or not divides():
         return x
     names = tuple(name for name, size in reversed(tuple(mesh.shape.items())) if size > 1)
-    if not names or x.shape[-1] % math.prod(mesh.shape[name] for name in names):
+    missing = -x.shape[-1] % math.prod(mesh.shape[name] for name in names)
+    if missing and not pad:
         return x
+    if missing:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
     spec = PartitionSpec(*(None,) * (x.ndim - 1), names)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def cols_whole(x: jax.Array) -> jax.Array:
-    """`x (..., s, q)` with s divided and q whole, as `rows_whole` divides k."""
-    return jnp.swapaxes(rows_whole(jnp.swapaxes(x, -1, -2)), -1, -2)
 
 
 def zeros(shape: tuple[int, ...], dtype, spec: Spec | None) -> jax.Array:

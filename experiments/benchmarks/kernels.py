@@ -33,8 +33,8 @@ from experiments.planning import targets
 from lowrank_jax.kernels import _platform
 
 RESULTS = Path(__file__).parents[1] / "results" / "kernels.json"
-KERNELS = ("thin_linear",)
-_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1, "f8e4m3fn": 1}
+KERNELS = ("dct_scores", "low_rank_adam", "nf4_linear", "thin_linear")
+_BYTES = {"bf16": 2, "c64": 8, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1, "f8e4m3fn": 1}
 _ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z\-]+)\((.*)$")
 _FREE = ("parameter", "bitcast", "tuple", "get-tuple-element", "constant", "after-all")

@@ -19,12 +19,10 @@ import jax
 import jax.numpy as jnp
 
 import lowrank_jax as lr
-from experiments import optimizers
-from experiments.models import axes, llama
+from experiments.models import llama
 from experiments.planning import hlo, measured
 from experiments.planning.cases import Case, gradients_of
-from experiments.tasks import Pretraining, Task
-from lowrank_jax import meshes
+from experiments.tasks import Pretraining
 from lowrank_jax.memory import components as state_parts
 from lowrank_jax.resolution import leaves_with_metadata
 
@@ -34,20 +32,8 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 class Planned(Pretraining):
     """`Pretraining` on devices that need not be there: abstract, and without its data set."""
 
-    def __init__(self, config, devices):
-        Task.__init__(self, {"data": -1})
-        self.config = config
-        self.mesh = meshes.make_mesh(**config.mesh.sizes, devices=devices)
-        self.rows = jax.NamedSharding(self.mesh, meshes.spec(("batch",), self.mesh))
-        self.whole = jax.NamedSharding(self.mesh, jax.P())
-        self.model = llama.Llama(config.model)
-        self.rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
-        self._sides = ()
-        if config.optimizer.side == "sharding":
-            params = jax.eval_shape(self._params, jax.random.key(0))
-            placed = meshes.shardings(params, axes.LLAMA, self.mesh)
-            self._sides = lr.sides_for(params, placed, views=optimizers.views(config.model.scan))
-        self._choose()
+    def open_dataset(self, config):
+        return None
 
     @property
     def projected(self) -> list[Any]:

@@ -43,6 +43,8 @@ class Op:
       kernel: `() -> K (n, m)`; asked for only where it is needed.
       product: `x -> (..., m)`, the operator itself.
       input: what x is: "features" (contract is `x @ M`), "indices", "windows" of a convolution, or "transposed".
+      plain: `product` is `x @ K` with nothing of the host's own about it (precision, dtype, another product, adapters),
+        so that a kernel may make it.
 
     >>> import jax.numpy as jnp
     >>> op = matrix_op(jnp.ones((3, 4)))
@@ -55,6 +57,7 @@ class Op:
     kernel: Callable[[], jax.Array]
     product: Callable[[Any], jax.Array]
     input: str = "features"
+    plain: bool = False
 
     def __call__(self, x: Any) -> jax.Array:
         return self.product(x)
@@ -71,7 +74,7 @@ class Op:
     def plus(self, forward: Callable[[Any], jax.Array], delta: Callable[[], jax.Array]) -> Op:
         """This operator plus another: `forward(x)` in the product, `delta()` in the kernel."""
         return dataclasses.replace(
-            self, product=lambda x: self(x) + forward(x), kernel=lambda: self.kernel() + delta()
+            self, product=lambda x: self(x) + forward(x), kernel=lambda: self.kernel() + delta(), plain=False
         )
 
     def replaced(self, kernel: Callable[[], jax.Array]) -> Op:
@@ -80,7 +83,7 @@ class Op:
         def product(x):
             return jax.checkpoint(lambda x: self.contract(x, self.as_factor(kernel())))(x)
 
-        return dataclasses.replace(self, product=product, kernel=kernel)
+        return dataclasses.replace(self, product=product, kernel=kernel, plain=False)
 
     def as_factor(self, kernel: jax.Array) -> jax.Array:
         """A kernel in the orientation that `contract` wants."""
@@ -102,7 +105,7 @@ def product(x: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array
 
 def matrix_op(kernel: jax.Array) -> Op:
     """The operator of a bare matrix `(n, m)`: `x @ kernel`."""
-    return Op(kernel.shape, product, lambda: kernel, lambda x: product(x, kernel))
+    return Op(kernel.shape, product, lambda: kernel, lambda x: product(x, kernel), plain=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ class Dora(Lora):
             return op(x) + (gain - 1) * op(dropped) + gain * op.thin(dropped, found)
 
         return dataclasses.replace(
-            op, product=product, kernel=lambda: self.effective(site, op.kernel(), p)
+            op, product=product, kernel=lambda: self.effective(site, op.kernel(), p), plain=False
         )
 
     def count(self, site):

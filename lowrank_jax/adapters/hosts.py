@@ -17,7 +17,7 @@ from flax.core import meta
 
 from lowrank_jax.adapters.base import Adapter, Op, Site, product
 from lowrank_jax.matrices import MatrixView
-from lowrank_jax.products import Layout, decoding, dense
+from lowrank_jax.products import Layout, decoding, dense, undecoded
 
 
 class RawKernelError(ValueError, AttributeError):
@@ -200,10 +200,16 @@ class AdaptedKernel:
         def base(x, matrix):
             return own(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), **options)
 
-        def run(x, matrix, bound):
-            return fold(dense_op(matrix, precision, base), bound)(x)
+        plain = own is jax.lax.dot_general and not any(options.values()) and view.rows == (0,)
 
         def whole(x, kernel, bound):
+            direct = undecoded(kernel) if plain else None
+            bare = plain and direct is None and getattr(kernel, "dtype", None) == x.dtype
+
+            def run(x, matrix, bound):
+                own = base if direct is None else lambda x, _: direct(x)
+                return fold(dense_op(matrix, precision, own, bare), bound)(x)
+
             kernel = dense(kernel, x.dtype)
             outputs = over_batch(run, layout.batch)(layout.inputs(x), view.to_matrices(kernel), bound)
             dtype = jax.eval_shape(lambda x, k: own(x, k, dimension_numbers, **options), x, kernel).dtype
@@ -250,11 +256,11 @@ def fold(op: Op, bound: tuple[Bound, ...]) -> Op:
     return dataclasses.replace(op, product=product)
 
 
-def dense_op(matrix: jax.Array, precision: Any = None, base: Callable | None = None) -> Op:
-    """The operator `x @ matrix`; `base(x, matrix)` is the host's own product."""
+def dense_op(matrix: jax.Array, precision: Any = None, base: Callable | None = None, plain: bool = False) -> Op:
+    """The operator `x @ matrix`; `base(x, matrix)` is the host's own product, `plain` where it is no more than that."""
     contract = lambda x, factor: product(x, factor, precision)  # noqa: E731
     own = contract if base is None else base
-    return Op(matrix.shape, contract, lambda: matrix, lambda x: own(x, matrix))
+    return Op(matrix.shape, contract, lambda: matrix, lambda x: own(x, matrix), plain=plain)
 
 
 def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:

@@ -160,7 +160,9 @@ class Lora(Adapter):
       init: an `Init`, or one of "kaiming" (PEFT's default), "gaussian", "orthogonal", "pissa", "milora", "olora".
       trains: "both" factors, or only "a" or "b": LoRA-FA (arXiv:2308.03303) trains "b".
       products: "xla", or "kernel": `lr.kernels.thin_linear` makes both products of a dense host in one pass over x,
-        on a TPU or GPU. It takes float32 and bfloat16 and is not partitioned over a mesh. No device has timed it.
+        on a TPU or GPU. It takes float32 and bfloat16, x and kernel alike, on one device; where the host's product has
+        a precision, a result dtype or a function of its own, or other adapters stand before, XLA makes them. No device
+        has timed it.
 
     Trains `r (n + m)` numbers; a frozen factor does not count.
 
@@ -240,13 +242,13 @@ class Lora(Adapter):
         return a, jnp.concatenate([p["scale"], -p["scale"]]), b
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
-        if self.products == "kernel" and op.input == "features":
+        if self.products == "kernel" and op.plain:
 
             def both(x):
                 a, scale, b = self.factors(site, p)
                 return kernels.thin_linear(x, op.kernel(), a * scale, b)
 
-            return dataclasses.replace(op, product=both, kernel=lambda: op.kernel() + self.delta(site, p))
+            return dataclasses.replace(op.plus(both, lambda: self.delta(site, p)), product=both)
 
         def forward(x):
             if key is None or self.dropout == 0:

@@ -87,7 +87,7 @@ class Oft(Adapter):
             parts = x.reshape(*x.shape[:-1], -1, self.block)
             return op(jnp.einsum("...gi,gij->...gj", parts, rotation).reshape(x.shape))
 
-        return dataclasses.replace(op, product=product, kernel=kernel)
+        return dataclasses.replace(op, product=product, kernel=kernel, plain=False)
 
     def count(self, site):
         return site.n * (self.block - 1) // 2

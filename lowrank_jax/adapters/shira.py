@@ -92,7 +92,7 @@ class Shira(Adapter):
         def product(x):
             return _product(op.contract, x, op.kernel(), p["values"] * p["scale"], p["rows"], p["cols"])
 
-        return dataclasses.replace(op, product=product, kernel=kernel)
+        return dataclasses.replace(op, product=product, kernel=kernel, plain=False)
 
     def count(self, site):
         return self.rank * (site.n + site.m)

@@ -1,11 +1,14 @@
 """Pallas kernels, each with a reference in jnp, a program for TPUs and one for NVIDIA GPUs.
 
-A kernel is here because its program moves fewer bytes than XLA's own fusions; `experiments/results/kernels.json` has
-both counts, and those of kernels that were tried and deleted. No device has timed them, so every option that takes one
-is off by default.
+A kernel is here because its program moves fewer bytes than XLA's own fusions, or as many with fewer operations;
+`experiments/results/kernels.json` has both counts, and those of kernels that were tried and deleted or not written. No
+device has timed them, so every option that takes one is off by default.
 """
 
+from lowrank_jax.kernels._dct import dct_scores
+from lowrank_jax.kernels._low_rank_adam import low_rank_adam
+from lowrank_jax.kernels._nf4 import nf4_linear
 from lowrank_jax.kernels._platform import CHIPS, IMPLEMENTATIONS
 from lowrank_jax.kernels._thin import thin_linear
 
-__all__ = ["CHIPS", "IMPLEMENTATIONS", "thin_linear"]
+__all__ = ["CHIPS", "IMPLEMENTATIONS", "dct_scores", "low_rank_adam", "nf4_linear", "thin_linear"]

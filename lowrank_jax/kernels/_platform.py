@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from lowrank_jax import sharding
+
 IMPLEMENTATIONS = ("reference", "tpu", "gpu")
 
 
@@ -66,6 +68,7 @@ def dispatch(
     """`programs[implementation](*operands)`; None takes the one of the platform that is compiled for, if it fits there.
 
     The choice is made when the program is lowered, so that compiling for a device that is not there takes its branch.
+    Inside `lr.meshes.use` of several devices on an auto mesh it is the reference.
 
     Raises:
       ValueError: for an unknown implementation, or `interpret` without the name of a kernel.
@@ -79,6 +82,8 @@ def dispatch(
         )
     if implementation is not None:
         return programs[implementation](*operands)
+    if sharding.divides():  # the partitioner of an auto mesh cannot divide a kernel
+        return programs["reference"](*operands)
 
     def if_it_fits(program):
         def run(*operands):

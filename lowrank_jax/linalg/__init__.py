@@ -27,9 +27,10 @@ from lowrank_jax.linalg.decompositions import (
     svd_of_product,
     truncated_svd,
 )
+from lowrank_jax.linalg.normal_float import NormalFloat4, normal_float_book, quantize_nf4
 from lowrank_jax.linalg.orthogonal import cholesky_qr2, newton_schulz, orthonormalize, qr_orthonormal
 from lowrank_jax.linalg.quantization import QuantizedBlocks, dynamic_code_book, quantize_blocks, stochastic_round
-from lowrank_jax.linalg.selection import gather_rows, random_rows, row_scores, scatter_rows, top_rows
+from lowrank_jax.linalg.selection import gather_rows, random_rows, row_scores, scatter_rows, top_rows, top_scores
 from lowrank_jax.linalg.spectra import (
     effective_rank,
     explained_variance,
@@ -48,6 +49,7 @@ from lowrank_jax.linalg.transforms import (
 )
 
 __all__ = [
+    "NormalFloat4",
     "QuantizedBlocks",
     "canonical_signs",
     "cholesky_qr2",
@@ -64,11 +66,13 @@ __all__ = [
     "hadamard_transform",
     "idct",
     "newton_schulz",
+    "normal_float_book",
     "orthonormalize",
     "power_step",
     "principal_angles",
     "qr_orthonormal",
     "quantize_blocks",
+    "quantize_nf4",
     "random_rows",
     "randomized_svd",
     "range_finder",
@@ -80,5 +84,6 @@ __all__ = [
     "stochastic_round",
     "svd_of_product",
     "top_rows",
+    "top_scores",
     "truncated_svd",
 ]

@@ -6,6 +6,7 @@ al. 2024) is matrix products only and gives an approximate polar factor. Shapes:
 here has diag(R) >= 0, which makes the factor of a full-rank x unique.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,15 +94,15 @@ def _checked_cholesky(x: Array, otherwise: Callable[[Array], Array]) -> Array:
 def _completed(x: Array) -> Array:
     """Orthonormal columns of any finite x by Gram matrices alone: its rows may be divided over devices.
 
-    Noise of 10 machine epsilons of a column stands in for what x does not span. Each shifted pass divides the condition
-    number by up to 1 / sqrt(r eps) (Fukaya et al. 2020, whose shift holds without a check and is larger).
+    Noise of 10 machine epsilons in each entry stands in for what x does not span. The shift exceeds what rounding does
+    to a Gram matrix, and each shifted pass divides the condition number by up to 1 / sqrt(shift) (Fukaya et al. 2020,
+    whose shift bounds the worst case and is larger).
     """
     eps = float(jnp.finfo(x.dtype).eps)
     q = _unit_columns(x)
     q = _unit_columns(q + 10 * eps * jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype))
-    for _ in range(4):
-        q = _unit_columns(_cholesky_pass(q, shift=x.shape[-1] * eps))
-    return _cholesky_pass(q)
+    shift = (x.shape[-1] + 4 * math.sqrt(x.shape[-2])) * eps
+    return _cholesky_pass(lax.fori_loop(0, 4, lambda _, q: _unit_columns(_cholesky_pass(q, shift)), q))
 
 
 @_orthonormalize.defjvp

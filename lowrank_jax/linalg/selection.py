@@ -35,7 +35,17 @@ def top_rows(x: Any, rank: int, norm: str = "l1") -> Array:
     >>> top_rows(jnp.array([[1.0], [-3.0], [0.0], [2.0]]), rank=2).tolist()
     [1, 3]
     """
-    scores = row_scores(x, norm)
+    return top_scores(row_scores(x, norm), rank)
+
+
+def top_scores(scores: Any, rank: int) -> Array:
+    """Sorted int32 indices (..., r) of the ``rank`` largest of scores (..., s), as :func:`top_rows` of its own scores.
+
+    >>> import jax.numpy as jnp
+    >>> top_scores(jnp.array([1.0, 3.0, 0.0, 2.0]), rank=2).tolist()
+    [1, 3]
+    """
+    scores = jnp.asarray(scores)
     rank = check_rank(rank, scores.shape[-1], what="the number of rows")
     return jnp.sort(jax.lax.top_k(scores, rank)[1].astype(jnp.int32), axis=-1)
 

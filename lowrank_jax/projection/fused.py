@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg, sharding
+from lowrank_jax.projection import fused_kernel
 from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.learning_rate import LearningRateState, decayed_step, selected_for_decay
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lowrank_jax.projection.optimizers import Recipe, RecipeState
 
 ROUNDING = ("nearest", "stochastic")
+PRODUCTS = ("xla", "kernel")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class Fused:
       recipe: projection, learning rate and decay.
       rounding: of parameters stored in bfloat16 or as quantised blocks: "nearest" or "stochastic".
       plain_block: entries of a plain leaf that are updated at once, or None for all of it.
+      products: "xla" or "kernel", see `lr.fused`.
 
     >>> import lowrank_jax as lr
     >>> lr.fused(lr.galore(1e-2, rank=2)).recipe.when
@@ -47,8 +50,13 @@ class Fused:
     recipe: Recipe
     rounding: str = "nearest"
     plain_block: int | None = None
+    products: str = "xla"
 
     def __post_init__(self):
+        if self.products not in PRODUCTS:
+            raise ValueError(f"products={self.products!r} must be one of {PRODUCTS}")
+        if self.products == "kernel":
+            fused_kernel.check(self.recipe.projection)
         if self.rounding not in ROUNDING:
             raise ValueError(f"rounding={self.rounding!r} must be one of {ROUNDING}")
         block, plain = self.plain_block, self.recipe.projection.plain
@@ -111,7 +119,10 @@ class Fused:
         outputs = list(prepared.references)
         for i, step in prepared.steps.items():
             write = Write.of(self, rate, decays[i], accepted, state.projection.step, step.view.path)
-            outputs[i] = _finish_leaf(step, outputs[i], prepared, extra, write)
+            if self.products == "kernel":
+                outputs[i] = fused_kernel.finish_leaf(step, outputs[i], prepared, write)
+            else:
+                outputs[i] = _finish_leaf(step, outputs[i], prepared, extra, write)
         writers = {
             i: Write.of(self, rate, decays[i], accepted, state.projection.step, prepared.paths[i])
             for i, view in enumerate(prepared.views)
@@ -250,7 +261,9 @@ def in_place(function: Callable, count: int, take: Callable, put: Callable, para
     return jax.lax.fori_loop(0, count, body, (param, state, of(state, 0)))[:2]
 
 
-def fused(transformation: Any, *, rounding: str = "nearest", plain_block: int | None = None) -> Fused:
+def fused(
+    transformation: Any, *, rounding: str = "nearest", plain_block: int | None = None, products: str = "xla"
+) -> Fused:
     """The fused form of a named optimizer of this library.
 
     Args:
@@ -259,11 +272,15 @@ def fused(transformation: Any, *, rounding: str = "nearest", plain_block: int | 
         unit in the last place are not lost but made with the right probability.
       plain_block: entries of leaves that are not projected that are updated at once, in blocks of rows; None for whole
         leaves. On one device a block of some millions saves the float32 scratch of embedding and head.
+      products: "xla", or "kernel": `lr.kernels.low_rank_adam` makes moments, product and weight of a stack in one
+        program on a TPU and two on a GPU. It is for one device and for Adam, stored in 8 bits or not, with a stored
+        basis in float32 or bfloat16, which drops the rest of the gradient. No device has timed it.
 
     Raises:
       TypeError: for an optax chain or any transformation without a recipe.
-      ValueError: for an unknown rounding; for a `plain_block` where the inner transformation of plain leaves may couple
-        the entries of a leaf, or where a leaf is sharded along its rows.
+      ValueError: for an unknown rounding or products; for a `plain_block` where the inner transformation of plain
+        leaves may couple the entries of a leaf, or where a leaf is sharded along its rows; for products="kernel" where
+        inner, residual, projector, or at the first step a leaf, is one that the kernel does not take.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -282,4 +299,4 @@ def fused(transformation: Any, *, rounding: str = "nearest", plain_block: int | 
             "lr.galore(...), with clip_norm= in place of a chained clip and learning_rate= of step in place of an "
             "injected one"
         )
-    return Fused(recipe=recipe, rounding=rounding, plain_block=plain_block)
+    return Fused(recipe=recipe, rounding=rounding, plain_block=plain_block, products=products)

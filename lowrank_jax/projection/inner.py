@@ -138,13 +138,17 @@ class Adam:
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda m, g: average(m, g.astype(jnp.float32), self.b1), state.mu, grads)
         nu = jax.tree.map(lambda v, g: average(v, jnp.square(g.astype(jnp.float32)), self.b2), state.nu, grads)
-        correction = jnp.sqrt(debias(self.b2, count))
-        eps = self.eps * correction if self.convention == "torch" else self.eps
+        eps, scale = self.corrections(count)
         direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
         mu = jax.tree.map(lambda m: m.astype(self.mu_dtype), mu)
         nu = jax.tree.map(lambda v: v.astype(self.nu_dtype), nu)
         kept = count if ok is None else jnp.where(ok, count, state.count)
-        return direction, correction / debias(self.b1, count), AdamState(kept, mu, nu)
+        return direction, scale, AdamState(kept, mu, nu)
+
+    def corrections(self, count: jax.Array) -> tuple[Any, jax.Array]:
+        """`(eps, scale)` of the update that makes the count this one."""
+        correction = jnp.sqrt(debias(self.b2, count))
+        return self.eps * (correction if self.convention == "torch" else 1), correction / debias(self.b1, count)
 
     def state_bytes(self, sizes: list[int]) -> int:
         """Formula: 4 bytes of count, and each element once in `mu_dtype` and once in `nu_dtype`."""

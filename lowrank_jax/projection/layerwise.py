@@ -84,7 +84,8 @@ def layerwise_step(stack: Stack, optimizer: Any, *, accumulate: int = 1) -> Call
 
     Raises:
       TypeError: for an optimizer without a fused form.
-      ValueError: for a projected leaf outside the stack, or one whose layers are not its first axis.
+      ValueError: for a projected leaf outside the stack, one whose layers are not its first axis, or a form with
+        products="kernel".
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -103,6 +104,8 @@ def layerwise_step(stack: Stack, optimizer: Any, *, accumulate: int = 1) -> Call
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1 microbatch")
     form = optimizer if isinstance(optimizer, Fused) else fused(optimizer)
+    if form.products != "xla":
+        raise ValueError(f"products={form.products!r} writes whole stacks, not single layers; give products='xla'")
 
     def step(params, state, *args):
         if accumulate == 1:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_jax import sharding
@@ -78,6 +79,11 @@ def current(view: ResolvedView) -> Layout | None:
     if specs is None or view.path not in specs:
         return None
     entries = specs[view.path]
+    if len(entries) < len(view.shape):
+        raise ValueError(
+            f"leaf {view.path!r} of shape {view.shape}: lr.meshes.use(parameters=) has {len(entries)} axes there; "
+            "give it the parameters that this optimizer updates"
+        )
     return Layout.of(view, sharding.current_mesh.get(), entries[len(entries) - len(view.shape) :])
 
 
@@ -98,3 +104,26 @@ def placed(view: ResolvedView, tree: Any, role: str) -> Any:
         return jax.lax.with_sharding_constraint(x, place) if fits else x
 
     return jax.tree.map(put, tree)
+
+
+def divided(view: ResolvedView, x: jax.Array, axis: int) -> jax.Array:
+    """`x` divided along `axis`, -1 or -2, over the whole mesh, where a layout is known: Gram matrices do the rest."""
+    if current(view) is None:
+        return x
+    return sharding.rows_whole(x) if axis == -1 else jnp.swapaxes(sharding.rows_whole(jnp.swapaxes(x, -1, -2)), -1, -2)
+
+
+def mixed(view: ResolvedView, tree: Any) -> Any:
+    """`tree` with its low-rank arrays whole along the rank, which a transport mixes, and divided along k instead."""
+    if current(view) is None:
+        return tree
+    return jax.tree.map(lambda x: sharding.rows_whole(x) if x.shape[-2:] == (view.rank, view.kept) else x, tree)
+
+
+def as_parameter(path: str, gradient: Any) -> Any:
+    """A full gradient laid out as its parameter is, so that no device holds all of it."""
+    specs = sharding.current_specs.get()
+    if specs is None or path not in specs or not isinstance(gradient, jax.Array) or len(specs[path]) != gradient.ndim:
+        return gradient
+    place = NamedSharding(sharding.current_mesh.get(), PartitionSpec(*specs[path]))
+    return jax.lax.with_sharding_constraint(gradient, place)

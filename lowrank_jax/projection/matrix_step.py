@@ -157,7 +157,8 @@ class MatrixStep:
     def project(self) -> None:
         def down(config, view, trees):
             basis = layout.placed(view, trees["basis"], "basis_at_use")
-            return layout.placed(view, config.projector.down(view, basis, trees["x"]), "low_at_use")
+            low = config.projector.down(view, basis, trees["x"])
+            return layout.placed(view, layout.placed(view, low, "low_at_use"), "low")
 
         if self.target is not None:
             self.low = on_own_matrices(down, self.config, self.view, {"x": self.target, "basis": self.basis})
@@ -208,7 +209,7 @@ def sketch_basis(
 ) -> jax.Array:
     """`(batch..., k, q)`: what a refresh by a sketch contracts the kept side of the gradient with."""
     evidence = Evidence(
-        moments=_debiased(config, state.inner, sharding.whole_spec(view.spec))
+        moments=layout.divided(view, _debiased(config, state.inner, sharding.whole_spec(view.spec)), -1)
         if "moments" in config.projector.needs
         else None,
         step=step,
@@ -236,16 +237,20 @@ def _refreshed(config: Projection, view: ResolvedView, trees: dict[str, Any], st
     """The state after a refresh of all matrices in `trees`."""
     needs, basis, inner, whole = config.projector.needs, trees["basis"], trees["inner"], sharding.whole_spec(view.spec)
     evidence = Evidence(
-        grad=sharding.rows_whole(sharding.reshard(trees["target"], whole)) if "grad" in needs else None,
-        sketch=sharding.cols_whole(sharding.reshard(trees["sketch"], whole)) if "sketch" in needs else None,
+        grad=sharding.rows_whole(sharding.reshard(trees["target"], whole), pad=config.projector.of_rows)
+        if "grad" in needs
+        else None,
+        sketch=layout.divided(view, sharding.reshard(trees["sketch"], whole), -2) if "sketch" in needs else None,
         param=sharding.reshard(trees["param"], whole) if "param" in needs else None,
-        moments=_debiased(config, inner, whole) if "moments" in needs else None,
+        moments=layout.divided(view, _debiased(config, inner, whole), -1) if "moments" in needs else None,
         step=step,
         key=config.keys(view, step, trees["layers"]),
     )
+    # placed here, so that what a refresh gathers is gathered at refreshes only
     new = jax.tree.map(sharding.like, config.projector.refresh(view, basis, evidence), basis)
+    new = layout.placed(view, new, "basis")
     residual, (core, before) = trees["residual"], inner_lib.decoded(config.inner, inner)
-    after = before
+    before = after = layout.mixed(view, before)
     if config.transport.moves:
         change = config.projector.overlap(view, basis, new)
         _, fresh = inner_lib.decoded(config.inner, config.fresh_inner(view))
@@ -253,7 +258,7 @@ def _refreshed(config: Projection, view: ResolvedView, trees: dict[str, Any], st
     if config.residual.follows_basis:
         moved = config.residual.moved(config.projector, view, basis, new, core, before, after, residual)
         residual = jax.tree.map(sharding.like, moved, residual)
-    after = inner_lib.encoded(config.inner, after)
+    after = layout.placed(view, inner_lib.encoded(config.inner, after), "low")
     return _movable(config, {"basis": new, "inner": after, "residual": residual})
 
 
@@ -261,7 +266,7 @@ def _debiased(config: Projection, inner: Any, spec: Any) -> jax.Array:
     """The first moment over `1 - b1^t`, in the old basis."""
     moment, value = inner_lib.first_moment(*inner_lib.decoded(config.inner, inner))
     seen = jnp.maximum(moment.count, 1)[..., None, None]
-    return sharding.rows_whole(sharding.reshard(value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen), spec))
+    return sharding.reshard(value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen), spec)
 
 
 def _refresh_staggered(config: Projection, view: ResolvedView, trees: Any, due: Any, step: jax.Array, total: int):

@@ -187,7 +187,7 @@ def dct_adamw(
 
     >>> import lowrank_jax as lr
     >>> lr.dct_adamw(1e-3, rank=0.25).projection.projector
-    Dct(rank=0.25, norm='l1', kind=3)
+    Dct(rank=0.25, norm='l1', kind=3, products='xla')
     """
     phase = refresh_every - 1
     slots = {

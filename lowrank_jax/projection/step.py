@@ -17,6 +17,7 @@ import optax
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.projection import layout
 from lowrank_jax.projection.clocks import Staggered
 from lowrank_jax.projection.matrix_step import MatrixStep, all_finite, energy
 from lowrank_jax.projection.projectors.base import count
@@ -81,6 +82,7 @@ def prepare(
     _check_projected(leaves, references, params, taps)
     report = config.report(updates if params is None else params)
     views = [leaf.view for leaf in report.leaves]
+    leaves = [layout.as_parameter(own.path, leaf) for own, leaf in zip(report.leaves, leaves, strict=True)]
     matrices = _leaves_of(state.matrices, views)
     _check_state(config, leaves, views, matrices)
     steps = {

@@ -10,6 +10,8 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax.adapters.combination import METHODS, combine, largest
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 VIEWS = lr.Views(stacked=("layers/.*",))
 PARAMS = {"layers": {"kernel": jnp.zeros((2, 6, 5))}, "out": {"kernel": jnp.zeros((5, 7))}}
 PATHS = ("layers/kernel", "out/kernel")

@@ -11,6 +11,8 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax.adapters import absorb, padded, to_lora, weighted
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 VIEWS = lr.Views(stacked=("layers/.*",))
 KEY = jax.random.key(0)
 

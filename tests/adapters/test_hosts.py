@@ -10,6 +10,8 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax.adapters.base import matrix_op
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 A = lr.adapters
 KEY = jax.random.key(0)
 # one of each way to act: factors, factors of a shared vector, a gain on the columns, a rotation of the rows, a sum of

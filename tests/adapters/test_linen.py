@@ -32,6 +32,8 @@ from tests.adapters.linen_models import (
     total,
 )
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 
 def gradients(function, params, adaptation, *args, work=lr.attach):
     """Of `total(function)` for what trains."""

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec
 import lowrank_jax as lr
 from tests.adapters.linen_models import FAMILIES, RULES, A, Every, close, every_input, every_params, moved, run, total
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 8)), jnp.float32)
 KEY = jax.random.key(0)
 

@@ -27,6 +27,8 @@ from tests.adapters.linen_models import (
 )
 from tests.adapters.nnx_models import EveryNnx, inserted, merged, parameters, plainly
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 TRAINED = nnx.DiffState(0, lr.nnx.AdapterParam)
 STACKED = lr.Views(stacked=("layers/.*",))
 

@@ -12,6 +12,8 @@ from lowrank_jax.adapters import pair_optimizers as A
 from tests.adapters.pair_methods import SCALE, STEPS, build, every, gradients, params_like, preconditioned
 from tests.laws.methods import FAST_COMPILE, assert_close, at, copy, eager, same
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 BAD = (0, 2)
 
 

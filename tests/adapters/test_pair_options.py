@@ -12,6 +12,8 @@ from lowrank_jax.adapters import pairs
 from tests.adapters.pair_methods import METHODS, SCALE, build, every, gradients, params_like, preconditioned
 from tests.laws.methods import assert_close, at, eager, same
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 
 def first(tx, grads=None, params=None, **extra):
     """The updates of the first step."""

@@ -11,6 +11,8 @@ import lowrank_jax as lr
 from lowrank_jax.adapters.base import Group, Site
 from lowrank_jax.adapters.positions import keyed_positions, torch_permutation
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 A = lr.adapters
 N, M = 12, 8
 

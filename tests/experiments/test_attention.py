@@ -10,6 +10,8 @@ import pytest
 from experiments.models import llama
 from experiments.models.attention import chunked_attention
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 RNG = np.random.default_rng(0)
 
 

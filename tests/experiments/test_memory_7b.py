@@ -12,6 +12,8 @@ from experiments import tables
 from experiments.benchmarks import memory_7b, workload
 from experiments.models import llama
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 CONFIG = llama.preset("nano", layers=2, width=32, hidden=48, heads=2, kv_heads=2, attention_chunk=8)
 TOKENS = jax.ShapeDtypeStruct((1, 16), jnp.int32)
 REFRESHES = ("none", "random", "alternating", "power")

@@ -9,6 +9,8 @@ import lowrank_jax as lr
 from lowrank_jax import kernels
 from lowrank_jax.kernels import _platform, _thin
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 SHAPES = [(40, 70, 50, 5), (1, 33, 300, 3), (300, 48, 17, 20)]  # rows, n, m, rank: no multiple of any tile
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -138,3 +140,35 @@ def test_lora_takes_the_kernel_only_where_it_is_told_to(products):
 def test_lora_refuses_what_the_kernel_cannot_do(options, message):
     with pytest.raises(ValueError, match=message):
         lr.adapters.lora(rank=2, **options)
+
+
+def test_rows_that_choose_among_adapters_take_the_kernel_too():
+    params, found = {"kernel": jax.random.normal(jax.random.key(0), (128, 256)) / 8}, {}
+    x = jax.random.normal(jax.random.key(2), (3, 5, 128))  # sequences, each with its own adapter
+    for products in ("xla", "kernel"):
+        adapter = lr.adapters.lora(rank=4, init="orthogonal", products=products)
+        made = {name: lr.adapt(params, adapter, jax.random.key(i)) for i, name in enumerate("ab")}
+        both = lr.adapters.candidates(made)
+
+        def run(x, both=both):
+            return lr.matmul(x, lr.attach(params, both, ids=jnp.asarray([1, -1, 0]))["kernel"])
+
+        found[products] = run(x)
+        assert ("triton" in lowered(run, (x,), "cuda")) == (products == "kernel")
+    np.testing.assert_allclose(found["kernel"], found["xla"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["precision", "dtype of x", "an adapter before"])
+def test_lora_leaves_to_xla_what_the_kernel_would_change(change):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (128, 256)) / 8}
+    x = jnp.ones((5, 128), jnp.bfloat16 if change == "dtype of x" else jnp.float32)
+    kernel = lr.adapters.lora(rank=4, products="kernel")
+    chosen = {"own": lr.adapt(params, kernel, jax.random.key(1))}
+    if change == "an adapter before":
+        chosen = {"first": lr.adapt(params, lr.adapters.dora(rank=2), jax.random.key(2))} | chosen
+    tree = lr.attach(params, chosen)
+    options = {"precision": "highest"} if change == "precision" else {}
+    numbers = (((1,), (0,)), ((), ()))
+    text = lowered(lambda x: lr.dot_general(x, tree["kernel"], numbers, **options), (x,), "tpu")
+    assert "tpu_custom_call" not in text
+    assert change != "precision" or text.count("HIGHEST") >= 2

@@ -9,6 +9,8 @@ import pytest
 
 from lowrank_jax import linalg
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 RNG = np.random.default_rng(0)
 STACK = jnp.asarray(RNG.normal(size=(2, 3, 24, 16)), jnp.float32)
 SQUARE = STACK[..., :16, :] + 4 * jnp.eye(16)

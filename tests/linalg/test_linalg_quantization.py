@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax import linalg
+from lowrank_jax.linalg import dynamic_code
 
 RNG = np.random.default_rng(0)
 
@@ -224,3 +225,18 @@ def test_stochastic_rounding_keeps_every_kind_of_nan():
     nans = np.repeat(np.uint32([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF]), 64).view(np.float32)
     rounded = jax.jit(linalg.stochastic_round, static_argnums=1)(nans, jnp.bfloat16, jax.random.key(2))
     assert bool(jnp.all(jnp.isnan(rounded)))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_by_arithmetic_are_those_of_the_tables(signed):
+    book = linalg.dynamic_code_book(signed)
+    encode = jax.jit(dynamic_code.encode, static_argnums=2)
+    decoded = jax.jit(dynamic_code.decode, static_argnums=1)(jnp.arange(256), signed)
+    np.testing.assert_allclose(decoded, book, rtol=2e-7)
+    middles = (book[1:] + book[:-1]) / 2
+    x = jnp.asarray(np.concatenate([book, middles * 1.00001, middles * 0.99999, [0.0, 1e-30]]), jnp.float32)[None]
+    expected = linalg.quantize_blocks(x, "signed" if signed else "unsigned", 1024)
+    np.testing.assert_array_equal(encode(x, x, signed), expected.codes)
+    negative = jnp.array([[-1e-30, -0.5, 1.0]])
+    expected = linalg.quantize_blocks(negative, "signed" if signed else "unsigned")
+    np.testing.assert_array_equal(encode(negative, negative, signed), expected.codes)

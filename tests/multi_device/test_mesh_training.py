@@ -13,8 +13,9 @@ from experiments import collectives, configuration, updates
 from experiments.benchmarks import collectives as refreshes
 from experiments.benchmarks import workload
 from experiments.models import axes, llama
+from experiments.planning import hlo
 from experiments.tasks import Pretraining
-from lowrank_jax import meshes
+from lowrank_jax import meshes, sharding
 
 MODEL = {"preset": "nano", "layers": 2, "width": 32, "hidden": 64, "heads": 4, "kv_heads": 4, "sequence_length": 16}
 OPTIMIZERS = {
@@ -145,10 +146,25 @@ def test_no_update_sends_a_whole_matrix(method, strategy, spread):
     assert not whole_matrices(update_program(METHODS[method], STRATEGIES[strategy], spread))
 
 
-def test_low_rank_state_is_gathered_layer_by_layer():
-    task = task_of("galore projected", {"fsdp": 8})
+def step_program(task):
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=task.rows) for k, x in task.host_batch(0).items()}
-    text = jax.jit(task.update(), donate_argnums=0).lower(task.abstract, batch).compile().as_text()
+    return jax.jit(task.update(), donate_argnums=0).lower(task.abstract, batch).compile().as_text()
+
+
+def test_replicas_gather_nothing_between_refreshes():
+    sent = hlo.moved(step_program(task_of("galore projected", {"data": 8})), 259)
+    assert sent["normal"].keys() == {"all-reduce"}
+    assert "all-gather" in sent["with_refresh"]  # rows of a basis, which the devices share out
+
+
+def test_no_device_holds_a_whole_stack_of_gradients():
+    text = step_program(task_of("dct_adamw", {"fsdp": 8}))
+    assert "f32[2,4,32]" in text or "f32[2,32,4]" in text  # a device's share of a square stack
+    assert not any(f"f32[{shape}]" in text for shape in ("2,32,32", "2,32,64", "2,64,32"))
+
+
+def test_low_rank_state_is_gathered_layer_by_layer():
+    text = step_program(task_of("galore projected", {"fsdp": 8}))
     shapes = {one.shape for one in collectives.read(text)}
     assert (8, 64) in shapes  # the direction of one layer, over the rank
     stacks = {shape for shape in shapes if shape[:1] == (2,) and len(shape) == 3}
@@ -156,11 +172,13 @@ def test_low_rank_state_is_gathered_layer_by_layer():
     assert "geqrf" not in text  # QR would gather what it factors on every device
 
 
-@pytest.mark.parametrize("rows", ["full", "zero", "deficient"])
+@pytest.mark.parametrize("rows", ["full", "zero", "deficient", "one direction"])
 def test_rows_that_are_divided_become_orthonormal_by_gram_matrices(rows):
     mesh = meshes.make_mesh(fsdp=8)
     x = jax.random.normal(jax.random.key(0), (3, 64, 8))
-    x = {"full": x, "zero": 0 * x, "deficient": x.at[..., 4:].set(x[..., :4])}[rows]
+    x = {"full": x, "zero": 0 * x, "deficient": x.at[..., 4:].set(x[..., :4])}.get(rows, x)
+    if rows == "one direction":  # rounding of its Gram matrices exceeds a shift that heeds the columns alone
+        x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (16, 4096, 1)), (16, 4096, 2)).at[0].set(0)
 
     def on_mesh(x):
         with meshes.use(mesh):
@@ -169,9 +187,10 @@ def test_rows_that_are_divided_become_orthonormal_by_gram_matrices(rows):
     divided = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "fsdp")))
     compiled = jax.jit(on_mesh).lower(divided).compile()
     q = np.asarray(compiled(divided))
-    np.testing.assert_allclose(np.swapaxes(q, -1, -2) @ q, np.broadcast_to(np.eye(8), (3, 8, 8)), atol=2e-6)
-    np.testing.assert_allclose(q @ (np.swapaxes(q, -1, -2) @ x), x, atol=1e-4)
-    assert max(math.prod(one.shape) for one in collectives.read(compiled.as_text())) <= 3 * 8 * 8
+    gram = np.swapaxes(q, -1, -2) @ q
+    np.testing.assert_allclose(gram, np.broadcast_to(np.eye(gram.shape[-1]), gram.shape), atol=2e-6)
+    np.testing.assert_allclose(q @ (np.swapaxes(q, -1, -2) @ x), x, atol=3e-4)
+    assert max(math.prod(one.shape) for one in collectives.read(compiled.as_text())) <= gram.size
     if rows == "full":
         np.testing.assert_allclose(q, lr.linalg.orthonormalize(x), atol=2e-5)
 
@@ -206,3 +225,40 @@ def test_a_side_that_keeps_the_divided_dimension_whole_sends_nothing_of_the_matr
         largest[side] = max((math.prod(one.shape) for one in found), default=0)
     assert largest[sides] <= 1  # whether all is finite
     assert largest["paper"] >= 8 * 64  # `Pᵀ G`, summed over the devices
+
+
+def test_a_mesh_that_does_not_divide_k_pads_a_refresh_of_rows():
+    mesh, x = meshes.make_mesh(fsdp=8), jax.random.normal(jax.random.key(0), (2, 16, 13))
+    with meshes.use(mesh):
+        assert sharding.rows_whole(x).shape == x.shape
+        padded = jax.jit(lambda x: sharding.rows_whole(x, pad=True))(x)
+    assert padded.sharding.shard_shape(padded.shape) == (2, 16, 2)
+    np.testing.assert_array_equal(padded, np.pad(x, [(0, 0), (0, 0), (0, 3)]))
+
+
+def test_parameters_that_lie_elsewhere_are_refused_by_name():
+    mesh = meshes.make_mesh(fsdp=8)
+    with pytest.raises(ValueError, match="at 'kernel', not a NamedSharding on this mesh"), \
+            meshes.use(mesh, parameters={"kernel": jnp.ones((8, 8))}):  # fmt: skip
+        pass
+    params = {"kernel": jax.device_put(jnp.ones((16, 24)), jax.NamedSharding(mesh, jax.P("fsdp")))}
+    scalars = params | {"temperature": jax.device_put(jnp.ones(()), jax.NamedSharding(mesh, jax.P()))}
+    tx = lr.galore(1e-2, rank=4)
+
+    def update(params, state):
+        with meshes.use(mesh, parameters=scalars):
+            return tx.update(params, state, params)
+
+    jax.jit(update)(scalars, tx.init(scalars))
+    other = {"temperature": jnp.ones(()), "kernel": scalars["kernel"], "more": jnp.ones(())}
+    jax.jit(update)(other, tx.init(other))  # a leaf that `parameters` does not name
+
+
+def test_a_divided_program_has_no_kernel():
+    x = [jnp.ones(shape) for shape in ((40, 128), (128, 256), (128, 4), (4, 256))]
+
+    def product(*arrays):
+        with meshes.use(meshes.make_mesh(fsdp=8)):
+            return lr.kernels.thin_linear(*arrays)
+
+    assert "tpu_custom_call" not in jax.jit(product).trace(*x).lower(lowering_platforms=("tpu",)).as_text()

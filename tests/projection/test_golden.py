@@ -8,6 +8,8 @@ import pytest
 
 import lowrank_jax as lr
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 SHAPES = {"6x4": (6, 4), "4x6": (4, 6)}  # (out, in), the transpose of a kernel
 
 

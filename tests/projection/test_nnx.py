@@ -14,6 +14,8 @@ from flax import nnx
 import lowrank_jax as lr
 from lowrank_jax import linalg
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 HEADS = (
     (r".*heads/kernel", lr.MatrixView(rows=(0,), cols=(1, 2))),
     (r".*out/kernel", lr.MatrixView(rows=(0, 1), cols=(2,))),

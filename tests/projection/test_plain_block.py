@@ -8,6 +8,8 @@ import pytest
 
 import lowrank_jax as lr
 
+pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
+
 RNG = np.random.default_rng(2)
 DRAW = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)  # noqa: E731
 PARAMS = {

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "linalg": {"sharding"},
     "sharding": set(),
     "kernels": {"matrices", "linalg", "sharding"},
-    "products": {"matrices", "sharding"},
+    "products": {"matrices", "sharding", "linalg", "kernels"},
     "projection": _BASE,
     "adapters": _BASE | {"projection"},
     "memory": _BASE | {"projection"},

@@ -13,7 +13,7 @@ class Case:
       labels: what tells this row from the kernel's others: matrix, part, dtype.
       operands: `jax.ShapeDtypeStruct`s.
       xla: the program without the kernel, the best that jnp and XLA have, not a straw man.
-      pallas: the program with the kernel, its implementation named.
+      pallas: the program with the kernel, its implementation named where that is possible.
       donate: which operands both programs may write over.
       reread: bytes that the grid of the TPU kernel reads again, which the HLO does not show.
       facts: further columns: tile, bytes of fast memory.

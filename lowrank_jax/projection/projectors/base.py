@@ -38,6 +38,10 @@ class Projector:
       rank: r as an integer, as a fraction of the shrunk dimension (a float in (0, 1]), or by path as
         `((pattern, rank), ...)`, where the first pattern that matches the whole path wins.
 
+    A class also says what its `refresh` reads (`needs`), whether it moves the basis (`moves`), whether bases are
+    orthonormal, and whether a refresh depends on `G Gᵀ` or norms of rows alone (`of_rows`): it then may get a gradient
+    with columns of zeros beside its own, which on a mesh make k divisible.
+
     Raises:
       ValueError: for a rank that is traced, not positive, or larger than the shrunk dimension; it names the leaf.
     """
@@ -46,6 +50,7 @@ class Projector:
     needs: ClassVar[frozenset[str]] = frozenset()
     moves: ClassVar[bool] = True
     orthonormal: ClassVar[bool] = True
+    of_rows: ClassVar[bool] = False
 
     def __post_init__(self):
         rules = self.rank if isinstance(self.rank, tuple) else (("", self.rank),)

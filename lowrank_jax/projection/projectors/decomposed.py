@@ -175,6 +175,7 @@ class Randomized(StoredProjector):
     """
 
     iterations: int = 1
+    of_rows: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -258,6 +259,10 @@ class Power(StoredProjector):
     @property
     def needs(self):
         return frozenset({"grad", "step"} if self.mix is None else {"grad", "moments", "step"})
+
+    @property
+    def of_rows(self):
+        return self.mix is None  # the first moment, mixed with the gradient, has no such columns
 
     def init(self, view, keys):
         return self.store(view, structured(keys, view.shrunk, view.rank))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import linalg, sharding
+from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.projection.projectors.base import BasisProjector, IndexProjector
 from lowrank_jax.projection.projectors.random import per_matrix
 
@@ -27,6 +27,7 @@ class TransformProjector(IndexProjector, BasisProjector):
 
     norm: str = "l1"
     needs: ClassVar[frozenset[str]] = frozenset({"grad"})
+    of_rows: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,9 +48,13 @@ class Dct(TransformProjector):
     Args:
       kind: 3, the columns of the DCT-II matrix (the official code's default path, "dct3"), or 2, its rows (its Makhoul
         path, "dct2").
+      products: "xla", or "kernel": a refresh takes its scores from `lr.kernels.dct_scores`, on a TPU where the shrunk
+        dimension is a multiple of 128 from 2048 on, with XLA's scores to rounding. Where an explicit mesh divides a
+        matrix, and inside `lr.meshes.use` of several devices, XLA's product stays. No device has timed it.
     """
 
     kind: int = 3
+    products: str = "xla"
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,9 +63,19 @@ class Dct(TransformProjector):
                 f"dct: kind={self.kind!r} must be the Python number 2 or 3 "
                 "(under optax.inject_hyperparams name it in static_args)"
             )
+        if self.products not in ("xla", "kernel"):
+            raise ValueError(f"dct: products={self.products!r} must be 'xla' or 'kernel'")
 
     def _transform(self, x):
         return linalg.dct(x, self.kind, axis=-2)
+
+    def refresh(self, view, basis, evidence):
+        if self.products == "xla" or any(view.spec or ()):
+            return super().refresh(view, basis, evidence)
+        x, axis = evidence.grad, -2
+        if view.side == "cols":  # a transpose of the leaf, which the kernel reads as the leaf lies
+            x, axis = jnp.swapaxes(x, -2, -1), -1
+        return linalg.top_scores(kernels.dct_scores(x, self.kind, self.norm, axis), view.rank)
 
     def structure(self):
         return Dct(kind=self.kind)
@@ -112,6 +127,7 @@ class Columns(IndexProjector):
     """
 
     select: Any = "random"
+    of_rows: ClassVar[bool] = True
 
     def __post_init__(self):
         if isinstance(self.select, str):

@@ -1,0 +1,95 @@
+"""The fused step of a projected leaf by `lowrank_jax.kernels.low_rank_adam`, all matrices of a stack in one call."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax import kernels
+from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.projection.matrix_step import MatrixStep, select
+from lowrank_jax.projection.projectors.base import StoredProjector
+from lowrank_jax.projection.residuals import Discard
+
+if TYPE_CHECKING:
+    from lowrank_jax.projection.fused import Write
+    from lowrank_jax.projection.step import Prepared
+    from lowrank_jax.projection.transformation import Projection
+
+
+def check(config: Projection) -> None:
+    """ValueError for a projection that the kernel does not compute."""
+    core, kind = inner_lib.core(config.inner), config.projector.structure()
+    if type(core) is not inner_lib.Adam:
+        raise ValueError(
+            f"products='kernel' runs Adam, and inner={core!r} is another; give lr.inner.adam(...), stored8 or not, or "
+            "products='xla'"
+        )
+    for name in ("mu_dtype", "nu_dtype"):
+        own = getattr(core, name)
+        if own is not None and jnp.dtype(own) not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"products='kernel' keeps moments in float32 or bfloat16, not {name}={own}; change it")
+    if type(config.residual) is not Discard:
+        raise ValueError(
+            f"products='kernel' drops the rest of the gradient, and residual={config.residual!r} does not; give "
+            "products='xla'"
+        )
+    if type(kind) is not StoredProjector or jnp.dtype(kind.dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"products='kernel' reads a stored basis in float32 or bfloat16, which projector={config.projector!r} does "
+            "not keep; give products='xla'"
+        )
+
+
+def _check_leaf(view: ResolvedView, param: Any) -> None:
+    if hasattr(param, "dequantize") or param.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"leaf {view.path!r}: products='kernel' writes float32 or bfloat16, not "
+            f"{type(param).__name__ if hasattr(param, 'dequantize') else param.dtype}; give products='xla'"
+        )
+    if view.spec is not None:
+        raise ValueError(f"leaf {view.path!r}: products='kernel' is for one device, not a mesh; give products='xla'")
+    if view.view.permutation != tuple(range(len(view.shape))):
+        raise ValueError(
+            f"leaf {view.path!r}: products='kernel' writes leaves with batch axes, rows and columns in this order, and "
+            f"the view takes axes {view.view.permutation}; give products='xla'"
+        )
+
+
+def finish_leaf(step: MatrixStep, param: Any, prepared: Prepared, write: Write) -> jax.Array:
+    """The new parameter; leaves the new inner state in `step`."""
+    view, state = step.view, step.inner
+    _check_leaf(view, param)
+    adam: Any = inner_lib.core(step.config.inner)
+    axes, total = len(view.batch), math.prod(view.batch)
+    flat = lambda x: x.reshape(total, *x.shape[axes:])  # noqa: E731
+    count = optax.safe_increment(state.count)
+    eps, scale = adam.corrections(count.reshape(total))
+    decay = write.rate * write.weight_decay
+    rate = write.rate * (1 - decay) if write.when == "post" else write.rate
+    keys = None
+    if write.rounding == "stochastic":
+        keys = jax.vmap(lambda layer: jax.random.fold_in(write.key, layer))(jnp.arange(total))
+    w, mu, nu = kernels.low_rank_adam(
+        flat(view.view.to_matrices(param)),
+        *jax.tree.map(flat, (step.basis, step.low, state.mu, state.nu)),
+        b1=adam.b1,
+        b2=adam.b2,
+        eps=eps,
+        rate=rate * scale * step.config.scale,
+        decay=decay,
+        factor=1.0 if prepared.factor is None else prepared.factor,
+        accepted=write.accepted,
+        keys=keys,
+        side=view.side,
+    )
+    mu, nu = jax.tree.map(lambda x: x.reshape(*view.batch, *x.shape[1:]), (mu, nu))
+    new = state._replace(count=jnp.where(write.accepted, count, state.count), mu=mu, nu=nu)
+    moved = prepared.ok is not None and state is not step.old.inner
+    step.inner = select(prepared.ok, new, step.old.inner) if moved else new
+    return view.view.from_matrices(w.reshape(*view.batch, *w.shape[1:]), view.shape)
