@@ -8,7 +8,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,8 +18,12 @@ import numpy as np
 from experiments import checkpoint, configuration, tuning_configuration
 from experiments.configuration import ConfigurationError
 from experiments.data.tuning import TuningDataConfig
-from experiments.models import huggingface, llama, vit
+from experiments.models import axes, huggingface, llama, vit
 from experiments.tuning_configuration import BaseConfig
+from lowrank_jax import meshes
+
+# Shapes of parameters, or of some of them, to their shardings.
+Place = Callable[[Any], Any]
 
 # config.json of a folder that finetune exported begins with it
 EXPORTED = "lowrank_jax model"
@@ -32,7 +36,7 @@ class Base:
     Attributes:
       source: the folder, or the preset of new parameters.
       config: a `llama.LlamaConfig` or `vit.VitConfig`.
-      read: `read(sharding) -> parameters`.
+      read: `read(place) -> parameters`, where `place` makes shardings of shapes, as `placing` does.
       tokenizer: its name, "" where there is none.
       classes: of its head, where it has one for classes.
       domain: what it was trained on, or None.
@@ -40,7 +44,7 @@ class Base:
 
     source: str
     config: Any
-    read: Callable[[Any], Any]
+    read: Callable[[Place], Any]
     tokenizer: str = ""
     classes: tuple[str, ...] = ()
     domain: TuningDataConfig | None = None
@@ -49,6 +53,12 @@ class Base:
     def is_vit(self) -> bool:
         """It reads images."""
         return isinstance(self.config, vit.VitConfig)
+
+    def placing(self, mesh: jax.sharding.Mesh | None = None) -> Place:
+        """Where parameters of this kind of model lie on a mesh; by default on one device."""
+        mesh = meshes.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+        table = axes.VIT if self.is_vit else axes.LLAMA
+        return lambda shapes: meshes.shardings(shapes, table, mesh)
 
 
 def shapes(config, classes: int = 0) -> Any:
@@ -64,17 +74,32 @@ def shapes(config, classes: int = 0) -> Any:
 
 
 def digest(params) -> str:
-    """sha256 over path, shape, dtype and bytes of every leaf.
+    """sha256 over path, shape, dtype and bytes of every leaf, wherever it lies.
+
+    Of leaves that several devices divide one row is put together after the other.
 
     >>> digest({"a": np.zeros(2)}) == digest({"a": jnp.zeros(2, jnp.float32)})
     False
     """
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
-        found.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype} ".encode())
-        found.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} ".encode())
+        for piece in _pieces(leaf):
+            found.update(np.ascontiguousarray(piece).view(np.uint8).data if piece.size else b"")
     return found.hexdigest()
+
+
+def _pieces(leaf) -> Iterator[np.ndarray]:
+    """The array, or its rows where devices divide it: a stack's rows are layers."""
+    if not isinstance(leaf, jax.Array):
+        yield np.asarray(leaf)
+    elif leaf.is_fully_replicated:
+        yield np.asarray(leaf.addressable_data(0))
+    else:
+        mesh = leaf.sharding.mesh  # type: ignore[attr-defined]
+        row = jax.jit(lambda x, i: x[i], out_shardings=jax.NamedSharding(mesh, jax.P()))
+        for i in range(leaf.shape[0]):
+            yield np.asarray(row(leaf, i).addressable_data(0))
 
 
 def open_base(config: BaseConfig, seed: int) -> Base:
@@ -113,13 +138,13 @@ def _new(config: BaseConfig, seed: int) -> Base:
     model_config = dataclasses.replace(tuning_configuration.PRESETS[config.preset or ""], **chosen)
     is_vit = isinstance(model_config, vit.VitConfig)
 
-    def read(sharding):
+    def read(place):
         def init(key):
             if is_vit:
                 return vit.Vit(model_config).init(key, jnp.zeros((1, *_image(model_config))))["params"]
             return llama.Llama(model_config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-        return jax.jit(init, out_shardings=sharding)(jax.random.key(seed))
+        return jax.jit(init, out_shardings=place(shapes(model_config)))(jax.random.key(seed))
 
     tokenizer = "" if is_vit else "bytes"
     base = Base(source=config.preset or "", config=model_config, read=read, tokenizer=tokenizer)
@@ -136,9 +161,9 @@ def _of_transformers(folder: pathlib.Path, config: BaseConfig, values: dict, ove
     except ValueError as error:
         raise ConfigurationError(f"base.source={config.source!r}: {error}") from error
 
-    def read(sharding):
+    def read(place):
         try:
-            return huggingface.load(folder, shardings=sharding, **overrides)[1]
+            return huggingface.load(folder, shardings=place(shapes(model_config)), **overrides)[1]
         except (ValueError, OSError, ImportError) as error:
             raise ConfigurationError(f"base.source={config.source!r}: {error}") from error
 
@@ -157,7 +182,7 @@ def _pretrained(folder: pathlib.Path, values: dict) -> Base:
     return Base(
         source=str(folder),
         config=config.model,
-        read=lambda sharding: read_run(folder, shapes(config.model), sharding),
+        read=lambda place: read_run(folder, shapes(config.model), place),
         tokenizer=config.data.tokenizer,
         domain=domain,
     )
@@ -171,7 +196,7 @@ def _exported(folder: pathlib.Path, values: dict) -> Base:
     return Base(
         source=str(folder),
         config=config,
-        read=lambda sharding: read_run(folder, shapes(config, count), sharding),
+        read=lambda place: read_run(folder, shapes(config, count), place),
         tokenizer=values["tokenizer"],
         classes=classes,
         domain=TuningDataConfig(**values["domain"]),
@@ -182,12 +207,13 @@ def _with(base: Base, config: BaseConfig, overrides: dict) -> Base:
     """The base with another domain, dtypes and rematerialisation."""
     model_config = dataclasses.replace(base.config, **overrides)
 
-    def read(sharding):
-        params = base.read(sharding)
+    def read(place):
+        params = base.read(place)
         if model_config.param_dtype == base.config.param_dtype:
             return params
         dtype = llama.DTYPES[model_config.param_dtype]
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        cast = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree), out_shardings=place(params))
+        return cast(params)
 
     domain = _domain(config, base)
     return dataclasses.replace(base, source=config.source, config=model_config, read=read, domain=domain)
@@ -204,14 +230,15 @@ def _domain(config: BaseConfig, base: Base) -> TuningDataConfig | None:
         raise ConfigurationError(f"base.domain={config.domain!r}: {error}") from error
 
 
-def read_run(folder: pathlib.Path, like, sharding):
+def read_run(folder: pathlib.Path, like, place: Place):
     """The parameters of the newest good checkpoint of a folder."""
-    return restored(folder, {"params": like}, sharding).tree["params"]
+    return restored(folder, {"params": like}, {"params": place(like)}).tree["params"]
 
 
-def restored(folder: pathlib.Path, like, sharding) -> checkpoint.Restored:
+def restored(folder: pathlib.Path, like, shardings) -> checkpoint.Restored:
     """The newest good checkpoint of a folder, as far as `like` goes. Raises ConfigurationError when there is none."""
-    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
+    put = lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)  # noqa: E731
+    target = jax.tree.map(put, like, shardings)
     where, found = f"base.source={str(folder)!r}", None
     if (folder / "checkpoints").is_dir():
         checkpoints = checkpoint.Checkpoints(folder / "checkpoints", say=lambda line: print(line, file=sys.stderr))

@@ -7,6 +7,7 @@ config.json by its folder and in the checkpoint by a digest of its parameters, w
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 import lowrank_jax as lr
 from experiments import bases, objectives, optimizers
-from experiments.bases import Base
+from experiments.bases import Base, Place
 from experiments.configuration import LOWRANK, ConfigurationError, smallest_dimension
 from experiments.data import Dataset
 from experiments.data.tuning import TuningDataConfig, load_tuning
@@ -23,6 +24,7 @@ from experiments.tasks import Task, sampled, trigram_loss, without_weak_types
 from experiments.trained import Adapted, Parts, Whole, size
 from experiments.tuning_configuration import TuningConfig
 from experiments.workdir import tree_bytes
+from lowrank_jax import meshes
 
 MODEL = "model.json"
 
@@ -52,11 +54,11 @@ class Model:
         else:
             self.parts = Whole(self.shapes, unreached)
 
-    def with_head(self, params, seed: int, sharding):
+    def with_head(self, params, seed: int, place: Place):
         """The base's parameters with a new head, drawn from the seed, where it needs one."""
         if not self.is_new_head:
             return params
-        wanted = self.shapes[self.head]
+        wanted = {self.head: self.shapes[self.head]}
 
         def draw(key):
             def one(leaf):
@@ -64,7 +66,7 @@ class Model:
 
             return jax.tree.map(one, wanted)
 
-        return params | {self.head: jax.jit(draw, out_shardings=sharding)(jax.random.key(seed))}
+        return params | jax.jit(draw, out_shardings=place(wanted))(jax.random.key(seed))
 
     def describe(self, data: TuningDataConfig) -> dict[str, Any]:
         """What `experiments.bases` reads back."""
@@ -83,8 +85,8 @@ class Finetuning(Task):
 
     evaluates_first = True
 
-    def __init__(self, config: TuningConfig):
-        super().__init__()
+    def __init__(self, config: TuningConfig, devices: Sequence[Any] | None = None):
+        super().__init__(config.mesh, devices)
         self.config, self.base = config, bases.open_base(config.base, config.run.seed)
         self.dataset = open_data(config.data, self.base.tokenizer, config.run.seed)
         self._check_base()
@@ -93,14 +95,10 @@ class Finetuning(Task):
         self.domain = self._open_domain()
         self.parts, self.exact = self.model.parts, self.model.config.dtype == "float32"
         self.rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
-        self.optimizer = self.optimizer_of(config.optimizer)
+        self.place, self.stacked = self.base.placing(self.mesh), self.model.config.scan
+        self.shapes, self.places = self.parts.abstract, self.parts.shardings(self.place(self.model.shapes))
+        self.choose()
         self.work = self._work()
-        parts = self.parts.abstract
-        try:
-            opt_state = jax.eval_shape(lambda params: without_weak_types(self.optimizer.init(params)), parts["params"])
-        except ValueError as error:
-            raise ConfigurationError(f"optimizer.name={config.optimizer.name!r}: {error}") from error
-        self.abstract = self.placed({**parts, "opt_state": opt_state})
         self._digest: str | None = None
         if self.parts.needs_base:
             self.frozen = self.parts.cut_off(self._read_base())
@@ -159,15 +157,11 @@ class Finetuning(Task):
 
     # what is trained
 
-    def optimizer_of(self, settings):
-        seed = self.config.run.seed
-        return optimizers.build(settings, self.rate, stacked=self.model.config.scan, seed=seed)
-
     def _read_base(self):
         """The base's parameters, with the head that the data needs; the digest is of what was read."""
-        params = self.base.read(self.whole)
+        params = self.base.read(self.place)
         self._digest = bases.digest(params)
-        return self.model.with_head(params, self.config.run.seed, self.whole)
+        return self.model.with_head(params, self.config.run.seed, self.place)
 
     def _work(self) -> float:
         """Operations of an update. Of a frozen kernel's three products adapters need two; their own are not counted."""
@@ -190,19 +184,19 @@ class Finetuning(Task):
 
     def initial(self):
         tree = self.frozen[0] if self.parts.adapts else self._read_base()
-        parts = self.parts.cut(tree, jax.random.key(self.config.run.seed))
+        parts = self.parts.cut(tree, jax.random.key(self.config.run.seed), self.places)
         init = jax.jit(
             lambda params: without_weak_types(self.optimizer.init(params)),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract["opt_state"]),
         )
-        state = without_weak_types({**parts, "opt_state": init(parts["params"])})
-        return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
+        return without_weak_types({**parts, "opt_state": init(parts["params"])})
 
     def _loss(self, tree, batch):
         return self.objective(self.model.net, tree, batch)
 
     def sums(self, params, batch, rest, *frozen):
-        return self._run(self.parts.tree(params, rest, *frozen), batch)[:2]
+        with meshes.use(self.mesh):
+            return self._run(self.parts.tree(params, rest, *frozen), batch)[:2]
 
     def record(self):
         if self._digest is None:
@@ -222,19 +216,24 @@ class Finetuning(Task):
         function = objectives.classes if is_classes else objectives.language
         run = lambda tree, batch: function(self.model.net, tree, batch)  # noqa: E731
         run = lr.linen.adapted(run) if self.parts.adapts else run
-        return lambda params, rest, batch, *frozen: run(self.parts.tree(params, rest, *frozen), batch)
+
+        def sums(params, rest, batch, *frozen):
+            with meshes.use(self.mesh):
+                return run(self.parts.tree(params, rest, *frozen), batch)
+
+        return sums
 
     def _figures(self, name: str, state, batches) -> dict[str, float]:
         rest = {key: value for key, value in state.items() if key == "fixed"}
         total, weight, right = 0.0, 0.0, 0.0
-        for batch in batches:
+        for batch in map(self.on_devices, batches):
             found = self._measure[name](state["params"], rest, batch, *self.frozen)
             total, weight, right = (a + float(b) for a, b in zip((total, weight, right), found, strict=True))
         weight = max(weight, 1.0)
         return {"loss": total / weight, "accuracy": right / weight, "tokens": int(weight)}
 
-    def evaluate(self, state, place):
-        found = self._figures("own", state, map(place, self.evaluation_batches(self.dataset.validation)))
+    def evaluate(self, state):
+        found = self._figures("own", state, self.evaluation_batches(self.dataset.validation))
         if self.dataset.classes:
             line = f"validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.2%}"
         else:
@@ -243,7 +242,7 @@ class Finetuning(Task):
             line = f"validation loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
         if self.domain is not None:
             limit = self.config.run.domain_tokens or self.config.run.evaluation_tokens
-            domain = self._figures("domain", state, map(place, self.evaluation_batches(self.domain.validation, limit)))
+            domain = self._figures("domain", state, self.evaluation_batches(self.domain.validation, limit))
             found["domain_loss"] = domain["loss"]
             line += f"; base's domain {domain['loss']:.4f}"
             if self.domain.classes:

@@ -12,11 +12,9 @@ import shutil
 import sys
 from typing import Any
 
-import jax
-
 import lowrank_jax as lr
 from experiments import bases, checkpoint, tuning_configuration
-from experiments.bases import Base
+from experiments.bases import Base, Place
 from experiments.configuration import ConfigurationError
 from experiments.data.tokenizer import ByteTokenizer, make_tokenizer
 from experiments.data.tuning import TuningDataConfig
@@ -41,28 +39,29 @@ def merged_base(folder: pathlib.Path, values: dict) -> Base:
     return Base(
         source=str(folder),
         config=model.config,
-        read=lambda sharding: _merged(folder, config, model, sharding),
+        read=lambda place: _merged(folder, config, model, place),
         tokenizer=description["tokenizer"],
         classes=model.classes,
         domain=TuningDataConfig(**description["domain"]),
     )
 
 
-def _merged(folder: pathlib.Path, config: TuningConfig, model: Model, sharding) -> Any:
+def _merged(folder: pathlib.Path, config: TuningConfig, model: Model, place: Place) -> Any:
     """Plain parameters of the newest good checkpoint."""
-    return model.parts.merged(*_read(folder, config, model, sharding))
+    return model.parts.merged(*_read(folder, config, model, place))
 
 
-def _read(folder: pathlib.Path, config: TuningConfig, model: Model, sharding) -> tuple:
+def _read(folder: pathlib.Path, config: TuningConfig, model: Model, place: Place) -> tuple:
     """(what trained, what the state holds beside it, *frozen arguments) of the newest good checkpoint."""
     parts, digest = model.parts, None
     frozen: tuple = ()
     if parts.needs_base:
-        params = model.base.read(sharding)
+        params = model.base.read(place)
         digest = bases.digest(params)
-        frozen = parts.cut_off(model.with_head(params, config.run.seed, sharding))
-    like = {name: tree for name, tree in parts.abstract.items() if name != "key"}
-    restored = bases.restored(folder, like, sharding)
+        frozen = parts.cut_off(model.with_head(params, config.run.seed, place))
+    like, places = parts.abstract, parts.shardings(place(model.shapes))
+    like, places = ({name: tree for name, tree in part.items() if name != "key"} for part in (like, places))
+    restored = bases.restored(folder, like, places)
     if digest is not None and restored.extra["base"] != digest:
         raise ConfigurationError(
             f"base.source={config.base.source!r}: its parameters changed since {folder} was trained; restore them"
@@ -93,11 +92,10 @@ def export(workdir, output, form: str) -> pathlib.Path:
         raise ConfigurationError(
             f"--export_format={form!r}: is for language models; give 'run' for a vision transformer or a classifier"
         )
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if form == "peft":
-        _write_peft(output, workdir, tuning_configuration.from_dict(values), sharding)
+        _write_peft(output, workdir, tuning_configuration.from_dict(values))
         return output
-    params = base.read(sharding)
+    params = base.read(base.placing())
     output.mkdir(parents=True, exist_ok=True)
     if form == "huggingface":
         _write_transformers(output, base, params)
@@ -123,11 +121,11 @@ def _write_transformers(output: pathlib.Path, base: Base, params) -> None:
         shutil.copyfile(pathlib.Path(base.tokenizer).expanduser(), output / "tokenizer.model")
 
 
-def _write_peft(output: pathlib.Path, workdir: pathlib.Path, config: TuningConfig, sharding) -> None:
+def _write_peft(output: pathlib.Path, workdir: pathlib.Path, config: TuningConfig) -> None:
     model = Model(config, bases.open_base(config.base, config.run.seed), ())
     if not isinstance(model.parts, Adapted):
         raise ConfigurationError("--export_format='peft': the whole model was trained; give 'huggingface'")
-    params, rest, base = _read(workdir, config, model, sharding)
+    params, rest, base = _read(workdir, config, model, model.base.placing())
     adaptation = model.parts.adaptation(params, rest)
     fields = {"base_model_name_or_path": config.base.source, "task_type": "CAUSAL_LM"}
     try:

@@ -5,7 +5,6 @@ what is evaluated, and what checkpoint and summary hold besides.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,50 +17,53 @@ import optax
 import lowrank_jax as lr
 from experiments import distributed, optimizers, updates
 from experiments import workdir as folder
-from experiments.configuration import ConfigurationError, RunConfig
+from experiments.configuration import ConfigurationError, MeshConfig, RunConfig
 from experiments.data import Dataset, ngram
 from experiments.models import axes, llama
 from experiments.models.sampling import sample
 from lowrank_jax import meshes
-
-# Puts the rows of a host's batch on the devices.
-Place = Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
 
 
 class Task:
     """One kind of training. A subclass sets the attributes in `__init__`, before any work, and fulfils the methods.
 
     Attributes:
-      config: a name and the sections data (with batch_size), optimizer, schedule, checkpoint and run.
+      config: a name and the sections data (with batch_size), optimizer, schedule, checkpoint, run and mesh.
       dataset: `dataset.train.batch(step, process, processes)` gives the rows of an update.
-      optimizer, rate: what updates "params", and its learning rate by update.
+      rate: the learning rate by update.
       work: floating-point operations of an update, for the MFU.
       exact: products are counted in float32.
-      abstract: shapes, dtypes and shardings of the state: "params" (what trains), "opt_state", and what the task adds.
-        All of it is saved, and donated to the update.
+      shapes, places: shapes and shardings of the state's parts: "params" (what trains), and what the task adds.
+      stacked: the model's layers lie along a leading axis of each kernel under `layers`.
       frozen: arguments of every update after state and batch; not saved.
       evaluates_first: also before the first update.
       mesh: of all devices, with the axes of `lowrank_jax.meshes`.
-      rows, whole: shardings of batches, and of what every device has.
+      rows: sharding of batches.
+      optimizer, abstract: of `choose`: what updates "params", and the whole state with "opt_state", abstract. All of it
+        is saved, and donated to the update.
     """
 
     config: Any
     dataset: Dataset
-    optimizer: optax.GradientTransformation
     rate: Callable[[int], Any]
     work: float
     exact: bool
-    abstract: dict[str, Any]
+    shapes: dict[str, Any]
+    places: dict[str, Any]
+    stacked: bool
     frozen: tuple = ()
     evaluates_first: bool = False
+    optimizer: optax.GradientTransformation
+    abstract: dict[str, Any]
+    _sides: tuple[tuple[str, str], ...] = ()  # what optimizer.side = "sharding" comes to
 
-    def __init__(self, sizes: dict[str, Any] | None = None, devices: Sequence[Any] | None = None):
+    def __init__(self, config: MeshConfig, devices: Sequence[Any] | None = None):
         try:
-            self.mesh = meshes.make_mesh(**({"data": -1} if sizes is None else sizes), devices=devices)
+            sizes: dict[str, Any] = config.sizes
+            self.mesh = meshes.make_mesh(**sizes, devices=devices)
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
         self.rows = jax.NamedSharding(self.mesh, meshes.spec(("batch",), self.mesh))
-        self.whole = jax.NamedSharding(self.mesh, jax.P())
 
     def headline(self) -> str:
         """One line: what trains on what."""
@@ -75,7 +77,7 @@ class Task:
         """`updates.step`'s loss: (sum of weighted losses, sum of weights)."""
         raise NotImplementedError
 
-    def evaluate(self, state, place: Place) -> tuple[dict[str, Any], str]:
+    def evaluate(self, state) -> tuple[dict[str, Any], str]:
         """The figures of an evaluation, and a line that tells them."""
         raise NotImplementedError
 
@@ -90,25 +92,60 @@ class Task:
 
     def optimizer_of(self, settings) -> optax.GradientTransformation:
         """The optimizer that these settings describe."""
-        raise NotImplementedError
+        if settings.side == "sharding" and not self._sides:
+            self._sides = lr.sides_for(
+                self.shapes["params"], self.places["params"], views=optimizers.views(self.stacked)
+            )
+        return optimizers.build(
+            settings, self.rate, stacked=self.stacked, seed=self.config.run.seed, sides=self._sides
+        )
+
+    def choose(self) -> None:
+        """The optimizer, and the state that follows from it; after the other attributes."""
+        settings, params = self.config.optimizer, self.shapes["params"]
+        self.optimizer = self.optimizer_of(settings)
+        try:
+            opt_state = jax.eval_shape(lambda params: without_weak_types(self.optimizer.init(params)), params)
+        except ValueError as error:
+            raise ConfigurationError(f"optimizer.name={settings.name!r}: {error}") from error
+        follow = lr.state_shardings(self.optimizer, params, self.places["params"], spread=self.config.mesh.spread)
+        put = lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)  # noqa: E731
+        self.abstract = jax.tree.map(put, {**self.shapes, "opt_state": opt_state}, {**self.places, "opt_state": follow})
+
+    def keep_sides(self, sides: dict[str, tuple[str, int]]) -> None:
+        """Take the (side, rank) of the matrices of a stored state, before anything is compiled."""
+        own = tuple((path, side) for path, (side, _) in sides.items())
+        if self._sides and own:
+            self._sides = own
+            self.choose()
 
     def update(self) -> Callable:
         """`(state, batch, *frozen) -> (state, {"loss", "grad_norm", "tokens", "skipped"})`, to be compiled."""
         accumulation, backprop = self.config.schedule.accumulation, self.config.optimizer.backprop
         if backprop is None:
-            return updates.step(self.sums, self.optimizer, accumulation)
-        return updates.fused(self.sums, self.optimizer, accumulation, backprop)
+            update = updates.step(self.sums, self.optimizer, accumulation)
+        else:
+            update = updates.fused(self.sums, self.optimizer, accumulation, backprop)
+        if self.mesh.size == 1:
+            return update
+        stored = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        parameters = self.abstract["params"] if self.config.mesh.spread else None
 
-    def keep_sides(self, sides: dict[str, tuple[str, int]]) -> None:
-        """Take the (side, rank) of the matrices of a stored state, before anything is compiled."""
+        def run(state, batch, *frozen):
+            with meshes.use(self.mesh, parameters=parameters):
+                state, measured = update(state, batch, *frozen)
+            return jax.lax.with_sharding_constraint(state, stored), measured
+
+        return run
 
     def check(self, state) -> str | None:
-        """Before the first update, on one example: the projected gradient is the projection of the full one."""
+        """Before the first update, on a row of each part of a batch: projected gradients are projected full ones."""
         if self.config.optimizer.backprop != "projected" or lr.plan(self.optimizer.projection) == "full":
             return None
         begin = time.perf_counter()
-        batch = {name: array[:1] for name, array in self.host_batch(0).items()}
-        share = 1.0 / max(float(batch["weights"].sum()), 1.0)
+        own = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // distributed.part(self.rows)[1]
+        batch = self.on_devices({name: array[:own] for name, array in self.host_batch(0).items()})
+        share = 1.0 / max(float(jnp.sum(batch["weights"])), 1.0)
         loss, taps = updates.projected_loss(self.sums, self.frozen), lr.taps(state["opt_state"])
         lr.check_taps(loss, taps, state["params"], batch, share, tolerance=1e-3 if self.exact else 5e-2)
         return f"projected gradients agree with the full ones ({time.perf_counter() - begin:.1f} s)"
@@ -133,9 +170,9 @@ class Task:
         limit = settings.evaluation_tokens if limit is None else limit
         return part.evaluation(size, limit, *distributed.part(self.rows))
 
-    def placed(self, shapes):
-        """Shapes with the sharding of everything but batches."""
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.whole), shapes)
+    def on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The batch of which these are this process's rows."""
+        return {name: jax.make_array_from_process_local_data(self.rows, array) for name, array in batch.items()}
 
 
 def without_weak_types(tree):
@@ -170,14 +207,14 @@ def sampled(config, tokenizer, model, params) -> str:
 class Pretraining(Task):
     """A LLaMA from scratch, on text."""
 
-    _sides: tuple[tuple[str, str], ...] = ()  # what optimizer.side = "sharding" comes to
-
     def __init__(self, config: RunConfig, devices: Sequence[Any] | None = None):
-        super().__init__(config.mesh.sizes, devices)
+        super().__init__(config.mesh, devices)
         self.config, self.dataset = config, self.open_dataset(config)
-        self.model = llama.Llama(config.model)
+        self.model, self.stacked = llama.Llama(config.model), config.model.scan
         self.rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
-        self._choose()
+        params = jax.eval_shape(self._params, jax.random.key(0))
+        self.shapes, self.places = {"params": params}, {"params": meshes.shardings(params, axes.LLAMA, self.mesh)}
+        self.choose()
         data = config.data
         self.work = llama.flops_per_token(config.model, data.sequence_length) * data.batch_size * data.sequence_length
         self.exact = config.model.dtype == "float32"
@@ -192,65 +229,24 @@ class Pretraining(Task):
         name = self.config.optimizer.name
         return f"{self.config.preset}: {parameters:,} parameters; {name}; {self.dataset.description}"
 
-    def optimizer_of(self, settings):
-        stacked, seed = self.config.model.scan, self.config.run.seed
-        if settings.side == "sharding" and not self._sides:
-            params = jax.eval_shape(self._params, jax.random.key(0))
-            placed = meshes.shardings(params, axes.LLAMA, self.mesh)
-            self._sides = lr.sides_for(params, placed, views=optimizers.views(stacked))
-        return optimizers.build(settings, self.rate, stacked=stacked, seed=seed, sides=self._sides)
-
-    def keep_sides(self, sides):
-        own = tuple((path, side) for path, (side, _) in sides.items())
-        if self._sides and own:
-            self._sides = own
-            self._choose()
-
-    def _choose(self):
-        """The optimizer, and the state that follows from it."""
-        self.optimizer = self.optimizer_of(self.config.optimizer)
-        self.abstract = self._placed(jax.eval_shape(self._initial, jax.random.key(0)))
-
     def _params(self, key):
         tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)
-        return self.model.init(key, tokens)["params"]
-
-    def _initial(self, key):
-        params = self._params(key)
-        return without_weak_types({"params": params, "opt_state": self.optimizer.init(params)})
-
-    def _placed(self, shapes):
-        """Shapes with the shardings that follow from the mesh."""
-        params = meshes.shardings(shapes["params"], axes.LLAMA, self.mesh)
-        state = functools.partial(lr.state_shardings, self.optimizer, shapes["params"], params)
-        self._computed = state()
-        placed = {"params": params, "opt_state": state(spread=self.config.mesh.spread)}
-        place = lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)  # noqa: E731
-        return jax.tree.map(place, shapes, placed)
-
-    def update(self):
-        update, stored = super().update(), jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        if self.mesh.size == 1:
-            return update
-        parameters = self.abstract["params"] if self.config.mesh.spread else None
-
-        def run(state, batch, *frozen):
-            with meshes.use(self.mesh, parameters=parameters):
-                state, measured = update(state, batch, *frozen)
-            return jax.lax.with_sharding_constraint(state, stored), measured
-
-        return run
+        return without_weak_types(self.model.init(key, tokens)["params"])
 
     def initial(self):
-        initial = jax.jit(self._initial, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.abstract))
-        return initial(jax.random.key(self.config.run.seed))
+        def init(key):
+            params = self._params(key)
+            return {"params": params, "opt_state": without_weak_types(self.optimizer.init(params))}
+
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        return jax.jit(init, out_shardings=places)(jax.random.key(self.config.run.seed))
 
     def sums(self, params, batch, rest, *frozen):
         with meshes.use(self.mesh):
             return updates.loss_sums(self.model, params, batch)
 
-    def evaluate(self, state, place):
-        batches = map(place, self.evaluation_batches(self.dataset.validation))
+    def evaluate(self, state):
+        batches = map(self.on_devices, self.evaluation_batches(self.dataset.validation))
         found = updates.evaluate(self.evaluation_step, state["params"], batches)
         return found, f"validation loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
 

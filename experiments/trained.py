@@ -40,8 +40,12 @@ class Parts:
     adapts: bool
     needs_base: bool
 
-    def cut(self, tree, key) -> dict[str, Any]:
-        """The parts of a state that starts from plain parameters."""
+    def shardings(self, kernels) -> dict[str, Any]:
+        """Where the parts of a state lie when plain parameters lie as these NamedShardings say."""
+        raise NotImplementedError
+
+    def cut(self, tree, key, places) -> dict[str, Any]:
+        """The parts of a state that starts from plain parameters, which lie as `shardings` says."""
         raise NotImplementedError
 
     def cut_off(self, tree) -> tuple:
@@ -74,9 +78,12 @@ class Whole(Parts):
         rest = f" (the loss does not reach {', '.join(self.unreached)})" if self.unreached else ""
         self.report = f"all {self.count:,} of {size(shapes):,} parameters train{rest}"
 
-    def cut(self, tree, key):
+    def shardings(self, kernels):
+        return {"params": {name: kernels[name] for name in self.abstract["params"]}}
+
+    def cut(self, tree, key, places):
         """The given leaves themselves, not copies."""
-        del key
+        del key, places
         return {"params": {name: leaf for name, leaf in tree.items() if name not in self.unreached}}
 
     def cut_off(self, tree):
@@ -124,12 +131,21 @@ class Adapted(Parts):
     def _adapt(self, tree, key):
         return lr.adapt(tree, key=key, **self._options)
 
-    def cut(self, tree, key):
+    def shardings(self, kernels):
+        train, fixed = lr.adapters.shardings(self._adaptation, kernels)
+        mesh = jax.tree.leaves(kernels)[0].mesh
+        return {"params": train, "fixed": fixed, "key": jax.NamedSharding(mesh, jax.P())}
+
+    def cut(self, tree, key, places):
         """Leaves that train whole are copies, because a state is donated to its update."""
-        made, left = jax.random.split(key)
-        adaptation = jax.jit(self._adapt)(tree, made)
-        whole = {path: leaf.copy() for path, leaf in adaptation.train["whole"].items()}
-        return {"params": adaptation.train | {"whole": whole}, "fixed": adaptation.fixed, "key": left}
+
+        def make(tree, key):
+            made, left = jax.random.split(key)
+            adaptation = self._adapt(tree, made)
+            whole = {path: leaf.copy() for path, leaf in adaptation.train["whole"].items()}
+            return {"params": adaptation.train | {"whole": whole}, "fixed": adaptation.fixed, "key": left}
+
+        return jax.jit(make, out_shardings=places)(tree, key)
 
     def cut_off(self, tree):
         return (tree,)

@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments import checkpoint, distributed, metrics, optimizers
 from experiments import workdir as folder
@@ -197,7 +196,7 @@ class _Training:
         for step in range(self.step + 1, steps + 1):
             if step == first:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
-            batch = self._on_devices(self.task.host_batch(step - 1))
+            batch = self.task.on_devices(self.task.host_batch(step - 1))
             state, measured = step_function(state, batch, *self.task.frozen)
             self._collect()
             self.pending = (step, measured)
@@ -217,10 +216,6 @@ class _Training:
                 self._note(f"the loss was not finite for {PATIENCE} updates in a row: stopped")
                 return state, "diverged"
         return state, "finished"
-
-    def _on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        rows = self.task.rows
-        return {name: jax.make_array_from_process_local_data(rows, array) for name, array in batch.items()}
 
     def _collect(self) -> None:
         """Read and record the metrics of the update in flight, if any; blocks until it is done."""
@@ -265,7 +260,7 @@ class _Training:
     def _evaluate(self, state) -> None:
         with self._paused():
             begin = time.perf_counter()
-            found, line = self.task.evaluate(state, self._on_devices)
+            found, line = self.task.evaluate(state)
             self.writer.write("eval", step=self.step, **found, seconds=self.seconds)
             self.progress.say(f"step {self.step}: {line} ({time.perf_counter() - begin:.1f} s)")
 

@@ -1,7 +1,7 @@
 """The configuration of a fine-tuning run: what it starts from, what trains, on which data.
 
-`template()` and `from_dict` as in `experiments.configuration`, whose sections optimizer, schedule and checkpoint it
-shares. What depends on the base is checked by `experiments.finetuning`, before any work.
+`template()` and `from_dict` as in `experiments.configuration`, whose sections optimizer, schedule, checkpoint and
+mesh it shares. What depends on the base is checked by `experiments.finetuning`, before any work.
 """
 
 import ast
@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lowrank_jax as lr
-from experiments.configuration import LOWRANK, CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig
+from experiments.configuration import (
+    LOWRANK,
+    CheckpointConfig,
+    LoopConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 from experiments.data.tuning import TuningDataConfig
 from experiments.models import llama, vit
 from experiments.sections import ConfigurationError, build, one_of, plain, reject_unknown, require, table
@@ -198,6 +205,7 @@ class TuningConfig:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     run: TuningLoopConfig = dataclasses.field(default_factory=TuningLoopConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
         adapts, name = bool(self.adapter.method), self.optimizer.name
@@ -227,6 +235,7 @@ _SECTIONS = {
     "schedule": ScheduleConfig,
     "checkpoint": CheckpointConfig,
     "run": TuningLoopConfig,
+    "mesh": MeshConfig,
 }
 
 

@@ -160,9 +160,7 @@ def use_compile_cache() -> None:
 
 def check_devices(config) -> None:
     """ConfigurationError unless all devices get equally many sequences of each microbatch and of an evaluation."""
-    devices, accumulation = jax.device_count(), config.schedule.accumulation
-    if isinstance(config, RunConfig):
-        devices = config.mesh.parts(devices)
+    devices, accumulation = config.mesh.parts(jax.device_count()), config.schedule.accumulation
     batch = config.data.batch_size
     if batch % (devices * accumulation):
         raise ConfigurationError(

@@ -25,7 +25,7 @@ from lowrank_jax.adapters.pair_optimizers import altlora, altlora_plus, lora_plu
 from lowrank_jax.adapters.partition import join, partition
 from lowrank_jax.adapters.rules import ALL_LINEAR, Plan
 from lowrank_jax.adapters.shira import shira
-from lowrank_jax.adapters.specs import specs
+from lowrank_jax.adapters.specs import shardings, specs
 from lowrank_jax.adapters.tree import adapt, attach, effective, merge, unmerge
 from lowrank_jax.adapters.uni_lora import uni_lora
 from lowrank_jax.adapters.vera import vera
@@ -74,6 +74,7 @@ __all__ = [
     "pissa",
     "precondition_pairs",
     "scaled_adamw",
+    "shardings",
     "shira",
     "specs",
     "to_lora",

@@ -7,10 +7,11 @@ the sharding of the leaf's, axes folded into rows or columns that of their first
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_jax import sharding
 from lowrank_jax.adapters.adaptation import Adaptation
@@ -60,6 +61,34 @@ def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dic
             }
         trees.append(placed)
     return trees[0], trees[1]
+
+
+def shardings(adaptation: Adaptation, param_shardings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `specs`, but NamedShardings of NamedShardings; an axis that the mesh does not divide evenly stays whole.
+
+    Args:
+      adaptation: arrays or ShapeDtypeStructs.
+      param_shardings: a tree like the parameters, on one mesh.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lr
+    >>> params, mesh = {"kernel": jnp.ones((8, 6))}, lr.meshes.make_mesh(data=-1)
+    >>> placed = lr.meshes.shardings(params, [("kernel", ("embed", "mlp"))], mesh)
+    >>> train, fixed = shardings(lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0)), placed)
+    >>> train["sites"]["kernel"]["b"].spec
+    P(None, 'tensor')
+    """
+    mesh = jax.tree.leaves(param_shardings)[0].mesh
+
+    def fits(size, entry):
+        return size % math.prod(mesh.shape[name] for name in sharding.axis_names_of(entry)) == 0
+
+    def place(leaf, spec):
+        entries = zip(leaf.shape, spec, strict=False)  # a spec may end early
+        return NamedSharding(mesh, PartitionSpec(*(entry if fits(size, entry) else None for size, entry in entries)))
+
+    train, fixed = specs(adaptation, jax.tree.map(lambda own: own.spec, param_shardings))
+    return jax.tree.map(place, adaptation.train, train), jax.tree.map(place, adaptation.fixed, fixed)
 
 
 def _spec_of(

@@ -226,7 +226,7 @@ def check_taps(loss: Callable[..., Any], taps: Taps, params: Any, *args: Any, to
     ValueError: the projected gradient differs from the full one for 'kernel' (by 0.25): a product must be the ...
     """
 
-    def both(params, *args):
+    def both(taps, params, *args):
         _, projected = projected_value_and_grad(loss, taps)(params, *args)
         plain = jax.tree.map(lambda x: x.dequantize() if hasattr(x, "dequantize") else x, params, is_leaf=is_node)
         full, lows = _by_path(jax.grad(loss)(plain, *args)), _by_path(projected)
@@ -237,7 +237,7 @@ def check_taps(loss: Callable[..., Any], taps: Taps, params: Any, *args: Any, to
             errors[path] = error / jnp.maximum(jnp.linalg.norm(expected), 1e-20)
         return errors
 
-    errors = jax.device_get(jax.jit(both)(params, *args))
+    errors = jax.device_get(jax.jit(both)(taps, params, *args))
     wrong = [f"{path!r} (by {error:.2g})" for path, error in errors.items() if not error <= tolerance]
     if wrong:
         raise ValueError(

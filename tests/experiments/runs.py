@@ -65,14 +65,14 @@ def notes(workdir):
 
 
 def final_arrays(workdir):
-    """{path: array} of the newest checkpoint, read with plain orbax."""
+    """(step, {path: array}) of the newest checkpoint, read with plain orbax onto one device."""
     import orbax.checkpoint as ocp
 
     step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     manifest = json.loads((workdir / "checkpoints" / str(step) / "manifest.json").read_text())
-    key = jax.random.key(0).dtype
+    key, own = jax.random.key(0).dtype, jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
-        path: jax.ShapeDtypeStruct(shape, key if dtype == str(key) else dtype)
+        path: jax.ShapeDtypeStruct(shape, key if dtype == str(key) else dtype, sharding=own)
         for path, (shape, dtype) in manifest["leaves"].items()
     }
     restorer = ocp.Checkpointer(ocp.StandardCheckpointHandler())

@@ -49,14 +49,14 @@ def whole(folder):
 
 def params_of(workdir):
     """The model of a run folder, as `base.source` reads it."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return open_base(BaseConfig(source=str(workdir)), 0).read(sharding)
+    base = open_base(BaseConfig(source=str(workdir)), 0)
+    return base.read(base.placing())
 
 
 def evaluated(config):
     """The figures before the first update, without a run."""
     task = finetuning.Finetuning(config)
-    return task.evaluate(task.initial(), lambda batch: jax.tree.map(jnp.asarray, batch))[0]
+    return task.evaluate(task.initial())[0]
 
 
 def mean_loss(config, params, batches):
@@ -152,7 +152,7 @@ def test_a_crashed_run_resumes_bitwise(folder, whole, monkeypatch):
 
 def test_dropout_draws_anew_and_is_off_without_a_key(folder):
     task = finetuning.Finetuning(tuning.tiny(folder, adapter={"method": "lora(rank=2, dropout=0.2)"}))
-    parts = task.parts.cut(task.frozen[0], jax.random.key(0))
+    parts = task.parts.cut(task.frozen[0], jax.random.key(0), task.places)
     params = jax.tree.map(lambda leaf: leaf + 0.1, parts["params"])  # b starts at 0, where dropout changes nothing
     batch, fixed = task.host_batch(0), {"fixed": parts["fixed"]}
     loss = jax.jit(lambda rest: task.sums(params, batch, rest, *task.frozen)[0])
@@ -212,12 +212,16 @@ def test_an_exported_model_is_a_base_and_a_folder_of_transformers(folder, whole)
     assert "domain_loss" not in found
 
 
+def galore_run(folder, backprop):
+    """A run by GaLore: (configuration, its folder, summary); one that is over is read back."""
+    optimizer = {"name": "galore", "rank": 4, "backprop": backprop, "refresh_every": 5}
+    config, workdir = tuning.tiny(folder, adapter={"method": ""}, optimizer=optimizer), folder / f"galore {backprop}"
+    return config, workdir, tuning.run(config, workdir)
+
+
 @pytest.mark.parametrize("backprop", [None, "projected"])
 def test_the_whole_model_with_a_projection_optimizer(folder, backprop, monkeypatch):
-    optimizer = {"name": "galore", "rank": 4, "backprop": backprop, "refresh_every": 5}
-    config = tuning.tiny(folder, adapter={"method": ""}, optimizer=optimizer)
-    workdir = folder / f"galore {backprop}"
-    summary = tuning.run(config, workdir)
+    config, workdir, summary = galore_run(folder, backprop)
     assert summary["adapter"] is None
     assert summary["trainable_parameters"] == summary["parameters"]
     assert summary["validation_loss"] < summary["validation_loss_before"]
@@ -236,7 +240,7 @@ def test_the_whole_model_with_a_projection_optimizer(folder, backprop, monkeypat
 
 
 def test_full_and_projected_gradients_give_the_same_run(folder):
-    losses = [runs.losses(folder / f"galore {backprop}")[0] for backprop in (None, "projected")]
+    losses = [runs.losses(galore_run(folder, backprop)[1])[0] for backprop in (None, "projected")]
     first = [np.array([row[0] for row in found.values()]) for found in losses]
     np.testing.assert_allclose(first[0][:2], first[1][:2], rtol=1e-5)  # clipped alike while no gradient is
 

@@ -21,11 +21,11 @@ def write_data(folder):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def pretrained(folder):
-    """The base: (its folder, its summary)."""
+def pretrained(folder, **sections):
+    """The base: (its folder, its summary); `sections` as in `runs.tiny`."""
     runs.write_text(folder / "text")
     write_data(folder)
-    summary = training.run(runs.tiny(folder), folder / "base", verbose=False)
+    summary = training.run(runs.tiny(folder, **sections), folder / "base", verbose=False)
     return folder / "base", summary
 
 

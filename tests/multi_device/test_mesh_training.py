@@ -1,6 +1,8 @@
 """Pre-training on meshes of data, fsdp, sequence and tensor axes: the losses of one device, and what is sent."""
 
+import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import optax
 import pytest
 
 import lowrank_jax as lr
-from experiments import collectives, configuration, updates
+from experiments import collectives, configuration, optimizers, updates
 from experiments.benchmarks import collectives as refreshes
 from experiments.benchmarks import workload
 from experiments.models import axes, llama
@@ -91,15 +93,16 @@ def test_a_mesh_of_another_size_is_an_error_before_any_work():
 
 STRATEGIES = {"fsdp": {"fsdp": 8}, "tensor": {"tensor": 8}, "fsdp x tensor": {"fsdp": 4, "tensor": 2}}
 CONFIG = llama.preset("nano", layers=2, width=64, hidden=128, heads=8, kv_heads=8, sequence_length=16)
+DENSE = dataclasses.replace(CONFIG, layers=1, scan=False)
 VIEWS = lr.Views(stacked=(r"layers/.*",))
 AFTER = lr.clocks.every(period=5, when="after")
 METHODS = {
-    "galore, power": lr.galore(1e-2, projector=lr.projectors.power(rank=8), views=VIEWS),
-    "galore, alternating": lr.galore(1e-2, projector=lr.projectors.alternating(rank=8), clock=AFTER, views=VIEWS),
-    "galore, random": lr.galore(1e-2, projector=lr.projectors.random(rank=8, kind="orthonormal"), views=VIEWS),
-    "dct_adamw": lr.dct_adamw(1e-2, rank=8, views=VIEWS),
-    "frugal, columns": lr.frugal(1e-2, projector=lr.projectors.columns(rank=8), views=VIEWS),
-    "apollo": lr.apollo(1e-2, rank=8, views=VIEWS),
+    "galore, power": partial(lr.galore, 1e-2, projector=lr.projectors.power(rank=8)),
+    "galore, alternating": partial(lr.galore, 1e-2, projector=lr.projectors.alternating(rank=8), clock=AFTER),
+    "galore, random": partial(lr.galore, 1e-2, projector=lr.projectors.random(rank=8, kind="orthonormal")),
+    "dct_adamw": partial(lr.dct_adamw, 1e-2, rank=8),
+    "frugal, columns": partial(lr.frugal, 1e-2, projector=lr.projectors.columns(rank=8)),
+    "apollo": partial(lr.apollo, 1e-2, rank=8),
 }
 # Methods that factor a whole matrix at a refresh, and gather it for that.
 EXACT = {
@@ -109,10 +112,10 @@ EXACT = {
 }
 
 
-def update_program(tx, sizes, spread):
+def update_program(tx, sizes, spread, scan=True):
     """The optimizer's update and its application, compiled for a mesh."""
-    mesh = meshes.make_mesh(**sizes)
-    params = jax.eval_shape(llama.Llama(CONFIG).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    mesh, model = meshes.make_mesh(**sizes), llama.Llama(CONFIG if scan else DENSE)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     placed = meshes.shardings(params, axes.LLAMA, mesh)
     state = jax.eval_shape(tx.init, params)
     state_placed = lr.state_shardings(tx, params, placed, spread=spread)
@@ -137,13 +140,17 @@ def whole_matrices(program):
     return [one for one in found if math.prod(one.shape) >= 64 * 64 and 259 not in one.shape]
 
 
-PROGRAMS = [(method, strategy, True) for method in METHODS for strategy in ("fsdp", "fsdp x tensor")]
-PROGRAMS += [(method, "tensor", False) for method in METHODS if method != "galore, alternating"]
+# Stacks of layers, whose state is spread or follows the parameters, and layers that are matrices of their own.
+PROGRAMS = [(method, strategy, True, True) for method in METHODS for strategy in ("fsdp", "fsdp x tensor")]
+PROGRAMS += [(method, "tensor", False, True) for method in METHODS if method != "galore, alternating"]
+PROGRAMS += [(method, "fsdp x tensor", True, False) for method in METHODS]
+PROGRAMS += [(method, own, True, False) for method in ("galore, power", "dct_adamw") for own in ("fsdp", "tensor")]
 
 
-@pytest.mark.parametrize(("method", "strategy", "spread"), PROGRAMS)
-def test_no_update_sends_a_whole_matrix(method, strategy, spread):
-    assert not whole_matrices(update_program(METHODS[method], STRATEGIES[strategy], spread))
+@pytest.mark.parametrize(("method", "strategy", "spread", "scan"), PROGRAMS)
+def test_no_update_sends_a_whole_matrix(method, strategy, spread, scan):
+    tx = METHODS[method](views=optimizers.views(scan))
+    assert not whole_matrices(update_program(tx, STRATEGIES[strategy], spread, scan))
 
 
 def step_program(task):

@@ -1,16 +1,11 @@
 """Runs of several processes on this machine, over loopback; none of them outlives its test."""
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
-
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 
 from experiments import metrics
 from tests.experiments.runs import ROOT
@@ -33,17 +28,6 @@ FLAGS = {
     "run.sample_tokens": 0,
     "run.trigram": False,
 }
-
-
-def final_arrays(workdir):
-    """(step, {path: array}) of the newest checkpoint, read with plain orbax onto one device."""
-    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    leaves = json.loads((workdir / "checkpoints" / str(step) / "manifest.json").read_text())["leaves"]
-    own = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = {path: jax.ShapeDtypeStruct(shape, dtype, sharding=own) for path, (shape, dtype) in leaves.items()}
-    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
-    found = reader.restore(workdir / "checkpoints" / str(step) / "state", args=ocp.args.StandardRestore(target))
-    return step, {path: np.asarray(array) for path, array in found.items()}
 
 
 def free_port() -> int:
@@ -94,7 +78,7 @@ class Processes:
                 child.kill()
             child.wait()
 
-    def codes(self, seconds=90) -> list[int]:
+    def codes(self, seconds=240) -> list[int]:
         """The exit codes, once all have ended."""
         end = time.monotonic() + seconds
         for child in self.children:

@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.experiments.runs import losses, write_text
-from tests.multi_process.processes import STEPS, Processes, final_arrays
+from tests.experiments.runs import assert_bitwise_equal, losses, write_text
+from tests.multi_process.processes import STEPS, Processes
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +61,6 @@ def assert_close(left, right):
         assert ours.keys() == theirs.keys()
         for step in ours:
             np.testing.assert_allclose(ours[step], theirs[step], rtol=0, atol=1e-5, err_msg=f"{left} step {step}")
-
-
-def assert_bitwise_equal(left, right):
-    """Losses, evaluations and the arrays at the end agree in every bit."""
-    assert losses(left) == losses(right)
-    (step, arrays), (other_step, others) = final_arrays(left), final_arrays(right)
-    assert step == other_step and arrays.keys() == others.keys()
-    for path, array in arrays.items():
-        assert array.tobytes() == others[path].tobytes(), path
 
 
 def test_two_processes_have_the_losses_of_one(one, two):

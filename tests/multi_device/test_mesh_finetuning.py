@@ -1,0 +1,106 @@
+"""Fine-tuning on meshes: the losses of one device, a base that is divided, and runs that go on on another mesh."""
+
+import dataclasses
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import bases, optimizers, tuning_configuration
+from experiments.finetuning import Finetuning
+from tests.experiments import runs, tuning
+
+MESHES = {"fsdp x tensor": {"data": 1, "fsdp": 4, "tensor": 2}, "data x fsdp": {"data": 2, "fsdp": 4}}
+UP = "mlp/up_proj"
+ROWS = {"data": {"batch_size": 8}}
+GALORE = {"name": "galore", "rank": 4, "projector": "power", "side": "sharding", "eps": 1e-4, "backprop": "projected"}
+DIGITS = {"task": "classification", "name": "digits", "sequence_length": None, "batch_size": 8}
+CASES = {
+    "lora": {},
+    "pissa, altlora_plus": {"adapter": {"method": "lora(rank=2, init='pissa')"}, "optimizer": {"name": "altlora_plus"}},
+    "galore": {"adapter": {"method": ""}, "optimizer": GALORE},
+    "dora, text classes": {"adapter": {"method": "dora(rank=2)"}, "data": {"task": "classification"}},
+    "vision transformer": {"base": {"source": "", "preset": "digits"}, "adapter": {"method": ""}, "data": DIGITS},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuning")
+    tuning.pretrained(folder, **ROWS)
+    return folder
+
+
+def config_of(folder, name, **mesh):
+    sections = {**CASES[name], "data": ROWS["data"] | CASES[name].get("data", {})}
+    values = dataclasses.asdict(tuning.tiny(folder, **sections))
+    return tuning_configuration.from_dict(values | {"mesh": mesh})
+
+
+def figures(task):
+    """The loss before the first update, those of three, and the first state."""
+    state = task.initial()
+    assert (task.check(state) is not None) == (task.config.optimizer.backprop == "projected")
+    found = [task.evaluate(state)[0]["loss"]]
+    update, first = jax.jit(task.update()), state
+    for step in range(3):
+        state, measured = update(state, task.on_devices(task.host_batch(step)), *task.frozen)
+        found.append(float(measured["loss"]))
+    return found, first
+
+
+def share(leaf):
+    """Devices over which an array is divided."""
+    return leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+RUNS = [
+    ("lora", "fsdp x tensor"),
+    ("pissa, altlora_plus", "data x fsdp"),
+    ("galore", "fsdp x tensor"),
+    ("dora, text classes", "data x fsdp"),
+    ("vision transformer", "fsdp x tensor"),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh"), RUNS)
+def test_losses_are_those_of_one_device(folder, name, mesh):
+    want, _ = figures(Finetuning(config_of(folder, name), jax.devices()[:1]))
+    task = Finetuning(config_of(folder, name, **MESHES[mesh]))
+    got, state = figures(task)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    if task.parts.adapts:
+        fsdp, tensor = 4, MESHES[mesh].get("tensor", 1)
+        pair, kernel = state["params"]["sites"][f"layers/{UP}/kernel"], task.frozen[0]["layers"]["mlp"]["up_proj"]
+        assert (share(kernel["kernel"]), share(pair["a"]), share(pair["b"])) == (fsdp * tensor, fsdp, tensor)
+    if name == "galore":  # the dimension of which the mesh divides more stays whole
+        assert optimizers.sides(task.abstract["opt_state"])[f"layers/{UP}/kernel"] == ("cols", 4)
+
+
+def test_a_digest_is_the_same_wherever_parameters_lie(folder):
+    base = bases.open_base(bases.BaseConfig(source=str(folder / "base")), 0)
+    meshes = [None, *(Finetuning(config_of(folder, "lora", **own)).mesh for own in MESHES.values())]
+    params = [base.read(base.placing(mesh)) for mesh in meshes]
+    assert [share(own["layers"]["mlp"]["up_proj"]["kernel"]) for own in params] == [1, 8, 4]
+    assert len({bases.digest(own) for own in params}) == 1
+
+
+def test_a_run_goes_on_on_another_mesh_and_is_a_base(folder, tmp_path):
+    first = tmp_path / "first"
+    tuning.run(config_of(folder, "lora", **MESHES["fsdp x tensor"]), first)
+    moved = tmp_path / "moved"
+    shutil.copytree(first, moved)
+    (moved / "summary.json").unlink()
+    shutil.rmtree(moved / "checkpoints" / "12")
+    summary = tuning.run(config_of(folder, "lora", **MESHES["data x fsdp"]), moved)
+    assert summary["status"] == "finished" and any("checkpoint of step 8" in text for text in runs.notes(moved))
+    for ours, theirs in zip(runs.losses(moved), runs.losses(first), strict=True):
+        for step in ours:
+            np.testing.assert_allclose(ours[step], theirs[step], atol=1e-5)
+    tuned = bases.open_base(bases.BaseConfig(source=str(moved)), 0)
+    mesh = Finetuning(config_of(folder, "lora", **MESHES["fsdp x tensor"])).mesh
+    divided, whole = (tuned.read(tuned.placing(own)) for own in (mesh, None))
+    assert share(divided["layers"]["mlp"]["up_proj"]["kernel"]) == 8
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), divided, whole)
