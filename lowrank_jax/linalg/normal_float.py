@@ -76,6 +76,11 @@ class NormalFloat4:
         """Of the value, float32, not of the codes."""
         return jnp.dtype(jnp.float32)
 
+    @property
+    def rounds_stochastically(self) -> bool:
+        """False: `requantize` takes no key."""
+        return False
+
     def scales(self) -> Array:
         """float32 `(..., ceil(n / 64), m)`."""
         if self.mean is None:
@@ -120,8 +125,8 @@ def quantize_nf4(x: Any, *, double: bool = False, products: str = "xla") -> Norm
         or without, takes `lr.kernels.nf4_linear`, which never forms it; x is float32 or bfloat16, and the kernel is not
         partitioned over a mesh. Other products decode. No device has timed it.
 
-    A block of zeros gives exact zeros. A block with an entry that is not finite gives one that is not finite; doubly
-    quantised, so do the blocks that share its mean.
+    A block of zeros gives exact zeros. A block with an entry that is not finite gives NaN; doubly quantised, where one
+    mean is taken of all scales, its whole matrix does.
 
     Raises:
       ValueError: for another dtype, fewer axes, or unknown products.
@@ -139,6 +144,7 @@ def quantize_nf4(x: Any, *, double: bool = False, products: str = "xla") -> Norm
     padded = jnp.pad(x.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, -n % BLOCK), (0, 0)])
     blocks = padded.reshape(*lead, -1, BLOCK, m)
     absmax = jnp.max(jnp.abs(blocks), axis=-2)
+    absmax = jnp.where(jnp.isfinite(absmax), absmax, jnp.nan)  # an infinite one would make NaN of 0, -inf of inf
     unit = blocks / jnp.where(absmax == 0, 1, absmax)[..., None, :]
     book = normal_float_book().astype(np.float64)
     above = (unit > jnp.float32(middle) for middle in (book[:-1] + book[1:]) / 2)

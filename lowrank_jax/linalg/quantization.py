@@ -76,6 +76,11 @@ class QuantizedBlocks:
         """Of the value, float32, not of the codes."""
         return jnp.dtype(jnp.float32)
 
+    @property
+    def rounds_stochastically(self) -> bool:
+        """Whether `requantize` takes a key: the linear code alone."""
+        return self.code == "linear"
+
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
         """The value; products in float32, then cast."""
         if self.code == "linear":

@@ -38,7 +38,7 @@ class Fused:
 
     Attributes:
       recipe: projection, learning rate and decay.
-      rounding: of parameters stored in bfloat16 or as quantised blocks: "nearest" or "stochastic".
+      rounding: of parameters stored in bfloat16 or as "linear" quantised blocks: "nearest" or "stochastic".
       plain_block: entries of a plain leaf that are updated at once, or None for all of it.
       products: "xla" or "kernel", see `lr.fused`.
 
@@ -147,6 +147,7 @@ class Write:
     when: str
     accepted: Any
     key: jax.Array
+    path: str
 
     @classmethod
     def of(cls, form: Fused, rate: Any, decays: bool, accepted: Any, step: jax.Array, path: str) -> Write:
@@ -154,13 +155,19 @@ class Write:
         recipe = form.recipe
         key = jax.random.fold_in(jax.random.key(jnp.asarray(recipe.projection.seed, jnp.int32)), step)
         key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return cls(form.rounding, rate, recipe.weight_decay if decays else 0, recipe.when, accepted, key)
+        return cls(form.rounding, rate, recipe.weight_decay if decays else 0, recipe.when, accepted, key, path)
 
     def __call__(self, param: Any, update: jax.Array, layer: Any) -> Any:
         old = param.dequantize() if hasattr(param, "dequantize") else param.astype(jnp.float32)
         value = old + decayed_step(update, old, self.rate, self.weight_decay, self.when, self.accepted)
         key = jax.random.fold_in(self.key, layer) if self.rounding == "stochastic" else None
         if hasattr(param, "requantize"):
+            if key is not None and not getattr(param, "rounds_stochastically", True):
+                kind = type(param).__name__ + (f"(code={param.code!r})" if hasattr(param, "code") else "")
+                raise ValueError(
+                    f"leaf {self.path!r}: rounding='stochastic' cannot write {kind}, which rounds to the nearest value "
+                    "alone; give rounding='nearest', or store the leaf by lr.linalg.quantize_blocks(w, code='linear')"
+                )
             return select(self.accepted, param.requantize(value, key), param)
         if key is None or param.dtype == jnp.float32:
             return value.astype(param.dtype)
@@ -268,8 +275,8 @@ def fused(
 
     Args:
       transformation: `lr.galore(...)` or another named optimizer.
-      rounding: "nearest", or "stochastic" for parameters in bfloat16 or quantised blocks, so that updates below half a
-        unit in the last place are not lost but made with the right probability.
+      rounding: "nearest", or "stochastic" for parameters in bfloat16 or "linear" quantised blocks, so that updates
+        below half a unit in the last place are not lost but made with the right probability.
       plain_block: entries of leaves that are not projected that are updated at once, in blocks of rows; None for whole
         leaves. On one device a block of some millions saves the float32 scratch of embedding and head.
       products: "xla", or "kernel": `lr.kernels.low_rank_adam` makes moments, product and weight of a stack in one
@@ -278,7 +285,8 @@ def fused(
 
     Raises:
       TypeError: for an optax chain or any transformation without a recipe.
-      ValueError: for an unknown rounding or products; for a `plain_block` where the inner transformation of plain
+      ValueError: for an unknown rounding or products; at the first step for stochastic rounding of a leaf in NF4 or in
+        a dynamic code, which have none; for a `plain_block` where the inner transformation of plain
         leaves may couple the entries of a leaf, or where a leaf is sharded along its rows; for products="kernel" where
         inner, residual, projector, or at the first step a leaf, is one that the kernel does not take.
 

@@ -12,6 +12,7 @@ import lowrank_jax as lr
 from lowrank_jax import kernels, linalg
 from lowrank_jax.kernels import _low_rank_adam_parts as parts
 from lowrank_jax.kernels import _platform
+from lowrank_jax.projection import fused
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
@@ -153,14 +154,27 @@ def galore(**options):
     return lr.galore(options.pop("learning_rate", 1e-1), weight_decay=0.1, **options)
 
 
-def trained(form, dtype="float32"):
-    params = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size)).reshape(x.shape).astype(dtype), PARAMS)
+def spoiled(grads, leaf):
+    """The gradients with a NaN in one leaf."""
+    grads = jax.tree.map(lambda x: x, grads)
+    node = grads if leaf == "bias" else grads["layers"][leaf]
+    key = "bias" if leaf == "bias" else "kernel"
+    node[key] = node[key].at[(0,) * node[key].ndim].set(np.nan)
+    return grads
+
+
+def trained(form, dtype="float32", params=PARAMS, leaf="bias"):
+    shapes = params
+    params = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size)).reshape(x.shape).astype(dtype), shapes)
     step, state = jax.jit(form.step), form.init(params)
     for i in range(4):
-        grads = jax.tree.map(lambda x, i=i: jnp.cos((i + 2) * jnp.arange(x.size)).reshape(x.shape), PARAMS)
+        grads = jax.tree.map(lambda x, i=i: jnp.cos((i + 2) * jnp.arange(x.size)).reshape(x.shape), shapes)
         if i == 2:  # a step that is skipped
-            grads = grads | {"bias": grads["bias"].at[0].set(np.nan)}
+            before, grads = (params, state), spoiled(grads, leaf)
         params, state = step(params, grads, state)
+        if i == 2 and form.recipe.projection.guard:
+            now, then = ((p, s.projection.matrices, s.projection.plain) for p, s in ((params, state), before))
+            jax.tree.map(np.testing.assert_array_equal, now, then)
     return params, state
 
 
@@ -179,25 +193,80 @@ CASES = {
          "inner": lr.inner.adam(convention="hf")},
         {"rounding": "stochastic"},
     ),
+    "bases move after the step": ("tpu", {"clock": lr.clocks.every(period=2, when="after")}, {}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_fused_form_by_the_kernel_is_the_fused_form(name, monkeypatch):
-    implementation, options, form = CASES[name]
-    chosen = {"implementation": implementation, "interpret": implementation is not None}
-    monkeypatch.setattr(kernels, "low_rank_adam", functools.partial(kernels.low_rank_adam, **chosen))
-    dtype = "bfloat16" if "rounding" in form else "float32"
-    expected, found = (trained(lr.fused(galore(**options), products=p, **form), dtype) for p in ("xla", "kernel"))
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    assert int(found[1].projection.skipped) == (0 if name.startswith("no guard") else 1)
-    tolerance = 1e-5 if dtype == "float32" else 8e-3
+def compare(found, expected, tolerance):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(
             np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=tolerance, atol=tolerance
         ),
         found, expected,
     )  # fmt: skip
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`interpreted("tpu")`: the form's kernel is that one, interpreted; of None the reference."""
+
+    def choose(implementation):
+        chosen = {"implementation": implementation, "interpret": implementation is not None}
+        monkeypatch.setattr(kernels, "low_rank_adam", functools.partial(kernels.low_rank_adam, **chosen))
+
+    return choose
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fused_form_by_the_kernel_is_the_fused_form(name, interpreted):
+    implementation, options, form = CASES[name]
+    interpreted(implementation)
+    dtype = "bfloat16" if "rounding" in form else "float32"
+    expected, found = (trained(lr.fused(galore(**options), products=p, **form), dtype) for p in ("xla", "kernel"))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert int(found[1].projection.skipped) == (0 if name.startswith("no guard") else 1)
+    compare(found, expected, 1e-5 if dtype == "float32" else 8e-3)
+
+
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_decay_before_the_step_and_a_gradient_that_is_not_finite(implementation, interpreted):
+    """`trained` asserts that a skipped step leaves parameters and state as they were, a projected leaf's NaN too."""
+    interpreted(implementation)
+    recipe = dataclasses.replace(galore(clock=lr.clocks.every(period=3)).recipe, when="pre")
+    found = {}
+    for products in ("xla", "kernel"):
+        found[products] = trained(fused.Fused(recipe=recipe, products=products), leaf="down")
+        assert int(found[products][1].projection.skipped) == 1
+    compare(found["kernel"], found["xla"], 1e-5)
+    after = trained(fused.Fused(recipe=dataclasses.replace(recipe, when="post"), products="kernel"), leaf="down")
+    assert np.abs(after[0]["layers"]["up"]["kernel"] - found["kernel"][0]["layers"]["up"]["kernel"]).max() > 1e-4
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_gradient_that_is_not_finite_at_a_refresh_is_what_xla_makes_of_it(guard, interpreted):
+    interpreted("tpu")
+    options = {"guard": guard, "clip_norm": None, "clock": lr.clocks.every(period=2),
+               "projector": lr.projectors.random(rank=3, stored=True), "rank": None}  # fmt: skip
+    form = {p: lr.fused(galore(**options), products=p) for p in ("xla", "kernel")}
+    found = {products: trained(own, leaf="up") for products, own in form.items()}
+    compare(found["kernel"], found["xla"], 1e-5)
+    assert np.isnan(found["kernel"][0]["layers"]["up"]["kernel"]).any() == (not guard)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "moments", "form", "dtype"),
+    [("tpu", lr.inner.adam(), {}, "float32"),
+     ("gpu", lr.inner.stored8(minimum=1, block=8), {"rounding": "stochastic"}, "bfloat16")],
+)  # fmt: skip
+def test_a_leaf_with_two_batch_axes(implementation, moments, form, dtype, interpreted):
+    interpreted(implementation)
+    params = {"layers": {"up": {"kernel": jnp.ones((2, 3, 16, 24))}}, "bias": jnp.zeros(16)}
+    view = lr.MatrixView(batch=(0, 1), rows=(2,), cols=(3,))
+    tx = galore(views=lr.Views(rules=(("layers/.*", view),)), inner=moments)
+    own = (lr.fused(tx, products=products, **form) for products in ("xla", "kernel"))
+    expected, found = (trained(one, dtype, params, "up") for one in own)
+    # the form's noise is one draw for an index of the first axis, the kernel's one for each matrix
+    compare(found, expected, 1e-5 if dtype == "float32" else 2e-2)
 
 
 def test_the_kernel_is_taken_only_where_it_is_told_to():

@@ -72,6 +72,22 @@ def test_the_frozen_matrix_has_no_cotangent():
     np.testing.assert_array_equal(by_scale(w.absmax), jnp.zeros_like(w.absmax))
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_a_block_that_is_not_finite_spoils_its_own_column(double):
+    w = np.float32(np.random.default_rng(0).standard_normal((200, 40)))
+    w[70, 3] = np.inf
+    w, x = linalg.quantize_nf4(w, double=double), jnp.ones((6, 200))
+    expected = np.zeros((6, 40), bool)
+    expected[:, slice(None) if double else 3] = True
+    rows = np.zeros((6, 200), bool)
+    rows[:, slice(None) if double else slice(64, 128)] = True
+    for name in ("reference", "tpu", "gpu"):
+        options = {"implementation": name, "interpret": name != "reference"}
+        y, pull = jax.vjp(lambda x, options=options: kernels.nf4_linear(x, w, **options), x)
+        np.testing.assert_array_equal(np.isnan(y), expected, err_msg=name)
+        np.testing.assert_array_equal(np.isnan(pull(jnp.ones((6, 40)))[0]), rows, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

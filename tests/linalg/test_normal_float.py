@@ -89,12 +89,31 @@ def test_a_stack_is_its_matrices(double):
         np.testing.assert_allclose(sliced.dequantize(), own.dequantize(), rtol=1e-6)
 
 
-def test_what_is_not_finite_is_not_hidden():
-    w = np.ones((128, 2), np.float32)
-    w[3, 0], w[70, 1] = np.nan, np.inf
-    finite = np.isfinite(linalg.quantize_nf4(w).dequantize())
-    assert not finite[3, 0] and not finite[64:, 1].all()
-    assert finite[64:, 0].all() and finite[:64, 1].all()
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_makes_its_block_nan(value):
+    w = np.float32(RNG.normal(size=(2, 128, 3)))
+    w[0, 70, 1] = value
+    found = linalg.quantize_nf4(w).dequantize()
+    expected = np.zeros(w.shape, bool)
+    expected[0, 64:, 1] = True
+    np.testing.assert_array_equal(np.isnan(found), expected)
+    whole = np.isnan(linalg.quantize_nf4(w, double=True).dequantize())  # one mean of all scales of a matrix
+    assert whole[0].all() and not whole[1].any()
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_requantising_keeps_form_and_codes(double):
+    w = np.float32(RNG.normal(size=(320, 70)))
+    small = linalg.quantize_nf4(w, double=double, products="kernel")
+    again = small.requantize(small.dequantize())
+    assert jax.tree.structure(again) == jax.tree.structure(small)
+    np.testing.assert_array_equal(again.codes, small.codes)
+    # the scales of a decoded matrix are coded scales, whose mean is another by a rounding; a step of the code between
+    step = np.abs(small.scales() - brute(w)[1]).max() if double else 0.0
+    np.testing.assert_allclose(again.scales(), small.scales(), atol=step)
+    other = small.requantize(jnp.asarray(2 * w))
+    np.testing.assert_array_equal(other.codes, small.codes)
+    np.testing.assert_allclose(other.scales(), 2 * small.scales(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Every refusal names the field, the value and the remedy."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -99,3 +101,17 @@ def test_a_state_of_another_model_is_refused():
     state = transformation.init({"kernel": jnp.ones((8, 10))})
     with pytest.raises(ValueError, match="kernel"):
         transformation.update(PARAMS, state, PARAMS)
+
+
+STORED = {"NormalFloat4": lr.linalg.quantize_nf4(jnp.ones((6, 10))),
+          "QuantizedBlocks(code='signed')": lr.linalg.quantize_blocks(jnp.ones((6, 10)), "signed")}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_stochastic_rounding_of_what_rounds_to_nearest(kind):
+    params = {"kernel": jnp.ones((6, 10)), "other": {"kernel": STORED[kind]}}
+    form = lr.fused(lr.galore(1e-2, rank=2), rounding="stochastic")
+    grads = {"kernel": jnp.ones((6, 10)), "other": {"kernel": jnp.ones((6, 10))}}
+    message = f"leaf 'other/kernel': rounding='stochastic' cannot write {re.escape(kind)}, .* give rounding='nearest'"
+    with pytest.raises(ValueError, match=message):
+        form.step(params, grads, form.init(params))
