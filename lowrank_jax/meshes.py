@@ -197,6 +197,12 @@ def _specs(mesh: Mesh, parameters: Any) -> dict[str, Any]:
     return found
 
 
+def _rows(mesh: Mesh, rules: Rules) -> tuple[Any, ...] | None:
+    """Partition entries of the first axes of activations, "batch" and "length"; None where no rule names a batch."""
+    named = [name for name in ("batch", "length") if name in dict(rules)]
+    return tuple(spec(named, mesh, rules)) if "batch" in named else None
+
+
 _CURRENT: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("mesh", default=None)
 
 
@@ -205,13 +211,15 @@ def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator
     """While a function is traced inside, `constrain` places its activations, and a refresh its matrices, on this mesh.
 
     Inside an optimizer's update on an auto mesh, refreshes need it: without it the compiler adds up whole matrices for
-    a DCT along a divided dimension.
+    a DCT along a divided dimension. Kernels (`lr.kernels`) need it to be divided over an auto mesh.
 
     Args:
       mesh, rules: of the program.
       parameters: a tree of arrays or `jax.ShapeDtypeStruct`s with NamedShardings on an auto mesh. The update of an
         optimizer of this library then keeps its state divided as `lr.state_shardings(..., spread=True)` says, and
-        gathers what is low-rank layer by layer, where a layer is written.
+        gathers what is low-rank layer by layer, where a layer is written. `products="kernel"` of adapters and of the
+        fused form takes a kernel where this tree, by the paths that `lr.adapt` or the optimizer sees, says that a
+        matrix is divided so that each device can run it on its own block.
 
     Raises:
       ValueError: where a leaf of `parameters` lies on no mesh, or on another one.
@@ -220,10 +228,11 @@ def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator
     if parameters is not None and AxisType.Explicit not in mesh.axis_types and mesh.size > 1:
         specs = _specs(mesh, parameters)
     token, placed = _CURRENT.set((mesh, rules)), sharding.current_mesh.set(mesh)
-    known = sharding.current_specs.set(specs)
+    known, rows = sharding.current_specs.set(specs), sharding.current_rows.set(_rows(mesh, rules))
     try:
         yield
     finally:
+        sharding.current_rows.reset(rows)
         sharding.current_specs.reset(known)
         sharding.current_mesh.reset(placed)
         _CURRENT.reset(token)

@@ -29,11 +29,14 @@ def decoding(function: Callable, kernel: Any) -> Callable:
     return jax.checkpoint(function) if hasattr(kernel, "dequantize") else function
 
 
-def undecoded(kernel: Any) -> Callable[[jax.Array], jax.Array] | None:
-    """`x -> x K` by `lr.kernels.nf4_linear`, of one matrix in NF4 that asks for it; None of every other kernel."""
+def undecoded(kernel: Any, spec: tuple[Any, Any] | None = None) -> Callable[[jax.Array], jax.Array] | None:
+    """`x -> x K` by `lr.kernels.nf4_linear`, of one matrix in NF4 that asks for it; None of every other kernel.
+
+    `spec` says how K lies on the mesh of `lr.meshes.use`.
+    """
     if not isinstance(kernel, linalg.NormalFloat4) or kernel.products != "kernel" or kernel.ndim != 2:
         return None
-    return lambda x: kernels.nf4_linear(x, kernel)
+    return lambda x: kernels.nf4_linear(x, kernel, spec=spec)
 
 
 def dot_general(

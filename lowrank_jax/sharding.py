@@ -26,6 +26,8 @@ Spec = tuple
 current_mesh: contextvars.ContextVar[Any] = contextvars.ContextVar("current_mesh", default=None)
 # Of `meshes.use(mesh, parameters=...)`: path -> partition entries of the parameter, one for each axis.
 current_specs: contextvars.ContextVar[dict[str, Spec] | None] = contextvars.ContextVar("current_specs", default=None)
+# Of the rules of `meshes.use`: partition entries of the first axes of activations.
+current_rows: contextvars.ContextVar[Spec | None] = contextvars.ContextVar("current_rows", default=None)
 
 
 def _pad(spec: Any, ndim: int) -> Spec:
@@ -63,6 +65,28 @@ def fold_spec(spec: Spec, *groups: tuple[int, ...]) -> Spec:
     return tuple(entries)
 
 
+def dividing(entry: Any, mesh: Any) -> tuple[str, ...]:
+    """The axes of a partition entry that divide anything on this mesh."""
+    return tuple(name for name in axis_names_of(entry) if mesh.shape[name] > 1)
+
+
+def parts(entry: Any, mesh: Any) -> int:
+    """Into how many parts a partition entry divides an axis on this mesh."""
+    return math.prod(mesh.shape[name] for name in axis_names_of(entry))
+
+
+def matrix_spec(path: str, view: Any) -> Spec | None:
+    """Partition entries `(rows, cols)` of the parameter at `path`, as `meshes.use(parameters=)` knows it.
+
+    None where it does not, and where batch axes of the view are divided.
+    """
+    entries = (current_specs.get() or {}).get(path)
+    if entries is None or len(entries) != len(view.batch) + len(view.rows) + len(view.cols):
+        return None
+    *batch, rows, cols = fold_spec(entries, view.batch, view.rows, view.cols)
+    return None if any(batch) else (rows, cols)
+
+
 def reshard(x: jax.Array, spec: Spec | None) -> jax.Array:
     """`x` laid out as `spec` on an explicit mesh; `x` itself where spec is None."""
     if spec is None or explicit_spec(x) == tuple(spec):
@@ -74,6 +98,11 @@ def divides() -> bool:
     """Whether the program is traced for several devices of an auto mesh, inside `meshes.use`."""
     mesh = current_mesh.get()
     return mesh is not None and mesh.size > 1 and AxisType.Explicit not in mesh.axis_types
+
+
+def all_axes(mesh: Any) -> tuple[str, ...]:
+    """The axes of a mesh that divide anything, over all of which rows of a refresh lie."""
+    return dividing(tuple(reversed(mesh.axis_names)), mesh)
 
 
 def rows_whole(x: jax.Array, *, pad: bool = False) -> jax.Array:
@@ -89,8 +118,8 @@ def rows_whole(x: jax.Array, *, pad: bool = False) -> jax.Array:
     mesh = current_mesh.get()
     if mesh is None or not divides():
         return x
-    names = tuple(name for name, size in reversed(tuple(mesh.shape.items())) if size > 1)
-    missing = -x.shape[-1] % math.prod(mesh.shape[name] for name in names)
+    names = all_axes(mesh)
+    missing = -x.shape[-1] % parts(names, mesh)
     if missing and not pad:
         return x
     if missing:

@@ -88,6 +88,13 @@ def row(case: Case, device: Any) -> dict[str, Any]:
     return result | dict(case.facts) | {"less_moved": less}
 
 
+def with_environment(target: targets.Target, module: str) -> None:
+    """Starts the program again with what compiling for the target takes, unless it is there."""
+    missing = {k: v for k, v in target.environment().items() if os.environ.get(k) != v}
+    if missing:
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | missing)
+
+
 def main() -> None:
     """Compiles both programs for each case and replaces the rows of target and kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,10 +104,7 @@ def main() -> None:
     target = targets.parse(arguments.target)
     if target.kind == "cpu" or target.chip not in _platform.CHIPS:
         parser.error(f"--target {target.name}: there is no kernel for it; one of {tuple(_platform.CHIPS)}")
-    missing = {k: v for k, v in target.environment().items() if os.environ.get(k) != v}
-    if missing:
-        os.execve(sys.executable, [sys.executable, "-m", "experiments.benchmarks.kernels", *sys.argv[1:]],
-                  os.environ | missing)  # fmt: skip
+    with_environment(target, "experiments.benchmarks.kernels")
     device, kind = target.devices()[0], "tpu" if target.kind == "tpu" else "gpu"
     for kernel in (arguments.kernel,) if arguments.kernel else KERNELS:
         module, rows = importlib.import_module(f"experiments.benchmarks.kernel_cases.{kernel}"), []

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from lowrank_jax import sharding
 from lowrank_jax.adapters.base import Adapter, Op, Site, product
 from lowrank_jax.matrices import MatrixView
 from lowrank_jax.products import Layout, decoding, dense, undecoded
@@ -200,10 +201,11 @@ class AdaptedKernel:
         def base(x, matrix):
             return own(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), **options)
 
+        site = self.bound[0].site
         plain = own is jax.lax.dot_general and not any(options.values()) and view.rows == (0,)
 
         def whole(x, kernel, bound):
-            direct = undecoded(kernel) if plain else None
+            direct = undecoded(kernel, sharding.matrix_spec(site.path, site.view)) if plain else None
             bare = plain and direct is None and getattr(kernel, "dtype", None) == x.dtype
 
             def run(x, matrix, bound):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import kernels, linalg
+from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.adapters.base import Adapter, Arrays, Factors, Op, Site, check_positive, check_rate, dropout
 
 
@@ -160,9 +160,9 @@ class Lora(Adapter):
       init: an `Init`, or one of "kaiming" (PEFT's default), "gaussian", "orthogonal", "pissa", "milora", "olora".
       trains: "both" factors, or only "a" or "b": LoRA-FA (arXiv:2308.03303) trains "b".
       products: "xla", or "kernel": `lr.kernels.thin_linear` makes both products of a dense host in one pass over x,
-        on a TPU or GPU. It takes float32 and bfloat16, x and kernel alike, on one device; where the host's product has
-        a precision, a result dtype or a function of its own, or other adapters stand before, XLA makes them. No device
-        has timed it.
+        on a TPU or GPU. It takes float32 and bfloat16, x and kernel alike; where the host's product has a precision, a
+        result dtype or a function of its own, or other adapters stand before, XLA makes them, and inside
+        `lr.meshes.use` of several devices where its `parameters` do not name the kernel. No device has timed it.
 
     Trains `r (n + m)` numbers; a frozen factor does not count.
 
@@ -246,7 +246,8 @@ class Lora(Adapter):
 
             def both(x):
                 a, scale, b = self.factors(site, p)
-                return kernels.thin_linear(x, op.kernel(), a * scale, b)
+                spec = sharding.matrix_spec(site.path, site.view)
+                return kernels.thin_linear(x, op.kernel(), a * scale, b, spec=spec)
 
             return dataclasses.replace(op.plus(both, lambda: self.delta(site, p)), product=both)
 

@@ -25,6 +25,11 @@ def random_bits(key: tuple[jax.Array, jax.Array], index: jax.Array) -> jax.Array
     return x ^ y
 
 
+def place(words: jax.Array, layer: jax.Array, rows: jax.Array, cols: jax.Array) -> jax.Array:
+    """Flat index of entries of matrix `layer`; words are `(L, 4)`: a key, the index of entry (0, 0), a row's length."""
+    return words[layer, 2] + rows * words[layer, 3] + cols
+
+
 def round_stochastically(x: jax.Array, noise: jax.Array) -> jax.Array:
     """float32 `x` in bfloat16 by 16 random bits, as `linalg.stochastic_round` does."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)

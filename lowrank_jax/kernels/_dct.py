@@ -26,8 +26,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lowrank_jax import linalg
-from lowrank_jax.kernels import _platform
+from lowrank_jax import linalg, sharding
+from lowrank_jax.kernels import _divided, _platform
 
 _SMALLEST = 2048  # at 1024 the compilers' schedules of both forms take about as long (v6e, whose products are wider)
 _UNROLL = 4  # slots that the compiler overlaps: a quarter to two fifths fewer cycles than one by one
@@ -48,6 +48,8 @@ def dct_scores(
 
     Args:
       x: `(..., d, k)`, float32 or bfloat16, counted in float32; `(..., k, d)` with axis=-1.
+        Inside `lr.meshes.use` of several devices each takes the norms of its own share of k, where that is a multiple
+        of 128, and they are added up.
       kind: 2 or 3, as in `lr.linalg.dct`. norm: "l1" or "l2". axis: of the transform, -2 or -1.
       implementation: "tpu" (Mosaic), "reference" (jnp), or None for that of the device which the program is compiled
         for: the reference on CPUs, on GPUs, whose FFT takes fewer operations, where d is no multiple of 128, and below
@@ -81,6 +83,7 @@ def dct_scores(
         implementation,
         interpret,
         x.reshape(-1, *x.shape[-2:]),
+        division=_division(x, norm, axis, implementation is not None),
         reference=reference,
         tpu=functools.partial(
             _tpu,
@@ -94,6 +97,26 @@ def dct_scores(
         gpu=_gpu,
     )
     return scores.reshape(*batch, d)
+
+
+def _division(x, norm, axis, named) -> _divided.Division | None:
+    """Each device has a share of k, as `sharding.rows_whole` lays it out, and its part of every score."""
+    mesh = _divided.mesh()
+    if mesh is None or x.shape[-3 - axis] % (mesh.size if named else mesh.size * _LANES):
+        return None  # a device's share that is no multiple of 128 would be copied for the kernel
+    over = sharding.all_axes(mesh)
+    own = _divided.matrix((), (), over) if axis == -2 else _divided.matrix((), over, ())
+
+    def added(program, name):
+        del name
+
+        def run(x):
+            scores = program(x)
+            return jax.lax.psum(scores, over) if norm == "l1" else jnp.sqrt(jax.lax.psum(scores * scores, over))
+
+        return run
+
+    return _divided.Division(mesh, (own,), _divided.matrix(), added)
 
 
 def _reference(x, *, kind, norm, axis):

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lowrank_jax import linalg
-from lowrank_jax.kernels import _bits, _low_rank_adam_gpu, _platform
+from lowrank_jax import linalg, sharding
+from lowrank_jax.kernels import _bits, _divided, _low_rank_adam_gpu, _platform
 from lowrank_jax.kernels import _low_rank_adam_parts as parts
 from lowrank_jax.linalg import dynamic_code
 
@@ -48,6 +48,7 @@ def low_rank_adam(
     keys: jax.Array | None = None,
     side: str = "rows",
     implementation: str | None = None,
+    spec: tuple[Any, Any, Any] | None = None,
     chip: str | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, Any, Any]:
@@ -68,12 +69,17 @@ def low_rank_adam(
       implementation: "tpu" (Mosaic), "gpu" (Triton), "reference" (jnp, a matrix after the other), or None for that of
         the device which the program is compiled for: the reference on CPUs, where a kernel does not fit, and on TPUs
         where a dimension of w is no multiple of 128, since XLA would copy w for the kernel.
+      spec: partition entries, on the mesh of `lr.meshes.use`, of L, of the k of w, low, mu and nu, and of the s of the
+        basis alone. Each device then writes its own block, and bases are gathered one after the other. The reference
+        runs there without it, and on TPUs where the float32 step of a block fits a quarter of VMEM and moments are
+        arrays: XLA moves no more.
       chip: key of `CHIPS`, whose fast memory sizes the tiles; None for the smallest of the platform.
       interpret: run the named kernel as jnp operations, on any device.
 
     Raises:
-      ValueError: for shapes that do not fit each other, another dtype or side; where a kernel was named, for blocks of
-        moments that it cannot tile, and where no tile fits the chip's fast memory.
+      ValueError: for shapes that do not fit each other, another dtype or side; for a spec that leaves a rest or
+        cuts a block of moments; where a kernel was named, for blocks of moments that it cannot tile, and
+        where no tile fits the chip's fast memory.
 
     >>> import jax.numpy as jnp
     >>> w, basis, low, zeros = jnp.ones((1, 3, 2)), jnp.ones((1, 3, 1)), jnp.ones((1, 1, 2)), jnp.zeros((1, 1, 2))
@@ -90,12 +96,67 @@ def low_rank_adam(
     words, stochastic = jnp.zeros((count, 2), jnp.uint32), keys is not None and w.dtype == jnp.bfloat16
     if keys is not None and stochastic:
         words = jax.random.key_data(keys)[..., :2]
+    first, across = jnp.zeros((count, 1), jnp.uint32), jnp.full((count, 1), w.shape[-1], jnp.uint32)
+    words = jnp.concatenate([words, first, across], axis=1)  # of w[l]: a key, the flat index of its first entry, a row
     block = mu.block if coded else 0
     choice = parts.Choice(side, coded, block, stochastic, implementation, chip, interpret)
     operands = (numbers, words, w, basis, low, mu, nu)
     programs = {"reference": parts.reference, "tpu": _tpu, "gpu": _low_rank_adam_gpu.gpu}
     bound: dict[str, Any] = {name: functools.partial(program, choice=choice) for name, program in programs.items()}
-    return _platform.dispatch(implementation, interpret, *operands, **bound)
+    division = None
+    if spec is not None and _divided.mesh() is not None:
+        division = _division(_divided.mesh(), spec, choice, (count, basis.shape[1], low.shape[2]))
+    return _platform.dispatch(implementation, interpret, *operands, division=division, **bound)
+
+
+def _division(mesh, spec, choice, shape) -> _divided.Division:
+    block, side = choice.block, choice.side
+    (count, s, k), (layers, kept, rows) = shape, (sharding.dividing(entry, mesh) for entry in spec)
+    few, many = sharding.parts(layers, mesh), sharding.parts(kept, mesh)
+    if count % few or k % many or s % sharding.parts(rows, mesh) or (block and kept and k // many % block):
+        raise ValueError(
+            f"low_rank_adam: spec={spec} on the mesh {dict(mesh.shape)} must divide {count} matrices, k = {k} and s = "
+            f"{s} without a rest" + f", and cut no block of {block}" * bool(block)
+        )
+    low = _divided.matrix(layers, (), kept)
+    w = low if side == "rows" else _divided.matrix(layers, kept, ())
+    own = _divided.matrix(layers)
+    around = functools.partial(_on_own_block, kept=kept, count=many, rows=rows, choice=choice)
+    operands = own, own, w, _divided.matrix(layers, rows), low, low, low
+    return _divided.Division(mesh, operands, (w, low, low), around, falls_back=True)
+
+
+def _on_own_block(program, name, *, kept, count, rows, choice):
+    """`program` on a device's columns of matrices, whose bases are gathered over `rows` one after the other.
+
+    Its words draw for the entries of the block what they draw for them in all of w. At the default precision a TPU
+    multiplies by a basis in bfloat16, and so it is sent.
+    """
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    side, exact = choice.side, choice.interpret or precision not in (None, "default")
+
+    def run(numbers, words, w, basis, low, mu, nu):
+        small = 4 * w.shape[1] * w.shape[2] <= _platform.vmem(choice.chip) // 4
+        if name == "tpu" and choice.implementation is None and small and not choice.coded:
+            raise _platform.Misfit(f"low_rank_adam: XLA keeps the step of a block {w.shape[1:]} in VMEM")
+        if kept:
+            step, across = low.shape[-1], count * w.shape[-1]
+            step, across = (step, across) if side == "rows" else (step * w.shape[-1], w.shape[-1])
+            first = jax.lax.axis_index(kept).astype(jnp.uint32) * jnp.uint32(step)
+            words = words.at[:, 2].set(first).at[:, 3].set(jnp.uint32(across))
+        if not rows:
+            return program(numbers, words, w, basis, low, mu, nu)
+
+        def one(layer, carry):
+            w, mu, nu = carry
+            *own, part = (jax.lax.dynamic_slice_in_dim(x, layer, 1) for x in (numbers, words, basis))
+            part = part if exact or name != "tpu" else part.astype(jnp.bfloat16)
+            whole = jax.lax.all_gather(part, rows, axis=1, tiled=True)
+            return program(*own, w, whole, low, mu, nu, first=layer)
+
+        return jax.lax.fori_loop(0, w.shape[0], one, (w, mu, nu))
+
+    return run
 
 
 def _check(w, basis, low, mu, nu, keys, side) -> None:
@@ -139,7 +200,8 @@ def _chunks(size: int, chunk: int, some: Callable[[Any, int], None]) -> None:
         some(whole * chunk, rest)
 
 
-def _tpu_kernel(numbers, words, basis, w, low, *refs, choice, k):
+def _tpu_kernel(first, numbers, words, basis, w, low, *refs, choice, k):
+    del first  # of the blocks' places alone
     leaves = 4 if choice.coded else 2
     before, w_out, after = refs[:leaves], refs[leaves], refs[leaves + 1 : 2 * leaves + 1]
     d, *turned = refs[2 * leaves + 1 :]
@@ -179,15 +241,15 @@ def _tpu_kernel(numbers, words, basis, w, low, *refs, choice, k):
         place: Any
         if choice.side == "rows":
             place, step = (pl.ds(start, size), slice(None)), _dot(p, d[...])
-            first, last, across = start, tile * cols, k
+            first, last = start, tile * cols
         else:
             place, step = (slice(None), pl.ds(start, size)), _dot(turned[0][...], p, transpose=True)
-            first, last, across = tile * cols, start, s
+            first, last = tile * cols, start
         noise = None
         if choice.stochastic:
-            rows = jax.lax.broadcasted_iota(jnp.int32, step.shape, 0) + first
-            index = rows * across + jax.lax.broadcasted_iota(jnp.int32, step.shape, 1) + last
-            noise = _bits.random_bits((words[layer, 0], words[layer, 1]), index.astype(jnp.uint32))
+            rows, lanes = (jax.lax.broadcasted_iota(jnp.int32, step.shape, axis) for axis in (0, 1))
+            index = _bits.place(words, layer, (rows + first).astype(jnp.uint32), (lanes + last).astype(jnp.uint32))
+            noise = _bits.random_bits((words[layer, 0], words[layer, 1]), index)
         w_out[place] = parts.written(w[place], step, n, noise)
 
     _chunks(s, parts.CHUNK, write)
@@ -197,37 +259,41 @@ def _dot(x, y, transpose=False):
     return jax.lax.dot_general(x, y, (((1,), (int(transpose),)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _tpu(numbers, words, w, basis, low, mu, nu, *, choice):
-    (count, r, k), s = low.shape, basis.shape[1]
+def _tpu(numbers, words, w, basis, low, mu, nu, first=0, *, choice):
+    """The matrices of `basis`, which has numbers and words too, are those of the other stacks from `first` on."""
+    (count, s, r), k = basis.shape, low.shape[2]
     if choice.implementation is None and (s % 128 or k % 128):
         raise _platform.Misfit(f"low_rank_adam: XLA would copy w {w.shape} to the kernel's layout")
     moments, treedef = jax.tree.flatten((mu, nu))
     sizes = (w.dtype.itemsize, basis.dtype.itemsize, max(x.dtype.itemsize for x in moments[:: 1 + choice.coded]))
     _, cols = parts.tiles((s, r, k), sizes, choice.block if choice.coded else 0, "tpu", choice.chip)
-    column = pl.BlockSpec((None, r, cols), lambda layer, tile: (layer, 0, tile))
+    column = pl.BlockSpec((None, r, cols), lambda layer, tile, first: (first[0] + layer, 0, tile))
     if choice.side == "rows":
-        weight = pl.BlockSpec((None, s, cols), lambda layer, tile: (layer, 0, tile))
+        weight = pl.BlockSpec((None, s, cols), lambda layer, tile, first: (first[0] + layer, 0, tile))
     else:
-        weight = pl.BlockSpec((None, cols, s), lambda layer, tile: (layer, tile, 0))
-    whole = lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda layer, tile: (layer, 0, 0))  # noqa: E731
+        weight = pl.BlockSpec((None, cols, s), lambda layer, tile, first: (first[0] + layer, tile, 0))
+    whole = lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda layer, tile, first: (first[0] + layer, 0, 0))  # noqa: E731
     specs = [whole(x) if choice.coded and i % 2 else column for i, x in enumerate(moments)]
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    resident = pl.BlockSpec((None, s, r), lambda layer, tile: (layer, 0, 0), pipeline_mode=pl.Buffered(1))
+    resident = pl.BlockSpec((None, s, r), lambda layer, tile, first: (layer, 0, 0), pipeline_mode=pl.Buffered(1))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (w, *moments)]
     w, *moments = pl.pallas_call(
         functools.partial(_tpu_kernel, choice=choice, k=k),
-        grid=(count, pl.cdiv(k, cols)),
-        in_specs=[scalars, scalars, resident, weight, column, *specs],
-        out_specs=[weight, *specs],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(count, pl.cdiv(k, cols)),
+            in_specs=[scalars, scalars, resident, weight, column, *specs],
+            out_specs=[weight, *specs],
+            scratch_shapes=[pltpu.VMEM((r, cols), basis.dtype)]
+            + [pltpu.VMEM((cols, r), basis.dtype)] * (choice.side == "cols"),
+        ),
         out_shape=shapes,
-        input_output_aliases={3: 0} | {5 + i: 1 + i for i in range(len(moments))},
-        scratch_shapes=[pltpu.VMEM((r, cols), basis.dtype)]
-        + [pltpu.VMEM((cols, r), basis.dtype)] * (choice.side == "cols"),
+        input_output_aliases={4: 0} | {6 + i: 1 + i for i in range(len(moments))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary" if choice.coded else "parallel"),  # scales are filled in turn
             vmem_limit_bytes=_platform.budget("tpu", choice.chip) * 7 // 6,
         ),
         interpret=choice.interpret,
         name="low_rank_adam",
-    )(numbers, words, basis, w, low, *moments)
+    )(jnp.asarray(first, jnp.int32).reshape(1), numbers, words, basis, w, low, *moments)
     return w, *jax.tree.unflatten(treedef, moments)

@@ -45,27 +45,29 @@ def written(w, step, n, noise=None):
     return value.astype(w.dtype) if noise is None else _bits.round_stochastically(value, noise)
 
 
-def reference(numbers, words, w, basis, low, mu, nu, *, choice):
+def reference(numbers, words, w, basis, low, mu, nu, first=0, *, choice):
+    """The matrices of `basis`, which has numbers and words too, are those of the other stacks from `first` on."""
+
     def one(number, w, mu, nu):
         n = dict(zip(FIELDS, numbers[number], strict=True))
-        first, second = (x.dequantize() if choice.coded else x.astype(jnp.float32) for x in (mu, nu))
-        m, v, d = moved(low[number], first, second, n)
+        one_mu, one_nu = (x.dequantize() if choice.coded else x.astype(jnp.float32) for x in (mu, nu))
+        m, v, d = moved(low[first + number], one_mu, one_nu, n)
         p = basis[number].astype(jnp.float32)
         step = p @ d if choice.side == "rows" else d.T @ p.T
         noise = None
         if choice.stochastic:
-            index = jax.lax.iota(jnp.uint32, w.size).reshape(w.shape)
+            index = _bits.place(words, number, *(jax.lax.broadcasted_iota(jnp.uint32, w.shape, i) for i in (0, 1)))
             noise = _bits.random_bits((words[number, 0], words[number, 1]), index)
         new = [x.requantize(y) if choice.coded else y.astype(x.dtype) for x, y in ((mu, m), (nu, v))]
         new = jax.tree.map(lambda a, b: jnp.where(n["accepted"] > 0, a, b), new, [mu, nu])
         return written(w, step, n, noise), *new
 
     def body(number, carry):
-        own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), carry)
-        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, number, 0)  # noqa: E731
+        own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, first + number, keepdims=False), carry)
+        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, first + number, 0)  # noqa: E731
         return jax.tree.map(put, carry, one(number, *own))
 
-    return jax.lax.fori_loop(0, w.shape[0], body, (w, mu, nu))
+    return jax.lax.fori_loop(0, basis.shape[0], body, (w, mu, nu))
 
 
 def recoded(codes, scale, value, code, accepted, valid):

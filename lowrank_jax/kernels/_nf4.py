@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from lowrank_jax.kernels import _platform
+from lowrank_jax import sharding
+from lowrank_jax.kernels import _divided, _platform
 from lowrank_jax.linalg import NormalFloat4, normal_float_book
 
 BLOCK, HALF = 64, 32
@@ -31,10 +33,11 @@ _FEW_ROWS, _MOST_GPU_ROWS = 64, 512
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """What is static: whether W is given transposed, its rows, and how the product is made."""
+    """What is static: whether W is given transposed, its rows, the mesh axes of `x W`, and how the product is made."""
 
     transpose: bool
     rows: int
+    over: _divided.Product | None
     implementation: str | None
     chip: str | None
     interpret: bool
@@ -45,6 +48,7 @@ def nf4_linear(
     w: NormalFloat4,
     *,
     implementation: str | None = None,
+    spec: tuple[Any, Any] | None = None,
     chip: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -58,6 +62,8 @@ def nf4_linear(
         of 128, since XLA lays such arrays out otherwise and would copy them for the kernel, and where the decoded W
         fits half of VMEM, since XLA then keeps it there and moves no more; on GPUs above 512 rows, since each tile of
         128 rows decodes W again, and by formula more than four cost more than to write one W and read it.
+      spec: partition entries of w's two axes on the mesh of `lr.meshes.use`, as of `lr.kernels.thin_linear`; codes and
+        scales are gathered, never a decoded matrix. Where a device's rows of w would cut a block, the reference runs.
       chip: key of `CHIPS`, whose fast memory sizes the tiles; None for the smallest of the platform.
       interpret: run the named kernel as jnp operations, on any device.
 
@@ -76,9 +82,11 @@ def nf4_linear(
         raise ValueError(
             f"nf4_linear: shapes x {x.shape}, w {w.shape} must be (..., n), (n, m); slice a stack"
         )
-    n, m = w.shape
-    choice = _Choice(False, n, implementation, chip, interpret)
-    return _linear(choice, x.reshape(-1, n), w.codes, w.scales()).reshape(*x.shape[:-1], m)
+    over = _divided.Product.of(x, w.shape, spec)
+    if over is not None and over.n and w.shape[0] % (BLOCK * sharding.parts(over.n, over.mesh)):
+        over = None
+    choice = _Choice(False, w.shape[0], over, _platform.settled(implementation, over), chip, interpret)
+    return _linear(choice, x, w.codes, w.scales())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,22 +107,34 @@ _linear.defvjp(_forward, _backward)
 
 def _product(choice: _Choice, x, codes, scales):
     reference = functools.partial(_reference, choice=choice)
-    if x.shape[0] == 0:
+    if x.size == 0:
         return reference(x, codes, scales)
+    rows = choice.rows if choice.over is None else choice.rows // sharding.parts(choice.over.n, choice.over.mesh)
+    own = dataclasses.replace(choice, rows=rows)
     return _platform.dispatch(
         choice.implementation,
         choice.interpret,
         x,
         codes,
         scales,
+        division=_division(choice),
         reference=reference,
-        tpu=functools.partial(_tpu, choice=choice),
-        gpu=functools.partial(_gpu, choice=choice),
+        tpu=_platform.folded(functools.partial(_tpu, choice=own)),
+        gpu=_platform.folded(functools.partial(_gpu, choice=own)),
     )
 
 
+def _division(choice: _Choice) -> _divided.Division | None:
+    if choice.over is None:
+        return None
+    own, w = choice.over, _divided.matrix(choice.over.n, choice.over.m)
+    own = own.turned if choice.transpose else own
+    return _divided.Division(own.mesh, (own.along(own.n), w, w), own.along(own.m), own.added)
+
+
 def _dot(x, w, transpose=False):
-    return jax.lax.dot_general(x, w, (((1,), (int(transpose),)), ((), ())), preferred_element_type=jnp.float32)
+    axes = ((x.ndim - 1,), (int(transpose),)), ((), ())
+    return jax.lax.dot_general(x, w, axes, preferred_element_type=jnp.float32)
 
 
 def _reference(x, codes, scales, choice):

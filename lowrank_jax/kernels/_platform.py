@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from lowrank_jax import sharding
+from lowrank_jax.kernels._divided import Division
 
 IMPLEMENTATIONS = ("reference", "tpu", "gpu")
 
@@ -62,13 +63,33 @@ def budget(platform: str, chip: str | None) -> int:
     return int(_SHARE * (min(own.values()) if chip is None else own[chip]))
 
 
+def vmem(chip: str | None) -> int:
+    """Bytes of a TPU's VMEM; where no TPU is named, of the largest."""
+    sizes = {name: fast.bytes for name, fast in CHIPS.items() if fast.platform == "tpu"}
+    return sizes.get(chip or "", max(sizes.values()))
+
+
+def settled(implementation: str | None, division: Any) -> str | None:
+    """The implementation, which is the reference on an auto mesh of several devices where no division is known.
+
+    The partitioner cannot divide a kernel.
+    """
+    return "reference" if implementation is None and division is None and sharding.divides() else implementation
+
+
 def dispatch(
-    implementation: str | None, interpret: bool, *operands: Any, **programs: Callable[..., Any]
+    implementation: str | None,
+    interpret: bool,
+    *operands: Any,
+    division: Division | None = None,
+    **programs: Callable[..., Any],
 ) -> tuple[Any, ...]:
     """`programs[implementation](*operands)`; None takes the one of the platform that is compiled for, if it fits there.
 
     The choice is made when the program is lowered, so that compiling for a device that is not there takes its branch.
-    Inside `lr.meshes.use` of several devices on an auto mesh it is the reference.
+    Inside `lr.meshes.use` of several devices on an auto mesh each device runs the kernel on its own block by a
+    `division`; without one, on other platforms, and where no tile fits unless the division says otherwise, the
+    partitioner divides the reference.
 
     Raises:
       ValueError: for an unknown implementation, or `interpret` without the name of a kernel.
@@ -80,23 +101,39 @@ def dispatch(
         raise ValueError(
             f"interpret=True with implementation={implementation!r}: name the kernel to interpret, 'tpu' or 'gpu'"
         )
+    reference = programs["reference"]
+    if settled(implementation, division) == "reference":
+        return reference(*operands)
+    own = programs if division is None else {name: division.of(program, name) for name, program in programs.items()}
     if implementation is not None:
-        return programs[implementation](*operands)
-    if sharding.divides():  # the partitioner of an auto mesh cannot divide a kernel
-        return programs["reference"](*operands)
+        return own[implementation](*operands)
+    fallback = own["reference"] if division is not None and division.falls_back else reference
 
     def if_it_fits(program):
         def run(*operands):
             try:
                 return program(*operands)
             except Misfit:
-                return programs["reference"](*operands)
+                return fallback(*operands)
 
         return run
 
     return jax.lax.platform_dependent(
-        *operands, tpu=if_it_fits(programs["tpu"]), cuda=if_it_fits(programs["gpu"]), default=programs["reference"]
+        *operands, tpu=if_it_fits(own["tpu"]), cuda=if_it_fits(own["gpu"]), default=reference
     )
+
+
+def folded(program: Callable[..., Any]) -> Callable[..., Any]:
+    """`program(x (N, n), ...)` for an x with any leading axes, which come back in its results.
+
+    They are folded on each device: a mesh may divide several of them.
+    """
+
+    def run(x, *operands):
+        found = program(x.reshape(-1, x.shape[-1]), *operands)
+        return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), found)
+
+    return run
 
 
 def largest(limit: int, costs: Callable[[int, int], int], rows: tuple[int, ...], cols: tuple[int, ...], what: str):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from lowrank_jax.kernels import _platform
+from lowrank_jax import sharding
+from lowrank_jax.kernels import _divided, _platform
 
 _TPU_ROWS, _TPU_COLS = (128, 256, 512, 1024, 2048, 4096), (256, 512)
 _GPU_ROWS, _GPU_COLS, _GPU_DEPTH = (16, 32, 64, 128), (16, 32, 64, 128), 32
@@ -35,9 +37,12 @@ _CHUNK = 256
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """What is static: whether W is given transposed, and how the product is made."""
+    """What is static: whether W is given transposed, the mesh axes of `x W`, whether it is in a program for several
+    devices, and how it is made."""
 
     transpose: bool
+    over: _divided.Product | None
+    divided: bool
     implementation: str | None
     chip: str | None
     interpret: bool
@@ -50,6 +55,7 @@ def thin_linear(
     b: jax.Array,
     *,
     implementation: str | None = None,
+    spec: tuple[Any, Any] | None = None,
     chip: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -61,6 +67,10 @@ def thin_linear(
       implementation: "tpu" (Mosaic), "gpu" (Triton), "reference" (jnp), or None for that of the device which the
         program is compiled for: the reference on CPUs, where a kernel does not fit, and on TPUs where n or m is no
         multiple of 128, since XLA lays such arrays out otherwise and would copy them for the kernel.
+      spec: partition entries of w's two axes on the mesh of `lr.meshes.use`. Each device then multiplies its own rows
+        of x, which lie as the rules say of "batch" and "length", by its own part of w. The reference runs there without
+        it, and where the mesh does not divide evenly; on TPUs also where w is divided over axes of the rows, since XLA
+        gathers it while it multiplies (FSDP), and where x, y and cotangents of a device fit VMEM, since XLA keeps them.
       chip: key of `CHIPS`, whose fast memory sizes the tiles; None for the smallest of the platform.
       interpret: run the named kernel as jnp operations, on any device.
 
@@ -80,9 +90,9 @@ def thin_linear(
             f"thin_linear: shapes x {x.shape}, w {w.shape}, a {a.shape}, b {b.shape} must be "
             "(..., n), (n, m), (n, r), (r, m)"
         )
-    choice = _Choice(False, implementation, chip, interpret)
-    operands = (x.reshape(-1, n), *(leaf.astype(x.dtype) for leaf in (w, a, b)))
-    return _linear(choice, *operands).reshape(*x.shape[:-1], w.shape[1])
+    over = _divided.Product.of(x, w.shape, spec)
+    choice = _Choice(False, over, sharding.divides(), _platform.settled(implementation, over), chip, interpret)
+    return _linear(choice, x, *(leaf.astype(x.dtype) for leaf in (w, a, b)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,7 +108,8 @@ def _forward(choice, x, w, a, b):
 def _backward(choice, residuals, dy):
     x, w, a, b, low = residuals
     dx, pulled = _product(dataclasses.replace(choice, transpose=True), dy, w, b.T, a.T)
-    thin = functools.partial(jax.lax.dot_general, dimension_numbers=(((0,), (0,)), ((), ())))
+    lead = tuple(range(x.ndim - 1))
+    thin = functools.partial(jax.lax.dot_general, dimension_numbers=((lead, lead), ((), ())))
     return dx, thin(x, dy), thin(x, pulled), thin(low, dy)  # XLA drops the cotangent of a frozen W
 
 
@@ -107,8 +118,8 @@ _linear.defvjp(_forward, _backward)
 
 def _product(choice: _Choice, x, w, a, b):
     """`(y, low)`."""
-    if x.shape[0] == 0:
-        return _reference(x, w, a, b, choice.transpose)
+    if x.size == 0:
+        return _reference(x, w, a, b, choice)
     return _platform.dispatch(
         choice.implementation,
         choice.interpret,
@@ -116,19 +127,32 @@ def _product(choice: _Choice, x, w, a, b):
         w,
         a,
         b,
-        reference=functools.partial(_reference, transpose=choice.transpose),
-        tpu=functools.partial(_tpu, choice=choice),
-        gpu=functools.partial(_gpu, choice=choice),
+        division=_division(choice),
+        reference=functools.partial(_reference, choice=choice),
+        tpu=_platform.folded(functools.partial(_tpu, choice=choice)),
+        gpu=_platform.folded(functools.partial(_gpu, choice=choice)),
     )
 
 
-def _dot(x, w, transpose=False):
-    return jax.lax.dot_general(x, w, (((1,), (int(transpose),)), ((), ())), preferred_element_type=jnp.float32)
+def _division(choice: _Choice) -> _divided.Division | None:
+    if choice.over is None:
+        return None
+    own, w = choice.over, _divided.matrix(choice.over.n, choice.over.m)
+    own = own.turned if choice.transpose else own
+    operands = own.along(own.n), w, _divided.matrix(own.n, ()), _divided.matrix((), own.m)
+    return _divided.Division(own.mesh, operands, (own.along(own.m), own.along()), own.added)
 
 
-def _reference(x, w, a, b, transpose=False):
+def _dot(x, w, transpose=False, dtype=jnp.float32):
+    axes = ((x.ndim - 1,), (int(transpose),)), ((), ())
+    return jax.lax.dot_general(x, w, axes, preferred_element_type=dtype)
+
+
+def _reference(x, w, a, b, choice):
     low = _dot(x, a).astype(x.dtype)
-    return (_dot(x, w, transpose) + _dot(low, b)).astype(x.dtype), low
+    # devices add up partial products in the dtype of x W: float32 would be twice as much to send
+    whole = _dot(x, w, choice.transpose, x.dtype if choice.divided else jnp.float32)
+    return (whole + _dot(low, b)).astype(x.dtype), low
 
 
 def _tpu_kernel(x, w, a, b, y, low, *, transpose):
@@ -198,6 +222,11 @@ def _tpu(x, w, a, b, *, choice):
     (rows, n), r, m = x.shape, a.shape[1], b.shape[1]
     if choice.implementation is None and (n % 128 or m % 128):
         raise _platform.Misfit(f"thin_linear: XLA would copy w ({n}, {m}) to the kernel's layout")
+    if choice.implementation is None and choice.over is not None:
+        if choice.over.gathers:
+            raise _platform.Misfit("thin_linear: XLA gathers w as it multiplies, and a kernel waits for all of it")
+        if 2 * rows * (n + m) * x.dtype.itemsize <= _platform.vmem(choice.chip):
+            raise _platform.Misfit(f"thin_linear: XLA keeps {rows} rows of x, y and their cotangents in VMEM")
     i, j = tiles((rows, n, m, r), x.dtype.itemsize, "tpu", choice.chip)
     return pl.pallas_call(
         functools.partial(_tpu_kernel, transpose=choice.transpose),

@@ -122,8 +122,9 @@ def quantize_nf4(x: Any, *, double: bool = False, products: str = "xla") -> Norm
       x: floating, of at least two axes; leading axes are stacks. Other kernels are viewed as matrices first.
       double: the scales, less their mean, in 8 bits (section 3 of the paper); codes are chosen by the exact scales.
       products: "xla" decodes where the matrix is multiplied. "kernel": `lr.matmul(x, w)` of one matrix, with adapters
-        or without, takes `lr.kernels.nf4_linear`, which never forms it; x is float32 or bfloat16, and the kernel is not
-        partitioned over a mesh. Other products decode. No device has timed it.
+        or without, takes `lr.kernels.nf4_linear`, which never forms it; x is float32 or bfloat16. Inside
+        `lr.meshes.use` of several devices only a matrix with adapters does, which its `parameters` name. Other products
+        decode. No device has timed it.
 
     A block of zeros gives exact zeros. A block with an entry that is not finite gives NaN; doubly quantised, where one
     mean is taken of all scales, its whole matrix does.

@@ -119,7 +119,7 @@ class Fused:
         outputs = list(prepared.references)
         for i, step in prepared.steps.items():
             write = Write.of(self, rate, decays[i], accepted, state.projection.step, step.view.path)
-            if self.products == "kernel":
+            if self.products == "kernel" and fused_kernel.is_local(step):
                 outputs[i] = fused_kernel.finish_leaf(step, outputs[i], prepared, write)
             else:
                 outputs[i] = _finish_leaf(step, outputs[i], prepared, extra, write)
@@ -280,8 +280,10 @@ def fused(
       plain_block: entries of leaves that are not projected that are updated at once, in blocks of rows; None for whole
         leaves. On one device a block of some millions saves the float32 scratch of embedding and head.
       products: "xla", or "kernel": `lr.kernels.low_rank_adam` makes moments, product and weight of a stack in one
-        program on a TPU and two on a GPU. It is for one device and for Adam, stored in 8 bits or not, with a stored
-        basis in float32 or bfloat16, which drops the rest of the gradient. No device has timed it.
+        program on a TPU and two on a GPU. It is for Adam, stored in 8 bits or not, with a stored basis in float32 or
+        bfloat16, which drops the rest of the gradient. Inside `lr.meshes.use(mesh, parameters=...)` of several devices
+        each writes its own block of leaves whose shrunk dimension is whole (`side=lr.sides_for(...)`), and XLA's form
+        serves the others. No device has timed it.
 
     Raises:
       TypeError: for an optax chain or any transformation without a recipe.

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax import kernels
+from lowrank_jax import kernels, sharding
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.projection import layout
 from lowrank_jax.projection.matrix_step import MatrixStep, select
 from lowrank_jax.projection.projectors.base import StoredProjector
 from lowrank_jax.projection.residuals import Discard
@@ -61,6 +62,21 @@ def _check_leaf(view: ResolvedView, param: Any) -> None:
         )
 
 
+def is_local(step: MatrixStep) -> bool:
+    """Whether each device can write its own block of the leaf: everywhere but on an auto mesh that divides more than k.
+
+    There the layout must be known, s whole, and no block of moments cut; of several batch axes the first may be
+    divided. XLA's form serves elsewhere: it adds up and gathers low-rank objects, layer by layer.
+    """
+    if not sharding.divides():
+        return True
+    own = layout.current(step.view)
+    if own is None or any(sharding.dividing(entry, own.mesh) for entry in (own.s, *own.batch[1:])):
+        return False
+    count, block = sharding.parts(own.k, own.mesh), getattr(step.inner.mu, "block", 1)
+    return count == 1 or step.view.kept // count % block == 0
+
+
 def finish_leaf(step: MatrixStep, param: Any, prepared: Prepared, write: Write) -> jax.Array:
     """The new parameter; leaves the new inner state in `step`."""
     view, state = step.view, step.inner
@@ -75,6 +91,7 @@ def finish_leaf(step: MatrixStep, param: Any, prepared: Prepared, write: Write) 
     keys = None
     if write.rounding == "stochastic":
         keys = jax.vmap(lambda layer: jax.random.fold_in(write.key, layer))(jnp.arange(total))
+    own = layout.current(view)
     w, mu, nu = kernels.low_rank_adam(
         flat(view.view.to_matrices(param)),
         *jax.tree.map(flat, (step.basis, step.low, state.mu, state.nu)),
@@ -87,6 +104,7 @@ def finish_leaf(step: MatrixStep, param: Any, prepared: Prepared, write: Write) 
         accepted=write.accepted,
         keys=keys,
         side=view.side,
+        spec=None if own is None else (own.batch[0] if own.batch else None, own.k, own.basis[-2]),
     )
     mu, nu = jax.tree.map(lambda x: x.reshape(*view.batch, *x.shape[1:]), (mu, nu))
     new = state._replace(count=jnp.where(write.accepted, count, state.count), mu=mu, nu=nu)

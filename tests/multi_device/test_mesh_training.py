@@ -259,13 +259,3 @@ def test_parameters_that_lie_elsewhere_are_refused_by_name():
     jax.jit(update)(scalars, tx.init(scalars))
     other = {"temperature": jnp.ones(()), "kernel": scalars["kernel"], "more": jnp.ones(())}
     jax.jit(update)(other, tx.init(other))  # a leaf that `parameters` does not name
-
-
-def test_a_divided_program_has_no_kernel():
-    x = [jnp.ones(shape) for shape in ((40, 128), (128, 256), (128, 4), (4, 256))]
-
-    def product(*arrays):
-        with meshes.use(meshes.make_mesh(fsdp=8)):
-            return lr.kernels.thin_linear(*arrays)
-
-    assert "tpu_custom_call" not in jax.jit(product).trace(*x).lower(lowering_platforms=("tpu",)).as_text()

@@ -49,8 +49,9 @@ class Dct(TransformProjector):
       kind: 3, the columns of the DCT-II matrix (the official code's default path, "dct3"), or 2, its rows (its Makhoul
         path, "dct2").
       products: "xla", or "kernel": a refresh takes its scores from `lr.kernels.dct_scores`, on a TPU where the shrunk
-        dimension is a multiple of 128 from 2048 on, with XLA's scores to rounding. Where an explicit mesh divides a
-        matrix, and inside `lr.meshes.use` of several devices, XLA's product stays. No device has timed it.
+        dimension is a multiple of 128 from 2048 on, with XLA's scores to rounding. Inside `lr.meshes.use` of several
+        devices each scores its own columns. Where an explicit mesh divides a matrix, XLA's product stays. No device has
+        timed it.
     """
 
     kind: int = 3
