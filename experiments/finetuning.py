@@ -20,7 +20,7 @@ from experiments.configuration import LOWRANK, ConfigurationError, smallest_dime
 from experiments.data import Dataset
 from experiments.data.tuning import TuningDataConfig, load_tuning
 from experiments.models import llama, vit
-from experiments.tasks import Task, sampled, trigram_loss, without_weak_types
+from experiments.tasks import Task, placed, sampled, trigram_loss, without_weak_types
 from experiments.trained import Adapted, Parts, Whole, size
 from experiments.tuning_configuration import TuningConfig
 from experiments.workdir import tree_bytes
@@ -96,8 +96,11 @@ class Finetuning(Task):
         self.parts, self.exact = self.model.parts, self.model.config.dtype == "float32"
         self.rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
         self.place, self.stacked = self.base.placing(self.mesh), self.model.config.scan
-        self.shapes, self.places = self.parts.abstract, self.parts.shardings(self.place(self.model.shapes))
+        kernels = self.place(self.model.shapes)
+        self.shapes, self.places = self.parts.abstract, self.parts.shardings(kernels)
         self.choose()
+        # kernels of adapters run where the mesh knows how the frozen matrices lie
+        self._known = jax.tree.map(placed, self.model.shapes, kernels) if self.parts.adapts else None
         self.work = self._work()
         self._digest: str | None = None
         if self.parts.needs_base:
@@ -195,7 +198,7 @@ class Finetuning(Task):
         return self.objective(self.model.net, tree, batch)
 
     def sums(self, params, batch, rest, *frozen):
-        with meshes.use(self.mesh):
+        with meshes.use(self.mesh, parameters=self._known):
             return self._run(self.parts.tree(params, rest, *frozen), batch)[:2]
 
     def record(self):
@@ -218,7 +221,7 @@ class Finetuning(Task):
         run = lr.linen.adapted(run) if self.parts.adapts else run
 
         def sums(params, rest, batch, *frozen):
-            with meshes.use(self.mesh):
+            with meshes.use(self.mesh, parameters=self._known):
                 return run(self.parts.tree(params, rest, *frozen), batch)
 
         return sums

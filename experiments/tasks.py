@@ -109,8 +109,8 @@ class Task:
         except ValueError as error:
             raise ConfigurationError(f"optimizer.name={settings.name!r}: {error}") from error
         follow = lr.state_shardings(self.optimizer, params, self.places["params"], spread=self.config.mesh.spread)
-        put = lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)  # noqa: E731
-        self.abstract = jax.tree.map(put, {**self.shapes, "opt_state": opt_state}, {**self.places, "opt_state": follow})
+        shapes, places = ({**own, "opt_state": more} for own, more in ((self.shapes, opt_state), (self.places, follow)))
+        self.abstract = jax.tree.map(placed, shapes, places)
 
     def keep_sides(self, sides: dict[str, tuple[str, int]]) -> None:
         """Take the (side, rank) of the matrices of a stored state, before anything is compiled."""
@@ -173,6 +173,11 @@ class Task:
     def on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The batch of which these are this process's rows."""
         return {name: jax.make_array_from_process_local_data(self.rows, array) for name, array in batch.items()}
+
+
+def placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """The leaf's shape and dtype, where it lies."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def without_weak_types(tree):

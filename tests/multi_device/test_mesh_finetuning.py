@@ -10,6 +10,7 @@ import pytest
 
 from experiments import bases, optimizers, tuning_configuration
 from experiments.finetuning import Finetuning
+from lowrank_jax import sharding
 from tests.experiments import runs, tuning
 
 MESHES = {"fsdp x tensor": {"data": 1, "fsdp": 4, "tensor": 2}, "data x fsdp": {"data": 2, "fsdp": 4}}
@@ -59,8 +60,8 @@ def share(leaf):
 RUNS = [
     ("lora", "fsdp x tensor"),
     ("pissa, altlora_plus", "data x fsdp"),
-    ("galore", "fsdp x tensor"),
-    ("dora, text classes", "data x fsdp"),
+    ("galore", "data x fsdp"),
+    ("dora, text classes", "fsdp x tensor"),
     ("vision transformer", "fsdp x tensor"),
 ]
 
@@ -75,8 +76,16 @@ def test_losses_are_those_of_one_device(folder, name, mesh):
         fsdp, tensor = 4, MESHES[mesh].get("tensor", 1)
         pair, kernel = state["params"]["sites"][f"layers/{UP}/kernel"], task.frozen[0]["layers"]["mlp"]["up_proj"]
         assert (share(kernel["kernel"]), share(pair["a"]), share(pair["b"])) == (fsdp * tensor, fsdp, tensor)
-    if name == "galore":  # the dimension of which the mesh divides more stays whole
+    if name == "galore":  # the dimension that the mesh divides stays as it is
         assert optimizers.sides(task.abstract["opt_state"])[f"layers/{UP}/kernel"] == ("cols", 4)
+
+
+def test_kernels_of_adapters_learn_how_the_frozen_matrices_lie(folder, monkeypatch):
+    task, seen = Finetuning(config_of(folder, "lora", **MESHES["fsdp x tensor"])), {}
+    run = lambda tree, batch: (seen.update(sharding.current_specs.get()), (0, 0, 0))[1]  # noqa: E731
+    monkeypatch.setattr(task, "_run", run)
+    jax.eval_shape(task.sums, task.abstract["params"], task.host_batch(0), task.abstract, task.frozen[0])
+    assert seen[f"layers/{UP}/kernel"] == (None, "fsdp", "tensor")
 
 
 def test_a_digest_is_the_same_wherever_parameters_lie(folder):
