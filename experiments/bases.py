@@ -96,7 +96,8 @@ def _pieces(leaf) -> Iterator[np.ndarray]:
     elif leaf.is_fully_replicated:
         yield np.asarray(leaf.addressable_data(0))
     else:
-        mesh = leaf.sharding.mesh  # type: ignore[attr-defined]
+        leaf = meshes.on_auto_axes(leaf)
+        mesh = leaf.sharding.mesh
         row = jax.jit(lambda x, i: x[i], out_shardings=jax.NamedSharding(mesh, jax.P()))
         for i in range(leaf.shape[0]):
             yield np.asarray(row(leaf, i).addressable_data(0))

@@ -199,19 +199,30 @@ class MeshConfig:
     Attributes:
       data, fsdp, sequence, tensor: sizes of the mesh's axes; one may be -1, which is what the others leave. data and
         fsdp together divide the batch.
-      spread: divide the low-rank optimizer state as far as the parameters are (`lr.state_shardings`).
+      spread: divide the low-rank optimizer state as far as the parameters are (`lr.state_shardings`), which needs an
+        auto mesh; None does so there.
+      explicit: array types carry their sharding, and an operation that would need a choice by the compiler is an error
+        in place of a silent gather; otherwise the compiler completes the shardings.
     """
 
     data: int = -1
     fsdp: int = 1
     sequence: int = 1
     tensor: int = 1
-    spread: bool = True
+    spread: bool | None = None
+    explicit: bool = False
 
     def __post_init__(self):
         for name in ("data", "fsdp", "sequence", "tensor"):
             size = getattr(self, name)
             require(size == -1 or size >= 1, f"mesh.{name}", size, "give a positive integer, or -1 for the rest")
+        remedy = "an explicit mesh keeps the rank whole; leave it None, or set mesh.explicit=False"
+        require(not (self.spread and self.explicit), "mesh.spread", self.spread, remedy)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether low-rank state is divided as far as the parameters are."""
+        return not self.explicit if self.spread is None else self.spread
 
     def parts(self, devices: int) -> int:
         """How many parts a batch is cut into on so many devices."""
@@ -272,6 +283,8 @@ class RunConfig:
         if self.optimizer.name == "optax_galore":
             remedy = "optax.contrib.galore leaves stacked layers unprojected; set model.scan=False"
             require(not self.model.scan, "model.scan", True, remedy)
+            remedy = "optax.contrib.galore decomposes matrices as they lie, divided or not; set mesh.explicit=False"
+            require(not self.mesh.explicit, "mesh.explicit", True, remedy)
 
 
 def smallest_dimension(model: llama.LlamaConfig) -> int:

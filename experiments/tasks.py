@@ -60,7 +60,7 @@ class Task:
     def __init__(self, config: MeshConfig, devices: Sequence[Any] | None = None):
         try:
             sizes: dict[str, Any] = config.sizes
-            self.mesh = meshes.make_mesh(**sizes, devices=devices)
+            self.mesh = meshes.make_mesh(**sizes, devices=devices, explicit=config.explicit)
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
         self.rows = jax.NamedSharding(self.mesh, meshes.spec(("batch",), self.mesh))
@@ -108,7 +108,7 @@ class Task:
             opt_state = jax.eval_shape(lambda params: without_weak_types(self.optimizer.init(params)), params)
         except ValueError as error:
             raise ConfigurationError(f"optimizer.name={settings.name!r}: {error}") from error
-        follow = lr.state_shardings(self.optimizer, params, self.places["params"], spread=self.config.mesh.spread)
+        follow = lr.state_shardings(self.optimizer, params, self.places["params"], spread=self.config.mesh.spreads)
         shapes, places = ({**own, "opt_state": more} for own, more in ((self.shapes, opt_state), (self.places, follow)))
         self.abstract = jax.tree.map(placed, shapes, places)
 
@@ -126,15 +126,16 @@ class Task:
             update = updates.step(self.sums, self.optimizer, accumulation)
         else:
             update = updates.fused(self.sums, self.optimizer, accumulation, backprop)
-        if self.mesh.size == 1:
+        if self.mesh.size == 1 and not self.config.mesh.explicit:
             return update
         stored = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        parameters = self.abstract["params"] if self.config.mesh.spread else None
+        parameters = self.abstract["params"] if self.config.mesh.spreads else None
+        place = jax.sharding.reshard if self.config.mesh.explicit else jax.lax.with_sharding_constraint
 
         def run(state, batch, *frozen):
             with meshes.use(self.mesh, parameters=parameters):
                 state, measured = update(state, batch, *frozen)
-            return jax.lax.with_sharding_constraint(state, stored), measured
+            return place(state, stored), measured
 
         return run
 
@@ -268,5 +269,6 @@ class Pretraining(Task):
             else None,
         }
         if state is not None and config.run.sample_tokens:
-            entries["sample"] = sampled(config, self.dataset.tokenizer, self.model, state["params"])
+            params = meshes.on_auto_axes(state["params"])  # sampling does not say where things go
+            entries["sample"] = sampled(config, self.dataset.tokenizer, self.model, params)
         return entries

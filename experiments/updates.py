@@ -9,6 +9,7 @@ import optax
 import lowrank_jax as lr
 from experiments import optimizers
 from experiments.models import llama
+from lowrank_jax import sharding
 
 
 def loss_sums(model, params, batch):
@@ -82,7 +83,7 @@ def step(sums, optimizer, accumulation: int):
         else:
             parts = microbatches(batch, accumulation)
             shapes = jax.eval_shape(gradient_sum, first(parts), first(keys))
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            zeros = jax.tree.map(sharding.zeros_like, shapes)
             total, _ = jax.lax.scan(
                 lambda sums, part: (optax.tree.add(sums, gradient_sum(*part)), None), zeros, (parts, keys)
             )

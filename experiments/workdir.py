@@ -28,7 +28,7 @@ from experiments.data import Dataset, load
 # A resumed run may change these: they alter neither an update nor a line of metrics.
 WATCHING: dict[str, tuple[str, ...]] = {
     "name": (),
-    "mesh": ("data", "fsdp", "sequence", "tensor", "spread"),  # other devices add up the same numbers
+    "mesh": ("data", "fsdp", "sequence", "tensor", "spread", "explicit"),  # other devices add up the same numbers
     "checkpoint": ("every", "keep", "verify"),
     "run": (
         "log_every",

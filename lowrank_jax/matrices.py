@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,14 @@ class ResolvedView:
         view = MatrixView(batch=batch, rows=rows, cols=cols)
         spec = None if self.spec is None else self.spec[1:]
         return dataclasses.replace(self, view=view, shape=self.shape[1:], batch=self.batch[1:], spec=spec)
+
+    def lying(self, leaf: Any) -> ResolvedView:
+        """The view with the partition entries that the type of the leaf has on an explicit mesh, None elsewhere."""
+        own = sharding.explicit_spec(leaf)
+        spec = None if own is None else sharding.fold_spec(own, self.view.batch, self.view.rows, self.view.cols)
+        if spec is not None and self.side == "cols":
+            spec = (*spec[:-2], spec[-1], spec[-2])
+        return dataclasses.replace(self, spec=spec)
 
     def structure(self) -> ResolvedView:
         """The view without the mesh: what is stored in a state's static metadata."""

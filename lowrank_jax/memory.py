@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import optax
 
+from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.projectors.base import count
 from lowrank_jax.projection.state import MatrixState, ProjectionState
@@ -237,8 +238,9 @@ def ledger(tx: optax.GradientTransformation, params: Any, step: Any = None, *arg
     state in all              0.563           0.563
     """
     params = _abstract(params)
-    parts = {"parameters": params, "gradients": params} | components(jax.eval_shape(tx.init, params))
-    measured = {name: _as_arguments(part) for name, part in parts.items()}
+    with sharding.mesh_of(params):
+        parts = {"parameters": params, "gradients": params} | components(jax.eval_shape(tx.init, params))
+        measured = {name: _as_arguments(part) for name, part in parts.items()}
     by_formula = {row["component"]: row["bytes_formula"] for row in formula(tx, params)}
     program = None if step is None else measure(step, *arguments)
     if program is not None:

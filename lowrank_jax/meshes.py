@@ -224,18 +224,36 @@ def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator
     Raises:
       ValueError: where a leaf of `parameters` lies on no mesh, or on another one.
     """
-    specs = None
-    if parameters is not None and AxisType.Explicit not in mesh.axis_types and mesh.size > 1:
+    specs, explicit = None, AxisType.Explicit in mesh.axis_types
+    if parameters is not None and not explicit and mesh.size > 1:
         specs = _specs(mesh, parameters)
     token, placed = _CURRENT.set((mesh, rules)), sharding.current_mesh.set(mesh)
     known, rows = sharding.current_specs.set(specs), sharding.current_rows.set(_rows(mesh, rules))
     try:
-        yield
+        with _types_of(mesh) if explicit else contextlib.nullcontext():
+            yield
     finally:
         sharding.current_rows.reset(rows)
         sharding.current_specs.reset(known)
         sharding.current_mesh.reset(placed)
         _CURRENT.reset(token)
+
+
+def _types_of(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """A context for a trace, in which array types are those of this explicit mesh."""
+    known = jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+    return contextlib.nullcontext() if known else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _placed(names: Sequence[str | None], shape: Sequence[int]) -> tuple[Mesh, PartitionSpec] | None:
+    """The mesh of `use` and where an array of this shape lies on it; None outside `use`, or on one auto device."""
+    current = _CURRENT.get()
+    if current is None or (current[0].size == 1 and AxisType.Explicit not in current[0].axis_types):
+        return None
+    if len(names) != len(shape):
+        raise ValueError(f"{len(names)} names {names} for an array of shape {tuple(shape)}; name every axis")
+    mesh, rules = current
+    return mesh, spec(names, mesh, rules, shape)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -245,13 +263,64 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     >>> constrain(jnp.ones((2, 4)), "batch", None).shape
     (2, 4)
     """
-    current = _CURRENT.get()
-    if current is None or current[0].size == 1:
+    found = _placed(names, x.shape)
+    if found is None:
         return x
-    if len(names) != x.ndim:
-        raise ValueError(f"constrain: {len(names)} names {names} for an array of shape {x.shape}; name every axis")
-    mesh, rules = current
-    placed = spec(names, mesh, rules, x.shape)
+    mesh, placed = found
     if AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.reshard(x, placed)
+        return sharding.reshard(x, tuple(placed))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
+
+
+def on_auto_axes(tree: Any) -> Any:
+    """Arrays of an explicit mesh as those of an auto one, where they lie: for programs that do not say what goes where.
+
+    >>> x = jax.device_put(1.0, NamedSharding(make_mesh(data=-1, explicit=True), PartitionSpec()))
+    >>> set(on_auto_axes(x).sharding.mesh.axis_types)
+    {Auto}
+    """
+
+    def place(x):
+        mesh = x.sharding.mesh
+        auto = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        own = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(auto, x.sharding.spec), own)
+
+    return jax.tree.map(lambda x: place(x) if sharding.is_explicit(x.sharding) else x, tree)
+
+
+def out_sharding(shape: Sequence[int], *names: str | None) -> PartitionSpec | None:
+    """What `out_sharding=` tells an operation whose result has this shape and these axes; None off explicit meshes.
+
+    On an explicit mesh a sum over a divided axis, and a look-up along one, must be told where the result goes.
+
+    >>> out_sharding((2, 4), "batch", None)
+    """
+    found = _placed(names, shape)
+    return found[1] if found is not None and AxisType.Explicit in found[0].axis_types else None
+
+
+def at_input(kernel: jax.Array, x: jax.Array, *, rows: int = -2) -> jax.Array:
+    """The kernel `(..., rows, cols)` of a product gathered for its input `x (..., rows)`; itself off explicit meshes.
+
+    Its rows are divided as the last axis of x is, and its columns over no axis of the mesh that divides x: parameters
+    divided along "embed" over fsdp are gathered over it, because rows of the batch are. The gradient of the kernel goes
+    back to where the kernel lies.
+
+    Args:
+      kernel, x: of a product that contracts the last axis of x.
+      rows: the axis of the kernel that is contracted, -2, or -1 of an embedding that serves as the output layer.
+
+    >>> import jax.numpy as jnp
+    >>> at_input(jnp.ones((4, 6)), jnp.ones((2, 4))).shape
+    (4, 6)
+    """
+    inner, own = sharding.explicit_spec(x), sharding.explicit_spec(kernel)
+    if inner is None or own is None:
+        return kernel
+    used = {name for entry in inner for name in sharding.axis_names_of(entry)}
+    cols = -3 - rows
+    entries = dict.fromkeys(range(-kernel.ndim, 0)) | {rows: inner[-1]}
+    if used.isdisjoint(sharding.axis_names_of(own[cols])):
+        entries[cols] = own[cols]
+    return sharding.reshard(kernel, tuple(entries.values()))

@@ -278,11 +278,8 @@ def resolve(
         leaf_side = _side_of(path, rows, cols, matrix_spec, side, tie)
         shrunk = rows if leaf_side == "rows" else cols
         leaf_rank = rank(path, shrunk) if callable(rank) else rank
-        if matrix_spec is not None and leaf_side == "cols":
-            matrix_spec = (*matrix_spec[:-2], matrix_spec[-1], matrix_spec[-2])
-        resolved = ResolvedView(path=path, shape=shape, view=view, rank=leaf_rank, side=leaf_side, batch=tuple(batch),
-                                spec=matrix_spec if given is None else None)  # fmt: skip
-        leaves.append(Leaf(path, shape, note, resolved))
+        resolved = ResolvedView(path=path, shape=shape, view=view, rank=leaf_rank, side=leaf_side, batch=tuple(batch))
+        leaves.append(Leaf(path, shape, note, resolved.lying(node) if given is None else resolved))
     _check_coverage(views, used, leaves, any(isinstance(node, optax.MaskedNode) for _, node, _ in found))
     return Report(tuple(leaves))
 

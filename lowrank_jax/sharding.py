@@ -133,6 +133,11 @@ def zeros(shape: tuple[int, ...], dtype, spec: Spec | None) -> jax.Array:
     return jnp.zeros(shape, dtype) if spec is None else jnp.zeros(shape, dtype, out_sharding=PartitionSpec(*spec))
 
 
+def zeros_like(x: Any) -> jax.Array:
+    """Zeros of the shape, the dtype and on an explicit mesh the sharding of an array or a `jax.ShapeDtypeStruct`."""
+    return zeros(x.shape, x.dtype, explicit_spec(x))
+
+
 def reshape(x: jax.Array, shape: tuple[int, ...], *, first: int) -> jax.Array:
     """`x.reshape(shape)` that folds or splits axes from `first` on and keeps a sharding wherever it survives."""
     spec = explicit_spec(x)

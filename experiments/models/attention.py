@@ -26,6 +26,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax import sharding
+
 
 def chunked_attention(q_BxSxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax.Array, *, chunk: int) -> jax.Array:
     """`jax.nn.dot_product_attention(q, k, v, is_causal=True)`, in chunks; reverse-mode differentiable.
@@ -56,14 +58,16 @@ def chunked_attention(q_BxSxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax
     # keys after the end lie above the diagonal of every query that counts, so padding needs no mask of its own
     split = functools.partial(_split, chunk=chunk, groups=G)
     out_NxBxCxGxRxK = _attention(split(q_BxSxHxK), split(k_BxSxGxK)[..., 0, :], split(v_BxSxGxK)[..., 0, :])
-    return jnp.moveaxis(out_NxBxCxGxRxK, 0, 1).reshape(B, -1, H, K)[:, :S]
+    chunks = len(out_NxBxCxGxRxK)
+    return sharding.reshape(jnp.moveaxis(out_NxBxCxGxRxK, 0, 1), (B, chunks * chunk, H, K), first=1)[:, :S]
 
 
 def _split(x_BxSxHxK: jax.Array, chunk: int, groups: int) -> jax.Array:
     """(N, B, C, G, R, K), padded with zeros to whole chunks."""
     B, S, H, K = x_BxSxHxK.shape
     x_BxSxHxK = jnp.pad(x_BxSxHxK, ((0, 0), (0, -S % chunk), (0, 0), (0, 0)))
-    return jnp.moveaxis(x_BxSxHxK.reshape(B, -1, chunk, groups, H // groups, K), 1, 0)
+    shape = (B, x_BxSxHxK.shape[1] // chunk, chunk, groups, H // groups, K)
+    return jnp.moveaxis(sharding.reshape(x_BxSxHxK, shape, first=1), 1, 0)
 
 
 def _take(x: jax.Array, number: Any) -> jax.Array:

@@ -26,7 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.models.attention import chunked_attention
-from lowrank_jax.meshes import constrain
+from experiments.models.divided import Embed, chosen, promoted, rematerialised, summed
+from lowrank_jax import sharding
+from lowrank_jax.meshes import at_input, constrain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -261,6 +263,7 @@ def _dense(config, features, name, **kwargs):
         dtype=DTYPES[config.dtype],
         param_dtype=DTYPES[config.param_dtype],
         kernel_init=nn.initializers.normal(config.init_std),
+        promote_dtype=promoted,
         name=name,
         **kwargs,
     )
@@ -277,11 +280,12 @@ class Attention(nn.Module):
         config = self.config
         K = config.head_size
         B, S, _ = x_BxSxD.shape
-        q_BxSxHxK = _dense(config, config.heads * K, "q_proj")(x_BxSxD).reshape(B, S, config.heads, K)
-        k_BxSxGxK = _dense(config, config.kv_heads * K, "k_proj")(x_BxSxD).reshape(B, S, config.kv_heads, K)
-        v_BxSxGxK = _dense(config, config.kv_heads * K, "v_proj")(x_BxSxD).reshape(B, S, config.kv_heads, K)
-        # over a divided sequence every position reads the keys and values of all
-        q_BxSxHxK = constrain(q_BxSxHxK, "batch", "length", "heads", None)
+        q_BxSxHxK, k_BxSxGxK, v_BxSxGxK = (
+            sharding.reshape(_dense(config, heads * K, f"{name}_proj")(x_BxSxD), (B, S, heads, K), first=2)
+            for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads))
+        )
+        # over a divided sequence every position reads the keys and values of all; chunks of it follow one another
+        q_BxSxHxK = constrain(q_BxSxHxK, "batch", "length" if config.attention_chunk is None else None, "heads", None)
         k_BxSxGxK, v_BxSxGxK = (constrain(x, "batch", None, "kv", None) for x in (k_BxSxGxK, v_BxSxGxK))
         q_BxSxHxK, k_BxSxGxK = (rotate(x, config.rope_theta, config.rope_scaling) for x in (q_BxSxHxK, k_BxSxGxK))
         # scores and softmax are float32 inside
@@ -289,7 +293,8 @@ class Attention(nn.Module):
         if config.attention_chunk is not None:
             product = functools.partial(chunked_attention, chunk=config.attention_chunk)
         out_BxSxHxK = product(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK)
-        return _dense(config, config.width, "o_proj")(out_BxSxHxK.reshape(B, S, config.heads * K))
+        out_BxSxF = out_BxSxHxK.reshape(B, S, config.heads * K)
+        return _dense(config, config.width, "o_proj", dot_general=summed(out_BxSxF, config.width))(out_BxSxF)
 
 
 class MLP(nn.Module):
@@ -300,9 +305,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BxSxD):
         """Of normed x, without the residual connection."""
-        gate_BxSxF = _dense(self.config, self.config.hidden, "gate_proj")(x_BxSxD)
-        up_BxSxF = _dense(self.config, self.config.hidden, "up_proj")(x_BxSxD)
-        return _dense(self.config, self.config.width, "down_proj")(nn.silu(gate_BxSxF) * up_BxSxF)
+        config = self.config
+        gate_BxSxF, up_BxSxF = (_dense(config, config.hidden, name)(x_BxSxD) for name in ("gate_proj", "up_proj"))
+        h_BxSxF = constrain(nn.silu(gate_BxSxF) * up_BxSxF, "batch", "length", "mlp")
+        return _dense(config, config.width, "down_proj", dot_general=summed(h_BxSxF, config.width))(h_BxSxF)
 
 
 class Block(nn.Module):
@@ -343,7 +349,7 @@ class Llama(nn.Module):
         if tokens_BxS.shape[1] > config.sequence_length:
             limit = f"sequence_length={config.sequence_length}"
             raise ValueError(f"{tokens_BxS.shape[1]} tokens exceed {limit}: shorten them, or raise it")
-        embed = nn.Embed(
+        embed = Embed(
             config.vocabulary_size,
             config.width,
             dtype=DTYPES[config.dtype],
@@ -352,11 +358,7 @@ class Llama(nn.Module):
             name="embed",
         )
         x_BxSxD = embed(tokens_BxS)
-        block = Block
-        if config.remat:
-            policy = None if config.remat is True else getattr(jax.checkpoint_policies, config.remat)
-            # inside a scan XLA cannot merge the recomputation with the forward pass, so no barrier is needed
-            block = nn.remat(Block, policy=policy, prevent_cse=not config.scan)
+        block = rematerialised(Block, config)
         if config.scan:
             stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.layers)
             x_BxSxD, _ = stack(config, name="layers")(x_BxSxD, None)
@@ -365,16 +367,18 @@ class Llama(nn.Module):
                 x_BxSxD, _ = block(config, name=f"layer_{layer}")(x_BxSxD)
         x_BxSxD = RMSNorm(config, name="norm")(x_BxSxD)
         if config.tied_head:
-            kernel_VxD = embed.embedding.astype(DTYPES[config.dtype])
-            return jnp.einsum("BSD,VD->BSV", x_BxSxD, kernel_VxD, preferred_element_type=jnp.float32)
-        product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-        return _dense(config, config.vocabulary_size, "lm_head", dot_general=product)(x_BxSxD)
+            kernel_VxD = at_input(embed.embedding.astype(DTYPES[config.dtype]), x_BxSxD, rows=-1)
+            logits_BxSxV = jnp.einsum("BSD,VD->BSV", x_BxSxD, kernel_VxD, preferred_element_type=jnp.float32)
+        else:
+            product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+            logits_BxSxV = _dense(config, config.vocabulary_size, "lm_head", dot_general=product)(x_BxSxD)
+        return constrain(logits_BxSxV, "batch", "length", "vocabulary")
 
 
 def token_losses(logits_BxSxV, targets_BxS):
     """Cross-entropy in nats per token, logsumexp(logits) - logits[target], float32, (B, S)."""
     logits_BxSxV = logits_BxSxV.astype(jnp.float32)
-    chosen_BxS = jnp.take_along_axis(logits_BxSxV, targets_BxS[..., None], axis=-1)[..., 0]
+    chosen_BxS = chosen(logits_BxSxV, targets_BxS)
     return jax.nn.logsumexp(logits_BxSxV, axis=-1) - chosen_BxS
 
 

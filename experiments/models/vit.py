@@ -25,7 +25,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models.divided import promoted, rematerialised, summed
 from experiments.models.llama import DTYPES, REMAT_POLICIES
+from lowrank_jax import sharding
+from lowrank_jax.meshes import constrain
 
 NORM_EPS = 1e-6  # of the official code
 
@@ -138,7 +141,8 @@ def flops_per_image(config: VitConfig) -> int:
 
 def _dense(config, features, name, **kwargs):
     dtypes = {"dtype": DTYPES[config.dtype], "param_dtype": DTYPES[config.param_dtype]}
-    return nn.Dense(features, **dtypes, kernel_init=nn.initializers.xavier_uniform(), name=name, **kwargs)
+    kwargs |= {"kernel_init": nn.initializers.xavier_uniform(), "promote_dtype": promoted}
+    return nn.Dense(features, **dtypes, name=name, **kwargs)
 
 
 def _norm(config, name):
@@ -159,11 +163,14 @@ class Attention(nn.Module):
         B, S, D = x_BxSxD.shape
         heads = (B, S, config.heads, D // config.heads)
         q_BxSxHxK, k_BxSxHxK, v_BxSxHxK = (
-            _dense(config, D, f"{name}_proj")(x_BxSxD).reshape(heads) for name in ("q", "k", "v")
+            sharding.reshape(_dense(config, D, f"{name}_proj")(x_BxSxD), heads, first=2) for name in ("q", "k", "v")
         )
+        q_BxSxHxK = constrain(q_BxSxHxK, "batch", "length", "heads", None)
+        k_BxSxHxK, v_BxSxHxK = (constrain(x, "batch", None, "heads", None) for x in (k_BxSxHxK, v_BxSxHxK))
         # scores and softmax are float32 inside
         out_BxSxHxK = jax.nn.dot_product_attention(q_BxSxHxK, k_BxSxHxK, v_BxSxHxK)
-        return _dense(config, D, "o_proj")(out_BxSxHxK.reshape(B, S, D))
+        out_BxSxD = out_BxSxHxK.reshape(B, S, D)
+        return _dense(config, D, "o_proj", dot_general=summed(out_BxSxD, D))(out_BxSxD)
 
 
 class MLP(nn.Module):
@@ -174,8 +181,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BxSxD):
         """Of normed x, without the residual connection."""
+        D = self.config.width
         h_BxSxF = nn.gelu(_dense(self.config, self.config.hidden, "up_proj")(x_BxSxD), approximate=False)
-        return _dense(self.config, self.config.width, "down_proj")(h_BxSxF)
+        h_BxSxF = constrain(h_BxSxF, "batch", "length", "mlp")
+        return _dense(self.config, D, "down_proj", dot_general=summed(h_BxSxF, D))(h_BxSxF)
 
 
 class Block(nn.Module):
@@ -187,9 +196,11 @@ class Block(nn.Module):
     def __call__(self, x_BxSxD, _=None):
         """Of (x, nothing to scan over), giving (x, nothing to stack)."""
         config = self.config
+        x_BxSxD = constrain(x_BxSxD, "batch", "length", None)
         x_BxSxD = x_BxSxD + Attention(config, name="attention")(_norm(config, "attention_norm")(x_BxSxD))
+        x_BxSxD = constrain(x_BxSxD, "batch", "length", None)
         x_BxSxD = x_BxSxD + MLP(config, name="mlp")(_norm(config, "mlp_norm")(x_BxSxD))
-        return x_BxSxD, None
+        return constrain(x_BxSxD, "batch", "length", None), None
 
 
 class Vit(nn.Module):
@@ -221,24 +232,23 @@ class Vit(nn.Module):
             padding="VALID",
             dtype=dtype,
             param_dtype=param_dtype,
+            promote_dtype=promoted,
             name="patch_embed",
         )(images_BxIxIxC)
         B, D = len(images_BxIxIxC), config.width
         class_token = self.param("class_token", nn.initializers.zeros, (1, D), param_dtype)
         positions_SxD = self.param("positions", nn.initializers.normal(0.02), (config.patches + 1, D), param_dtype)
-        first = jnp.broadcast_to(class_token.astype(dtype), (B, 1, D))
+        first = constrain(jnp.broadcast_to(class_token.astype(dtype), (B, 1, D)), "batch", None, None)
         x_BxSxD = jnp.concatenate([first, patches.reshape(B, -1, D)], axis=1) + positions_SxD.astype(dtype)
-        block = Block
-        if config.remat:
-            policy = None if config.remat is True else getattr(jax.checkpoint_policies, config.remat)
-            block = nn.remat(Block, policy=policy, prevent_cse=not config.scan)  # as in llama.py
+        x_BxSxD = constrain(x_BxSxD, "batch", "length", None)
+        block = rematerialised(Block, config)
         if config.scan:
             stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.layers)
             x_BxSxD, _ = stack(config, name="layers")(x_BxSxD, None)
         else:
             for layer in range(config.layers):
                 x_BxSxD, _ = block(config, name=f"layer_{layer}")(x_BxSxD)
-        x_BxD = _norm(config, "norm")(x_BxSxD)[:, 0]
+        x_BxD = constrain(_norm(config, "norm")(x_BxSxD), "batch", None, None)[:, 0]
         product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
         logits = _dense(config, config.classes, "head", dot_general=product)(x_BxD)
         return logits.astype(jnp.float32)

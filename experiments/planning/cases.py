@@ -178,7 +178,7 @@ def with_mesh(config: RunConfig, text: str) -> RunConfig:
         axis, _, size = part.strip().partition("=")
         require(size.lstrip("-").isdigit(), "meshes", text, "write them as 'data=16;fsdp=8,tensor=2'")
         sizes[axis] = int(size)
-    own = {"spread": config.mesh.spread} | sizes
+    own = {"spread": config.mesh.spread, "explicit": config.mesh.explicit} | sizes
     return dataclasses.replace(config, mesh=build(configuration.MeshConfig, "mesh", own))
 
 

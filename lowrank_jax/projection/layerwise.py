@@ -293,7 +293,7 @@ class _Layerwise:
 
     def _pull(self, kernels, taps, vectors, inputs, dx):
         """Gradients of one layer, summed over the microbatches: `(kernels', vectors', inputs')`."""
-        zeros = None if taps is None else [tap.zeros() for tap in taps]
+        zeros = None if taps is None else [tap.zeros(own) for tap, own in zip(taps, kernels, strict=True)]
         if taps is None:  # codes have no gradient, their values do
             dtype = jax.tree.leaves(inputs)[0].dtype
             kernels = [kernel.dequantize(dtype) if hasattr(kernel, "dequantize") else kernel for kernel in kernels]

@@ -137,9 +137,10 @@ class MatrixStep:
             return
 
         def product():
-            return self.target @ sketch_basis(self.config, self.view, self.old, step, self.layers)
+            made = self.target @ sketch_basis(self.config, self.view, self.old, step, self.layers)
+            return sharding.reshard(made, sharding.whole_spec(self.view.spec))
 
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(product))
+        nothing = sharding.zeros_like(jax.eval_shape(product))
         self.sketch = product() if due is True else jax.lax.cond(due, product, lambda: nothing)
 
     def refresh(self, due: Any, step: jax.Array) -> None:
@@ -209,7 +210,7 @@ def sketch_basis(
 ) -> jax.Array:
     """`(batch..., k, q)`: what a refresh by a sketch contracts the kept side of the gradient with."""
     evidence = Evidence(
-        moments=layout.divided(view, _debiased(config, state.inner, sharding.whole_spec(view.spec)), -1)
+        moments=layout.divided(view, _debiased(config, state.inner), -1)
         if "moments" in config.projector.needs
         else None,
         step=step,
@@ -235,14 +236,15 @@ def _movable(config: Projection, trees: dict[str, Any]) -> dict[str, Any]:
 
 def _refreshed(config: Projection, view: ResolvedView, trees: dict[str, Any], step: jax.Array) -> dict[str, Any]:
     """The state after a refresh of all matrices in `trees`."""
-    needs, basis, inner, whole = config.projector.needs, trees["basis"], trees["inner"], sharding.whole_spec(view.spec)
+    needs, basis, inner = config.projector.needs, trees["basis"], trees["inner"]
+    whole = sharding.whole_spec(view.spec)
     evidence = Evidence(
         grad=sharding.rows_whole(sharding.reshard(trees["target"], whole), pad=config.projector.of_rows)
         if "grad" in needs
         else None,
         sketch=layout.divided(view, sharding.reshard(trees["sketch"], whole), -2) if "sketch" in needs else None,
         param=sharding.reshard(trees["param"], whole) if "param" in needs else None,
-        moments=layout.divided(view, _debiased(config, inner, whole), -1) if "moments" in needs else None,
+        moments=layout.divided(view, _debiased(config, inner), -1) if "moments" in needs else None,
         step=step,
         key=config.keys(view, step, trees["layers"]),
     )
@@ -262,11 +264,12 @@ def _refreshed(config: Projection, view: ResolvedView, trees: dict[str, Any], st
     return _movable(config, {"basis": new, "inner": after, "residual": residual})
 
 
-def _debiased(config: Projection, inner: Any, spec: Any) -> jax.Array:
-    """The first moment over `1 - b1^t`, in the old basis."""
+def _debiased(config: Projection, inner: Any) -> jax.Array:
+    """The first moment over `1 - b1^t`, in the old basis; whole matrices on an explicit mesh."""
     moment, value = inner_lib.first_moment(*inner_lib.decoded(config.inner, inner))
     seen = jnp.maximum(moment.count, 1)[..., None, None]
-    return sharding.reshard(value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen), spec)
+    whole = sharding.whole_spec(sharding.explicit_spec(value))
+    return sharding.reshard(value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen), whole)
 
 
 def _refresh_staggered(config: Projection, view: ResolvedView, trees: Any, due: Any, step: jax.Array, total: int):

@@ -52,16 +52,18 @@ class Tap:
 
     def placed(self) -> Tap:
         """This tap with its zeros, ready for a product."""
-        low, sketch = self.zeros()
+        low, sketch = self.zeros(None)
         return dataclasses.replace(self, low=low, sketch=sketch)
 
-    def zeros(self) -> tuple[jax.Array, jax.Array | None]:
-        """`(low, sketch)`, the points at which the gradient is taken."""
-        view, spec = self.view, self.projector.low_spec(self.view)
-        low = sharding.zeros((*view.batch, *self.projector.low_shape(view)), jnp.float32, spec)
+    def zeros(self, kernel: Any) -> tuple[jax.Array, jax.Array | None]:
+        """`(low, sketch)`, the points at which the gradient is taken; on an explicit mesh divided as the kernel is."""
+        view = self.view if kernel is None else self.view.lying(getattr(kernel, "value", kernel))
+        shape, spec = (*view.batch, *self.projector.low_shape(view)), self.projector.low_spec(view)
+        low = sharding.zeros(shape, jnp.float32, spec)
         if self.sketch_basis is None:
             return low, None
-        return low, jnp.zeros((*view.batch, view.shrunk, self.sketch_basis.shape[-1]), jnp.float32)
+        shape = (*view.batch, view.shrunk, self.sketch_basis.shape[-1])
+        return low, sharding.zeros(shape, jnp.float32, sharding.whole_spec(view.spec))
 
 
 @jax.tree_util.register_dataclass

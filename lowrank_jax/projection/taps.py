@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from lowrank_jax import sharding
 from lowrank_jax.projection.state import Projected, ProjectionState, matrix_states
 from lowrank_jax.projection.tapped import Tap, Tapped
 from lowrank_jax.resolution import is_node, path_of
@@ -128,7 +129,7 @@ def projected_value_and_grad(
         missing = set(taps.taps) - {tap.view.path for tap in found if tap is not None}
         if missing:
             raise ValueError(f"taps {sorted(missing)} have no leaf in params; give the tree that init saw")
-        zeros = [None if tap is None else tap.zeros() for tap in found]
+        zeros = [None if tap is None else tap.zeros(node) for (_, node), tap in zip(nodes, found, strict=True)]
         plain = [node if tap is None else None for (_, node), tap in zip(nodes, found, strict=True)]
 
         def of(free: Any, *args: Any) -> Any:
@@ -227,6 +228,10 @@ def check_taps(loss: Callable[..., Any], taps: Taps, params: Any, *args: Any, to
     """
 
     def both(taps, params, *args):
+        with sharding.mesh_of(params):
+            return differences(taps, params, *args)
+
+    def differences(taps, params, *args):
         _, projected = projected_value_and_grad(loss, taps)(params, *args)
         plain = jax.tree.map(lambda x: x.dequantize() if hasattr(x, "dequantize") else x, params, is_leaf=is_node)
         full, lows = _by_path(jax.grad(loss)(plain, *args)), _by_path(projected)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from lowrank_jax import sharding
 from lowrank_jax.projection.clocks import Staggered
 from lowrank_jax.projection.fused import Fused, fused
 from lowrank_jax.projection.matrix_step import whole
@@ -163,7 +163,7 @@ class _Gradients:
 def _with_zero_sketch(grad: Any, shape: Any) -> Any:
     if not is_projected(grad):
         return grad
-    return Projected(grad.low, jnp.zeros(shape.sketch.shape, shape.sketch.dtype))
+    return Projected(grad.low, sharding.zeros_like(shape.sketch))
 
 
 def _value_and_grad(loss: Callable[..., Any], accumulate: int, has_aux: bool) -> Callable[..., Any]:

@@ -52,8 +52,9 @@ def test_the_losses_of_a_run_are_those_of_one_device(first):
     np.testing.assert_allclose(losses(first), alone, atol=1e-5)
 
 
-def test_a_run_goes_on_on_another_mesh_with_the_sides_that_it_began_with(first, tmp_path):
-    config = config_of(fsdp=8, data=1)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_run_goes_on_on_another_mesh_with_the_sides_that_it_began_with(first, tmp_path, explicit):
+    config = config_of(fsdp=8, data=1, explicit=explicit)
     sides = lambda task: {path: side for path, (side, _) in optimizers.sides(task.abstract["opt_state"]).items()}  # noqa: E731
     stored = {path: side for path, (side, _) in checkpoint.stored_sides(first / "checkpoints").items()}
     assert stored != sides(Pretraining(config))  # of its own it would choose others
