@@ -32,7 +32,8 @@ def class_logits(model, params, batch):
         {"params": params}, batch["inputs"], capture_intermediates=is_last_norm, mutable=["intermediates"]
     )
     x_BxSxD = kept["intermediates"]["norm"]["__call__"][0]
-    x_BxD = jnp.take_along_axis(x_BxSxD, batch["last"][:, None, None], axis=1)[:, 0]
+    is_last_BxS = jnp.arange(x_BxSxD.shape[1]) == batch["last"][:, None]
+    x_BxD = jnp.sum(jnp.where(is_last_BxS[..., None], x_BxSxD, 0), axis=1)  # a sum, wherever the positions lie
     return lr.matmul(x_BxD, params[CLASSIFIER]["kernel"]).astype(jnp.float32)
 
 

@@ -3,7 +3,7 @@
 LLAMA = (
     (r"embed/embedding", ("vocabulary", "embed")),
     (r"lm_head/kernel", ("embed", "vocabulary")),
-    (r"classifier/kernel", ("embed", None)),
+    (r"classifier/kernel", (None, None)),
     (r".*/attention/q_proj/kernel", ("embed", "heads")),
     (r".*/attention/[kv]_proj/kernel", ("embed", "kv")),
     (r".*/attention/o_proj/kernel", ("heads", "embed")),

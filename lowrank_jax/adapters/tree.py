@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from lowrank_jax import sharding
 from lowrank_jax.adapters.adaptation import Adaptation, Adaptations
 from lowrank_jax.adapters.base import Adapter, Site
 from lowrank_jax.adapters.hosts import AdaptedKernel, Bound
@@ -106,14 +107,21 @@ def adapt(
 
 
 def _initialised(adapter: Adapter, site: Site, key: jax.Array, node: Any, given: Any, shared: Any) -> Any:
-    """`init_site` of every matrix, one after the other, so that an SVD of a large stack fits."""
-    kernel = matrices_of(node, site) if adapter.reads_kernel else None
-    if not site.lead:
+    """`init_site` of every matrix, one after the other so that an SVD of a large stack fits; explicit meshes: whole."""
+
+    def one(of):
+        key, kernel, given = of
+        if kernel is not None:
+            kernel = sharding.reshard(kernel, sharding.whole_spec(sharding.explicit_spec(kernel)))
         return adapter.init_site(key, site, kernel, given | {"shared": shared})
-    flat = lambda x: x.reshape(site.count, *x.shape[len(site.lead) :])  # noqa: E731
-    layers = jax.tree.map(flat, (jax.random.split(key, site.lead), kernel, given))
-    made = jax.lax.map(lambda one: adapter.init_site(one[0], site, one[1], one[2] | {"shared": shared}), layers)
-    return jax.tree.map(lambda x: x.reshape(*site.lead, *x.shape[1:]), made)
+
+    kernel = matrices_of(node, site) if adapter.reads_kernel else None
+    with sharding.mesh_of(kernel):
+        if not site.lead:
+            return one((key, kernel, given))
+        flat = lambda x: x.reshape(site.count, *x.shape[len(site.lead) :])  # noqa: E731
+        made = jax.lax.map(one, jax.tree.map(flat, (jax.random.split(key, site.lead), kernel, given)))
+        return jax.tree.map(lambda x: x.reshape(*site.lead, *x.shape[1:]), made)
 
 
 def matrices_of(node: Any, site: Site) -> jax.Array:

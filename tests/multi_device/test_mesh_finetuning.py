@@ -3,17 +3,23 @@
 import dataclasses
 import math
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import bases, optimizers, tuning_configuration
+from experiments.configuration import ConfigurationError
 from experiments.finetuning import Finetuning
 from lowrank_jax import sharding
 from tests.experiments import runs, tuning
 
-MESHES = {"fsdp x tensor": {"data": 1, "fsdp": 4, "tensor": 2}, "data x fsdp": {"data": 2, "fsdp": 4}}
+MESHES: dict[str, dict[str, Any]] = {
+    "fsdp x tensor": {"data": 1, "fsdp": 4, "tensor": 2},
+    "data x fsdp": {"data": 2, "fsdp": 4},
+}
+MESHES["explicit"] = MESHES["fsdp x tensor"] | {"explicit": True}
 UP = "mlp/up_proj"
 ROWS = {"data": {"batch_size": 8}}
 GALORE = {"name": "galore", "rank": 4, "projector": "power", "side": "sharding", "eps": 1e-4, "backprop": "projected"}
@@ -59,9 +65,9 @@ def share(leaf):
 
 RUNS = [
     ("lora", "fsdp x tensor"),
-    ("pissa, altlora_plus", "data x fsdp"),
+    ("pissa, altlora_plus", "explicit"),
     ("galore", "data x fsdp"),
-    ("dora, text classes", "fsdp x tensor"),
+    ("dora, text classes", "explicit"),
     ("vision transformer", "fsdp x tensor"),
 ]
 
@@ -81,6 +87,12 @@ def test_losses_are_those_of_one_device(folder, name, mesh):
         assert optimizers.sides(task.abstract["opt_state"])[f"layers/{UP}/kernel"] == ("cols", 4)
 
 
+def test_what_an_explicit_mesh_does_not_do_is_refused(folder):
+    values = dataclasses.asdict(tuning.tiny(folder, adapter={"method": "oft(block=4)"}))
+    with pytest.raises(ConfigurationError, match=r"mesh\.explicit=True: OFT cuts .* set mesh\.explicit=False"):
+        tuning_configuration.from_dict(values | {"mesh": MESHES["explicit"]})
+
+
 def test_kernels_of_adapters_learn_how_the_frozen_matrices_lie(folder, monkeypatch):
     task, seen = Finetuning(config_of(folder, "lora", **MESHES["fsdp x tensor"])), {}
     run = lambda tree, batch: (seen.update(sharding.current_specs.get()), (0, 0, 0))[1]  # noqa: E731
@@ -93,7 +105,7 @@ def test_a_digest_is_the_same_wherever_parameters_lie(folder):
     base = bases.open_base(bases.BaseConfig(source=str(folder / "base")), 0)
     meshes = [None, *(Finetuning(config_of(folder, "lora", **own)).mesh for own in MESHES.values())]
     params = [base.read(base.placing(mesh)) for mesh in meshes]
-    assert [share(own["layers"]["mlp"]["up_proj"]["kernel"]) for own in params] == [1, 8, 4]
+    assert [share(own["layers"]["mlp"]["up_proj"]["kernel"]) for own in params] == [1, 8, 4, 8]
     assert len({bases.digest(own) for own in params}) == 1
 
 
