@@ -200,7 +200,7 @@ def sampled(config, tokenizer, model, params) -> str:
     prompt = tokenizer.encode(settings.sample_prompt)[-model.config.sequence_length :]
     tokens = sample(
         model,
-        params,
+        meshes.on_auto_axes(params),  # sampling does not say where things go
         jnp.asarray(prompt, jnp.int32)[None],
         settings.sample_tokens,
         jax.random.key(settings.seed),
@@ -269,6 +269,5 @@ class Pretraining(Task):
             else None,
         }
         if state is not None and config.run.sample_tokens:
-            params = meshes.on_auto_axes(state["params"])  # sampling does not say where things go
-            entries["sample"] = sampled(config, self.dataset.tokenizer, self.model, params)
+            entries["sample"] = sampled(config, self.dataset.tokenizer, self.model, state["params"])
         return entries

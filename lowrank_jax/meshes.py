@@ -129,6 +129,8 @@ def _mesh_axes(rules: Rules, name: str | None, mesh: Mesh) -> tuple[str, ...]:
 def spec(names: Sequence[str | None], mesh: Mesh, rules: Rules = RULES, shape: Sequence[int] | None = None) -> Any:
     """The PartitionSpec of axes with these names; an axis of the mesh is used once, and where it divides `shape`.
 
+    An axis of one entry stays whole, also where the mesh would not divide it.
+
     >>> mesh = make_mesh(data=-1)
     >>> spec(("batch", None, "embed"), mesh)
     P(('data', 'fsdp'), None, None)
@@ -137,7 +139,7 @@ def spec(names: Sequence[str | None], mesh: Mesh, rules: Rules = RULES, shape: S
     used: set[str] = set()
     for i, name in enumerate(names):
         axes = tuple(axis for axis in _mesh_axes(rules, name, mesh) if axis not in used)
-        if shape is not None and shape[i] % math.prod(mesh.shape[axis] for axis in axes):
+        if shape is not None and (shape[i] == 1 or shape[i] % math.prod(mesh.shape[axis] for axis in axes)):
             axes = ()
         used |= set(axes)
         entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)

@@ -28,6 +28,7 @@ LORA = {"adapter.method": "lora(rank=2)"}
 GALORE = {"adapter.method": "", "optimizer.name": "galore", "optimizer.rank": 4, "optimizer.backprop": "projected",
           "optimizer.projector": "power", "optimizer.eps": 1e-4, "optimizer.learning_rate": 1e-3,
           "schedule.steps": 8, "mesh.data": 1, "mesh.fsdp": -1}  # fmt: skip
+SHARED = {"mesh__data": 1, "mesh__fsdp": -1, "mesh__explicit": True}  # the base, on a mesh of explicit axes
 
 
 @pytest.fixture(scope="module")
@@ -44,40 +45,25 @@ def start(folder, workdir, count, values, **changes):
     return Processes(folder, workdir, count, program="finetune", config=config, values=values, **changes)
 
 
-@pytest.fixture(scope="module")
-def one(folder):
-    """LoRA in one process."""
-    with start(folder, folder / "one", 1, LORA) as run:
+def test_two_processes_that_share_a_base_have_the_losses_of_one_and_lose_nothing(folder):
+    one, two, killed = (folder / name for name in ("one", "two", "killed"))
+    with start(folder, one, 1, LORA) as run:
         run.finish()
-    return folder / "one"
-
-
-@pytest.fixture(scope="module")
-def two(folder):
-    """LoRA in two processes that share out the base's parameters."""
-    with start(folder, folder / "two", 2, LORA, mesh__data=1, mesh__fsdp=-1) as run:
+    with start(folder, two, 2, LORA, **SHARED) as run:
         run.finish()
-    return folder / "two"
-
-
-def test_two_processes_have_the_losses_of_one(one, two):
     assert_close(two, one)
     assert list(losses(two)[0]) == list(range(1, STEPS + 1))
     ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (two, one))
     assert ours["device"].startswith("2 x ") and ours["base_digest"] == theirs["base_digest"]
     assert ours["domain_loss"] == pytest.approx(theirs["domain_loss"], abs=1e-5)
     assert ours["sample"]
-
-
-def test_a_killed_process_costs_nothing(two, folder):
-    workdir = folder / "killed"
-    with start(folder, workdir, 2, LORA, mesh__data=1, mesh__fsdp=-1) as run:
-        run.wait_for(workdir, 12)
+    with start(folder, killed, 2, LORA, **SHARED) as run:
+        run.wait_for(killed, 12)
         run.children[1].send_signal(signal.SIGKILL)
         assert 0 not in run.codes(40)
-    with start(folder, workdir, 2, LORA, mesh__data=1, mesh__fsdp=-1) as run:
+    with start(folder, killed, 2, LORA, **SHARED) as run:
         run.finish()
-    assert_bitwise_equal(workdir, two)
+    assert_bitwise_equal(killed, two)
 
 
 def test_projected_backprop_of_the_whole_model(folder):
