@@ -137,9 +137,11 @@ def known(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def collect(rows: dict[str, dict[str, Any]], failed: dict[str, str]) -> dict[str, Any]:
-    """What is written: rows in the queue's order, and what is not there."""
+    """What is written: rows by preset, target and optimizer, and what is not there."""
     listed = {identity(one): one for one in wanted()}
     found = [queue.judged(rows[name]) for name in listed if name in rows]
+    targets = list(dict.fromkeys(topology for _, topology, *_ in QUEUE))
+    found.sort(key=lambda row: (row["preset"], targets.index(row["topology"]), row["optimizer"], row["backprop"] or ""))
     compared = [queue.judged(rows[name]) for name in map(identity, reality()) if name in rows]
     return {
         "command": COMMAND,

@@ -6,8 +6,8 @@ Of a matrix `(s, k)` whose s is divided over the mesh axes A and k over B:
     bases            (s, r)       s over A and B       s over A
     low-rank objects (r, k)       r over A, k over B   k over B
 
-each as far as it divides. A device so holds its share of all state and works on it there; only what enters a product
-with a matrix's share is gathered over the rank, for one layer at a time.
+each as far as it divides; where A does not divide the rank, it divides k. A device so holds its share of all state and
+works on it there; only what enters a product with a matrix's share is gathered over A, for one layer at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Layout:
     @property
     def low(self) -> PartitionSpec:
         """Of `(batch..., r, k)`, spread."""
-        return self._spec(self._divided(self.view.rank, self.s), self._divided(self.view.kept, self.k))
+        rank = self._divided(self.view.rank, self.s)
+        return self._spec(rank, self._divided(self.view.kept, self.k, *(() if rank else (self.s,))))
 
     @property
     def low_at_use(self) -> PartitionSpec:

@@ -25,6 +25,7 @@ OPTIMIZERS = {
     "galore projected": {"name": "galore", "rank": 8, "projector": "alternating", "refresh_every": 2, "eps": 1e-4,
                          "refresh_when": "after", "backprop": "projected"},
     "dct_adamw": {"name": "dct_adamw", "rank": 8, "eps": 1e-4},
+    "apollo_mini": {"name": "apollo_mini", "eps": 1e-4},  # a rank that no mesh divides
 }  # fmt: skip
 MESHES = {
     "fsdp x tensor": {"fsdp": 4, "tensor": 2},
@@ -68,6 +69,7 @@ def alone():
 
 # GaLore by full gradients is compared in test_mesh_resume
 RUNS = [("galore projected", "fsdp x tensor"), ("dct_adamw", "data x fsdp"), ("adamw", "fsdp x sequence")]
+RUNS += [("apollo_mini", "fsdp x tensor")]
 
 
 @pytest.mark.parametrize(("name", "mesh"), RUNS)
