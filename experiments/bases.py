@@ -25,6 +25,9 @@ from lowrank_jax import meshes
 # Shapes of parameters, or of some of them, to their shardings.
 Place = Callable[[Any], Any]
 
+# Bytes of a divided leaf that a device puts together at once, for its digest.
+BLOCK = 64 * 2**20
+
 # config.json of a folder that finetune exported begins with it
 EXPORTED = "lowrank_jax model"
 
@@ -76,7 +79,7 @@ def shapes(config, classes: int = 0) -> Any:
 def digest(params) -> str:
     """sha256 over path, shape, dtype and bytes of every leaf, wherever it lies.
 
-    Of leaves that several devices divide one row is put together after the other.
+    Leaves that several devices divide are put together block by block.
 
     >>> digest({"a": np.zeros(2)}) == digest({"a": jnp.zeros(2, jnp.float32)})
     False
@@ -90,17 +93,21 @@ def digest(params) -> str:
 
 
 def _pieces(leaf) -> Iterator[np.ndarray]:
-    """The array, or its rows where devices divide it: a stack's rows are layers."""
+    """The array, or blocks of its rows of some megabytes where devices divide it."""
     if not isinstance(leaf, jax.Array):
         yield np.asarray(leaf)
     elif leaf.is_fully_replicated:
         yield np.asarray(leaf.addressable_data(0))
     else:
         leaf = meshes.on_auto_axes(leaf)
-        mesh = leaf.sharding.mesh
-        row = jax.jit(lambda x, i: x[i], out_shardings=jax.NamedSharding(mesh, jax.P()))
-        for i in range(leaf.shape[0]):
-            yield np.asarray(row(leaf, i).addressable_data(0))
+        whole, rows = jax.NamedSharding(leaf.sharding.mesh, jax.P()), len(leaf)
+        size = min(rows, max(1, BLOCK // (leaf.nbytes // rows)))
+        block = jax.jit(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, size), out_shardings=whole)
+        for i in range(0, rows - rows % size, size):
+            yield np.asarray(block(leaf, i).addressable_data(0))
+        if rows % size:
+            rest = jax.jit(lambda x: x[rows - rows % size :], out_shardings=whole)
+            yield np.asarray(rest(leaf).addressable_data(0))
 
 
 def open_base(config: BaseConfig, seed: int) -> Base:

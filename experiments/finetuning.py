@@ -103,10 +103,11 @@ class Finetuning(Task):
         self._known = jax.tree.map(placed, self.model.shapes, kernels) if self.parts.adapts else None
         self.work = self._work()
         self._digest: str | None = None
-        if self.parts.needs_base:
-            self.frozen = self.parts.cut_off(self._read_base())
         self.objective = objectives.classes if self.dataset.classes else objectives.language
         self._run = lr.linen.adapted(self._loss) if self.parts.adapts else self._loss
+        self._check_types(jax.tree.map(placed, self.model.shapes, kernels))
+        if self.parts.needs_base:
+            self.frozen = self.parts.cut_off(self._read_base())
         self._measure = {name: jax.jit(self._sums_of(name)) for name in ("own", "domain")}
 
     # what can be wrong, before any work
@@ -144,6 +145,19 @@ class Finetuning(Task):
             raise ConfigurationError(
                 f"optimizer.rank={settings.rank}: the base's smallest matrix dimension is {smallest}; go no higher"
             )
+
+    def _check_types(self, base):
+        """Trace the update on an explicit mesh, before the base is read: not every adapter says what lies where."""
+        if not self.config.mesh.explicit:
+            return
+        frozen = self.parts.cut_off(base) if self.parts.needs_base else ()
+        try:
+            jax.eval_shape(self.update(), self.abstract, self.batch_shapes(), *frozen)
+        except Exception as error:  # jax's own has no public name
+            raise ConfigurationError(
+                f"mesh.explicit=True: adapter.method={self.config.adapter.method!r} on these kernels does not say "
+                f"where its results lie ({str(error).splitlines()[0]}); set mesh.explicit=False"
+            ) from error
 
     def _open_domain(self) -> Dataset | None:
         """The base's own data, where the tuned model can still be measured on it."""

@@ -171,6 +171,12 @@ class Task:
         limit = settings.evaluation_tokens if limit is None else limit
         return part.evaluation(size, limit, *distributed.part(self.rows))
 
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch of an update, abstract."""
+        rows, own = self.config.data.batch_size, self.host_batch(0)
+        whole = {name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype) for name, array in own.items()}
+        return {name: placed(shape, self.rows) for name, shape in whole.items()}
+
     def on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The batch of which these are this process's rows."""
         return {name: jax.make_array_from_process_local_data(self.rows, array) for name, array in batch.items()}

@@ -169,13 +169,9 @@ class _Training:
     def _compile(self):
         """Compile before the first update, so that no compilation is counted as training."""
         begin = time.perf_counter()
-        task, rows = self.task, self.config.data.batch_size
-        batch = {
-            name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=task.rows)
-            for name, array in task.host_batch(0).items()
-        }
+        task = self.task
         update = jax.jit(task.update(), donate_argnums=0)
-        self.compiled = update.lower(task.abstract, batch, *task.frozen).compile()
+        self.compiled = update.lower(task.abstract, task.batch_shapes(), *task.frozen).compile()
         self.finite = jax.jit(
             lambda params: jnp.all(jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]))
         )

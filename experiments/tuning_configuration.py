@@ -217,9 +217,6 @@ class TuningConfig:
             require(not adapts, "optimizer.name", name, remedy)
         remedy = "adapters want a trained base; name one, or train the whole model with adapter.method=''"
         require(self.base.source or not adapts, "base.source", self.base.source, remedy)
-        cuts = any(isinstance(adapter, lr.adapters.oft) for _, adapter in self.adapter.parsed())
-        remedy = "OFT cuts divided rows into blocks, which an explicit mesh does not do; set mesh.explicit=False"
-        require(not (cuts and self.mesh.explicit), "mesh.explicit", True, remedy)
         batch, parts = self.data.batch_size, self.schedule.accumulation
         remedy = f"choose a divisor of data.batch_size={batch}"
         require(batch % parts == 0, "schedule.accumulation", parts, remedy)

@@ -103,6 +103,11 @@ def logical_axes(params: Any, table: Table) -> Any:
     """
     found = []
     for path, leaf, _ in leaves_with_metadata(params):
+        if hasattr(leaf, "dequantize"):
+            raise ValueError(
+                f"table: {path!r} is quantised, and its codes have other axes; give the parameters from before, and "
+                "quantise under jax.jit, where codes lie as their matrices do"
+            )
         names = next((names for pattern, names in table if re.fullmatch(pattern, path)), None)
         if names is None:
             raise ValueError(f"table: nothing matches the leaf {path!r}; add a row (pattern, axis names) for it")

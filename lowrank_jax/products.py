@@ -36,6 +36,8 @@ def undecoded(kernel: Any, spec: tuple[Any, Any] | None = None) -> Callable[[jax
     """
     if not isinstance(kernel, linalg.NormalFloat4) or kernel.products != "kernel" or kernel.ndim != 2:
         return None
+    if sharding.explicit_trace():
+        return None
     return lambda x: kernels.nf4_linear(x, kernel, spec=spec)
 
 

@@ -100,6 +100,11 @@ def divides() -> bool:
     return mesh is not None and mesh.size > 1 and AxisType.Explicit not in mesh.axis_types
 
 
+def explicit_trace() -> bool:
+    """Whether a program is traced for a mesh of explicit axes, which no kernel is divided over."""
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
 def all_axes(mesh: Any) -> tuple[str, ...]:
     """The axes of a mesh that divide anything, over all of which rows of a refresh lie."""
     return dividing(tuple(reversed(mesh.axis_names)), mesh)
@@ -189,7 +194,7 @@ def mesh_of(tree: Any) -> contextlib.AbstractContextManager:
 
 def settled(tree: Any) -> Any:
     """`tree` with the leaves that are on no explicit mesh replicated over the current one, if that is explicit."""
-    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+    if not explicit_trace():
         return tree
     return jax.tree.map(lambda x: reshard(x, (None,) * x.ndim) if explicit_spec(x) is None else x, tree)
 

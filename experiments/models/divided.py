@@ -1,9 +1,11 @@
 """What layers of our models add for explicit meshes, where array types say how they lie; elsewhere nothing.
 
 Kernels are gathered where they are multiplied, and sums over divided axes, look-ups and choices along them say where
-they go. All are keywords of Flax's own layers and jax's own products, so that taps and adapters find what they know.
+they go. All but the look-up are keywords of Flax's own layers and jax's own products, so that taps and adapters find
+what they know.
 
-Shapes are named by their suffix: B batch, S sequence, D width, V vocabulary.
+Shapes are named by their suffix: B batch, S sequence, D width, V vocabulary, H query heads, G key/value heads, K head
+size.
 """
 
 import functools
@@ -47,6 +49,22 @@ def rematerialised(block, config):
 
 def _all_but_reshards(primitive, *_, **__):
     return primitive.name != "reshard"
+
+
+def positions(chunk: int | None) -> str | None:
+    """The axis of queries' positions: on an explicit mesh every device goes through all chunks of a sequence."""
+    return "length" if chunk is None or out_sharding(()) is None else None
+
+
+def beside(k_BxSxGxK, q_BxSxHxK):
+    """Keys or values, repeated for each query head where an explicit mesh divides the query heads and not these."""
+    q_spec, k_spec = sharding.explicit_spec(q_BxSxHxK), sharding.explicit_spec(k_BxSxGxK)
+    if q_spec is None or k_spec is None or q_spec[2] == k_spec[2]:
+        return k_BxSxGxK
+    B, S, G, K = k_BxSxGxK.shape
+    H = q_BxSxHxK.shape[2]
+    repeated = jnp.broadcast_to(k_BxSxGxK[:, :, :, None], (B, S, G, H // G, K))
+    return constrain(sharding.reshape(repeated, (B, S, H, K), first=2), "batch", None, "heads", None)
 
 
 class Embed(nn.Embed):

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.models.attention import chunked_attention
-from experiments.models.divided import Embed, chosen, promoted, rematerialised, summed
+from experiments.models.divided import Embed, beside, chosen, positions, promoted, rematerialised, summed
 from lowrank_jax import sharding
 from lowrank_jax.meshes import at_input, constrain
 
@@ -284,9 +284,10 @@ class Attention(nn.Module):
             sharding.reshape(_dense(config, heads * K, f"{name}_proj")(x_BxSxD), (B, S, heads, K), first=2)
             for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads))
         )
-        # over a divided sequence every position reads the keys and values of all; chunks of it follow one another
-        q_BxSxHxK = constrain(q_BxSxHxK, "batch", "length" if config.attention_chunk is None else None, "heads", None)
+        # over a divided sequence every position reads the keys and values of all
+        q_BxSxHxK = constrain(q_BxSxHxK, "batch", positions(config.attention_chunk), "heads", None)
         k_BxSxGxK, v_BxSxGxK = (constrain(x, "batch", None, "kv", None) for x in (k_BxSxGxK, v_BxSxGxK))
+        k_BxSxGxK, v_BxSxGxK = (beside(x, q_BxSxHxK) for x in (k_BxSxGxK, v_BxSxGxK))
         q_BxSxHxK, k_BxSxGxK = (rotate(x, config.rope_theta, config.rope_scaling) for x in (q_BxSxHxK, k_BxSxGxK))
         # scores and softmax are float32 inside
         product = functools.partial(jax.nn.dot_product_attention, is_causal=True)

@@ -305,7 +305,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; x itself without a key or a rate, and for indices."""
     if key is None or rate == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = sharding.reshard(jax.random.bernoulli(key, 1 - rate, x.shape), sharding.explicit_spec(x))
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 

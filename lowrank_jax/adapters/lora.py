@@ -161,8 +161,9 @@ class Lora(Adapter):
       trains: "both" factors, or only "a" or "b": LoRA-FA (arXiv:2308.03303) trains "b".
       products: "xla", or "kernel": `lr.kernels.thin_linear` makes both products of a dense host in one pass over x,
         on a TPU or GPU. It takes float32 and bfloat16, x and kernel alike; where the host's product has a precision, a
-        result dtype or a function of its own, or other adapters stand before, XLA makes them, and inside
-        `lr.meshes.use` of several devices where its `parameters` do not name the kernel. No device has timed it.
+        result dtype or a function of its own, or other adapters stand before, XLA makes them; so it does on a mesh of
+        explicit axes, and inside `lr.meshes.use` of several devices where its `parameters` do not name the kernel. No
+        device has timed it.
 
     Trains `r (n + m)` numbers; a frozen factor does not count.
 
@@ -242,7 +243,7 @@ class Lora(Adapter):
         return a, jnp.concatenate([p["scale"], -p["scale"]]), b
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
-        if self.products == "kernel" and op.plain:
+        if self.products == "kernel" and op.plain and not sharding.explicit_trace():
 
             def both(x):
                 a, scale, b = self.factors(site, p)

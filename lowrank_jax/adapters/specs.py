@@ -68,7 +68,10 @@ def shardings(adaptation: Adaptation, param_shardings: Any) -> tuple[dict[str, A
 
     Args:
       adaptation: arrays or ShapeDtypeStructs.
-      param_shardings: a tree like the parameters, on one mesh.
+      param_shardings: a tree like the parameters, on one mesh; of quantised parameters that from before.
+
+    Raises:
+      ValueError: for anything but a NamedSharding; and as `specs`.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -78,7 +81,14 @@ def shardings(adaptation: Adaptation, param_shardings: Any) -> tuple[dict[str, A
     >>> train["sites"]["kernel"]["b"].spec
     P(None, 'tensor')
     """
-    mesh = jax.tree.leaves(param_shardings)[0].mesh
+    flat = jax.tree_util.tree_flatten_with_path(param_shardings, is_leaf=lambda x: x is None)[0]
+    for keys, own in flat:
+        if not isinstance(own, NamedSharding):
+            raise ValueError(
+                f"param_shardings: {own!r} at {path_of(keys)!r} is no NamedSharding; give lr.meshes.shardings(params, "
+                "table, mesh), of quantised parameters those from before they were quantised"
+            )
+    mesh = flat[0][1].mesh
 
     def fits(size, entry):
         return size % math.prod(mesh.shape[name] for name in sharding.axis_names_of(entry)) == 0

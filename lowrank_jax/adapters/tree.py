@@ -281,6 +281,11 @@ def _mapped(function: Callable) -> Callable:
 
 def _worked(params: Any, chosen: dict[str, Adaptation], work: Callable, over: Callable) -> Any:
     """The tree with `work(adapter, site, kernel, arrays)` of every active adapter on every matrix."""
+    with sharding.mesh_of(params):
+        return _worked_there(params, chosen, work, over)
+
+
+def _worked_there(params: Any, chosen: dict[str, Adaptation], work: Callable, over: Callable) -> Any:
     paths = {path for adaptation in chosen.values() for path in adaptation.plan.by_path}
     chosen_rows((adaptation.plan for adaptation in chosen.values()), None)
 

@@ -117,9 +117,10 @@ class Fused:
             jax.tree.unflatten(prepared.treedef, [0] * len(prepared.views)), whole, recipe.weight_decay, recipe.mask
         ))  # fmt: skip
         outputs = list(prepared.references)
+        by_kernel = fused_kernel.local(prepared.steps, outputs) if self.products == "kernel" else ()
         for i, step in prepared.steps.items():
             write = Write.of(self, rate, decays[i], accepted, state.projection.step, step.view.path)
-            if self.products == "kernel" and fused_kernel.is_local(step):
+            if i in by_kernel:
                 outputs[i] = fused_kernel.finish_leaf(step, outputs[i], prepared, write)
             else:
                 outputs[i] = _finish_leaf(step, outputs[i], prepared, extra, write)
@@ -281,9 +282,9 @@ def fused(
         leaves. On one device a block of some millions saves the float32 scratch of embedding and head.
       products: "xla", or "kernel": `lr.kernels.low_rank_adam` makes moments, product and weight of a stack in one
         program on a TPU and two on a GPU. It is for Adam, stored in 8 bits or not, with a stored basis in float32 or
-        bfloat16, which drops the rest of the gradient. Inside `lr.meshes.use(mesh, parameters=...)` of several devices
+        bfloat16, which drops the rest of the gradient. Inside `lr.meshes.use(mesh, parameters=...)` of an auto mesh
         each writes its own block of leaves whose shrunk dimension is whole (`side=lr.sides_for(...)`), and XLA's form
-        serves the others. No device has timed it.
+        serves the others; a warning says where it serves all. No device has timed it.
 
     Raises:
       TypeError: for an optax chain or any transformation without a recipe.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -54,7 +55,10 @@ def _check_leaf(view: ResolvedView, param: Any) -> None:
             f"{type(param).__name__ if hasattr(param, 'dequantize') else param.dtype}; give products='xla'"
         )
     if view.spec is not None:
-        raise ValueError(f"leaf {view.path!r}: products='kernel' is for one device, not a mesh; give products='xla'")
+        raise ValueError(
+            f"leaf {view.path!r}: products='kernel' is not for a mesh of explicit axes; make the mesh with "
+            "explicit=False, or give products='xla'"
+        )
     if view.view.permutation != tuple(range(len(view.shape))):
         raise ValueError(
             f"leaf {view.path!r}: products='kernel' writes leaves with batch axes, rows and columns in this order, and "
@@ -62,7 +66,21 @@ def _check_leaf(view: ResolvedView, param: Any) -> None:
         )
 
 
-def is_local(step: MatrixStep) -> bool:
+def local(steps: dict[int, MatrixStep], params: list[Any]) -> frozenset[int]:
+    """The leaves that the kernel writes; ValueError for one that it cannot, and a warning where it writes none."""
+    for i, step in steps.items():
+        _check_leaf(step.view, params[i])
+    found = frozenset(i for i, step in steps.items() if _is_local(step))
+    if steps and not found:
+        warnings.warn(
+            "lr.fused(products='kernel'): on this mesh no leaf is written by the kernel; name the parameters in "
+            "lr.meshes.use(mesh, parameters=...), and keep the dimension whole that is shrunk (side=lr.sides_for(...))",
+            stacklevel=2,
+        )
+    return found
+
+
+def _is_local(step: MatrixStep) -> bool:
     """Whether each device can write its own block of the leaf: everywhere but on an auto mesh that divides more than k.
 
     There the layout must be known, s whole, and no block of moments cut; of several batch axes the first may be
@@ -80,7 +98,6 @@ def is_local(step: MatrixStep) -> bool:
 def finish_leaf(step: MatrixStep, param: Any, prepared: Prepared, write: Write) -> jax.Array:
     """The new parameter; leaves the new inner state in `step`."""
     view, state = step.view, step.inner
-    _check_leaf(view, param)
     adam: Any = inner_lib.core(step.config.inner)
     axes, total = len(view.batch), math.prod(view.batch)
     flat = lambda x: x.reshape(total, *x.shape[axes:])  # noqa: E731

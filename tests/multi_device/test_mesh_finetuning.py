@@ -27,8 +27,10 @@ DIGITS = {"task": "classification", "name": "digits", "sequence_length": None, "
 CASES = {
     "lora": {},
     "pissa, altlora_plus": {"adapter": {"method": "lora(rank=2, init='pissa')"}, "optimizer": {"name": "altlora_plus"}},
+    "dora": {"adapter": {"method": "dora(rank=2)"}, "run": {"sample_tokens": 4}},
     "galore": {"adapter": {"method": ""}, "optimizer": GALORE},
-    "dora, text classes": {"adapter": {"method": "dora(rank=2)"}, "data": {"task": "classification"}},
+    "dora, text classes": {"adapter": {"method": "dora(rank=2, dropout=0.1)"}, "data": {"task": "classification"}},
+    "by a kernel": {"adapter": {"method": "lora(rank=2, products='kernel')"}, "schedule": {"accumulation": 1}},
     "vision transformer": {"base": {"source": "", "preset": "digits"}, "adapter": {"method": ""}, "data": DIGITS},
 }
 
@@ -68,6 +70,7 @@ RUNS = [
     ("pissa, altlora_plus", "explicit"),
     ("galore", "data x fsdp"),
     ("dora, text classes", "explicit"),
+    ("by a kernel", "explicit"),
     ("vision transformer", "fsdp x tensor"),
 ]
 
@@ -87,10 +90,15 @@ def test_losses_are_those_of_one_device(folder, name, mesh):
         assert optimizers.sides(task.abstract["opt_state"])[f"layers/{UP}/kernel"] == ("cols", 4)
 
 
-def test_what_an_explicit_mesh_does_not_do_is_refused(folder):
-    values = dataclasses.asdict(tuning.tiny(folder, adapter={"method": "oft(block=4)"}))
-    with pytest.raises(ConfigurationError, match=r"mesh\.explicit=True: OFT cuts .* set mesh\.explicit=False"):
-        tuning_configuration.from_dict(values | {"mesh": MESHES["explicit"]})
+REFUSED = [{"method": "oft(block=4)"}, {"rules": [["embed/embedding", "lora(rank=2)"]]}]
+
+
+@pytest.mark.parametrize("adapter", REFUSED, ids=["oft", "embedding"])
+def test_what_an_explicit_mesh_does_not_do_is_refused(folder, adapter):
+    values = dataclasses.asdict(tuning.tiny(folder, adapter=adapter, **ROWS))
+    config = tuning_configuration.from_dict(values | {"mesh": MESHES["explicit"]})
+    with pytest.raises(ConfigurationError, match=r"mesh\.explicit=True: adapter\.method=.*; set mesh\.explicit=False"):
+        Finetuning(config)
 
 
 def test_kernels_of_adapters_learn_how_the_frozen_matrices_lie(folder, monkeypatch):
@@ -101,9 +109,11 @@ def test_kernels_of_adapters_learn_how_the_frozen_matrices_lie(folder, monkeypat
     assert seen[f"layers/{UP}/kernel"] == (None, "fsdp", "tensor")
 
 
-def test_a_digest_is_the_same_wherever_parameters_lie(folder):
+@pytest.mark.parametrize("block", [bases.BLOCK, 3 * 4 * 16])
+def test_a_digest_is_the_same_wherever_parameters_lie(folder, block, monkeypatch):
+    monkeypatch.setattr(bases, "BLOCK", block)  # 3 rows of some leaves, which leave a rest
     base = bases.open_base(bases.BaseConfig(source=str(folder / "base")), 0)
-    meshes = [None, *(Finetuning(config_of(folder, "lora", **own)).mesh for own in MESHES.values())]
+    meshes = [None, *(task_mesh(folder, name) for name in MESHES)]
     params = [base.read(base.placing(mesh)) for mesh in meshes]
     assert [share(own["layers"]["mlp"]["up_proj"]["kernel"]) for own in params] == [1, 8, 4, 8]
     assert len({bases.digest(own) for own in params}) == 1
@@ -111,18 +121,24 @@ def test_a_digest_is_the_same_wherever_parameters_lie(folder):
 
 def test_a_run_goes_on_on_another_mesh_and_is_a_base(folder, tmp_path):
     first = tmp_path / "first"
-    tuning.run(config_of(folder, "lora", **MESHES["fsdp x tensor"]), first)
+    begun = config_of(folder, "dora", **MESHES["explicit"])
+    assert tuning.run(begun, first)["sample"]
     moved = tmp_path / "moved"
     shutil.copytree(first, moved)
     (moved / "summary.json").unlink()
     shutil.rmtree(moved / "checkpoints" / "12")
-    summary = tuning.run(config_of(folder, "lora", **MESHES["data x fsdp"]), moved)
+    summary = tuning.run(config_of(folder, "dora", **MESHES["data x fsdp"]), moved)
     assert summary["status"] == "finished" and any("checkpoint of step 8" in text for text in runs.notes(moved))
     for ours, theirs in zip(runs.losses(moved), runs.losses(first), strict=True):
         for step in ours:
             np.testing.assert_allclose(ours[step], theirs[step], atol=1e-5)
     tuned = bases.open_base(bases.BaseConfig(source=str(moved)), 0)
-    mesh = Finetuning(config_of(folder, "lora", **MESHES["fsdp x tensor"])).mesh
-    divided, whole = (tuned.read(tuned.placing(own)) for own in (mesh, None))
-    assert share(divided["layers"]["mlp"]["up_proj"]["kernel"]) == 8
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), divided, whole)
+    meshes = [task_mesh(folder, name) for name in ("explicit", "fsdp x tensor")]
+    *divided, whole = (tuned.read(tuned.placing(own)) for own in (*meshes, None))
+    for params in divided:
+        assert share(params["layers"]["mlp"]["up_proj"]["kernel"]) == 8
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, whole)
+
+
+def task_mesh(folder, name):
+    return Finetuning(config_of(folder, "lora", **MESHES[name])).mesh
