@@ -29,12 +29,14 @@ MESHES = {
     "fsdp x tensor": {"fsdp": 4, "tensor": 2},
     "data x fsdp": {"data": 2, "fsdp": 4},
     "fsdp x sequence x tensor": {"fsdp": 2, "sequence": 2, "tensor": 2},
+    "two keys, four parts": {"fsdp": 2, "tensor": 4},
 }
 SCANNED = {"scan": True}
 UNSCANNED = {"scan": False, "remat": True, "tied_head": True, "attention_chunk": 8, "biases": ["q_proj", "o_proj"]}
 RUNS = [
     ("adamw", "fsdp x tensor", SCANNED, 1),
     ("adamw", "fsdp x sequence x tensor", UNSCANNED, 2),
+    ("adamw", "two keys, four parts", SCANNED, 1),
     ("galore", "data x fsdp", SCANNED, 1),
     ("galore projected", "fsdp x tensor", SCANNED, 1),
     ("dct_adamw", "fsdp x tensor", SCANNED, 1),
