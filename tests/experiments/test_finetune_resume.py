@@ -77,7 +77,7 @@ def test_killed_at_random_and_resumed(folder):
     print(f"seed {seed}")
     generator = random.Random(seed)
     process = start(folder, "killed")
-    wait_for_step(process, folder / "killed", generator.randint(12, 120))
+    wait_for_step(process, folder / "killed", generator.randint(2 * EVERY + 2, 120))
     time.sleep(generator.uniform(0, 0.03))
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL
