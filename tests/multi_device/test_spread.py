@@ -84,3 +84,16 @@ def test_adapters_and_their_state_follow_their_kernels(family, optimizer):
     ]
     assert len(like) >= 2 and all(kind.spec == own.spec for kind, own in like)
     assert any(any(own.spec) for _, own in like)
+
+
+def test_shardings_of_adapters_leave_whole_what_the_mesh_does_not_divide():
+    mesh, params = meshes.make_mesh(fsdp=4, tensor=2), {"kernel": jnp.ones((8, 6))}
+    adaptation = lr.adapt(params, lr.adapters.oft(block=4), jax.random.key(0))  # two blocks for four devices
+    placed = meshes.shardings(params, [("kernel", ("embed", "mlp"))], mesh)
+    train, _ = lr.adapters.shardings(adaptation, placed)
+    (own,) = jax.tree.leaves(train["sites"]["kernel"])
+    assert not any(own.spec) and any(jax.tree.leaves(specs(adaptation, {"kernel": placed["kernel"].spec})[0]))
+    with pytest.raises(ValueError, match="None at 'kernel' is no NamedSharding; give lr.meshes.shardings"):
+        lr.adapters.shardings(adaptation, {"kernel": None})
+    with pytest.raises(ValueError, match="'kernel' is quantised, and its codes have other axes"):
+        meshes.shardings({"kernel": lr.linalg.quantize_nf4(jnp.ones((64, 64)))}, [("kernel", ("embed", "mlp"))], mesh)
