@@ -13,6 +13,7 @@ from experiments import bases, optimizers, tuning_configuration
 from experiments.configuration import ConfigurationError
 from experiments.finetuning import Finetuning
 from lowrank_jax import sharding
+from lowrank_jax.meshes import make_mesh
 from tests.experiments import runs, tuning
 
 MESHES: dict[str, dict[str, Any]] = {
@@ -66,7 +67,6 @@ def share(leaf):
 
 
 RUNS = [
-    ("lora", "fsdp x tensor"),
     ("pissa, altlora_plus", "explicit"),
     ("galore", "data x fsdp"),
     ("dora, text classes", "explicit"),
@@ -113,8 +113,7 @@ def test_kernels_of_adapters_learn_how_the_frozen_matrices_lie(folder, monkeypat
 def test_a_digest_is_the_same_wherever_parameters_lie(folder, block, monkeypatch):
     monkeypatch.setattr(bases, "BLOCK", block)  # 3 rows of some leaves, which leave a rest
     base = bases.open_base(bases.BaseConfig(source=str(folder / "base")), 0)
-    meshes = [None, *(task_mesh(folder, name) for name in MESHES)]
-    params = [base.read(base.placing(mesh)) for mesh in meshes]
+    params = [base.read(base.placing(mesh)) for mesh in (None, *(make_mesh(**own) for own in MESHES.values()))]
     assert [share(own["layers"]["mlp"]["up_proj"]["kernel"]) for own in params] == [1, 8, 4, 8]
     assert len({bases.digest(own) for own in params}) == 1
 
@@ -133,12 +132,8 @@ def test_a_run_goes_on_on_another_mesh_and_is_a_base(folder, tmp_path):
         for step in ours:
             np.testing.assert_allclose(ours[step], theirs[step], atol=1e-5)
     tuned = bases.open_base(bases.BaseConfig(source=str(moved)), 0)
-    meshes = [task_mesh(folder, name) for name in ("explicit", "fsdp x tensor")]
+    meshes = (make_mesh(**MESHES[name]) for name in ("explicit", "fsdp x tensor"))
     *divided, whole = (tuned.read(tuned.placing(own)) for own in (*meshes, None))
     for params in divided:
         assert share(params["layers"]["mlp"]["up_proj"]["kernel"]) == 8
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, whole)
-
-
-def task_mesh(folder, name):
-    return Finetuning(config_of(folder, "lora", **MESHES[name])).mesh
