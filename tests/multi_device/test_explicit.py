@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import lowrank_jax as lr
 from experiments import collectives, configuration, updates
-from experiments.models import axes, llama, vit
+from experiments.models import axes, vit
 from experiments.tasks import Pretraining
-from lowrank_jax import adapters, meshes, sharding
+from lowrank_jax import meshes, sharding
 
 # unlike in test_mesh_training the vocabulary is divided, and two query heads share a key
 MODEL = {"preset": "nano", "layers": 2, "width": 32, "hidden": 64, "heads": 4, "kv_heads": 2, "sequence_length": 16,
@@ -177,39 +176,3 @@ def test_a_divided_vision_transformer_gathers_kernels_and_no_activations():
 
     found = collectives.read(jax.jit(run).lower(placed, rows).compile().as_text())
     assert max(math.prod(one.shape) for one in found) <= 64 * 128
-
-
-@functools.cache
-def adapted_alone():
-    model = llama.Llama(llama.preset("nano", **{name: value for name, value in MODEL.items() if name != "preset"}))
-    tokens = np.random.default_rng(0).integers(0, 264, (8, 16)).astype(np.int32)
-    params = model.init(jax.random.key(0), tokens)["params"]
-    rules, views = {"layers/.*/kernel": lr.adapters.lora(rank=4)}, lr.Views(stacked=("layers/.*",))
-    adaptation = lr.adapt(params, rules, jax.random.key(1), views=views)
-    noise = lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape)  # noqa: E731
-    adaptation = adaptation.replace(train=jax.tree.map(noise, adaptation.train))
-
-    @lr.linen.adapted
-    def loss(params, tokens):
-        return llama.loss_and_metrics(model.apply({"params": params}, tokens), tokens, jnp.ones(tokens.shape))[0]
-
-    def of_factors(train, fixed, params, tokens):
-        return loss(lr.attach(params, adaptation.replace(train=train, fixed=fixed)), tokens)
-
-    function = jax.value_and_grad(of_factors)
-    return function, adaptation, params, tokens, jax.jit(function)(adaptation.train, adaptation.fixed, params, tokens)
-
-
-def test_adapters_of_a_divided_model():
-    function, adaptation, params, tokens, want = adapted_alone()
-    mesh = meshes.make_mesh(fsdp=4, tensor=2, explicit=True)
-    specs = meshes.specs(params, axes.LLAMA, mesh)
-    put = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))  # noqa: E731
-    trees = zip((adaptation.train, adaptation.fixed, params), (*adapters.specs(adaptation, specs), specs), strict=True)
-
-    def run(*args):
-        with meshes.use(mesh):
-            return function(*args)
-
-    got = jax.jit(run)(*(jax.tree.map(put, *pair) for pair in trees), put(tokens, P(("data", "fsdp"))))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=1e-4, atol=1e-5), got, want)
