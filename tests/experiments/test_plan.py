@@ -309,7 +309,7 @@ def test_the_evidence_queue():
     assert listed[0].config.preset == "1B"
     first, second = listed[0], listed[1]
     base = {"mesh": {"fsdp": 16}, "chips": 16, "placed": True, "topology": "v5e:4x4", "flops": 1.0, "peak_bytes": 1,
-            "collectives": {"block_reduced_bytes": 8}}  # fmt: skip
+            "backprop": None, "collectives": {"block_reduced_bytes": 8}}  # fmt: skip
     kept = {
         plans.identity(first): base | {"preset": "1B", "name": "adamw", "optimizer": "adamw",
                            "components": [{"component": "optimizer state", "bytes": 102, "share_bytes": 100}]},
