@@ -47,7 +47,7 @@ def run(task: Any, compiled: Any, calls: int = 2) -> dict[str, Any]:
       temporaries; loss, so that it is seen that it ran.
     """
     place = lambda x: jax.jit(lambda: jnp.ones(x.shape, x.dtype), out_shardings=x.sharding)()  # noqa: E731
-    batch = jax.tree.map(place, task.batch())
+    batch = jax.tree.map(place, task.batch_shapes())
     state = task.initial()
     arguments = held((state, batch))
     nothing = jax.jit(lambda x: x + 1)

@@ -41,7 +41,7 @@ class Planned(Pretraining):
         bare = self.optimizer_of(dataclasses.replace(self.config.optimizer, clip_norm=None))
         return [*lr.explain(bare, self.abstract["params"]).projected] if hasattr(bare, "projection") else []
 
-    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of one global batch."""
         shape = (self.config.data.batch_size, self.config.data.sequence_length)
         types = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
@@ -49,7 +49,7 @@ class Planned(Pretraining):
 
     def lowered(self) -> jax.stages.Lowered:
         """The update as `experiments.training` compiles it."""
-        return jax.jit(self.update(), donate_argnums=0).lower(self.abstract, self.batch())
+        return jax.jit(self.update(), donate_argnums=0).lower(self.abstract, self.batch_shapes())
 
 
 def whole_bytes(tree: Any) -> int:
@@ -145,7 +145,7 @@ def row(case: Case) -> dict[str, Any]:
         "components": components(task.abstract, len(devices)),
         "temporaries": temporaries(task),
         "flops": operations(task),
-        "argument_bytes": chip_bytes(task.abstract) + chip_bytes(task.batch()),
+        "argument_bytes": chip_bytes(task.abstract) + chip_bytes(task.batch_shapes()),
     }
     lowered = task.lowered()
     traced = time.perf_counter()
