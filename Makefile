@@ -8,8 +8,9 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu
-# Tests compile more than they compute: XLA's older CPU emitters take half the time. `make test-peer` has the usual ones.
-QUICK := --xla_cpu_use_fusion_emitters=false
+# Tests compile more than they compute: XLA's older CPU emitters, and one LLVM module a program, take half the time.
+# `make test-peer` has the usual ones.
+QUICK := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 ONE := $(CPU) XLA_FLAGS="$(QUICK)"
 EIGHT := $(CPU) XLA_FLAGS="$(QUICK) --xla_force_host_platform_device_count=8"
 TPU := $(CPU) ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 \

@@ -87,10 +87,10 @@ def make_mesh(
 
 
 def logical_axes(params: Any, table: Table) -> Any:
-    """A tree like `params` of tuples of axis names.
+    """A tree like `params` of tuples of axis names, one for a quantised array.
 
     Args:
-      params: arrays or ShapeDtypeStructs.
+      params: arrays or ShapeDtypeStructs, also quantised ones.
       table: ordered `(pattern, names)`; a pattern matches the whole "/"-joined path of a leaf, the first one counts. A
         leaf with one axis more than its names has the axis "layers" in front.
 
@@ -103,11 +103,6 @@ def logical_axes(params: Any, table: Table) -> Any:
     """
     found = []
     for path, leaf, _ in leaves_with_metadata(params):
-        if hasattr(leaf, "dequantize"):
-            raise ValueError(
-                f"table: {path!r} is quantised, and its codes have other axes; give the parameters from before, and "
-                "quantise under jax.jit, where codes lie as their matrices do"
-            )
         names = next((names for pattern, names in table if re.fullmatch(pattern, path)), None)
         if names is None:
             raise ValueError(f"table: nothing matches the leaf {path!r}; add a row (pattern, axis names) for it")
@@ -115,7 +110,11 @@ def logical_axes(params: Any, table: Table) -> Any:
         if ndim - len(names) not in (0, 1):
             raise ValueError(f"table: {path!r} of shape {leaf.shape} has {ndim} axes, and its row names {names}")
         found.append(("layers",) * (ndim - len(names)) + tuple(names))
-    return jax.tree.unflatten(jax.tree.structure(params), found)
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_quantised), found)
+
+
+def _is_quantised(x: Any) -> bool:
+    return hasattr(x, "dequantize")
 
 
 def _mesh_axes(rules: Rules, name: str | None, mesh: Mesh) -> tuple[str, ...]:
@@ -154,12 +153,21 @@ def spec(names: Sequence[str | None], mesh: Mesh, rules: Rules = RULES, shape: S
 def specs(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
     """A tree like `params` of PartitionSpecs; see `logical_axes` and `spec`.
 
+    A quantised array is one of PartitionSpecs: its codes lie as its matrix would, as far as a device has whole blocks.
+
     >>> import jax.numpy as jnp
     >>> specs({"up": {"kernel": jnp.ones((8, 16))}}, [(".*/kernel", ("embed", "mlp"))], make_mesh(data=-1))
     {'up': {'kernel': P('fsdp', 'tensor')}}
     """
     names = logical_axes(params, table)
-    return jax.tree.map(lambda leaf, own: spec(own, mesh, rules, leaf.shape), params, names)
+
+    def place(leaf, own):
+        if not _is_quantised(leaf):
+            return spec(own, mesh, rules, leaf.shape)
+        placed = leaf.specs(tuple(spec(own, mesh, rules, leaf.blocks)))
+        return jax.tree.map(lambda x, entries: sharding.even(mesh, x.shape, entries), leaf, placed)
+
+    return jax.tree.map(place, params, names, is_leaf=_is_quantised)
 
 
 def shardings(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
@@ -178,11 +186,13 @@ def describe(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> str
     lines = []
     names = jax.tree.leaves(logical_axes(params, table), is_leaf=lambda x: isinstance(x, tuple))
     for (path, leaf, _), own in zip(leaves_with_metadata(params), names, strict=True):
-        placed, wanted = spec(own, mesh, rules, leaf.shape), spec(own, mesh, rules)
+        units = leaf.blocks if _is_quantised(leaf) else leaf.shape
+        placed, wanted = spec(own, mesh, rules, units), spec(own, mesh, rules)
         line = f"{path}  {tuple(leaf.shape)}  {placed}"
-        for size, name, have, want in zip(leaf.shape, own, placed, wanted, strict=True):
+        for size, unit, name, have, want in zip(leaf.shape, units, own, placed, wanted, strict=True):
             if have != want:
-                line += f"  ({name} = {size} stays whole: {want!r} does not divide it)"
+                blocks = "" if unit == size else f", {unit} blocks,"
+                line += f"  ({name} = {size}{blocks} stays whole: {want!r} does not divide it)"
         lines.append(line)
     return "\n".join(lines)
 
@@ -191,7 +201,7 @@ def _specs(mesh: Mesh, parameters: Any) -> dict[str, Any]:
     """`{path: partition entries, one for each axis}`; a quantised leaf lies as its codes do."""
     found = {}
     for path, leaf, _ in leaves_with_metadata(parameters):
-        own = jax.tree.leaves(leaf)[0] if hasattr(leaf, "dequantize") else leaf
+        own = sharding.codes_of(leaf)
         if not hasattr(own, "shape"):  # a masked leaf
             continue
         place = getattr(own, "sharding", None)
@@ -226,7 +236,8 @@ def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator
         optimizer of this library then keeps its state divided as `lr.state_shardings(..., spread=True)` says, and
         gathers what is low-rank layer by layer, where a layer is written. `products="kernel"` of adapters and of the
         fused form takes a kernel where this tree, by the paths that `lr.adapt` or the optimizer sees, says that a
-        matrix is divided so that each device can run it on its own block.
+        matrix is divided so that each device can run it on its own block. A quantised matrix with adapters is gathered
+        as codes, before it is decoded.
 
     Raises:
       ValueError: where a leaf of `parameters` lies on no mesh, or on another one.

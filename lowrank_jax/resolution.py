@@ -286,7 +286,8 @@ def resolve(
 
 def _sharding_leaves(params, shardings):
     paths = [path for path, _, _ in leaves_with_metadata(params)]
-    leaves = jax.tree.leaves(shardings, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding) or x is None)
+    is_one = lambda x: isinstance(x, jax.sharding.Sharding) or x is None or hasattr(x, "dequantize")  # noqa: E731
+    leaves = [sharding.codes_of(kind) for kind in jax.tree.leaves(shardings, is_leaf=is_one)]
     if len(paths) != len(leaves):
         raise ValueError(f"shardings has {len(leaves)} leaves, params {len(paths)}: give one sharding for each leaf")
     return zip(paths, leaves, strict=True)

@@ -35,10 +35,14 @@ def _pad(spec: Any, ndim: int) -> Spec:
     return entries + (None,) * (ndim - len(entries))
 
 
+def codes_of(x: Any) -> Any:
+    """x; of a quantised array, or of one of shardings or specs, that of the codes: as they lie it lies."""
+    return jax.tree.leaves(x)[0] if hasattr(x, "dequantize") else x
+
+
 def explicit_spec(x: Any) -> Spec | None:
     """The partition entries of an array on an explicit mesh, one for each axis; None elsewhere."""
-    if hasattr(x, "dequantize"):
-        x = jax.tree.leaves(x)[0]  # a quantised array lies like its codes
+    x = codes_of(x)
     kind = getattr(x, "sharding", None) if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
     return spec_of(kind, len(x.shape)) if is_explicit(kind) else None
 
@@ -87,6 +91,29 @@ def matrix_spec(path: str, view: Any) -> Spec | None:
     return None if any(batch) else (rows, cols)
 
 
+def gathered_codes(kernel: Any, path: str) -> Any:
+    """A quantised kernel whose codes are gathered for a product, over the axes of the mesh that divide rows of a batch.
+
+    Left to the compiler, its value is gathered, of 4 bytes an entry. The kernel itself where it is an array, and where
+    `meshes.use(parameters=)` does not say how the parameter at `path` lies.
+    """
+    entries = (current_specs.get() or {}).get(path)
+    if entries is None or not hasattr(kernel, "specs") or len(entries) < kernel.ndim:
+        return kernel
+    mesh, used = current_mesh.get(), {name for entry in current_rows.get() or () for name in axis_names_of(entry)}
+    kept = (tuple(name for name in axis_names_of(entry) if name not in used) for entry in entries[-kernel.ndim :])
+    return jax.tree.map(
+        lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, even(mesh, x.shape, spec))),
+        kernel,
+        kernel.specs(tuple(names or None for names in kept)),
+    )
+
+
+def even(mesh: Any, shape: tuple[int, ...], spec: Any) -> PartitionSpec:
+    """The entries that divide an axis of `shape` evenly on this mesh; along others, None."""
+    return PartitionSpec(*(None if n % parts(entry, mesh) else entry for n, entry in zip(shape, spec, strict=False)))
+
+
 def reshard(x: jax.Array, spec: Spec | None) -> jax.Array:
     """`x` laid out as `spec` on an explicit mesh; `x` itself where spec is None."""
     if spec is None or explicit_spec(x) == tuple(spec):
@@ -131,6 +158,26 @@ def rows_whole(x: jax.Array, *, pad: bool = False) -> jax.Array:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
     spec = PartitionSpec(*(None,) * (x.ndim - 1), names)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def placing(function: Callable, spec: Spec | None) -> Callable:
+    """`function`, whose result lies as `spec` says: on an explicit mesh the compiler says what lies where inside.
+
+    For what array types do not follow, scatters and small solves of a divided axis. Where spec is None, `function`.
+    """
+    return function if spec is None else jax.sharding.auto_axes(function, out_sharding=PartitionSpec(*spec))
+
+
+def product_spec(x: Any, matrix: Any) -> Spec | None:
+    """Where `x (..., n) @ matrix (n, q)` lies on an explicit mesh, None elsewhere.
+
+    A sum over a divided axis is whole, and an axis of the mesh that x uses stays with x.
+    """
+    left, right = explicit_spec(x), explicit_spec(matrix)
+    if left is None or right is None:
+        return None
+    free = batch_axes(left, x.ndim - 1).isdisjoint(batch_axes(right[1:], 1))
+    return (*left[:-1], right[1] if free else None)
 
 
 def zeros(shape: tuple[int, ...], dtype, spec: Spec | None) -> jax.Array:

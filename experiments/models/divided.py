@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from lowrank_jax import sharding
+from lowrank_jax import adapters, sharding
 from lowrank_jax.meshes import at_input, constrain, out_sharding
 
 
@@ -75,9 +75,12 @@ class Embed(nn.Embed):
         place = out_sharding((*tokens_BxS.shape, self.features), "batch", "length", None)
         if place is None:
             return super().__call__(tokens_BxS)
-        table_VxD: Any
-        (table_VxD,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
-        return constrain(table_VxD, "vocabulary", None).at[tokens_BxS].get(out_sharding=place)
+
+        def rows(tokens_BxS, table_VxD):
+            (table_VxD,) = self.promote_dtype(table_VxD, dtype=self.dtype, inexact=False)
+            return constrain(table_VxD, "vocabulary", None).at[tokens_BxS].get(out_sharding=place)
+
+        return adapters.embed(tokens_BxS, self.embedding, rows)
 
 
 def chosen(logits_BxSxV, targets_BxS):

@@ -73,9 +73,12 @@ class Op:
 
     def plus(self, forward: Callable[[Any], jax.Array], delta: Callable[[], jax.Array]) -> Op:
         """This operator plus another: `forward(x)` in the product, `delta()` in the kernel."""
-        return dataclasses.replace(
-            self, product=lambda x: self(x) + forward(x), kernel=lambda: self.kernel() + delta(), plain=False
-        )
+
+        def product(x):
+            y = self(x)
+            return y + sharding.reshard(forward(x), sharding.explicit_spec(y))
+
+        return dataclasses.replace(self, product=product, kernel=lambda: self.kernel() + delta(), plain=False)
 
     def replaced(self, kernel: Callable[[], jax.Array]) -> Op:
         """The host's product with another kernel, which is formed again in the backward pass rather than kept."""
@@ -94,12 +97,8 @@ def product(x: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array
     """`x (..., n) @ matrix (n, q)`, counted in the dtype of x and summed in float32 (float64 where x is)."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     axes = (((x.ndim - 1,), (0,)), ((), ()))
-    matrix, place = matrix.astype(x.dtype), None
-    left, right = sharding.explicit_spec(x), sharding.explicit_spec(matrix)
-    if left is not None and right is not None:
-        # on an explicit mesh: a sum over a sharded axis is whole, and an axis of the mesh that x uses stays with x
-        free = sharding.batch_axes(left, x.ndim - 1).isdisjoint(sharding.batch_axes(right[1:], 1))
-        place = jax.sharding.PartitionSpec(*left[:-1], right[1] if free else None)
+    matrix, spec = matrix.astype(x.dtype), sharding.product_spec(x, matrix)
+    place = None if spec is None else jax.sharding.PartitionSpec(*spec)
     return jax.lax.dot_general(x, matrix, axes, precision=precision, preferred_element_type=wide, out_sharding=place)
 
 

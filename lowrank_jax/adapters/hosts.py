@@ -212,7 +212,7 @@ class AdaptedKernel:
                 own = base if direct is None else lambda x, _: direct(x)
                 return fold(dense_op(matrix, precision, own, bare), bound)(x)
 
-            kernel = dense(kernel, x.dtype)
+            kernel = dense(sharding.gathered_codes(kernel, site.path), x.dtype)
             outputs = over_batch(run, layout.batch)(layout.inputs(x), view.to_matrices(kernel), bound)
             dtype = jax.eval_shape(lambda x, k: own(x, k, dimension_numbers, **options), x, kernel).dtype
             return layout.result(outputs.astype(dtype), [self.shape[axis] for axis in view.cols])
@@ -281,10 +281,18 @@ def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.A
 
     def whole(table, bound):
         matrix = dense(table, table.dtype)
-        op = Op(matrix.shape, lambda x, factor: factor[x], lambda: matrix, lambda x: own(x, matrix), "indices")
+        op = Op(matrix.shape, _rows_of, lambda: matrix, lambda x: own(x, matrix), "indices")
         return fold(op, bound)(indices).astype(jax.eval_shape(own, indices, matrix).dtype)
 
     return decoding(whole, table.kernel)(table.kernel, table.bound)
+
+
+def _rows_of(indices: jax.Array, factor: jax.Array) -> jax.Array:
+    """`factor[indices]`, on an explicit mesh whole along the axis that is looked up."""
+    left, right = sharding.explicit_spec(indices), sharding.explicit_spec(factor)
+    if left is None or right is None:
+        return factor[indices]
+    return factor.at[indices].get(out_sharding=jax.sharding.PartitionSpec(*left, *(None for _ in right[1:])))
 
 
 def attend(x: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:

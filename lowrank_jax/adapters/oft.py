@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import linalg
+from lowrank_jax import linalg, sharding
 from lowrank_jax.adapters.base import Adapter, Arrays, Op, Site, check_positive
 
 
@@ -82,10 +82,13 @@ class Oft(Adapter):
         if op.input != "features":
             return op.replaced(kernel)
 
-        def product(x):
-            rotation = self.rotation(p).astype(x.dtype)
+        def turned(x, skew, scale):
+            rotation = self.rotation({"skew": skew, "scale": scale}).astype(x.dtype)
             parts = x.reshape(*x.shape[:-1], -1, self.block)
-            return op(jnp.einsum("...gi,gij->...gj", parts, rotation).reshape(x.shape))
+            return jnp.einsum("...gi,gij->...gj", parts, rotation).reshape(x.shape)
+
+        def product(x):
+            return op(sharding.placing(turned, sharding.explicit_spec(x))(x, p["skew"], p["scale"]))
 
         return dataclasses.replace(op, product=product, kernel=kernel, plain=False)
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax import sharding
 from lowrank_jax.adapters.base import Adapter, Arrays, Op, Site, check_positive
 from lowrank_jax.adapters.positions import keyed_positions, torch_permutation
 
@@ -79,7 +80,9 @@ class Shira(Adapter):
 
     def effective(self, site, kernel, p):
         del site
-        return kernel.at[p["rows"], p["cols"]].add((p["values"] * p["scale"]).astype(kernel.dtype))
+        add = lambda kernel, values, rows, cols: kernel.at[rows, cols].add(values.astype(kernel.dtype))  # noqa: E731
+        place = sharding.placing(add, sharding.explicit_spec(kernel))
+        return place(kernel, p["values"] * p["scale"], p["rows"], p["cols"])
 
     def remove(self, site, kernel, p):
         return kernel - self.delta(site, p)
@@ -90,7 +93,9 @@ class Shira(Adapter):
             return op.replaced(kernel)
 
         def product(x):
-            return _product(op.contract, x, op.kernel(), p["values"] * p["scale"], p["rows"], p["cols"])
+            matrix = op.kernel()
+            place = sharding.placing(functools.partial(_product, op.contract), sharding.product_spec(x, matrix))
+            return place(x, matrix, p["values"] * p["scale"], p["rows"], p["cols"])
 
         return dataclasses.replace(op, product=product, kernel=kernel, plain=False)
 

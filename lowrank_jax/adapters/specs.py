@@ -7,7 +7,6 @@ the sharding of the leaf's, axes folded into rows or columns that of their first
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -28,7 +27,8 @@ def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dic
 
     Args:
       adaptation: arrays or ShapeDtypeStructs.
-      param_specs: a tree like the parameters of PartitionSpecs; None is replicated.
+      param_specs: a tree like the parameters of PartitionSpecs; None is replicated. Of a quantised parameter, its
+        matrix's, or what `lr.meshes.specs` makes.
 
     Raises:
       ValueError: for an adapted leaf without a spec, or with one of more axes than it has.
@@ -40,9 +40,9 @@ def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dic
     >>> train["sites"]["kernel"]
     {'a': P('fsdp', None), 'b': P(None, 'tensor')}
     """
-    is_spec = lambda x: x is None or isinstance(x, PartitionSpec)  # noqa: E731
+    is_spec = lambda x: x is None or isinstance(x, PartitionSpec) or hasattr(x, "dequantize")  # noqa: E731
     flat = jax.tree_util.tree_flatten_with_path(param_specs, is_leaf=is_spec)[0]
-    given = {path_of(keys): PartitionSpec() if spec is None else spec for keys, spec in flat}
+    given = {path_of(keys): PartitionSpec() if spec is None else sharding.codes_of(spec) for keys, spec in flat}
     missing = [path for path in [*adaptation.plan.by_path, *adaptation.plan.whole] if path not in given]
     if missing:
         raise ValueError(f"param_specs: no spec for {missing}; give a tree like the parameters")
@@ -68,7 +68,7 @@ def shardings(adaptation: Adaptation, param_shardings: Any) -> tuple[dict[str, A
 
     Args:
       adaptation: arrays or ShapeDtypeStructs.
-      param_shardings: a tree like the parameters, on one mesh; of quantised parameters that from before.
+      param_shardings: a tree like the parameters, on one mesh, as `lr.meshes.shardings` makes.
 
     Raises:
       ValueError: for anything but a NamedSharding; and as `specs`.
@@ -81,23 +81,21 @@ def shardings(adaptation: Adaptation, param_shardings: Any) -> tuple[dict[str, A
     >>> train["sites"]["kernel"]["b"].spec
     P(None, 'tensor')
     """
-    flat = jax.tree_util.tree_flatten_with_path(param_shardings, is_leaf=lambda x: x is None)[0]
+    is_one = lambda x: x is None or hasattr(x, "dequantize")  # noqa: E731
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(param_shardings, is_leaf=is_one)
+    flat = [(keys, sharding.codes_of(own)) for keys, own in leaves]
     for keys, own in flat:
         if not isinstance(own, NamedSharding):
             raise ValueError(
                 f"param_shardings: {own!r} at {path_of(keys)!r} is no NamedSharding; give lr.meshes.shardings(params, "
-                "table, mesh), of quantised parameters those from before they were quantised"
+                "table, mesh)"
             )
     mesh = flat[0][1].mesh
 
-    def fits(size, entry):
-        return size % math.prod(mesh.shape[name] for name in sharding.axis_names_of(entry)) == 0
-
     def place(leaf, spec):
-        entries = zip(leaf.shape, spec, strict=False)  # a spec may end early
-        return NamedSharding(mesh, PartitionSpec(*(entry if fits(size, entry) else None for size, entry in entries)))
+        return NamedSharding(mesh, sharding.even(mesh, leaf.shape, spec))
 
-    train, fixed = specs(adaptation, jax.tree.map(lambda own: own.spec, param_shardings))
+    train, fixed = specs(adaptation, jax.tree.unflatten(treedef, [own.spec for _, own in flat]))
     return jax.tree.map(place, adaptation.train, train), jax.tree.map(place, adaptation.fixed, fixed)
 
 

@@ -90,7 +90,8 @@ class UniLora(Adapter):
 
     def factors(self, site, p) -> Factors:
         values = p["shared"]["theta"] * p["shared"]["norm"]
-        return values[p["ia"]], p["scale"], values[p["ib"]]
+        a, b = (values.at[p[name]].get(out_sharding=jax.typeof(p[name]).sharding) for name in ("ia", "ib"))
+        return a, p["scale"], b
 
     def count(self, site):
         return 0

@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from lowrank_jax import sharding
 from lowrank_jax.linalg._common import Array
 from lowrank_jax.linalg.quantization import quantize_blocks
 
@@ -80,6 +82,26 @@ class NormalFloat4:
     def rounds_stochastically(self) -> bool:
         """False: `requantize` takes no key."""
         return False
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """`(..., ceil(n / 64), m)`: the axes of a matrix in whole blocks, which no device divides."""
+        return (*self.codes.shape[:-2], self.codes.shape[-2] // HALF, self.codes.shape[-1])
+
+    def specs(self, spec: sharding.Spec) -> NormalFloat4:
+        """PartitionSpecs in the place of arrays, where the matrix lies as `spec` says, an entry for each axis.
+
+        Codes and scales lie as the matrix does. Doubly quantised scales, column after column, are divided as far as it
+        is, columns first; their own scales and the mean are whole.
+        """
+        *lead, rows, cols = spec
+        codes: Any = PartitionSpec(*spec)
+        absmax: Any = codes
+        if self.mean is not None:
+            flat = PartitionSpec(*lead, (*sharding.axis_names_of(cols), *sharding.axis_names_of(rows)) or None)
+            absmax = dataclasses.replace(self.absmax, codes=flat, scales=PartitionSpec(*lead, None))
+        mean = None if self.mean is None else PartitionSpec(*lead, None)
+        return dataclasses.replace(self, codes=codes, absmax=absmax, mean=mean)
 
     def scales(self) -> Array:
         """float32 `(..., ceil(n / 64), m)`."""

@@ -81,6 +81,17 @@ class QuantizedBlocks:
         """Whether `requantize` takes a key: the linear code alone."""
         return self.code == "linear"
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The axes in whole blocks, which no device divides: `(..., ceil(n / block))`, 1 where one is not full."""
+        size = self.shape[-1]
+        return (*self.shape[:-1], 1 if size % self.block else size // self.block)
+
+    def specs(self, spec: sharding.Spec) -> "QuantizedBlocks":
+        """PartitionSpecs in the place of arrays: codes and scales lie as `spec` says, an entry for each axis."""
+        own: Any = PartitionSpec(*spec)
+        return dataclasses.replace(self, codes=own, scales=own)
+
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
         """The value; products in float32, then cast."""
         if self.code == "linear":

@@ -72,7 +72,7 @@ def state_shardings(transformation: Any, params: Any, shardings: Any = None, *, 
         if not isinstance(node, MatrixState):
             return place(keys, node)
         if spread:
-            return _spread(node, dict(given)[node.view.path])
+            return _spread(node, dict(reversed(given))[node.view.path])
         return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec_of(leaf)), node)
 
     return jax.tree_util.tree_map_with_path(of_node, state, is_leaf=lambda x: isinstance(x, MatrixState))
@@ -105,8 +105,8 @@ def _spread(node: MatrixState, kind: NamedSharding) -> MatrixState:
 
 
 def _given(params: Any, leaves: list[Any], shardings: Any) -> list[tuple[str, NamedSharding]]:
-    """`[(path, NamedSharding), ...]` of the parameters, all on one mesh."""
-    paths = [path for path, _, _ in leaves_with_metadata(params)]
+    """`[(path, NamedSharding), ...]` of the parameters, all on one mesh; of a quantised one, codes come first."""
+    paths = [path for path, leaf, _ in leaves_with_metadata(params) for _ in jax.tree.leaves(leaf)]
     if shardings is None:
         kinds: list[Any] = [getattr(leaf, "sharding", None) for leaf in leaves]
     else:

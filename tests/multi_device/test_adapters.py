@@ -19,6 +19,7 @@ SPECS = {
     "heads": {"kernel": P("fsdp", "tensor", None)},
 }
 VIEWS = lr.Views(rules=((r"heads/.*", lr.MatrixView(rows=(0,), cols=(1, 2))),), stacked=(r"layers/.*",))
+# without FourierFT, whose gradient fails in XLA's transform for CPUs where a mesh brings it transposed
 FAMILIES = {
     "lora": lr.adapters.lora(rank=4),
     "pissa": lr.adapters.lora(rank=4, init="pissa"),
@@ -26,6 +27,10 @@ FAMILIES = {
     "hira": lr.adapters.hira(rank=4),
     "miss": lr.adapters.miss(rank=4),
     "oft": lr.adapters.oft(block=4),
+    "shira": lr.adapters.shira(rank=2),
+    "uni_lora": lr.adapters.uni_lora(rank=2, size=32),
+    "vera": lr.adapters.vera(rank=4),
+    "loha": lr.adapters.loha(rank=2),
 }
 
 
@@ -39,7 +44,8 @@ X = jnp.asarray(np.random.default_rng(9).normal(size=(8, 16)), jnp.float32)
 
 
 def made(family, seed=0):
-    adaptation = lr.adapt(tree(0), {".*": family}, jax.random.key(seed), views=VIEWS)
+    shares = family.kind in ("unilora", "vera")  # and a bare scan would slice what is shared
+    adaptation = lr.adapt(tree(0), {"heads/.*" if shares else ".*": family}, jax.random.key(seed), views=VIEWS)
     leaves, treedef = jax.tree.flatten(adaptation.train)
     random = np.random.default_rng(seed + 1)
     new = [leaf + jnp.asarray(0.1 * random.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
@@ -76,8 +82,7 @@ def on_one_device(name):
     )
 
 
-# OFT's blocks are cut along the sharded rows, which an explicit mesh does not do
-CASES = [(name, AxisType.Auto) for name in FAMILIES] + [(name, AxisType.Explicit) for name in FAMILIES if name != "oft"]
+CASES = [(name, kind) for kind in (AxisType.Auto, AxisType.Explicit) for name in FAMILIES]
 
 
 @pytest.mark.parametrize("name, kind", CASES, ids=str)
@@ -93,7 +98,8 @@ def test_a_step_on_eight_devices_is_that_of_one(name, kind):
             placed(mesh, tree(0), SPECS), placed(mesh, adaptation.train, train), placed(mesh, adaptation.fixed, fixed),
             jax.device_put(X, NamedSharding(mesh, P("fsdp", None))),
         )  # fmt: skip
-    assert jax.tree.map(lambda x: x.sharding.spec, got) == train
+    for x, spec in zip(*map(jax.tree.leaves, (got, train)), strict=True):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
     np.testing.assert_allclose(loss, value, rtol=1e-5)
     for (path, a), b, old in zip(jax.tree.flatten_with_path(got)[0], jax.tree.leaves(want),
                                  jax.tree.leaves(adaptation.train), strict=True):  # fmt: skip

@@ -95,5 +95,3 @@ def test_shardings_of_adapters_leave_whole_what_the_mesh_does_not_divide():
     assert not any(own.spec) and any(jax.tree.leaves(specs(adaptation, {"kernel": placed["kernel"].spec})[0]))
     with pytest.raises(ValueError, match="None at 'kernel' is no NamedSharding; give lr.meshes.shardings"):
         lr.adapters.shardings(adaptation, {"kernel": None})
-    with pytest.raises(ValueError, match="'kernel' is quantised, and its codes have other axes"):
-        meshes.shardings({"kernel": lr.linalg.quantize_nf4(jnp.ones((64, 64)))}, [("kernel", ("embed", "mlp"))], mesh)

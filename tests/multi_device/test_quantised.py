@@ -1,0 +1,125 @@
+"""Quantised parameters on meshes: where codes and scales lie, QLoRA and a quantised projected step on eight devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_jax as lr
+from experiments import collectives
+from lowrank_jax import linalg, meshes
+
+TABLE = [(".*up/kernel", ("embed", "mlp")), (".*down/kernel", ("mlp", "embed"))]
+N, M = 512, 1024
+FORMS = {
+    "nf4": functools.partial(linalg.quantize_nf4, double=False),
+    "double": functools.partial(linalg.quantize_nf4, double=True),
+    "linear": functools.partial(linalg.quantize_blocks, code="linear", block=64),
+}
+
+
+def params(form, seed=0):
+    random = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape) / 32, jnp.float32)  # noqa: E731
+    return {"up": {"kernel": FORMS[form](draw(N, M))}, "down": {"kernel": FORMS[form](draw(M, N))}}
+
+
+def on_a_device(tree, placed):
+    sizes = lambda leaf, own: np.prod(own.shard_shape(leaf.shape)) * leaf.dtype.itemsize  # noqa: E731
+    return sum(jax.tree.leaves(jax.tree.map(sizes, tree, placed)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tensor": 8}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_every_device_holds_its_share(form, sizes):
+    mesh, own = meshes.make_mesh(**sizes), params(form)
+    placed = meshes.shardings(own, TABLE, mesh)
+    moved = jax.device_put(own, placed)
+    for node, want in zip(*(jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "dequantize")) for tree in (moved, own)),
+                          strict=True):  # fmt: skip
+        np.testing.assert_array_equal(node.dequantize(), want.dequantize())
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(own))
+    assert on_a_device(own, placed) <= 1.02 * total / 8  # scales of scales are whole
+    codes = meshes.specs({"up": {"kernel": jnp.ones((N, M))}}, TABLE, mesh)["up"]["kernel"]
+    assert placed["up"]["kernel"].codes.spec == codes
+
+
+def test_blocks_stay_in_one_piece():
+    mesh, table = meshes.make_mesh(fsdp=8), [("kernel", ("embed", "mlp"))]
+    tree = {"kernel": linalg.quantize_nf4(jnp.ones((256, 64)))}  # four blocks for eight devices
+    assert meshes.specs(tree, table, mesh)["kernel"].codes == jax.P(None, "tensor")
+    text = "kernel  (256, 64)  P(None, 'tensor')  (embed = 256, 4 blocks, stays whole: 'fsdp' does not divide it)"
+    assert meshes.describe(tree, table, mesh) == text
+    flat = {"kernel": linalg.quantize_blocks(jnp.ones((64, 2000)), block=256)}
+    assert meshes.specs(flat, [("kernel", (None, "embed"))], mesh)["kernel"].codes == jax.P(None, None)
+    odd = {"kernel": linalg.quantize_nf4(jnp.ones((512, 12)), double=True)}  # 96 scales of 8 x 12 blocks
+    assert meshes.specs(odd, table, mesh)["kernel"].absmax.codes == jax.P(("tensor", "fsdp"))
+    odd = {"kernel": linalg.quantize_nf4(jnp.ones((60, 12)), double=True)}
+    assert meshes.specs(odd, [("kernel", (None, "embed"))], mesh)["kernel"].absmax.codes == jax.P(None)
+
+
+X = jnp.asarray(np.random.default_rng(9).normal(size=(16, N)), jnp.float32)
+
+
+def loss(params, x):
+    hidden = jnp.tanh(lr.matmul(x, params["up"]["kernel"]))
+    return jnp.mean((x + lr.matmul(hidden, params["down"]["kernel"])) ** 2)
+
+
+def qlora(own):
+    adaptation = lr.adapt(own, lr.adapters.lora(rank=4), jax.random.key(0))
+    random = np.random.default_rng(3)
+    train = jax.tree.map(lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), adaptation.train)
+    adaptation = adaptation.replace(train=train)
+
+    def step(own, train, fixed, x):
+        of = lambda train: loss(lr.attach(own, adaptation.replace(train=train, fixed=fixed)), x)  # noqa: E731
+        value, grads = jax.value_and_grad(of)(train)
+        return value, jax.tree.map(lambda w, g: w - 0.5 * g, train, grads)
+
+    return adaptation, step
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}], ids=str)
+def test_a_step_of_qlora_is_that_of_one_device_and_sends_no_decoded_matrix(form, sizes):
+    mesh, own = meshes.make_mesh(**sizes), params(form)
+    adaptation, step = qlora(own)
+    alone = jax.jit(lambda *given: step(*given))  # a trace of its own
+    want, trained = alone(own, adaptation.train, adaptation.fixed, X)
+    placed = meshes.shardings(own, TABLE, mesh)
+    train, fixed = lr.adapters.shardings(adaptation, placed)
+    assert train["sites"]["up/kernel"]["a"].spec == jax.P("fsdp", None)
+    rows = jax.NamedSharding(mesh, meshes.spec(("batch", None), mesh))
+    with meshes.use(mesh, parameters=jax.tree.map(jax.device_put, own, placed)):
+        program = jax.jit(step, in_shardings=(placed, train, fixed, rows), out_shardings=(None, train))
+        compiled = program.lower(own, adaptation.train, adaptation.fixed, X).compile()
+    value, new = compiled(
+        *jax.device_put((own, adaptation.train, adaptation.fixed, X), (placed, train, fixed, rows))
+    )
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), new, trained)
+    largest = max(found.bytes / found.times for found in collectives.read(compiled.as_text()))
+    assert largest <= N * M  # codes of a byte at the most; a decoded matrix has four
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_quantised_projected_step_is_that_of_one_device(spread):
+    mesh, own = meshes.make_mesh(fsdp=4, tensor=2), params("linear")
+    tx = lr.fused(lr.dct_adamw(1e-2, rank=8))
+    step = lr.train_step(loss, tx)
+    want, _, _ = jax.jit(step)(own, tx.init(own), X)
+    placed = meshes.shardings(own, TABLE, mesh)
+    state = lr.state_shardings(tx, own, placed, spread=spread)
+    kept = state.projection.matrices["up"]["kernel"].inner.mu.spec
+    assert kept == (jax.P("fsdp", "tensor") if spread else jax.P(None, "tensor"))
+    rows = jax.NamedSharding(mesh, meshes.spec(("batch", None), mesh))
+    given = jax.device_put((own, tx.init(own), X), (placed, state, rows))
+    with meshes.use(mesh, parameters=given[0]):
+        got, _, _ = jax.jit(step, in_shardings=(placed, state, rows), out_shardings=(placed, state, None))(*given)
+    for a, b, old in zip(*map(jax.tree.leaves, (got, want, own)), strict=True):
+        apart = np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32))
+        assert np.mean(apart > 1e-5) < 1e-3 and apart.max() <= 1  # a code that lies halfway may go either way
+        assert np.any(np.asarray(b) != np.asarray(old))
