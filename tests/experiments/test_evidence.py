@@ -11,6 +11,7 @@ import time
 import pytest
 
 from experiments import configuration, evidence, tables
+from tests.experiments.commands import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -97,7 +98,7 @@ def test_known_results_are_not_repeated(tmp_path):
 def test_the_queue_stops_and_goes_on(tmp_path):
     command = [sys.executable, "-m", "experiments.evidence", "--root", str(tmp_path / "runs"), "--steps", "3"]
     command += ["--results", str(tmp_path / "evidence.json"), "--workers", "1"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | ENVIRONMENT
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not list((tmp_path / "runs").glob("*/summary.json")) and time.monotonic() < deadline:

@@ -2,34 +2,18 @@
 
 import dataclasses
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from experiments import bases
-from tests.experiments import runs, tuning
+from tests.experiments import commands, runs, tuning
 
 pytestmark = pytest.mark.slow
 
 STEPS, EVERY = 160, 10
-CONFIG = """
-from experiments import tuning_configuration
-
-def get_config():
-    config = tuning_configuration.template()
-    for section, table in {values!r}.items():
-        if isinstance(table, dict):
-            for key, value in table.items():
-                config[section][key] = value
-        else:
-            config[section] = table
-    return config
-"""
 
 
 @pytest.fixture(scope="module")
@@ -43,52 +27,29 @@ def folder(tmp_path_factory):
         checkpoint={"every": EVERY},
         run={"evaluate_every": 40, "compile_cache": True},
     )
-    (folder / "config.py").write_text(CONFIG.format(values=dataclasses.asdict(config)))
-    assert start(folder, "whole", f"--export={folder}/exported").wait(400) == 0, (folder / "whole.log").read_text()
+    commands.write(folder, "tuning_configuration", dataclasses.asdict(config))
+    process = commands.start("finetune", folder, "whole", f"--export={folder}/exported")
+    assert process.wait(400) == 0, (folder / "whole.log").read_text()
     return folder
-
-
-def start(folder, name, *flags):
-    """The command as a user gives it, with a compile cache shared by all runs of this module."""
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PLATFORMS": "cpu",
-    }
-    command = [sys.executable, "-m", "experiments.finetune", f"--config={folder}/config.py"]
-    command += [f"--workdir={folder / name}", "--noreport", *flags]
-    with open(folder / f"{name}.log", "a") as log:
-        return subprocess.Popen(command, cwd=runs.ROOT, env=environment, stdout=log, stderr=log)
-
-
-def wait_for_step(process, workdir, step):
-    deadline = time.monotonic() + 300
-    path = workdir / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        if path.exists() and f'"step": {step}, "loss"' in path.read_text():
-            return
-        assert process.poll() is None, f"ended before step {step}"
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached")
 
 
 def test_killed_at_random_and_resumed(folder):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     generator = random.Random(seed)
-    process = start(folder, "killed")
-    wait_for_step(process, folder / "killed", generator.randint(2 * EVERY + 2, 120))
+    process = commands.start("finetune", folder, "killed")
+    commands.wait_for_step(process, folder / "killed", generator.randint(2 * EVERY + 2, 120))
     time.sleep(generator.uniform(0, 0.03))
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL
-    assert start(folder, "killed").wait(300) == 0
+    assert commands.start("finetune", folder, "killed").wait(300) == 0
     runs.assert_bitwise_equal(folder / "whole", folder / "killed")
     assert any(text.startswith("resumed") for text in runs.notes(folder / "killed"))
 
 
 def test_terminated_saves_exits_with_0_and_says_how_to_resume(folder):
-    process = start(folder, "terminated")
-    wait_for_step(process, folder / "terminated", 33)
+    process = commands.start("finetune", folder, "terminated")
+    commands.wait_for_step(process, folder / "terminated", 33)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     log = (folder / "terminated.log").read_text()
@@ -96,7 +57,7 @@ def test_terminated_saves_exits_with_0_and_says_how_to_resume(folder):
     assert f"stopped after update {saved} of {STEPS}" in log
     assert f"-m experiments.finetune --config={folder}/config.py --workdir={folder}/terminated" in log
     assert not (folder / "terminated" / "summary.json").exists()
-    assert start(folder, "terminated").wait(300) == 0
+    assert commands.start("finetune", folder, "terminated").wait(300) == 0
     runs.assert_bitwise_equal(folder / "whole", folder / "terminated")
 
 
@@ -116,7 +77,7 @@ def test_the_command_tells_the_shares_and_exports(folder):
 def test_a_run_that_is_over_is_exported_without_training(folder):
     before = (folder / "whole" / "metrics.jsonl").read_text()
     flags = (f"--export={folder}/transformers", "--export_format=huggingface")
-    assert start(folder, "whole", *flags).wait(120) == 0, (folder / "whole.log").read_text()
+    assert commands.start("finetune", folder, "whole", *flags).wait(120) == 0, (folder / "whole.log").read_text()
     assert (folder / "transformers" / "model.safetensors").is_file()
     assert (folder / "whole" / "metrics.jsonl").read_text() == before
 
@@ -131,7 +92,7 @@ def test_a_run_that_is_over_is_exported_without_training(folder):
     ids=["unknown key", "adapter", "base"],
 )
 def test_the_command_exits_with_2_and_one_message(folder, flags, message):
-    process = start(folder, "refused", *flags)
+    process = commands.start("finetune", folder, "refused", *flags)
     assert process.wait(120) == 2
     log = (folder / "refused.log").read_text()
     assert message in log

@@ -1,33 +1,17 @@
 """A run that dies and is started again ends where the uninterrupted one does, bit for bit."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.experiments import runs
+from tests.experiments import commands, runs
 
 pytestmark = pytest.mark.slow
 
 STEPS, EVERY = 240, 10
-CONFIG = """
-from experiments import configuration
-
-def get_config():
-    config = configuration.template()
-    for section, table in {values!r}.items():
-        if isinstance(table, dict):
-            for key, value in table.items():
-                config[section][key] = value
-        else:
-            config[section] = table
-    return config
-"""
 
 
 @pytest.fixture(scope="module")
@@ -43,39 +27,9 @@ def folder(tmp_path_factory):
         checkpoint={"every": EVERY},
         run={"evaluate_every": 60, "compile_cache": True},
     )
-    (folder / "config.py").write_text(CONFIG.format(values=configuration.to_dict(config)))
-    assert start(folder, "whole").wait(300) == 0, (folder / "whole.log").read_text()
+    commands.write(folder, "configuration", configuration.to_dict(config))
+    assert commands.start("pretrain", folder, "whole").wait(300) == 0, (folder / "whole.log").read_text()
     return folder
-
-
-def start(folder, name):
-    """The command as a user gives it, with a compile cache shared by all runs of this module."""
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PLATFORMS": "cpu",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.pretrain",
-        f"--config={folder}/config.py",
-        f"--workdir={folder / name}",
-    ]
-    with open(folder / f"{name}.log", "a") as log:
-        return subprocess.Popen([*command, "--noreport"], cwd=runs.ROOT, env=environment, stdout=log, stderr=log)
-
-
-def wait_for_step(process, workdir, step):
-    """Until metrics.jsonl holds `step`; polled finely, so that the signal falls anywhere within an update."""
-    deadline = time.monotonic() + 240
-    path = workdir / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        if path.exists() and f'"step": {step}, "loss"' in path.read_text():
-            return
-        assert process.poll() is None, f"ended before step {step}"
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached")
 
 
 def test_killed_twice_at_random_and_resumed(folder):
@@ -83,13 +37,13 @@ def test_killed_twice_at_random_and_resumed(folder):
     print(f"seed {seed}")
     generator = random.Random(seed)
     for low, high in ((3, 60), (110, 200)):
-        process = start(folder, "killed")
-        wait_for_step(process, folder / "killed", generator.randint(low, high))
+        process = commands.start("pretrain", folder, "killed")
+        commands.wait_for_step(process, folder / "killed", generator.randint(low, high))
         time.sleep(generator.uniform(0, 0.03))
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
     at_death = max(runs.losses(folder / "killed")[0])
-    assert start(folder, "killed").wait(240) == 0
+    assert commands.start("pretrain", folder, "killed").wait(240) == 0
     runs.assert_bitwise_equal(folder / "whole", folder / "killed")
     resumed = [
         int(text.split("step ")[1].split(";")[0])
@@ -102,8 +56,8 @@ def test_killed_twice_at_random_and_resumed(folder):
 
 
 def test_terminated_saves_exits_with_0_and_says_how_to_resume(folder):
-    process = start(folder, "terminated")
-    wait_for_step(process, folder / "terminated", 33)
+    process = commands.start("pretrain", folder, "terminated")
+    commands.wait_for_step(process, folder / "terminated", 33)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     log = (folder / "terminated.log").read_text()
@@ -112,7 +66,7 @@ def test_terminated_saves_exits_with_0_and_says_how_to_resume(folder):
     assert f"-m experiments.pretrain --config={folder}/config.py --workdir={folder}/terminated" in log
     assert max(runs.losses(folder / "terminated")[0]) == saved  # not one update is lost
     assert not (folder / "terminated" / "summary.json").exists()
-    assert start(folder, "terminated").wait(240) == 0
+    assert commands.start("pretrain", folder, "terminated").wait(240) == 0
     runs.assert_bitwise_equal(folder / "whole", folder / "terminated")
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 from experiments import metrics
+from tests.experiments.commands import ENVIRONMENT
 from tests.experiments.runs import ROOT
 
 STEPS = 60
@@ -50,11 +51,13 @@ class Processes:
         self.port, self.logs, self.children = free_port(), [], []
         values = values | {"data.name": str(folder / "text"), "data.directory": str(folder / "cache")}
         values |= {key.replace("__", "."): value for key, value in changes.items()}
-        # one device a process, and little time for LLVM: compiling is most of these runs
-        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-        environment |= {"TF_CPP_MIN_LOG_LEVEL": "2", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
-        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environment = os.environ | ENVIRONMENT | {
+            # of the Makefile, and one device a process
+            "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         for process in range(count):
             own = {key: value[process] if isinstance(value, list) else value for key, value in values.items()}
             place = workdir[process] if isinstance(workdir, list) else workdir
