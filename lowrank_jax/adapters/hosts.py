@@ -214,8 +214,8 @@ class AdaptedKernel:
 
             kernel = dense(sharding.gathered_codes(kernel, site.path), x.dtype)
             outputs = over_batch(run, layout.batch)(layout.inputs(x), view.to_matrices(kernel), bound)
-            dtype = jax.eval_shape(lambda x, k: own(x, k, dimension_numbers, **options), x, kernel).dtype
-            return layout.result(outputs.astype(dtype), [self.shape[axis] for axis in view.cols])
+            outputs = layout.result(outputs, [self.shape[axis] for axis in view.cols])
+            return _as_host(outputs, lambda x, k: own(x, k, dimension_numbers, **options), x, kernel)
 
         return decoding(whole, self.kernel)(x, self.kernel, self.bound)
 
@@ -265,6 +265,12 @@ def dense_op(matrix: jax.Array, precision: Any = None, base: Callable | None = N
     return Op(matrix.shape, contract, lambda: matrix, lambda x: own(x, matrix), plain=plain)
 
 
+def _as_host(y: jax.Array, own: Callable[..., jax.Array], *operands: Any) -> jax.Array:
+    """`y` in the dtype of `own(*operands)`, and on an explicit mesh where that lies."""
+    made = jax.eval_shape(own, *operands)
+    return sharding.reshard(y.astype(made.dtype), sharding.explicit_spec(made))
+
+
 def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
     """Rows of an embedding `(V, d)` that may have adapters: `table[indices]`.
 
@@ -282,7 +288,7 @@ def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.A
     def whole(table, bound):
         matrix = dense(table, table.dtype)
         op = Op(matrix.shape, _rows_of, lambda: matrix, lambda x: own(x, matrix), "indices")
-        return fold(op, bound)(indices).astype(jax.eval_shape(own, indices, matrix).dtype)
+        return _as_host(fold(op, bound)(indices), own, indices, matrix)
 
     return decoding(whole, table.kernel)(table.kernel, table.bound)
 
@@ -309,7 +315,7 @@ def attend(x: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
     def whole(x, table, bound):
         matrix = dense(table, x.dtype)
         op = Op(matrix.shape, product, lambda: matrix, lambda x: own(x, matrix), "transposed")
-        return fold(op, bound)(x).astype(jax.eval_shape(own, x, matrix).dtype)
+        return _as_host(fold(op, bound)(x), own, x, matrix)
 
     return decoding(whole, table.kernel)(x, table.kernel, table.bound)
 
@@ -363,6 +369,6 @@ def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.A
         array = dense(kernel, x.dtype)
         matrix = view.to_matrices(array)
         op = Op(matrix.shape, contract, lambda: matrix, lambda x: convolve(x, array), "windows")
-        return fold(op, bound)(x).astype(jax.eval_shape(convolve, x, array).dtype)
+        return _as_host(fold(op, bound)(x), convolve, x, array)
 
     return decoding(whole, kernel.kernel)(x, kernel.kernel, kernel.bound)

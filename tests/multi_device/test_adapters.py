@@ -107,6 +107,34 @@ def test_a_step_on_eight_devices_is_that_of_one(name, kind):
         assert float(jnp.abs(b - old).max()) > 1e-4, path
 
 
+@pytest.mark.parametrize("family", ["lora", "dora", "shira"])
+def test_look_ups_and_products_on_an_explicit_mesh_lie_where_they_are_told(family):
+    """Rows of a table whose columns lie over the axis of the batch, and a product whose columns the model gathers."""
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    params = {"table": jnp.asarray(tree(1)["heads"]["kernel"][..., 0]), "up": tree(2)["layers"]["up"][0]}
+    own = {"table": P(None, "fsdp"), "up": P("fsdp", "tensor")}
+    adaptation = lr.adapt(params, {".*": FAMILIES[family]}, jax.random.key(0))
+    random = np.random.default_rng(5)
+    moved = jax.tree.map(lambda x: x + 0.1 * random.normal(size=x.shape).astype(x.dtype), adaptation.train)
+    adaptation, ids = adaptation.replace(train=moved), jnp.arange(8)
+
+    def products(params, train, fixed, ids, x, place=None):
+        attached = lr.attach(params, adaptation.replace(train=train, fixed=fixed))
+        rows = lambda ids, table: table.at[ids].get(out_sharding=place) if place else table[ids]  # noqa: E731
+        told = lr.dot_general(x, attached["up"], (((1,), (0,)), ((), ())), out_sharding=place)
+        return lr.adapters.embed(ids, attached["table"], rows), told, lr.matmul(x, attached["up"])
+
+    want = products(params, adaptation.train, adaptation.fixed, ids, X)
+    train, fixed = specs(adaptation, own)
+    given = placed(mesh, params, own), placed(mesh, adaptation.train, train), placed(mesh, adaptation.fixed, fixed)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put((ids, X), (P("fsdp"), P("fsdp", None)))
+        got = jax.jit(functools.partial(products, place=P("fsdp", None)))(*given, *batch)
+    assert [tuple(y.sharding.spec) for y in got] == [("fsdp", None), ("fsdp", None), ("fsdp", "tensor")]
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_arrays_follow_their_kernels():
     shapes = {name: jax.eval_shape(lambda family=family: made(family)) for name, family in FAMILIES.items()}
     found = {name: specs(adaptation, SPECS) for name, adaptation in shapes.items()}

@@ -123,3 +123,16 @@ def test_a_quantised_projected_step_is_that_of_one_device(spread):
         apart = np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32))
         assert np.mean(apart > 1e-5) < 1e-3 and apart.max() <= 1  # a code that lies halfway may go either way
         assert np.any(np.asarray(b) != np.asarray(old))
+
+
+def test_sides_and_state_follow_codes_not_scales():
+    mesh, own = meshes.make_mesh(fsdp=8), params("double")
+    placed = meshes.shardings(own, TABLE, mesh)
+    assert lr.sides_for(own, placed) == (("down/kernel", "rows"), ("up/kernel", "cols"))  # fsdp divides "embed"
+    tx = lr.fused(lr.galore(1e-2, rank=8, side=lr.sides_for(own, placed)))
+    moments = lr.state_shardings(tx, own, placed, spread=True).projection.matrices["up"]["kernel"].inner.mu
+    assert moments.spec == lr.state_shardings(
+        tx, jax.tree.map(lambda x: x, {name: {"kernel": jnp.ones(node["kernel"].shape)} for name, node in own.items()}),
+        {name: {"kernel": node["kernel"].codes} for name, node in placed.items()}, spread=True,
+    ).projection.matrices["up"]["kernel"].inner.mu.spec  # fmt: skip
+    assert "fsdp" in str(moments.spec)
