@@ -168,6 +168,11 @@ def placing(function: Callable, spec: Spec | None) -> Callable:
     return function if spec is None else jax.sharding.auto_axes(function, out_sharding=PartitionSpec(*spec))
 
 
+def beside(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x`, of the shape of `other`, on an explicit mesh laid out as that, to which it is added."""
+    return reshard(x, explicit_spec(other))
+
+
 def product_spec(x: Any, matrix: Any) -> Spec | None:
     """Where `x (..., n) @ matrix (n, q)` lies on an explicit mesh, None elsewhere.
 

@@ -81,9 +81,10 @@ class Dora(Lora):
                 scaled = (dropped * gain).astype(x.dtype)
                 base = scaled if dropped is x else (x + dropped * (gain - 1)).astype(x.dtype)
                 return op(base) + op.thin(scaled, found)
+            y, thin = op(x), op.thin(dropped, found)
             if dropped is x:
-                return gain * (op(x) + op.thin(x, found))
-            return op(x) + (gain - 1) * op(dropped) + gain * op.thin(dropped, found)
+                return gain * (y + sharding.beside(thin, y))
+            return y + (gain - 1) * op(dropped) + gain * sharding.beside(thin, y)
 
         return dataclasses.replace(
             op, product=product, kernel=lambda: self.effective(site, op.kernel(), p), plain=False

@@ -118,10 +118,10 @@ def test_look_ups_and_products_on_an_explicit_mesh_lie_where_they_are_told(famil
     moved = jax.tree.map(lambda x: x + 0.1 * random.normal(size=x.shape).astype(x.dtype), adaptation.train)
     adaptation, ids = adaptation.replace(train=moved), jnp.arange(8)
 
-    def products(params, train, fixed, ids, x, place=None):
+    def products(params, train, fixed, ids, x, place=None, spread=None):
         attached = lr.attach(params, adaptation.replace(train=train, fixed=fixed))
         rows = lambda ids, table: table.at[ids].get(out_sharding=place) if place else table[ids]  # noqa: E731
-        told = lr.dot_general(x, attached["up"], (((1,), (0,)), ((), ())), out_sharding=place)
+        told = lr.dot_general(x, attached["up"], (((1,), (0,)), ((), ())), out_sharding=spread)
         return lr.adapters.embed(ids, attached["table"], rows), told, lr.matmul(x, attached["up"])
 
     want = products(params, adaptation.train, adaptation.fixed, ids, X)
@@ -129,10 +129,21 @@ def test_look_ups_and_products_on_an_explicit_mesh_lie_where_they_are_told(famil
     given = placed(mesh, params, own), placed(mesh, adaptation.train, train), placed(mesh, adaptation.fixed, fixed)
     with jax.set_mesh(mesh):
         batch = jax.device_put((ids, X), (P("fsdp"), P("fsdp", None)))
-        got = jax.jit(functools.partial(products, place=P("fsdp", None)))(*given, *batch)
-    assert [tuple(y.sharding.spec) for y in got] == [("fsdp", None), ("fsdp", None), ("fsdp", "tensor")]
+        places = {"place": P("fsdp", None), "spread": P(("fsdp", "tensor"), None)}
+        got = jax.jit(functools.partial(products, **places))(*given, *batch)
+    assert [y.sharding.spec for y in got] == [*places.values(), P("fsdp", "tensor")]
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_keeps_the_columns_divided_that_its_input_leaves_free():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    at = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))  # noqa: E731
+    x = at((8, 16), "fsdp", None)
+    with jax.sharding.use_abstract_mesh(mesh):
+        for cols, kept in (("tensor", "tensor"), ("fsdp", None)):
+            y = jax.eval_shape(lr.adapters.base.product, x, at((16, 8), None, cols))
+            assert y.sharding.spec == P("fsdp", kept)
 
 
 def test_arrays_follow_their_kernels():
