@@ -165,7 +165,10 @@ def specs(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
         if not _is_quantised(leaf):
             return spec(own, mesh, rules, leaf.shape)
         placed = leaf.specs(tuple(spec(own, mesh, rules, leaf.blocks)))
-        return jax.tree.map(lambda x, entries: sharding.even(mesh, x.shape, entries), leaf, placed)
+        # an nnx variable is quantised as its value is, and is another tree than the value's specs
+        pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(placed), strict=True)
+        fit = [sharding.even(mesh, x.shape, own) for x, own in pairs]
+        return jax.tree.unflatten(jax.tree.structure(leaf), fit)
 
     return jax.tree.map(place, params, names, is_leaf=_is_quantised)
 
@@ -237,7 +240,7 @@ def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator
         gathers what is low-rank layer by layer, where a layer is written. `products="kernel"` of adapters and of the
         fused form takes a kernel where this tree, by the paths that `lr.adapt` or the optimizer sees, says that a
         matrix is divided so that each device can run it on its own block. A quantised matrix with adapters is gathered
-        as codes, before it is decoded.
+        as codes, before it is decoded (HiRA, which multiplies by it entry by entry, has values sent as well).
 
     Raises:
       ValueError: where a leaf of `parameters` lies on no mesh, or on another one.
@@ -318,7 +321,7 @@ def out_sharding(shape: Sequence[int], *names: str | None) -> PartitionSpec | No
     return found[1] if found is not None and AxisType.Explicit in found[0].axis_types else None
 
 
-def at_input(kernel: jax.Array, x: jax.Array, *, rows: int = -2) -> jax.Array:
+def at_input(kernel: Any, x: jax.Array, *, rows: int = -2) -> Any:
     """The kernel `(..., rows, cols)` of a product gathered for its input `x (..., rows)`; itself off explicit meshes.
 
     Its rows are divided as the last axis of x is, and its columns over no axis of the mesh that divides x: parameters
@@ -326,7 +329,7 @@ def at_input(kernel: jax.Array, x: jax.Array, *, rows: int = -2) -> jax.Array:
     back to where the kernel lies.
 
     Args:
-      kernel, x: of a product that contracts the last axis of x.
+      kernel, x: of a product that contracts the last axis of x; a quantised kernel is gathered as codes.
       rows: the axis of the kernel that is contracted, -2, or -1 of an embedding that serves as the output layer.
 
     >>> import jax.numpy as jnp
@@ -341,4 +344,9 @@ def at_input(kernel: jax.Array, x: jax.Array, *, rows: int = -2) -> jax.Array:
     entries = dict.fromkeys(range(-kernel.ndim, 0)) | {rows: inner[-1]}
     if used.isdisjoint(sharding.axis_names_of(own[cols])):
         entries[cols] = own[cols]
-    return sharding.reshard(kernel, tuple(entries.values()))
+    spec = tuple(entries.values())
+    if not _is_quantised(kernel):
+        return sharding.reshard(kernel, spec)
+    mesh = jax.sharding.get_abstract_mesh()
+    place = lambda x, own: sharding.reshard(x, tuple(sharding.even(mesh, x.shape, own)))  # noqa: E731
+    return jax.tree.map(place, kernel, kernel.specs(spec))

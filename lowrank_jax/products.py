@@ -19,9 +19,19 @@ from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.matrices import MatrixView
 
 
-def dense(kernel: Any, dtype: Any) -> jax.Array:
-    """The kernel as an array; only a quantised one is cast."""
-    return kernel.dequantize(dtype) if hasattr(kernel, "dequantize") else kernel
+def dense(kernel: Any, dtype: Any, path: str | None = None) -> jax.Array:
+    """The kernel as an array; only a quantised one is cast.
+
+    One whose parameter's `path` is given is gathered for a product as codes, where `lr.meshes.use(parameters=)` says
+    how it lies: left to the compiler, its value is gathered, of 2 or 4 bytes an entry.
+    """
+    if not hasattr(kernel, "dequantize"):
+        return kernel
+    spec = None if path is None or not hasattr(kernel, "specs") else sharding.for_product(path, kernel.ndim)
+    if spec is None:
+        return kernel.dequantize(dtype)
+    codes = sharding.constrained(kernel, kernel.specs(spec))
+    return sharding.constrained(codes.dequantize(dtype), jax.sharding.PartitionSpec(*spec))
 
 
 def decoding(function: Callable, kernel: Any) -> Callable:

@@ -37,7 +37,7 @@ def _pad(spec: Any, ndim: int) -> Spec:
 
 def codes_of(x: Any) -> Any:
     """x; of a quantised array, or of one of shardings or specs, that of the codes: as they lie it lies."""
-    return jax.tree.leaves(x)[0] if hasattr(x, "dequantize") else x
+    return next(iter(jax.tree.leaves(x)), None) if hasattr(x, "dequantize") else x
 
 
 def explicit_spec(x: Any) -> Spec | None:
@@ -91,22 +91,25 @@ def matrix_spec(path: str, view: Any) -> Spec | None:
     return None if any(batch) else (rows, cols)
 
 
-def gathered_codes(kernel: Any, path: str) -> Any:
-    """A quantised kernel whose codes are gathered for a product, over the axes of the mesh that divide rows of a batch.
+def for_product(path: str, ndim: int) -> Spec | None:
+    """How the last `ndim` axes of the parameter at `path` lie in a product on the auto mesh of `meshes.use`.
 
-    Left to the compiler, its value is gathered, of 4 bytes an entry. The kernel itself where it is an array, and where
-    `meshes.use(parameters=)` does not say how the parameter at `path` lies.
+    Gathered over the axes of the mesh that divide rows of the batch. None where `meshes.use(parameters=)` does not say
+    how it lies, and where no rule says how rows do.
     """
-    entries = (current_specs.get() or {}).get(path)
-    if entries is None or not hasattr(kernel, "specs") or len(entries) < kernel.ndim:
-        return kernel
-    mesh, used = current_mesh.get(), {name for entry in current_rows.get() or () for name in axis_names_of(entry)}
-    kept = (tuple(name for name in axis_names_of(entry) if name not in used) for entry in entries[-kernel.ndim :])
-    return jax.tree.map(
-        lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, even(mesh, x.shape, spec))),
-        kernel,
-        kernel.specs(tuple(names or None for names in kept)),
-    )
+    entries, rows = (current_specs.get() or {}).get(path), current_rows.get()
+    if entries is None or rows is None or len(entries) < ndim:
+        return None
+    used = {name for entry in rows for name in axis_names_of(entry)}
+    kept = (tuple(name for name in axis_names_of(entry) if name not in used) for entry in entries[-ndim:])
+    return tuple(names or None for names in kept)
+
+
+def constrained(tree: Any, specs: Any) -> Any:
+    """The arrays of `tree` where `specs` say, on the auto mesh of `meshes.use`; whole along what it does not divide."""
+    mesh = current_mesh.get()
+    place = lambda x, spec: NamedSharding(mesh, even(mesh, x.shape, spec))  # noqa: E731
+    return jax.tree.map(lambda x, spec: jax.lax.with_sharding_constraint(x, place(x, spec)), tree, specs)
 
 
 def even(mesh: Any, shape: tuple[int, ...], spec: Any) -> PartitionSpec:
@@ -165,7 +168,11 @@ def placing(function: Callable, spec: Spec | None) -> Callable:
 
     For what array types do not follow, scatters and small solves of a divided axis. Where spec is None, `function`.
     """
-    return function if spec is None else jax.sharding.auto_axes(function, out_sharding=PartitionSpec(*spec))
+    if spec is None:
+        return function
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=PartitionSpec(*spec))
 
 
 def beside(x: jax.Array, other: jax.Array) -> jax.Array:

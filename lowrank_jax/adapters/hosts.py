@@ -212,7 +212,7 @@ class AdaptedKernel:
                 own = base if direct is None else lambda x, _: direct(x)
                 return fold(dense_op(matrix, precision, own, bare), bound)(x)
 
-            kernel = dense(sharding.gathered_codes(kernel, site.path), x.dtype)
+            kernel = dense(kernel, x.dtype, site.path)
             outputs = over_batch(run, layout.batch)(layout.inputs(x), view.to_matrices(kernel), bound)
             outputs = layout.result(outputs, [self.shape[axis] for axis in view.cols])
             return _as_host(outputs, lambda x, k: own(x, k, dimension_numbers, **options), x, kernel)
@@ -250,6 +250,12 @@ def fold(op: Op, bound: tuple[Bound, ...]) -> Op:
                 f"shape {x.shape}; its first axis must be those rows"
             )
 
+        if any((sharding.explicit_spec(x) or ())[:1]):
+            raise ValueError(
+                f"adapters of {bound[0].site.path!r}: ids choose for rows that an explicit mesh divides, which is "
+                "not implemented; make the mesh with explicit=False"
+            )
+
         def row(x, number, index):
             return fold(op, tuple(one.of_row(number, index) for one in bound))(x[None])[0]
 
@@ -281,7 +287,7 @@ def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.A
     >>> lr.adapters.embed(jnp.array([[1, 2]]), lr.attach(params, adaptation)["embedding"]).shape
     (1, 2, 4)
     """
-    own = base or (lambda indices, matrix: matrix[indices])
+    own = base or _rows_of
     if not isinstance(table, AdaptedKernel):
         return own(indices, dense(table, getattr(table, "dtype", jnp.float32)))
 
@@ -313,7 +319,7 @@ def attend(x: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
         return decoding(lambda x, table: own(x, dense(table, x.dtype)), table)(x, table)
 
     def whole(x, table, bound):
-        matrix = dense(table, x.dtype)
+        matrix = dense(table, x.dtype, bound[0].site.path)
         op = Op(matrix.shape, product, lambda: matrix, lambda x: own(x, matrix), "transposed")
         return _as_host(fold(op, bound)(x), own, x, matrix)
 

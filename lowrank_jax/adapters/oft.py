@@ -10,6 +10,8 @@ belongs to one of the two, so `cayley` is part of it.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -70,12 +72,19 @@ class Oft(Adapter):
         return eye + 2 * q + 2 * square + 2 * square @ q + square @ square
 
     def effective(self, site, kernel, p):
-        blocks = kernel.reshape(-1, self.block, kernel.shape[-1])
-        return jnp.einsum("gij,gjm->gim", self.rotation(p), blocks).reshape(kernel.shape)
+        return self._by_blocks(functools.partial(jnp.einsum, "gij,gjm->gim"), kernel, p)
 
     def remove(self, site, kernel, p):
-        blocks = kernel.reshape(-1, self.block, kernel.shape[-1])
-        return linalg.solve(self.rotation(p), blocks).reshape(kernel.shape)
+        return self._by_blocks(linalg.solve, kernel, p)
+
+    def _by_blocks(self, function: Callable, kernel: jax.Array, p: Arrays) -> jax.Array:
+        """`function(R, blocks of rows)`, which lies as the kernel does."""
+
+        def turned(kernel, skew, scale):
+            blocks = kernel.reshape(-1, self.block, kernel.shape[-1])
+            return function(self.rotation({"skew": skew, "scale": scale}), blocks).reshape(kernel.shape)
+
+        return sharding.placing(turned, sharding.explicit_spec(kernel))(kernel, p["skew"], p["scale"])
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
         kernel = lambda: self.effective(site, op.kernel(), p)  # noqa: E731

@@ -42,7 +42,7 @@ def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dic
     """
     is_spec = lambda x: x is None or isinstance(x, PartitionSpec) or hasattr(x, "dequantize")  # noqa: E731
     flat = jax.tree_util.tree_flatten_with_path(param_specs, is_leaf=is_spec)[0]
-    given = {path_of(keys): PartitionSpec() if spec is None else sharding.codes_of(spec) for keys, spec in flat}
+    given = {path_of(keys): sharding.codes_of(spec) or PartitionSpec() for keys, spec in flat}
     missing = [path for path in [*adaptation.plan.by_path, *adaptation.plan.whole] if path not in given]
     if missing:
         raise ValueError(f"param_specs: no spec for {missing}; give a tree like the parameters")

@@ -107,8 +107,10 @@ class NormalFloat4:
         """float32 `(..., ceil(n / 64), m)`."""
         if self.mean is None:
             return self.absmax
-        flat = self.absmax.dequantize() + self.mean
-        return jnp.swapaxes(flat.reshape(*flat.shape[:-1], self.codes.shape[-1], -1), -1, -2)
+        flat, lies = self.absmax.dequantize() + self.mean, sharding.explicit_spec(self.codes)
+        if lies is not None:  # on an explicit mesh columns of blocks are put together before they are divided anew
+            flat = sharding.reshard(flat, (*lies[:-2], None))
+        return sharding.reshard(jnp.swapaxes(flat.reshape(*flat.shape[:-1], self.codes.shape[-1], -1), -1, -2), lies)
 
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
         """The value; products in float32, then cast.
@@ -119,7 +121,11 @@ class NormalFloat4:
         bytes_ = self.codes.reshape(*lead, -1, HALF, m)
         code = jnp.stack([bytes_ >> 4, bytes_ & 15], axis=-3)
         value = (_level(code) * self.scales()[..., None, None, :]).astype(dtype)
-        return jax.lax.optimization_barrier(value).reshape(*lead, -1, m)[..., : self.rows, :]
+        whole = jax.lax.optimization_barrier(value).reshape(*lead, -1, m)
+        lies = sharding.explicit_spec(whole)
+        if lies is not None and whole.shape[-2] != self.rows:
+            whole = sharding.reshard(whole, (*lies[:-2], None, lies[-1]))  # the rest may be no multiple of the mesh
+        return whole[..., : self.rows, :]
 
     def requantize(self, value: Array, key: Array | None = None) -> NormalFloat4:
         """Another value in the same form; ValueError with a key, since nothing here rounds stochastically."""

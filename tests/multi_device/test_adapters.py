@@ -136,6 +136,35 @@ def test_look_ups_and_products_on_an_explicit_mesh_lie_where_they_are_told(famil
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_adapters_of_adapted_kernels_and_of_divided_rows_on_an_explicit_mesh():
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    params, spec = {"down": tree(2)["layers"]["down"][0], "up": tree(2)["layers"]["up"][0]}, P("tensor", None)
+    one, two = (lr.adapt(params, {".*": FAMILIES[name]}, jax.random.key(0)) for name in ("oft", "dora"))
+    one = one.replace(train=jax.tree.map(lambda x: x + 0.1, one.train))
+    place = lambda x, own: jax.device_put(x, NamedSharding(mesh, own))  # noqa: E731
+    x, given = tree(3)["layers"]["down"][0].T, jax.tree.map(lambda x: place(x, spec), params)
+    both = {"one": one, "two": two}
+
+    def run(params, x, ids, **place):
+        y = lr.dot_general(x, lr.attach(params, both)["down"], (((1,), (0,)), ((), ())), **place)
+        return y, lr.effective(params, both)["down"], lr.adapters.embed(ids, params["up"])
+
+    want = run(params, x, jnp.arange(4))
+    with jax.set_mesh(mesh):
+        run_there = jax.jit(functools.partial(run, out_sharding=P("fsdp", None)))
+        got = run_there(given, place(x, P("fsdp", "tensor")), place(jnp.arange(4), P("fsdp")))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        alone = lambda x, params: lr.matmul(x, lr.attach(params, one)["down"])  # noqa: E731
+        manual = jax.shard_map(alone, in_specs=(P("fsdp"), P()), out_specs=P("fsdp"), axis_names={"fsdp"})
+        got = jax.jit(manual)(place(x, P("fsdp", None)), jax.tree.map(lambda x: place(x, P()), params))
+        np.testing.assert_allclose(got, alone(x, params), rtol=1e-5, atol=1e-5)
+    choice = candidates({"a": two, "b": two})
+    chosen = lambda params, x: lr.matmul(x, lr.attach(params, choice, ids=jnp.zeros(16, int))["down"])  # noqa: E731
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="'down': ids choose for rows that an explicit mesh"):
+        jax.jit(chosen)(given, place(x, P("fsdp", None)))
+
+
 def test_a_product_keeps_the_columns_divided_that_its_input_leaves_free():
     mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     at = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))  # noqa: E731
@@ -179,6 +208,9 @@ def test_stacks_folds_shared_and_whole_leaves():
 
 def test_errors():
     adaptation = made(FAMILIES["lora"])
+    coded = {"up": lr.linalg.quantize_nf4(jnp.ones((64, 4)))}
+    whole = lr.adapt(coded, {"up": FAMILIES["lora"]}, jax.random.key(0))
+    assert specs(whole, jax.tree.map(lambda _: None, coded))[0]["sites"]["up"]["a"] == P(None, None)
     with pytest.raises(ValueError, match=r"no spec for \['heads/kernel'\]"):
         specs(adaptation, {"layers": SPECS["layers"]})
     with pytest.raises(ValueError, match=r"'heads/kernel' of shape \(16, 4, 8\) has fewer axes than its spec"):

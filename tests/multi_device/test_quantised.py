@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lowrank_jax as lr
 from experiments import collectives
@@ -63,30 +64,36 @@ def test_blocks_stay_in_one_piece():
 X = jnp.asarray(np.random.default_rng(9).normal(size=(16, N)), jnp.float32)
 
 
-def loss(params, x):
-    hidden = jnp.tanh(lr.matmul(x, params["up"]["kernel"]))
-    return jnp.mean((x + lr.matmul(hidden, params["down"]["kernel"])) ** 2)
+def loss(params, x, **place):
+    product = lambda x, kernel: lr.dot_general(x, kernel, (((1,), (0,)), ((), ())), **place)  # noqa: E731
+    hidden = jnp.tanh(product(x, params["up"]["kernel"]))
+    return jnp.mean((x + product(hidden, params["down"]["kernel"])) ** 2)
 
 
-def qlora(own):
-    adaptation = lr.adapt(own, lr.adapters.lora(rank=4), jax.random.key(0))
+def qlora(own, family=lr.adapters.lora, **place):
+    adaptation = lr.adapt(own, family(rank=4), jax.random.key(0))
     random = np.random.default_rng(3)
     train = jax.tree.map(lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), adaptation.train)
     adaptation = adaptation.replace(train=train)
 
     def step(own, train, fixed, x):
-        of = lambda train: loss(lr.attach(own, adaptation.replace(train=train, fixed=fixed)), x)  # noqa: E731
+        if place:  # on explicit axes the model gathers kernels and says where sums lie
+            own = jax.tree.map(lambda w: meshes.at_input(w, x), own, is_leaf=lambda w: hasattr(w, "dequantize"))
+        of = lambda train: loss(lr.attach(own, adaptation.replace(train=train, fixed=fixed)), x, **place)  # noqa: E731
         value, grads = jax.value_and_grad(of)(train)
         return value, jax.tree.map(lambda w, g: w - 0.5 * g, train, grads)
 
     return adaptation, step
 
 
-@pytest.mark.parametrize("form", FORMS)
+FAMILIES = [(form, lr.adapters.lora) for form in FORMS] + [("double", lr.adapters.dora)]
+
+
+@pytest.mark.parametrize(("form", "family"), FAMILIES)
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}], ids=str)
-def test_a_step_of_qlora_is_that_of_one_device_and_sends_no_decoded_matrix(form, sizes):
+def test_a_step_of_qlora_is_that_of_one_device_and_sends_no_decoded_matrix(form, family, sizes):
     mesh, own = meshes.make_mesh(**sizes), params(form)
-    adaptation, step = qlora(own)
+    adaptation, step = qlora(own, family)
     alone = jax.jit(lambda *given: step(*given))  # a trace of its own
     want, trained = alone(own, adaptation.train, adaptation.fixed, X)
     placed = meshes.shardings(own, TABLE, mesh)
@@ -102,7 +109,39 @@ def test_a_step_of_qlora_is_that_of_one_device_and_sends_no_decoded_matrix(form,
     np.testing.assert_allclose(value, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), new, trained)
     largest = max(found.bytes / found.times for found in collectives.read(compiled.as_text()))
-    assert largest <= N * M  # codes of a byte at the most; a decoded matrix has four
+    assert largest <= N * M // sizes.get("tensor", 1)  # codes of a byte at the most; a decoded matrix has four
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_of_qlora_on_explicit_axes(form):
+    mesh, own = meshes.make_mesh(fsdp=8, explicit=True), params(form)
+    adaptation, step = qlora(own)
+    want, trained = jax.jit(step)(own, adaptation.train, adaptation.fixed, X)
+    step = qlora(own, out_sharding=jax.P("fsdp", None))[1]
+    placed, rows = meshes.shardings(own, TABLE, mesh), jax.NamedSharding(mesh, jax.P("fsdp", None))
+    given = jax.device_put(
+        (own, adaptation.train, adaptation.fixed, X), (placed, *lr.adapters.shardings(adaptation, placed), rows)
+    )
+    with jax.set_mesh(mesh):
+        value, new = jax.jit(step)(*given)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), new, trained)
+
+
+def test_a_rest_of_rows_is_cut_off_on_explicit_axes():
+    mesh, value = meshes.make_mesh(fsdp=4, tensor=2, explicit=True), params("double")["up"]["kernel"].dequantize()
+    short = {"kernel": linalg.quantize_nf4(value[:510], double=True)}  # 8 blocks, of which 4 devices have two each
+    placed = meshes.shardings(short, [("kernel", ("embed", "mlp"))], mesh)
+    with jax.set_mesh(mesh):
+        got = jax.jit(lambda w: w.dequantize())(jax.device_put(short["kernel"], placed["kernel"]))
+    np.testing.assert_array_equal(got, short["kernel"].dequantize())
+
+
+def test_variables_of_nnx_are_quantised_as_their_values_are():
+    mesh, own = meshes.make_mesh(fsdp=4, tensor=2), params("double")
+    state = nnx.State({"up": {"kernel": nnx.Param(own["up"]["kernel"])}})
+    want = meshes.specs({"up": own["up"]}, TABLE, mesh)
+    assert jax.tree.leaves(meshes.specs(state, TABLE, mesh)) == jax.tree.leaves(want)
 
 
 @pytest.mark.parametrize("spread", [False, True])
