@@ -143,16 +143,20 @@ def test_adapters_of_adapted_kernels_and_of_divided_rows_on_an_explicit_mesh():
     one = one.replace(train=jax.tree.map(lambda x: x + 0.1, one.train))
     place = lambda x, own: jax.device_put(x, NamedSharding(mesh, own))  # noqa: E731
     x, given = tree(3)["layers"]["down"][0].T, jax.tree.map(lambda x: place(x, spec), params)
-    both = {"one": one, "two": two}
+    arrays = lambda both: [(own.train, own.fixed) for own in both]  # noqa: E731
+    lie = [tuple(specs(own, {"down": spec, "up": spec})) for own in (one, two)]
 
-    def run(params, x, ids, **place):
+    def run(params, arrays, x, ids, **place):
+        pairs = zip(("one", "two"), (one, two), arrays, strict=True)
+        both = {name: own.replace(train=train, fixed=fixed) for name, own, (train, fixed) in pairs}
         y = lr.dot_general(x, lr.attach(params, both)["down"], (((1,), (0,)), ((), ())), **place)
         return y, lr.effective(params, both)["down"], lr.adapters.embed(ids, params["up"])
 
-    want = run(params, x, jnp.arange(4))
+    want = run(params, arrays((one, two)), x, jnp.arange(4))
     with jax.set_mesh(mesh):
         run_there = jax.jit(functools.partial(run, out_sharding=P("fsdp", None)))
-        got = run_there(given, place(x, P("fsdp", "tensor")), place(jnp.arange(4), P("fsdp")))
+        lying = placed(mesh, arrays((one, two)), lie)
+        got = run_there(given, lying, place(x, P("fsdp", "tensor")), place(jnp.arange(4), P("fsdp")))
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
         alone = lambda x, params: lr.matmul(x, lr.attach(params, one)["down"])  # noqa: E731

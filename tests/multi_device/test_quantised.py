@@ -112,6 +112,20 @@ def test_a_step_of_qlora_is_that_of_one_device_and_sends_no_decoded_matrix(form,
     assert largest <= N * M // sizes.get("tensor", 1)  # codes of a byte at the most; a decoded matrix has four
 
 
+def test_a_tied_output_sends_codes():
+    mesh, own = meshes.make_mesh(fsdp=8), {"table": FORMS["nf4"](params("nf4")["up"]["kernel"].dequantize())}
+    adaptation = lr.adapt(own, {"table": lr.adapters.lora(rank=4)}, jax.random.key(0))
+    placed = meshes.shardings(own, [("table", ("vocabulary", "embed"))], mesh)
+    rows = jax.NamedSharding(mesh, meshes.spec(("batch", None), mesh))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(16, M)), jnp.float32)
+    logits = lambda own, x: lr.adapters.attend(x, lr.attach(own, adaptation)["table"])  # noqa: E731
+    with meshes.use(mesh, parameters=jax.device_put(own, placed)):
+        compiled = jax.jit(logits, in_shardings=(placed, rows)).lower(own, x).compile()
+    got = compiled(*jax.device_put((own, x), (placed, rows)))
+    np.testing.assert_allclose(got, logits(own, x), rtol=1e-4, atol=1e-5)
+    assert max(found.bytes for found in collectives.read(compiled.as_text())) <= N * M
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_of_qlora_on_explicit_axes(form):
     mesh, own = meshes.make_mesh(fsdp=8, explicit=True), params(form)
@@ -123,14 +137,17 @@ def test_a_step_of_qlora_on_explicit_axes(form):
         (own, adaptation.train, adaptation.fixed, X), (placed, *lr.adapters.shardings(adaptation, placed), rows)
     )
     with jax.set_mesh(mesh):
+        gathered = jax.eval_shape(meshes.at_input, given[0]["up"]["kernel"], given[-1])
+        assert gathered.codes.sharding.spec == jax.P(None, "tensor")
         value, new = jax.jit(step)(*given)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), new, trained)
 
 
-def test_a_rest_of_rows_is_cut_off_on_explicit_axes():
+@pytest.mark.parametrize("columns", [M, 12])  # of 12 columns two devices have halves, of their 96 scales eight shares
+def test_a_rest_of_rows_is_cut_off_on_explicit_axes(columns):
     mesh, value = meshes.make_mesh(fsdp=4, tensor=2, explicit=True), params("double")["up"]["kernel"].dequantize()
-    short = {"kernel": linalg.quantize_nf4(value[:510], double=True)}  # 8 blocks, of which 4 devices have two each
+    short = {"kernel": linalg.quantize_nf4(value[:510, :columns], double=True)}  # 8 blocks for fsdp=4
     placed = meshes.shardings(short, [("kernel", ("embed", "mlp"))], mesh)
     with jax.set_mesh(mesh):
         got = jax.jit(lambda w: w.dequantize())(jax.device_put(short["kernel"], placed["kernel"]))
