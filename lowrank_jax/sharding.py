@@ -136,8 +136,18 @@ def explicit_trace() -> bool:
 
 
 def all_axes(mesh: Any) -> tuple[str, ...]:
-    """The axes of a mesh that divide anything, over all of which rows of a refresh lie."""
-    return dividing(tuple(reversed(mesh.axis_names)), mesh)
+    """The axes of a mesh that divide anything, over all of which rows of a refresh lie; those of parameters first."""
+    names, first = dividing(tuple(reversed(mesh.axis_names)), mesh), _parameter_axes(mesh)
+    return (*first, *(name for name in names if name not in first))
+
+
+def _parameter_axes(mesh: Any) -> tuple[str, ...]:
+    """The axes that divide anything among the parameters of `meshes.use`; all where they are not known."""
+    specs, names = current_specs.get(), dividing(tuple(reversed(mesh.axis_names)), mesh)
+    if specs is None:
+        return names
+    used = {name for entries in specs.values() for entry in entries for name in axis_names_of(entry)}
+    return tuple(name for name in names if name in used)
 
 
 def rows_whole(x: jax.Array, *, pad: bool = False) -> jax.Array:
@@ -159,8 +169,13 @@ def rows_whole(x: jax.Array, *, pad: bool = False) -> jax.Array:
         return x
     if missing:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    spec = PartitionSpec(*(None,) * (x.ndim - 1), names)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    # first over the axes that divide parameters, which is an all-to-all; replicas then take a part of what they have.
+    # At once, the partitioner gathers the whole matrix on each device
+    for over in (names[: len(_parameter_axes(mesh))], names):
+        if over:
+            spec = PartitionSpec(*(None,) * (x.ndim - 1), over)
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return x
 
 
 def placing(function: Callable, spec: Spec | None) -> Callable:

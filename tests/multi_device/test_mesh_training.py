@@ -93,7 +93,8 @@ def test_a_mesh_of_another_size_is_an_error_before_any_work():
         task_of("adamw", {"data": 1, "fsdp": 3})
 
 
-STRATEGIES = {"fsdp": {"fsdp": 8}, "tensor": {"tensor": 8}, "fsdp x tensor": {"fsdp": 4, "tensor": 2}}
+STRATEGIES = {"fsdp": {"fsdp": 8}, "tensor": {"tensor": 8}, "fsdp x tensor": {"fsdp": 4, "tensor": 2},
+              "data x fsdp": {"data": 2, "fsdp": 4}}  # fmt: skip
 CONFIG = llama.preset("nano", layers=2, width=64, hidden=128, heads=8, kv_heads=8, sequence_length=16)
 DENSE = dataclasses.replace(CONFIG, layers=1, scan=False)
 VIEWS = lr.Views(stacked=(r"layers/.*",))
@@ -147,6 +148,7 @@ PROGRAMS = [(method, strategy, True, True) for method in METHODS for strategy in
 PROGRAMS += [(method, "tensor", False, True) for method in METHODS if method != "galore, alternating"]
 PROGRAMS += [(method, "fsdp x tensor", True, False) for method in METHODS]
 PROGRAMS += [(method, own, True, False) for method in ("galore, power", "dct_adamw") for own in ("fsdp", "tensor")]
+PROGRAMS += [(method, "data x fsdp", True, True) for method in ("galore, power", "dct_adamw")]
 
 
 @pytest.mark.parametrize(("method", "strategy", "spread", "scan"), PROGRAMS)
@@ -243,6 +245,23 @@ def test_a_mesh_that_does_not_divide_k_pads_a_refresh_of_rows():
         padded = jax.jit(lambda x: sharding.rows_whole(x, pad=True))(x)
     assert padded.sharding.shard_shape(padded.shape) == (2, 16, 2)
     np.testing.assert_array_equal(padded, np.pad(x, [(0, 0), (0, 0), (0, 3)]))
+
+
+@pytest.mark.parametrize("k", [24, 20])
+def test_replicas_take_their_part_of_rows_and_gather_no_matrix(k):
+    """k over the axes of parameters first: at once, the partitioner gathers the whole matrix on each device."""
+    mesh = meshes.make_mesh(data=2, fsdp=4)
+    x = jax.device_put(jnp.ones((2, 16, k)), jax.NamedSharding(mesh, jax.P(None, "fsdp")))
+
+    def rows(x):
+        with meshes.use(mesh, parameters={"kernel": x_lies}):
+            return sharding.rows_whole(x, pad=True)
+
+    x_lies = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    compiled = jax.jit(rows).lower(x).compile()
+    kinds = {one.kind for one in collectives.read(compiled.as_text())}
+    assert "all-to-all" in kinds and "all-gather" not in kinds
+    assert compiled(x).sharding.shard_shape((2, 16, 24)) == (2, 16, 3)
 
 
 def test_parameters_that_lie_elsewhere_are_refused_by_name():
