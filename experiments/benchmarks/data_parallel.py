@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,15 @@ def compiled(preset: str, rank: int, length: int, axis: str = "data") -> Any:
     return jitted.lower(jax.tree.map(place, params, placed), state, tokens).compile()
 
 
-def measure(preset: str, length: int = 64) -> dict[str, Any]:
+def measure(preset: str, length: int = 64, parts: Sequence[int] = (4, 8, 16)) -> dict[str, Any]:
     """Rows of `{"case", "axis", "rank", "tensors": [{"shape", "times", "bytes"}], "block_bytes", "bytes", ...}`.
 
-    `tensors` and bytes are of reductions in float32, "gathered_bytes" of all that is gathered.
+    Ranks are the width over `parts`. `tensors` and bytes are of reductions in float32, "gathered_bytes" of all that is
+    gathered.
     """
     config, rows = llama.preset(preset), []
     for axis in ("data", "fsdp"):
-        for rank in (0, *(config.width // part for part in (4, 8, 16))):
+        for rank in (0, *(config.width // part for part in parts)):
             found = collectives.read(compiled(preset, rank, length, axis).as_text())
             reduced = [one for one in found if one.kind in ("all-reduce", "reduce-scatter") and one.dtype == "f32"]
             tensors: list[dict[str, Any]] = [
