@@ -136,46 +136,46 @@ def explicit_trace() -> bool:
 
 
 def all_axes(mesh: Any) -> tuple[str, ...]:
-    """The axes of a mesh that divide anything, over all of which rows of a refresh lie; those of parameters first."""
-    names, first = dividing(tuple(reversed(mesh.axis_names)), mesh), _parameter_axes(mesh)
-    return (*first, *(name for name in names if name not in first))
+    """The axes of a mesh that divide anything, over all of which rows of a refresh lie; those of replicas first."""
+    names, copies = dividing(tuple(reversed(mesh.axis_names)), mesh), _replicas(mesh)
+    return (*copies, *(name for name in names if name not in copies))
 
 
-def _parameter_axes(mesh: Any) -> tuple[str, ...]:
-    """The axes that divide anything among the parameters of `meshes.use`; all where they are not known."""
-    specs, names = current_specs.get(), dividing(tuple(reversed(mesh.axis_names)), mesh)
-    if specs is None:
-        return names
+def _replicas(mesh: Any) -> tuple[str, ...]:
+    """The axes that divide none of the parameters of `meshes.use`; () where these are not known, and where all do."""
+    names, specs = dividing(mesh.axis_names, mesh), current_specs.get() or {}
     used = {name for entries in specs.values() for entry in entries for name in axis_names_of(entry)}
-    return tuple(name for name in names if name in used)
+    return tuple(name for name in names if name not in used) if used.intersection(names) else ()
 
 
-def rows_whole(x: jax.Array, *, pad: bool = False) -> jax.Array:
+def rows_whole(x: jax.Array, *, pad: bool = False, k: Any = None) -> jax.Array:
     """`x (..., s, k)` with s whole and k divided over the auto mesh of `meshes.use`; `x` itself elsewhere.
 
     What a refresh works on: one all-to-all of a device's share, after which transforms along s and Gram matrices of
-    rows send nothing of a matrix's size (`python -m experiments.benchmarks.collectives`).
+    rows send nothing of a matrix's size (`python -m experiments.benchmarks.collectives`). Replicas take their part of
+    the columns before; left to it, the partitioner may gather the whole matrix on each device.
 
     Args:
       x: matrices.
       pad: add columns of zeros up to the next k that the mesh divides; otherwise such an x stays as it lies.
+      k: the partition entry of k as x lies.
     """
     mesh = current_mesh.get()
     if mesh is None or not divides():
         return x
-    names = all_axes(mesh)
+    names, copies = all_axes(mesh), _replicas(mesh)
     missing = -x.shape[-1] % parts(names, mesh)
     if missing and not pad:
         return x
     if missing:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    # first over the axes that divide parameters, which is an all-to-all; replicas then take a part of what they have.
-    # At once, the partitioner gathers the whole matrix on each device
-    for over in (names[: len(_parameter_axes(mesh))], names):
-        if over:
-            spec = PartitionSpec(*(None,) * (x.ndim - 1), over)
-            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-    return x
+    if copies:
+        first = (*dividing(k, mesh), *copies)
+        names = (*first, *(name for name in names if name not in first))
+        free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*free, first)))
+    spec = PartitionSpec(*(None,) * (x.ndim - 1), names)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def placing(function: Callable, spec: Spec | None) -> Callable:

@@ -63,6 +63,13 @@ QUEUE: tuple[tuple[str, str, str, int, tuple[str, ...]], ...] = (
     ("7B", "v5e:16x16", "data=16,fsdp=16", 1, ("galore", "dct_adamw projected", "apollo_mini", "frugal")),
     ("7B", "v6e:4x4", "fsdp=16", 16, ("galore", "dct_adamw projected", "apollo_mini", "frugal")),
     ("7B", "v5p:2x2x1", "fsdp=4", 16, ("galore", "dct_adamw projected", "apollo_mini", "frugal")),
+    ("7B", "h200", "data=1", 16, ("dct_adamw",)),
+    ("1B", "v5e:16x16", "data=16,fsdp=16", 1, ("dct_adamw",)),
+    ("1B", "v6e:4x4", "fsdp=16", 8, ("dct_adamw",)),
+    ("1B", "v5p:2x2x1", "fsdp=4", 8, ("dct_adamw",)),
+    ("7B", "v5e:16x16", "data=16,fsdp=16", 1, ("dct_adamw",)),
+    ("7B", "v6e:4x4", "fsdp=16", 16, ("dct_adamw",)),
+    ("7B", "v5p:2x2x1", "fsdp=4", 16, ("dct_adamw",)),
 )
 
 

@@ -107,6 +107,12 @@ def placed(view: ResolvedView, tree: Any, role: str) -> Any:
     return jax.tree.map(put, tree)
 
 
+def rows(view: ResolvedView, x: jax.Array, *, pad: bool = False) -> jax.Array:
+    """A gradient `x (batch..., s, k)` as a refresh reads it, see `sharding.rows_whole`."""
+    own = current(view)
+    return sharding.rows_whole(x, pad=pad, k=None if own is None else own.k)
+
+
 def divided(view: ResolvedView, x: jax.Array, axis: int) -> jax.Array:
     """`x` divided along `axis`, -1 or -2, over the whole mesh, where a layout is known: Gram matrices do the rest."""
     if current(view) is None:

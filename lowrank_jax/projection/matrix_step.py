@@ -239,7 +239,7 @@ def _refreshed(config: Projection, view: ResolvedView, trees: dict[str, Any], st
     needs, basis, inner = config.projector.needs, trees["basis"], trees["inner"]
     whole = sharding.whole_spec(view.spec)
     evidence = Evidence(
-        grad=sharding.rows_whole(sharding.reshard(trees["target"], whole), pad=config.projector.of_rows)
+        grad=layout.rows(view, sharding.reshard(trees["target"], whole), pad=config.projector.of_rows)
         if "grad" in needs
         else None,
         sketch=layout.divided(view, sharding.reshard(trees["sketch"], whole), -2) if "sketch" in needs else None,
