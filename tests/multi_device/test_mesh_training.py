@@ -18,6 +18,7 @@ from experiments.models import axes, llama
 from experiments.planning import hlo
 from experiments.tasks import Pretraining
 from lowrank_jax import meshes, sharding
+from lowrank_jax.projection import layout
 
 MODEL = {"preset": "nano", "layers": 2, "width": 32, "hidden": 64, "heads": 4, "kv_heads": 4, "sequence_length": 16}
 OPTIMIZERS = {
@@ -249,7 +250,7 @@ def test_a_mesh_that_does_not_divide_k_pads_a_refresh_of_rows():
 
 @pytest.mark.parametrize("k", [24, 20])
 def test_replicas_take_their_part_of_rows_and_gather_no_matrix(k):
-    """k over the axes of parameters first: at once, the partitioner gathers the whole matrix on each device."""
+    """k over the replicas first: at once, the partitioner gathers the whole matrix on each device."""
     mesh = meshes.make_mesh(data=2, fsdp=4)
     x = jax.device_put(jnp.ones((2, 16, k)), jax.NamedSharding(mesh, jax.P(None, "fsdp")))
 
@@ -262,6 +263,21 @@ def test_replicas_take_their_part_of_rows_and_gather_no_matrix(k):
     kinds = {one.kind for one in collectives.read(compiled.as_text())}
     assert "all-to-all" in kinds and "all-gather" not in kinds
     assert compiled(x).sharding.shard_shape((2, 16, 24)) == (2, 16, 3)
+
+
+def test_replicas_take_their_part_of_columns_that_are_divided_without_sending_any():
+    mesh = meshes.make_mesh(data=2, tensor=4)
+    x = jax.device_put(jnp.ones((2, 16, 24)), jax.NamedSharding(mesh, jax.P(None, None, "tensor")))
+    view = lr.resolve({"kernel": x}, lr.Views(stacked=("kernel",)), rank=4, side="rows").projected[0]
+
+    def rows(x):
+        with meshes.use(mesh, parameters={"kernel": x_lies}):
+            return layout.rows(view, x)
+
+    x_lies = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    compiled = jax.jit(rows).lower(x).compile()
+    assert not collectives.read(compiled.as_text())
+    assert compiled(x).sharding.shard_shape(x.shape) == (2, 16, 3)
 
 
 def test_parameters_that_lie_elsewhere_are_refused_by_name():
