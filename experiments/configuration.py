@@ -15,7 +15,17 @@ from typing import Any, ClassVar
 from experiments.data import DataConfig
 from experiments.models import llama
 from experiments.sections import ConfigurationError as ConfigurationError
-from experiments.sections import build, one_of, plain, reject_unknown, require, table
+from experiments.sections import (
+    Section,
+    build,
+    choice,
+    number,
+    one_of,
+    plain,
+    reject_unknown,
+    require,
+    table,
+)
 
 LOWRANK = ("galore", "dct_adamw", "frugal", "ldadam", "apollo", "apollo_mini")
 OPTIMIZERS = ("adamw", "sgd", "optax_galore", *LOWRANK)
@@ -25,7 +35,7 @@ SIDES = ("paper", "larger", "rows", "cols", "sharding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """Which optimizer, and what differs from its own defaults.
 
     Attributes:
@@ -46,27 +56,26 @@ class OptimizerConfig:
       clip_norm: largest global norm of the gradient; None does not clip (1.0: GaLore's and FRUGAL's scripts).
     """
 
-    name: str = "adamw"
-    learning_rate: float = 1e-3
-    rank: int | float | None = None
-    projector: str | None = None
-    side: str | None = None
-    refresh_every: int | None = None
-    refresh_when: str | None = None
-    backprop: str | None = None
-    scale: float | None = None
-    weight_decay: float | None = None
-    b1: float | None = None
-    b2: float | None = None
-    eps: float | None = None
-    momentum: float | None = None
-    clip_norm: float | None = 1.0
+    SECTION: ClassVar[str] = "optimizer"
 
-    NAMES: ClassVar[tuple[str, ...]] = OPTIMIZERS
+    name: str = choice("adamw", OPTIMIZERS)
+    learning_rate: float = number(1e-3, above=0)
+    rank: int | float | None = number(None, above=0)
+    projector: str | None = choice(None, PROJECTORS)
+    side: str | None = choice(None, SIDES)
+    refresh_every: int | None = number(None, at_least=1)
+    refresh_when: str | None = choice(None, ("before", "after"))
+    backprop: str | None = choice(None, BACKPROP)
+    scale: float | None = number(None, above=0)
+    weight_decay: float | None = number(None, at_least=0)
+    b1: float | None = number(None, at_least=0, below=1)
+    b2: float | None = number(None, at_least=0, below=1)
+    eps: float | None = number(None, above=0)
+    momentum: float | None = number(None, at_least=0, below=1)
+    clip_norm: float | None = number(1.0, above=0)
 
     def __post_init__(self):
-        one_of("optimizer.name", self.name, self.NAMES)
-        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "give a positive number")
+        super().__post_init__()
         if self.name in (*LOWRANK, "optax_galore") and not (self.name == "apollo_mini" and self.projector is None):
             require(
                 self.rank is not None,
@@ -75,30 +84,17 @@ class OptimizerConfig:
                 f"{self.name} needs a rank, such as a quarter of the width",
             )
         if isinstance(self.rank, float):
-            require(
-                0 < self.rank <= 1, "optimizer.rank", self.rank, "a fraction lies in (0, 1]; ranks above 1 are integers"
-            )
-        elif self.rank is not None:
-            require(self.rank >= 1, "optimizer.rank", self.rank, "give a positive integer or a fraction in (0, 1]")
-        if self.projector is not None:
-            one_of("optimizer.projector", self.projector, PROJECTORS)
-        if self.side is not None:
-            one_of("optimizer.side", self.side, SIDES)
-            require(self.name in LOWRANK, "optimizer.side", self.side, f"{self.name} projects nothing; leave it None")
-        if self.backprop is not None:
-            one_of("optimizer.backprop", self.backprop, BACKPROP)
-            remedy = f"{self.name} projects nothing; leave it None, or choose one of {', '.join(LOWRANK)}"
-            require(self.name in LOWRANK, "optimizer.backprop", self.backprop, remedy)
-        if self.refresh_when is not None:
-            one_of("optimizer.refresh_when", self.refresh_when, ("before", "after"))
-            require(self.name in LOWRANK, "optimizer.refresh_when", self.refresh_when, f"{self.name} has no basis")
-        for name in ("refresh_every", "clip_norm", "eps"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"optimizer.{name}", value, "give a positive number")
+            remedy = "a fraction lies in (0, 1]; ranks above 1 are integers"
+            require(self.rank <= 1, "optimizer.rank", self.rank, remedy)
+        if self.name not in LOWRANK:
+            projects = f"{self.name} projects nothing; leave it None, or choose one of {', '.join(LOWRANK)}"
+            for name in ("side", "backprop", "refresh_when"):
+                value = getattr(self, name)
+                require(value is None, f"optimizer.{name}", value, projects)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(Section):
     """Linear warm-up to the peak, then a cosine to `final_fraction` of it (0.1: GaLore's scripts).
 
     Attributes:
@@ -108,28 +104,22 @@ class ScheduleConfig:
       accumulation: microbatches per update; they divide the batch.
     """
 
-    steps: int = 1000
-    warmup_steps: int | None = None
-    final_fraction: float = 0.1
-    accumulation: int = 1
+    SECTION: ClassVar[str] = "schedule"
+
+    steps: int = number(1000, at_least=1)
+    warmup_steps: int | None = number(None, at_least=0)
+    final_fraction: float = number(0.1, at_least=0, at_most=1)
+    accumulation: int = number(1, at_least=1)
 
     def __post_init__(self):
-        require(self.steps >= 1, "schedule.steps", self.steps, "give a positive integer")
-        require(self.accumulation >= 1, "schedule.accumulation", self.accumulation, "give a positive integer")
+        super().__post_init__()
         warmup = self.warmup_steps
-        require(
-            warmup is None or 0 <= warmup < self.steps,
-            "schedule.warmup_steps",
-            warmup,
-            f"stay below steps={self.steps}",
-        )
-        require(
-            0 <= self.final_fraction <= 1, "schedule.final_fraction", self.final_fraction, "give a fraction in [0, 1]"
-        )
+        fits = warmup is None or warmup < self.steps
+        require(fits, "schedule.warmup_steps", warmup, f"stay below steps={self.steps}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When to save.
 
     Attributes:
@@ -138,17 +128,15 @@ class CheckpointConfig:
       verify: compare checksums when restoring.
     """
 
-    every: int = 200
-    keep: int = 2
-    verify: bool = True
+    SECTION: ClassVar[str] = "checkpoint"
 
-    def __post_init__(self):
-        require(self.every >= 0, "checkpoint.every", self.every, "give 0 or a positive integer")
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least 1")
+    every: int = number(200, at_least=0)
+    keep: int = number(2, at_least=1)
+    verify: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(Section):
     """What surrounds the updates.
 
     Attributes:
@@ -164,28 +152,23 @@ class LoopConfig:
       trigram: compare the validation loss with a trigram model of the training text.
     """
 
-    seed: int = 0
-    log_every: int = 50
-    evaluate_every: int = 200
-    evaluation_tokens: int | None = None
-    evaluation_batch_size: int | None = None
-    sample_tokens: int = 128
+    SECTION: ClassVar[str] = "run"
+
+    seed: int = number(0, at_least=0)
+    log_every: int = number(50, at_least=1)
+    evaluate_every: int = number(200, at_least=0)
+    evaluation_tokens: int | None = number(None, at_least=1)
+    evaluation_batch_size: int | None = number(None, at_least=1)
+    sample_tokens: int = number(128, at_least=0)
     sample_prompt: str = "def "
-    temperature: float = 0.8
+    temperature: float = number(0.8, at_least=0)
     tensorboard: bool = False
     profile_steps: tuple[int, ...] | None = None
     compile_cache: bool = True
     trigram: bool = False
 
     def __post_init__(self):
-        for name in ("evaluate_every", "sample_tokens", "temperature", "seed"):
-            require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "give 0 or more")
-        require(self.log_every >= 1, "run.log_every", self.log_every, "give a positive integer")
-        for name in ("evaluation_tokens", "evaluation_batch_size"):
-            value = getattr(self, name)
-            require(
-                value is None or value >= 1, f"run.{name}", value, "give a positive integer, or None for the default"
-            )
+        super().__post_init__()
         window = self.profile_steps
         ordered = window is None or (len(window) == 2 and 1 <= window[0] <= window[1])
         require(ordered, "run.profile_steps", window, "give (first, last) with 1 <= first <= last")
@@ -193,7 +176,7 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Section):
     """How the devices share the work; see `lowrank_jax.meshes`.
 
     Attributes:
@@ -205,17 +188,20 @@ class MeshConfig:
         in place of a silent gather; otherwise the compiler completes the shardings.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    sequence: int = 1
-    tensor: int = 1
+    SECTION: ClassVar[str] = "mesh"
+
+    data: int = number(-1, at_least=-1)
+    fsdp: int = number(1, at_least=-1)
+    sequence: int = number(1, at_least=-1)
+    tensor: int = number(1, at_least=-1)
     spread: bool | None = None
     explicit: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("data", "fsdp", "sequence", "tensor"):
             size = getattr(self, name)
-            require(size == -1 or size >= 1, f"mesh.{name}", size, "give a positive integer, or -1 for the rest")
+            require(size != 0, f"mesh.{name}", size, "give a positive integer, or -1 for the rest")
         remedy = "an explicit mesh keeps the rank whole; leave it None, or set mesh.explicit=False"
         require(not (self.spread and self.explicit), "mesh.spread", self.spread, remedy)
 
@@ -313,7 +299,7 @@ def template():
 
     defaults = to_dict(RunConfig())
     result = config_dict.ConfigDict({"name": defaults["name"]})
-    for section, kind in _SECTIONS.items():
+    for section, kind in SECTIONS.items():
         result[section] = table(kind, defaults[section], free=section == "model")
     return result
 
@@ -329,9 +315,9 @@ def from_dict(values: Mapping) -> RunConfig:
     experiments.sections.ConfigurationError: optimizer.nmae='sgd': unknown key; did you mean optimizer.name?
     """
     values = plain(values)
-    reject_unknown("", values, ("name", *_SECTIONS))
+    reject_unknown("", values, ("name", *SECTIONS))
     sections: dict[str, Any] = {}
-    for section, kind in _SECTIONS.items():
+    for section, kind in SECTIONS.items():
         given = dict(values.get(section) or {})
         if section == "model":
             sections["preset"], sections["model"] = _model(given)
@@ -341,7 +327,7 @@ def from_dict(values: Mapping) -> RunConfig:
     return RunConfig(name=values.get("name", "run"), **sections)
 
 
-_SECTIONS = {
+SECTIONS = {
     "model": llama.LlamaConfig,
     "data": DataConfig,
     "optimizer": OptimizerConfig,

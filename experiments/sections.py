@@ -2,10 +2,13 @@
 
 import dataclasses
 import difflib
+import inspect
+import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 
 class ConfigurationError(ValueError):
@@ -41,6 +44,119 @@ def reject_unknown(prefix: str, given: Mapping, known: Iterable[str]) -> None:
             raise ConfigurationError(f"{prefix}{key}={given[key]!r}: unknown key; {hint}")
 
 
+LARGEST = 2**31 - 1  # of integers: counters and seeds are int32 on devices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """The numbers that a key takes; None leaves a side open, where integers end at LARGEST.
+
+    >>> Range(at_least=0, below=1).words(float), Range(above=0).words(float), Range(at_least=1).words(int)
+    ('give a number in [0, 1)', 'give a positive number', 'give a positive integer')
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether the number lies in the range; NaN and infinity lie in none."""
+        largest = LARGEST if isinstance(value, int) else math.inf
+        is_number = math.isfinite(value) and value <= largest
+        is_above = self.at_least is None or value >= self.at_least
+        is_above = is_above and (self.above is None or value > self.above)
+        is_below = self.at_most is None or value <= self.at_most
+        return is_number and is_above and is_below and (self.below is None or value < self.below)
+
+    def words(self, kind: type) -> str:
+        """The remedy, for an integer or a float."""
+        noun = "integer" if kind is int else "number"
+        is_positive = self.above == 0 or (kind is int and self.at_least == 1)
+        if is_positive and self._ends()[1] is None:
+            return f"give a positive {noun}"
+        joined = "in" if self._ends()[1] is not None else "of" if self.above is None else ""
+        ranged = f"{joined} {self}".strip()
+        return f"give {'an' if kind is int else 'a'} {noun} {ranged}"
+
+    def __str__(self) -> str:
+        low, high = self._ends()
+        if high is not None:
+            return f"{'[' if self.above is None else '('}{low:g}, {high:g}{']' if self.below is None else ')'}"
+        return "finite" if low is None else f"{'at least' if self.above is None else 'above'} {low:g}"
+
+    def _ends(self) -> tuple[float | None, float | None]:
+        low = self.at_least if self.above is None else self.above
+        high = self.at_most if self.below is None else self.below
+        return low, high
+
+
+def number(default: Any = dataclasses.MISSING, **limits: float) -> Any:
+    """A field for numbers in a `Range(**limits)`, or None where its type says so."""
+    return dataclasses.field(default=default, metadata={"range": Range(**limits)})
+
+
+def choice(default: Any, choices: Iterable[str]) -> Any:
+    """A field for one of the named choices."""
+    return dataclasses.field(default=default, metadata={"choices": (*choices,)})
+
+
+def check(kind: type, prefix: str, values: Mapping[str, Any]) -> None:
+    """ConfigurationError for the first value that is no number, lies outside its range, or is none of its choices."""
+    for field in dataclasses.fields(kind):
+        if field.name not in values:
+            continue
+        value, name = values[field.name], f"{prefix}{field.name}"
+        limits, choices = field.metadata.get("range"), field.metadata.get("choices")
+        if choices is not None and value is not None:
+            one_of(name, value, choices)
+        if limits is not None and _typed(name, value, field.type) is not None:
+            require(limits.holds(value), name, value, limits.words(type(value)))
+
+
+class Section:
+    """Base of the sections, which are frozen dataclasses: checks ranges and choices however it is made.
+
+    A subclass gives SECTION, the name of its table in the configuration.
+    """
+
+    SECTION: ClassVar[str]
+
+    def __post_init__(self):
+        check(type(self), f"{self.SECTION}.", vars(self))
+
+
+def descriptions(kind: type) -> dict[str, str]:
+    """{field: what its class's docstring says of it under "Attributes"}, of base classes too.
+
+    >>> class Own:
+    ...     '''Some.
+    ...
+    ...     Attributes:
+    ...       a, b: two numbers,
+    ...         in a line and a half.
+    ...     '''
+    >>> descriptions(Own)
+    {'a': 'two numbers, in a line and a half.', 'b': 'two numbers, in a line and a half.'}
+    """
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+        _, header, entries = text.partition("Attributes")
+        lines = entries.splitlines()[1:] if header else []
+        names: list[str] = []
+        for line in lines:
+            entry = re.match(r"  (\w+(?:, \w+)*): (.*)", line)
+            if entry:
+                names = entry[1].split(", ")
+                found |= dict.fromkeys(names, entry[2])
+            elif line.startswith("    "):
+                found |= {name: f"{found[name]} {line.strip()}" for name in names}
+            elif line.strip():
+                break
+    return found
+
+
 def plain(values: Mapping) -> dict:
     """A ConfigDict or a nested dictionary as a dictionary."""
     return values.to_dict() if hasattr(values, "to_dict") else dict(values)
@@ -71,6 +187,7 @@ def build(kind: type, section: str, given: Mapping):
     names = [field.name for field in dataclasses.fields(kind)]
     reject_unknown(f"{section}.", given, names)
     values = {key: _typed(f"{section}.{key}", value, hints[key]) for key, value in given.items()}
+    check(kind, f"{section}.", values)
     try:
         return kind(**values)
     except ConfigurationError:

@@ -20,14 +20,25 @@ from experiments.configuration import (
 )
 from experiments.data.tuning import TuningDataConfig
 from experiments.models import llama, vit
-from experiments.sections import ConfigurationError, build, one_of, plain, reject_unknown, require, table
+from experiments.sections import (
+    ConfigurationError,
+    Section,
+    build,
+    choice,
+    number,
+    one_of,
+    plain,
+    reject_unknown,
+    require,
+    table,
+)
 
 PAIRS = ("lora_plus", "scaled_adamw", "altlora", "altlora_plus")
 PRESETS = {**llama.PRESETS, **vit.PRESETS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BaseConfig:
+class BaseConfig(Section):
     """What is tuned.
 
     Attributes:
@@ -39,30 +50,29 @@ class BaseConfig:
       dtype, param_dtype, remat: in place of the base's own, see `LlamaConfig`; None keeps them.
     """
 
+    SECTION: ClassVar[str] = "base"
+
     source: str = "runs/default"
-    preset: str | None = None
+    preset: str | None = choice(None, PRESETS)
     domain: str | None = None
-    dtype: str | None = None
-    param_dtype: str | None = None
+    dtype: str | None = choice(None, llama.DTYPES)
+    param_dtype: str | None = choice(None, llama.DTYPES)
     remat: bool | str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.source:
             remedy = "parameters come from base.source; leave it None"
             require(self.preset is None, "base.preset", self.preset, remedy)
         else:
             remedy = "name a folder, such as runs/default, or a base.preset for new parameters"
             require(self.preset is not None, "base.source", self.source, remedy)
-            one_of("base.preset", self.preset, PRESETS)
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) is not None:
-                one_of(f"base.{name}", getattr(self, name), llama.DTYPES)
         if isinstance(self.remat, str):
             one_of("base.remat", self.remat, llama.REMAT_POLICIES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class AdapterConfig(Section):
     """What trains. The patterns are those of `lowrank_jax.adapt`: they match whole paths of leaves.
 
     Attributes:
@@ -76,19 +86,24 @@ class AdapterConfig:
       bias: "none"; "adapted" trains the biases beside adapted kernels, "all" every bias.
     """
 
+    SECTION: ClassVar[str] = "adapter"
+
     method: str = "lora(rank=8)"
     targets: str = lr.adapters.ALL_LINEAR
     rules: tuple[tuple[str, str], ...] = ()
     exclude: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     whole: tuple[str, ...] = ()
-    bias: str = "none"
+    bias: str = choice("none", ("none", "adapted", "all"))
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, "rules", tuple(tuple(rule) for rule in self.rules))
         for rule in self.rules:
             require(len(rule) == 2, "adapter.rules", rule, "give pairs of a pattern and a method")
-        one_of("adapter.bias", self.bias, ("none", "adapted", "all"))
+        for layer in self.layers or ():
+            is_layer = isinstance(layer, int) and layer >= 0
+            require(is_layer, "adapter.layers", self.layers, "give numbers of layers, from 0")
         others = ("rules", "exclude", "whole")
         if not self.method:
             for name in (*others, *(() if self.layers is None else ("layers",))):
@@ -170,10 +185,9 @@ class TuningOptimizerConfig(OptimizerConfig):
       damping: of scaled_adamw, altlora and altlora_plus, added to Gram matrices.
     """
 
-    ratio: float | None = None
-    damping: float | None = None
-
-    NAMES: ClassVar[tuple[str, ...]] = ("adamw", "sgd", *PAIRS, *LOWRANK)
+    name: str = choice("adamw", ("adamw", "sgd", *PAIRS, *LOWRANK))
+    ratio: float | None = number(None, above=0)
+    damping: float | None = number(None, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,13 +198,8 @@ class TuningLoopConfig(LoopConfig):
       domain_tokens: most tokens (or images) of the base's domain per evaluation; None is evaluation_tokens.
     """
 
-    sample_tokens: int = 0
-    domain_tokens: int | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        limit = self.domain_tokens
-        require(limit is None or limit >= 1, "run.domain_tokens", limit, "give a positive integer, or None")
+    sample_tokens: int = number(0, at_least=0)
+    domain_tokens: int | None = number(None, at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,7 +236,7 @@ class TuningConfig:
         require(packs or not self.run.trigram, "run.trigram", self.run.trigram, remedy)
 
 
-_SECTIONS = {
+SECTIONS = {
     "base": BaseConfig,
     "adapter": AdapterConfig,
     "data": TuningDataConfig,
@@ -258,7 +267,7 @@ def template():
 
     defaults = to_dict(TuningConfig())
     result = config_dict.ConfigDict({"name": defaults["name"]})
-    for section, kind in _SECTIONS.items():
+    for section, kind in SECTIONS.items():
         result[section] = table(kind, defaults[section])
     return result
 
@@ -273,8 +282,8 @@ def from_dict(values: Mapping) -> TuningConfig:
     experiments.sections.ConfigurationError: adapter.method='lora': 'lora' is no literal; ...
     """
     values = plain(values)
-    reject_unknown("", values, ("name", *_SECTIONS))
-    given = {section: dict(values.get(section) or {}) for section in _SECTIONS}
-    sections: dict[str, Any] = {section: build(kind, section, given[section]) for section, kind in _SECTIONS.items()}
+    reject_unknown("", values, ("name", *SECTIONS))
+    given = {section: dict(values.get(section) or {}) for section in SECTIONS}
+    sections: dict[str, Any] = {section: build(kind, section, given[section]) for section, kind in SECTIONS.items()}
     require(isinstance(values.get("name", ""), str), "name", values.get("name"), "give a string")
     return TuningConfig(name=values.get("name", "finetune"), **sections)

@@ -8,6 +8,7 @@ from experiments.data.loader import MODES, Batches
 from experiments.data.packing import tokenized
 from experiments.data.sources import Source, data_directory, directory_source, folder_source, named_source
 from experiments.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, make_tokenizer
+from experiments.sections import number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,8 @@ class DataConfig:
     train_split: str = "train"
     validation_split: str = "validation"
     packing: str = "pack"
-    sequence_length: int = 256
-    batch_size: int = 16
+    sequence_length: int = number(256, at_least=2)
+    batch_size: int = number(16, at_least=1)
 
     def __post_init__(self):
         for name in ("name", "tokenizer", "text_key", "file_pattern", "train_split", "validation_split"):

@@ -19,6 +19,7 @@ from experiments.data.sources import (
     named_builder,
 )
 from experiments.data.tokenizer import make_tokenizer
+from experiments.sections import number
 
 TASKS = ("language_modelling", "instruction", "classification")
 KEYS = {
@@ -64,8 +65,8 @@ class TuningDataConfig:
     train_split: str = "train"
     validation_split: str = "validation"
     packing: str | None = None
-    sequence_length: int | None = None
-    batch_size: int = 16
+    sequence_length: int | None = number(None, at_least=2)
+    batch_size: int = number(16, at_least=1)
 
     def __post_init__(self):
         def require(condition, field, remedy):

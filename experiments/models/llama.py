@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from experiments.models.attention import chunked_attention
 from experiments.models.divided import Embed, beside, chosen, positions, promoted, rematerialised, summed
+from experiments.sections import check, choice, number
 from lowrank_jax import sharding
 from lowrank_jax.meshes import at_input, constrain
 
@@ -63,35 +64,28 @@ class LlamaConfig:
       biases: which of PROJECTIONS add a bias, as Qwen2's q_proj, k_proj and v_proj do; None is none.
     """
 
-    vocabulary_size: int
-    width: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    layers: int
-    sequence_length: int
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
+    vocabulary_size: int = number(at_least=1)
+    width: int = number(at_least=1)
+    hidden: int = number(at_least=1)
+    heads: int = number(at_least=1)
+    kv_heads: int = number(at_least=1)
+    layers: int = number(at_least=1)
+    sequence_length: int = number(at_least=1)
+    rope_theta: float = number(10000.0, above=0)
+    norm_eps: float = number(1e-6, above=0)
     tied_head: bool = False
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: str = choice("float32", DTYPES)
+    param_dtype: str = choice("float32", DTYPES)
     remat: bool | str = False
     scan: bool = True
-    init_std: float = 0.02
-    attention_chunk: int | None = None
-    head_dim: int | None = None
+    init_std: float = number(0.02, above=0)
+    attention_chunk: int | None = number(None, at_least=1)
+    head_dim: int | None = number(None, at_least=1)
     rope_scaling: tuple[str | float, ...] | None = None
     biases: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        counts = ("vocabulary_size", "width", "hidden", "heads", "kv_heads", "layers", "sequence_length")
-        for name in (*counts, *(() if self.head_dim is None else ("head_dim",))):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: give a positive integer")
-        for name in ("rope_theta", "norm_eps", "init_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: give a positive number")
+        check(type(self), "", vars(self))
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width={self.width}: choose a divisor of the width")
         if self.head_size % 2:
@@ -99,14 +93,8 @@ class LlamaConfig:
             raise ValueError(f"{name}{self.head_size} is odd: rotary positions need an even head size")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}: choose a divisor of heads")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(DTYPES)}")
         if not isinstance(self.remat, bool) and self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat={self.remat!r}: choose False, True, or one of {', '.join(REMAT_POLICIES)}")
-        chunk = self.attention_chunk
-        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-            raise ValueError(f"attention_chunk={chunk!r}: give a positive integer, or None for unchunked attention")
         for name in self.biases or ():
             if name not in PROJECTIONS:
                 raise ValueError(f"biases={self.biases!r}: choose among {', '.join(PROJECTIONS)}")

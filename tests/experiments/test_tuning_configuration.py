@@ -34,7 +34,7 @@ def test_every_config_is_valid_and_begins_with_its_command_and_expectation(path)
 def test_template_holds_the_defaults_of_every_key():
     assert from_dict(template()) == TuningConfig()
     keys = {section: set(values) for section, values in template().to_dict().items() if isinstance(values, dict)}
-    for section, kind in tuning_configuration._SECTIONS.items():
+    for section, kind in tuning_configuration.SECTIONS.items():
         assert keys[section] == {field.name for field in dataclasses.fields(kind)}
 
 
