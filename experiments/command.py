@@ -8,13 +8,14 @@ import os
 import pathlib
 import shlex
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from experiments import checkpoint, distributed, training
+from experiments import arguments, checkpoint, distributed, training
+from experiments.arguments import refuse
 from experiments.configuration import ConfigurationError
 from experiments.tasks import Task
 
@@ -35,7 +36,7 @@ for _name in ("coordinator", "processes", "process", "join_timeout", "silence_ti
 
 def run(
     program: str,
-    configure: Callable[[Any], Any],
+    settings: types.ModuleType,
     task: Callable[[Any], Task],
     conclude: Callable[[dict, pathlib.Path], None],
     *,
@@ -46,7 +47,7 @@ def run(
 
     Args:
       program: the module, for the line that says how to resume.
-      configure: makes the checked configuration of the ConfigDict.
+      settings: the module of the configuration: `experiments.configuration` or `experiments.tuning_configuration`.
       task: makes the task of the configuration.
       conclude: `(summary, workdir)` prints the last lines of a run that is over.
       default: the configuration file where none is named.
@@ -69,7 +70,9 @@ def run(
             os._exit(code)  # what was joined by half does not end in order
         try:
             with distributed.together(ConfigurationError):
-                config = configure(flags.FLAGS.config)
+                config, notes = arguments.configured(settings)
+            for note in notes if distributed.leads() else ():
+                print(f"note: {note}", file=sys.stderr)
             workdir = pathlib.Path(WORKDIR.value or f"runs/{config.name}")
             summary = training.run(config, workdir, task=task, handle_signals=True)
             if summary["status"] == "stopped":
@@ -96,17 +99,7 @@ def run(
             distributed.end(error)
         return 1 if summary["status"] == "diverged" else 0
 
-    def parse(argv):
-        """absl's parser; a key that the configuration lacks is a message in place of a traceback."""
-        try:
-            config_flags.DEFINE_config_file(
-                "config", str(default), "Python file; a flag --config.section.key=value changes a key"
-            )
-            return app.parse_flags_with_usage(argv)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            sys.exit(refuse(str(error).strip("'\"").replace("\\n", " ")))
-
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=arguments.parser(settings, default))
 
 
 def _hosts(alone: tuple[str, ...]) -> distributed.Hosts:
@@ -126,9 +119,3 @@ def _hosts(alone: tuple[str, ...]) -> distributed.Hosts:
                 "distributed, which trains nothing again"
             )
     return hosts
-
-
-def refuse(message: str) -> int:
-    """Says what is wrong with the configuration; the exit code."""
-    print(f"configuration error: {message}", file=sys.stderr)
-    return 2

@@ -1,6 +1,6 @@
 """Fine-tune a model: an adapter, or all of it; the same command again resumes.
 
-    python -m experiments.finetune --config=experiments/configs/finetune/documentation.py \
+    python -m experiments.finetune --config=experiments/configs/finetune/documentation.py \\
         --config.base.source=runs/default --config.adapter.method='dora(rank=8)' --workdir=runs/dora --export=exported
 
 With `--export` the tuned model is also written as plain parameters: a folder that `--config.base.source` reads, or,
@@ -42,5 +42,5 @@ def conclude(summary, workdir):
 
 if __name__ == "__main__":
     default = pathlib.Path(__file__).parent / "configs" / "finetune" / "documentation.py"
-    configure, alone = tuning_configuration.from_dict, ("export",)
-    command.run("experiments.finetune", configure, Finetuning, conclude, default=default, alone=alone)
+    alone = ("export",)
+    command.run("experiments.finetune", tuning_configuration, Finetuning, conclude, default=default, alone=alone)

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import optax
@@ -41,17 +42,12 @@ def build(
 
     Raises ConfigurationError for a field that the method does not have.
     """
-    function = METHODS[config.name]
-    accepted = inspect.signature(function).parameters
-    arguments = {}
-    own = ("rank", "projector", "refresh_every", "scale", "weight_decay", "b1", "b2", "eps", "momentum")
-    for field in (*own, "ratio", "damping"):  # the last two are of fine-tuning
+    check(config)
+    function, arguments = METHODS[config.name], {}
+    for field in OWN:
         value = getattr(config, field, None)
-        if value is None:
-            continue
-        if field not in accepted:
-            raise ConfigurationError(f"optimizer.{field}={value!r}: {config.name} has no such setting; leave it None")
-        arguments[field] = value
+        if value is not None:
+            arguments[field] = value
     if config.projector is not None:
         arguments["projector"] = PROJECTORS[config.projector](rank=arguments.pop("rank"))
     if config.name in LOWRANK:
@@ -69,6 +65,51 @@ def build(
     if config.clip_norm is None or config.backprop is not None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+OWN = ("rank", "projector", "refresh_every", "scale", "weight_decay", "b1", "b2", "eps", "momentum", "ratio", "damping")
+
+
+def check(config: OptimizerConfig) -> None:
+    """ConfigurationError for a setting that the method does not have."""
+    for field in OWN:
+        value = getattr(config, field, None)
+        if value is not None and not has(config.name, field):
+            raise ConfigurationError(f"optimizer.{field}={value!r}: {config.name} has no such setting; leave it None")
+
+
+def has(name: str, field: str) -> bool:
+    """Whether a method has a setting of `OptimizerConfig`."""
+    if field in ("name", "learning_rate", "clip_norm"):
+        return True
+    if field in ("side", "backprop", "refresh_when"):
+        return name in LOWRANK
+    return field in inspect.signature(METHODS[name]).parameters
+
+
+def fit(given: dict[str, Any], own: str, explicit: Collection[str]) -> list[str]:
+    """Sets to None what a configuration file says for its own method and the chosen one lacks; notes of what was done.
+
+    Args:
+      given: the section optimizer with the chosen name, changed in place.
+      own: the file's method.
+      explicit: fields that were set by hand, which stay.
+    """
+    name = given.get("name")
+    if name == own or name not in METHODS:
+        return []
+    notes = []
+    for field, value in given.items():
+        if value is None or field in explicit:
+            continue
+        has_own_rank = field == "rank" and name == "apollo_mini"
+        if field == "learning_rate":
+            notes.append(f"optimizer.learning_rate={value!r} is kept, which the configuration file has for {own}")
+        elif has_own_rank or not has(name, field):
+            reason = "has a rank of its own, 1" if has_own_rank else "has no such setting"
+            notes.append(f"optimizer.{field}={value!r} of the configuration file is left out: {name} {reason}")
+            given[field] = None
+    return notes
 
 
 def views(stacked: bool) -> lr.Views:

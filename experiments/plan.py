@@ -19,17 +19,18 @@ candidates (--noadvise leaves that out).
 Exit codes: 0 everything fits, 1 something does not or failed, 2 wrong configuration, 130 interrupted.
 """
 
+import math
 import pathlib
 import sys
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from experiments import configuration
+from experiments import arguments, configuration
 from experiments.configuration import ConfigurationError
 from experiments.metrics import format_bytes
 from experiments.planning import advice, cases, queue, report
+from experiments.sections import require
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "target, such as v5e:4x4, h200 or cpu:8")
 TOPOLOGIES = flags.DEFINE_list("topologies", [], "several targets")
@@ -59,6 +60,8 @@ def run(config: configuration.RunConfig) -> int:
     for case in listed:
         queue.targets.interpreter(case.target, PYTHON.value)
     cache = queue.Cache(pathlib.Path(CACHE.value) if CACHE.value else None, queue.source_digest())
+    if MEMORY.value is not None:
+        require(0 < MEMORY.value < math.inf, "memory_gib", MEMORY.value, "give a positive number of GiB")
     memory = None if MEMORY.value is None else round(MEMORY.value * 2**30)
     rows = queue.run(listed, cache, python=PYTHON.value, memory=memory)
     found: dict[str, Any] = {"command": f"python -m experiments.plan {' '.join(sys.argv[1:])}", "rows": rows}
@@ -103,25 +106,14 @@ def main(argv: list[str]) -> int:
     try:
         if len(argv) > 1:
             raise ConfigurationError(f"unexpected arguments {argv[1:]}: flags are written --name=value")
-        return run(configuration.from_dict(flags.FLAGS.config))
+        config, notes = arguments.configured(configuration)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        return run(config)
     except ConfigurationError as error:
-        return _refuse(str(error))
-
-
-def _refuse(message: str) -> int:
-    print(f"configuration error: {message}", file=sys.stderr)
-    return 2
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """absl's parser; a key that the configuration lacks is a message in place of a traceback."""
-    try:
-        default = pathlib.Path(__file__).parent / "configs" / "llama_1b.py"
-        config_flags.DEFINE_config_file("config", str(default), "as of experiments.pretrain")
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        sys.exit(_refuse(str(error).strip("'\"").replace("\\n", " ")))
+        return arguments.refuse(str(error))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    default_file = pathlib.Path(__file__).parent / "configs" / "llama_1b.py"
+    app.run(main, flags_parser=arguments.parser(configuration, default_file))

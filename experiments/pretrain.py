@@ -25,4 +25,4 @@ def conclude(summary, workdir):
 
 if __name__ == "__main__":
     default = pathlib.Path(__file__).parent / "configs" / "default.py"
-    command.run("experiments.pretrain", configuration.from_dict, Pretraining, conclude, default=default)
+    command.run("experiments.pretrain", configuration, Pretraining, conclude, default=default)

@@ -3,17 +3,23 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
+import re
 import subprocess
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import configuration, optimizers
+from experiments import arguments, configuration, optimizers, tuning_configuration
+from experiments.arguments import load
 from experiments.configuration import ConfigurationError, OptimizerConfig, ScheduleConfig, from_dict, template, to_dict
+from experiments.sections import plain
+from tests.experiments import commands, runs
 
 CONFIGS = sorted((pathlib.Path(configuration.__file__).parent / "configs").glob("[!_]*.py"))
 
@@ -38,7 +44,7 @@ def test_every_config_is_valid_and_begins_with_its_command_and_expectation(path)
 def test_template_holds_the_defaults_of_every_key():
     assert from_dict(template()) == configuration.RunConfig()
     keys = {section: set(values) for section, values in template().to_dict().items() if isinstance(values, dict)}
-    for section, kind in configuration._SECTIONS.items():
+    for section, kind in configuration.SECTIONS.items():
         fields = {field.name for field in dataclasses.fields(kind)}
         assert keys[section] == fields | ({"preset"} if section == "model" else set())
 
@@ -68,7 +74,7 @@ WRONG = [
     ({"data": {"sequence_length": 512}}, r"data\.sequence_length=512: the model takes 256"),
     ({"data": {"batch_size": 0}}, r"data\.batch_size=0"),
     ({"data": {"packing": "pad"}, "run": {"trigram": True}}, r"run\.trigram=True: .* data\.packing='pack'"),
-    ({"checkpoint": {"keep": 0}}, r"checkpoint\.keep=0: keep at least 1"),
+    ({"checkpoint": {"keep": 0}}, r"checkpoint\.keep=0: give a positive integer"),
     ({"checkpoint": {"every": -1}}, r"checkpoint\.every=-1"),
     ({"run": {"profile_steps": [5, 3]}}, r"run\.profile_steps=\(5, 3\)"),
     ({"run": {"log_every": 0}}, r"run\.log_every=0"),
@@ -164,7 +170,7 @@ def test_backprop_and_the_clock_are_heeded(backprop, when):
         ({"backprop": "low"}, "optimizer.backprop='low'"),
         ({"name": "adamw", "rank": None, "backprop": "full"}, "adamw projects nothing"),
         ({"refresh_when": "now"}, "optimizer.refresh_when='now'"),
-        ({"name": "adamw", "rank": None, "refresh_when": "after"}, "adamw has no basis"),
+        ({"name": "adamw", "rank": None, "refresh_when": "after"}, "adamw projects nothing"),
     ],
 )
 def test_backprop_that_cannot_be(fields, message):
@@ -184,10 +190,13 @@ def test_clipping_is_heeded():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--config.optimizer.rnak=3"], 'Did you mean "rank" instead of "rnak"?'),
+        (["--config.optimizer.rnak=3"], "section optimizer has no key 'rnak'; did you mean optimizer.rank?"),
         (["--config.optimizer.rank=4096"], "configuration error: optimizer.rank=4096"),
+        (["--config.schedule.steps=ten"], "configuration error: flag --config.schedule.steps=ten"),
+        (["--wrokdir=a"], "Did you mean: workdir"),
+        (["--config.optimizer.name=adamw", "--config.optimizer.rank=8"], "rank=8: adamw has no such setting"),
     ],
-    ids=["unknown key", "rank"],
+    ids=["unknown key", "rank", "no number", "unknown flag", "lacking"],
 )
 def test_the_command_line_exits_with_2_and_one_message(flags, message, tmp_path):
     command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={tmp_path}/run", *flags]
@@ -196,3 +205,125 @@ def test_the_command_line_exits_with_2_and_one_message(flags, message, tmp_path)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+TABLES = {"pretrain": configuration, "finetune": tuning_configuration}
+ALL_CONFIGS = CONFIGS + sorted((CONFIGS[0].parent / "finetune").glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: path.stem)
+def test_any_file_takes_any_method_by_one_flag(path):
+    """What the file says for its own method and another lacks is left out; a flag that says so stays an error."""
+    settings = tuning_configuration if path.parent.name == "finetune" else configuration
+    file = plain(load(str(path)))
+    own = file["optimizer"]["name"]
+    for name in settings.SECTIONS["optimizer"].__dataclass_fields__["name"].metadata["choices"]:
+        given = plain(load(str(path))) | {"optimizer": file["optimizer"] | {"name": name}}
+        if name == "optax_galore":
+            given["model"] |= {"scan": False}
+        needs_rank = name in (*configuration.LOWRANK, "optax_galore") and name not in ("apollo_mini", own)
+        explicit = ["name", "rank"] if needs_rank else ["name"]
+        given["optimizer"] |= {"rank": 8} if needs_rank else {}
+        if settings is tuning_configuration and (name in configuration.LOWRANK):
+            given["adapter"] |= {"method": ""}
+        if name in tuning_configuration.PAIRS:
+            given["adapter"] |= {"method": "lora(rank=2)"}
+            given["base"] |= {"source": "runs/default", "preset": None}
+        notes = optimizers.fit(given["optimizer"], own, explicit)
+        config = settings.from_dict(given)
+        optimizers.build(config.optimizer, lambda step: 0.1, stacked=True, seed=0)
+        changed = {key for key, value in file["optimizer"].items() if value != given["optimizer"][key]} - {*explicit}
+        assert all(given["optimizer"][key] is None for key in changed)
+        assert len(notes) == len(changed) + (name != own)
+        lacked = next((field for field in optimizers.OWN if not optimizers.has(name, field)), None)
+        if lacked in given["optimizer"]:
+            given["optimizer"][lacked] = {"projector": "svd", "rank": 8}.get(lacked, 0.5)
+            optimizers.fit(given["optimizer"], own, [*explicit, lacked])
+            with pytest.raises(ConfigurationError, match=rf"optimizer\.{lacked}=|refresh_every=0.5: is of type"):
+                optimizers.check(settings.from_dict(given).optimizer)
+
+
+def test_the_baseline_of_galore_s_file():
+    given = plain(load(str(CONFIGS[0].parent / "llama_60m.py")))["optimizer"]
+    given["name"] = "adamw"
+    notes = optimizers.fit(given, "galore", ["name"])
+    assert notes == [
+        "optimizer.learning_rate=0.01 is kept, which the configuration file has for galore",
+        "optimizer.rank=128 of the configuration file is left out: adamw has no such setting",
+        "optimizer.refresh_every=200 of the configuration file is left out: adamw has no such setting",
+    ]
+    assert (given["rank"], given["refresh_every"], given["learning_rate"]) == (None, None, 0.01)
+
+
+def numeric_fields():
+    for name, settings in TABLES.items():
+        for section, kind in settings.SECTIONS.items():
+            for key, hint in typing.get_type_hints(kind).items():
+                kinds = typing.get_args(hint) or (hint,)
+                if not key.isupper() and {int, float} & {*kinds}:
+                    yield pytest.param(settings, section, key, kinds, id=f"{name}.{section}.{key}")
+
+
+@pytest.mark.parametrize("settings, section, key, kinds", [*numeric_fields()])
+def test_every_number_out_of_its_range_is_refused_on_each_side(settings, section, key, kinds):
+    limits = settings.SECTIONS[section].__dataclass_fields__[key].metadata["range"]
+    low = limits.at_least if limits.above is None else limits.above
+    outside = [] if low is None else [low - 1, *([low] if limits.above is not None else [])]
+    if float in kinds:
+        outside = [float(value) for value in outside]
+        high = limits.at_most if limits.below is None else limits.below
+        outside += [math.inf, -math.inf, math.nan] if high is None else [float(high) + 1, math.nan]
+        outside += [] if limits.below is None else [float(limits.below)]
+    else:
+        outside = [int(value) for value in outside] + [2**31]
+    assert len(outside) >= 2
+    for value in outside:
+        with pytest.raises(ConfigurationError, match=rf"^{section}\.{key}={re.escape(repr(value))}: "):
+            settings.from_dict({section: {key: value}})
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_help_says_what_every_key_means(name):
+    settings = TABLES[name]
+    page = arguments.page(settings, str(CONFIGS[0] if name == "pretrain" else ALL_CONFIGS[-1]), "")
+    blocks = page.split("Keys of the configuration")[1].split("\n\n")
+    told = {block.splitlines()[0]: block for block in blocks}
+    for section, table in settings.template().items():
+        for key in table if section != "name" else ():
+            assert re.search(rf"^  {key} = .+\n      \S+", told[section], re.MULTILINE), (section, key)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, r"config='.*config\.py': no such file"),
+        ("def get_config(:", r"config='.*config\.py', line 1: SyntaxError"),
+        ("x = 1", r"config='.*config\.py': defines no function get_config"),
+        ("def get_config():\n    return missing", r"config='.*config\.py', line 2: NameError: name 'missing'"),
+    ],
+    ids=["no file", "syntax", "no function", "name"],
+)
+def test_what_is_wrong_with_a_file_is_told_in_one_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.py").write_text(text)
+    with pytest.raises(ConfigurationError, match=message):
+        load(str(tmp_path / "config.py"))
+
+
+@pytest.mark.slow
+def test_the_baseline_runs_by_one_flag(tmp_path):
+    runs.write_text(tmp_path / "text")
+    commands.write(tmp_path, "configuration", BASELINE | {"data": BASELINE["data"] | {"name": str(tmp_path / "text")}})
+    assert commands.start("pretrain", tmp_path, "run", "--config.optimizer.name=adamw").wait(300) == 0
+    assert "note: optimizer.rank=4 of the configuration file is left out" in (tmp_path / "run.log").read_text()
+    ran = json.loads((tmp_path / "run" / "config.json").read_text())["optimizer"]
+    assert (ran["name"], ran["rank"], ran["backprop"]) == ("adamw", None, None)
+
+
+BASELINE = {
+    "model": {"width": 16, "hidden": 32, "heads": 2, "kv_heads": 1, "layers": 2, "sequence_length": 16},
+    "data": {"sequence_length": 16, "batch_size": 4},
+    "optimizer": {"name": "galore", "rank": 4, "backprop": "projected"},
+    "schedule": {"steps": 2},
+    "run": {"evaluation_tokens": 64, "sample_tokens": 0},
+}
