@@ -9,7 +9,7 @@
 """
 
 from lowrank_jax.adapters.adaptation import Adaptation
-from lowrank_jax.adapters.base import Adapter, Group, Op, Site, matrix_op
+from lowrank_jax.adapters.base import Adapter, Factors, Group, Op, Site, matrix_op
 from lowrank_jax.adapters.combination import combine
 from lowrank_jax.adapters.conversion import Conversion, absorb, to_lora
 from lowrank_jax.adapters.dora import dora
@@ -37,6 +37,7 @@ __all__ = [
     "Adapter",
     "Bound",
     "Conversion",
+    "Factors",
     "Group",
     "Op",
     "Plan",

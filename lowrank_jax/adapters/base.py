@@ -6,7 +6,8 @@ are dicts of arrays, one for each `Site` (a leaf of the parameter tree, one matr
 group of sites that share. It works on three levels, of which only the first is compulsory:
 
 1. `effective(site, kernel, p)`, the adapted matrix; for additive adapters its delta, `delta(site, p)`;
-2. `factors(site, p) -> (a (n, q), scale (q,), b (q, m))`, whose thin products replace the dense delta on every host;
+2. `factors(site, p) -> Factors(a (n, q), scale (q,), b (q, m), rank_of (q,))`, whose thin products replace the dense
+   delta on every host;
 3. `wrap(op, site, p, key)`, for adapters that do better still (DoRA, OFT, MiSS).
 
 `p` holds the arrays of one matrix by name, trained and frozen alike, `p["scale"]` among them, and those of its group
@@ -18,17 +19,35 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax import sharding
 from lowrank_jax.matrices import DENSE, MatrixView, Shape
 
 Arrays = dict[str, Any]
-Factors = tuple[jax.Array, jax.Array, jax.Array]
 INPUTS = ("features", "indices", "windows", "transposed")
+
+
+class Factors(NamedTuple):
+    """The delta of one matrix as a sum of q components, `a diag(scale) b`.
+
+    Attributes:
+      a: `(n, q)`.
+      scale: `(q,)`.
+      b: `(q, m)`.
+      rank_of: `(q,)` integers, known without any array: which entry of the rank's axis, 0 .. r-1, a component belongs
+        to. A matrix of a smaller rank r' in a padded stack has the components with `rank_of < r'`. None where the
+        family has no rank (`ranked` is False): then all components are every matrix's.
+    """
+
+    a: jax.Array
+    scale: jax.Array
+    b: jax.Array
+    rank_of: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +83,7 @@ class Op:
 
     def thin(self, x: Any, factors: Factors) -> jax.Array:
         """`x a diag(scale) b`, or `x bᵀ diag(scale) aᵀ` for a transposed host; no dense delta is formed."""
-        a, scale, b = factors
+        a, scale, b, _ = factors
         if self.input == "transposed":
             a, b = b.T, a.T
         low = self.contract(x, a) * scale
@@ -230,7 +249,7 @@ class Adapter:
         raise NotImplementedError(f"{type(self).__name__} must say how its arrays start")
 
     def factors(self, site: Site, p: Arrays) -> Factors | None:
-        """`(a (n, q), scale (q,), b (q, m))` with `delta = a diag(scale) b`; None where the delta is not thin."""
+        """`Factors` with `delta = a diag(scale) b`; None where the delta is not thin."""
         del site, p
         return None
 
@@ -239,8 +258,7 @@ class Adapter:
         found = self.factors(site, p)
         if found is None:
             raise TypeError(f"{type(self).__name__} has no additive delta; effective() gives the whole matrix")
-        a, scale, b = found
-        return (a * scale) @ b
+        return (found.a * found.scale) @ found.b
 
     def effective(self, site: Site, kernel: jax.Array, p: Arrays) -> jax.Array:
         """`(n, m)`, the adapted matrix; by default `kernel + delta`."""

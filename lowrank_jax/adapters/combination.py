@@ -33,7 +33,7 @@ import numpy as np
 from lowrank_jax import linalg
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Site, check_positive
-from lowrank_jax.adapters.conversion import Thin, factors_of, lora_of, over_matrices, truncated
+from lowrank_jax.adapters.conversion import SiteFactors, factors_of, lora_of, over_matrices, truncated
 from lowrank_jax.adapters.rules import chosen_rows
 
 PRUNED = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
@@ -204,7 +204,7 @@ def _site(having: Mapping[str, Adaptation], path: str) -> Site:
     return first
 
 
-def _thin(adaptation: Adaptation, path: str, name: str) -> Thin:
+def _thin(adaptation: Adaptation, path: str, name: str) -> SiteFactors:
     thin = factors_of(adaptation, path)
     if thin is None:
         kind = type(adaptation.plan.by_path[path][0]).__name__
@@ -224,7 +224,7 @@ def _with_whole(adaptations: Mapping[str, Adaptation]) -> Adaptation:
     return first.replace(train=first.train | {"whole": whole})
 
 
-def _by_factor(site: Site, thin: Mapping[str, Thin], weights: list[Any], method: str, rule: Rule, keys: Any):
+def _by_factor(site: Site, thin: Mapping[str, SiteFactors], weights: list[Any], method: str, rule: Rule, keys: Any):
     """`(a, b, ranks)` of a rule that works on factors: `(k, batch..., n, q)` and `(k, batch..., q, m)` apart."""
     first, *rest = thin.values()
     if any(other.own.shape != first.own.shape or (other.own != first.own).any() for other in rest):
@@ -244,7 +244,7 @@ def _by_factor(site: Site, thin: Mapping[str, Thin], weights: list[Any], method:
 
 
 def _sum(
-    site: Site, thin: list[Thin], weights: list[Any], method: str, rule: Rule, keys: Any, rank: Any, energy: Any
+    site: Site, thin: list[SiteFactors], weights: list[Any], method: str, rule: Rule, keys: Any, rank: Any, energy: Any
 ) -> tuple[jax.Array, jax.Array, np.ndarray]:
     """`(a, b, ranks)` of the weighted sum of deltas, or of what a rule makes of them."""
     own = np.concatenate([one.own for one in thin], axis=-1)
@@ -252,11 +252,11 @@ def _sum(
     if method in ("cat", "svd"):
         scale = jnp.concatenate([_times(w, one) for w, one in zip(weights, thin, strict=True)], -1)
         a, b = jnp.concatenate([one.a for one in thin], -1), jnp.concatenate([one.b for one in thin], -2)
-        every = Thin(a, scale, b, own).compact()
+        every = SiteFactors(a, scale, b, own).compact()
         a, b = every.scaled()
         if method == "cat":
             return a, b, every.ranks
-        return truncated(linalg.svd_of_product(a, b), np.minimum(every.ranks, top), energy)[:3]
+        return truncated(linalg.svd_of_product(a, b), np.minimum(every.ranks, top), energy)
 
     column = jnp.stack([jnp.asarray(weight, jnp.float32) for weight in weights])[:, None, None]
 
@@ -270,9 +270,9 @@ def _sum(
     if keys is not None:
         each = jax.vmap(lambda k: jax.random.split(k, site.lead), out_axes=-1)(keys) if site.lead else keys
     svd = over_matrices(one, site, (pairs, each))
-    return truncated(svd, np.where(own.any(axis=-1), top, 0), energy)[:3]
+    return truncated(svd, np.where(own.any(axis=-1), top, 0), energy)
 
 
-def _times(weight: Any, thin: Thin) -> jax.Array:
+def _times(weight: Any, thin: SiteFactors) -> jax.Array:
     """`weight scale` of each component, 0 beyond a matrix's own rank."""
     return jnp.where(thin.own, jnp.asarray(weight, jnp.float32) * thin.scale, 0)

@@ -3,7 +3,7 @@
 Families with `factors` are pairs already (LoRA, Uni-LoRA, VeRA, ...); starts from the kernel (PiSSA, OLoRA) have the
 offset as further factors, so they are pairs of rank 2 r against the kernel as it was. All others change the kernel by a
 full matrix `effective(K) - K`, of which a truncated SVD is kept. To a smaller rank a pair goes by LoRA-Squeeze (two QR
-factorisations and the SVD of the core), and the product is never formed.
+factorisations and the SVD of the core), without their product; the reported errors form it, one matrix at a time.
 
 The singular values are split evenly over both factors; PEFT puts them on B, which is the same product.
 """
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from lowrank_jax import linalg
+from lowrank_jax import linalg, sharding
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Site, check_positive
 from lowrank_jax.adapters.lora import Lora
@@ -31,7 +31,7 @@ HOW = ("as it is", "SVD of the product", "SVD of the difference")
 
 
 @dataclasses.dataclass(frozen=True)
-class Thin:
+class SiteFactors:
     """Factors of the matrices of a site, `a diag(scale) b`, and which of their q components are of a matrix's own rank.
 
     Attributes:
@@ -53,13 +53,13 @@ class Thin:
         """`a` and `diag(scale) b`."""
         return self.a, self.scale[..., None] * self.b
 
-    def compact(self) -> Thin:
+    def compact(self) -> SiteFactors:
         """The components of a matrix's own rank in front, and no more of the others than the largest rank wants."""
         cut = max(int(self.ranks.max()), 1)
         order = np.argsort(~self.own, axis=-1, kind="stable")[..., :cut]
         if (order == np.arange(cut)).all():
-            return Thin(self.a[..., :cut], self.scale[..., :cut], self.b[..., :cut, :], self.own[..., :cut])
-        return Thin(
+            return SiteFactors(self.a[..., :cut], self.scale[..., :cut], self.b[..., :cut, :], self.own[..., :cut])
+        return SiteFactors(
             jnp.take_along_axis(self.a, order[..., None, :], axis=-1),
             jnp.take_along_axis(self.scale, order, axis=-1),
             jnp.take_along_axis(self.b, order[..., None], axis=-2),
@@ -67,14 +67,20 @@ class Thin:
         )
 
 
-def factors_of(adaptation: Adaptation, path: str) -> Thin | None:
+def factors_of(adaptation: Adaptation, path: str) -> SiteFactors | None:
     """The factors of a site, or None where its adapter has none."""
     adapter, site = adaptation.plan.by_path[path]
     arrays = adaptation.arrays(path)
     shared = arrays.pop("shared")
+    rank_of: Any = None
 
     def one(own):
-        return adapter.factors(site, own | {"shared": shared})
+        nonlocal rank_of
+        found = adapter.factors(site, own | {"shared": shared})
+        if found is None:
+            return None
+        rank_of = found.rank_of  # the same for all matrices, and no array that a map could carry
+        return found.a, found.scale, found.b
 
     for _ in site.lead:
         one = jax.vmap(one)
@@ -82,10 +88,21 @@ def factors_of(adaptation: Adaptation, path: str) -> Thin | None:
     if found is None:
         return None
     a, scale, b = found
-    q, ranks = a.shape[-1], np.reshape(dict(adaptation.matrices)[path].ranks, (*site.lead, 1))
-    # an offset repeats the components: those of the adapter's rank, then those of its start
-    position = np.arange(q) % site.rank if site.rank and q % site.rank == 0 else np.zeros(q, int)
-    return Thin(a, scale, b, np.broadcast_to(position < ranks, (*site.lead, q)))
+    ranks = np.reshape(dict(adaptation.matrices)[path].ranks, (*site.lead, 1))
+    own = _checked_ranks(adapter, site, rank_of, a.shape[-1]) < ranks
+    return SiteFactors(a, scale, b, np.broadcast_to(own, (*site.lead, a.shape[-1])))
+
+
+def _checked_ranks(adapter: Adapter, site: Site, rank_of: Any, q: int) -> np.ndarray:
+    """The rank that each of q components belongs to; all are of rank 0 where the family has none."""
+    if rank_of is None and not adapter.ranked:
+        return np.zeros(q, int)
+    if rank_of is None or np.shape(rank_of) != (q,):
+        raise ValueError(
+            f"{site.path!r}: {type(adapter).__name__}.factors gives {q} components and rank_of={rank_of!r}; say for "
+            f"each of them to which of the ranks 0 .. {site.rank - 1} it belongs"
+        )
+    return np.asarray(rank_of)
 
 
 def lora_of(
@@ -118,8 +135,8 @@ def lora_of(
 
 def truncated(
     svd: tuple[jax.Array, jax.Array, jax.Array], limit: np.ndarray, energy: float | None
-) -> tuple[jax.Array, jax.Array, np.ndarray, jax.Array]:
-    """`(a, b, ranks, relative errors)` of SVDs `(batch..., n, p)`, `(batch..., p)`, `(batch..., p, m)`.
+) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """`(a, b, ranks)` of SVDs `(batch..., n, p)`, `(batch..., p)`, `(batch..., p, m)`.
 
     Args:
       svd: u, s, vt.
@@ -135,15 +152,14 @@ def truncated(
     size = max(int(ranks.max()), 1)
     kept = np.arange(s.shape[-1]) < ranks[..., None]
     root = jnp.sqrt(jnp.where(kept, s, 0))[..., :size]
-    shares = s / jnp.where(s[..., :1] == 0, 1, s[..., :1])
-    total = jnp.linalg.norm(shares, axis=-1)
-    errors = jnp.linalg.norm(jnp.where(kept, 0, shares), axis=-1) / jnp.where(total == 0, 1, total)
-    return u[..., :size] * root[..., None, :], root[..., None] * vt[..., :size, :], ranks, errors
+    return u[..., :size] * root[..., None, :], root[..., None] * vt[..., :size, :], ranks
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
     """What `to_lora` did to each site: how, to which ranks, and the relative Frobenius error of each matrix's delta.
+
+    Errors are measured: the product of the new factors is compared with the dense delta, one matrix at a time.
 
     Attributes:
       how: by path, one of "as it is", "SVD of the product", "SVD of the difference".
@@ -201,49 +217,99 @@ def to_lora(
     nodes = {path: node for path, node, _ in leaves_with_metadata(params)}
     parts, how, ranks, errors = {}, {}, {}, {}
     for path, (adapter, site) in adaptation.plan.by_path.items():
-        a, b, ranks[path], errors[path], how[path] = _pair_of(nodes, adaptation, adapter, site, rank, energy)
+        found = factors_of(adaptation, path)
+        delta, arrays = _delta_of(nodes, adaptation, path, found is not None)
+        a, b, ranks[path], how[path] = _pair_of(adaptation, path, found, delta, arrays, rank, energy)
+        errors[path] = _measured(site, a, b, ranks[path], delta, arrays)
         parts[path] = (site, a, b, ranks[path], float(getattr(adapter, "dropout", 0.0)))
     return lora_of(adaptation, parts, adaptation.plan.name), Conversion(how, ranks, errors)
 
 
-def _pair_of(nodes: Mapping[str, Any], adaptation: Adaptation, adapter: Adapter, site: Site, rank: Any, energy: Any):
-    """`(a, b, ranks, errors, how)` of one site."""
-    thin = factors_of(adaptation, site.path)
-    if thin is not None:
-        thin = thin.compact()
-        a, b = thin.scaled()
-        if energy is None and (rank is None or thin.ranks.max() <= rank):
-            return a, b, thin.ranks, jnp.zeros(site.lead), HOW[0]
-        limit = thin.ranks if rank is None else np.minimum(thin.ranks, rank)
-        b = jnp.where(thin.own[..., None], b, 0)
+def _pair_of(
+    adaptation: Adaptation, path: str, found: SiteFactors | None, delta: Callable, arrays: Any, rank: Any, energy: Any
+) -> tuple[jax.Array, jax.Array, np.ndarray, str]:
+    """`(a, b, ranks, how)` of one site."""
+    adapter, site = adaptation.plan.by_path[path]
+    if found is not None:
+        found = found.compact()
+        a, b = found.scaled()
+        if energy is None and (rank is None or found.ranks.max() <= rank):
+            return a, b, found.ranks, HOW[0]
+        limit = found.ranks if rank is None else np.minimum(found.ranks, rank)
+        b = jnp.where(found.own[..., None], b, 0)
         return (*truncated(linalg.svd_of_product(a, b), limit, energy), HOW[1])
     if rank is None and energy is None:
         raise ValueError(
             f"{site.path!r}: {type(adapter).__name__} has no factors, so its delta has no rank of its own; give rank= "
             "or energy="
         )
-    if site.path not in nodes or tuple(nodes[site.path].shape) != site.shape:
-        raise ValueError(f"adapted leaf {site.path!r}, {site.shape}, is not in params; give the tree that adapt saw")
-    arrays = adaptation.arrays(site.path)
-    shared = arrays.pop("shared")
 
-    def one(layer):
-        kernel, own = layer
-        delta = adapter.effective(site, kernel, own | {"shared": shared}) - kernel
-        return linalg.truncated_svd(delta, min(site.n, site.m))
+    def decomposed(one):
+        dense = delta(one)
+        dense = sharding.reshard(dense, sharding.whole_spec(sharding.explicit_spec(dense)))
+        return linalg.truncated_svd(dense, min(site.n, site.m))
 
-    svd = over_matrices(one, site, (matrices_of(nodes[site.path], site), arrays))
+    svd = over_matrices(decomposed, site, arrays)
     full = min(site.n, site.m) if rank is None else rank
-    own = np.reshape(dict(adaptation.matrices)[site.path].ranks, site.lead) > 0
+    own = np.reshape(dict(adaptation.matrices)[path].ranks, site.lead) > 0
     return (*truncated(svd, np.where(own, full, 0), energy), HOW[2])
 
 
+def _delta_of(nodes: Mapping[str, Any], adaptation: Adaptation, path: str, additive: bool) -> tuple[Callable, Any]:
+    """`(function, trees)`: what the adapter adds to one matrix is `function(trees of one matrix)`, dense.
+
+    Of an adapter with factors the kernel is not read.
+    """
+    adapter, site = adaptation.plan.by_path[path]
+    arrays = adaptation.arrays(path)
+    shared = arrays.pop("shared")
+    if additive:
+        return lambda own: adapter.delta(site, own | {"shared": shared}), arrays
+    if path not in nodes or tuple(nodes[path].shape) != site.shape:
+        raise ValueError(f"adapted leaf {path!r}, {site.shape}, is not in params; give the tree that adapt saw")
+
+    def difference(one):
+        kernel, own = one
+        return adapter.effective(site, kernel, own | {"shared": shared}) - kernel
+
+    return difference, (matrices_of(nodes[path], site), arrays)
+
+
+def _measured(site: Site, a: jax.Array, b: jax.Array, ranks: np.ndarray, delta: Callable, arrays: Any) -> jax.Array:
+    """`|a b - delta| / |delta|` of each matrix, Frobenius norms; a difference within the product's rounding is 0.
+
+    Rounding: a product of q components in float32 is within `q eps |a| |b|` of the exact one.
+    """
+    q = a.shape[-1]
+    kept = jnp.asarray(np.arange(q) < ranks[..., None], a.dtype)
+    bound = q * float(jnp.finfo(jnp.float32).eps)
+
+    def one(trees):
+        a, b, kept, own = trees
+        a, wanted = a * kept, delta(own)
+        off, size = jnp.linalg.norm(a @ b - wanted), jnp.linalg.norm(wanted)
+        rounding = bound * jnp.linalg.norm(a) * jnp.linalg.norm(b)
+        return jnp.where(off <= rounding, 0, off / jnp.where(size == 0, 1, size))
+
+    return over_matrices(one, site, (a, b, kept, arrays))
+
+
 def over_matrices(function: Callable, site: Site, trees: Any) -> Any:
-    """`function(trees of one matrix)` of every matrix of a site, one after the other, so that a large stack fits."""
+    """`function(trees of one matrix)` of every matrix of a site, one after the other, so that a large stack fits.
+
+    A stack that an explicit mesh divides along its layers is gathered along them.
+    """
     if not site.lead:
         return function(trees)
-    flat = jax.tree.map(lambda x: x.reshape(site.count, *x.shape[len(site.lead) :]), trees)
-    return jax.tree.map(lambda x: x.reshape(*site.lead, *x.shape[1:]), jax.lax.map(function, flat))
+    batch = len(site.lead)
+
+    def flat(x):
+        spec = sharding.explicit_spec(x)
+        x = x if spec is None else sharding.reshard(x, (*[None] * batch, *spec[batch:]))
+        return x.reshape(site.count, *x.shape[batch:])
+
+    found = jax.lax.map(function, jax.tree.map(flat, trees))
+    return jax.tree.map(lambda x: x.reshape(*site.lead, *x.shape[1:]), found)
 
 
 def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:

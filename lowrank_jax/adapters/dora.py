@@ -73,7 +73,7 @@ class Dora(Lora):
         return (kernel + (p["a"] * p["scale"]) @ p["b"]) * self.gain(kernel, p)
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
-        found = (p["a"], p["scale"], p["b"])
+        found = self.pair(p)
 
         def product(x):
             gain, dropped = self.gain(op.kernel(), p), dropout(x, self.dropout, key)

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from lowrank_jax.adapters.base import Adapter, check_positive
 from lowrank_jax.adapters.positions import torch_permutation
@@ -73,11 +74,19 @@ class FourierFT(Adapter):
 
     def delta(self, site, p):
         spectrum = jnp.zeros((site.n, site.m)).at[p["rows"], p["cols"]].set(p["spectrum"] * p["scale"])
-        return jnp.fft.ifft2(spectrum).real
+        return _rows_first(jnp.fft.ifft2(_rows_first(spectrum)).real)
 
     def count(self, site):
         del site
         return self.frequencies
+
+
+def _rows_first(x: jax.Array) -> jax.Array:
+    """`x (n, m)`, its rows one after the other in memory.
+
+    XLA's FFT on CPUs refuses columns first, which it would take over from LAPACK or from a mesh's blocks beside it.
+    """
+    return with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
 
 
 fourierft = FourierFT

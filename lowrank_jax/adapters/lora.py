@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.adapters.base import Adapter, Arrays, Factors, Op, Site, check_positive, check_rate, dropout
@@ -238,15 +239,24 @@ class Lora(Adapter):
 
     def factors(self, site: Site, p: Arrays) -> Factors:
         if "a0" not in p:
-            return p["a"], p["scale"], p["b"]
+            return self.pair(p)
         a, b = jnp.concatenate([p["a"], p["a0"]], axis=1), jnp.concatenate([p["b"], p["b0"]])
-        return a, jnp.concatenate([p["scale"], -p["scale"]]), b
+        ranks = np.arange(p["scale"].size)
+        return Factors(a, jnp.concatenate([p["scale"], -p["scale"]]), b, np.concatenate([ranks, ranks]))
+
+    def pair(self, p: Arrays) -> Factors:
+        """The factors that train, without an offset."""
+        return Factors(p["a"], p["scale"], p["b"], np.arange(p["scale"].size))
+
+    def offset(self, p: Arrays) -> Factors:
+        """The factors of the start, whose product is subtracted."""
+        return Factors(p["a0"], p["scale"], p["b0"], np.arange(p["scale"].size))
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
         if self.products == "kernel" and op.plain and not sharding.explicit_trace():
 
             def both(x):
-                a, scale, b = self.factors(site, p)
+                a, scale, b, _ = self.factors(site, p)
                 spec = sharding.matrix_spec(site.path, site.view)
                 return kernels.thin_linear(x, op.kernel(), a * scale, b, spec=spec)
 
@@ -255,8 +265,8 @@ class Lora(Adapter):
         def forward(x):
             if key is None or self.dropout == 0:
                 return op.thin(x, self.factors(site, p))
-            y = op.thin(dropout(x, self.dropout, key), (p["a"], p["scale"], p["b"]))
-            return y if "a0" not in p else y - op.thin(x, (p["a0"], p["scale"], p["b0"]))  # the kernel's own part
+            y = op.thin(dropout(x, self.dropout, key), self.pair(p))
+            return y if "a0" not in p else y - op.thin(x, self.offset(p))  # the kernel's own part
 
         return op.plus(forward, lambda: self.delta(site, p))
 

@@ -88,7 +88,7 @@ class Miss(Adapter):
         if self.mode == "bat":
             return None
         ones = jax.nn.one_hot(jnp.arange(site.n) % self.rank, self.rank)
-        return ones, jnp.broadcast_to(p["scale"], (self.rank,)), self._tiled(p["block"], site)
+        return Factors(ones, jnp.broadcast_to(p["scale"], (self.rank,)), self._tiled(p["block"], site), None)
 
     def _tiled(self, block: jax.Array, site: Site) -> jax.Array:
         """Along the outputs, as often as "mini" wants."""

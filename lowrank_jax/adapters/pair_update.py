@@ -22,7 +22,7 @@ import optax
 
 from lowrank_jax import sharding
 from lowrank_jax.adapters import pairs
-from lowrank_jax.adapters.pairs import OTHER, SIDES, Factors
+from lowrank_jax.adapters.pairs import OTHER, SIDES, FactorLeaves
 from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection.learning_rate import decayed_step, selected_for_decay
 from lowrank_jax.projection.matrix_step import all_finite, select
@@ -205,7 +205,7 @@ class PairOptimizer:
             new = select(ok, new, state)._replace(skipped=state.skipped + 1 - ok.astype(jnp.int32))
         return step.tree.of(dict(zip(step.updates, given, strict=True))), new
 
-    def _rates(self, factors: Factors) -> list[Any]:
+    def _rates(self, factors: FactorLeaves) -> list[Any]:
         """The factor of each leaf's learning rate."""
         rates: list[Any] = []
         used: set[str] = set()

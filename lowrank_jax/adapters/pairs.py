@@ -48,7 +48,7 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Factors:
+class FactorLeaves:
     """What the leaves of a tree are.
 
     Attributes:
@@ -66,7 +66,7 @@ class Factors:
         return [i for i, own in enumerate(self.sides) if own == side]
 
 
-def find_factors(tree: Any, method: str, *, both: bool = True) -> Factors:
+def find_factors(tree: Any, method: str, *, both: bool = True) -> FactorLeaves:
     """The factors of a tree: leaves named `a` and `b` with two or more axes.
 
     Args:
@@ -110,7 +110,7 @@ def find_factors(tree: Any, method: str, *, both: bool = True) -> Factors:
                 f"preconditioned. Train both factors, or give this site another optimizer with optax.partition; "
                 "lr.lora_plus takes a factor whose partner is frozen, as in LoRA-FA"
             )
-    return Factors(tuple(paths), tuple(sides), pairs)
+    return FactorLeaves(tuple(paths), tuple(sides), pairs)
 
 
 def _none_found(method: str, paths: list[str]) -> None:

@@ -91,7 +91,7 @@ class UniLora(Adapter):
     def factors(self, site, p) -> Factors:
         values = p["shared"]["theta"] * p["shared"]["norm"]
         a, b = (values.at[p[name]].get(out_sharding=jax.typeof(p[name]).sharding) for name in ("ia", "ib"))
-        return a, p["scale"], b
+        return Factors(a, p["scale"], b, np.arange(site.rank))
 
     def count(self, site):
         return 0

@@ -98,7 +98,7 @@ class Vera(Adapter):
 
     def factors(self, site: Site, p: Arrays) -> Factors:
         a, b = self.banks(site, p)
-        return a, p["scale"] * p["lambda_d"], b * p["lambda_b"]
+        return Factors(a, p["scale"] * p["lambda_d"], b * p["lambda_b"], np.arange(site.rank))
 
     def count(self, site):
         return site.rank + site.m

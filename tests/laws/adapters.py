@@ -85,10 +85,26 @@ ROWS = (
 )  # fmt: skip
 
 
-def every_row(*, unless: Callable[[Row], Any] = lambda row: False):
-    """The table as pytest parameters; rows that are not fast are marked slow."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interleaved(A.lora):
+    """LoRA whose factors come in another order: each component of the start behind the one that it belongs to."""
+
+    def factors(self, site, p):
+        a, scale, b, rank_of = super().factors(site, p)
+        order = np.arange(len(rank_of)).reshape(2, -1).T.reshape(-1)
+        return A.Factors(a[:, order], scale[order], b[order], rank_of[order])
+
+
+FOREIGN = (
+    Row(name="interleaved", adapter=Interleaved(rank=4, init="pissa"), count=lambda n, m: 4 * (n + m), fast=True),
+)  # fmt: skip
+
+
+def every_row(*, unless: Callable[[Row], Any] = lambda row: False, more: tuple[Row, ...] = ()):
+    """The table, and more rows, as pytest parameters; rows that are not fast are marked slow."""
     return pytest.mark.parametrize("row", [
-        pytest.param(row, id=row.name, marks=() if row.fast else pytest.mark.slow) for row in ROWS if not unless(row)
+        pytest.param(row, id=row.name, marks=() if row.fast else pytest.mark.slow)
+        for row in (*ROWS, *more) if not unless(row)
     ])  # fmt: skip
 
 
@@ -132,6 +148,16 @@ def low_precision(row: Row) -> dict[str, Any]:
         }  # fmt: skip
 
     return jax.jit(run, compiler_options=FAST_COMPILE)(params(jnp.bfloat16), moved(row), inputs(jnp.bfloat16))
+
+
+def padded(row: Row) -> lr.Adaptation:
+    """As `moved`, with a rank of its own for each layer of the stack where the family has ranks, 0 for the last."""
+    rank = getattr(row.adapter, "rank", 0)
+    ranks = {"stack/kernel": (rank, max(rank // 2, 1), 0)} if row.adapter.ranked else {}
+    adaptation = lr.adapt(params(), row.adapter, jax.random.key(0), views=VIEWS, ranks=ranks)
+    generator = np.random.default_rng(3)
+    add = lambda x: x + 0.2 * jnp.asarray(generator.normal(size=x.shape), x.dtype)  # noqa: E731
+    return adaptation.replace(train=jax.tree.map(add, adaptation.train))
 
 
 def off(adaptation: lr.Adaptation) -> lr.Adaptation:

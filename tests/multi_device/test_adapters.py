@@ -179,6 +179,24 @@ def test_a_product_keeps_the_columns_divided_that_its_input_leaves_free():
             assert y.sharding.spec == P("fsdp", kept)
 
 
+@pytest.mark.parametrize("name", ["pissa", "oft"])
+def test_stacks_that_an_explicit_mesh_divides_along_their_layers_convert(name):
+    """A pair as it is, with its error, and by the SVD of matrices that are gathered for it."""
+    mesh = jax.make_mesh((2, 4), ("layers", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    kernels, views = {"up": tree(0)["layers"]["up"]}, lr.Views(stacked=("up",))
+    adaptation = lr.adapt(kernels, {"up": FAMILIES[name]}, jax.random.key(0), views=views)
+    adaptation = adaptation.replace(train=jax.tree.map(lambda x: x + 0.1, adaptation.train))
+    train, fixed = specs(adaptation, {"up": P("layers", "tensor", None)})
+    given = adaptation.replace(train=placed(mesh, adaptation.train, train), fixed=placed(mesh, adaptation.fixed, fixed))
+    with jax.set_mesh(mesh):
+        found, report = lr.to_lora(placed(mesh, kernels, {"up": P("layers", "tensor", None)}), given, rank=16)
+    assert report.ranks["up"].tolist() == [8, 8] if name == "pissa" else [16, 16]
+    assert float(report.errors["up"].max()) < 1e-6
+    wanted = lr.effective(kernels, adaptation)["up"]
+    here = jax.tree.map(np.asarray, found)
+    np.testing.assert_allclose(lr.effective(kernels, here)["up"], wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_arrays_follow_their_kernels():
     shapes = {name: jax.eval_shape(lambda family=family: made(family)) for name, family in FAMILIES.items()}
     found = {name: specs(adaptation, SPECS) for name, adaptation in shapes.items()}
