@@ -70,24 +70,30 @@ class Discard(Residual):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sign(Residual):
-    """`up(u) + scale sign(G - up(g))`: signSGD on the rest (FRUGAL; scale 1 for pre-training, .1 for fine-tuning)."""
+    """`up(u) + scale sign(G - up(g))`: signSGD on the rest (FRUGAL; scale 1 for pre-training, .1 for fine-tuning).
+
+    The rest is the projector's own (`Projector.rest`): exactly zero where a coordinate basis sees the gradient. What
+    lies below the rounding of the two products has no sign either, as at full rank, or where a gradient lies in the
+    subspace whole.
+    """
 
     scale: Any = 1.0
     sees_gradient = True
 
     def combine(self, projector, view, basis, state, grad, low, direction, scale):
-        rest = grad - projector.up(view, basis, low)
-        return projector.up(view, basis, _times(scale, direction)) + self.scale * self._rule(rest), state
+        rest = self._rule(projector.rest(view, basis, grad, low), projector.rounding(view, grad))
+        return projector.up(view, basis, _times(scale, direction)) + self.scale * rest, state
 
-    def _rule(self, rest):
-        return jnp.sign(rest)
+    def _rule(self, rest, rounding):
+        return jnp.where(jnp.abs(rest) > rounding, jnp.sign(rest), 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sgd(Sign):
     """`up(u) + scale (G - up(g))`: plain SGD on the rest (FRUGAL's `sgd`)."""
 
-    def _rule(self, rest):
+    def _rule(self, rest, rounding):
+        del rounding
         return rest
 
 
@@ -109,7 +115,7 @@ class ErrorFeedback(Residual):
         return grad + state.astype(jnp.float32), jnp.zeros_like(state)
 
     def combine(self, projector, view, basis, state, grad, low, direction, scale):
-        error = grad - projector.up(view, basis, low) + state.astype(jnp.float32)
+        error = projector.rest(view, basis, grad, low) + state.astype(jnp.float32)
         return projector.up(view, basis, _times(scale, direction)), error.astype(self.dtype)
 
     def state_bytes(self, view):

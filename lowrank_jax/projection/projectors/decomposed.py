@@ -41,6 +41,12 @@ class Identity(Projector):
     def up(self, view, basis, low):
         return low
 
+    def rest(self, view, basis, target, low):
+        return jnp.zeros_like(target)
+
+    def rounding(self, view, target):
+        return jnp.zeros((), jnp.float32)
+
     def overlap(self, view, old, new):
         return SameBasis()
 
@@ -146,6 +152,10 @@ class TwoSidedSvd(StoredProjector):
         left, right = (self.columns(view, side) for side in basis)
         x = jnp.einsum("...sr,...rk->...sk", left, jnp.einsum("...rq,...kq->...rk", low, right))
         return sharding.reshard(x, view.spec)
+
+    def rounding(self, view, target):
+        # columns are mixed too, so the error follows the norm of the matrix
+        return jnp.sqrt(jnp.sum(jnp.square(super().rounding(view, target)), axis=-1, keepdims=True))
 
     def overlap(self, view, old, new):
         old, new = ([self.columns(view, side) for side in basis] for basis in (old, new))

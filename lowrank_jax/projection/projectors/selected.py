@@ -185,6 +185,15 @@ class Columns(IndexProjector):
     def up(self, view, basis, low):
         return sharding.reshard(linalg.scatter_rows(low, basis, view.shrunk), view.spec)
 
+    def rest(self, view, basis, target, low):
+        # as a mask (..., s, 1), not as a difference of numbers that should be equal
+        selected = linalg.scatter_rows(jnp.ones((*basis.shape, 1), bool), basis, view.shrunk)
+        selected = sharding.reshard(selected, None if view.spec is None else (*view.spec[:-1], None))
+        return jnp.where(selected, 0, target)
+
+    def rounding(self, view, target):
+        return jnp.zeros((), jnp.float32)
+
 
 dct = Dct
 hadamard = Hadamard

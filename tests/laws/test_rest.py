@@ -1,0 +1,140 @@
+"""The law of the rest: what a basis does not see is the same inside a program that scaled the gradient, and alone.
+
+XLA contracts `0.3 G` into a subtraction, so a difference of two equal numbers is noise there, of which a sign makes
+whole steps. Entries that a coordinate basis selects and the others are compared apart.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_jax as lr
+from tests.laws.methods import FAST_COMPILE
+
+P, R = lr.projectors, lr.residuals
+S, K = 16, 24
+W, G = (jnp.asarray(np.random.default_rng(seed).normal(size=(S, K)), jnp.float32) for seed in (1, 2))
+SELECTED = np.isin(np.arange(S), (1, 2, 5, 9, 11, 12, 14))[:, None] & np.ones((S, K), bool)
+EVERYTHING, NOTHING = np.ones((S, K), bool), np.zeros((S, K), bool)
+AXES = np.eye(S, dtype=np.float32)[:, SELECTED[:, 0]]
+
+# projector, and the entries that it sees whole
+PROJECTORS = {
+    "columns": (P.columns(select=tuple(np.flatnonzero(SELECTED[:, 0]))), SELECTED),
+    "given axes": (P.given(matrix=AXES), SELECTED),
+    "identity": (P.identity(), EVERYTHING),
+    "full svd": (P.svd(rank=S), EVERYTHING),
+    "full dct": (P.dct(rank=S), EVERYTHING),
+    "full hadamard": (P.hadamard(rank=S), EVERYTHING),
+    "full random": (P.random(rank=S, kind="orthonormal"), EVERYTHING),
+    "svd": (P.svd(rank=5), NOTHING),
+    "two-sided": (P.svd_two_sided(rank=5), NOTHING),
+    "power": (P.power(rank=5), NOTHING),
+    "dct": (P.dct(rank=5), NOTHING),
+    "gaussian": (P.random(rank=5), NOTHING),
+}
+RULES = {
+    "discard": R.discard(),
+    "sign": R.sign(),
+    "sgd": R.sgd(),
+    "error feedback": R.error_feedback(),
+    "ldadam": R.ldadam_error_feedback(),
+    "rescale": R.gradient_rescale(axis="tensor"),
+}
+
+
+def views_and_bases():
+    """`{projector: view}` and `{projector: basis}`, bases from another gradient's data."""
+
+    def bases(gradient, key):
+        found = {}
+        for name, (projector, _) in PROJECTORS.items():
+            found[name] = projector.init(views[name], key)
+            if projector.moves:
+                evidence = lr.Evidence(grad=gradient, step=jnp.asarray(0), key=key)
+                found[name] = projector.refresh(views[name], found[name], evidence)
+        return found
+
+    views = {
+        name: lr.resolve(W, rank=projector.rank_for, side="rows").projected[0]
+        for name, (projector, _) in PROJECTORS.items()
+    }
+    return views, jax.jit(bases, compiler_options=FAST_COMPILE)(W, jax.random.key(3))
+
+
+def combined(views, bases, gradient):
+    """`{(projector, rule): (update, residual state)}` of a gradient that is scaled here."""
+    made = {}
+    for name, (projector, _) in PROJECTORS.items():
+        view, basis = views[name], bases[name]
+        for kind, rule in RULES.items():
+            target, state = rule.target(rule.init(view), 0.3 * gradient)
+            low = projector.down(view, basis, target)
+            direction, scale = jnp.sign(low), jnp.ones(())
+            made[name, kind] = rule.combine(projector, view, basis, state, target, low, direction, scale)
+    return made
+
+
+def assert_alike(got, expected, seen, tolerance):
+    for name, entries in (("selected", seen), ("unselected", ~seen)):
+        a, b = np.asarray(got)[entries], np.asarray(expected)[entries]
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def test_every_rule_and_projector_inside_a_program_and_alone():
+    views, bases = views_and_bases()
+    run = jax.jit(lambda bases, gradient: combined(views, bases, gradient), compiler_options=FAST_COMPILE)
+    inside, alone = run(bases, G), combined(views, bases, G)
+    for (name, rule), (update, state) in inside.items():
+        projector, seen = PROJECTORS[name]
+        expected, own = alone[name, rule]
+        assert_alike(update, expected, seen, 2e-5)
+        if rule in ("error feedback", "ldadam"):
+            assert_alike(state, own, seen, 2e-6)
+            np.testing.assert_allclose(np.asarray(state)[seen], 0, atol=2e-6)
+        if rule == "sign":
+            direction = jnp.sign(projector.down(views[name], bases[name], 0.3 * G))
+            rest = np.round(np.asarray(update - projector.up(views[name], bases[name], direction)), 4)
+            assert not np.any(rest[seen]), name
+            assert np.all(np.abs(rest[~seen]) == 1), name
+
+
+def test_a_gradient_that_lies_in_the_subspace_leaves_nothing():
+    """One of rank 3 and a basis of rank 5: its rest is rounding."""
+    gradient = W[:, :3] @ W[:3]
+    projector = P.svd(rank=5)
+    view = lr.resolve(W, rank=projector.rank_for, side="rows").projected[0]
+    basis = projector.refresh(view, None, lr.Evidence(grad=gradient))
+    low = projector.down(view, basis, gradient)
+    zero = jnp.zeros_like(low)
+    update, _ = RULES["sign"].combine(projector, view, basis, (), gradient, low, zero, jnp.ones(()))
+    assert not np.any(update)
+
+
+RATE = 1e-2
+TX = lr.frugal(RATE, rank=0.5, projection="columns", weight_decay=0.0, clip_norm=1.0, eps=0.0)
+
+
+def _optax(params, state, gradient):
+    updates, _ = TX.update({"kernel": 0.3 * gradient}, state, params)
+    return optax.apply_updates(params, updates)
+
+
+def _fused(params, state, gradient):
+    return lr.fused(TX).step(params, {"kernel": 0.3 * gradient}, state)[0]
+
+
+def _accumulated(params, state, gradient):
+    weights = jnp.asarray([0.5, 1.5, 1.0])
+    return lr.train_step(lambda p, w: jnp.sum(w * gradient * p["kernel"]), TX, accumulate=3)(params, state, weights)[0]
+
+
+@pytest.mark.parametrize("form", [_optax, _fused, _accumulated])
+def test_frugal_moves_every_entry_by_the_rate(form):
+    """The first step of Adam is a sign, and so is the rule of the rest: no entry moves by nothing, or by twice."""
+    params = {"kernel": jnp.zeros((S, K))}
+    state = TX.init(params)
+    moved = jax.jit(form)(params, state, G)["kernel"]
+    np.testing.assert_allclose(moved, -RATE * np.sign(G), rtol=1e-5)
