@@ -206,6 +206,9 @@ class Adapter:
     Class attributes, which a family sets:
       ranked: it has a rank, and its `scale` is a vector (r,); else a scalar ().
       reads_kernel: `init_site` wants the kernel.
+      stochastic: `wrap` draws from its key, and every entry point gives it one of its own for each site and layer. A
+        property where it depends on the options; by default it is whether there is a rate of `dropout`, which the
+        `wrap` of this class knows. A family with another random mechanism sets it.
       axes: of each array, what its own axes lie along: "rows" or "cols" of the kernel, the "rank", or None. Shardings
         follow the first two, padding of ranks the third; axes of arrays that are not named here are none of them.
 
@@ -218,6 +221,16 @@ class Adapter:
     ranked: ClassVar[bool] = False
     reads_kernel: ClassVar[bool] = False
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `wrap` draws from its key."""
+        return self.dropout_rate > 0
+
+    @property
+    def dropout_rate(self) -> float:
+        """The rate of dropout on the input of the factors, 0 for a family without."""
+        return float(getattr(self, "dropout", 0.0))
 
     @property
     def kind(self) -> str:
@@ -274,9 +287,8 @@ class Adapter:
         return kernel - self.delta(site, p)
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
-        """The adapted operator. `key` draws dropout of the factors' input, at the rate `dropout` of a family that has
-        one; None is deterministic."""
-        found, rate = self.factors(site, p), getattr(self, "dropout", 0.0)
+        """The adapted operator. `key` draws what is random, here dropout of the input; None is deterministic."""
+        found, rate = self.factors(site, p), self.dropout_rate
         if found is None:
             return op.replaced(lambda: self.effective(site, op.kernel(), p))
         return op.plus(lambda x: op.thin(dropout(x, rate, key), found), lambda: self.delta(site, p))

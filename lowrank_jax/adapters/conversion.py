@@ -189,7 +189,7 @@ def to_lora(
 
     Adapters with factors are taken as they are, exactly, unless a smaller rank or an energy is asked for; the others by
     a truncated SVD of `effective(K) - K`. Starts from the kernel give rank 2 r, against the kernel as it was. Weights
-    and masks are worked in; leaves trained whole go along.
+    and masks are worked in; leaves trained whole and a rate of dropout go along, other random mechanisms do not.
 
     Args:
       params: the tree that the adaptation belongs to; read where an adapter has no factors.
@@ -221,7 +221,7 @@ def to_lora(
         delta, arrays = _delta_of(nodes, adaptation, path, found is not None)
         a, b, ranks[path], how[path] = _pair_of(adaptation, path, found, delta, arrays, rank, energy)
         errors[path] = _measured(site, a, b, ranks[path], delta, arrays)
-        parts[path] = (site, a, b, ranks[path], float(getattr(adapter, "dropout", 0.0)))
+        parts[path] = (site, a, b, ranks[path], adapter.dropout_rate)
     return lora_of(adaptation, parts, adaptation.plan.name), Conversion(how, ranks, errors)
 
 

@@ -45,7 +45,7 @@ class Bound:
       arrays: of the site, trained and frozen, with the leaf's batch axes in front; behind those an axis of candidates,
         where rows choose among several adapters.
       shared: of the group, without batch axes; within a Flax model an `Outside` of them.
-      keys: random keys `(batch...)` for dropout, or None.
+      keys: random keys `(batch...)` of a stochastic adapter, or None.
       ids: None, or which candidate each row of the input takes, `(batch..., rows)`; -1 is none.
       adapter, site: static.
     """
@@ -81,7 +81,7 @@ class Bound:
         )
 
     def of_row(self, number: jax.Array, row: jax.Array) -> Bound:
-        """What one row sees: its candidate, where there is a choice, and dropout of its own."""
+        """What one row sees: its candidate, where there is a choice, and draws of its own."""
         keys = None if self.keys is None else jax.random.fold_in(self.keys, row)
         if self.ids is None:
             return dataclasses.replace(self, keys=keys)

@@ -27,7 +27,7 @@ class Plan:
     """What an adaptation does, without any array: static under jit.
 
     Attributes:
-      name: of the adaptation; it enters the keys of dropout and of initialisers.
+      name: of the adaptation; it enters the keys of what is random and of initialisers.
       sites: the adapted leaves.
       adapters: of each site, with its own rank.
       whole: paths of leaves that are trained as they are.

@@ -161,7 +161,8 @@ def attach(
       params: the tree that `adapt` saw.
       adaptations: one, or several by name. They act in the order of `active`; additive ones commute.
       active: names in that order; None takes all, () none.
-      key: draws dropout, of its own for each site and layer; None is deterministic.
+      key: draws dropout, and whatever else is random in a family (`stochastic`), of its own for each site and layer;
+        None is deterministic.
       ids: for adaptations of `lr.adapters.candidates`: which one each row of the batch takes, -1 for none (a number
         that no candidate has gives NaN).
 
@@ -185,9 +186,8 @@ def attach(
             arrays = adaptation.arrays(path)
             shared, keys = arrays.pop("shared"), None
             rows = None if own is None else jnp.broadcast_to(own, (*site.lead, *own.shape))
-            rate = getattr(adapter, "dropout", 0.0)
-            if key is not None and rate:
-                keys = dropout_keys(key, name, site)
+            if key is not None and adapter.stochastic:
+                keys = site_keys(key, name, site)
             bound.setdefault(path, []).append(Bound(arrays, shared, keys, rows, adapter, site))
 
     def place(path: str, node: Any) -> Any:
@@ -196,8 +196,8 @@ def attach(
     return _placed(params, chosen, set(bound), place)
 
 
-def dropout_keys(key: jax.Array, name: str, site: Site) -> jax.Array:
-    """The keys `(batch...)` of dropout of one site of the adaptation `name`."""
+def site_keys(key: jax.Array, name: str, site: Site) -> jax.Array:
+    """The keys `(batch...)` from which one site of the adaptation `name` draws."""
     keys = jax.random.fold_in(key, zlib.crc32(f"{name}/{site.path}".encode()))
     return jax.random.split(keys, site.lead) if site.lead else keys
 

@@ -44,8 +44,8 @@ class WithAdapter(nn.Module):
         params = lambda train: lr.linen.insert(declared, base, adaptation.replace(train=train))
         loss = lambda train: objective(model.apply({"params": params(train)}, x))
 
-    Dropout is drawn where `apply` is given `rngs={"dropout": key}`; a scan over layers splits them
-    (`split_rngs={"dropout": True}`).
+    Dropout, and whatever else is random in the adapter, is drawn where `apply` is given `rngs={"dropout": key}`; a scan
+    over layers splits them (`split_rngs={"dropout": True}`).
 
     Args:
       wrapped: an `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv` or `nn.Embed`, or of a class derived from them.
@@ -115,7 +115,7 @@ class WithAdapter(nn.Module):
             return shadowed(self.wrapped)
         adapter, site, _ = self._site(kernel, view)
         keys = None
-        if getattr(adapter, "dropout", 0) and self.has_rng("dropout"):
+        if adapter.stochastic and self.has_rng("dropout"):
             keys = self.make_rng("dropout")
             keys = jax.random.split(keys, site.lead) if site.lead else keys
         before = kernel.bound if isinstance(kernel, AdaptedKernel) else ()

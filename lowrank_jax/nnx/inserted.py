@@ -13,7 +13,7 @@ from flax import nnx
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Site
 from lowrank_jax.adapters.hosts import AdaptedKernel, Bound, Outside, axis_names
-from lowrank_jax.adapters.tree import dropout_keys
+from lowrank_jax.adapters.tree import site_keys
 from lowrank_jax.nnx import hosts
 from lowrank_jax.nnx.variables import AdaptedParam, AdapterConstant, AdapterParam, FrozenParam
 
@@ -26,8 +26,8 @@ class AdapterOfLayer(nnx.Module):
 
     Attributes:
       trained, frozen: its arrays, with the leading axes of the kernel.
-      keys: of dropout, or None before `seed_dropout`.
-      deterministic: no dropout; `model.train()` and `model.eval()` set it where there is a rate.
+      keys: of a stochastic adapter, or None before `seed_dropout`.
+      deterministic: no dropout; `model.train()` and `model.eval()` set it where the adapter is stochastic.
       name: of the adaptation.
       adapter, site: static.
       shares: whether its group shares arrays, which live on the root.
@@ -38,7 +38,7 @@ class AdapterOfLayer(nnx.Module):
         self.trained, self.frozen = nnx.Dict(trained), nnx.Dict(frozen)
         self.shared: Outside | None = None
         self.keys: Any = nnx.data(None)
-        if getattr(adapter, "dropout", 0):
+        if adapter.stochastic:
             self.deterministic = True
 
     def bound(self) -> Bound:
@@ -260,13 +260,13 @@ def sharing(model: Any) -> Iterator[None]:
 
 
 def seed_dropout(model: nnx.Module, key: jax.Array) -> None:
-    """Writes the keys of dropout of all adapters, of its own for each layer; call it in each training step.
+    """Writes the keys of all stochastic adapters (dropout), of its own for each layer; call it in each training step.
 
     They draw while `model.train()` holds; `model.eval()` and a model as it is inserted are deterministic. The masks are
     those of `lr.attach(params, adaptation, key=key)`.
 
     Raises:
-      ValueError: if no adapter has dropout.
+      ValueError: if no adapter is stochastic.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
@@ -281,7 +281,7 @@ def seed_dropout(model: nnx.Module, key: jax.Array) -> None:
     if not found:
         raise ValueError("no adapter of the model has dropout; adapt with lora(rank=..., dropout=0.1), or leave it out")
     for one in found:
-        keys = dropout_keys(key, one.name, one.site)
+        keys = site_keys(key, one.name, one.site)
         if one.keys is None:
             one.keys = AdapterConstant(keys)
         else:
