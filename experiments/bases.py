@@ -5,7 +5,6 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import checkpoint, configuration, tuning_configuration
+from experiments import checkpoint, configuration, sections, tuning_configuration
 from experiments.configuration import ConfigurationError
 from experiments.data.tuning import TuningDataConfig
 from experiments.models import axes, huggingface, llama, vit
 from experiments.tuning_configuration import BaseConfig
+from experiments.workdir import read_config
 from lowrank_jax import meshes
+from lowrank_jax.interop import documents
+from lowrank_jax.interop.documents import DocumentError
 
 # Shapes of parameters, or of some of them, to their shardings.
 Place = Callable[[Any], Any]
@@ -30,6 +32,7 @@ BLOCK = 64 * 2**20
 
 # config.json of a folder that finetune exported begins with it
 EXPORTED = "lowrank_jax model"
+_DESCRIPTION = {"format": str, "architecture": str, "model": dict, "tokenizer": str, "classes": [str], "domain": dict}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,21 +125,20 @@ def open_base(config: BaseConfig, seed: int) -> Base:
             f"base.source={config.source!r} {what}: name a run folder (`make train` makes runs/default), an exported "
             "folder, or one of Hugging Face's transformers"
         )
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigurationError(f"base.source={config.source!r}: config.json is not JSON ({error})") from error
+    values = _documented(path, dict, config.source)
     overrides = {
         name: value for name in ("dtype", "param_dtype", "remat") if (value := getattr(config, name)) is not None
     }
     if "model_type" in values or "architectures" in values:
-        return _of_transformers(folder, config, values, overrides)
+        return _of_transformers(folder, config, overrides)
     if "adapter" in values:
         from experiments import merged  # which reads the base of that run by this module
 
-        base = merged.merged_base(folder, values)
+        base = merged.merged_base(folder, read_config(folder))
+    elif values.get("format") == EXPORTED:
+        base = _exported(folder)
     else:
-        base = (_exported if values.get("format") == EXPORTED else _pretrained)(folder, values)
+        base = _pretrained(folder)
     return _with(base, config, overrides)
 
 
@@ -163,9 +165,9 @@ def _image(config: vit.VitConfig) -> tuple[int, int, int]:
     return config.image, config.image, config.channels
 
 
-def _of_transformers(folder: pathlib.Path, config: BaseConfig, values: dict, overrides: dict) -> Base:
+def _of_transformers(folder: pathlib.Path, config: BaseConfig, overrides: dict) -> Base:
     try:
-        model_config = huggingface.config_from(values, **overrides)
+        model_config = huggingface.config_from(huggingface.read_config(folder / "config.json"), **overrides)
     except ValueError as error:
         raise ConfigurationError(f"base.source={config.source!r}: {error}") from error
 
@@ -181,9 +183,9 @@ def _of_transformers(folder: pathlib.Path, config: BaseConfig, values: dict, ove
     return dataclasses.replace(base, domain=_domain(config, base))
 
 
-def _pretrained(folder: pathlib.Path, values: dict) -> Base:
+def _pretrained(folder: pathlib.Path) -> Base:
     try:
-        config = configuration.from_dict(values)
+        config = configuration.from_dict(read_config(folder))
     except ConfigurationError as error:
         raise ConfigurationError(f"base.source={str(folder)!r} holds no run of this program: {error}") from error
     domain = TuningDataConfig(**dataclasses.asdict(config.data))
@@ -196,10 +198,39 @@ def _pretrained(folder: pathlib.Path, values: dict) -> Base:
     )
 
 
-def _exported(folder: pathlib.Path, values: dict) -> Base:
-    kind = {"llama": llama.LlamaConfig, "vit": vit.VitConfig}[values["architecture"]]
-    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values["model"].items()}
-    config, classes = kind(**lists), tuple(values["classes"])
+def _documented(path: pathlib.Path, shape: Any, source: str) -> Any:
+    try:
+        return documents.read(path, shape, remedy="restore it, or name another base")
+    except DocumentError as error:
+        raise ConfigurationError(f"base.source={source!r}: {error}") from error
+
+
+def read_description(path: pathlib.Path) -> dict[str, Any]:
+    """What `Model.describe` wrote, to model.json of a run or config.json of an exported folder; all sections checked.
+
+    Raises ConfigurationError.
+    """
+    values = _documented(path, _DESCRIPTION, str(path.parent))
+    _described(values, str(path.parent))
+    return values
+
+
+def _described(values: dict[str, Any], source: str) -> tuple[Any, TuningDataConfig]:
+    """(configuration of the model, what it was trained on) of a description."""
+    kinds = {"llama": llama.LlamaConfig, "vit": vit.VitConfig}
+    try:
+        sections.one_of("architecture", values["architecture"], kinds)
+        kind = kinds[values["architecture"]]
+        model = sections.build(kind, "model", values["model"])
+        return model, sections.build(TuningDataConfig, "domain", values["domain"])
+    except ConfigurationError as error:
+        raise ConfigurationError(f"base.source={source!r}: its description is damaged: {error}") from error
+
+
+def _exported(folder: pathlib.Path) -> Base:
+    values = read_description(folder / "config.json")
+    (config, domain), classes = _described(values, str(folder)), tuple(values["classes"])
+    kind = type(config)
     count = len(classes) if kind is llama.LlamaConfig else 0
     return Base(
         source=str(folder),
@@ -207,7 +238,7 @@ def _exported(folder: pathlib.Path, values: dict) -> Base:
         read=lambda place: read_run(folder, shapes(config, count), place),
         tokenizer=values["tokenizer"],
         classes=classes,
-        domain=TuningDataConfig(**values["domain"]),
+        domain=domain,
     )
 
 

@@ -36,9 +36,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments import distributed
+from experiments.outputs import write_json as write_json
+from lowrank_jax.interop import documents
+from lowrank_jax.interop.documents import DocumentError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_MANIFEST = {
+    "format": int,
+    "step": int,
+    "leaves": {str: list},
+    "files": {str: {"bytes": int, "sha256": str}},
+    "sides": {str: list},
+    "extra": dict,
+    "digest": str,
+}
 
 
 class CheckpointError(RuntimeError):
@@ -68,22 +80,6 @@ def leaf_table(tree) -> dict[str, tuple[tuple[int, ...], str]]:
     {'layer/kernel': ((2, 3), 'float32')}
     """
     return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _flatten(tree).items()}
-
-
-def write_json(path, value) -> None:
-    """Write `value` so that `path` holds either the old text or all of the new one, whenever the process dies."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def digest(value) -> str:
@@ -151,8 +147,8 @@ def _remove(folder: pathlib.Path) -> None:
 def stored_sides(directory: pathlib.Path) -> dict[str, list]:
     """{path: [side, rank]} of the newest finished checkpoint below `directory`; {} where there is none to read."""
     for step in sorted((int(path.name) for path in directory.glob("*") if path.name.isdecimal()), reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads((directory / str(step) / MANIFEST).read_text())["sides"]
+        with contextlib.suppress(DocumentError):
+            return documents.read(directory / str(step) / MANIFEST, _MANIFEST)["sides"]
     return {}
 
 
@@ -315,10 +311,10 @@ class Checkpoints:
     def _read(self, folder) -> tuple[dict, str | None]:
         """The manifest, and what is wrong with the step (None when it verifies)."""
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
+            manifest = documents.read(folder / MANIFEST, _MANIFEST, remedy="it is passed over")
             sealed = manifest.pop("digest")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return {}, f"{MANIFEST} cannot be read ({error!r})"
+        except DocumentError as error:
+            return {}, f"{MANIFEST} cannot be read ({error})"
         if self.verify and sealed != digest(manifest):
             return {}, f"{MANIFEST} does not match its own digest"
         if manifest["format"] != FORMAT:

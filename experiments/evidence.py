@@ -21,6 +21,9 @@ import subprocess
 import sys
 import time
 
+from experiments import checkpoint, runs
+from lowrank_jax.interop import documents
+
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SEEDS = (0, 1, 2)
 EXTENSIONS = 2
@@ -104,8 +107,7 @@ def folder(root: pathlib.Path, key: Key) -> pathlib.Path:
 
 def finished(root: pathlib.Path) -> dict[Key, dict]:
     """Summaries of the runs that are over: in their folders, or known from `<root>/known.json`."""
-    path = root / "known.json"
-    known = json.loads(path.read_text())["finished"] if path.exists() else {}
+    known = read_known(root / "known.json")["finished"] if (root / "known.json").exists() else {}
     done = {}
     for method in METHODS:
         for rate in GRID:
@@ -113,7 +115,7 @@ def finished(root: pathlib.Path) -> dict[Key, dict]:
                 path = folder(root, (method, rate, seed)) / "summary.json"
                 name = folder(root, (method, rate, seed)).name
                 if path.exists():
-                    done[method, rate, seed] = json.loads(path.read_text())
+                    done[method, rate, seed] = runs.read_summary(path)
                 elif name in known:
                     done[method, rate, seed] = known[name]
     return done
@@ -226,7 +228,7 @@ def queue(root: pathlib.Path, *, steps: int, workers: int, budget_hours: float, 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
     root.mkdir(parents=True, exist_ok=True)
     clock = root / "spent_hours"
-    before = float(clock.read_text()) if clock.exists() else 0.0
+    before = documents.read(clock, float, remedy="write the hours there, or remove it") if clock.exists() else 0.0
     begin = time.monotonic()
     active: dict[int, tuple[Key, subprocess.Popen]] = {}
     stopping = False
@@ -262,8 +264,9 @@ def queue(root: pathlib.Path, *, steps: int, workers: int, budget_hours: float, 
             if process.returncode and not stopping:
                 stop()
                 raise SystemExit(f"{key} failed with exit code {process.returncode}; its folder is {folder(root, key)}")
-            clock.write_text(str(before + (time.monotonic() - begin) / 3600))
-            write(collect(finished(root), steps, float(clock.read_text()), budget_hours, timed(root)), results)
+            spent = before + (time.monotonic() - begin) / 3600
+            checkpoint.write_json(clock, spent)
+            write(collect(finished(root), steps, spent, budget_hours, timed(root)), results)
     result = collect(finished(root), steps, before + (time.monotonic() - begin) / 3600, budget_hours, timed(root))
     write(result, results)
     return result
@@ -272,7 +275,13 @@ def queue(root: pathlib.Path, *, steps: int, workers: int, budget_hours: float, 
 def timed(root: pathlib.Path) -> dict[str, float]:
     """What `--time` measured, if it ran."""
     path = root / "step_seconds.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return documents.read(path, {str: float}, remedy="remove it, or run --time again") if path.exists() else {}
+
+
+def read_known(path: pathlib.Path) -> dict:
+    """An earlier result, or one of another clone."""
+    run = {"status": (str, None), "validation_loss": (float, None), "state_bytes": (int, None)}
+    return documents.read(path, {"finished": {str: run}}, remedy="give the evidence.json of an earlier study")
 
 
 def write(result: dict, path: pathlib.Path) -> None:
@@ -304,7 +313,7 @@ def main() -> None:
         return
     options.root.mkdir(parents=True, exist_ok=True)
     if options.known:
-        write(json.loads(options.known.read_text()), options.root / "known.json")
+        write(read_known(options.known), options.root / "known.json")
     if options.time:
         command = "import json, experiments.evidence as e; print(json.dumps(e.time_steps()))"
         output = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout

@@ -12,7 +12,6 @@ Exit codes: 0 written, 1 no good checkpoint, 2 wrong arguments.
 """
 
 import argparse
-import json
 import pathlib
 import shutil
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments import checkpoint, configuration
+from experiments import workdir as folder
 from experiments.checkpoint import CheckpointError
 from experiments.configuration import ConfigurationError, RunConfig
 from experiments.data.tokenizer import ByteTokenizer, make_tokenizer
@@ -75,14 +75,10 @@ def export(workdir, output, *, overwrite: bool = False) -> tuple[int, list[pathl
 
 
 def _read_config(workdir: pathlib.Path) -> RunConfig:
-    path = workdir / "config.json"
-    if not path.is_file() or not (workdir / "checkpoints").is_dir():
+    if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
         remedy = "holds no run; give a folder that experiments.pretrain wrote"
         raise ConfigurationError(f"workdir={str(workdir)!r}: {remedy}")
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigurationError(f"{path} is not JSON: {error}") from error
+    values = folder.read_config(workdir)
     if "adapter" in values:
         remedy = "is a fine-tuning run; `python -m experiments.finetune` exports it by --export_format=huggingface"
         raise ConfigurationError(f"workdir={str(workdir)!r}: {remedy}")

@@ -6,7 +6,6 @@ An exported folder is what `base.source` reads:
     checkpoints/    one step that holds "params" alone (experiments.checkpoint)
 """
 
-import json
 import pathlib
 import shutil
 import sys
@@ -22,6 +21,7 @@ from experiments.finetuning import MODEL, Model
 from experiments.models import huggingface
 from experiments.trained import Adapted
 from experiments.tuning_configuration import TuningConfig
+from experiments.workdir import read_config
 
 FORMATS = ("run", "huggingface", "peft")
 
@@ -29,11 +29,7 @@ FORMATS = ("run", "huggingface", "peft")
 def merged_base(folder: pathlib.Path, values: dict) -> Base:
     """The tuned model of the run in `folder`, whose config.json holds `values`."""
     config = tuning_configuration.from_dict(values)
-    try:
-        description = json.loads((folder / MODEL).read_text())
-    except (OSError, ValueError) as error:
-        message = f"base.source={str(folder)!r}: no readable {MODEL}; let the run begin first"
-        raise ConfigurationError(message) from error
+    description = bases.read_description(folder / MODEL)
     base = bases.open_base(config.base, config.run.seed)
     model = Model(config, base, tuple(description["classes"]))
     return Base(
@@ -86,7 +82,9 @@ def export(workdir, output, form: str) -> pathlib.Path:
     workdir, output = pathlib.Path(workdir), pathlib.Path(output)
     if output.exists() and any(output.iterdir()):
         raise ConfigurationError(f"--export={str(output)!r}: holds files; give another folder")
-    values = json.loads((workdir / "config.json").read_text())
+    values = read_config(workdir)
+    if "adapter" not in values:
+        raise ConfigurationError(f"workdir={str(workdir)!r}: is no fine-tuning run; use python -m experiments.export")
     base = merged_base(workdir, values)
     if form != "run" and (base.is_vit or base.classes):
         raise ConfigurationError(
@@ -100,7 +98,7 @@ def export(workdir, output, form: str) -> pathlib.Path:
     if form == "huggingface":
         _write_transformers(output, base, params)
     else:
-        _write_run(output, json.loads((workdir / MODEL).read_text()), params)
+        _write_run(output, bases.read_description(workdir / MODEL), params)
     return output
 
 

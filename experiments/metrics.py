@@ -13,6 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.interop import documents
+
+# What every line of metrics.jsonl holds, by its kind; a number that was not finite is null.
+_NUMBER = (float, None)
+_FIGURES = {f"{name}?": _NUMBER for name in ("step_seconds", "perplexity", "accuracy", "domain_loss")}
+_ROW = {"loss": _NUMBER, "seconds": float, "tokens?": int} | _FIGURES
+SHAPES = {"train": _ROW, "eval": _ROW, "note": {"text": str}}
+
 # Dense bf16 peaks in FLOP/s per device, from the vendors' data sheets; matched by the start of `device_kind`.
 PEAK_FLOPS = {
     "TPU v2": 46e12,
@@ -79,11 +87,14 @@ class Metrics:
 
 
 def read(path) -> list[dict]:
-    """The objects of a JSON lines file; a last line cut short by a kill is left out."""
-    rows = []
-    for line in pathlib.Path(path).read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    """The lines of metrics.jsonl; a last one cut short by a kill is left out.
+
+    Raises documents.DocumentError, which names the line, for one that a run does not write.
+    """
+    rows, remedy = [], "correct or remove the line"
+    for number, row in documents.lines(path, {"kind": str, "step": int}, remedy=remedy, torn=True):
+        documents.check(row, SHAPES.get(row["kind"], dict), where=f"{path}, line {number}", remedy=remedy)
+        rows.append(row)
     return rows
 
 

@@ -1,6 +1,7 @@
 """Reading finished, unfinished and interrupted run folders, for whoever compares runs."""
 
 import dataclasses
+import hashlib
 import json
 import statistics
 from collections.abc import Sequence
@@ -8,6 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from experiments import metrics
+from lowrank_jax.interop import documents
+from lowrank_jax.interop.documents import DocumentError
+
+# Figures of summary.json; one that a run does not have is null, and a fine-tuning run also has some from before it.
+_MEASURED = ("validation_loss", "validation_accuracy", "perplexity", "domain_loss", "domain_accuracy")
+_FIGURES = (*_MEASURED, *(f"{name}_before" for name in _MEASURED), "median_step_seconds", "trigram_loss",
+            "script_perplexity", "state_bytes", "peak_memory_bytes", "skipped", "parameters",
+            "trainable_parameters")  # fmt: skip
+_SUMMARY = {
+    "status": str,
+    "steps": int,
+    "tokens": int,
+    "total_seconds": float,
+    "versions?": ({str: str}, None),
+    "sample?": (str, None),
+    **{f"{name}?": (float, None) for name in _FIGURES},
+}
+_BYTES = (float, None)
+_LEDGER = [{"component": str, "bytes_formula?": _BYTES, "bytes_measured?": _BYTES}]
+_REMEDY = "leave this run out, or run it again"
 
 
 class RunError(ValueError):
@@ -82,21 +103,25 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         raise RunError(f"{folder} {what}: give the folder that `python -m experiments.pretrain` or `finetune` wrote")
     try:
         rows = metrics.read(lines_file)
-        kinds: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}
-        for row in rows:
-            if row["kind"] in kinds:
-                kinds[row["kind"]][row["step"]] = row
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RunError(f"{lines_file} is damaged ({error}): remove the broken line, or leave this run out") from error
+        config, ledger = (
+            documents.read(folder / name, shape, remedy=_REMEDY) if (folder / name).exists() else None
+            for name, shape in (("config.json", dict), ("ledger.json", _LEDGER))
+        )
+        summary = read_summary(folder / "summary.json") if (folder / "summary.json").exists() else None
+    except DocumentError as error:
+        raise RunError(str(error)) from error
+    kinds: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}
+    for row in rows:
+        if row["kind"] in kinds:
+            kinds[row["kind"]][row["step"]] = row
     train, evaluations = ([kind[step] for step in sorted(kind)] for kind in kinds.values())
-    ledger = _json(folder / "ledger.json", [])
     return Run(
         name=name or folder.resolve().name,
-        config=_json(folder / "config.json", {}),
+        config=config or {},
         train=train,
         evaluations=evaluations,
-        ledger=[row for row in ledger if row["component"].lower() != "total"],
-        summary=_json(folder / "summary.json", {}),
+        ledger=[row for row in ledger or () if row["component"].lower() != "total"],
+        summary=summary or {},
     )
 
 
@@ -111,10 +136,19 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     return [read_run(path, "/".join(path.parts[-depth:])) for path in paths]
 
 
-def _json(path: Path, otherwise: Any) -> Any:
-    if not path.is_file():
-        return otherwise
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path} is not JSON ({error}): leave this run out, or run it again") from error
+def sealed(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary as summary.json holds it: with a digest of itself."""
+    return summary | {"digest": _digest(summary)}
+
+
+def read_summary(path: str | Path) -> dict[str, Any]:
+    """What summary.json says. Raises documents.DocumentError, also where it was changed since the run wrote it."""
+    summary = documents.read(path, _SUMMARY, remedy=_REMEDY)
+    digest = summary.pop("digest", None)  # older runs have none
+    if digest is not None and digest != _digest(summary):
+        raise DocumentError(f"{path} was changed since its run wrote it; {_REMEDY}")
+    return summary
+
+
+def _digest(summary: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,6 @@ A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`; `--check` 
 """
 
 import argparse
-import json
 import math
 import pathlib
 import re
@@ -13,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 from experiments.planning.report import plans
+from lowrank_jax.interop import documents
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -300,7 +300,7 @@ def render(text: str, results: pathlib.Path = RESULTS) -> str:
         path = results / f"{name}.json"
         if not path.exists():
             raise ValueError(f"README's table {name!r} needs {path.name}, which is not committed; run its command")
-        block = f"<!-- begin:{name} -->\n{TABLES[name](json.loads(path.read_text()))}\n<!-- end:{name} -->"
+        block = f"<!-- begin:{name} -->\n{TABLES[name](documents.read(path, dict))}\n<!-- end:{name} -->"
         pattern = rf"<!-- begin:{name} -->.*?<!-- end:{name} -->"
         blocks = re.findall(pattern, text, flags=re.DOTALL)
         if len(blocks) != 1:

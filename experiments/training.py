@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import checkpoint, distributed, metrics, optimizers
+from experiments import checkpoint, distributed, metrics, optimizers, runs
 from experiments import workdir as folder
 from experiments.configuration import ConfigurationError
 from experiments.tasks import Pretraining, Task
@@ -315,7 +315,7 @@ class _Training:
             for key, value in summary.items()
         }
         if lead:
-            checkpoint.write_json(self.workdir / "summary.json", summary)
+            checkpoint.write_json(self.workdir / "summary.json", runs.sealed(summary))
         return distributed.by_lead(lambda: summary, RuntimeError)
 
     def _announce(self, line: str) -> None:

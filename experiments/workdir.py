@@ -21,9 +21,11 @@ import optax
 import orbax.checkpoint as ocp
 
 import lowrank_jax.version
-from experiments import checkpoint, configuration, distributed, metrics
+from experiments import checkpoint, configuration, distributed, metrics, runs
 from experiments.configuration import ConfigurationError, RunConfig
 from experiments.data import Dataset, load
+from lowrank_jax.interop import documents
+from lowrank_jax.interop.documents import DocumentError
 
 # A resumed run may change these: they alter neither an update nor a line of metrics.
 WATCHING: dict[str, tuple[str, ...]] = {
@@ -40,6 +42,11 @@ WATCHING: dict[str, tuple[str, ...]] = {
         "temperature",
     ),
 }
+
+# Sections of config.json, which a run writes whole; runs of before meshes have no mesh.
+_SECTIONS = ("data", "optimizer", "schedule", "checkpoint", "run")
+_TRAINED = {"name": str, "model": dict, "mesh?": dict} | dict.fromkeys(_SECTIONS, dict)
+_TUNED = {"name": str, "base": dict, "adapter": dict, "mesh?": dict} | dict.fromkeys(_SECTIONS, dict)
 
 # Seconds that a shared file system has to show a host what another one wrote.
 _SHARED = 10
@@ -114,9 +121,8 @@ def claim(config, workdir: pathlib.Path) -> dict | None:
 
     Raises ConfigurationError for another configuration's folder, naming the first difference.
     """
-    path, now = workdir / "config.json", as_json(config)
-    if path.exists():
-        there, here = decisive(json.loads(path.read_text())), decisive(now)
+    if (workdir / "config.json").exists():
+        there, here = decisive(read_config(workdir)), decisive(as_json(config))
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):
                 raise ConfigurationError(
@@ -125,8 +131,22 @@ def claim(config, workdir: pathlib.Path) -> dict | None:
                 )
     elif any(workdir.glob("checkpoints/*/" + checkpoint.MANIFEST)):
         raise ConfigurationError(f"workdir={str(workdir)!r}: holds checkpoints but no config.json; give another folder")
-    summary = workdir / "summary.json"
-    return json.loads(summary.read_text()) if summary.exists() else None
+    try:
+        if (workdir / "metrics.jsonl").exists():
+            metrics.read(workdir / "metrics.jsonl")
+        return runs.read_summary(workdir / "summary.json") if (workdir / "summary.json").exists() else None
+    except DocumentError as error:
+        raise ConfigurationError(f"workdir={str(workdir)!r}: {error}") from error
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """config.json of a run, with all its sections. Raises ConfigurationError, which names what is wrong in the file."""
+    path, remedy = workdir / "config.json", "restore it, or give the folder of another run"
+    try:
+        values = documents.read(path, dict, remedy=remedy)
+        return documents.check(values, _TUNED if "adapter" in values else _TRAINED, where=str(path), remedy=remedy)
+    except DocumentError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 @contextlib.contextmanager

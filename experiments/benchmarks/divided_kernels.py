@@ -27,6 +27,7 @@ from experiments.benchmarks import kernels as single
 from experiments.benchmarks.kernel_cases import thin_linear
 from experiments.planning import hlo, targets
 from lowrank_jax import kernels, linalg, meshes, sharding
+from lowrank_jax.interop import documents
 
 TARGET, CHIP, LENGTH, RANK = "v5e:2x2", "v5e", 1024, 16
 # mesh, shape and partition entries of W; sequences of 1024 tokens
@@ -161,7 +162,7 @@ def main() -> None:
     for row in rows(target.devices()):
         found.append({"target": TARGET} | row)
         print(json.dumps(found[-1]), flush=True)
-    data = json.loads(single.RESULTS.read_text())
+    data = documents.read(single.RESULTS, {"rows": [dict]})
     data["divided"] = {"command": "python -m experiments.benchmarks.divided_kernels", "rows": found}
     single.RESULTS.write_text(json.dumps(data, indent=1) + "\n")
 

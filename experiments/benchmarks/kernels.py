@@ -30,6 +30,7 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments.benchmarks.kernel_cases.base import Case
 from experiments.planning import targets
+from lowrank_jax.interop import documents
 from lowrank_jax.kernels import _platform
 
 RESULTS = Path(__file__).parents[1] / "results" / "kernels.json"
@@ -111,7 +112,7 @@ def main() -> None:
         for case in module.cases(kind, target.chip):
             rows.append({"target": target.name, "kernel": kernel} | row(case, device))
             print(json.dumps(rows[-1]), flush=True)
-        data = json.loads(RESULTS.read_text())
+        data = documents.read(RESULTS, {"rows": [dict]})
         data["rows"] = [r for r in data["rows"] if (r["target"], r["kernel"]) != (target.name, kernel)] + rows
         RESULTS.write_text(json.dumps(data, indent=1) + "\n")
 

@@ -45,6 +45,7 @@ import lowrank_jax as lr
 from experiments.benchmarks import tpu_programs, training_step, workload
 from experiments.models import llama
 from experiments.planning.targets import RTX_4090
+from lowrank_jax.interop import documents
 from lowrank_jax.projection.projectors.random import Random
 from lowrank_jax.projection.state import matrix_states
 
@@ -254,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     for row in PARTS[options.part](options.preset, options.length):
         rows.append(row)
         print({name: f"{v / 2**30:.2f}" if name.endswith("bytes") else v for name, v in row.items()}, flush=True)
-    result = json.loads(options.output.read_text()) if options.output.exists() else {}
+    result = documents.read(options.output, dict) if options.output.exists() else {}
     result |= {"command": "python -m experiments.benchmarks.memory_7b", "device": "RTX 4090", "slice": SLICE,
                "length": options.length, f"{options.part}_rows": rows}  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)

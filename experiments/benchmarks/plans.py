@@ -26,6 +26,7 @@ from experiments.configs import llama_1b, llama_7b
 from experiments.planning import queue, report
 from experiments.planning.cases import Case, with_mesh, with_optimizer
 from experiments.planning.queue import CompileError
+from lowrank_jax.interop import documents
 
 OUTPUT = Path("experiments/results/plans.json")
 COMMAND = "python -m experiments.benchmarks.plans"
@@ -171,7 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--python_cuda", help="an interpreter with the CUDA plugin")
     parser.add_argument("--only", default="", help="only cases whose words contain this")
     options = parser.parse_args(arguments)
-    rows = known(json.loads(options.output.read_text()) if options.output.exists() else {})
+    shape = {"rows?": [dict], "reality?": [dict]}
+    rows = known(documents.read(options.output, shape) if options.output.exists() else {})
     pythons = {"tpu": options.python_tpu, "cuda": options.python_cuda, "cpu": None}
     failed: dict[str, str] = {}
     begin, listed = time.monotonic(), wanted()

@@ -37,7 +37,6 @@ starts, and the table says what is missing.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -54,6 +53,7 @@ import lowrank_jax as lr
 from experiments import checkpoint, configuration, optimizers, updates, workdir
 from experiments.benchmarks import timing
 from experiments.models import llama
+from lowrank_jax.interop import documents
 
 REFRESHES = {"svd": "full", "power": "full", "randomized": "full", "alternating": "thin", "sketch": "thin"}
 PERIODS, SEEDS, RANK = (10, 200), (0, 1), 32
@@ -200,7 +200,7 @@ def queue(root: Path, keys: Sequence[Key], steps: int, budget_minutes: float, ru
     root.mkdir(parents=True, exist_ok=True)
     for number, (seed, period, refresh) in enumerate(keys):
         path = _file(root, seed, period, refresh, steps)
-        spent = sum(json.loads(other.read_text())["cpu_minutes"] for other in root.glob("*.json"))
+        spent = sum(_read(other)["cpu_minutes"] for other in root.glob("*.json"))
         if path.exists():
             continue
         if spent > budget_minutes:
@@ -210,7 +210,13 @@ def queue(root: Path, keys: Sequence[Key], steps: int, budget_minutes: float, ru
         begin = time.process_time()
         result = run(configured(refresh, period, seed, steps))
         checkpoint.write_json(path, result | {"cpu_minutes": (time.process_time() - begin) / 60})
-    return sum(json.loads(other.read_text())["cpu_minutes"] for other in root.glob("*.json"))
+    return sum(_read(other)["cpu_minutes"] for other in root.glob("*.json"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What one run measured."""
+    shape = {"cpu_minutes": float, "measured": [{"step": int}], "validation_loss": (float, None)}
+    return documents.read(path, shape, remedy="remove it, and the run is made again")
 
 
 def _file(root: Path, seed: int, period: int, refresh: str, steps: int) -> Path:
@@ -224,7 +230,7 @@ def collect(root: Path, keys: Sequence[Key], steps: int) -> list[dict[str, Any]]
         for refresh, reads in REFRESHES.items():
             wanted = [seed for seed, p, name in keys if (p, name) == (period, refresh)]
             paths = [_file(root, seed, period, refresh, steps) for seed in wanted]
-            runs = [json.loads(path.read_text()) for path in paths if path.exists()]
+            runs = [_read(path) for path in paths if path.exists()]
             later = [entry for found in runs for entry in found["measured"] if entry["step"] > 0]
             if not later:
                 continue

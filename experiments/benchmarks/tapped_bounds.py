@@ -29,6 +29,7 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments.benchmarks.kernels import traffic
 from experiments.planning import targets
+from lowrank_jax.interop import documents
 from lowrank_jax.projection.projectors.base import thin_product
 
 RESULTS = Path(__file__).parents[1] / "results" / "tapped_bounds.json"
@@ -132,7 +133,7 @@ def main() -> None:
     for row in rows(target):
         found.append(row)
         print(json.dumps(row), flush=True)
-    data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    data = documents.read(RESULTS, {"rows": [dict]}) if RESULTS.exists() else {"rows": []}
     data["command"] = "python -m experiments.benchmarks.tapped_bounds --target TARGET"
     data["time on a device"] = "not measured"
     data["rows"] = [row for row in data["rows"] if row["target"] != target.name] + found

@@ -21,6 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.data.sources import Source, exclusive
+from lowrank_jax.interop import documents
+
+_INFO = {"tokens": int, "crc32": str, "dtype": str}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +65,9 @@ def tokenized(source: Source, split: str, tokenizer, directory: str, *, bos: boo
                     shutil.rmtree(leftover)
             if not os.path.isdir(folder):
                 _write(source, split, tokenizer, folder, bos)
-    with open(os.path.join(folder, "info.json")) as file:
-        info = json.load(file)
+    info = documents.read(os.path.join(folder, "info.json"), _INFO, remedy=f"delete the folder {folder}")
+    if info["dtype"] not in ("uint16", "int32"):
+        raise ValueError(f"{folder} holds tokens of type {info['dtype']!r}: delete the folder")
     tokens = np.memmap(os.path.join(folder, "tokens.bin"), dtype=info["dtype"], mode="r")
     if tokens.size != info["tokens"]:
         raise ValueError(f"{folder} holds {tokens.size} tokens in place of {info['tokens']}: delete the folder")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from experiments.data.sources import Document, Source
+from lowrank_jax.interop import documents
 
 MAY_BE_EMPTY = ("prompt_key",)
 
@@ -75,19 +76,12 @@ def _lines(path: str, keys: Mapping[str, str]) -> Iterator[tuple[int, tuple]]:
     """(line number from 1, the values of `keys`), checked."""
     if not os.path.isfile(os.path.expanduser(path)):
         raise FileNotFoundError(f"data.name or data.validation={path!r}: no such file; give a .jsonl file")
-    with open(os.path.expanduser(path), "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                found = json.loads(line.decode())
-            except ValueError as error:  # of the encoding too
-                _refuse(path, number, f"not JSON ({error})")
-            if not isinstance(found, dict):
-                _refuse(path, number, f"a JSON {type(found).__name__}, where an object is needed")
-            for field, key in keys.items():
-                if key not in found:
-                    _refuse(path, number, f"no {key!r} (data.{field}) among its keys {', '.join(map(repr, found))}")
-                _check(path, number, field, key, found[key])
-            yield number, tuple(found[key] for key in keys.values())
+    for number, found in documents.lines(os.path.expanduser(path), dict, remedy="correct or remove the line"):
+        for field, key in keys.items():
+            if key not in found:
+                _refuse(path, number, f"no {key!r} (data.{field}) among its keys {', '.join(map(repr, found))}")
+            _check(path, number, field, key, found[key])
+        yield number, tuple(found[key] for key in keys.values())
 
 
 def _check(path: str, number: int, field: str, key: str, value: Any) -> None:
@@ -98,11 +92,6 @@ def _check(path: str, number: int, field: str, key: str, value: Any) -> None:
         _refuse(path, number, f"{key!r} is {value!r}, where a string is needed")
     elif not value and field not in MAY_BE_EMPTY:
         _refuse(path, number, f"{key!r} is empty")
-    else:
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            _refuse(path, number, f"{key!r} holds half of a surrogate pair, which is no character")
 
 
 def _labels(path: str, key: str, keys: Mapping[str, str]) -> dict[Any, int]:

@@ -8,7 +8,6 @@ Mistral's sliding window is not implemented: sequences that fit into it do not m
 `config.json` says about dropout, tokens and generation is not read.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,11 +17,27 @@ import jax.numpy as jnp
 
 from experiments import checkpoint
 from experiments.models import llama
+from lowrank_jax.interop import documents, safetensors
 from lowrank_jax.interop import llama as names
-from lowrank_jax.interop import safetensors
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _QKV, _ATTENTION, _MLP = llama.PROJECTIONS[:3], llama.PROJECTIONS[:4], llama.PROJECTIONS[4:]
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
+          "head_dim", "vocab_size", "max_position_embeddings", "sliding_window")  # fmt: skip
+_WORDS = ("model_type", "dtype", "torch_dtype", "hidden_act")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+_ROPE = {f"{name}?": (float, None) for name in ("rope_theta", "partial_rotary_factor", "factor", "low_freq_factor",
+                                                "high_freq_factor", "original_max_position_embeddings")}  # fmt: skip
+# Of the keys that are read; `documents` says what the words mean.
+SHAPE = {
+    **{f"{name}?": (int, None) for name in _SIZES},
+    **{f"{name}?": (str, None) for name in _WORDS},
+    **{f"{name}?": (bool, None) for name in _FLAGS},
+    **{f"{name}?": (_ROPE, None) for name in ("rope_parameters", "rope_scaling")},
+    **{f"{name}?": (float, None) for name in ("rope_theta", "partial_rotary_factor")},
+    **{f"{name}?": float for name in ("rms_norm_eps", "initializer_range")},
+    "quantization_config?": (dict, None),
+}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -49,7 +64,7 @@ def load(folder, *, shardings: Any = None, **overrides) -> tuple[llama.LlamaConf
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a folder that transformers' save_pretrained wrote")
-    config = config_from(_read_json(path), **overrides)
+    config = config_from(read_config(path), **overrides)
     try:
         tensors = safetensors.read(folder)
     except FileNotFoundError as error:
@@ -98,7 +113,7 @@ def save(
     present = [found.name for found in (path, *folder.glob("model*.safetensors*")) if found.exists()]
     if present and not overwrite:
         raise FileExistsError(f"{folder} holds {', '.join(sorted(present))}: give another folder, or overwrite it")
-    if path.exists() and "model_type" not in _read_json(path):
+    if path.exists() and "model_type" not in read_config(path):
         raise FileExistsError(f"{path} is not that of a model of transformers: give another folder")
     values = config_to(config) | {"torch_dtype": _dtype_of(config, params)} | dict(entries or {})
     files = safetensors.write(folder, names.to_torch(params), max_shard_bytes=max_shard_bytes)
@@ -110,6 +125,11 @@ def shapes(config: llama.LlamaConfig) -> Any:
     """The parameters of `Llama(config)` as a tree of `jax.ShapeDtypeStruct`."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(llama.Llama(config).init, jax.random.key(0), tokens)["params"]
+
+
+def read_config(path: str | pathlib.Path) -> dict[str, Any]:
+    """What config.json of a folder of transformers says. Raises documents.DocumentError."""
+    return documents.read(path, SHAPE, remedy="copy or download it again")
 
 
 def config_from(values: Mapping[str, Any], **overrides) -> llama.LlamaConfig:
@@ -207,13 +227,6 @@ def config_to(config: llama.LlamaConfig) -> dict[str, Any]:
         "rope_scaling": scaling,
         "torch_dtype": config.param_dtype,
     } | own
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy or download it again") from error
 
 
 def _required(values: Mapping[str, Any], key: str) -> int:

@@ -17,11 +17,14 @@ import jax
 from experiments.metrics import format_bytes
 from experiments.planning import measured, targets
 from experiments.planning.cases import Case
+from lowrank_jax.interop import documents
 from lowrank_jax.version import __version__
 
 # What a row depends on besides its case.
 SOURCES = ("lowrank_jax", "experiments/models", "experiments/planning", "experiments/updates.py",
            "experiments/tasks.py", "experiments/optimizers.py", "experiments/collectives.py")  # fmt: skip
+
+_ENTRY = {"key": str, "source": str, "row": dict, "digest": str}
 
 
 def source_digest(root: Path = targets.ROOT) -> str:
@@ -50,13 +53,16 @@ class Cache:
     def __post_init__(self):
         if self.path is None or not self.path.exists():
             return
-        for line in self.path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the process was killed in the middle of a line
+        say = lambda error: print(error, file=sys.stderr)  # noqa: E731
+        entries = documents.lines(self.path, _ENTRY, remedy="it is compiled anew", torn=True, passed_over=say)
+        for number, entry in entries:
+            sealed = entry.pop("digest")
+            if entry["source"] != self.source:
                 continue
-            if entry["source"] == self.source:
-                self.rows[entry["key"]] = entry["row"]
+            if sealed != _seal(entry):
+                say(f"{self.path}, line {number} was changed; it is compiled anew")
+                continue
+            self.rows[entry["key"]] = entry["row"]
 
     def keep(self, key: str, row: dict[str, Any]) -> None:
         """Adds a row, and to the file too."""
@@ -64,9 +70,21 @@ class Cache:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        if self.path.exists() and documents.is_torn(self.path):
+            _drop_torn(self.path)
+        entry = {"key": key, "source": self.source, "row": row}
         with open(self.path, "a") as file:
-            file.write(("\n" if torn else "") + json.dumps({"key": key, "source": self.source, "row": row}) + "\n")
+            file.write(json.dumps(entry | {"digest": _seal(entry)}) + "\n")
+
+
+def _seal(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _drop_torn(path: Path) -> None:
+    """Cut off the last line, which a killed process left without an end."""
+    with open(path, "rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,11 +7,12 @@ must be off (null, false, zero, empty), as an unknown one that a newer PEFT wrot
 from __future__ import annotations
 
 import difflib
-import json
 import pathlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
+
+from lowrank_jax.interop import documents
 
 NAME = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -23,6 +24,30 @@ INFORMATION = frozenset(
 TARGETING = frozenset(
     {"bias", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules"}
 )
+_NAMES = (str, [str], None)
+_FLAG = (bool, None)
+_NUMBER = (float, None)
+_SIZE = (int, None)
+# Of the fields that any family reads; `documents` says what the words mean.
+SHAPE = {
+    "peft_type": str,
+    "target_modules?": _NAMES,
+    "exclude_modules?": _NAMES,
+    "modules_to_save?": ([str], None),
+    "layers_to_transform?": (int, [int], None),
+    "layers_pattern?": _NAMES,
+    "rank_pattern?": ({str: int}, None),
+    "alpha_pattern?": ({str: float}, None),
+    "n_frequency_pattern?": ({str: int}, None),
+    "peft_version?": (str, None),
+    "bias?": (str, None),
+    **{f"{name}?": _FLAG for name in ("use_dora", "use_rslora", "fan_in_fan_out", "use_cayley_neumann")},
+    **{f"{name}?": _FLAG for name in ("save_indices", "save_projection")},
+    **{f"{name}?": _NUMBER for name in ("lora_alpha", "alpha", "scaling", "lora_dropout", "vera_dropout")},
+    **{f"{name}?": _NUMBER for name in ("miss_dropout", "d_initial", "init_theta_d_bound")},
+    **{f"{name}?": _SIZE for name in ("r", "mini_r", "oft_block_size", "theta_d_length", "n_frequency")},
+    **{f"{name}?": _SIZE for name in ("proj_seed", "projection_prng_key", "random_loc_seed")},
+}
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
@@ -30,18 +55,12 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: it is no JSON object with a `peft_type`.
+      documents.DocumentError: it is no JSON object with a `peft_type`, or a field is of another type.
     """
     file = folder / NAME
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: give the folder that PEFT's save_pretrained wrote")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}): copy or download it again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise ValueError(f"{file} has no 'peft_type': give the folder that PEFT's save_pretrained wrote")
-    return config
+    return documents.read(file, SHAPE, remedy="give the folder that PEFT's save_pretrained wrote")
 
 
 def unsupported(config: Mapping[str, Any], understood: Collection[str]) -> list[str]:

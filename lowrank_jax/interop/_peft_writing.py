@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pathlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -77,11 +75,3 @@ def shared_arrays(adaptation: Adaptation) -> Arrays:
     for group in groups:
         found = adaptation.fixed["shared"].get(group, {}) | adaptation.train["shared"].get(group, {})
     return {name: np.asarray(array) for name, array in found.items()}
-
-
-def replace(file: pathlib.Path, text: str) -> pathlib.Path:
-    """Writes a file so that no reader meets half of it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, file)
-    return file

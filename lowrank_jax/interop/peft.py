@@ -36,7 +36,7 @@ import numpy as np
 
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Arrays
-from lowrank_jax.interop import _peft_config, _peft_whole, _peft_writing, llama, safetensors
+from lowrank_jax.interop import _peft_config, _peft_whole, _peft_writing, documents, llama, safetensors
 from lowrank_jax.interop._peft_config import PREFIX
 from lowrank_jax.interop._peft_reading import TENSORS, Source, as_float
 from lowrank_jax.interop._torch_layout import Host, Names, Tree, linen_name
@@ -174,7 +174,7 @@ def save(
     written = general | {"inference_mode": True, "target_modules": targets} | entries | fields | config
     files = safetensors.write(folder / TENSORS, tensors | whole)
     text = json.dumps(written, indent=2, sort_keys=True) + "\n"
-    return [*files, _peft_writing.replace(folder / _peft_config.NAME, text)]
+    return [*files, documents.write(folder / _peft_config.NAME, text.encode())]
 
 
 def _order(order: Sequence[str] | None, names: Names, hosts: Mapping[str, Host]) -> list[str]:

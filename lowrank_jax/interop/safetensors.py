@@ -5,8 +5,9 @@
     model.safetensors.index.json                       {"weight_map": {name: file}}
 
 A file is the length of a JSON header (eight bytes, little endian), the header {name: {"dtype", "shape",
-"data_offsets"}}, and the tensors' bytes one after the other. Headers are parsed and checked by the `safetensors`
-package. Its writer wants all tensors of a file in memory at once, so files are written here, one tensor at a time.
+"data_offsets"}}, and the tensors' bytes one after the other. Headers are checked against their files by the
+`safetensors` package, and read by `documents`, which refuses a name that stands twice. The package's writer wants all
+tensors of a file in memory at once, so files are written here, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.interop import documents
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -42,6 +45,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LISTED = 20
+_AGAIN = "copy or download it again"
 
 
 class Reader(Mapping[str, np.ndarray]):
@@ -103,9 +107,8 @@ def read(path: str | os.PathLike) -> Reader:
     for shard in shards:
         if not shard.is_file():
             raise FileNotFoundError(f"{shard} is missing, though {path / INDEX} names it: copy or download it again")
-        with _open(shard) as file:
-            for name in file.keys():  # noqa: SIM118 - a handle, not a dict
-                files[name], shapes[name] = shard, _shape(shard, name, file.get_slice(name))
+        for name, entry in _header(shard).items():
+            files[name], shapes[name] = shard, _shape(shard, name, entry)
         if index is not None:
             named = [name for name, place in index.items() if place == shard]
             check_names([name for name in files if files[name] == shard], named, f"{shard}, by {INDEX},")
@@ -204,10 +207,22 @@ def _open(file: pathlib.Path) -> Any:
         raise ValueError(f"{file} is truncated or no safetensors file ({error}): copy or download it again") from error
 
 
-def _shape(file: pathlib.Path, name: str, tensor: Any) -> jax.ShapeDtypeStruct:
-    if tensor.get_dtype() not in _DTYPES:
-        raise ValueError(f"{file}: {name} is of type {tensor.get_dtype()}; known are {', '.join(_DTYPES)}")
-    return jax.ShapeDtypeStruct(tuple(tensor.get_shape()), _DTYPES[tensor.get_dtype()])
+def _header(file: pathlib.Path) -> dict[str, Any]:
+    """{name: {"dtype", "shape", "data_offsets"}} of a file that the package has checked."""
+    with _open(file):
+        pass
+    with open(file, "rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        words = raw.read(length).decode()
+    shape = {str: {"dtype?": str, "shape?": [int]}}
+    header = documents.parse(words, shape, where=f"the header of {file}", remedy=_AGAIN)
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def _shape(file: pathlib.Path, name: str, entry: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{file}: {name} is of type {entry['dtype']}; known are {', '.join(_DTYPES)}")
+    return jax.ShapeDtypeStruct(tuple(entry["shape"]), _DTYPES[entry["dtype"]])
 
 
 def _index(path: pathlib.Path) -> dict[str, pathlib.Path] | None:
@@ -225,12 +240,10 @@ def _index(path: pathlib.Path) -> dict[str, pathlib.Path] | None:
         others = sorted(file.name for file in path.glob("*.safetensors") if not _SHARD.fullmatch(file.name))
         hint = f"; to read {others[0]}, give its own path" if others else ""
         raise FileNotFoundError(f"{path} holds neither {single.name} nor {index.name}{hint}")
-    try:
-        files = json.loads(index.read_text())["weight_map"]
-        if not all(isinstance(file, str) and pathlib.PurePath(file).name == file for file in files.values()):
-            raise TypeError("weight_map leaves the folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} cannot be read ({error!r}): copy or download it again") from error
+    files = documents.read(index, {"weight_map": {str: str}}, remedy=_AGAIN)["weight_map"]
+    for name, file in files.items():
+        if pathlib.PurePath(file).name != file or not file:
+            raise ValueError(f"{index}: weight_map[{name!r}] is {file!r}, which leaves the folder; {_AGAIN}")
     return {name: path / file for name, file in files.items()}
 
 

@@ -54,9 +54,9 @@ def test_classes_are_the_sorted_labels_of_the_training_file(tmp_path, labels):
 
 
 BAD = [
-    ("{", TEXT, r"line 2: not JSON"),
-    ("", TEXT, r"line 2: not JSON"),
-    ("[1]", TEXT, r"line 2: a JSON list, where an object is needed"),
+    ("{", TEXT, r"line 2 is not JSON"),
+    ("", TEXT, r"line 2 is not JSON"),
+    ("[1]", TEXT, r"line 2 is \[1\], where an object is needed"),
     ({"txet": "a"}, TEXT, r"line 2: no 'text' \(data\.text_key\) among its keys 'txet'"),
     ({"text": 3}, TEXT, r"line 2: 'text' is 3, where a string is needed"),
     ({"text": ""}, TEXT, r"line 2: 'text' is empty"),
@@ -66,7 +66,7 @@ BAD = [
     ({"text": "a", "label": 3}, LABELLED, r"line 2: 'label' is 3, but line 1 has 'x': not of one type"),
     ({"prompt": "a", "response": ""}, INSTRUCTION, r"line 2: 'response' is empty"),
     ({"prompt": ["a"], "response": "b"}, INSTRUCTION, r"line 2: 'prompt' is \['a'\]"),
-    ('{"text": "a \\ud83d"}', TEXT, r"line 2: 'text' holds half of a surrogate pair"),
+    ('{"text": "a \\ud83d"}', TEXT, r"line 2 holds half of a surrogate pair"),
 ]
 
 
@@ -82,7 +82,7 @@ def test_other_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl.*no such file"):
         jsonl_source(str(tmp_path / "absent.jsonl"), TEXT)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
-    with pytest.raises(ValueError, match=r"latin\.jsonl, line 1: not JSON .*decode"):
+    with pytest.raises(ValueError, match=r"latin\.jsonl, line 1 is not UTF-8: byte 0xe9 at offset 10"):
         jsonl_source(str(tmp_path / "latin.jsonl"), TEXT)
     one = write(tmp_path / "one.jsonl", [{"text": "a", "label": "x"}])
     with pytest.raises(ValueError, match="the validation split is empty; add lines, or give data.validation"):

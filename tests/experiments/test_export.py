@@ -133,11 +133,18 @@ def test_errors(run, tmp_path, capsys):
         (run / "checkpoints" / str(step) / checkpoint.MANIFEST).unlink()
     assert export.main(["--workdir", str(run), "--output", str(tmp_path / "x")]) == 1
     assert "holds no finished checkpoint" in capsys.readouterr().err
-    (run / "config.json").write_text('{"adapter": {}}')
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"adapter": {}, "base": {}}))
     assert export.main(["--workdir", str(run), "--output", str(tmp_path / "x")]) == 2
     assert "is a fine-tuning run; `python -m experiments.finetune` exports it" in capsys.readouterr().err
-    (run / "config.json").write_text("{")
-    assert export.main(["--workdir", str(run), "--output", str(tmp_path / "x")]) == 2
+    # a configuration of nothing would be that of the default model
+    wrong = {"{": "is not JSON", "[]": "is [], where an object is needed", "{}": "config.json has no 'name'"}
+    model = {key: value for key, value in config.items() if key != "model"}
+    wrong |= {json.dumps(model): "config.json has no 'model'", json.dumps(config | {"model": None}): "model is None"}
+    for text, words in wrong.items():
+        (run / "config.json").write_text(text)
+        assert export.main(["--workdir", str(run), "--output", str(tmp_path / "x")]) == 2
+        assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

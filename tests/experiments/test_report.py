@@ -209,7 +209,7 @@ def test_errors_name_the_folder_and_the_remedy(tmp_path):
         report.write([tmp_path], tmp_path / "x.html")
     folder = make_run(tmp_path / "damaged", steps=3)
     (folder / "metrics.jsonl").write_text('{"kind": "train"\n')
-    with pytest.raises(RunError, match="is damaged"):
+    with pytest.raises(RunError, match="line 1 is not JSON.*remove the line"):
         report.write([folder], tmp_path / "x.html")
     (folder / "metrics.jsonl").write_text("")
     (folder / "summary.json").write_text("{")

@@ -23,6 +23,7 @@ def make_run(folder, *, adapter, domain, accuracy=None, finished=True):
         rows.append(row | ({} if accuracy is None else {"accuracy": accuracy}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {"status": "finished", "parameters": 2_000_000, "trainable_parameters": 12_345, "validation_loss": 1.6}
+    summary |= {"steps": 20, "total_seconds": 20.0}
     summary |= {"validation_accuracy": accuracy, "domain_loss": domain and domain[-1]}
     summary |= {"domain_loss_before": domain and domain[0], "optimizer": "adamw", "tokens": 20}
     if finished:

@@ -92,9 +92,11 @@ def test_files_that_are_not_there(tmp_path):
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="convert adapter_model.bin to it"):
         load(tmp_path, "stacked")
-    (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="has no 'peft_type'"):
-        load(tmp_path, "stacked")
+    wrong = {"[]": r"is \[\], where", "{}": "has no 'peft_type'"}
+    for text, words in (wrong | {'{"peft_type": "LORA", "r": "8"}': "r is '8', where an"}).items():
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"adapter_config.json:? {words}.*save_pretrained wrote"):
+            load(tmp_path, "stacked")
 
 
 def test_what_the_caller_says(tmp_path):

@@ -173,11 +173,14 @@ def test_index_and_shards_must_agree(tmp_path):
         safetensors.read(damaged(lambda names: names.pop("layers.3.weight")))
     with pytest.raises(ValueError, match=r"model-00001.* lacks 1 tensor: layers.9.weight"):
         safetensors.read(damaged(lambda names: names.update({"layers.9.weight": shards[0].name})))
-    with pytest.raises(ValueError, match=r"cannot be read .*leaves the folder"):
+    with pytest.raises(ValueError, match=r"weight_map\['layers.0.weight'\] is '../other.safet.* leaves the folder"):
         safetensors.read(damaged(lambda names: names.update({"layers.0.weight": "../other.safetensors"})))
-    index.write_text("{")
-    with pytest.raises(ValueError, match=r"index.json cannot be read"):
-        safetensors.read(tmp_path)
+    for text, words in {"{": "is not JSON", "[]": "is \\[\\]", "{}": "has no 'weight_map'"}.items():
+        index.write_text(text)
+        with pytest.raises(ValueError, match=rf"index.json {words}.*download it again"):
+            safetensors.read(tmp_path)
+    with pytest.raises(ValueError, match=r"weight_map\['layers.1.weight'\] is 3, where a string is needed"):
+        safetensors.read(damaged(lambda names: names.update({"layers.1.weight": 3})))
     index.write_text(json.dumps(good))
     shards[1].unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002.safetensors is missing, though"):
@@ -204,6 +207,15 @@ def test_other_errors(tmp_path):
     (tmp_path / "f8.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
     with pytest.raises(ValueError, match=r"f8.safetensors: x is of type F8_E4M3; known are F64"):
         safetensors.read(tmp_path / "f8.safetensors")
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path):
+    """The package takes the last one."""
+    entry = json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
+    header = f'{{"x": {entry}, "x": {entry}}}'.encode()
+    (tmp_path / "twice.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match="the header of .*twice.safetensors is not JSON: the key 'x' stands twice"):
+        safetensors.read(tmp_path / "twice.safetensors")
 
 
 def test_the_missing_package_is_named(tmp_path, monkeypatch):

@@ -126,6 +126,25 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]"
 
 
+# Files that parse JSON that is no file's: a round trip of their own values, or what a child process says.
+NO_FILE = {"experiments/planning/queue.py", "experiments/planning/program.py", "experiments/planning/cases.py",
+           "experiments/evidence.py", "experiments/checkpoint.py", "experiments/workdir.py",
+           "experiments/distributed.py", "experiments/benchmarks/tpu_programs.py"}  # fmt: skip
+
+
+def test_files_are_read_by_the_one_reader():
+    """`lowrank_jax.interop.documents` says what is wrong with a file; json alone raises, or lets it through."""
+    found = {}
+    for path in LIBRARY + PROGRAMS:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        texts = [ast.unparse(call) for call in calls]
+        found[str(path.relative_to(ROOT))] = [text for text in texts if re.match(r"json\.loads?\(", text)]
+    reading = {name for name, texts in found.items() if texts} - {"lowrank_jax/interop/documents.py"}
+    assert reading <= NO_FILE
+    of_files = {name: text for name, texts in found.items() for text in texts if re.search(r"read|open\(|file", text)}
+    assert not of_files
+
+
 def test_public_names_have_examples():
     import lowrank_jax
 
