@@ -77,7 +77,10 @@ def run(
             summary = training.run(config, workdir, task=task, handle_signals=True)
             if summary["status"] == "stopped":
                 again = shlex.join([sys.executable, "-m", program, *sys.argv[1:]])
-                done = f"stopped after update {summary['step']} of {summary['steps']}, saved in {workdir}"
+                step, steps = summary["step"], summary["steps"]
+                done = f"stopped after update {step} of {steps}, saved in {workdir}"
+                if not step:
+                    done = "stopped while the run was prepared" if step is None else "stopped before update 1"
                 print(f"{done}; to resume:\n  {again}")
                 return 0
             if distributed.leads():

@@ -216,12 +216,20 @@ def together(error: type[Exception]) -> Iterator[None]:
             raise error(f"process {process}: {text}")
 
 
-class Stop:
-    """The update after which a run stops on request, the same in every process.
+class Stopped(BaseException):
+    """A run was asked to stop in the middle of work that has nothing to save.
 
-    A process that is asked at update t writes t + 2 into the store, where the first one to write wins. It does so
-    before it dispatches update t + 1, without which no other process can read the loss of t + 1. The others look into
-    the store at update t + 2, having read the loss of t + 1, so none of them has gone past the update that is written.
+    It is no error: what catches every `Exception` does not catch it.
+    """
+
+
+class Stop:
+    """Where a run stops on request, the same place in every process.
+
+    Places are counted: each call of `poll` is one, in the same order everywhere, after an update or between two batches
+    of an evaluation. A process that is asked at place k writes k + 2 into the store, where the first one to write wins.
+    It does so before it dispatches the next update or batch, without which no other process can read the result of
+    that. Whoever is at place k + 2 has read the result, so nobody has gone past the place that is written.
 
     Args:
       asked: set by a signal, in any one of the processes.
@@ -229,27 +237,30 @@ class Stop:
 
     def __init__(self, asked: threading.Event):
         self._asked, self._key = asked, f"lowrank_jax/stop/{next(_runs)}"
-        self._update: int | None = None
+        self._place = 0
+        self._last: int | None = None
 
     def set(self) -> None:
         """Ask for it."""
         self._asked.set()
 
     def before(self) -> bool:
-        """Whether to stop before the first update; several processes settle that in `after`."""
+        """Whether to stop before the first update; several processes settle that in `poll`."""
         return self._asked.is_set() and not joined()
 
-    def after(self, step: int) -> bool:
-        """Whether to stop after update `step`: once an update, when it is dispatched and the one before has ended."""
+    def poll(self) -> bool:
+        """Whether to stop here. Between two calls something is dispatched; before a call what was dispatched before
+        the last one has ended."""
         if not joined():
             return self._asked.is_set()
-        if self._update is None:
+        self._place += 1
+        if self._last is None:
             if self._asked.is_set():
                 with _tolerated("ALREADY_EXISTS"):
-                    _client().key_value_set(self._key, str(step + 2))
+                    _client().key_value_set(self._key, str(self._place + 2))
             with _tolerated("NOT_FOUND"):
-                self._update = int(_client().key_value_try_get(self._key))
-        return self._update is not None and step >= self._update
+                self._last = int(_client().key_value_try_get(self._key))
+        return self._last is not None and self._place >= self._last
 
 
 def end(error: BaseException) -> NoReturn:

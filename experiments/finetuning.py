@@ -20,7 +20,7 @@ from experiments.configuration import LOWRANK, ConfigurationError, smallest_dime
 from experiments.data import Dataset
 from experiments.data.tuning import TuningDataConfig, load_tuning
 from experiments.models import llama, vit
-from experiments.tasks import Task, placed, sampled, trigram_loss, without_weak_types
+from experiments.tasks import Task, placed, sampled, trigram_loss, unwatched, without_weak_types
 from experiments.trained import Adapted, Parts, Whole, size
 from experiments.tuning_configuration import TuningConfig
 from experiments.workdir import tree_bytes
@@ -162,13 +162,13 @@ class Finetuning(Task):
     def _open_domain(self) -> Dataset | None:
         """The base's own data, where the tuned model can still be measured on it."""
         config = self.base.domain
-        if config is None:
+        if config is None or not self.config.run.forgetting:
             return None
         try:
-            domain = open_data(config, self.base.tokenizer, self.config.run.seed)
+            domain = open_data(config, self.base.tokenizer, self.config.run.seed, trains=False)
         except ConfigurationError as error:
             raise ConfigurationError(
-                f"base.domain={self.config.base.domain!r}: {error}; 'none' does without measuring what is forgotten"
+                f"base.domain={self.config.base.domain!r}: {error}; run.forgetting=False does without it"
             ) from error
         return None if domain.classes and domain.classes != self.dataset.classes else domain
 
@@ -194,7 +194,7 @@ class Finetuning(Task):
         measured = "; forgetting is not measured"
         if self.domain is not None:
             measured = f"; forgetting on {self.domain.description}"
-        elif self.base.domain is not None:
+        elif self.base.domain is not None and self.config.run.forgetting:
             measured += ", because the base's domain has other classes"
         name = self.config.optimizer.name
         return f"{self.base.source}; {name}; {self.dataset.description}{measured}\n  {report}"
@@ -243,14 +243,15 @@ class Finetuning(Task):
     def _figures(self, name: str, state, batches) -> dict[str, float]:
         rest = {key: value for key, value in state.items() if key == "fixed"}
         total, weight, right = 0.0, 0.0, 0.0
-        for batch in map(self.on_devices, batches):
+        for batch in batches:
             found = self._measure[name](state["params"], rest, batch, *self.frozen)
             total, weight, right = (a + float(b) for a, b in zip((total, weight, right), found, strict=True))
         weight = max(weight, 1.0)
         return {"loss": total / weight, "accuracy": right / weight, "tokens": int(weight)}
 
-    def evaluate(self, state):
-        found = self._figures("own", state, self.evaluation_batches(self.dataset.validation))
+    def evaluate(self, state, watch=unwatched):
+        own, limit = self.dataset.validation, self.config.run.evaluation_tokens
+        found = self._figures("own", state, self.evaluation_batches(own, "validation", watch, limit))
         if self.dataset.classes:
             line = f"validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.2%}"
         else:
@@ -258,14 +259,21 @@ class Finetuning(Task):
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
             line = f"validation loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
         if self.domain is not None:
-            limit = self.config.run.domain_tokens or self.config.run.evaluation_tokens
-            domain = self._figures("domain", state, self.evaluation_batches(self.domain.validation, limit))
+            part = self.domain.validation
+            batches = self.evaluation_batches(part, "base's domain", watch, self._domain_limit(own, part))
+            domain = self._figures("domain", state, batches)
             found["domain_loss"] = domain["loss"]
             line += f"; base's domain {domain['loss']:.4f}"
             if self.domain.classes:
                 found["domain_accuracy"] = domain["accuracy"]
                 line += f", accuracy {domain['accuracy']:.2%}"
         return found, line
+
+    def _domain_limit(self, own, part) -> int:
+        """Tokens of the base's domain: where the configuration says none, so many that they are neither more rows nor
+        more tokens than the evaluation of the run's own data, and forgetting costs at most as much."""
+        settings = self.config.run
+        return settings.domain_tokens or own.evaluated(settings.evaluation_tokens) * min(own.length, part.length)
 
     def memory(self, compiled):
         rows = super().memory(compiled)
@@ -297,13 +305,13 @@ class Finetuning(Task):
         return entries
 
 
-def open_data(config: TuningDataConfig, tokenizer: str, seed: int) -> Dataset:
-    """The dataset; whatever is wrong with it is a ConfigurationError."""
+def open_data(config: TuningDataConfig, tokenizer: str, seed: int, *, trains: bool = True) -> Dataset:
+    """The dataset, or its validation alone; whatever is wrong with it is a ConfigurationError."""
     try:
         if not (config.has_images or config.tokenizer or tokenizer):
             raise ValueError(
                 "data.tokenizer='': the base's folder has no tokenizer.model; name a SentencePiece model, or 'bytes'"
             )
-        return load_tuning(config, tokenizer, seed)
+        return load_tuning(config, tokenizer, seed, trains=trains)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigurationError(str(error)) from error

@@ -120,6 +120,10 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# Seconds between two lines that tell how far an evaluation is.
+PART_EVERY = 10.0
+
+
 class Progress:
     """A progress bar on a terminal (when tqdm is there), otherwise one line every `every` steps."""
 
@@ -128,6 +132,7 @@ class Progress:
         self._bar = None
         self._begin: float | None = None
         self._start = start
+        self._told = time.perf_counter()
         if enabled and sys.stderr.isatty():
             try:
                 from tqdm import tqdm
@@ -148,6 +153,14 @@ class Progress:
         elif step % self.every == 0 or step == self.total:
             eta = (time.perf_counter() - self._begin) / max(step - self._start, 1) * (self.total - step)
             self.say(f"step {step}/{self.total}  {figures}  ETA {format_seconds(eta)}")
+
+    def part(self, title: str, done: int, total: int) -> None:
+        """How far a longer piece of work between two steps is: every `PART_EVERY` seconds, from its beginning (0)."""
+        now = time.perf_counter()
+        if done and now - self._told >= PART_EVERY:
+            self.say(f"{title}: batch {done} of {total}")
+        if not done or now - self._told >= PART_EVERY:
+            self._told = now
 
     def say(self, line: str) -> None:
         """One line beside the bar."""

@@ -23,6 +23,16 @@ from experiments.models import axes, llama
 from experiments.models.sampling import sample
 from lowrank_jax import meshes
 
+# `watch(title, number of batches, batches)` gives the batches of an evaluation back, one by one; whoever takes one has
+# read what the one before gave. It may raise `distributed.Stopped` between two.
+Watch = Callable[[str, int, Iterator[Any]], Iterator[Any]]
+
+
+def unwatched(title: str, total: int, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches themselves."""
+    del title, total
+    return batches
+
 
 class Task:
     """One kind of training. A subclass sets the attributes in `__init__`, before any work, and fulfils the methods.
@@ -77,8 +87,8 @@ class Task:
         """`updates.step`'s loss: (sum of weighted losses, sum of weights)."""
         raise NotImplementedError
 
-    def evaluate(self, state) -> tuple[dict[str, Any], str]:
-        """The figures of an evaluation, and a line that tells them."""
+    def evaluate(self, state, watch: Watch = unwatched) -> tuple[dict[str, Any], str]:
+        """The figures of an evaluation, and a line that tells them. Every loop over batches takes them from `watch`."""
         raise NotImplementedError
 
     def summary(self, state, evaluations: list[dict]) -> dict[str, Any]:
@@ -164,12 +174,11 @@ class Task:
         """This process's rows of an update."""
         return self.dataset.train.batch(step, *distributed.part(self.rows))
 
-    def evaluation_batches(self, part, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of `part`, as far as an evaluation goes: `limit` tokens, or run.evaluation_tokens."""
-        settings = self.config.run
-        size = settings.evaluation_batch_size or self.config.data.batch_size
-        limit = settings.evaluation_tokens if limit is None else limit
-        return part.evaluation(size, limit, *distributed.part(self.rows))
+    def evaluation_batches(self, part, title: str, watch: Watch, limit: int | None) -> Iterator[dict[str, jax.Array]]:
+        """The batches of `part` as far as an evaluation of `limit` tokens goes, watched, on the devices."""
+        size = self.config.run.evaluation_batch_size or self.config.data.batch_size
+        own = part.evaluation(size, limit, *distributed.part(self.rows))
+        return watch(title, -(-part.evaluated(limit) // size), map(self.on_devices, own))
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch of an update, abstract."""
@@ -257,8 +266,9 @@ class Pretraining(Task):
         with meshes.use(self.mesh):
             return updates.loss_sums(self.model, params, batch)
 
-    def evaluate(self, state):
-        batches = map(self.on_devices, self.evaluation_batches(self.dataset.validation))
+    def evaluate(self, state, watch=unwatched):
+        limit = self.config.run.evaluation_tokens
+        batches = self.evaluation_batches(self.dataset.validation, "validation", watch, limit)
         found = updates.evaluate(self.evaluation_step, state["params"], batches)
         return found, f"validation loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
 

@@ -21,7 +21,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -53,7 +53,9 @@ def run(
       config: a `RunConfig`, or the configuration of another task.
       workdir: the run folder; made when missing, locked while the run lasts.
       task: what is trained, made from the configuration.
-      handle_signals: on SIGTERM or SIGINT, finish the update, save and return (main thread only; a second one kills).
+      handle_signals: on SIGTERM or SIGINT, finish the update or the batch of an evaluation, save and return; what has
+        nothing to save yet (data that are prepared, a base that is read) is left at once, where the run is one process
+        (main thread only; a second signal kills).
       verbose: progress on standard error.
 
     Raises:
@@ -74,21 +76,26 @@ def run(
             folder.use_compile_cache()
         folder.check_devices(config)
         sides = distributed.by_lead(lambda: checkpoint.stored_sides(workdir / "checkpoints"), ConfigurationError)
-        with distributed.together(ConfigurationError):
-            trained = task(config)
-            trained.keep_sides(sides)
-            made = _Training(trained, workdir, distributed.Stop(asked), verbose and distributed.leads())
-        return made.run()
+        try:
+            with asked.at_once(), distributed.together(ConfigurationError):
+                trained = task(config)
+                trained.keep_sides(sides)
+                made = _Training(trained, workdir, asked, verbose and distributed.leads())
+            return made.run()
+        except distributed.Stopped:
+            return {"status": "stopped", "step": None, "steps": config.schedule.steps}
 
 
 class _Training:
     """One run from start (or resumption) to end: the pieces that the loop shares."""
 
-    def __init__(self, task: Task, workdir: pathlib.Path, stop: distributed.Stop, verbose: bool):
+    def __init__(self, task: Task, workdir: pathlib.Path, asked: folder.Wish, verbose: bool):
         self.task, self.config = task, task.config
-        self.workdir, self.stop, self.verbose = workdir, stop, verbose
+        self.workdir, self.verbose = workdir, verbose
+        self.asked, self.stop = asked, distributed.Stop(asked)
         folder.check_disk(workdir, task.abstract, self.config.checkpoint.keep)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.owed = task.evaluates_first  # an evaluation before the next update
         self.skipped, self.not_finite = 0, 0
         self.pending: tuple[int, dict] | None = None
         self.lines: list[str] = []
@@ -109,7 +116,8 @@ class _Training:
             files = {"config.json": folder.as_json(config)} | self.task.files()
             for name, value in files.items() if lead else ():
                 checkpoint.write_json(workdir / name, value)
-            state = self._restore_or_initialise()
+            with self.asked.at_once():
+                state = self._restore_or_initialise()
             board = workdir / "tensorboard" if config.run.tensorboard else None
             self.writer = writer = metrics.Metrics(
                 workdir / "metrics.jsonl" if lead else os.devnull, board if lead else None
@@ -121,8 +129,9 @@ class _Training:
             for line in self.lines:
                 self.writer.write("note", step=self.step, text=line)
             self._note(self.task.headline())
-            step_function = self._compile()
-            checked = self.task.check(state)
+            with self.asked.at_once():
+                step_function = self._compile()
+                checked = self.task.check(state)
             if checked is not None:
                 self._note(checked)
             state, status = self._loop(step_function, state)
@@ -152,6 +161,7 @@ class _Training:
         self.tokens, self.seconds = restored.extra["tokens"], restored.extra["seconds"]
         self.skipped = restored.extra["skipped"]
         dropped = metrics.truncate(self.workdir / "metrics.jsonl", self.step) if distributed.leads() else 0
+        self.owed = self._is_evaluated(self.step) and not distributed.by_lead(self._has_evaluation, ConfigurationError)
         self._announce(
             f"resumed from the checkpoint of step {self.step}; {dropped} later lines of metrics.jsonl are repeated"
         )
@@ -187,8 +197,8 @@ class _Training:
             return state, "stopped"
         distributed.exchange("compiled")  # nor is the wait for another process's compilation counted
         self.mark = time.perf_counter()
-        if self.step == 0 and self.task.evaluates_first:
-            self._evaluate(state)
+        if self.owed and not self._evaluate(state):
+            return state, "stopped"
         for step in range(self.step + 1, steps + 1):
             if step == first:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
@@ -201,12 +211,11 @@ class _Training:
                 self._collect()
                 jax.profiler.stop_trace()
                 self._note(f"profile of steps {first} to {last} written to {self.workdir / 'profile'}")
-            if step == steps or (config.run.evaluate_every and step % config.run.evaluate_every == 0):
-                self._evaluate(state)
-            stopping = self.stop.after(step)
+            complete = not self._is_evaluated(step) or self._evaluate(state)
+            stopping = not complete or self.stop.poll()
             if stopping or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._save(state, final=stopping or step == steps)
-            if stopping and step < steps:
+            if stopping and (step < steps or not complete):
                 return state, "stopped"
             if self.not_finite >= PATIENCE:
                 self._note(f"the loss was not finite for {PATIENCE} updates in a row: stopped")
@@ -253,12 +262,39 @@ class _Training:
         yield
         self.mark = time.perf_counter()
 
-    def _evaluate(self, state) -> None:
+    def _is_evaluated(self, step: int) -> bool:
+        every = self.config.run.evaluate_every
+        return step == self.config.schedule.steps or bool(every and step % every == 0)
+
+    def _has_evaluation(self) -> bool:
+        """Whether metrics.jsonl holds the evaluation of this step: one that was stopped left no line."""
+        path = self.workdir / "metrics.jsonl"
+        rows = metrics.read(path) if path.exists() else []
+        return any(row["kind"] == "eval" and row["step"] == self.step for row in rows)
+
+    def _evaluate(self, state) -> bool:
+        """Whether it came to its end. One that is stopped leaves nothing; the resumed run begins with it."""
         with self._paused():
             begin = time.perf_counter()
-            found, line = self.task.evaluate(state)
+            try:
+                found, line = self.task.evaluate(state, self._watched)
+            except distributed.Stopped:
+                self.progress.say(f"step {self.step}: the evaluation was stopped; the resumed run repeats it")
+                return False
             self.writer.write("eval", step=self.step, **found, seconds=self.seconds)
             self.progress.say(f"step {self.step}: {line} ({time.perf_counter() - begin:.1f} s)")
+            return True
+
+    def _watched(self, title: str, total: int, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches of an evaluation, between which it tells how far it is and can be stopped.
+
+        Whoever takes a batch has read what the one before gave.
+        """
+        for done, batch in enumerate(batches):
+            self.progress.part(f"step {self.step}: {title}", done, total)
+            if done and self.stop.poll():
+                raise distributed.Stopped
+            yield batch
 
     def _save(self, state, *, final: bool) -> None:
         """Start a save; a failed one is reported and tried again at the next interval, only the final one raises."""
@@ -285,15 +321,21 @@ class _Training:
 
     def _finish(self, state, status: str) -> dict:
         self._collect()
-        if status == "stopped":
-            return {"status": status, "step": self.step, "steps": self.config.schedule.steps}
-        self.checkpoints.wait()
         config, task = self.config, self.task
+        stopped = {"status": "stopped", "step": self.step, "steps": config.schedule.steps}
+        if status == "stopped":
+            return stopped
+        self.checkpoints.wait()
         lead = distributed.leads()
         rows = metrics.read(self.workdir / "metrics.jsonl") if lead else []
         train, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
         if lead:
             checkpoint.write_json(self.workdir / "ledger.json", task.memory(self.compiled))
+        try:
+            with self.asked.at_once():  # all is saved, and a resumed run begins here
+                told = task.summary(state if status == "finished" else None, evaluations)
+        except distributed.Stopped:
+            return stopped
         summary = {
             "status": status,
             "name": config.name,
@@ -307,7 +349,7 @@ class _Training:
             "peak_memory_bytes": metrics.peak_memory(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "versions": folder.versions(),
-        } | task.summary(state if status == "finished" else None, evaluations)
+        } | told
         if "sample" in summary:
             self.progress.say(f"sample:\n{summary['sample']}")
         summary = {

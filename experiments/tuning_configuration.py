@@ -195,10 +195,13 @@ class TuningLoopConfig(LoopConfig):
     """What surrounds the updates.
 
     Attributes besides those of `LoopConfig`:
-      domain_tokens: most tokens (or images) of the base's domain per evaluation; None is evaluation_tokens.
+      forgetting: also measure the loss on the base's domain, where the base says what it was trained on.
+      domain_tokens: most tokens (or images) of the base's domain per evaluation; None is as many as the validation has
+        there, in as many rows at most, so that forgetting costs no more than the validation.
     """
 
     sample_tokens: int = number(0, at_least=0)
+    forgetting: bool = True
     domain_tokens: int | None = number(None, at_least=1)
 
 

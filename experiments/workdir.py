@@ -37,6 +37,7 @@ WATCHING: dict[str, tuple[str, ...]] = {
         "tensorboard",
         "profile_steps",
         "compile_cache",
+        "forgetting",  # a figure more or less; what is measured stays as it is
         "sample_tokens",
         "sample_prompt",
         "temperature",
@@ -149,18 +150,47 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
         raise ConfigurationError(str(error)) from error
 
 
+class Wish(threading.Event):
+    """The wish that the run stops, which waits for a place where the run can save."""
+
+    _raises = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, where there is nothing to save, it does not wait: it raises `Stopped` in the main thread.
+
+        Several processes would not stop together by that: there it waits.
+        """
+        if distributed.joined():
+            yield
+            return
+        if self.is_set():
+            raise distributed.Stopped
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
+
+    def express(self) -> None:
+        """What a signal does."""
+        self.set()
+        if self._raises:
+            raise distributed.Stopped
+
+
 @contextlib.contextmanager
-def stop_flag(handle_signals: bool) -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; a second signal acts as it did before."""
-    stop = threading.Event()
+def stop_flag(handle_signals: bool) -> Iterator[Wish]:
+    """A wish that the first SIGTERM or SIGINT expresses; a second signal acts as it did before."""
+    stop = Wish()
     if not handle_signals:
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(number, frame):
-        stop.set()
         signal.signal(number, before[number])
+        stop.express()
 
     try:
         for number in before:

@@ -59,7 +59,7 @@ class DataConfig:
 class Dataset:
     """train, validation: `Numbered`; description: one line; fingerprint: equal for equal tokens, to check on resume.
 
-    Images have no tokenizer, and only labelled data has classes.
+    Data that are only evaluated have train = None, images have no tokenizer, and only labelled data has classes.
     """
 
     train: Any

@@ -58,7 +58,7 @@ class Numbered:
     """
 
     def __init__(self, count: int, evaluated: int, batch_size: int, seed: int, length: int = 1):
-        self.examples, self._all, self.batch_size, self.seed, self._length = count, evaluated, batch_size, seed, length
+        self.examples, self._all, self.batch_size, self.seed, self.length = count, evaluated, batch_size, seed, length
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> dict[str, np.ndarray]:
         """The part of batch `step` (from 0) that belongs to a process; joined, the parts do not depend on their number.
@@ -68,14 +68,15 @@ class Numbered:
         positions = step * self.batch_size + self._slice(self.batch_size, process_index, process_count)
         return self._read(permute(positions % self.examples, self.examples, self.seed, positions // self.examples))
 
+    def evaluated(self, limit_tokens: int | None = None) -> int:
+        """Examples of an evaluation: all, or with `limit_tokens` limit_tokens // length of them, at least one."""
+        return self._all if limit_tokens is None else min(self._all, max(1, limit_tokens // self.length))
+
     def evaluation(
         self, batch_size: int, limit_tokens: int | None = None, process_index: int = 0, process_count: int = 1
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Every example once, in order; the last batch is filled up with weight 0.
-
-        With `limit_tokens`, the first limit_tokens // sequence_length examples, at least one.
-        """
-        count = self._all if limit_tokens is None else min(self._all, max(1, limit_tokens // self._length))
+        """The first `evaluated(limit_tokens)` examples once, in order; the last batch is filled up with weight 0."""
+        count = self.evaluated(limit_tokens)
         own = self._slice(batch_size, process_index, process_count)
         for first in range(0, count, batch_size):
             batch = self._read(np.minimum(first + own, count - 1))

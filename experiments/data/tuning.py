@@ -115,13 +115,15 @@ class TuningDataConfig:
         return 1 if self.has_images else 256 if self.sequence_length is None else self.sequence_length
 
 
-def load_tuning(config: TuningDataConfig, tokenizer: str, seed: int = 0) -> Dataset:
+def load_tuning(config: TuningDataConfig, tokenizer: str, seed: int = 0, *, trains: bool = True) -> Dataset:
     """Opens, and where needed prepares, a dataset; tokenises both splits once.
 
     Args:
       config: what is read.
       tokenizer: used when `config.tokenizer` is "".
       seed: of the order of the batches.
+      trains: otherwise it is only evaluated: the training split, which may be much larger, is neither read nor
+        tokenised.
 
     Raises FileNotFoundError, ImportError or ValueError, each naming field, value and remedy, or file and line.
     """
@@ -143,20 +145,22 @@ def load_tuning(config: TuningDataConfig, tokenizer: str, seed: int = 0) -> Data
         raise ValueError(f"data.bos=True: the tokenizer {pieces.identity} has no bos piece; set it False")
     directory = data_directory(config.directory)
     source = open_tuning_source(config, directory)
-    names = (config.train_split, config.validation_split)
-    halves = [tokenized(source, name, pieces, directory, bos=config.bos) for name in names]
-    train, validation = (_batches(config, half, seed) for half in halves)
-    if train.examples == 0:
-        train.batch(0)  # raises
-    sizes = " + ".join(f"{len(half.tokens):,}" for half in halves)
-    rows = f"{train.examples} rows" if isinstance(train, Rows) else config.packing or "pack"
+    names = {"train": config.train_split, "validation": config.validation_split}
+    used = names if trains else {"validation": config.validation_split}
+    halves = {use: tokenized(source, name, pieces, directory, bos=config.bos) for use, name in used.items()}
+    parts = {use: _batches(config, split, seed) for use, split in halves.items()}
+    first = parts["train" if trains else "validation"]
+    if trains and first.examples == 0:
+        first.batch(0)  # raises
+    sizes = " + ".join(f"{len(split.tokens):,}" for split in halves.values())
+    rows = f"{first.examples} rows" if isinstance(first, Rows) else config.packing or "pack"
     return Dataset(
-        train=train,
-        validation=validation,
+        train=parts.get("train"),
+        validation=parts["validation"],
         tokenizer=pieces,
         vocabulary_size=pieces.vocabulary_size,
-        description=f"{source.name}: {sizes} tokens (train + validation), {pieces.identity}, {rows}",
-        fingerprint=f"{halves[0].fingerprint}/{halves[1].fingerprint}",
+        description=f"{source.name}: {sizes} tokens ({' + '.join(halves)}), {pieces.identity}, {rows}",
+        fingerprint="/".join(split.fingerprint for split in halves.values()),
         classes=source.classes,
     )
 

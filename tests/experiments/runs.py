@@ -1,13 +1,15 @@
 """A run so small that a test can do it: two layers of width 16 on a folder of made-up text."""
 
 import json
+import os
 import pathlib
 import random
+import signal
 
 import jax
 import numpy as np
 
-from experiments import configuration, metrics
+from experiments import configuration, metrics, training
 
 ROOT = pathlib.Path(configuration.__file__).parents[1]
 
@@ -62,6 +64,26 @@ def losses(workdir):
 
 def notes(workdir):
     return [row["text"] for row in metrics.read(workdir / "metrics.jsonl") if row["kind"] == "note"]
+
+
+def terminate_in_evaluation(monkeypatch, step, title, batch):
+    """A real SIGTERM once the evaluation at `step` takes its batch number `batch`; the batches that are taken then."""
+    watched, after = training._Training._watched, []
+
+    def sending(self, own, total, batches):
+        def signalling():
+            for number, content in enumerate(batches):
+                if (self.step, own) == (step, title):
+                    if number == batch:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    if number >= batch:
+                        after.append(number)
+                yield content
+
+        return watched(self, own, total, signalling())
+
+    monkeypatch.setattr(training._Training, "_watched", sending)
+    return after
 
 
 def final_arrays(workdir):

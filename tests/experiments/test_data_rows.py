@@ -116,3 +116,17 @@ def test_tasks_give_their_own_batches(tmp_path):
     assert next(begun.validation.evaluation(1))["inputs"][0].tolist() == [256, 112, 48, 114, 257, 258]
     pad = load_tuning(TuningDataConfig(packing="pad", **options), "bytes")
     assert pad.train.examples == 8
+
+
+def test_data_that_are_only_evaluated_leave_the_training_split_alone(tmp_path):
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        (tmp_path / "text" / f"{number}.txt").write_text("some text")
+    config = TuningDataConfig(name=str(tmp_path / "text"), directory=str(tmp_path / "cache"), sequence_length=4)
+    found = load_tuning(config, "bytes", trains=False)
+    assert found.train is None
+    folders = [path.name for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
+    assert len(folders) == 1 and "validation" in folders[0]
+    both = load_tuning(config, "bytes")
+    for ours, theirs in zip(found.validation.evaluation(2), both.validation.evaluation(2), strict=True):
+        assert {key: value.tolist() for key, value in ours.items()} == {k: v.tolist() for k, v in theirs.items()}

@@ -1,6 +1,8 @@
 """The training loop in one process: numbers against NumPy, and every way a run can go wrong."""
 
 import json
+import os
+import signal
 import threading
 import types
 
@@ -13,6 +15,8 @@ import pytest
 from experiments import checkpoint, metrics, optimizers, training, updates
 from experiments import workdir as folders
 from experiments.configuration import ConfigurationError
+from experiments.data import ngram
+from experiments.data.tokenizer import ByteTokenizer
 from tests.experiments import runs
 
 pytestmark = pytest.mark.slow
@@ -185,6 +189,60 @@ def test_a_stop_request_saves_and_returns(folder, whole, monkeypatch):
     runs.assert_bitwise_equal(whole[0], workdir)
 
 
+@pytest.mark.parametrize("step", [6, 12])
+def test_sigterm_inside_an_evaluation_stops_it_and_the_resumed_run_repeats_it(folder, whole, monkeypatch, step):
+    config = runs.tiny(folder, run={"trigram": True, "sample_tokens": 4})
+    workdir = folder / f"terminated in the evaluation {step}"
+    with monkeypatch.context() as patch:
+        taken = runs.terminate_in_evaluation(patch, step, "validation", 2)
+        stopped = training.run(config, workdir, handle_signals=True, verbose=False)
+    assert stopped == {"status": "stopped", "step": step, "steps": 12}
+    assert taken == [2]  # not one batch more
+    assert list(runs.losses(workdir)[1]) == [6][: step // 6 - 1]
+    assert training.run(config, workdir, verbose=False)["status"] == "finished"
+    assert list(runs.losses(workdir)[1]) == [6, 12]
+    runs.assert_bitwise_equal(whole[0], workdir)
+
+
+def test_sigterm_while_data_are_prepared_or_the_run_is_summed_up_stops_at_once(folder, whole, monkeypatch):
+    config = runs.tiny(folder, run={"trigram": True, "sample_tokens": 4}, data={"directory": str(folder / "fresh")})
+    workdir = folder / "terminated at once"
+
+    def sending(function, call):
+        calls = []
+
+        def wrapped(*arguments):
+            calls.append(None)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert len(calls) <= call
+            return function(*arguments)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ByteTokenizer, "encode", sending(ByteTokenizer.encode, 5))
+        stopped = training.run(config, workdir, handle_signals=True, verbose=False)
+    assert stopped == {"status": "stopped", "step": None, "steps": 12}
+    assert not [path for path in (folder / "fresh").rglob("*") if path.suffix != ".lock" and path.is_file()]
+    with monkeypatch.context() as patch:
+        patch.setattr(ngram, "trigram_loss", sending(ngram.trigram_loss, 1))
+        stopped = training.run(config, workdir, handle_signals=True, verbose=False)
+    assert stopped == {"status": "stopped", "step": 12, "steps": 12}
+    assert not (workdir / "summary.json").exists()
+    assert training.run(config, workdir, verbose=False)["trigram_loss"] == whole[1]["trigram_loss"]
+    runs.assert_bitwise_equal(whole[0], workdir)
+
+
+def test_a_long_evaluation_tells_how_far_it_is(capsys, monkeypatch):
+    progress = metrics.Progress(10, 0, every=1)
+    progress.part("step 3: validation", 0, 7)
+    progress.part("step 3: validation", 1, 7)
+    monkeypatch.setattr(metrics, "PART_EVERY", 0.0)
+    progress.part("step 3: validation", 2, 7)
+    assert capsys.readouterr().err == "step 3: validation: batch 2 of 7\n"
+
+
 def test_another_configurations_folder_is_refused(folder, whole):
     other = runs.tiny(folder, run={"trigram": True}, optimizer={"learning_rate": 2e-2})
     message = r"optimizer\.learning_rate=0\.02: .* holds a run with 0\.01; .*--config\.optimizer\.learning_rate=0\.01"
@@ -348,9 +406,6 @@ def test_tensorboard_and_profile_are_written_on_request(folder, tmp_path):
 
 
 def test_signals_set_the_flag_once_and_handlers_return():
-    import os
-    import signal
-
     before = signal.getsignal(signal.SIGTERM)
     with folders.stop_flag(True) as stop:
         os.kill(os.getpid(), signal.SIGTERM)

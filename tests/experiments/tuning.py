@@ -44,12 +44,18 @@ def tiny(folder, **sections):
         "optimizer": {"name": "adamw", "learning_rate": 1e-2},
         "schedule": {"steps": 12},
         "checkpoint": {"every": 4},
-        "run": {"evaluate_every": 6, "evaluation_tokens": 512, "log_every": 100, "compile_cache": False},
+        "run": {
+            "evaluate_every": 6,
+            "evaluation_tokens": 512,
+            "domain_tokens": 512,
+            "log_every": 100,
+            "compile_cache": False,
+        },
     }
     for section, table in sections.items():
         values[section] = values[section] | table
     return tuning_configuration.from_dict(values)
 
 
-def run(config, workdir):
-    return training.run(config, workdir, task=Finetuning, verbose=False)
+def run(config, workdir, **options):
+    return training.run(config, workdir, task=Finetuning, verbose=False, **options)

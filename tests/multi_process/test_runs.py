@@ -91,6 +91,22 @@ def test_a_signal_to_one_stops_all_at_one_update(stopped, two, folder):
     assert_bitwise_equal(resumed(folder, workdir, "stopped-two", 2), two)
 
 
+def test_a_signal_inside_an_evaluation_stops_all_at_one_batch(tmp_path):
+    write_text(tmp_path / "text", words=2500)  # hundreds of batches
+    workdir = tmp_path / "run"
+    options = {"schedule__steps": 6, "run__evaluate_every": 3, "run__evaluation_tokens": None}
+    with Processes(tmp_path, workdir, 2, **options) as run:
+        run.wait_for(workdir, 3)
+        run.children[1].send_signal(signal.SIGTERM)
+        said = run.finish()
+    assert all("stopped after update 3 of 6" in text for text in said), said
+    assert "step 3: the evaluation was stopped" in said[0]
+    assert list(losses(workdir)[1]) == []
+    with Processes(tmp_path, workdir, 2, **options) as run:
+        run.finish()
+    assert list(losses(workdir)[1]) == [3, 6]
+
+
 def test_one_process_goes_on_with_what_two_began(stopped, one, folder):
     assert_close(resumed(folder, stopped[0], "stopped-one", 1), one)
 
