@@ -137,3 +137,98 @@ def test_what_cannot_be_taken_layer_by_layer():
         lr.layerwise_step(STACK, tx)(PARAMS, tx.init(PARAMS), X, Y)
     with pytest.raises(ValueError, match="accumulate=0"):
         lr.layerwise_step(STACK, tx, accumulate=0)
+
+
+def _breaking():
+    """The stack with finite values, whose gradient is not finite below the input of the layer with mark 1."""
+
+    @jax.custom_vjp
+    def through(x, mark):
+        return x
+
+    def forward(x, mark):
+        return x, mark
+
+    through.defvjp(forward, lambda mark, dx: (jnp.where(mark > 0, jnp.nan, dx), jnp.zeros_like(mark)))
+    layer = lambda p, x: STACK.layer(p, through(x, p["mark"]["scale"][0]))  # noqa: E731
+    before = lambda rest, x, y: through(STACK.before(rest, x, y), rest["mark"])  # noqa: E731
+    return lr.Stack(before=before, layer=layer, after=STACK.after)
+
+
+def _marked(where):
+    """Parameters with a mark on one layer, or on what lies before the stack."""
+    marks = jnp.zeros((3, 1)) if where == "before" else jnp.zeros((3, 1)).at[where].set(1)
+    layers = PARAMS["layers"] | {"mark": {"scale": marks}}
+    return PARAMS | {"layers": layers, "mark": jnp.asarray(float(where == "before"))}
+
+
+def _moved(params, new):
+    """`{name: which entries or layers changed}`."""
+    kernels = {name: np.any(np.asarray(new["layers"][name]["kernel"] != params["layers"][name]["kernel"]), (1, 2))
+               for name in ("up", "down")}  # fmt: skip
+    return kernels | {"rest": bool(np.any(np.asarray(new["embed"]["kernel"] != params["embed"]["kernel"])))}
+
+
+BROKEN = {
+    "exact": ({}, {"exact_skip": True}),
+    "exact, every step": ({"clock": lr.clocks.every_step()}, {"exact_skip": True}),
+    "clipped": ({"clip_norm": 0.5}, {}),
+    "accumulated": ({}, {"exact_skip": True, "accumulate": 2}),
+}
+
+
+@pytest.mark.parametrize("where", [1, "before"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n != "exact" else ()) for n in BROKEN])
+def test_a_skipped_step_changes_nothing_but_a_counter(name, where):
+    """Also where the value is finite and a gradient first is not in the middle of the stack, or below it."""
+    options, form = BROKEN[name]
+    tx = galore(P.svd(rank=3), **({"clock": every(period=3)} | options))
+    params = _marked(where)
+    args = [x.reshape(2, 20, -1) if "accumulate" in form else x for x in (X, Y)]
+    step, state = jax.jit(lr.layerwise_step(_breaking(), tx, **form)), tx.init(params)
+    new, after, value = step(params, state, *args)
+    assert np.isfinite(value)
+    jax.tree.map(np.testing.assert_array_equal, new, params)
+    assert (int(after.projection.step), int(after.projection.skipped)) == (0, 1)
+    old = after._replace(projection=after.projection._replace(skipped=state.projection.skipped))
+    jax.tree.map(np.testing.assert_array_equal, old, state)
+
+
+@pytest.mark.parametrize("where", [1, "before"])
+def test_what_moves_at_a_skipped_step_without_a_first_pass(where):
+    """The layers above the first that is not finite; it counts as skipped, and nothing else moves."""
+    tx, params = ROWS["svd"], _marked(where)
+    state = tx.init(params)
+    new, after, _ = jax.jit(lr.layerwise_step(_breaking(), tx))(params, state, X, Y)
+    assert (int(after.projection.step), int(after.projection.skipped)) == (0, 1)
+    expected = [where == "before", True, True]  # the mark breaks what leaves its layer
+    moved = _moved(params, new)
+    assert not moved.pop("rest")
+    for layers in moved.values():
+        np.testing.assert_array_equal(layers, expected)
+    jax.tree.map(np.testing.assert_array_equal, after.projection.plain, state.projection.plain)
+    for name in ("basis", "inner"):
+        pairs = zip(*(jax.tree.leaves(getattr(s.projection.matrices["layers"]["up"]["kernel"], name))
+                      for s in (state, after)), strict=True)  # fmt: skip
+        for old, new in pairs:
+            assert [bool(np.any(np.asarray(a != b))) for a, b in zip(old, new, strict=True)] == expected
+
+
+@pytest.mark.slow
+def test_an_exact_skip_costs_one_backward_pass():
+    """Of a step that is not clipped, at most 1.8 times the arithmetic; none where a norm is clipped anyway."""
+    tx = galore(P.random(rank=2), every(period=9, **AFTER))
+    state = tx.init(PARAMS)
+
+    def flops(tx, **options):
+        step = jax.jit(lr.layerwise_step(STACK, tx, **options))
+        return step.lower(PARAMS, state, X, Y).compile().cost_analysis()["flops"]
+
+    assert 1.2 < flops(tx, exact_skip=True) / flops(tx) < 1.8
+    clipped = galore(P.random(rank=2), every(period=9, **AFTER), clip_norm=1.0)
+    assert flops(clipped, exact_skip=True) == flops(clipped)
+
+
+def test_an_exact_skip_needs_a_guard():
+    with pytest.raises(ValueError, match="exact_skip=True.*guard=False"):
+        lr.layerwise_step(STACK, galore(P.svd(rank=3), every(period=3), guard=False), exact_skip=True)
