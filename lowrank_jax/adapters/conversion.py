@@ -25,7 +25,7 @@ from lowrank_jax.adapters.base import Adapter, Site, check_positive
 from lowrank_jax.adapters.lora import Lora
 from lowrank_jax.adapters.rules import Matrices, chosen_rows
 from lowrank_jax.adapters.tree import matrices_of
-from lowrank_jax.resolution import is_node, leaves_with_metadata, path_of
+from lowrank_jax.resolution import leaves_with_metadata, map_nodes
 
 HOW = ("as it is", "SVD of the product", "SVD of the difference")
 
@@ -339,8 +339,7 @@ def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
     if not offsets:
         raise ValueError(f"{adaptation.plan.name!r} has no offset a0, b0: there is nothing that could be absorbed")
 
-    def place(keys, node):
-        path = path_of(keys)
+    def place(path, node):
         if path not in offsets:
             return node
         site, own = adaptation.plan.by_path[path][1], offsets[path]
@@ -356,5 +355,4 @@ def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
     if missing:
         raise ValueError(f"adapted leaves {sorted(missing)} are not in params; give the tree that adapt saw")
     left = {path: {name: x for name, x in own.items() if name not in ("a0", "b0")} for path, own in sites.items()}
-    absorbed = jax.tree_util.tree_map_with_path(place, params, is_leaf=is_node)
-    return absorbed, adaptation.replace(fixed=adaptation.fixed | {"sites": left})
+    return map_nodes(place, params), adaptation.replace(fixed=adaptation.fixed | {"sites": left})

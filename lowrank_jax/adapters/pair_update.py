@@ -26,6 +26,7 @@ from lowrank_jax.adapters.pairs import OTHER, SIDES, FactorLeaves
 from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection.learning_rate import decayed_step, selected_for_decay
 from lowrank_jax.projection.matrix_step import all_finite, select
+from lowrank_jax.resolution import pure
 
 FORMAT_VERSION = 1
 
@@ -203,7 +204,7 @@ class PairOptimizer:
             ok = all_finite(step.grads) & jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in made]))
             given = [jnp.where(ok, x, jnp.zeros_like(x)) for x in given]
             new = select(ok, new, state)._replace(skipped=state.skipped + 1 - ok.astype(jnp.int32))
-        return step.tree.of(dict(zip(step.updates, given, strict=True))), new
+        return step.tree.like(dict(zip(step.updates, given, strict=True))), new
 
     def _rates(self, factors: FactorLeaves) -> list[Any]:
         """The factor of each leaf's learning rate."""
@@ -230,8 +231,11 @@ class _Tree:
         self.leaves, self.structure = jax.tree.flatten(tree)
 
     def of(self, leaves: dict[int, Any]) -> Any:
-        filled = [leaves.get(i, optax.MaskedNode()) for i in range(len(self.leaves))]
-        return jax.tree.unflatten(self.structure, filled)
+        """`optax.MaskedNode` elsewhere; without nnx Variables, as states are."""
+        return pure(self.like({i: leaves.get(i, optax.MaskedNode()) for i in range(len(self.leaves))}))
+
+    def like(self, leaves: dict[int, Any]) -> Any:
+        return jax.tree.unflatten(self.structure, [leaves[i] for i in range(len(self.leaves))])
 
 
 class _Step:

@@ -20,11 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax.core import meta
 from jax.sharding import PartitionSpec
 
 from lowrank_jax import linalg, sharding
 from lowrank_jax.matrices import Shape
-from lowrank_jax.resolution import path_of
+from lowrank_jax.resolution import nodes_with_keys, path_of
 
 SIDES = ("a", "b")
 OTHER = {"a": "b", "b": "a"}
@@ -87,9 +89,9 @@ def find_factors(tree: Any, method: str, *, both: bool = True) -> FactorLeaves:
     shapes: list[Shape] = []
     sides: list[str | None] = []
     nodes: dict[tuple[str, ...], dict[str, int]] = {}
-    for number, (keys, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(tree)[0]):
-        if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
-            keys = keys[:-1]  # a box of metadata
+    there = [(keys, meta.unbox(node)) for keys, node in nodes_with_keys(tree)]
+    there = [(keys, leaf) for keys, leaf in there if not isinstance(leaf, optax.MaskedNode)]
+    for number, (keys, leaf) in enumerate(there):
         names = tuple(path_of([key]) for key in keys)
         paths.append("/".join(names))
         shapes.append(tuple(leaf.shape))

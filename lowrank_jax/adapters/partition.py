@@ -17,7 +17,7 @@ import jax
 import optax
 
 from lowrank_jax.adapters.rules import no_match
-from lowrank_jax.resolution import is_node, leaves_with_metadata, path_of
+from lowrank_jax.resolution import is_node, leaves_with_metadata, map_nodes, nodes_with_keys, path_of
 
 
 def partition(params: Any, patterns: str | Iterable[str]) -> tuple[Any, Any]:
@@ -46,11 +46,11 @@ def partition(params: Any, patterns: str | Iterable[str]) -> tuple[Any, Any]:
             raise no_match("patterns", pattern, paths)
 
     def half(wanted: bool) -> Any:
-        def keep(keys, node):
-            chosen = any(re.fullmatch(pattern, path_of(keys)) for pattern in patterns)
+        def keep(path, node):
+            chosen = any(re.fullmatch(pattern, path) for pattern in patterns)
             return node if chosen == wanted else optax.MaskedNode()
 
-        return jax.tree_util.tree_map_with_path(keep, params, is_leaf=is_node)
+        return map_nodes(keep, params)
 
     return half(True), half(False)
 
@@ -66,15 +66,15 @@ def join(*parts: Any) -> Any:
     >>> join(*partition(params, "head")) == params
     True
     """
-    flat = [jax.tree_util.tree_flatten_with_path(part, is_leaf=is_node) for part in parts]
-    treedefs: set[Any] = {treedef for _, treedef in flat}
+    flat = [nodes_with_keys(part) for part in parts]
+    treedefs: set[Any] = {jax.tree.structure(part, is_leaf=is_node) for part in parts}
     if len(treedefs) != 1:
         raise ValueError("join: the parts are not of one structure; give what partition returned, or trees like it")
     leaves = []
-    for nodes in zip(*(nodes for nodes, _ in flat), strict=True):
+    for nodes in zip(*flat, strict=True):
         there = [node for _, node in nodes if not isinstance(node, optax.MaskedNode)]
         if len(there) != 1:
             which = "no part has" if not there else f"{len(there)} parts have"
             raise ValueError(f"join: {which} the leaf {path_of(nodes[0][0])!r}; each must be in one part")
         leaves.append(there[0])
-    return jax.tree.unflatten(flat[0][1], leaves)
+    return jax.tree.unflatten(treedefs.pop(), leaves)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lowrank_jax import sharding
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Site
-from lowrank_jax.resolution import path_of
+from lowrank_jax.resolution import nodes_with_keys, path_of
 
 
 def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -41,7 +41,7 @@ def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dic
     {'a': P('fsdp', None), 'b': P(None, 'tensor')}
     """
     is_spec = lambda x: x is None or isinstance(x, PartitionSpec) or hasattr(x, "dequantize")  # noqa: E731
-    flat = jax.tree_util.tree_flatten_with_path(param_specs, is_leaf=is_spec)[0]
+    flat = nodes_with_keys(param_specs, is_spec)
     given = {path_of(keys): sharding.codes_of(spec) or PartitionSpec() for keys, spec in flat}
     missing = [path for path in [*adaptation.plan.by_path, *adaptation.plan.whole] if path not in given]
     if missing:
@@ -82,8 +82,8 @@ def shardings(adaptation: Adaptation, param_shardings: Any) -> tuple[dict[str, A
     P(None, 'tensor')
     """
     is_one = lambda x: x is None or hasattr(x, "dequantize")  # noqa: E731
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(param_shardings, is_leaf=is_one)
-    flat = [(keys, sharding.codes_of(own)) for keys, own in leaves]
+    treedef = jax.tree.structure(param_shardings, is_leaf=is_one)
+    flat = [(keys, sharding.codes_of(own)) for keys, own in nodes_with_keys(param_shardings, is_one)]
     for keys, own in flat:
         if not isinstance(own, NamedSharding):
             raise ValueError(

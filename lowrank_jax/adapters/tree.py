@@ -25,7 +25,7 @@ from lowrank_jax.adapters.adaptation import Adaptation, Adaptations
 from lowrank_jax.adapters.base import Adapter, Site
 from lowrank_jax.adapters.hosts import AdaptedKernel, Bound
 from lowrank_jax.adapters.rules import LAYER_IN_PATH, Rules, Selection, chosen_rows
-from lowrank_jax.resolution import Views, is_node, leaves_with_metadata, path_of
+from lowrank_jax.resolution import Views, leaves_with_metadata, map_nodes
 
 
 def adapt(
@@ -266,7 +266,7 @@ def unmerge(merged: Any, adaptations: Adaptations, *, base: Any = None, active: 
         missing = sorted(paths - set(kept))
         if missing:
             raise ValueError(f"base: leaves {missing} are missing; give the parameters from before the merge")
-        return _mapped_nodes(merged, lambda path, node: _boxed_as(node, kept[path]) if path in paths else node)
+        return map_nodes(lambda path, node: _boxed_as(node, kept[path]) if path in paths else node, merged)
     whole = [path for one in chosen.values() for path in one.plan.whole]
     if whole:
         raise ValueError(f"leaves {whole} were trained whole; only base= brings back what they were")
@@ -338,19 +338,13 @@ def _placed(params: Any, chosen: dict[str, Adaptation], paths: set[str], place: 
         raise ValueError(f"leaves {missing}, trained whole, are missing in params; give the tree that adapt saw")
 
     # a leaf that one adaptation trains whole may be adapted by another
-    return _mapped_nodes(
-        params, lambda path, node: place(path, _boxed_as(node, trained[path]) if path in trained else node)
-    )
+    now = lambda path, node: _boxed_as(node, trained[path]) if path in trained else node  # noqa: E731
+    return map_nodes(lambda path, node: place(path, now(path, node)), params)
 
 
 def _boxed_as(node: Any, value: Any) -> Any:
     """A value in a box like that of a leaf, if that is in one."""
     return node.replace_boxed(value) if isinstance(node, meta.AxisMetadata) else value
-
-
-def _mapped_nodes(tree: Any, function: Callable[[str, Any], Any]) -> Any:
-    """`function(path, node)` of every leaf, boxes and quantised arrays being leaves."""
-    return jax.tree_util.tree_map_with_path(lambda keys, node: function(path_of(keys), node), tree, is_leaf=is_node)
 
 
 def _check_finite(tree: Any, paths: set[str]) -> None:

@@ -28,8 +28,7 @@ def merge(graphdef: Any, *states: Any) -> Any:
 
     Args:
       graphdef: of `nnx.split`.
-      *states: of `nnx.split`, each a `nnx.State` or a pure dict. `nnx.to_pure_dict(params)` has the paths that the
-        default rules want, "up/kernel"; leaves of a `nnx.State` have paths such as "up/kernel/value".
+      *states: of `nnx.split`, each a `nnx.State` or a pure dict; both have the paths that rules see, "up/kernel".
 
     Raises:
       ValueError: where such a parameter belongs to another module of Flax, a tapped one to `nnx.Conv` or `nnx.Embed`;

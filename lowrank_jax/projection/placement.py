@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lowrank_jax import sharding
 from lowrank_jax.projection.layout import Layout
 from lowrank_jax.projection.state import MatrixState
-from lowrank_jax.resolution import Views, leaves_with_metadata, path_of, resolve
+from lowrank_jax.resolution import Views, leaves_with_metadata, nodes_with_keys, path_of, resolve
 
 
 def state_shardings(transformation: Any, params: Any, shardings: Any = None, *, spread: bool = False) -> Any:
@@ -75,7 +75,9 @@ def state_shardings(transformation: Any, params: Any, shardings: Any = None, *, 
             return _spread(node, dict(reversed(given))[node.view.path])
         return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec_of(leaf)), node)
 
-    return jax.tree_util.tree_map_with_path(of_node, state, is_leaf=lambda x: isinstance(x, MatrixState))
+    is_matrix = lambda x: isinstance(x, MatrixState)  # noqa: E731
+    placed = [of_node(keys, node) for keys, node in nodes_with_keys(state, is_matrix)]
+    return jax.tree.unflatten(jax.tree.structure(state, is_leaf=is_matrix), placed)
 
 
 def _spec_of(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:

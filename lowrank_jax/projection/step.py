@@ -22,6 +22,7 @@ from lowrank_jax.projection.clocks import Staggered
 from lowrank_jax.projection.matrix_step import MatrixStep, all_finite, energy
 from lowrank_jax.projection.projectors.base import count
 from lowrank_jax.projection.state import MatrixState, Projected, ProjectionState
+from lowrank_jax.resolution import pure
 
 if TYPE_CHECKING:
     from lowrank_jax.projection.transformation import Projection
@@ -33,10 +34,9 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 
 def only_plain(treedef: Any, leaves: list[Any], views: list[ResolvedView | None]) -> Any:
-    """The tree with `optax.MaskedNode` in place of the projected leaves."""
-    return jax.tree.unflatten(
-        treedef, [leaf if v is None else optax.MaskedNode() for leaf, v in zip(leaves, views, strict=True)]
-    )
+    """The tree with `optax.MaskedNode` in place of the projected leaves, without nnx Variables, as states are."""
+    left = [leaf if view is None else optax.MaskedNode() for leaf, view in zip(leaves, views, strict=True)]
+    return pure(jax.tree.unflatten(treedef, left))
 
 
 @dataclasses.dataclass

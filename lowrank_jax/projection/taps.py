@@ -19,12 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from jax.interpreters import partial_eval
 
 from lowrank_jax import sharding
 from lowrank_jax.projection.state import Projected, ProjectionState, matrix_states
 from lowrank_jax.projection.tapped import Tap, Tapped
-from lowrank_jax.resolution import is_node, path_of
+from lowrank_jax.resolution import is_node, nodes_with_keys, path_of
 
 
 def is_projected(x: Any) -> bool:
@@ -124,7 +125,7 @@ def projected_value_and_grad(
         raise ValueError(f"accumulate={accumulate} must be at least 1 microbatch")
 
     def run(params: Any, *args: Any) -> Any:
-        nodes, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)
+        nodes, treedef = nodes_with_keys(params), jax.tree.structure(params, is_leaf=is_node)
         found = [taps.taps.get(path_of(keys)) for keys, _ in nodes]
         missing = set(taps.taps) - {tap.view.path for tap in found if tap is not None}
         if missing:
@@ -253,5 +254,5 @@ def check_taps(loss: Callable[..., Any], taps: Taps, params: Any, *args: Any, to
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_node(x) or is_projected(x))[0]
-    return {path_of(keys): getattr(node, "value", node) for keys, node in nodes}
+    nodes = nodes_with_keys(tree, lambda x: is_node(x) or is_projected(x))
+    return {path_of(keys): meta.unbox(node) for keys, node in nodes}

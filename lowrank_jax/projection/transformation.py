@@ -38,7 +38,7 @@ from lowrank_jax.projection.projectors.base import Projector
 from lowrank_jax.projection.residuals import Discard, Residual
 from lowrank_jax.projection.state import FORMAT_VERSION, MatrixState, ProjectionState, matrix_states
 from lowrank_jax.projection.transports import Keep
-from lowrank_jax.resolution import Report, Views, check_side, resolve
+from lowrank_jax.resolution import Report, Views, check_side, pure, resolve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class Projection:
             step=step,
             skipped=jnp.zeros((), jnp.int32),
             refreshes=jnp.zeros((), jnp.int32),
-            matrices=jax.tree.unflatten(treedef, matrices),
+            matrices=pure(jax.tree.unflatten(treedef, matrices)),
             plain=self.plain.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), plain)),
         )
 
