@@ -29,6 +29,7 @@ from experiments.models.attention import chunked_attention
 from experiments.models.divided import Embed, beside, chosen, positions, promoted, rematerialised, summed
 from experiments.sections import check, choice, number
 from lowrank_jax import sharding
+from lowrank_jax.adapters import attend
 from lowrank_jax.meshes import at_input, constrain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -356,8 +357,12 @@ class Llama(nn.Module):
                 x_BxSxD, _ = block(config, name=f"layer_{layer}")(x_BxSxD)
         x_BxSxD = RMSNorm(config, name="norm")(x_BxSxD)
         if config.tied_head:
-            kernel_VxD = at_input(embed.embedding.astype(DTYPES[config.dtype]), x_BxSxD, rows=-1)
-            logits_BxSxV = jnp.einsum("BSD,VD->BSV", x_BxSxD, kernel_VxD, preferred_element_type=jnp.float32)
+
+            def head(x_BxSxD, table_VxD):
+                kernel_VxD = at_input(table_VxD.astype(DTYPES[config.dtype]), x_BxSxD, rows=-1)
+                return jnp.einsum("BSD,VD->BSV", x_BxSxD, kernel_VxD, preferred_element_type=jnp.float32)
+
+            logits_BxSxV = attend(x_BxSxD, embed.embedding, head)  # the table may have adapters
         else:
             product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
             logits_BxSxV = _dense(config, config.vocabulary_size, "lm_head", dot_general=product)(x_BxSxD)

@@ -65,7 +65,8 @@ class Adaptation:
             ranks = sorted(set(own[path].ranks))
             rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
             rank = rank if hasattr(adapter, "rank") else "-"
-            rows.append((path, str(site.shape), adapter.kind, rank, f"{own[path].trained(adapter, site):,}"))
+            kind = f"{adapter.kind} at {', '.join(site.uses)}" if site.uses else adapter.kind
+            rows.append((path, str(site.shape), kind, rank, f"{own[path].trained(adapter, site):,}"))
         for name, (adapter, group) in self.plan.groups.items():
             if adapter.shared_count(group):
                 rows.append((f"(shared by {len(group.sites)})", "", name, "-", f"{adapter.shared_count(group):,}"))

@@ -30,6 +30,7 @@ from lowrank_jax.matrices import DENSE, MatrixView, Shape
 
 Arrays = dict[str, Any]
 INPUTS = ("features", "indices", "windows", "transposed")
+USES = ("gather", "dot_general", "conv_general_dilated")  # what multiplies by a kernel, in the words of jaxprs
 
 
 class Factors(NamedTuple):
@@ -136,6 +137,7 @@ class Site:
       view: which axes are rows (inputs), columns (outputs) and batch.
       rank: r; of several ranks in a stack the largest, the others are padded and masked by `scale`. 0 without rank.
       lookup: the leaf is an embedding `(V, d)`, whose rows are looked up.
+      uses: the products that see the adapter, out of `USES`; () is all. ("gather",) leaves a tied output layer alone.
       group: name of the sites that share what is shared.
       bank: the largest (n, m) of the group.
 
@@ -149,6 +151,7 @@ class Site:
     view: MatrixView = DENSE
     rank: int = 0
     lookup: bool = False
+    uses: tuple[str, ...] = ()
     group: str = ""
     bank: tuple[int, int] = (0, 0)
 

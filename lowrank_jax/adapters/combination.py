@@ -197,9 +197,11 @@ def _site(having: Mapping[str, Adaptation], path: str) -> Site:
     """The site that they share; ValueError where shape or view differ."""
     (name, first), *rest = ((n, one.plan.by_path[path][1]) for n, one in having.items())
     for other, site in rest:
-        if (site.shape, site.view, site.lookup) != (first.shape, first.view, first.lookup):
+        seen, others = ((one.shape, one.view, one.lookup, one.uses) for one in (first, site))
+        if seen != others:
             raise ValueError(
-                f"{path!r}: {name!r} sees {first.shape} with {first.view}, {other!r} {site.shape} with {site.view}"
+                f"{path!r}: {name!r} sees {first.shape} with {first.view} at {first.uses or 'all uses'}, {other!r} "
+                f"{site.shape} with {site.view} at {site.uses or 'all uses'}"
             )
     return first
 

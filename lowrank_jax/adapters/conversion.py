@@ -334,6 +334,7 @@ def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
     (4, ['scale'])
     """
     chosen_rows([adaptation.plan], None)
+    adaptation.plan.check_uses("a kernel that takes up an offset serves all of them")
     sites = adaptation.fixed["sites"]
     offsets = {path: arrays for path, arrays in sites.items() if {"a0", "b0"} <= set(arrays)}
     if not offsets:

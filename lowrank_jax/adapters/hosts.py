@@ -144,6 +144,13 @@ class AdaptedKernel:
             raise AttributeError(name)
         raise self.raw(f"is asked for .{name}")
 
+    def at(self, use: str) -> Any:
+        """What a product of one kind multiplies by: this kernel with the adapters that act there, or the bare one."""
+        bound = tuple(one for one in self.bound if not one.site.uses or use in one.site.uses)
+        if len(bound) == len(self.bound):
+            return self
+        return dataclasses.replace(self, bound=bound) if bound else self.kernel
+
     def raw(self, what: str) -> RawKernelError:
         """The error of a use that would pass the adapters by."""
         return RawKernelError(
@@ -184,7 +191,14 @@ class AdaptedKernel:
 
         `product` stands in for `jax.lax.dot_general` in the base product.
         """
-        view = self.view()
+        options |= {"precision": precision}
+        if preferred_element_type is not None:  # a product of one's own need not know it
+            options |= {"preferred_element_type": preferred_element_type}
+        own, node = product or jax.lax.dot_general, self.at("dot_general")
+        if not isinstance(node, AdaptedKernel):
+            bare = lambda x, kernel: own(x, dense(kernel, x.dtype), dimension_numbers, **options)  # noqa: E731
+            return decoding(bare, node)(x, node)
+        view = node.view()
         (_, contract), (_, batch) = (tuple(map(tuple, axes)) for axes in dimension_numbers)
         if set(contract) != set(view.rows) or set(batch) != set(view.batch):
             raise ValueError(
@@ -193,10 +207,6 @@ class AdaptedKernel:
                 "MatrixView in views="
             )
         layout = Layout.of(x.ndim, self.ndim, view, dimension_numbers)
-        options |= {"precision": precision}
-        if preferred_element_type is not None:  # a product of one's own need not know it
-            options |= {"preferred_element_type": preferred_element_type}
-        own = product or jax.lax.dot_general
 
         def base(x, matrix):
             return own(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), **options)
@@ -217,7 +227,7 @@ class AdaptedKernel:
             outputs = layout.result(outputs, [self.shape[axis] for axis in view.cols])
             return _as_host(outputs, lambda x, k: own(x, k, dimension_numbers, **options), x, kernel)
 
-        return decoding(whole, self.kernel)(x, self.kernel, self.bound)
+        return decoding(whole, self.kernel)(x, self.kernel, node.bound)
 
 
 def over_batch(function: Callable, axes: int) -> Callable:
@@ -277,6 +287,11 @@ def _as_host(y: jax.Array, own: Callable[..., jax.Array], *operands: Any) -> jax
     return sharding.reshard(y.astype(made.dtype), sharding.explicit_spec(made))
 
 
+def _at(kernel: Any, use: str) -> Any:
+    """A kernel as a product of one kind sees it."""
+    return kernel.at(use) if isinstance(kernel, AdaptedKernel) else kernel
+
+
 def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
     """Rows of an embedding `(V, d)` that may have adapters: `table[indices]`.
 
@@ -287,7 +302,7 @@ def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.A
     >>> lr.adapters.embed(jnp.array([[1, 2]]), lr.attach(params, adaptation)["embedding"]).shape
     (1, 2, 4)
     """
-    own = base or _rows_of
+    own, table = base or _rows_of, _at(table, "gather")
     if not isinstance(table, AdaptedKernel):
         return own(indices, dense(table, getattr(table, "dtype", jnp.float32)))
 
@@ -315,6 +330,7 @@ def attend(x: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
     (2, 9)
     """
     own = base or (lambda x, matrix: product(x, matrix.T).astype(jnp.result_type(x, matrix)))
+    table = _at(table, "dot_general")
     if not isinstance(table, AdaptedKernel):
         return decoding(lambda x, table: own(x, dense(table, x.dtype)), table)(x, table)
 
@@ -349,6 +365,7 @@ def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.A
     >>> lr.adapters.conv(jnp.ones((1, 5, 4)), lr.attach(params, adaptation)["kernel"], convolve).shape
     (1, 5, 6)
     """
+    kernel = _at(kernel, "conv_general_dilated")
     if not isinstance(kernel, AdaptedKernel):
         return decoding(lambda x, kernel: convolve(x, dense(kernel, x.dtype)), kernel)(x, kernel)
     view, last = kernel.view(), kernel.ndim - 1

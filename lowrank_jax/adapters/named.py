@@ -254,7 +254,7 @@ def _differences(one: Adaptation, other: Adaptation, first: str, second: str, fe
         if path not in theirs:
             continue
         (adapter, site), (with_adapter, with_site) = mine[path], theirs[path]
-        for field in ("shape", "view", "lookup"):
+        for field in ("shape", "view", "lookup", "uses"):
             if getattr(site, field) != getattr(with_site, field):
                 found.append(f"{path!r}: {field} is {getattr(site, field)} and {getattr(with_site, field)}")
         found += [f"{path!r}: {text}" for text in _other_options(adapter, with_adapter)]

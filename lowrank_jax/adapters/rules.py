@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.adapters.base import Adapter, Group, Site
+from lowrank_jax.adapters.base import USES, Adapter, Group, Site
 from lowrank_jax.resolution import Views, is_linear, is_stacked, leaves_with_metadata, view_of
 
 ALL_LINEAR = "all-linear"
@@ -59,6 +59,16 @@ class Plan:
             name: (adapter, Group(sites=sites, order=tuple(entry for entry in self.order if entry[0] in sites)))
             for name, (adapter, sites) in found.items()
         }
+
+    def check_uses(self, reason: str) -> None:
+        """ValueError, naming the leaves, where adapters act on some products only."""
+        limited = {site.path: site.uses for site in self.sites if site.uses}
+        if limited:
+            raise ValueError(
+                f"{self.name!r} adapts leaves at some of their uses only, {limited}, and {reason}: attach it instead, "
+                "or give the other use a leaf of its own (a model whose output layer is not tied, its kernel a copy of "
+                "the transposed table) and adapt that tree without uses"
+            )
 
     def banked(self) -> Plan:
         """The plan, its sites told the largest matrix of their group."""
@@ -114,6 +124,7 @@ class Selection:
     alphas: Any = ()
     whole: Any = ()
     bias: str = "none"
+    uses: Any = ()
     views: Views = Views()
     order: tuple[tuple[str, int], ...] | None = None
 
@@ -121,7 +132,9 @@ class Selection:
         if self.bias not in BIASES:
             raise ValueError(f"bias={self.bias!r} must be one of {BIASES}")
         rules = ((ALL_LINEAR, self.rules),) if isinstance(self.rules, Adapter) else self.rules
-        for field, value in (("rules", rules), ("ranks", self.ranks), ("alphas", self.alphas)):
+        for field, value in (
+            ("rules", rules), ("ranks", self.ranks), ("alphas", self.alphas), ("uses", self.uses),
+        ):  # fmt: skip
             object.__setattr__(self, field, tuple(value.items()) if isinstance(value, Mapping) else tuple(value))
         for field in ("exclude", "whole"):
             value = getattr(self, field)
@@ -129,7 +142,11 @@ class Selection:
         for pattern, adapter in self.rules:
             if adapter is not None and not isinstance(adapter, Adapter):
                 raise ValueError(f"rule {pattern!r}: {adapter!r} is neither an adapter such as lora(rank=8) nor None")
-        named = [(field, pattern) for field in ("rules", "ranks", "alphas") for pattern, _ in getattr(self, field)]
+        for pattern, products in self.uses:
+            if isinstance(products, str) or not products or set(products) - set(USES):
+                raise ValueError(f"uses: {pattern!r} names {products!r}; give a tuple out of {USES}")
+        mappings = ("rules", "ranks", "alphas", "uses")
+        named = [(field, pattern) for field in mappings for pattern, _ in getattr(self, field)]
         named += [(field, pattern) for field in ("exclude", "whole") for pattern in getattr(self, field)]
         for field, pattern in [*named, ("layers_pattern", self.layers_pattern)]:
             try:
@@ -198,8 +215,13 @@ class Selection:
         view, _ = view_of(leaf.path, tuple(leaf.node.shape), leaf.names, self.views, used, take)
         if view is None:
             return None
-        lookup = leaf.path.rsplit("/", 1)[-1] == "embedding"
-        return Site(path=leaf.path, shape=tuple(leaf.node.shape), view=view, lookup=lookup)
+        lookup, uses = leaf.path.rsplit("/", 1)[-1] == "embedding", ()
+        for pattern, products in self.uses:
+            if re.fullmatch(pattern, leaf.path):
+                used.add(f"uses {pattern}")
+                uses = tuple(products)
+                break
+        return Site(path=leaf.path, shape=tuple(leaf.node.shape), view=view, lookup=lookup, uses=uses)
 
     def _matrices_of(self, adapter: Adapter, site: Site, leaf: Leaf, used: set[str]) -> Matrices:
         """The ranks and alphas of the matrices of a leaf, 0 where the filter of layers leaves one out."""
@@ -259,9 +281,9 @@ class Selection:
             ("whole", self.whole, here),
             ("views", views, here),
         ]
-        for field in ("rank", "alpha"):
-            own = {entry.removeprefix(f"{field} ") for entry in used if entry.startswith(f"{field} ")}
-            fields.append((f"{field}s", [pattern for pattern, _ in getattr(self, f"{field}s")], own))
+        for field, prefix in (("ranks", "rank "), ("alphas", "alpha "), ("uses", "uses ")):
+            own = {entry.removeprefix(prefix) for entry in used if entry.startswith(prefix)}
+            fields.append((field, [pattern for pattern, _ in getattr(self, field)], own))
         paths = [leaf.path for leaf in leaves]
         for field, patterns, matched in fields:
             for pattern in patterns:

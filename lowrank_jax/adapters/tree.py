@@ -41,6 +41,7 @@ def adapt(
     alphas: Any = (),
     whole: Any = (),
     bias: str = "none",
+    uses: Any = (),
     order: tuple[tuple[str, int], ...] | None = None,
     stats: Mapping[str, Mapping[str, Any]] | None = None,
     name: str = "default",
@@ -62,6 +63,9 @@ def adapt(
       ranks, alphas: `{pattern: number, or one number for each matrix of a stack}`, first match wins. Smaller ranks in a
         stack are padded.
       whole: patterns of leaves that train as they are (a new head, norms).
+      uses: `{pattern: products}` of adapted leaves that are used in several ways: ("gather",) adapts the look-up of a
+        table and leaves the output layer that shares it as it is, as PEFT does; ("dot_general",) the reverse. By
+        default every product sees the adapter. `effective` and `merge` cannot say it, and refuse.
       bias: "none"; "adapted" trains the biases beside adapted kernels; "all" every leaf named `bias`.
       order: `((path, index), ...)` of all adapted matrices, where an adapter shares along an order.
       stats: `{path: {name: array, batch axes in front}}`, what initialisers read beside the kernel.
@@ -80,7 +84,7 @@ def adapt(
     """
     selection = Selection(
         rules=rules, exclude=exclude, layers=layers, layers_pattern=layers_pattern, ranks=ranks, alphas=alphas,
-        whole=whole, bias=bias, views=Views() if views is None else views, order=order,
+        whole=whole, bias=bias, uses=uses, views=Views() if views is None else views, order=order,
     )  # fmt: skip
     plan, matrices = selection.plan(params, name)
     nodes = {path: node for path, node, _ in leaves_with_metadata(params)}
@@ -207,7 +211,8 @@ def effective(params: Any, adaptations: Adaptations, *, active: tuple[str, ...] 
 
     Differentiable in both arguments, and right for every model; the dense matrices are formed.
 
-    Raises: as `attach`.
+    Raises:
+      ValueError: as `attach`; for an adapter that only some products see (`uses`), which no plain leaf can say.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -287,6 +292,8 @@ def _worked(params: Any, chosen: dict[str, Adaptation], work: Callable, over: Ca
 
 def _worked_there(params: Any, chosen: dict[str, Adaptation], work: Callable, over: Callable) -> Any:
     paths = {path for adaptation in chosen.values() for path in adaptation.plan.by_path}
+    for adaptation in chosen.values():
+        adaptation.plan.check_uses("a plain leaf serves all of them")
     chosen_rows((adaptation.plan for adaptation in chosen.values()), None)
 
     def place(path: str, node: Any) -> Any:
