@@ -47,8 +47,8 @@ class OptimizerConfig(Section):
       side: which dimension is shrunk, one of SIDES, in place of the method's own; "sharding" keeps the one whole that
         the mesh divides, and a resumed run keeps the sides that it began with, whatever its mesh.
       refresh_every: steps between two changes of the subspace.
-      refresh_when: "before" the update, as in the papers, or "after" it, which "alternating" and "sketch" need to do
-        without full gradients.
+      refresh_when: "before" the update, as in the papers, or "after" it; None is after it where a refresh then does
+        without full gradients, which are "alternating" and "sketch", and else before it.
       backprop: "projected" takes low-rank gradients through taps wherever the method allows it and steps in place,
         "full" takes full gradients and steps in place; both clip what the method keeps of the gradient. None is the
         optax form, which clips the full gradient.

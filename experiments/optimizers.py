@@ -112,6 +112,34 @@ def fit(given: dict[str, Any], own: str, explicit: Collection[str]) -> list[str]
     return notes
 
 
+def full_gradients(config: OptimizerConfig) -> str | None:
+    """Why a step of a low-rank method holds full gradients, and what avoids it; None where it holds none."""
+    if config.name not in LOWRANK:
+        return None
+    plain = dataclasses.replace(config, clip_norm=None, side=None)
+    projection = build(plain, lambda step: 1.0, stacked=True, seed=0).projection
+    plan, projector = lr.plan(projection), type(projection.projector).__name__.lower()
+    another = "to hold none, take another method, such as galore with optimizer.projector=alternating"
+    if projection.residual.sees_gradient:
+        return f"full gradients at every update: {config.name} reads all of the gradient; {another}"
+    if plan == "full":
+        remedy = "--config.optimizer.refresh_every=200 takes them at a refresh alone"
+        return f"full gradients at every update: the basis moves at each by the gradient; {remedy}"
+    if config.backprop != "projected":
+        fewer = "them at a refresh alone" if plan == "full at a refresh" else "none"
+        remedy = f"--config.optimizer.backprop=projected takes {fewer}"
+        return f"full gradients at every update: backprop={config.backprop!r}; {remedy}"
+    if plan != "full at a refresh":
+        return None
+    reason, remedy = f"{projector} reads the gradient", another
+    if "grad" not in projection.projector.needs:
+        reason = "it comes before the update"
+        remedy = "--config.optimizer.refresh_when=after takes thin products"
+    elif has(config.name, "projector"):
+        remedy = "--config.optimizer.projector=alternating takes thin products"
+    return f"full gradients at a refresh, which the peak of memory shows: {reason}; {remedy}"
+
+
 def views(stacked: bool) -> lr.Views:
     """Which leaves of our models count layers."""
     return lr.Views(stacked=(r"layers/.*",) if stacked else ())

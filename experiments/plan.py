@@ -26,7 +26,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from experiments import arguments, configuration
+from experiments import arguments, configuration, optimizers
 from experiments.configuration import ConfigurationError
 from experiments.metrics import format_bytes
 from experiments.planning import advice, cases, queue, report
@@ -55,7 +55,8 @@ def run(config: configuration.RunConfig) -> int:
     listed, notes = cases.product(
         config, topologies, meshes=meshes, optimizers=OPTIMIZERS.value, backprops=BACKPROP.value, execute=EXECUTE.value
     )
-    for note in notes:
+    held = {case.name: optimizers.full_gradients(case.config.optimizer) for case in listed}
+    for note in [*notes, *(f"{name}: {text}" for name, text in held.items() if text is not None)]:
         print(note, file=sys.stderr)
     for case in listed:
         queue.targets.interpreter(case.target, PYTHON.value)

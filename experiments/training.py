@@ -129,6 +129,9 @@ class _Training:
             for line in self.lines:
                 self.writer.write("note", step=self.step, text=line)
             self._note(self.task.headline())
+            held = optimizers.full_gradients(config.optimizer)
+            if held is not None:
+                self._note(held)
             with self.asked.at_once():
                 step_function = self._compile()
                 checked = self.task.check(state)

@@ -74,8 +74,8 @@ def _optimizers(case: Case) -> Iterator[Change]:
         text = f"{name}:backprop=projected"
         if name != "apollo_mini":
             text += "" if own.rank is not None and own.name != "apollo_mini" else f":rank={RANK}"
-        if name == "galore" and case.target.kind == "tpu":
-            text += ":projector=power"
+        if name == "galore":
+            text += ":projector=alternating"  # no full gradient at a refresh, and no decomposition on a TPU
         yield lambda config, text=text: with_optimizer(config, text)  # type: ignore[misc]
 
 

@@ -63,12 +63,34 @@ class Recipe:
         return transformation
 
 
-def _recipe(learning_rate: Any, weight_decay: Any, when: str, *, mask: Any = None, common: dict | None = None, **slots):
+def _recipe(
+    learning_rate: Any,
+    weight_decay: Any,
+    when: str,
+    *,
+    own_clock: clocks.Clock,
+    mask: Any = None,
+    common: dict | None = None,
+    **slots: Any,
+):
+    """The optax form of a recipe; `own_clock` serves where the user gave no `clock`."""
     if common is not None:  # optax.inject_hyperparams hands `**common` on as one keyword
-        return _recipe(learning_rate, weight_decay, when, **({"mask": mask} | slots | common))
+        slots = {"own_clock": own_clock, "mask": mask} | slots | common
+        return _recipe(learning_rate, weight_decay, when, **slots)
+    if "clock" not in slots:
+        slots["clock"] = _sparing(own_clock, slots["projector"], slots.get("residual", residuals.discard()))
     return Recipe(
         projection=Projection(**slots), learning_rate=learning_rate, weight_decay=weight_decay, when=when, mask=mask
     ).optax()
+
+
+def _sparing(clock: clocks.Clock, projector: Any, residual: Any) -> clocks.Clock:
+    """The clock, after the update where projected backprop then never takes a full gradient (see `lr.plan`).
+
+    That is where a refresh reads a thin product of the gradient or none of it, and nothing else reads all of it.
+    """
+    reads_gradient = not projector.moves or "grad" in projector.needs or residual.sees_gradient
+    return clock if reads_gradient else dataclasses.replace(clock, when="after")
 
 
 def _projector(default: Callable, rank: Any, projector: Any, **options: Any) -> Any:
@@ -119,7 +141,9 @@ def galore(
         the larger, "left" the outputs and "right" the inputs of a layer, "full" both (state r x r).
       b1, b2, eps: of Adam. The paper says eps 1e-8, its code 1e-6; we follow the code.
       weight_decay: after the step, as in the official code.
-      projector: in place of `svd(rank=rank)`, for instance `lr.projectors.power(rank=128)`.
+      projector: in place of `svd(rank=rank)`, for instance `lr.projectors.power(rank=128)`. One that reads a thin
+        product (`alternating`, `randomized(iterations=0)`) or a key (`random`) moves after the update, not before it
+        as in the paper, so that projected backprop takes no full gradient; give a `clock` for another choice.
       **common: `mask` of `apply_learning_rate`; `views`, `plain`, `clip_norm`, `guard`, `seed`, `clock`, `transport`,
         `residual` of `scale_by_projection`.
 
@@ -134,6 +158,8 @@ def galore(
     >>> updates, state = jax.jit(tx.update)(params, state, params)
     >>> state.projection.matrices["kernel"]
     MatrixState('kernel', rank=4, shrinks=rows, basis=[(8, 4)], 644 bytes)
+    >>> lr.galore(1e-2, projector=lr.projectors.alternating(rank=4)).projection.clock.when
+    'after'
     """
     if proj_type not in _GALORE_SIDES:
         raise ValueError(f"galore: proj_type={proj_type!r} must be one of {tuple(_GALORE_SIDES)}")
@@ -142,7 +168,7 @@ def galore(
     slots = {
         "projector": _projector(default, rank, projector),
         "inner": inner.adam(b1=b1, b2=b2, eps=eps, convention="hf"),
-        "clock": clocks.every(period=refresh_every),
+        "own_clock": clocks.every(period=refresh_every),
         "scale": scale,
         "side": side,
         "tie": tie,
@@ -193,7 +219,7 @@ def dct_adamw(
     slots = {
         "projector": _projector(projectors.dct, rank, None, kind=kind, norm=norm),
         "inner": inner.adam(b1=b1, b2=b2, eps=eps),
-        "clock": clocks.every(period=refresh_every, phase=phase),
+        "own_clock": clocks.every(period=refresh_every, phase=phase),
         "transport": transports.rotate() if rotate else transports.keep(),
         "residual": residuals.error_feedback() if error_feedback else residuals.discard(),
     }
@@ -246,7 +272,7 @@ def frugal(
         raise ValueError(f"frugal: rule={rule!r}, projection={projection!r} must be in {[*rules]} and {[*bases]}")
     slots = {
         "inner": inner.adam(b1=b1, b2=b2, eps=eps),
-        "clock": clocks.every(period=refresh_every),
+        "own_clock": clocks.every(period=refresh_every),
         "transport": transports.reset() if reset else transports.keep(),
         "residual": rules[rule],
         "scale": active_scale,
@@ -304,7 +330,7 @@ def ldadam(
     slots = {
         "projector": projector,
         "inner": inner.adam(b1=b1, b2=b2, eps=eps),
-        "clock": clocks.every_step(),
+        "own_clock": clocks.every_step(),
         "transport": transports.ldadam(),
         "residual": residuals.ldadam_error_feedback() if error_feedback else residuals.discard(),
         "tie": "cols",
@@ -355,7 +381,7 @@ def apollo(
     slots = {
         "projector": _projector(projectors.random, rank, projector),
         "inner": inner.adam(b1=b1, b2=b2, eps=eps, convention="hf"),
-        "clock": clocks.every(period=refresh_every),
+        "own_clock": clocks.every(period=refresh_every),
         "residual": residuals.gradient_rescale(axis=axis, scale=root, limiter=limiter),
     }
     return _recipe(learning_rate, weight_decay, "post", **(slots | common))

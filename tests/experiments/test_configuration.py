@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lowrank_jax as lr
 from experiments import arguments, configuration, optimizers, tuning_configuration
 from experiments.arguments import load
 from experiments.configuration import ConfigurationError, OptimizerConfig, ScheduleConfig, from_dict, template, to_dict
@@ -162,6 +163,41 @@ def test_backprop_and_the_clock_are_heeded(backprop, when):
     optimizer = optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
     assert optimizer.projection.clip_norm == 1.0  # of what is kept, not chained before
     assert (optimizer.projection.clock.when, optimizer.projection.clock.period) == (when, 7)
+
+
+@pytest.mark.parametrize("projector", [None, *configuration.PROJECTORS])
+@pytest.mark.parametrize("backprop", [None, *configuration.BACKPROP])
+def test_full_gradients_are_told_with_what_avoids_them(backprop, projector):
+    """The flag that the note names takes fewer of them, until there is nothing to say."""
+    config = OptimizerConfig(name="galore", rank=4, backprop=backprop, projector=projector)
+    plain = dataclasses.replace(config, clip_norm=None)
+    optimizer = optimizers.build(plain, lambda step: 0.1, stacked=True, seed=0)
+    is_thin = projector in ("alternating", "sketch")
+    assert optimizer.projection.clock.when == ("after" if is_thin else "before")
+    plan = lr.plan(optimizer.projection)
+    assert plan == ("sketch at a refresh" if is_thin else "full at a refresh")
+    for _ in range(3):
+        note = optimizers.full_gradients(config)
+        if note is None:
+            break
+        field, value = re.search(r"--config\.optimizer\.(\w+)=(\w+)", note).groups()
+        assert getattr(config, field) != value
+        config = dataclasses.replace(config, **{field: value})
+    assert note is None
+    assert config.backprop == "projected"
+
+
+def test_what_avoids_full_gradients_of_the_other_methods():
+    def note(name, **fields):
+        rank = None if name == "apollo_mini" else 4
+        return optimizers.full_gradients(OptimizerConfig(name=name, rank=rank, backprop="projected", **fields))
+
+    assert "refresh_when=after" in note("galore", projector="alternating", refresh_when="before")
+    assert "refresh_every=200" in note("dct_adamw")
+    assert "galore with optimizer.projector=alternating" in note("dct_adamw", refresh_every=200)
+    for name in ("apollo", "apollo_mini", "frugal", "ldadam"):
+        assert f"{name} reads all of the gradient" in note(name)
+    assert optimizers.full_gradients(OptimizerConfig()) is None
 
 
 @pytest.mark.parametrize(

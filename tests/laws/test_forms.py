@@ -69,6 +69,34 @@ ROWS = {
 }  # fmt: skip
 
 
+SPARING = {
+    "alternating": (P.alternating(rank=3), "after", "sketch at a refresh"),
+    "randomized without iterations": (P.randomized(rank=3, iterations=0), "after", "sketch at a refresh"),
+    "random": (P.random(rank=3), "after", "taps"),
+    "columns": (P.columns(rank=3), "after", "taps"),
+    "columns by norm": (P.columns(rank=3, select="l2"), "before", "full at a refresh"),
+    "identity": (P.identity(), "before", "taps"),
+    "svd": (P.svd(rank=3), "before", "full at a refresh"),
+    "power": (P.power(rank=3), "before", "full at a refresh"),
+    "randomized": (P.randomized(rank=3), "before", "full at a refresh"),
+    "dct": (P.dct(rank=3), "before", "full at a refresh"),
+}
+
+
+@pytest.mark.parametrize("name", SPARING)
+def test_a_recipe_refreshes_without_full_gradients_where_it_can(name):
+    """Unless a clock is given, or something else reads all of the gradient anyway."""
+    projector, when, plan = SPARING[name]
+    recipe = lr.galore(1e-2, projector=projector, refresh_every=3).projection
+    assert (recipe.clock.when, recipe.clock.period, lr.plan(recipe)) == (when, 3, plan)
+    given = lr.galore(1e-2, projector=projector, clock=every(period=3)).projection
+    assert given.clock == every(period=3)
+    reading = lr.galore(1e-2, projector=projector, residual=lr.residuals.sign()).projection
+    assert (reading.clock.when, lr.plan(reading)) == ("before", "full")
+    injected = optax.inject_hyperparams(lr.galore)(1e-2, projector=projector, views=VIEWS)
+    assert jax.eval_shape(injected.init, PARAMS).inner_state.projection.step.shape == ()
+
+
 def optax_step(tx):
     def step(params, state, *args):
         value, grads = jax.value_and_grad(loss)(params, *args)

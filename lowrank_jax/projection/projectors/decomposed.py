@@ -196,6 +196,11 @@ class Randomized(StoredProjector):
     def needs(self):
         return frozenset({"grad" if self.iterations else "sketch", "key"})
 
+    def init(self, view, keys):
+        if self.iterations:
+            return super().init(view, keys)
+        return self.store(view, structured(keys, view.shrunk, view.rank))  # of the steps before the first sketch
+
     def sketch_basis(self, view, evidence):
         return normal(evidence.key, (view.kept, view.rank))
 
