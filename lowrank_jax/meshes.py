@@ -31,7 +31,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax import sharding
-from lowrank_jax.resolution import leaves_with_metadata
+from lowrank_jax.trees import leaves_with_metadata
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
-from flax.core import meta
 
-from lowrank_jax import sharding
+from lowrank_jax import default_views, sharding
 from lowrank_jax.matrices import DENSE, MatrixView, ResolvedView, Shape
+from lowrank_jax.trees import leaves_with_metadata
 
 _DEFAULT_EXCLUDE = r"(.*/)?(lm_head|head|logits|classifier|[a-z_]*embed[a-z_]*|[a-z_]*norm[a-z_0-9]*)(/.*)?"
 _LAYER_AXES = frozenset({"layer", "layers", "expert", "experts"})
@@ -28,14 +27,16 @@ class Views:
     A leaf is decided by the first of `rules` that matches its path (None leaves it out); else by the default: leaves
     named `kernel`, and leaves of trees without names (bare arrays, tuples), are matrices unless they belong to an
     embedding, a head or a norm, as in the papers. Stacking is never guessed from a shape: name the scanned leaves in
-    `stacked`, or carry `nn.Partitioned` boxes whose names contain "layers" or "experts".
+    `stacked`, or carry `nn.Partitioned` boxes whose names contain "layers" or "experts". Of kernels of more axes than
+    two a bias beside them, or the name of a convolution or of a layer of attention, says which are outputs
+    (`default_views`); leaves of which nothing does are an error that proposes views for all of them.
 
     Args:
       rules: `((pattern, MatrixView or None), ...)`. The view of a stacked leaf is written for one layer.
       stacked: patterns of leaves with a leading layer axis.
 
     Raises:
-      ValueError: at `resolve`, if a rule or a stacked pattern matches nothing, or a leaf has axes nobody claimed.
+      ValueError: at `resolve`, if a rule or a stacked pattern matches nothing, or leaves have axes nobody claimed.
 
     >>> import jax.numpy as jnp
     >>> params = {"layers": {"q": {"kernel": jnp.ones((2, 16, 4, 4))}}, "embed": {"embedding": jnp.ones((9, 16))}}
@@ -95,93 +96,35 @@ class Report:
         return tuple((view.path, view.side) for view in self.projected)
 
     def __str__(self) -> str:
-        rows = [("leaf", "shape", "matrices", "rank", "shrinks", "note")]
+        rows: list[tuple[str, ...]] = [("leaf", "shape", "matrices", "rank", "shrinks", "note")]
         for leaf in self.leaves:
             view = leaf.view
             if view is None:
                 rows.append((leaf.path or "(bare array)", str(leaf.shape), "-", "-", "-", leaf.note))
                 continue
-            *_, m, n = view.view.matrix_shape(view.shape)
-            matrices = " x ".join(map(str, view.batch)) + (" x " if view.batch else "") + f"{m}x{n}"
+            matrices = _product(view.view.matrix_shape(view.shape))
             rows.append((leaf.path or "(bare array)", str(leaf.shape), matrices, str(view.rank), view.side, leaf.note))
-        widths = [max(len(row[i]) for row in rows) + 2 for i in range(5)]
-        lines = ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + row[5] for row in rows]
+        lines = [_table(rows)]
         sizes = [(math.prod(leaf.shape), leaf.view is not None) for leaf in self.leaves if not leaf.masked]
         total, inside = sum(size for size, _ in sizes), sum(size for size, projected in sizes if projected)
         share = f"{100 * inside / total:.1f} %" if total else "0 %"
         lines.append(
             f"{len(self.projected)} of {len(sizes)} leaves projected: {inside:,} of {total:,} parameters ({share})"
         )
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
 
-def _key_name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+def _product(shape: Shape) -> str:
+    """ "2 x 16x8" of a shape (2, 16, 8)."""
+    *batch, rows, cols = shape
+    return "".join(f"{size} x " for size in batch) + f"{rows}x{cols}"
 
 
-def is_node(x: Any) -> bool:
-    """What counts as one leaf of a parameter tree: a masked one, a box of metadata, a quantised array."""
-    return isinstance(x, (optax.MaskedNode, meta.AxisMetadata)) or hasattr(x, "dequantize")
-
-
-def path_of(keys: Iterable[Any]) -> str:
-    """ "/"-joined path of a leaf, of keys as `nodes_with_keys` gives them."""
-    return "/".join(_key_name(key) for key in keys)
-
-
-def _is_variable(x: Any) -> bool:
-    """Whether this is an nnx Variable; where nobody imported flax.nnx there is none, and it is not imported here."""
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(x, nnx.Variable)
-
-
-def pure(tree: Any) -> Any:
-    """The tree with values in place of nnx Variables, which is how `nnx.Optimizer` hands trees to `update`.
-
-    >>> from flax import nnx
-    >>> state = nnx.state(nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)))
-    >>> pure(state)["kernel"].shape
-    (2, 3)
-    """
-    nnx = sys.modules.get("flax.nnx")
-    return tree if nnx is None else nnx.as_pure(tree)
-
-
-def nodes_with_keys(tree: Any, is_leaf: Callable[[Any], bool] = is_node) -> list[tuple[tuple[Any, ...], Any]]:
-    """`[(keys, node), ...]` in the order of `jax.tree.leaves(tree, is_leaf=is_leaf)`.
-
-    The value of an nnx Variable is a leaf under the Variable's own keys, so that paths are the same with Variables, as
-    `nnx.Optimizer` gives them to `init`, and without, as it gives them to `update`.
-    """
-    found: list[tuple[tuple[Any, ...], Any]] = []
-    stops = lambda x: is_leaf(x) or _is_variable(x)  # noqa: E731
-    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops)[0]:
-        if _is_variable(node):
-            found += [((*keys, *inner), leaf) for inner, leaf in nodes_with_keys(node.get_raw_value(), is_leaf)]
-        else:
-            found.append((keys, node))
-    return found
-
-
-def map_nodes(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """The tree with `function(path, node)` of every node; boxes and quantised arrays are nodes, Variables stay."""
-    made = [function(path_of(keys), node) for keys, node in nodes_with_keys(tree)]
-    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_node), made)
-
-
-def leaves_with_metadata(tree: Any) -> list[tuple[str, Any, tuple[str | None, ...] | None]]:
-    """`[(path, leaf or MaskedNode, logical axis names or None), ...]` in the order of `jax.tree.leaves`."""
-    found = []
-    for keys, node in nodes_with_keys(tree):
-        names = None
-        while isinstance(node, meta.AxisMetadata):
-            names = getattr(node, "names", names)
-            node = node.unbox()
-        found.append((path_of(keys), node, names))
-    return found
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as aligned lines."""
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    lines = ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def is_linear(path: str, ndim: int) -> tuple[bool, str]:
@@ -200,31 +143,136 @@ def is_stacked(path: str, names: tuple[str | None, ...] | None, views: Views) ->
     return named or any(re.fullmatch(pattern, path) for pattern in views.stacked)
 
 
-def view_of(
-    path: str, shape: Shape, names, views: Views, used: set[str], take_by_default: Callable = is_linear
-) -> tuple[MatrixView | None, str]:
-    """The view that the rules give a leaf, and a note that says which rule it was."""
-    used.update(pattern for pattern in views.stacked if re.fullmatch(pattern, path))
-    layered = is_stacked(path, names, views)
-    ndim = len(shape) - layered
-    for pattern, view in views.rules:
-        if not re.fullmatch(pattern, path):
-            continue
-        used.add(pattern)
+class LeafViews:
+    """The views of the leaves of one tree, and one error about all leaves that neither rules nor defaults decide.
+
+    Attributes:
+      views: the rules.
+      used: patterns of `views` that some leaf matched, masked ones included.
+      undecided: `{path: shape of one layer}` of leaves whose axes nothing names.
+    """
+
+    def __init__(self, views: Views, params: Any):
+        self.views = views
+        self.used: set[str] = set()
+        self.undecided: dict[str, Shape] = {}
+        self._names: dict[str, tuple[str | None, ...] | None] = {}
+        self._shapes: dict[str, Shape] = {}
+        for path, node, names in leaves_with_metadata(params):
+            if isinstance(node, optax.MaskedNode):
+                self.used.update(p for p in _patterns(views) if re.fullmatch(p, path) or p.startswith(f"{path}/"))
+            elif hasattr(node, "shape"):
+                self._names[path], self._shapes[path] = names, tuple(node.shape)
+
+    def layered(self, path: str) -> bool:
+        """Whether the first axis of a leaf counts layers or experts."""
+        return is_stacked(path, self._names[path], self.views)
+
+    def own_shape(self, path: str) -> Shape:
+        """The shape of one layer of a leaf."""
+        return self._shapes[path][self.layered(path) :]
+
+    def of(self, path: str, take_by_default: Callable = is_linear) -> tuple[MatrixView | None, str]:
+        """The view of a leaf, or None; and a note that says which rule or default it was."""
+        self.used.update(pattern for pattern in self.views.stacked if re.fullmatch(pattern, path))
+        layered, own = self.layered(path), self.own_shape(path)
+        view, note = self._by_rule(path) or self._by_default(path, own, take_by_default)
         if view is None:
-            return None, f"rule {pattern!r}"
-        note = f"rule {pattern!r}" + (", stacked" if layered else "")
-        return (view.stacked() if layered else view), note
-    take, note = take_by_default(path, ndim)
-    if not take:
-        return None, note
-    if ndim > 2:
+            return None, note
+        if 0 in self._shapes[path]:
+            return None, "no entries"
+        return (view.stacked(), f"{note}, stacked") if layered else (view, note)
+
+    def _by_rule(self, path: str) -> tuple[MatrixView | None, str] | None:
+        for pattern, view in self.views.rules:
+            if re.fullmatch(pattern, path):
+                self.used.add(pattern)
+                return view, f"rule {pattern!r}"
+        return None
+
+    def _by_default(self, path: str, own: Shape, take: Callable) -> tuple[MatrixView | None, str]:
+        taken, note = take(path, len(own))
+        if not taken or len(own) <= 2:
+            return (DENSE if taken else None), note
+        names = self._names[path]
+        own_names = None if names is None else names[self.layered(path) :]
+        found = default_views.read(path, own, own_names, self._own_shapes())
+        if found is not None:
+            return found[0], f"{note}, {found[1]}"
+        if 0 not in own:
+            self.undecided[path] = own
+        return None, "undecided"
+
+    def _own_shapes(self) -> dict[str, Shape]:
+        return {path: self.own_shape(path) for path in self._shapes}
+
+    def check(self) -> None:
+        """ValueError with all leaves whose axes nothing names, and rules for them that can be pasted."""
+        if not self.undecided:
+            return
+        proposed = self._proposed()
+        rows: list[tuple[str, ...]] = [("leaf", "shape", "read as", "batch", "rows", "cols")]
+        for path in self.undecided:
+            shape, view = self._shapes[path], proposed.of(path, _any_matrix)[0] or DENSE
+            axes = [" ".join(map(str, own)) or "-" for own in (view.batch, view.rows, view.cols)]
+            rows.append((path or "(bare array)", str(shape), _product(view.matrix_shape(shape)), *axes))
         raise ValueError(
-            f"leaf {path!r} of shape {shape} has {ndim} axes and no rule. If its first axis counts layers or experts, "
-            f"name it in Views(stacked=({path!r},)); if it is one matrix, give its axes, for instance "
-            f"Views(rules=(({path!r}, MatrixView(rows=(0,), cols={tuple(range(1, ndim))})),)); None leaves it out"
+            "views: no rule, name or bias says which axes of these leaves are inputs (rows), outputs (cols), and "
+            f"layers or experts (batch). A proposal:\n{_table(rows)}\nWhere it is right, pass views="
+            f"{_code(proposed.views)}. Where the first axis of a leaf counts layers or experts, name the leaf in "
+            "stacked= in place of its rule; None in place of a view leaves it out"
         )
-    return (DENSE.stacked() if layered else DENSE), note + (", stacked" if layered else "")
+
+    def _proposed(self) -> LeafViews:
+        """These views and rules for all undecided leaves: likely, and to be checked by somebody who knows the model."""
+        roots = [default_views.stack_root(path) or "" for path in self.undecided if not self.layered(path)]
+        stacks = [f"{_escaped(root)}/.*" for root in roots if root and self._alike(root)]
+        stacked = dict.fromkeys((*self.views.stacked, *stacks))
+        proposed = self._with(dataclasses.replace(self.views, stacked=tuple(stacked)))
+        for path in self.undecided:
+            proposed.of(path, _any_matrix)
+        shapes = proposed._own_shapes()
+        rules = [(_escaped(path), default_views.guess(path, shapes[path], shapes)) for path in proposed.undecided]
+        return self._with(dataclasses.replace(proposed.views, rules=(*self.views.rules, *rules)))
+
+    def _alike(self, root: str) -> bool:
+        """Whether all leaves below a module have one first axis."""
+        return len({shape[:1] for path, shape in self._shapes.items() if path.startswith(f"{root}/")}) == 1
+
+    def _with(self, views: Views) -> LeafViews:
+        other = LeafViews(views, {})
+        other._names, other._shapes = self._names, self._shapes
+        return other
+
+
+def _any_matrix(path: str, ndim: int) -> tuple[bool, str]:
+    del path
+    return ndim >= 2, ""
+
+
+def _patterns(views: Views) -> tuple[str, ...]:
+    return (*(pattern for pattern, _ in views.rules), *views.stacked)
+
+
+def _escaped(path: str) -> str:
+    """A pattern for a path: the path as it stands where it matches itself."""
+    try:
+        return path if re.fullmatch(path, path) else re.escape(path)
+    except re.error:
+        return re.escape(path)
+
+
+def _code(views: Views) -> str:
+    """The expression that makes the views."""
+
+    def rule(pattern: str, view: MatrixView | None) -> str:
+        axes = {} if view is None else {name: getattr(view, name) for name in ("batch", "rows", "cols")}
+        made = ", ".join(f"{name}={own}" for name, own in axes.items() if own)
+        return f"({pattern!r}, {None if view is None else f'lr.MatrixView({made})'}),"
+
+    rules = f"rules=({' '.join(rule(*entry) for entry in views.rules)})" if views.rules else ""
+    stacked = f"stacked={views.stacked}" if views.stacked else ""
+    return f"lr.Views({', '.join(filter(None, (rules, stacked)))})"
 
 
 def _side_of(path: str, rows: int, cols: int, spec, side, tie: str) -> str:
@@ -259,10 +307,7 @@ def check_side(side, tie: str) -> None:
 
 def _check_leaf(path: str, node: Any) -> None:
     if not hasattr(node, "shape"):
-        raise TypeError(
-            f"leaf {path!r} is {type(node).__name__}, not an array. optax.tree_utils.tree_map_params calls init with "
-            "placeholders, which cannot work where state shapes depend on parameter shapes: use lr.state_shardings"
-        )
+        raise TypeError(f"leaf {path!r} is {type(node).__name__}, not an array; give a tree of arrays")
 
 
 def resolve(
@@ -286,8 +331,9 @@ def resolve(
       shardings: a tree like `params` of NamedShardings, where the leaves do not carry their own.
 
     Raises:
-      ValueError: a rule that matches nothing, a leaf of three or more axes nobody claimed, no projected leaf at all,
-        or an impossible rank; each names the path and the remedy.
+      ValueError: a rule that matches nothing (unless what it could match is masked), leaves of three or more axes that
+        nobody claimed, a tree with leaves of two or more axes of which none is projected, or an impossible rank; each
+        names paths and remedy.
 
     >>> import jax.numpy as jnp
     >>> print(resolve(jnp.ones((8, 16)), rank=4))
@@ -299,17 +345,13 @@ def resolve(
     check_side(side, tie)
     given = None if shardings is None else dict(_sharding_leaves(params, shardings))
     found = leaves_with_metadata(params)
-    if not found:
-        _check_leaf("", params)
-    used: set[str] = set()
-    leaves = []
-    for path, node, names in found:
+    leaf_views, leaves = LeafViews(views, params), []
+    for path, node, _ in found:
         if isinstance(node, optax.MaskedNode):
-            used.update(p for p in [*views.stacked, *(p for p, _ in views.rules)] if re.fullmatch(p, path))
             continue
         _check_leaf(path, node)
         shape = tuple(node.shape)
-        view, note = view_of(path, shape, names, views, used)
+        view, note = leaf_views.of(path)
         if view is None:
             leaves.append(Leaf(path, shape, note))
             continue
@@ -321,7 +363,8 @@ def resolve(
         leaf_rank = rank(path, shrunk) if callable(rank) else rank
         resolved = ResolvedView(path=path, shape=shape, view=view, rank=leaf_rank, side=leaf_side, batch=tuple(batch))
         leaves.append(Leaf(path, shape, note, resolved.lying(node) if given is None else resolved))
-    _check_coverage(views, used, leaves, any(isinstance(node, optax.MaskedNode) for _, node, _ in found))
+    leaf_views.check()
+    _check_coverage(leaf_views, leaves, masked=len(leaves) < len(found))
     return Report(tuple(leaves))
 
 
@@ -334,15 +377,18 @@ def _sharding_leaves(params, shardings):
     return zip(paths, leaves, strict=True)
 
 
-def _check_coverage(views: Views, used: set[str], leaves: list[Leaf], masked: bool) -> None:
+def _check_coverage(leaf_views: LeafViews, leaves: list[Leaf], masked: bool) -> None:
+    """ValueError for a rule that matches nothing, and for a tree with matrices of which none is projected."""
     paths = [leaf.path for leaf in leaves]
-    for pattern in [*(p for p, _ in views.rules), *views.stacked]:
-        if pattern not in used and not (masked and not paths):
+    for pattern in _patterns(leaf_views.views):
+        if pattern not in leaf_views.used and not (masked and not paths):
             raise ValueError(
                 f"views: {pattern!r} matches no leaf (patterns must match the whole path). Paths here: {paths[:12]}"
             )
-    if not masked and not any(leaf.view is not None for leaf in leaves):
+    matrices = [leaf.path for leaf in leaves if len(leaf_views.own_shape(leaf.path)) >= 2 and 0 not in leaf.shape]
+    if matrices and not any(leaf.view is not None for leaf in leaves):
         raise ValueError(
-            f"no leaf is projected. By default these are leaves named 'kernel' outside embeddings, heads and norms; "
-            f"name yours, for instance Views(rules=((r'.*/w', MatrixView()),)). Paths here: {paths[:12]}"
+            f"no leaf is projected, and {len(matrices)} have two or more axes: {matrices[:12]}. By default these are "
+            "leaves named 'kernel' outside embeddings, heads and norms; name yours, for instance "
+            "Views(rules=((r'.*/w', MatrixView()),)), or give them another optimizer with optax.partition"
         )

@@ -24,7 +24,7 @@ from experiments.planning import hlo, measured
 from experiments.planning.cases import Case, gradients_of
 from experiments.tasks import Pretraining
 from lowrank_jax.memory import components as state_parts
-from lowrank_jax.resolution import leaves_with_metadata
+from lowrank_jax.trees import leaves_with_metadata
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 

@@ -25,7 +25,7 @@ from lowrank_jax.adapters.base import Adapter, Site, check_positive
 from lowrank_jax.adapters.lora import Lora
 from lowrank_jax.adapters.rules import Matrices, chosen_rows
 from lowrank_jax.adapters.tree import matrices_of
-from lowrank_jax.resolution import leaves_with_metadata, map_nodes
+from lowrank_jax.trees import leaves_with_metadata, map_nodes
 
 HOW = ("as it is", "SVD of the product", "SVD of the difference")
 

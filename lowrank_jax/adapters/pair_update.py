@@ -26,7 +26,7 @@ from lowrank_jax.adapters.pairs import OTHER, SIDES, FactorLeaves
 from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection.learning_rate import decayed_step, selected_for_decay
 from lowrank_jax.projection.matrix_step import all_finite, select
-from lowrank_jax.resolution import pure
+from lowrank_jax.trees import pure
 
 FORMAT_VERSION = 1
 
@@ -201,7 +201,8 @@ class PairOptimizer:
         given = list(step.updates.values())
         if self.guard:
             made = [x for x in jax.tree.leaves((given, new)) if jnp.issubdtype(x.dtype, jnp.floating)]
-            ok = all_finite(step.grads) & jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in made]))
+            finite = [jnp.all(jnp.isfinite(x)) for x in made]
+            ok = all_finite(step.grads) & jnp.all(jnp.asarray(finite, bool))
             given = [jnp.where(ok, x, jnp.zeros_like(x)) for x in given]
             new = select(ok, new, state)._replace(skipped=state.skipped + 1 - ok.astype(jnp.int32))
         return step.tree.like(dict(zip(step.updates, given, strict=True))), new
@@ -214,7 +215,7 @@ class PairOptimizer:
             found = [(pattern, rate) for pattern, rate in self.ratios if re.fullmatch(pattern, path)]
             used.update(pattern for pattern, _ in found[:1])
             rates.append(found[0][1] if found else self.ratio if side == "b" else 1.0)
-        for pattern, _ in self.ratios:
+        for pattern, _ in self.ratios if factors.paths else ():  # all may be masked
             if pattern not in used:
                 raise ValueError(f"{self.method}: ratios: {pattern!r} is the first match of no leaf in {factors.paths}")
         return rates

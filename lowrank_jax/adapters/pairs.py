@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 
 from lowrank_jax import linalg, sharding
 from lowrank_jax.matrices import Shape
-from lowrank_jax.resolution import nodes_with_keys, path_of
+from lowrank_jax.trees import nodes_with_keys, path_of
 
 SIDES = ("a", "b")
 OTHER = {"a": "b", "b": "a"}
@@ -99,8 +99,11 @@ def find_factors(tree: Any, method: str, *, both: bool = True) -> FactorLeaves:
         sides.append(side)
         if side is not None:
             nodes.setdefault(names[:-1], {})[side] = number
-    if not nodes:
-        _none_found(method, paths)
+    if paths and not nodes:
+        raise ValueError(
+            f"{method}: none of the {len(paths)} leaves ({', '.join(paths[:3])}, ...) is a factor a (..., n, r) or "
+            "b (..., r, m) inside a mapping; give the tree of trained adapter parameters, or take optax.adamw"
+        )
     pairs = tuple(Pair(names, leaf) for names, leaf in nodes.items() if len(leaf) == 2)
     for pair in pairs:
         _check_fit(method, pair, *(shapes[pair.leaf[side]] for side in SIDES))
@@ -113,18 +116,6 @@ def find_factors(tree: Any, method: str, *, both: bool = True) -> FactorLeaves:
                 "lr.lora_plus takes a factor whose partner is frozen, as in LoRA-FA"
             )
     return FactorLeaves(tuple(paths), tuple(sides), pairs)
-
-
-def _none_found(method: str, paths: list[str]) -> None:
-    if paths:
-        what, hint = f"none of the {len(paths)} leaves ({', '.join(paths[:3])}, ...)", ""
-    else:
-        what = "there is no leaf, so none"
-        hint = " (optax.tree_utils.tree_map_params calls init with placeholders: use lr.state_shardings)"
-    raise ValueError(
-        f"{method}: {what} is a factor a (..., n, r) or b (..., r, m) inside a mapping; give the tree of trained "
-        f"adapter parameters, or take optax.adamw{hint}"
-    )
 
 
 def _check_fit(method: str, pair: Pair, a: Shape, b: Shape) -> None:

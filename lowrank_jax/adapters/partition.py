@@ -17,7 +17,7 @@ import jax
 import optax
 
 from lowrank_jax.adapters.rules import no_match
-from lowrank_jax.resolution import is_node, leaves_with_metadata, map_nodes, nodes_with_keys, path_of
+from lowrank_jax.trees import is_node, leaves_with_metadata, map_nodes, nodes_with_keys, path_of
 
 
 def partition(params: Any, patterns: str | Iterable[str]) -> tuple[Any, Any]:

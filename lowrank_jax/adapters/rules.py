@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax.adapters.base import USES, Adapter, Group, Site
-from lowrank_jax.resolution import Views, is_linear, is_stacked, leaves_with_metadata, view_of
+from lowrank_jax.resolution import LeafViews, Views, is_linear, is_stacked
+from lowrank_jax.trees import leaves_with_metadata
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "adapted", "all")
@@ -161,11 +162,12 @@ class Selection:
         found = leaves_with_metadata(params)
         leaves = [Leaf(*entry) for entry in found if not isinstance(entry[1], optax.MaskedNode)]
         used: set[str] = set()
+        leaf_views = LeafViews(self.views, params)
         sites, adapters, matrices = [], [], {}
         groups: dict[Adapter, str] = {}
         for leaf in leaves:
             chosen = self._adapter_of(leaf, used)
-            site = None if chosen is None else self._site_of(leaf, used)
+            site = None if chosen is None else self._site_of(leaf, leaf_views, used)
             if chosen is None or site is None:
                 continue
             own = self._matrices_of(chosen, site, leaf, used)
@@ -178,6 +180,7 @@ class Selection:
             sites.append(dataclasses.replace(site, rank=rank, group=groups[chosen]))
             adapters.append(adapter)
             matrices[site.path] = own
+        leaf_views.check()
         self._check_used(used, leaves)
         whole = self._whole(leaves, {site.path for site in sites})
         if not sites and not whole:
@@ -203,7 +206,7 @@ class Selection:
                 return adapter
         return None
 
-    def _site_of(self, leaf: Leaf, used: set[str]) -> Site | None:
+    def _site_of(self, leaf: Leaf, leaf_views: LeafViews, used: set[str]) -> Site | None:
         def take(path: str, ndim: int) -> tuple[bool, str]:
             if ndim < 2:
                 raise ValueError(
@@ -212,7 +215,7 @@ class Selection:
                 )
             return True, "rule"
 
-        view, _ = view_of(leaf.path, tuple(leaf.node.shape), leaf.names, self.views, used, take)
+        view, _ = leaf_views.of(leaf.path, take)
         if view is None:
             return None
         lookup, uses = leaf.path.rsplit("/", 1)[-1] == "embedding", ()

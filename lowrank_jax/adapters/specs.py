@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lowrank_jax import sharding
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Site
-from lowrank_jax.resolution import nodes_with_keys, path_of
+from lowrank_jax.trees import nodes_with_keys, path_of
 
 
 def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -25,7 +25,8 @@ from lowrank_jax.adapters.adaptation import Adaptation, Adaptations
 from lowrank_jax.adapters.base import Adapter, Site
 from lowrank_jax.adapters.hosts import AdaptedKernel, Bound
 from lowrank_jax.adapters.rules import LAYER_IN_PATH, Rules, Selection, chosen_rows
-from lowrank_jax.resolution import Views, leaves_with_metadata, map_nodes
+from lowrank_jax.resolution import Views
+from lowrank_jax.trees import leaves_with_metadata, map_nodes
 
 
 def adapt(

@@ -21,7 +21,8 @@ import numpy as np
 
 from lowrank_jax.adapters.base import Site
 from lowrank_jax.matrices import DENSE, MatrixView, Shape
-from lowrank_jax.resolution import Views, is_stacked, leaves_with_metadata
+from lowrank_jax.resolution import Views, is_stacked
+from lowrank_jax.trees import leaves_with_metadata
 
 Names = Callable[..., str]
 WEIGHTS = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}

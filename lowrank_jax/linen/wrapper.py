@@ -20,7 +20,8 @@ from lowrank_jax.adapters.hosts import AdaptedKernel, Bound
 from lowrank_jax.adapters.tree import adapt
 from lowrank_jax.linen.interceptor import GIVEN, intercept, shadowed
 from lowrank_jax.matrices import MatrixView
-from lowrank_jax.resolution import Views, is_node, path_of
+from lowrank_jax.resolution import Views
+from lowrank_jax.trees import is_node, path_of
 
 _HOSTS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.Embed)
 _SLOT = r"(?P<leaf>(?:.*/)?(?:kernel|embedding))_[a-z0-9_]+"

@@ -16,7 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lowrank_jax import sharding
 from lowrank_jax.projection.layout import Layout
 from lowrank_jax.projection.state import MatrixState
-from lowrank_jax.resolution import Views, leaves_with_metadata, nodes_with_keys, path_of, resolve
+from lowrank_jax.resolution import Views, resolve
+from lowrank_jax.trees import leaves_with_metadata, nodes_with_keys, path_of
 
 
 def state_shardings(transformation: Any, params: Any, shardings: Any = None, *, spread: bool = False) -> Any:

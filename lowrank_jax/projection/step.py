@@ -22,7 +22,7 @@ from lowrank_jax.projection.clocks import Staggered
 from lowrank_jax.projection.matrix_step import MatrixStep, all_finite, energy
 from lowrank_jax.projection.projectors.base import count
 from lowrank_jax.projection.state import MatrixState, Projected, ProjectionState
-from lowrank_jax.resolution import pure
+from lowrank_jax.trees import pure
 
 if TYPE_CHECKING:
     from lowrank_jax.projection.transformation import Projection
@@ -182,7 +182,7 @@ def update(config: Projection, updates: Any, state: ProjectionState, params: Any
 
 def due_any(config: Projection, step: jax.Array, views: list[ResolvedView]) -> Any:
     """Scalar: does any basis move at this step? A Python bool where that does not depend on the step."""
-    if not config.projector.moves:
+    if not config.projector.moves or not views:
         return False
     clock = config.clock
     if not isinstance(clock, Staggered):

@@ -25,7 +25,7 @@ from jax.interpreters import partial_eval
 from lowrank_jax import sharding
 from lowrank_jax.projection.state import Projected, ProjectionState, matrix_states
 from lowrank_jax.projection.tapped import Tap, Tapped
-from lowrank_jax.resolution import is_node, nodes_with_keys, path_of
+from lowrank_jax.trees import is_node, nodes_with_keys, path_of
 
 
 def is_projected(x: Any) -> bool:

@@ -38,7 +38,8 @@ from lowrank_jax.projection.projectors.base import Projector
 from lowrank_jax.projection.residuals import Discard, Residual
 from lowrank_jax.projection.state import FORMAT_VERSION, MatrixState, ProjectionState, matrix_states
 from lowrank_jax.projection.transports import Keep
-from lowrank_jax.resolution import Report, Views, check_side, pure, resolve
+from lowrank_jax.resolution import Report, Views, check_side, resolve
+from lowrank_jax.trees import is_placeholder, pure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,12 +104,13 @@ class Projection:
             if view is not None:
                 self._check_inner(matrix)
         plain = step_lib.only_plain(treedef, leaves, views)
+        low = jnp.zeros(()) if is_placeholder(params) else pure(jax.tree.unflatten(treedef, matrices))
         return ProjectionState(
             format_version=jnp.asarray(FORMAT_VERSION, jnp.int32),
             step=step,
             skipped=jnp.zeros((), jnp.int32),
             refreshes=jnp.zeros((), jnp.int32),
-            matrices=pure(jax.tree.unflatten(treedef, matrices)),
+            matrices=low,
             plain=self.plain.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), plain)),
         )
 

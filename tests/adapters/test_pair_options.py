@@ -127,7 +127,6 @@ AT_INIT = [
     (METHODS, {"q": PAIR | {"b": jnp.ones((3, 5))}}, r"'q' holds a of shape \(4, 2\) and b of shape \(3, 5\)"),
     (METHODS, {"q": {"a": jnp.ones((3, 4, 2)), "b": jnp.ones((2, 5))}}, "are no pair.*optax.partition"),
     (METHODS, {"q": {"kernel": jnp.ones((4, 5)), "b": jnp.ones(5)}}, r"none of the 2 leaves \(q/b, q/kernel.*adamw"),
-    (METHODS, {"q": optax.MaskedNode()}, "there is no leaf"),
 ]
 
 
@@ -160,9 +159,24 @@ def test_errors_of_values():
             build_one()
     with pytest.raises(TypeError, match=r"unexpected \['gaurd'\]"):
         A.lora_plus(0.1, gaurd=True)
-    transformation = A.lora_plus(0.1)
-    with pytest.raises(ValueError, match="placeholders: use lr.state_shardings"):
-        optax.tree_utils.tree_map_params(transformation, lambda x: x, transformation.init({"q": PAIR}))
+
+
+@every
+def test_a_tree_whose_leaves_are_all_masked_is_left_alone(name):
+    tx, params = METHODS[name](0.1), {"q": optax.MaskedNode()}
+    updates, state = tx.update(params, tx.init(params), params)
+    assert updates == params
+    assert int(state.skipped) == 0
+
+
+@every
+def test_what_is_shaped_like_the_parameters_is_mapped(name):
+    """`optax.tree_utils.tree_map_params`: moments and bases; counters and steps are not."""
+    tx = METHODS[name](0.1)
+    state = tx.init({"q": PAIR, "bias": jnp.ones(3)})
+    ones = optax.tree_utils.tree_map_params(tx, lambda x: 0 * x + 1, state, transform_non_params=lambda x: x - 7)
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(ones), strict=True):
+        np.testing.assert_array_equal(after, before - 7 if before.ndim == 0 else np.ones(before.shape))
 
 
 def test_lora_plus_works_without_params():

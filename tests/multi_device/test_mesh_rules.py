@@ -17,7 +17,7 @@ import pytest
 import lowrank_jax as lr
 from experiments.models import axes, llama, vit
 from lowrank_jax import meshes
-from lowrank_jax.resolution import path_of
+from lowrank_jax.trees import path_of
 
 GOLDEN = Path(__file__).parent / "golden_shardings.json"
 VIEWS = lr.Views(stacked=(r"layers/.*",))

@@ -163,12 +163,3 @@ def test_an_explicit_mesh_resolves_sharding_sides_by_itself_and_an_auto_mesh_ask
 
 def test_resolved_sides_of_a_pipeline_without_projection_are_empty():
     assert lr.resolved_sides(optax.adamw(1e-3), PARAMS) == ()
-
-
-@pytest.mark.parametrize("chained", [False, True])
-def test_tree_map_params_names_state_shardings(chained):
-    tx = lr.galore(1e-2, rank=4, views=VIEWS)
-    tx = optax.chain(optax.clip(1.0), tx) if chained else tx
-    state = jax.eval_shape(tx.init, PARAMS)
-    with pytest.raises(TypeError, match=r"tree_map_params calls init with placeholders.*lr\.state_shardings"):
-        optax.tree_utils.tree_map_params(tx, lambda x: x, state)

@@ -84,13 +84,6 @@ def test_at_init(transformation, params, message):
         transformation.init(params)
 
 
-def test_tree_map_params_is_told_what_to_use():
-    transformation = lr.galore(0.1, rank=2)
-    state = transformation.init(PARAMS)
-    with pytest.raises(TypeError, match=r"placeholders.*lr\.state_shardings"):
-        optax.tree_utils.tree_map_params(transformation, lambda x: x, state)
-
-
 def test_explain_of_a_chain_says_why_it_cannot():
     with pytest.raises(TypeError, match="Nothing can look inside optax.chain"):
         lr.explain(optax.chain(lr.galore(0.1, rank=2)), PARAMS)

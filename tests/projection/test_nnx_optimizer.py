@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import lowrank_jax as lr
-from lowrank_jax.resolution import leaves_with_metadata
+from lowrank_jax.trees import leaves_with_metadata
 
 TOKENS = jnp.arange(6)[None]
 VIEWS = lr.Views(stacked=(r"layers/.*",))

@@ -69,7 +69,7 @@ def test_the_first_rule_that_matches_wins_and_defaults_leave_out_what_the_papers
 
 def test_stacks_are_named_or_boxed_never_guessed():
     stack = jnp.ones((3, 4, 8))
-    with pytest.raises(ValueError, match=r"stacked=\('layers/kernel',\).*MatrixView\(rows=\(0,\), cols=\(1, 2\)\)"):
+    with pytest.raises(ValueError, match=r"views=lr.Views\(stacked=\('layers/.\*',\)\)"):
         lr.resolve({"layers": {"kernel": stack}}, rank=2)
     named = lr.resolve({"layers": {"kernel": stack}}, lr.Views(stacked="layers/.*"), rank=2)
     boxed = lr.resolve({"layers": {"kernel": nn.Partitioned(stack, ("layers", "embed", "mlp"))}}, rank=2)
@@ -84,6 +84,8 @@ def test_masked_leaves_are_absent_and_excuse_only_rules_that_match_them():
     assert len(lr.resolve(params, lr.Views(rules=(("a/.*", lr.MatrixView()),)), rank=2).projected) == 1
     with pytest.raises(ValueError, match="'c/.*' matches no leaf"):
         lr.resolve(params, lr.Views(rules=(("c/.*", lr.MatrixView()),)), rank=2)
+    below = {"a": optax.MaskedNode(), "b": {"kernel": jnp.ones((4, 8))}}  # a mask may take whole subtrees
+    assert len(lr.resolve(below, lr.Views(rules=(("a/kernel", lr.MatrixView()),)), rank=2).projected) == 1
     all_masked = {"a": {"kernel": optax.MaskedNode()}}
     assert lr.resolve(all_masked, lr.Views(rules=(("c/.*", lr.MatrixView()),)), rank=2).projected == ()
 
@@ -102,3 +104,55 @@ def test_rank(rank, expected):
 def test_columns_round_down():
     transformation = lr.scale_by_projection(lr.projectors.columns(rank=0.47))
     assert lr.explain(transformation, {"kernel": jnp.ones((8, 16))}).projected[0].rank == 3
+
+
+MATRIX, VECTOR, TABLE = jnp.ones((4, 8)), jnp.ones(8), jnp.ones((9, 4))
+TREES = [  # (tree, whether it is an error that nothing is projected)
+    ({"kernel": MATRIX, "bias": VECTOR}, False),
+    ({"bias": VECTOR}, False),
+    ({}, False),
+    ({"kernel": jnp.ones((0, 8)), "layers": {"kernel": jnp.ones((0, 4, 8))}}, False),
+    ({"w": MATRIX, "bias": VECTOR}, True),
+    ({"embedding": TABLE}, True),
+    ({"w": jnp.ones((2, 2, 2))}, True),
+]
+
+
+@pytest.mark.parametrize("tree, wrong", TREES, ids=[str(jax.tree.map(jnp.shape, tree)) for tree, _ in TREES])
+def test_nothing_projected_is_an_error_exactly_where_there_are_matrices(tree, wrong):
+    """Bare, and beside leaves that a mask or another optimizer takes."""
+    inner = lr.galore(1e-2, rank=2)
+    other = {"head": {"kernel": MATRIX}}
+    mask = {"own": jax.tree.map(lambda _: True, tree), "other": False}
+    labels = {"own": jax.tree.map(lambda _: "low", tree), "other": "plain"}
+    rest = optax.partition({"low": inner, "plain": optax.sgd(1.0)}, labels)
+    for transformation, params in (
+        (inner, tree), (optax.masked(inner, mask), {"own": tree, "other": other}), (rest, {"own": tree, "other": other})
+    ):  # fmt: skip
+        if wrong:
+            with pytest.raises(ValueError, match="no leaf is projected, and 1 have two or more axes"):
+                transformation.init(params)
+        else:
+            assert jax.tree.leaves(jax.eval_shape(transformation.init, params))
+
+
+def test_a_tree_without_matrices_is_trained_as_by_the_inner_optimizer():
+    params, grads = {"bias": jnp.arange(4.0), "empty": {"kernel": jnp.ones((0, 3))}}, {"bias": jnp.ones(4)}
+    grads |= {"empty": {"kernel": jnp.ones((0, 3))}}
+    clocks = (lr.clocks.staggered(period=2), lr.clocks.every_step(), lr.clocks.every(period=2, when="after"))
+    expected, _ = optax.adam(1e-2).update(grads, optax.adam(1e-2).init(params))
+    for clock in clocks:
+        inner = lr.scale_by_projection(lr.projectors.svd(rank=2), clock=clock)
+        transformation = optax.chain(inner, optax.scale_by_learning_rate(1e-2))
+        updates, state = transformation.update(grads, transformation.init(params), params)
+        np.testing.assert_allclose(updates["bias"], expected["bias"], rtol=1e-5)  # optax rounds 1 - b2
+        assert updates["empty"]["kernel"].shape == (0, 3)
+        assert int(state[0].step) == 1
+        assert int(state[0].refreshes) == 0
+
+
+def test_no_entries_are_no_matrix():
+    report = lr.resolve(
+        {"kernel": jnp.ones((0, 4)), "stack": {"kernel": jnp.ones((0, 4, 4))}}, lr.Views(stacked="stack/.*"), rank=2
+    )
+    assert [leaf.note for leaf in report.leaves] == ["no entries", "no entries"]

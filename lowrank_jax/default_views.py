@@ -1,0 +1,127 @@
+"""What names and neighbours say about the axes of a kernel that no rule names.
+
+A kernel of two axes is `(inputs, outputs)`. One of more axes is read where something says how, and never where the
+first axis might as well count layers:
+
+* a bias beside it has the shape of the outputs: (H, K) beside a kernel (D, H, K), (M,) beside (3, 3, N, M). A stack of
+  layers has a stack of biases, so a bias with another first axis than the kernel shows that there is no stack;
+* names of its axes (`nn.Partitioned`) say which are heads;
+* Flax's attention has `query`, `key`, `value` (D, H, K) and `out` (H, K, D), whose shapes fit together;
+* a layer named as a convolution contracts all axes but the last.
+
+All shapes here are those of one layer: an axis that was declared to count layers is taken off before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from lowrank_jax.matrices import MatrixView, Shape
+
+_ATTENTION = ("query", "key", "value", "out")
+_CONVOLUTION = r"(.*_)?conv(transpose)?(_?\d+)?(_.*)?"
+_OUTPUT = r"(.*_)?(o|wo|out|output)(_.*)?|c_proj|attn_vec.*"
+_HEADS = r"(.*_)?(heads?|kv|head_dim)"
+_STACK = r"((?:.*/)?(?:(?:.*_)?(?:layers?|blocks?|experts?|stack)|h|(?:Scan|Vmap)[^/]*))/(?!\d+/).*"
+
+
+def read(path: str, shape: Shape, names: tuple | None, shapes: Mapping[str, Shape]) -> tuple[MatrixView, str] | None:
+    """The view of a kernel of three or more axes and what said so, or None where nothing does.
+
+    Args:
+      path, shape, names: of the kernel; `names` are those of its axes, or None.
+      shapes: of the leaves of the tree, by path.
+
+    >>> shapes = {"heads/kernel": (16, 4, 8), "heads/bias": (4, 8)}
+    >>> read("heads/kernel", (16, 4, 8), None, shapes)
+    (MatrixView(rows=(0,), cols=(1, 2), batch=()), 'bias')
+    """
+    bias = _beside(path, "bias", shapes)
+    outputs = _outputs_by_bias(shape, bias)
+    if outputs:
+        return split(shape, outputs), "bias"
+    outputs = _outputs_by_names(names)
+    if outputs:
+        return split(shape, outputs), "names of axes"
+    outputs = _outputs_in_attention(path, shape, shapes)
+    if outputs:
+        return split(shape, outputs), "attention"
+    if bias is None and is_convolution(path) and 3 <= len(shape) <= 5 and stack_root(path) is None:
+        return split(shape, 1), "convolution"
+    return None
+
+
+def split(shape: Shape, outputs: int) -> MatrixView:
+    """The view whose columns are the last axes, and whose rows are all before them."""
+    axes = tuple(range(len(shape)))
+    return MatrixView(rows=axes[:-outputs], cols=axes[-outputs:])
+
+
+def guess(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> MatrixView:
+    """A likely view of a kernel that `read` cannot decide, to be proposed and checked; arguments as of `read`.
+
+    >>> guess("moe/experts_up/kernel", (4, 8, 16), {}), guess("o_proj/kernel", (4, 8, 16), {})
+    (MatrixView(rows=(1,), cols=(2,), batch=(0,)), MatrixView(rows=(0, 1), cols=(2,), batch=()))
+    """
+    *_, layer, _ = ("", *path.split("/"))
+    bias = _beside(path, "bias", shapes)
+    stack = bias is not None and len(bias) == 2 and bias == (shape[0], shape[-1])
+    if len(shape) == 3 and (stack or re.search("expert|moe", path, re.IGNORECASE)):
+        return MatrixView(batch=(0,), rows=(1,), cols=(2,))
+    window = len(shape) > 3 and max(shape[:-2]) <= 16
+    contracts = window or is_convolution(path) or re.fullmatch(_OUTPUT, layer)
+    return split(shape, 1 if contracts else len(shape) - 1)
+
+
+def stack_root(path: str) -> str | None:
+    """The module above a leaf whose name suggests a stack: `layers/up/kernel`, but not `layers/3/up/kernel`.
+
+    >>> stack_root("decoder/layers/up/kernel"), stack_root("layers/3/up/kernel"), stack_root("layers_3/up/kernel")
+    ('decoder/layers', None, None)
+    """
+    found = re.fullmatch(_STACK, path)
+    return found.group(1) if found else None
+
+
+def is_convolution(path: str) -> bool:
+    """Whether the layer of a kernel is named as a convolution: `Conv_0`, `conv1`, `stem_conv`, `ConvTranspose_2`."""
+    *_, layer, _ = ("", *path.split("/"))
+    return bool(re.fullmatch(_CONVOLUTION, layer, re.IGNORECASE))
+
+
+def _beside(path: str, name: str, shapes: Mapping[str, Shape]) -> Shape | None:
+    """The shape of the leaf `name` in the module that holds `path`."""
+    return shapes.get("/".join([*path.split("/")[:-1], name]))
+
+
+def _outputs_by_bias(shape: Shape, bias: Shape | None) -> int:
+    """How many of the last axes are outputs, 0 where the bias does not tell."""
+    if not bias or len(bias) >= len(shape) or shape[-len(bias) :] != bias:
+        return 0
+    stack_possible = len(bias) > 1 and bias[0] == shape[0]
+    return 0 if stack_possible else len(bias)
+
+
+def _outputs_by_names(names: tuple | None) -> int:
+    """Where exactly one axis is no part of heads, it is the model's: the others are outputs if it comes first."""
+    if names is None or None in names or len(names) < 3:
+        return 0
+    heads = [bool(re.fullmatch(_HEADS, name)) for name in names]
+    if all(heads[1:]) and not heads[0]:
+        return len(names) - 1
+    return 1 if all(heads[:-1]) and not heads[-1] else 0
+
+
+def _outputs_in_attention(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> int:
+    """2 for query, key and value, 1 for out, 0 unless the four fit together as those of one attention layer do."""
+    module, layer = path.rpartition("/")[0], path.rpartition("/")[0].rpartition("/")[2]
+    query, out = _beside(module, "query/kernel", shapes), _beside(module, "out/kernel", shapes)
+    if layer not in _ATTENTION or query is None or out is None or not len(query) == len(out) == len(shape) == 3:
+        return 0
+    fits = query[1:] == out[:2] and (layer == "out" or shape[2] == query[2])
+    # of stacked Dense layers both would begin with the number of layers, and out would have a stack of biases
+    stack_possible = query[0] == out[0] and _beside(module, "out/bias", shapes) != out[2:]
+    if not fits or stack_possible:
+        return 0
+    return 1 if layer == "out" else 2
