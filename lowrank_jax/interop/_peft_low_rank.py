@@ -34,7 +34,10 @@ class LoraFamily(Family):
     peft_type, adapters, bias, hosts = "LORA", (Lora, Dora), "lora_only", EVERY_HOST
     required = ("r", "lora_alpha")
     reads = frozenset(
-        {"lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+        {
+            "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+            "ensure_weight_tying",
+        }
     )
     free = frozenset(
         {"fan_in_fan_out", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core"}

@@ -14,7 +14,7 @@ import numpy as np
 from lowrank_jax.adapters.base import Arrays, Site
 from lowrank_jax.adapters.rules import Matrices, Plan, Selection
 from lowrank_jax.adapters.tree import matrices_of
-from lowrank_jax.interop import _peft_config, _peft_whole, safetensors
+from lowrank_jax.interop import _peft_config, _peft_tied, _peft_whole, safetensors
 from lowrank_jax.interop._peft_config import PREFIX
 from lowrank_jax.interop._peft_families import FAMILIES
 from lowrank_jax.interop._peft_family import Family, Shared
@@ -35,6 +35,7 @@ class Source:
       tensors: of the file.
       hosts: `{module: its kind}` of the adapted modules, in the order of the tree.
       whole: what is trained whole.
+      tied: what belongs to an output layer that shares a table.
     """
 
     family: Family
@@ -43,9 +44,10 @@ class Source:
     tensors: safetensors.Reader
     hosts: dict[str, Host]
     whole: _peft_whole.Found
+    tied: _peft_tied.Tied
 
     @classmethod
-    def open(cls, folder: pathlib.Path, tree: Tree, ignore: Collection[str]) -> Source:
+    def open(cls, folder: pathlib.Path, tree: Tree, ignore: Collection[str], head: str | None) -> Source:
         """With everything checked; the errors are those of `peft.load`."""
         config = {field: value for field, value in _peft_config.read(folder).items() if field not in ignore}
         family = _understood(config, folder / _peft_config.NAME)
@@ -53,8 +55,12 @@ class Source:
             hint = "; convert adapter_model.bin to it" if (folder / "adapter_model.bin").is_file() else ""
             raise FileNotFoundError(f"{folder / TENSORS} does not exist{hint}")
         tensors = safetensors.read(folder / TENSORS)
+        tied = _peft_tied.find(config, family, tree, head, tensors)
         hosts = _targets(family, config, tree, tensors)
-        source = cls(family, config, tree, tensors, hosts, _peft_whole.find(config, family.bias, tree, hosts, tensors))
+        whole = _peft_whole.find(config, family.bias, tree, hosts, tensors)
+        _peft_tied.check_whole(tied, tree, whole.keys)
+        whole = dataclasses.replace(whole, copies=whole.copies | _peft_tied.copies(tied, tree))
+        source = cls(family, config, tree, tensors, hosts, whole, tied)
         source._check()
         return source
 
@@ -72,7 +78,7 @@ class Source:
         for module in self.hosts:
             expected |= {f"{PREFIX}{module}.{end}": shape for end, shape in self.shapes(module).items()}
         expected |= {key: self.tree.shape(self.tree.places[name]) for name, key in self.whole.keys.items()}
-        extra = set(self.whole.copies) | self.whole.repeated
+        extra = set(self.whole.copies) | self.whole.repeated | self.tied.keys
         found = [key for key in self.tensors if key not in extra]
         safetensors.check_names(found, list(expected), str(self.tensors.path))
         shapes = {key: tuple(self.tensors.shapes[key].shape) for key in expected}
@@ -98,6 +104,7 @@ class Source:
             rules={re.escape(path): adapter for path, adapter in rules.items()},
             views=Views(rules=tuple(rule for rule in views.rules if any(re.fullmatch(rule[0], path) for path in sizes)),
                         stacked=tuple(p for p in views.stacked if any(re.fullmatch(p, path) for path in sizes))),
+            uses={re.escape(places[module].path): ("gather",) for module in self.tied.uses(self.hosts)},
             whole=tuple(re.escape(path) for path in {self.tree.places[key].path: None for key in self.whole.keys}),
             order=tuple(dict.fromkeys([*((p.path, p.number) for p in first), *every])) if order else None,
         ).plan(self.tree.params, name)  # fmt: skip

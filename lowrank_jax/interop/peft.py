@@ -19,6 +19,10 @@
 Convolutions have `lora_A (r, c_in, window...)` and `lora_B (c_out, r, 1, ...)`. A stack of layers is one leaf here and
 a module for each layer there. What PEFT trains whole (`modules_to_save`, `bias`) is what `lr.adapt` trains whole.
 
+Of a table that the output layer shares (no leaf of its own here, `head` there) PEFT adapts the look-up alone, which is
+`uses=("gather",)`; only LoRA with `ensure_weight_tying` adapts both, which is an adapter that all products see. `load`
+and `save` keep them apart, the printed adaptation says which, and what one leaf cannot say is refused.
+
 Nothing is passed over: a tensor that is missing, unexpected or of another shape, and a field of the configuration that
 would change the function or its training and is not understood, is an error that lists all of them.
 """
@@ -36,7 +40,7 @@ import numpy as np
 
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Arrays
-from lowrank_jax.interop import _peft_config, _peft_whole, _peft_writing, documents, llama, safetensors
+from lowrank_jax.interop import _peft_config, _peft_tied, _peft_whole, _peft_writing, documents, llama, safetensors
 from lowrank_jax.interop._peft_config import PREFIX
 from lowrank_jax.interop._peft_reading import TENSORS, Source, as_float
 from lowrank_jax.interop._torch_layout import Host, Names, Tree, linen_name
@@ -54,6 +58,7 @@ def load(
     convolutions: Sequence[str] = (),
     order: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
+    head: str | None = "lm_head",
     name: str = "default",
 ) -> Adaptation:
     """The adaptation of `params` that a folder of PEFT holds.
@@ -73,12 +78,15 @@ def load(
       order: for a Uni-LoRA without saved indices, the adapted modules in the order of torch's `named_modules()`; known
         where names is that of the LLaMA family.
       ignore: fields of the configuration to pass over, such as a dropout that we do not have.
+      head: torch's name of the output layer. A tree with a table and no kernel of that name, nor of one called score,
+        classifier or head, is one whose table the output layer shares; None if no output layer shares it.
       name: of the adaptation.
 
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: an unknown method; fields that are not understood; targets that take no module; missing, unexpected or
-        misshapen tensors. All of a kind are listed.
+        misshapen tensors (all of a kind are listed); an output layer that shares a table and is adapted by itself, or a
+        copy of the table that only the look-up reads.
 
     >>> import jax, jax.numpy as jnp, tempfile
     >>> import lowrank_jax as lr
@@ -91,7 +99,7 @@ def load(
     True
     """
     tree = Tree.of(params, names, views or Views(), convolutions)
-    source = Source.open(pathlib.Path(folder), tree, ignore)
+    source = Source.open(pathlib.Path(folder), tree, ignore, head)
     in_order = lambda: _order(order, names, source.hosts)  # noqa: E731
     shared = source.family.shared(source.config, source.hosts, source.tensors, in_order)
     known = order is not None or names is llama.torch_name
@@ -117,6 +125,7 @@ def save(
     views: Views | None = None,
     convolutions: Sequence[str] = (),
     order: Sequence[str] | None = None,
+    head: str | None = "lm_head",
     **config: Any,
 ) -> list[pathlib.Path]:
     """Writes an adaptation as PEFT loads it onto the same base, and returns the files.
@@ -131,6 +140,8 @@ def save(
       params: the base; of its values only those of modules that are trained in part are read.
       names, views, convolutions: as for `load`.
       order: with `save_indices=False`, as for `load`.
+      head: as for `load`. A table that the output layer shares, with an adapter that both see, or trained whole, is
+        written with `ensure_weight_tying` and the tensors of both.
       config: further fields: base_model_name_or_path, revision, task_type, inference_mode, peft_version, auto_mapping;
         fan_in_fan_out=True where torch's base has transposed Conv1D modules (GPT-2); of Uni-LoRA save_indices=False,
         which leaves the drawing of indices to PEFT.
@@ -145,7 +156,7 @@ def save(
     >>> params = {"table": {"embedding": jnp.ones((7, 4))}}
     >>> adaptation = lr.adapt(params, {"table/embedding": lr.adapters.lora(rank=2)}, jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     tensors, config = save(folder, adaptation, params, task_type="CAUSAL_LM")
+    ...     tensors, config = save(folder, adaptation, params, head=None, task_type="CAUSAL_LM")
     ...     sorted(safetensors.read(tensors)), json.loads(config.read_text())["target_modules"]
     (['base_model.model.table.lora_embedding_A', 'base_model.model.table.lora_embedding_B'], ['table'])
     """
@@ -156,14 +167,19 @@ def save(
     arrays: dict[str, Arrays] = {}
     sizes: dict[str, int] = {}
     alphas: dict[str, Any] = {}
+    tied: dict[str, Any] = {}
     for path, (adapter, site) in adaptation.plan.by_path.items():
         _peft_writing.check_site(family, tree, site)
-        host = tree.host(path)
+        host, shares = tree.host(path), _peft_tied.check_site(family, tree, site, head)
         for place, own, p, fold in _peft_writing.matrices(adaptation, tree, adapter, site):
             module, rank = place.module, getattr(own, "rank", 1)
-            tensors |= {f"{PREFIX}{module}.{end}": x for end, x in family.write(own, host, p, rank, fold).items()}
+            written = family.write(own, host, p, rank, fold)
+            tensors |= {f"{PREFIX}{module}.{end}": x for end, x in written.items()}
             made[module], arrays[module] = (own, host), p
             sizes[module], alphas[module] = family.written(own, p, rank, getattr(own, "alpha", None))
+            if shares is not None:
+                tied |= _peft_tied.pair_of(shares, module, own, written)
+                sizes[shares], alphas[shares] = sizes[module], alphas[module]
     hosts = {module: host for module, (_, host) in made.items()}
     shared, first = _peft_writing.shared_arrays(adaptation), next(iter(made.values()))[0]
     fields = family.fields(list(made.values()), config) | family.sizes(sizes, alphas)
@@ -171,8 +187,11 @@ def save(
     entries, whole = _peft_whole.write(adaptation.train["whole"], family.bias, tree, hosts, config)
     general = {"peft_type": family.peft_type, "base_model_name_or_path": None, "task_type": None}
     targets = _peft_config.target_modules(list(hosts), tree.modules)
+    tied_whole = _peft_tied.write_whole(family, tree, adaptation.train["whole"], head)
+    if tied or tied_whole:
+        targets, fields = _peft_tied.ties(targets) if tied else targets, fields | {_peft_tied.FIELD: True}
     written = general | {"inference_mode": True, "target_modules": targets} | entries | fields | config
-    files = safetensors.write(folder / TENSORS, tensors | whole)
+    files = safetensors.write(folder / TENSORS, tensors | whole | tied | tied_whole)
     text = json.dumps(written, indent=2, sort_keys=True) + "\n"
     return [*files, documents.write(folder / _peft_config.NAME, text.encode())]
 

@@ -88,7 +88,7 @@ def test_a_kernel_of_heads_and_convolutions_lie_as_torch_wants_them(tmp_path):
     adaptation = jax.jit(lambda params: lr.adapt(params, rules, jax.random.key(0), views=views))(params)
     train = {path: {k: normal(*x.shape) for k, x in own.items()} for path, own in adaptation.train["sites"].items()}
     adaptation = adaptation.replace(train=adaptation.train | {"sites": train})
-    peft.save(tmp_path, adaptation, params, views=views, convolutions=("line/kernel",))
+    peft.save(tmp_path, adaptation, params, views=views, convolutions=("line/kernel",), head=None)
     found = safetensors.read(tmp_path / "adapter_model.safetensors")
     for key, want in {
         "q.lora_A.weight": train["q/kernel"]["a"].T,
