@@ -192,7 +192,7 @@ def _pretrained(folder: pathlib.Path) -> Base:
     return Base(
         source=str(folder),
         config=config.model,
-        read=lambda place: read_run(folder, shapes(config.model), place),
+        read=lambda place: read_run(folder, shapes(config.model), place, {"model": dataclasses.asdict(config.model)}),
         tokenizer=config.data.tokenizer,
         domain=domain,
     )
@@ -235,7 +235,7 @@ def _exported(folder: pathlib.Path) -> Base:
     return Base(
         source=str(folder),
         config=config,
-        read=lambda place: read_run(folder, shapes(config, count), place),
+        read=lambda place: read_run(folder, shapes(config, count), place, meaning(values)),
         tokenizer=values["tokenizer"],
         classes=classes,
         domain=domain,
@@ -269,18 +269,26 @@ def _domain(config: BaseConfig, base: Base) -> TuningDataConfig | None:
         raise ConfigurationError(f"base.domain={config.domain!r}: {error}") from error
 
 
-def read_run(folder: pathlib.Path, like, place: Place):
+def meaning(description: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{section: {key: value}} of a description without which the arrays of a folder mean nothing."""
+    named = {key: description[key] for key in ("architecture", "tokenizer", "classes")}
+    return {"model": description["model"], "description": named}
+
+
+def read_run(folder: pathlib.Path, like, place: Place, meaning: dict[str, dict[str, Any]]):
     """The parameters of the newest good checkpoint of a folder."""
-    return restored(folder, {"params": like}, {"params": place(like)}).tree["params"]
+    return restored(folder, {"params": like}, {"params": place(like)}, meaning).tree["params"]
 
 
-def restored(folder: pathlib.Path, like, shardings) -> checkpoint.Restored:
+def restored(folder: pathlib.Path, like, shardings, meaning: dict[str, dict[str, Any]]) -> checkpoint.Restored:
     """The newest good checkpoint of a folder, as far as `like` goes. Raises ConfigurationError when there is none."""
     put = lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)  # noqa: E731
     target = jax.tree.map(put, like, shardings)
     where, found = f"base.source={str(folder)!r}", None
     if (folder / "checkpoints").is_dir():
-        checkpoints = checkpoint.Checkpoints(folder / "checkpoints", say=lambda line: print(line, file=sys.stderr))
+        checkpoints = checkpoint.Checkpoints(
+            folder / "checkpoints", meaning=meaning, say=lambda line: print(line, file=sys.stderr)
+        )
         try:
             found = checkpoints.restore(target, partial=True)
         except checkpoint.CheckpointError as error:

@@ -6,9 +6,10 @@ would be restored in silence. One step is one folder:
     checkpoints/120/state/          orbax: a flat dictionary {"params/embed/embedding": array, ...}
     checkpoints/120/manifest.json   written last: format, leaves (path, shape, dtype), sha256 of the files
 
-A folder without a manifest was never finished and counts for nothing. A manifest that disagrees with its files is
-damage: the newest step that verifies is restored and the newer ones are reported. Leaves that disagree with the model
-or the optimizer at hand are an error, because falling back would not help.
+A folder without a manifest was never finished and counts for nothing. Whatever disagrees within a step is damage: its
+folder's name, the manifest's step and the state's own counter, the files and their contents, the shapes and dtypes of
+the leaves and of what orbax stored. The newest step that verifies is restored and the newer ones are reported. Leaves
+that disagree with the model or the optimizer at hand are an error, because falling back would not help.
 
 A full disk does not stop a run: the unfinished step is removed, the last good ones stay, and the next save tries again.
 Only the final save of a run raises.
@@ -17,12 +18,7 @@ Several processes write one step together, into a folder that they share. Proces
 manifest when all have finished, chooses what is restored, and removes; an error of one is an error of all.
 """
 
-import concurrent.futures
-import contextlib
-import errno
-import hashlib
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -35,22 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments import distributed
+from experiments import distributed, manifest, outputs
+from experiments.manifest import NAME as MANIFEST
+from experiments.manifest import digest as digest
+from experiments.manifest import stored_sides as stored_sides
 from experiments.outputs import write_json as write_json
-from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-_MANIFEST = {
-    "format": int,
-    "step": int,
-    "leaves": {str: list},
-    "files": {str: {"bytes": int, "sha256": str}},
-    "sides": {str: list},
-    "extra": dict,
-    "digest": str,
-}
 
 
 class CheckpointError(RuntimeError):
@@ -82,15 +68,6 @@ def leaf_table(tree) -> dict[str, tuple[tuple[int, ...], str]]:
     return {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in _flatten(tree).items()}
 
 
-def digest(value) -> str:
-    """sha256 of a JSON value, independent of the order of keys.
-
-    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
-    True
-    """
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _flatten(tree) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     table = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -99,25 +76,9 @@ def _flatten(tree) -> dict[str, Any]:
     return table
 
 
-def _sha256(path) -> dict:
-    with open(path, "rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _checksums(directory: pathlib.Path, names=None) -> dict[str, dict]:
-    """{relative path: size and sha256}; hashing releases the interpreter lock, so files are hashed side by side."""
-    names = (
-        sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-        if names is None
-        else names
-    )
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(lambda name: _sha256(directory / name), names), strict=True))
-
-
 def _is_disk_full(error: BaseException) -> bool:
     """Orbax reports a full disk as OSError, or as ValueError with tensorstore's text."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if outputs.is_full(error):
         return True
     return re.search(r"No space left on device|Disk quota exceeded|os_error_code='(28|122)'", str(error)) is not None
 
@@ -134,22 +95,10 @@ def _empty(leaf) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, sharding, np.zeros(leaf.shape, leaf.dtype).__getitem__)
 
 
-def _seal(manifest: Mapping) -> dict:
-    return {**manifest, "digest": digest(manifest)}
-
-
 def _remove(folder: pathlib.Path) -> None:
     """The manifest goes first, so that a folder half removed counts as never finished."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def stored_sides(directory: pathlib.Path) -> dict[str, list]:
-    """{path: [side, rank]} of the newest finished checkpoint below `directory`; {} where there is none to read."""
-    for step in sorted((int(path.name) for path in directory.glob("*") if path.name.isdecimal()), reverse=True):
-        with contextlib.suppress(DocumentError):
-            return documents.read(directory / str(step) / MANIFEST, _MANIFEST)["sides"]
-    return {}
 
 
 class Checkpoints:
@@ -162,6 +111,8 @@ class Checkpoints:
       config_digest: stored in the manifest.
       sides: {path: [side, rank]} of the projected matrices, stored in the manifest; a checkpoint with others is
         refused, because a square matrix projected from its other side has the same shapes.
+      meaning: {section: {key: value}} of the configuration without which the arrays mean nothing, such as how many
+        heads share a kernel; stored in the manifest, and a checkpoint with another value is refused.
       say: receives one line per event (a step passed over, a save that failed).
     """
 
@@ -173,6 +124,7 @@ class Checkpoints:
         verify: bool = True,
         config_digest: str = "",
         sides: Mapping | None = None,
+        meaning: Mapping[str, Mapping] | None = None,
         say: Callable[[str], None] = print,
     ):
         if keep < 1:
@@ -180,6 +132,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self.keep, self.verify, self.config_digest, self.say = keep, verify, config_digest, say
         self.sides = {path: list(side) for path, side in (sides or {}).items()}
+        self.meaning = json.loads(json.dumps(meaning or {}))
         self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -190,7 +143,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a folder, newest first, finished or not."""
-        return sorted((int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), reverse=True)
+        return manifest.steps(self.directory)
 
     def save(self, step: int, tree, extra: Mapping | None = None) -> None:
         """Begin to write `tree`. Returns once the values are copied to the host, so their buffers may be donated.
@@ -210,7 +163,7 @@ class Checkpoints:
                     _remove(folder)
                     folder.mkdir()
             with distributed.together(CheckpointError):
-                self._writer.save(folder / "state", args=ocp.args.StandardSave(leaves))
+                self._writer.save(folder / manifest.STATE, args=ocp.args.StandardSave(leaves))
         except Exception as error:
             self._fail(step, error)
             self._raise()
@@ -242,13 +195,16 @@ class Checkpoints:
         finally:
             self._writer.close()
 
-    def restore(self, like, *, partial: bool = False) -> Restored | None:
+    def restore(
+        self, like, *, partial: bool = False, check: Callable[[Restored], str | None] = lambda restored: None
+    ) -> Restored | None:
         """The newest good step in the structure of `like`, or None when nothing was ever finished.
 
         Args:
           like: tree of `jax.ShapeDtypeStruct`, with shardings, or of arrays.
           partial: `like` holds some of the leaves, such as {"params": ...}; the others and the sides are not compared,
             and not read but for their checksums.
+          check: says what is wrong with a step that was read, None when nothing is; also damage.
 
         Raises:
           MismatchError: a leaf is missing, superfluous, or of another shape or dtype; names the first one.
@@ -262,14 +218,22 @@ class Checkpoints:
                 return None
             step, extra = chosen
             folder = self.directory / str(step)
-            try:
-                return Restored(step, self._load(folder, like, partial), extra)
-            except Exception as error:
-                if self.verify or distributed.joined():
-                    verified = "verifies but" if self.verify else "was chosen but"
-                    raise CheckpointError(f"checkpoint {folder} {verified} orbax cannot read it: {error}") from error
-                self.say(f"checkpoint {folder}: damaged, orbax cannot read it: {error}; passed over")
-                damaged.append(step)
+            restored, problem = self._read_arrays(folder, like, partial, extra)
+            problem = check(restored) if restored is not None else problem
+            problem = next((text for text in distributed.exchange(problem or "") if text), None)
+            if restored is not None and problem is None:
+                return restored
+            self.say(f"checkpoint {folder}: damaged, {problem}; passed over")
+            damaged.append(step)
+
+    def _read_arrays(self, folder, like, partial, extra) -> tuple[Restored | None, str | None]:
+        """(What the step holds, None), or (None, why it cannot be read)."""
+        try:
+            return Restored(int(folder.name), self._load(folder, like, partial), extra), None
+        except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the files
+            raise
+        except Exception as error:
+            return None, f"orbax cannot read it: {error}"
 
     def _choose(self, expected: Mapping, partial: bool, damaged: list[int]) -> tuple[int, dict] | None:
         """The newest good step older than the `damaged` ones, and what was saved beside it; adds to `damaged`."""
@@ -278,10 +242,14 @@ class Checkpoints:
             if not (folder / MANIFEST).exists():
                 self.say(f"checkpoint {folder}: never finished (no {MANIFEST}); passed over")
                 continue
-            manifest, problem = self._read(folder)
+            try:
+                values = manifest.read(folder)
+                problem = manifest.problem(folder, values, self._stored, self.verify)
+            except DocumentError as error:
+                problem = str(error)
             if problem is None:
-                self._compare(folder, manifest, expected, partial)
-                return step, manifest["extra"]
+                self._compare(folder, values, expected, partial)
+                return step, values["extra"]
             self.say(f"checkpoint {folder}: damaged, {problem}; passed over")
             damaged.append(step)
         if damaged:
@@ -290,6 +258,10 @@ class Checkpoints:
                 "folder to start over"
             )
         return None
+
+    def _stored(self, folder: pathlib.Path) -> Mapping[str, Any]:
+        """Metadata of the arrays that orbax stored, by path."""
+        return self._writer.metadata(folder / manifest.STATE).item_metadata.tree
 
     def _load(self, folder, like, partial):
         flat = _flatten(like)
@@ -302,36 +274,14 @@ class Checkpoints:
             reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
             each = ocp.checkpoint_utils.construct_restore_args(target)
             options = ocp.args.PyTreeRestore(target, restore_args=each, partial_restore=True)
-            found = reader.restore(folder / "state", args=options)
+            found = reader.restore(folder / manifest.STATE, args=options)
         else:
-            found = self._writer.restore(folder / "state", args=ocp.args.StandardRestore(target))
+            found = self._writer.restore(folder / manifest.STATE, args=ocp.args.StandardRestore(target))
         leaves = [found[path] if leaf.size else _empty(leaf) for path, leaf in flat.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-    def _read(self, folder) -> tuple[dict, str | None]:
-        """The manifest, and what is wrong with the step (None when it verifies)."""
-        try:
-            manifest = documents.read(folder / MANIFEST, _MANIFEST, remedy="it is passed over")
-            sealed = manifest.pop("digest")
-        except DocumentError as error:
-            return {}, f"{MANIFEST} cannot be read ({error})"
-        if self.verify and sealed != digest(manifest):
-            return {}, f"{MANIFEST} does not match its own digest"
-        if manifest["format"] != FORMAT:
-            return {}, f"format {manifest['format']}, this program reads {FORMAT}"
-        files = manifest["files"]
-        missing = [name for name in files if not (folder / "state" / name).is_file()]
-        if missing:
-            return manifest, f"file state/{missing[0]} is missing"
-        if self.verify:
-            found = _checksums(folder / "state", list(files))
-            for name, expected in files.items():
-                if found[name] != expected:
-                    return manifest, f"file state/{name} has {found[name]}, expected {expected}"
-        return manifest, None
-
-    def _compare(self, folder, manifest: Mapping, expected: Mapping, partial: bool) -> None:
-        stored = {path: (tuple(shape), dtype) for path, (shape, dtype) in manifest["leaves"].items()}
+    def _compare(self, folder, values: Mapping, expected: Mapping, partial: bool) -> None:
+        stored = manifest.table(values)
         stored = {path: leaf for path, leaf in stored.items() if path in expected or not partial}
         for path in [*expected, *stored]:
             if stored.get(path) != expected.get(path):
@@ -340,30 +290,29 @@ class Checkpoints:
                     f"{_show(stored.get(path))} there and {_show(expected.get(path))} here. Give the configuration it "
                     "was written with, or another workdir"
                 )
-        for path in [] if partial else [*self.sides, *manifest["sides"]]:
-            there, here = manifest["sides"].get(path), self.sides.get(path)
+        for path in [] if partial else [*self.sides, *values["sides"]]:
+            there, here = values["sides"].get(path), self.sides.get(path)
             if there != here:
                 raise MismatchError(
                     f"checkpoint {folder} projects {path} by (side, rank) = {there}, this program by {here}. Set the "
                     "side of that view, or give another workdir"
                 )
+        for section, entries in values.get("meaning", {}).items():  # older manifests have none
+            own = self.meaning.get(section, {})
+            for key in entries.keys() & own.keys():
+                if entries[key] != own[key]:
+                    raise MismatchError(
+                        f"checkpoint {folder} was written with {section}.{key}={entries[key]!r}, the configuration now "
+                        f"says {own[key]!r}: restore config.json, or give another workdir"
+                    )
 
     def _finish(self, step, table, extra) -> None:
         folder = self.directory / str(step)
         try:
             self._writer.wait_until_finished()
             if self._is_lead:
-                manifest = {
-                    "format": FORMAT,
-                    "step": step,
-                    "leaves": table,
-                    "files": _checksums(folder / "state"),
-                    "config_digest": self.config_digest,
-                    "sides": self.sides,
-                    "versions": {"jax": jax.__version__, "orbax": ocp.__version__, "numpy": np.__version__},
-                    "extra": extra,
-                }
-                write_json(folder / MANIFEST, _seal(json.loads(json.dumps(manifest))))
+                own = {"config_digest": self.config_digest, "sides": self.sides, "meaning": self.meaning}
+                manifest.write(folder, step, table, own | {"extra": extra})
                 self._prune(step)
             self._written = step
         except BaseException as error:  # kept for the next wait(): a thread has nobody to raise to

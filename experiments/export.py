@@ -12,6 +12,7 @@ Exit codes: 0 written, 1 no good checkpoint, 2 wrong arguments.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import shutil
 import sys
@@ -87,7 +88,12 @@ def _read_config(workdir: pathlib.Path) -> RunConfig:
 
 def _read_parameters(workdir: pathlib.Path, config: RunConfig) -> tuple[int, Any]:
     say = lambda line: print(line, file=sys.stderr)  # noqa: E731
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", verify=config.checkpoint.verify, say=say)
+    checkpoints = checkpoint.Checkpoints(
+        workdir / "checkpoints",
+        verify=config.checkpoint.verify,
+        meaning={"model": dataclasses.asdict(config.model)},
+        say=say,
+    )
     try:
         restored = checkpoints.restore({"params": huggingface.shapes(config.model)}, partial=True)
     finally:

@@ -41,7 +41,7 @@ class Model:
     """
 
     def __init__(self, config: TuningConfig, base: Base, classes: tuple[str, ...]):
-        self.base, self.classes = base, classes
+        self.base, self.classes, self.adapter = base, classes, dataclasses.asdict(config.adapter)
         self.is_new_head = bool(classes) and base.classes != classes
         self.config = dataclasses.replace(base.config, classes=len(classes)) if base.is_vit else base.config
         self.net = (vit.Vit if base.is_vit else llama.Llama)(self.config)
@@ -67,6 +67,11 @@ class Model:
             return jax.tree.map(one, wanted)
 
         return params | jax.jit(draw, out_shardings=place(wanted))(jax.random.key(seed))
+
+    def meaning(self) -> dict[str, dict[str, Any]]:
+        """{section: {key: value}} without which the arrays of a run mean nothing."""
+        own = {"model": dataclasses.asdict(self.config), "description": {"classes": list(self.classes)}}
+        return own | {"adapter": self.adapter}
 
     def describe(self, data: TuningDataConfig) -> dict[str, Any]:
         """What `experiments.bases` reads back."""
@@ -188,6 +193,9 @@ class Finetuning(Task):
         else:
             whole = llama.flops_per_token(config, data.length) * data.batch_size * data.length
         return whole * 2 / 3 if self.parts.adapts else whole
+
+    def meaning(self):
+        return self.model.meaning()
 
     def headline(self):
         report = self.parts.report.replace("\n", "\n  ")

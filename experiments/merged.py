@@ -57,7 +57,7 @@ def _read(folder: pathlib.Path, config: TuningConfig, model: Model, place: Place
         frozen = parts.cut_off(model.with_head(params, config.run.seed, place))
     like, places = parts.abstract, parts.shardings(place(model.shapes))
     like, places = ({name: tree for name, tree in part.items() if name != "key"} for part in (like, places))
-    restored = bases.restored(folder, like, places)
+    restored = bases.restored(folder, like, places, model.meaning())
     if digest is not None and restored.extra["base"] != digest:
         raise ConfigurationError(
             f"base.source={config.base.source!r}: its parameters changed since {folder} was trained; restore them"
@@ -103,7 +103,9 @@ def export(workdir, output, form: str) -> pathlib.Path:
 
 
 def _write_run(output: pathlib.Path, description: dict, params) -> None:
-    checkpoints = checkpoint.Checkpoints(output / "checkpoints", say=lambda line: print(line, file=sys.stderr))
+    checkpoints = checkpoint.Checkpoints(
+        output / "checkpoints", meaning=bases.meaning(description), say=lambda line: print(line, file=sys.stderr)
+    )
     try:
         checkpoints.save(0, {"params": params})
     finally:

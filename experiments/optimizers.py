@@ -11,6 +11,7 @@ import optax
 
 import lowrank_jax as lr
 from experiments.configuration import LOWRANK, ConfigurationError, OptimizerConfig, ScheduleConfig
+from lowrank_jax.projection.learning_rate import LearningRateState
 
 
 def schedule(config: ScheduleConfig, learning_rate: float) -> optax.Schedule:
@@ -148,6 +149,14 @@ def views(stacked: bool) -> lr.Views:
 def skipped(state) -> jax.Array | int:
     """How many updates the optimizer refused because a gradient was not finite (0 when it does not watch for it)."""
     return sum(value for _, value in optax.tree.get_all_with_path(state, "skipped"))
+
+
+def done(state) -> int | None:
+    """How many updates an optimizer's state has seen, by its learning rate's count; None where it keeps none."""
+    counts = (LearningRateState, optax.ScaleByScheduleState)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, counts))
+    found = [node.count for node in nodes if isinstance(node, counts)]
+    return int(found[0]) + int(skipped(state)) if found else None
 
 
 def sides(state) -> dict[str, tuple[int, int]]:

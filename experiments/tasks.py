@@ -166,6 +166,10 @@ class Task:
         subject = f"data.name={self.config.data.name!r}: its tokens changed"
         return {"data": (self.dataset.fingerprint, subject, "restore them, or give another workdir")}
 
+    def meaning(self) -> dict[str, dict[str, Any]]:
+        """{section: {key: value}} without which a checkpoint's arrays mean nothing."""
+        raise NotImplementedError
+
     def files(self) -> dict[str, Any]:
         """{name: JSON} of what the run folder holds from the start."""
         return {}
@@ -244,6 +248,9 @@ class Pretraining(Task):
     def open_dataset(self, config: RunConfig) -> Any:
         """The tokens that the run trains on."""
         return folder.open_dataset(config)
+
+    def meaning(self):
+        return {"model": dataclasses.asdict(self.config.model)}
 
     def headline(self):
         parameters = llama.parameter_count(self.config.model)

@@ -31,6 +31,8 @@ from experiments import checkpoint, distributed, metrics, optimizers, runs
 from experiments import workdir as folder
 from experiments.configuration import ConfigurationError
 from experiments.tasks import Pretraining, Task
+from lowrank_jax.interop import documents
+from lowrank_jax.interop.documents import DocumentError
 
 # After so many updates in a row with a loss that is not finite, the run ends as "diverged".
 PATIENCE = 10
@@ -86,6 +88,17 @@ def run(
             return {"status": "stopped", "step": None, "steps": config.schedule.steps}
 
 
+def _problem(restored: checkpoint.Restored, noted) -> str | None:
+    """What is wrong with a step beyond what its manifest tells: its counters, and what was saved beside the arrays."""
+    shape = {"tokens": int, "seconds": float, "skipped": int} | dict.fromkeys(noted, object)
+    try:
+        documents.check(restored.extra, shape, where="what was saved beside the arrays")
+    except DocumentError as error:
+        return str(error)
+    done = optimizers.done(restored.tree["opt_state"])
+    return None if done in (None, restored.step) else f"its state has seen {done} updates"
+
+
 class _Training:
     """One run from start (or resumption) to end: the pieces that the loop shares."""
 
@@ -108,6 +121,7 @@ class _Training:
             verify=config.checkpoint.verify,
             config_digest=checkpoint.digest(folder.as_json(config)),
             sides=optimizers.sides(self.task.abstract["opt_state"]),
+            meaning=self.task.meaning(),
             say=self._announce,
         )
         writer = None
@@ -154,7 +168,7 @@ class _Training:
         # before the state needs memory
         noted = self.task.record() if distributed.joined() or self.checkpoints.steps() else {}
         self._compare({key: value for key, (value, _, _) in noted.items()}, noted, "from process 0 to this one")
-        restored = self.checkpoints.restore(self.task.abstract)
+        restored = self.checkpoints.restore(self.task.abstract, check=lambda restored: _problem(restored, noted))
         if restored is None:
             if distributed.leads():
                 metrics.truncate(self.workdir / "metrics.jsonl", -1)

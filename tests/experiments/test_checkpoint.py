@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import threading
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import checkpoint
+from experiments import checkpoint, manifest, outputs
 from experiments.checkpoint import CheckpointError, Checkpoints, DiskFullError, MismatchError
 
 
@@ -50,6 +51,19 @@ def store(tmp_path, lines):
     store = Checkpoints(tmp_path / "checkpoints", keep=2, say=lines.append)
     for step in (10, 20, 30):
         store.save(step, make_tree(step), {"tokens": 7 * step})
+    store.wait()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def counted(tmp_path, lines):
+    """Two steps whose states count their updates."""
+    store = Checkpoints(tmp_path / "checkpoints", keep=2, say=lines.append)
+    for step in (20, 30):
+        adam, empty, rest = (tree := make_tree(step))["opt_state"]
+        adam = (adam[0]._replace(count=jnp.asarray(step, jnp.int32)), *adam[1:])
+        store.save(step, tree | {"opt_state": (adam, empty, rest)}, {"tokens": 7 * step})
     store.wait()
     yield store
     store.close()
@@ -127,6 +141,102 @@ def test_damage_falls_back_and_says_so(store, lines, damage):
     assert len(lines) == 1 and str(folder) in lines[0]
 
 
+def resealed(folder, **entries):
+    """Change a manifest so that it matches its own digest."""
+    file = folder / checkpoint.MANIFEST
+    values = json.loads(file.read_text()) | entries
+    del values["digest"]
+    outputs.write_json(file, {**values, "digest": checkpoint.digest(values)})
+
+
+def put_halves(store):
+    """Float16 data where the manifest says float32."""
+    tree = jax.tree.map(lambda leaf: leaf.astype(jnp.float16) if leaf.dtype == jnp.float32 else leaf, make_tree(30))
+    leaves = json.loads((store.directory / "30" / checkpoint.MANIFEST).read_text())["leaves"]
+    store.save(40, tree)
+    store.wait()
+    resealed(store.directory / "40", leaves=leaves)
+
+
+def renumbered(store):
+    (store.directory / "30").rename(store.directory / "32")
+    return store.directory / "32"
+
+
+def no_manifest(store):
+    (store.directory / "30" / checkpoint.MANIFEST).unlink()
+    return store.directory / "30" / checkpoint.MANIFEST
+
+
+def written(store, data):
+    (store.directory / "30" / checkpoint.MANIFEST).write_bytes(data)
+
+
+# What is done to the newest step, and what is said of it.
+DISAGREEMENTS = {
+    "another number": (renumbered, "the folder 32 holds step 30"),
+    "another number, sealed": (lambda store: resealed(renumbered(store), step=32), "its state has seen 30 updates"),
+    "no files, sealed": (lambda store: resealed(store.directory / "30", files={}), "is not in manifest.json"),
+    "unlisted file": (lambda store: (store.directory / "30/state/d/0f").write_bytes(b""), "state/d/0f is not in"),
+    "array": (lambda store: written(store, b"[]"), r"is \[\], where an object is needed"),
+    "lacks a key": (lambda store: written(store, b"{}"), "has no 'format'"),
+    "encoding": (lambda store: written(store, b"\xff"), "is not UTF-8"),
+    "nesting": (lambda store: written(store, b"[" * 100_000), "nested deeper"),
+    "folder for a manifest": (lambda store: no_manifest(store).mkdir(), "is no file"),
+    "format, sealed": (lambda store: resealed(store.directory / "30", format=7), "has format 7, this program reads 1"),
+    "leaf, sealed": (lambda store: resealed(store.directory / "30", leaves={"a": [[2], 3]}), r"leaves\['a'\].* is 3"),
+    "leaves, sealed": (lambda store: resealed(store.directory / "30", leaves={}), "is stored but not in"),
+    "half precision": (put_halves, "is stored as float16.*says float32"),
+}
+
+
+def updates_done(restored):
+    """The state's own counter, as a run compares it."""
+    done = int(restored.tree["opt_state"][0][0].count)
+    return None if done == restored.step else f"its state has seen {done} updates"
+
+
+@pytest.mark.parametrize("kind", DISAGREEMENTS)
+def test_what_disagrees_is_damage_and_the_step_before_it_is_taken(counted, lines, kind):
+    damage, words = DISAGREEMENTS[kind]
+    damage(counted)
+    restored = counted.restore(abstract(make_tree()), check=updates_done)
+    assert (restored.step, kernel(restored)) in ((20, 20), (30, 30))
+    assert restored.step == (30 if kind == "half precision" else 20)
+    assert any(re.search(words, line) and line.endswith("passed over") for line in lines), lines
+
+
+def test_swapped_folders_are_both_damage(counted, lines):
+    for source, target in (("30", "x"), ("20", "30"), ("x", "20")):
+        (counted.directory / source).rename(counted.directory / target)
+    with pytest.raises(CheckpointError, match=r"damaged: \[30, 20\]"):
+        counted.restore(abstract(make_tree()), check=updates_done)
+    assert "the folder 30 holds step 20" in lines[0] and "the folder 20 holds step 30" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "030", "+30", "1e3", "30.orbax", "-1", "40"])
+def test_a_name_that_no_save_writes_is_no_step(store, name):
+    (store.directory / name).write_text("a file") if name == "40" else (store.directory / name).mkdir()
+    assert store.steps() == [30, 20]
+    assert store.restore(abstract(make_tree())).step == 30
+    assert checkpoint.stored_sides(store.directory) == {}
+
+
+def test_another_meaning_of_the_same_shapes_is_refused(tmp_path):
+    """How many heads share a kernel does not show in its shape."""
+    store = Checkpoints(tmp_path, meaning={"model": {"heads": 4, "rope": (1, 2)}})
+    save_and_wait(store, 1)
+    again = Checkpoints(tmp_path, meaning={"model": {"heads": 4, "rope": (1, 2), "newer": 3}})
+    assert again.restore(abstract(make_tree())).step == 1
+    other = Checkpoints(tmp_path, meaning={"model": {"heads": 2}})
+    with pytest.raises(MismatchError, match="was written with model.heads=4, the configuration now says 2"):
+        other.restore(abstract(make_tree()))
+    values = json.loads((tmp_path / "1" / checkpoint.MANIFEST).read_text())
+    del values["meaning"], values["digest"]  # as older runs wrote it
+    outputs.write_json(tmp_path / "1" / checkpoint.MANIFEST, {**values, "digest": checkpoint.digest(values)})
+    assert other.restore(abstract(make_tree())).step == 1
+
+
 def test_nothing_finished_is_a_fresh_start_but_nothing_sound_is_an_error(store, tmp_path):
     for step in (20, 30):
         largest_file(store, step).write_bytes(b"")
@@ -198,8 +308,8 @@ def test_full_disk_names_the_folder_and_keeps_the_last_good_step(store, monkeypa
 def test_manifest_is_written_after_the_arrays(store, monkeypatch):
     """A process killed while orbax writes leaves a folder without a manifest."""
     gate = threading.Event()
-    checksums = checkpoint._checksums
-    monkeypatch.setattr(checkpoint, "_checksums", lambda folder: gate.wait(30) and checksums(folder))
+    checksums = manifest.checksums
+    monkeypatch.setattr(manifest, "checksums", lambda folder, names: gate.wait(30) and checksums(folder, names))
     store.save(40, make_tree(40))
     assert not (store.directory / "40" / checkpoint.MANIFEST).exists()
     assert store.steps() == [40, 30, 20]  # nothing is pruned for the sake of an unfinished step

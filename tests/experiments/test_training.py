@@ -152,23 +152,32 @@ def test_a_crashed_run_resumes_bitwise(folder, whole, monkeypatch, name):
     runs.assert_bitwise_equal(expected, workdir)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_alike(folder, whole, monkeypatch):
+@pytest.mark.parametrize("damage", ["bit", "number", "counter"])
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_alike(folder, whole, monkeypatch, damage):
     config = runs.tiny(folder, run={"trigram": True, "sample_tokens": 4})
-    workdir = folder / "damaged"
+    workdir = folder / f"damaged {damage}"
     with monkeypatch.context() as patch:
         crash_after(patch, 10)
         with pytest.raises(Crash):
             training.run(config, workdir, verbose=False)
-    victim = max(
-        (workdir / "checkpoints" / "8" / "state").rglob("*"),
-        key=lambda path: path.stat().st_size if path.is_file() else 0,
-    )
-    data = bytearray(victim.read_bytes())
-    data[-100] ^= 16
-    victim.write_bytes(data)
+    newest, number = workdir / "checkpoints" / "8", 8
+    if damage == "bit":
+        files = [path for path in (newest / "state").rglob("*") if path.is_file()]
+        victim = max(files, key=lambda path: path.stat().st_size)
+        data = bytearray(victim.read_bytes())
+        data[-100] ^= 16
+        victim.write_bytes(data)
+    else:
+        number = 9
+        newest = newest.rename(workdir / "checkpoints" / "9")
+    if damage == "counter":  # even where somebody has sealed it anew
+        values = json.loads((newest / checkpoint.MANIFEST).read_text()) | {"step": 9}
+        del values["digest"]
+        checkpoint.write_json(newest / checkpoint.MANIFEST, {**values, "digest": checkpoint.digest(values)})
     training.run(config, workdir, verbose=False)
     texts = " ".join(runs.notes(workdir))
-    assert f"{workdir}/checkpoints/8: damaged" in texts
+    words = {"bit": "file state/", "number": "the folder 9 holds step 8", "counter": "its state has seen 8 updates"}
+    assert f"{workdir}/checkpoints/{number}: damaged, {words[damage]}" in texts
     assert "resumed from the checkpoint of step 4" in texts
     runs.assert_bitwise_equal(whole[0], workdir)
 
@@ -384,12 +393,12 @@ def test_metrics_file_survives_a_line_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
     writer = metrics.Metrics(path)
     for step in range(1, 6):
-        writer.write("train", step=step, loss=jnp.float32(step), bad=float("nan"))
+        writer.write("train", step=step, loss=jnp.float32(step), seconds=1.0, bad=float("nan"))
     writer.close()
     with open(path, "a") as file:
         file.write('{"kind": "train", "st')
     assert [row["step"] for row in metrics.read(path)] == [1, 2, 3, 4, 5]
-    assert metrics.read(path)[0] == {"kind": "train", "step": 1, "loss": 1.0, "bad": None}
+    assert metrics.read(path)[0] == {"kind": "train", "step": 1, "loss": 1.0, "seconds": 1.0, "bad": None}
     assert metrics.truncate(path, 3) == 2
     writer = metrics.Metrics(path)
     writer.write("train", step=4, loss=0.5)

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import updates
+from experiments import configuration, optimizers, updates
 
+METHODS = {name: {"rank": 2} if "adamw" != name != "sgd" else {} for name in configuration.OPTIMIZERS}
 ROWS = np.arange(8.0, dtype=np.float32)
 
 
@@ -16,6 +17,21 @@ def sums(params, batch, rest, shift):
     noise = jax.random.normal(rest["key"], batch["x"].shape)
     values = params["w"] * (batch["x"] + shift + rest["fixed"] + noise)
     return jnp.sum(values * batch["weights"]), jnp.sum(batch["weights"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_state_of_every_method_counts_its_updates(name):
+    """By which a checkpoint's state is compared with its folder; a skipped update counts, too."""
+    config = configuration.OptimizerConfig(name=name, **METHODS[name])
+    rate = optimizers.schedule(configuration.ScheduleConfig(steps=10), 0.1)
+    optimizer = optimizers.build(config, rate, stacked=False, seed=0)
+    params = {"layer_0": {"kernel": jnp.eye(4, 8)}, "bias": jnp.ones(3)}
+    state = optimizer.init(params)
+    assert optimizers.done(state) == 0
+    for number, value in enumerate((1.0, jnp.nan, 2.0), 1):
+        gradient = jax.tree.map(lambda leaf, value=value: jnp.full_like(leaf, value), params)
+        _, state = optimizer.update(gradient, state, params)
+        assert optimizers.done(state) == number
 
 
 def recording():
