@@ -20,8 +20,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
-from experiments import checkpoint, runs
+from experiments import outputs, runs
+from experiments.benchmarks import commandline
 from lowrank_jax.interop import documents
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -223,8 +225,13 @@ def _next(done: dict[Key, dict], running: list[Key]) -> Key | None:
     return min(ready, key=lambda key: (key[2] > 0, started.count(key[0])), default=None)
 
 
-def queue(root: pathlib.Path, *, steps: int, workers: int, budget_hours: float, results: pathlib.Path) -> dict:
-    """Runs what is wanted until nothing is, or the budget is spent; writes the results after every run."""
+def queue(
+    root: pathlib.Path, *, steps: int, workers: int, budget_hours: float, results: pathlib.Path, replace: bool = False
+) -> dict:
+    """Runs what is wanted until nothing is, or the budget is spent; writes the results after every run.
+
+    `results` is replaced only by at least what it holds, or where `replace` says so (`outputs.write_result`).
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
     root.mkdir(parents=True, exist_ok=True)
     clock = root / "spent_hours"
@@ -265,10 +272,11 @@ def queue(root: pathlib.Path, *, steps: int, workers: int, budget_hours: float, 
                 stop()
                 raise SystemExit(f"{key} failed with exit code {process.returncode}; its folder is {folder(root, key)}")
             spent = before + (time.monotonic() - begin) / 3600
-            checkpoint.write_json(clock, spent)
-            write(collect(finished(root), steps, spent, budget_hours, timed(root)), results)
+            outputs.write_json(clock, spent)
+            result = collect(finished(root), steps, spent, budget_hours, timed(root))
+            outputs.write_result(results, result, replace=replace)
     result = collect(finished(root), steps, before + (time.monotonic() - begin) / 3600, budget_hours, timed(root))
-    write(result, results)
+    outputs.write_result(results, result, replace=replace)
     return result
 
 
@@ -284,46 +292,41 @@ def read_known(path: pathlib.Path) -> dict:
     return documents.read(path, {"finished": {str: run}}, remedy="give the evidence.json of an earlier study")
 
 
-def write(result: dict, path: pathlib.Path) -> None:
-    """JSON, put in place whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def main() -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=pathlib.Path, default=pathlib.Path("runs/evidence"), help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=1000, help="updates of a run")
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs side by side")
-    parser.add_argument("--budget-hours", type=float, default=2.0, help="no run starts after this")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--root", type=commandline.folder, default="runs/evidence", help="folder of the runs")
+    parser.add_argument("--steps", type=commandline.count, default=1000, help="updates of a run")
+    workers = min(2, os.cpu_count() or 1)
+    parser.add_argument("--workers", type=commandline.count, default=workers, help="runs side by side")
+    parser.add_argument("--budget-hours", type=commandline.positive, default=2.0, help="no run starts after this")
+    parser.add_argument("--results", type=commandline.file, default=str(RESULTS), help="(default: %(default)s)")
+    commandline.add_replace(parser)
     parser.add_argument("--known", type=pathlib.Path, help="earlier results whose runs are not repeated")
     parser.add_argument(
         "--time", action="store_true", help="time one step of each method first, with nothing beside it"
     )
     parser.add_argument("--run", nargs=3, metavar=("METHOD", "LR", "SEED"), help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.run:
         method, rate, seed = options.run
         worker(options.root, (method, float(rate), int(seed)), options.core, options.steps)
         return
-    options.root.mkdir(parents=True, exist_ok=True)
     if options.known:
-        write(read_known(options.known), options.root / "known.json")
+        outputs.write_json(options.root / "known.json", read_known(options.known))
     if options.time:
         command = "import json, experiments.evidence as e; print(json.dumps(e.time_steps()))"
         output = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout
-        write(json.loads(output.splitlines()[-1]), options.root / "step_seconds.json")
+        outputs.write_json(options.root / "step_seconds.json", json.loads(output.splitlines()[-1]))
     result = queue(
         options.root,
         steps=options.steps,
         workers=options.workers,
         budget_hours=options.budget_hours,
         results=options.results,
+        replace=options.replace,
     )
     for row in result["rows"]:
         loss = f"loss {row['validation_loss']:.4f}, max - min {row['spread']:.4f}"
@@ -331,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

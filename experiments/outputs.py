@@ -124,7 +124,7 @@ def _more(path: pathlib.Path, result: Mapping[str, Any]) -> str | None:
         there = documents.read(path, dict)
     except DocumentError as error:
         return f"what cannot be compared ({error})"
-    for key, value in there.items():
+    for key, value in sorted(there.items(), key=lambda entry: not isinstance(entry[1], list)):
         if key in SUBJECT and value != result.get(key):
             return f"{key} {value!r}, where this one has {result.get(key)!r}"
         found = lacking(value, result.get(key), key)

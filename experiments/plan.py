@@ -19,6 +19,7 @@ candidates (--noadvise leaves that out).
 Exit codes: 0 everything fits, 1 something does not or failed, 2 wrong configuration, 130 interrupted.
 """
 
+import io
 import math
 import pathlib
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from experiments import arguments, configuration, optimizers
+from experiments import arguments, configuration, optimizers, outputs
 from experiments.configuration import ConfigurationError
 from experiments.metrics import format_bytes
 from experiments.planning import advice, cases, queue, report
@@ -51,6 +52,9 @@ def run(config: configuration.RunConfig) -> int:
     topologies = [*TOPOLOGIES.value, *([TOPOLOGY.value] if TOPOLOGY.value else [])]
     if not topologies:
         raise ConfigurationError("topology=None: name a target, such as --topology=v5e:4x4, h200 or cpu:8")
+    for flag in (JSON, PLOT, CACHE):
+        if flag.value:
+            outputs.check(flag.name, flag.value, is_folder=False)
     meshes = [text for text in MESHES.value.split(";") if text.strip()]
     listed, notes = cases.product(
         config, topologies, meshes=meshes, optimizers=OPTIMIZERS.value, backprops=BACKPROP.value, execute=EXECUTE.value
@@ -73,9 +77,11 @@ def run(config: configuration.RunConfig) -> int:
     if ADVISE.value and len(listed) == 1 and rows and rows[0].get("fits") is False:
         found["advice"] = _advise(listed[0], rows[0], cache, memory)
     if JSON.value:
-        queue.write_json(pathlib.Path(JSON.value), found)
+        outputs.write_json(JSON.value, found)
     if PLOT.value and any("error" not in row for row in rows):
-        report.figure(rows).savefig(PLOT.value)
+        buffer = io.BytesIO()
+        report.figure(rows).savefig(buffer, format="png")
+        outputs.write_bytes(PLOT.value, buffer.getvalue())
     if len(rows) < len(listed):
         return 130
     return int(any("error" in row or row["fits"] is False for row in rows))

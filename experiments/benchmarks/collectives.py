@@ -19,12 +19,10 @@ devices divide; at a power step it sends least at the papers' rank, a quarter of
 other two at small ranks. An exact SVD has no divided form: each matrix is gathered, however it lies.
 """
 
-import argparse
-import json
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,8 +30,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 import lowrank_jax as lr
-from experiments import collectives
-from experiments.benchmarks import workload
+from experiments import collectives, outputs
+from experiments.benchmarks import commandline, workload
 from experiments.models import axes, llama
 from lowrank_jax import meshes, sharding
 
@@ -94,13 +92,12 @@ def measure(preset: str) -> dict[str, Any]:
     return {"preset": preset, "devices": DEVICES, "rows": rows}
 
 
-def main(arguments: list[str] | None = None) -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """Compiles on eight fake devices, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="60M")
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/collectives.json"))
-    words = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(words)
+    parser = commandline.parser(__doc__, "experiments/results/collectives.json")
+    parser.add_argument("--preset", type=commandline.preset, default="60M")
+    options, words = parser.parse_args(arguments), [*arguments]
     flag = f"--xla_force_host_platform_device_count={DEVICES}"
     if jax.device_count() < DEVICES and flag not in os.environ.get("XLA_FLAGS", ""):
         environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}", "JAX_PLATFORMS": "cpu"}
@@ -112,9 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     for row in result["rows"]:
         case = f"{row['projector']}, rank {row['rank']}"
         print(f"{case:<28}" + "".join(f"{row['received'][way] / 2**20:>14.2f}" for way in WAYS))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    outputs.write_result(options.output, result, replace=options.replace)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,12 +9,9 @@ orthonormal one that moves after the update, so that every step takes low-rank g
 step reduces what AdamW's does.
 """
 
-import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,8 +19,8 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_jax as lr
-from experiments import collectives
-from experiments.benchmarks import training_step, workload
+from experiments import collectives, outputs
+from experiments.benchmarks import commandline, training_step, workload
 from experiments.models import axes, llama
 from lowrank_jax import meshes
 
@@ -83,13 +80,12 @@ def measure(preset: str, length: int = 64, parts: Sequence[int] = (4, 8, 16)) ->
     return {"preset": preset, "devices": DEVICES, "rows": rows}
 
 
-def main(arguments: list[str] | None = None) -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """Compiles on eight fake devices, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="60M")
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/data_parallel.json"))
-    words = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(words)
+    parser = commandline.parser(__doc__, "experiments/results/data_parallel.json")
+    parser.add_argument("--preset", type=commandline.preset, default="60M")
+    options, words = parser.parse_args(arguments), [*arguments]
     flag = f"--xla_force_host_platform_device_count={DEVICES}"
     if jax.device_count() < DEVICES and flag not in os.environ.get("XLA_FLAGS", ""):
         environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}", "JAX_PLATFORMS": "cpu"}
@@ -101,9 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
         total, blocks = (row[name] / 2**20 for name in ("bytes", "block_bytes"))
         gathered = f", gathered {row['gathered_bytes'] / 2**20:.2f}" if row["gathered_bytes"] else ""
         print(f"{row['case']:<24}{total:>10.2f} MiB, kernels of the blocks {blocks:.2f}{gathered}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    outputs.write_result(options.output, result, replace=options.replace)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

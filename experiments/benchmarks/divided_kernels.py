@@ -13,7 +13,8 @@ library's own with products="xla", under the same `meshes.use`.
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lr
-from experiments import collectives
+from experiments import collectives, outputs
+from experiments.benchmarks import commandline
 from experiments.benchmarks import kernels as single
 from experiments.benchmarks.kernel_cases import thin_linear
 from experiments.planning import hlo, targets
@@ -154,8 +156,13 @@ def _scores(mesh, shape, form):
     return measured(run, (abstract(mesh, shape, "float32", "fsdp", None),), NamedSharding(mesh, PartitionSpec()))
 
 
-def main() -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """Compiles every program and replaces the rows."""
+    parser = commandline.parser(__doc__)
+    commandline.add_replace(parser)
+    options = parser.parse_args(arguments)
+    outputs.check("output", single.RESULTS, is_folder=False)
     target = targets.parse(TARGET)
     single.with_environment(target, "experiments.benchmarks.divided_kernels")
     found = []
@@ -164,8 +171,8 @@ def main() -> None:
         print(json.dumps(found[-1]), flush=True)
     data = documents.read(single.RESULTS, {"rows": [dict]})
     data["divided"] = {"command": "python -m experiments.benchmarks.divided_kernels", "rows": found}
-    single.RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+    outputs.write_result(single.RESULTS, data, replace=options.replace)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,19 +15,21 @@ time on a device is not measured. What is compared stands in `experiments/benchm
     fast_bytes    of one tile: VMEM, or shared memory, by the kernel's own formula
 """
 
-import argparse
 import importlib
 import json
 import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from experiments import outputs
+from experiments.benchmarks import commandline
 from experiments.benchmarks.kernel_cases.base import Case
 from experiments.planning import targets
 from lowrank_jax.interop import documents
@@ -96,26 +98,29 @@ def with_environment(target: targets.Target, module: str) -> None:
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | missing)
 
 
-def main() -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """Compiles both programs for each case and replaces the rows of target and kernel."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commandline.parser(__doc__)
+    commandline.add_replace(parser)
     parser.add_argument("--target", required=True, help="v5e:2x2, v6e:2x2, v5p:2x2x1, h100 or h200")
     parser.add_argument("--kernel", choices=KERNELS, help="one kernel only")
-    arguments = parser.parse_args()
-    target = targets.parse(arguments.target)
+    options = parser.parse_args(arguments)
+    outputs.check("output", RESULTS, is_folder=False)
+    target = targets.parse(options.target)
     if target.kind == "cpu" or target.chip not in _platform.CHIPS:
         parser.error(f"--target {target.name}: there is no kernel for it; one of {tuple(_platform.CHIPS)}")
     with_environment(target, "experiments.benchmarks.kernels")
     device, kind = target.devices()[0], "tpu" if target.kind == "tpu" else "gpu"
-    for kernel in (arguments.kernel,) if arguments.kernel else KERNELS:
+    for kernel in (options.kernel,) if options.kernel else KERNELS:
         module, rows = importlib.import_module(f"experiments.benchmarks.kernel_cases.{kernel}"), []
         for case in module.cases(kind, target.chip):
             rows.append({"target": target.name, "kernel": kernel} | row(case, device))
             print(json.dumps(rows[-1]), flush=True)
         data = documents.read(RESULTS, {"rows": [dict]})
         data["rows"] = [r for r in data["rows"] if (r["target"], r["kernel"]) != (target.name, kernel)] + rows
-        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+        outputs.write_result(RESULTS, data, replace=options.replace)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,15 +23,12 @@ whole on every chip, as that function says, or "split" along the dimension that 
 time.
 """
 
-import argparse
 import dataclasses
-import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -42,7 +39,8 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as Spec
 
 import lowrank_jax as lr
-from experiments.benchmarks import tpu_programs, training_step, workload
+from experiments import outputs
+from experiments.benchmarks import commandline, tpu_programs, training_step, workload
 from experiments.models import llama
 from experiments.planning.targets import RTX_4090
 from lowrank_jax.interop import documents
@@ -238,15 +236,14 @@ def pod(preset: str, length: int) -> Iterator[dict[str, Any]]:
 PARTS: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]] = {"card": card, "slice": pod}
 
 
-def main(arguments: list[str] | None = None) -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """Compiles the rows of one part, prints them and puts them into the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commandline.parser(__doc__, "experiments/results/memory_7b.json")
     parser.add_argument("--part", choices=tuple(PARTS), required=True)
-    parser.add_argument("--preset", default="7B")
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/memory_7b.json"))
-    words = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(words)
+    parser.add_argument("--preset", type=commandline.preset, default="7B")
+    parser.add_argument("--length", type=commandline.count, default=2048)
+    options, words = parser.parse_args(arguments), [*arguments]
     needed = tpu_programs.ENVIRONMENT if options.part == "slice" else {"JAX_PLATFORMS": "cpu"}
     if any(os.environ.get(name) != value for name, value in needed.items()):
         command = [sys.executable, "-m", "experiments.benchmarks.memory_7b", *words]
@@ -257,10 +254,9 @@ def main(arguments: list[str] | None = None) -> None:
         print({name: f"{v / 2**30:.2f}" if name.endswith("bytes") else v for name, v in row.items()}, flush=True)
     result = documents.read(options.output, dict) if options.output.exists() else {}
     result |= {"command": "python -m experiments.benchmarks.memory_7b", "device": "RTX 4090", "slice": SLICE,
-               "length": options.length, f"{options.part}_rows": rows}  # fmt: skip
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+               "preset": options.preset, "length": options.length, f"{options.part}_rows": rows}  # fmt: skip
+    outputs.write_result(options.output, result, replace=options.replace)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

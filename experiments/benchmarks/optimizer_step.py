@@ -17,19 +17,18 @@ Aims: normal < 1.2 (own arithmetic + traffic); normal < `optax.contrib.galore`'s
 < 3 normal; TPU programs of their refreshes, and of random bases', < 5 MB.
 """
 
-import argparse
 import datetime
-import json
 import re
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import lowrank_jax as lr
-from experiments.benchmarks import timing, tpu_programs, workload
+from experiments import outputs
+from experiments.benchmarks import commandline, timing, tpu_programs, workload
 
 SLACK, NORMAL_STEPS = 1.2, 3.0
 
@@ -228,14 +227,15 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="60M")
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/optimizer_step.json"))
-    parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--refresh_repetitions", type=int, default=3)
-    parser.add_argument("--only", default="", help="pattern of optimizers; AdamW and optax.contrib.galore always run")
+    parser = commandline.parser(__doc__, "experiments/results/optimizer_step.json")
+    parser.add_argument("--preset", type=commandline.preset, default="60M")
+    parser.add_argument("--repetitions", type=commandline.count, default=15)
+    parser.add_argument("--refresh_repetitions", type=commandline.count, default=3)
+    help_only = "pattern of optimizers; AdamW and optax.contrib.galore always run"
+    parser.add_argument("--only", type=commandline.pattern, default="", help=help_only)
     parser.add_argument("--notpu", action="store_true", help="leave out the TPU programs")
     options = parser.parse_args(arguments)
     result = benchmark(
@@ -245,16 +245,15 @@ def main(arguments: list[str] | None = None) -> None:
         only=options.only,
         tpu=not options.notpu,
     )
-    words = " ".join(sys.argv[1:] if arguments is None else arguments)
+    words = " ".join(arguments)
     result = {
         "command": f"python -m experiments.benchmarks.optimizer_step {words}".strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": timing.machine(),
     } | result
     print(table(result))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    outputs.write_result(options.output, result, replace=options.replace)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

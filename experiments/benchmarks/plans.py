@@ -14,14 +14,15 @@ read the whole gradient, so that for them it is the full one. 256-way data paral
 because AdamW's replicated state does not fit a v5e.
 """
 
-import argparse
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import configuration
+from experiments import configuration, outputs
+from experiments.benchmarks import commandline
 from experiments.configs import llama_1b, llama_7b
 from experiments.planning import queue, report
 from experiments.planning.cases import Case, with_mesh, with_optimizer
@@ -163,11 +164,13 @@ def collect(rows: dict[str, dict[str, Any]], failed: dict[str, str]) -> dict[str
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget_minutes", type=float, default=60.0, help="no program is begun after this")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser = commandline.parser(__doc__, OUTPUT)
+    parser.add_argument(
+        "--budget_minutes", type=commandline.positive, default=60.0, help="no program is begun after this"
+    )
     parser.add_argument("--python_tpu", help="an interpreter with libtpu")
     parser.add_argument("--python_cuda", help="an interpreter with the CUDA plugin")
     parser.add_argument("--only", default="", help="only cases whose words contain this")
@@ -191,9 +194,9 @@ def main(arguments: list[str] | None = None) -> None:
         except (CompileError, configuration.ConfigurationError) as error:
             failed[identity(one)] = str(error)
             print(f"    failed: {error}", flush=True)
-        queue.write_json(options.output, collect(rows, failed))
+        outputs.write_result(options.output, collect(rows, failed), replace=options.replace)
     final = collect(rows, failed)
-    queue.write_json(options.output, final)
+    outputs.write_result(options.output, final, replace=options.replace)
     print(report.table(final["rows"]))
     for aim in final["aims"]:
         print(aim)
@@ -201,4 +204,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,7 +36,7 @@ About a minute on one core for a run. A finished run is kept under `--root` and 
 starts, and the table says what is missing.
 """
 
-import argparse
+import io
 import os
 import statistics
 import sys
@@ -50,8 +50,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lowrank_jax as lr
-from experiments import checkpoint, configuration, optimizers, updates, workdir
-from experiments.benchmarks import timing
+from experiments import configuration, optimizers, outputs, updates, workdir
+from experiments.benchmarks import commandline, timing
 from experiments.models import llama
 from lowrank_jax.interop import documents
 
@@ -209,7 +209,7 @@ def queue(root: Path, keys: Sequence[Key], steps: int, budget_minutes: float, ru
         print(f"[{spent:.1f} min] {number + 1} of {len(keys)}: {refresh} every {period}, seed {seed}", flush=True)
         begin = time.process_time()
         result = run(configured(refresh, period, seed, steps))
-        checkpoint.write_json(path, result | {"cpu_minutes": (time.process_time() - begin) / 60})
+        outputs.write_json(path, result | {"cpu_minutes": (time.process_time() - begin) / 60})
     return sum(_read(other)["cpu_minutes"] for other in root.glob("*.json"))
 
 
@@ -261,20 +261,20 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set(title=f"refresh every {period} updates", xlabel="update", ylabel="energy of the next window, of SVD's")
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
         axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    outputs.write_bytes(path, buffer.getvalue())
 
 
-def main(arguments: list[str] | None = None) -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """Makes what is missing, prints the rows, writes JSON and figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs/refresh_subspaces"), help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=600, help="updates of a run")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="runs of each row")
-    parser.add_argument("--budget_minutes", type=float, default=12.0, help="no run starts after this")
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/refresh_subspaces.json"))
-    words = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(words)
+    parser = commandline.parser(__doc__, "experiments/results/refresh_subspaces.json")
+    parser.add_argument("--root", type=commandline.folder, default="runs/refresh_subspaces", help="folder of the runs")
+    parser.add_argument("--steps", type=commandline.count, default=600, help="updates of a run")
+    parser.add_argument("--seeds", type=commandline.count, default=len(SEEDS), help="runs of each row")
+    parser.add_argument("--budget_minutes", type=commandline.positive, default=12.0, help="no run starts after this")
+    options, words = parser.parse_args(arguments), [*arguments]
     workdir.use_compile_cache()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -289,8 +289,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{row['refresh']:<12}{row['period']:>4}  angles {row['largest_angle']:.1f}, {row['median_angle']:.1f}  "
               f"energy {row['step_share']:.3f}, window {row['window_share']:.3f}  loss {losses}")  # fmt: skip
     plot(rows, options.root / "subspaces.png")
-    checkpoint.write_json(options.output, result)
+    outputs.write_result(options.output, result, replace=options.replace)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,12 +14,11 @@ Replaces the target's rows in `experiments/results/tapped_bounds.json`. "forward
                                where it is largest
 """
 
-import argparse
 import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from experiments import outputs
+from experiments.benchmarks import commandline
 from experiments.benchmarks.kernels import traffic
 from experiments.planning import targets
 from lowrank_jax.interop import documents
@@ -117,12 +118,15 @@ def rows(target: targets.Target) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
-def main() -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """Replaces the rows of a target."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commandline.parser(__doc__)
+    commandline.add_replace(parser)
     parser.add_argument("--target", required=True, help="v5e:2x2, v6e:2x2, v5p:2x2x1, h100 or h200")
-    arguments = parser.parse_args()
-    target = targets.parse(arguments.target)
+    options = parser.parse_args(arguments)
+    outputs.check("output", RESULTS, is_folder=False)
+    target = targets.parse(options.target)
     if target.chip not in BANDWIDTH:
         parser.error(f"--target {target.name}: no bandwidth is noted for it; one of {tuple(BANDWIDTH)}")
     missing = {k: v for k, v in target.environment().items() if os.environ.get(k) != v}
@@ -137,8 +141,8 @@ def main() -> None:
     data["command"] = "python -m experiments.benchmarks.tapped_bounds --target TARGET"
     data["time on a device"] = "not measured"
     data["rows"] = [row for row in data["rows"] if row["target"] != target.name] + found
-    RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+    outputs.write_result(RESULTS, data, replace=options.replace)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,6 @@ compiler's plugin and its environment variables do not belong in a process that 
 takes minutes and hundreds of megabytes.
 """
 
-import argparse
 import importlib.util
 import json
 import math
@@ -15,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import lowrank_jax as lr
-from experiments.benchmarks import workload
+from experiments.benchmarks import commandline, workload
 from experiments.planning.targets import TPU_ENVIRONMENT as ENVIRONMENT
 
 TOPOLOGY = "v5e:2x2"
@@ -108,13 +107,14 @@ def measure(preset: str, python: str | None = None) -> dict[str, Any]:
     return {"rows": [json.loads(line) for line in run.stdout.splitlines()], "topology": TOPOLOGY, "reason": None}
 
 
-def main() -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """Prints a line of JSON for each row, as soon as it is known."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="60M")
-    for row in rows(parser.parse_args().preset):
+    parser = commandline.parser(__doc__)
+    parser.add_argument("--preset", type=commandline.preset, default="60M")
+    for row in rows(parser.parse_args(arguments).preset):
         print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

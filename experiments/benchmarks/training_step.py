@@ -18,13 +18,11 @@ over 200 steps. `losses` runs 200 updates of the nano preset on the
 standard library's source twice, with projected and with full gradients and the same clip rule.
 """
 
-import argparse
 import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,8 +32,8 @@ import numpy as np
 import optax
 
 import lowrank_jax as lr
-from experiments import configuration, updates, workdir
-from experiments.benchmarks import timing, workload
+from experiments import configuration, outputs, updates, workdir
+from experiments.benchmarks import commandline, timing, workload
 from experiments.models import llama
 from experiments.optimizers import METHODS
 
@@ -295,21 +293,23 @@ def aims(preset: str, tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark, prints it and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="60M")
-    parser.add_argument("--batch", type=int, default=4, help="sequences")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--parts", type=int, nargs="+", default=[4, 8, 16], help="ranks: the width over these")
+    parser = commandline.parser(__doc__, "experiments/results/training_step_60M.json")
+    parser.add_argument("--preset", type=commandline.preset, default="60M")
+    parser.add_argument("--batch", type=commandline.count, default=4, help="sequences")
+    parser.add_argument("--length", type=commandline.count, default=256, help="tokens of a sequence")
+    parser.add_argument("--repetitions", type=commandline.count, default=9)
+    parser.add_argument(
+        "--parts", type=commandline.count, nargs="+", default=[4, 8, 16], help="ranks: the width over these"
+    )
     parser.add_argument("--nolosses", action="store_true", help="leave out the 200 updates of nano")
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/training_step_60M.json"))
     options = parser.parse_args(arguments)
     size = (options.preset, options.batch, options.length, options.repetitions)
     parts = tuple(options.parts)
     tables = [table(*size, head=head, contrib=head, parts=parts) for head in (True, False)]
-    words = " ".join(sys.argv[1:] if arguments is None else arguments)
+    words = " ".join(arguments)
     result = {
         "command": f"python -m experiments.benchmarks.training_step {words}".strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -334,9 +334,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(
             f"{aim['aim']:<36}{aim['of']:<70}{aim['value']:.3f} <= {aim['bound']} {'met' if aim['met'] else 'missed'}"
         )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    outputs.write_result(options.output, result, replace=options.replace)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -87,14 +87,6 @@ def _drop_torn(path: Path) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """JSON, put in place whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
-
-
 class CompileError(RuntimeError):
     """A case whose process failed; the message is its last line."""
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from experiments import configuration, evidence, tables
+from experiments import configuration, evidence, outputs, tables
 from tests.experiments.commands import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_markers_without_a_table_are_errors(tmp_path):
 
 def test_known_results_are_not_repeated(tmp_path):
     done, _ = finish(lambda rate: abs(math.log(rate / 3e-3)))
-    evidence.write(evidence.collect(done, 1000, 1.0, 2.0, {}), tmp_path / "known.json")
+    outputs.write_json(tmp_path / "known.json", evidence.collect(done, 1000, 1.0, 2.0, {}))
     again = evidence.finished(tmp_path)
     assert {key: evidence.loss_of(s) for key, s in again.items()} == {k: evidence.loss_of(s) for k, s in done.items()}
     assert evidence.wanted(again, "AdamW") == []
@@ -107,6 +107,6 @@ def test_the_queue_stops_and_goes_on(tmp_path):
     process.communicate(timeout=120)
     first = json.loads((tmp_path / "evidence.json").read_text())
     assert process.returncode == 0 and first["runs"] >= 1
-    again = subprocess.run([*command, "--budget-hours", "0"], cwd=ROOT, env=environment, timeout=120, check=False)
+    again = subprocess.run([*command, "--budget-hours", "1e-9"], cwd=ROOT, env=environment, timeout=120, check=False)
     assert again.returncode == 0
     assert json.loads((tmp_path / "evidence.json").read_text())["runs"] == first["runs"]

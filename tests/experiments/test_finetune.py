@@ -14,6 +14,7 @@ from experiments.bases import open_base
 from experiments.configuration import ConfigurationError
 from experiments.data.tokenizer import ByteTokenizer
 from experiments.models import huggingface, llama
+from experiments.runs import read_summary
 from experiments.tuning_configuration import BaseConfig
 from tests.experiments import runs, tuning
 
@@ -86,7 +87,7 @@ def test_a_run_records_what_it_did(folder, whole):
     # before the first update the base's domain is what the base's own last evaluation saw
     before = json.loads((folder / "base" / "summary.json").read_text())["validation_loss"]
     assert summary["domain_loss_before"] == pytest.approx(before, rel=1e-5)
-    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert read_summary(workdir / "summary.json") == summary
     ledger = {row["component"]: row["bytes_measured"] for row in json.loads((workdir / "ledger.json").read_text())}
     assert ledger["parameters"] == 4 * trained
     assert ledger["frozen model"] == 4 * summary["parameters"]

@@ -17,6 +17,7 @@ from experiments import workdir as folders
 from experiments.configuration import ConfigurationError
 from experiments.data import ngram
 from experiments.data.tokenizer import ByteTokenizer
+from experiments.runs import read_summary
 from tests.experiments import runs
 
 pytestmark = pytest.mark.slow
@@ -60,7 +61,7 @@ def test_a_run_records_what_it_did(folder, whole):
     rate = optimizers.schedule(runs.tiny(folder).schedule, 1e-2)
     assert [row["learning_rate"] for row in train] == [float(rate(step)) for step in range(12)]
     assert sum(row["step_seconds"] for row in train) == pytest.approx(train[-1]["seconds"])
-    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert read_summary(workdir / "summary.json") == summary
     # embedding and head, two layers of (q and o, k and v, three of the MLP, two norms), a norm; adamw holds two of each
     assert summary["parameters"] == 259 * 16 * 2 + 2 * (512 + 256 + 1536 + 32) + 16
     assert summary["state_bytes"] == 8 * summary["parameters"] + 2 * 4  # two counters

@@ -130,7 +130,7 @@ def test_import_is_light():
 
 # Files that parse JSON that is no file's: a round trip of their own values, or what a child process says.
 NO_FILE = {"experiments/planning/queue.py", "experiments/planning/program.py", "experiments/planning/cases.py",
-           "experiments/evidence.py", "experiments/checkpoint.py", "experiments/workdir.py",
+           "experiments/evidence.py", "experiments/checkpoint.py", "experiments/workdir.py", "experiments/manifest.py",
            "experiments/distributed.py", "experiments/benchmarks/tpu_programs.py"}  # fmt: skip
 
 

@@ -1,0 +1,160 @@
+"""What programs write: places are tested before any work, files are put in place whole, and less replaces nothing."""
+
+import errno
+import json
+import os
+import signal
+import tempfile
+
+import pytest
+
+from experiments import evidence, outputs
+from experiments.benchmarks import (
+    collectives,
+    data_parallel,
+    kernels,
+    memory_7b,
+    optimizer_step,
+    plans,
+    refresh_subspaces,
+    tapped_bounds,
+    training_step,
+)
+
+RESULT = {"preset": "60M", "rows": [{"a": 1}, {"a": 2}], "losses": {"x": 1.0}, "failed": ["b"], "command": "one"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rows": [{"a": 3}]}, "2 rows, where this one has 1"),
+        ({"rows": None}, "2 rows, where this one has 0"),
+        ({"losses": None}, "it holds losses['x']"),
+        ({"losses": {"y": 1.0}}, "it holds losses['x']"),
+        ({"preset": "130M"}, "preset '60M', where this one has '130M'"),
+    ],
+)
+def test_a_result_is_not_replaced_by_less(tmp_path, capsys, changes, words):
+    path = tmp_path / "result.json"
+    assert outputs.write_result(path, RESULT) == path
+    before = path.read_bytes()
+    written = outputs.write_result(path, RESULT | changes)
+    assert path.read_bytes() == before
+    assert written == tmp_path / "result.partial.json" and json.loads(written.read_text()) == RESULT | changes
+    said = capsys.readouterr().err
+    assert words in said and "--replace puts it there" in said
+    assert outputs.write_result(path, RESULT | changes, replace=True) == path
+    assert json.loads(path.read_text()) == RESULT | changes
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_result_is_replaced_by_as_much_or_more(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    outputs.write_result(path, RESULT)
+    more = RESULT | {"rows": [{"a": 1}, {"a": 2}, {"a": 3}], "failed": [], "command": "two", "further": 1}
+    assert outputs.write_result(path, more) == path and json.loads(path.read_text()) == more
+    path.write_text("{")
+    assert outputs.write_result(path, more) == tmp_path / "result.partial.json"
+    assert "cannot be compared" in capsys.readouterr().err
+
+
+def test_a_study_that_has_no_time_keeps_what_is_committed(tmp_path, capsys):
+    """An empty table took the place of the committed one."""
+    committed = evidence.RESULTS.read_text()
+    results = tmp_path / "evidence.json"
+    results.write_text(committed)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    flags = ["--root", str(tmp_path / "runs"), "--results", str(results), "--budget-hours", "1e-9"]
+    try:
+        assert evidence.main(flags) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert results.read_text() == committed
+    assert json.loads((tmp_path / "evidence.partial.json").read_text())["rows"] == []
+    assert "is kept: it holds 7 rows, where this one has 0" in capsys.readouterr().err
+
+
+REFUSED = [
+    (evidence, "--budget-hours", ("0", "-1", "nan", "inf", "x")),
+    (evidence, "--workers", ("0", "-2", "1.5", "x")),
+    (evidence, "--steps", ("0",)),
+    (plans, "--budget_minutes", ("0", "-1")),
+    (refresh_subspaces, "--budget_minutes", ("0",)),
+    (refresh_subspaces, "--seeds", ("0",)),
+    (refresh_subspaces, "--steps", ("-1",)),
+    (optimizer_step, "--repetitions", ("0",)),
+    (optimizer_step, "--refresh_repetitions", ("-1",)),
+    (optimizer_step, "--only", ("(",)),
+    (training_step, "--batch", ("0",)),
+    (training_step, "--length", ("0",)),
+    (training_step, "--repetitions", ("0",)),
+    (training_step, "--parts", ("0",)),
+    (memory_7b, "--length", ("0",)),
+    (memory_7b, "--preset", ("8B",)),
+    (collectives, "--preset", ("61M",)),
+    (data_parallel, "--preset", ("61M",)),
+    *((program, "--output", ("/dev/null", "/dev", "/proc/version/x")) for program in (collectives, plans, memory_7b)),
+    (evidence, "--results", ("/dev/null", "/")),
+    (evidence, "--root", ("/dev/null",)),
+]
+
+
+@pytest.mark.parametrize(("program", "flag", "values"), REFUSED, ids=lambda part: getattr(part, "__name__", None))
+def test_numbers_and_places_that_make_no_sense_are_refused(program, flag, values, capsys):
+    for value in values:
+        with pytest.raises(SystemExit) as ended:
+            program.main([f"{flag}={value}"])
+        assert ended.value.code == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"argument {flag}: " in line and value in line
+
+
+@pytest.mark.parametrize("program", [kernels, tapped_bounds])
+def test_a_target_that_is_none_is_refused(program, capsys):
+    assert program.main(["--target=v9z:2x2"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_places_that_cannot_be_written_are_named_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    wrong = {
+        ("file", True): "is a file, where a folder is to be written",
+        ("link", True): "is a file",
+        ("", False): "is a folder, where a file is to be written",
+        ("file/below/deep", True): "lies below a file, ",
+        ("file/below/deep.json", False): "lies below a file, ",
+        ("x" * 300, False): "File name too long",
+        ("/dev/null", False): "is no ordinary file",
+        ("loop", False): "cannot be written",
+    }
+    for (name, is_folder), words in wrong.items():
+        assert words in outputs.problem(tmp_path / name, is_folder=is_folder), name
+    fine = (("new/folder", True), ("new/file.json", False), ("file", False), ("link", False), ("", True))
+    for name, is_folder in fine:
+        assert outputs.problem(tmp_path / name, is_folder=is_folder) is None, name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "loop"]  # no trace
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert "No space left on device" in outputs.problem(tmp_path / "new", is_folder=True)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    outputs.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": None}
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        outputs.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": None} and [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_link_to_a_result_stays_one(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "file.json")
+    outputs.write_json(tmp_path / "link.json", [1])
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "file.json").read_text()) == [1]
