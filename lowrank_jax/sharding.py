@@ -306,6 +306,47 @@ def like(x: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(True, x, old) if manual else x  # the same numbers, varying over the mesh axes that old varies over
 
 
+def varying(*trees: Any) -> frozenset[str]:
+    """The mesh axes of `jax.shard_map` over which any array of the trees, or its shape, varies; none outside of it."""
+    types = (x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x) for x in jax.tree.leaves(trees))
+    kinds = (getattr(kind, "manual_axis_type", None) for kind in types)
+    return frozenset(name for kind in kinds if kind is not None for name in kind.varying)
+
+
+def vary(tree: Any, names: frozenset[str]) -> Any:
+    """The same numbers, varying over these mesh axes too, over which the transpose sums cotangents."""
+
+    def one(x):
+        missing = tuple(sorted(names - varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def varying_alike(*trees: Any) -> Any:
+    """The trees, each array varying over the mesh axes over which any of them does.
+
+    For the arguments of a custom VJP inside `jax.shard_map`: cotangents that its backward pass makes of all of them
+    then have its arguments' types, and what did not vary gets their sum over the devices, as from a product of JAX.
+    """
+    return vary(trees, varying(trees))
+
+
+def everywhere(ok: jax.Array, *own: Any) -> jax.Array:
+    """Whether `ok` on every device along the mesh axes over which it varies and the trees `own` do not."""
+    names = tuple(sorted(varying(ok) - varying(own)))
+    return jax.lax.pmin(ok.astype(jnp.int32), names) > 0 if names else ok
+
+
+def scan(body: Callable, start: Any, parts: Any) -> Any:
+    """`jax.lax.scan`, whose carry varies over mesh axes from the start where it does after a step."""
+    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+        first = jax.tree.map(lambda x: x[0], parts)
+        after = jax.eval_shape(body, start, first)[0]
+        start = jax.tree.map(lambda x, made: vary(x, varying(made)), start, after)
+    return jax.lax.scan(body, start, parts)
+
+
 def low_spec(spec: Spec | None) -> Spec | None:
     """Entries of a low-rank object `(batch..., r, k)` from those of its oriented matrix `(batch..., s, k)`."""
     return None if spec is None else (*spec[:-2], None, spec[-1])

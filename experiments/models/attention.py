@@ -57,7 +57,8 @@ def chunked_attention(q_BxSxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax
     chunk = min(chunk, S)
     # keys after the end lie above the diagonal of every query that counts, so padding needs no mask of its own
     split = functools.partial(_split, chunk=chunk, groups=G)
-    out_NxBxCxGxRxK = _attention(split(q_BxSxHxK), split(k_BxSxGxK)[..., 0, :], split(v_BxSxGxK)[..., 0, :])
+    parts = sharding.varying_alike(split(q_BxSxHxK), split(k_BxSxGxK)[..., 0, :], split(v_BxSxGxK)[..., 0, :])
+    out_NxBxCxGxRxK = _attention(*parts)
     chunks = len(out_NxBxCxGxRxK)
     return sharding.reshape(jnp.moveaxis(out_NxBxCxGxRxK, 0, 1), (B, chunks * chunk, H, K), first=1)[:, :S]
 

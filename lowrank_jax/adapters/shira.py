@@ -95,7 +95,8 @@ class Shira(Adapter):
         def product(x):
             matrix = op.kernel()
             place = sharding.placing(functools.partial(_product, op.contract), sharding.product_spec(x, matrix))
-            return place(x, matrix, p["values"] * p["scale"], p["rows"], p["cols"])
+            values = p["values"] * p["scale"]
+            return place(*sharding.varying_alike(x, matrix, values, p["rows"], p["cols"]))
 
         return dataclasses.replace(op, product=product, kernel=kernel, plain=False)
 
@@ -113,7 +114,7 @@ def _product(contract: Callable, x: jax.Array, kernel: jax.Array, values: jax.Ar
         return y + contract(part, _changed(kernel, values, rows, cols, start, width)), None
 
     y = jnp.zeros((*x.shape[:-1], kernel.shape[1]), jnp.promote_types(x.dtype, jnp.float32))
-    return jax.lax.scan(add, y, starts)[0]
+    return sharding.scan(add, y, starts)[0]
 
 
 def _blocks(n: int) -> tuple[jax.Array, int]:

@@ -276,7 +276,7 @@ def _tpu(numbers, words, w, basis, low, mu, nu, first=0, *, choice):
     specs = [whole(x) if choice.coded and i % 2 else column for i, x in enumerate(moments)]
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     resident = pl.BlockSpec((None, s, r), lambda layer, tile, first: (layer, 0, 0), pipeline_mode=pl.Buffered(1))
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (w, *moments)]
+    shapes = [_platform.output(x.shape, x) for x in (w, *moments)]
     w, *moments = pl.pallas_call(
         functools.partial(_tpu_kernel, choice=choice, k=k),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from lowrank_jax.kernels import _bits
+from lowrank_jax.kernels import _bits, _platform
 from lowrank_jax.kernels import _low_rank_adam_parts as parts
 from lowrank_jax.linalg import dynamic_code
 
@@ -94,7 +94,7 @@ def gpu(numbers, words, w, basis, low, mu, nu, first=None, *, choice):
     moments, treedef = jax.tree.flatten((mu, nu))
     cols = choice.block if choice.coded else 256
     rows = max(1, min(_ENTRIES // cols, 16))
-    same = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    same = lambda x: _platform.output(x.shape, x)  # noqa: E731
     d, *moments = pl.pallas_call(
         functools.partial(_moments_kernel, choice=choice, sizes=(r, k), tile=(rows, cols)),
         grid=(count, pl.cdiv(r, rows), pl.cdiv(k, cols)),

@@ -79,14 +79,12 @@ def nf4_linear(
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"nf4_linear: x of dtype {x.dtype} must be float32 or bfloat16; cast it")
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
-        raise ValueError(
-            f"nf4_linear: shapes x {x.shape}, w {w.shape} must be (..., n), (n, m); slice a stack"
-        )
+        raise ValueError(f"nf4_linear: shapes x {x.shape}, w {w.shape} must be (..., n), (n, m); slice a stack")
     over = _divided.Product.of(x, w.shape, spec)
     if over is not None and over.n and w.shape[0] % (BLOCK * sharding.parts(over.n, over.mesh)):
         over = None
     choice = _Choice(False, w.shape[0], over, _platform.settled(implementation, over), chip, interpret)
-    return _linear(choice, x, w.codes, w.scales())
+    return _linear(choice, *sharding.varying_alike(x, w.codes, w.scales()))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -246,7 +244,7 @@ def _tpu(x, codes, scales, *, choice):
             pl.BlockSpec((tile[0] // BLOCK, tile[1]), at),
         ],
         out_specs=pl.BlockSpec((i, j), lambda p, q: (p, q)),
-        out_shape=jax.ShapeDtypeStruct((rows, out), x.dtype),
+        out_shape=_platform.output((rows, out), x),
         scratch_shapes=[pltpu.VMEM(tile, x.dtype)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
@@ -310,7 +308,7 @@ def _gpu(x, codes, scales, *, choice):
     return pl.pallas_call(
         functools.partial(kernel, sizes=sizes, tile=tile),
         grid=(pl.cdiv(rows, tile[0]), pl.cdiv(out, tile[1])),
-        out_shape=jax.ShapeDtypeStruct((rows, n if choice.transpose else m), x.dtype),
+        out_shape=_platform.output((rows, n if choice.transpose else m), x),
         compiler_params=plgpu.CompilerParams(num_warps=8 if tile[0] * tile[1] >= 128 * 128 else 4, num_stages=_STAGES),
         interpret=choice.interpret,
         name="nf4_linear",

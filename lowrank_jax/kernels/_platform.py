@@ -123,6 +123,11 @@ def dispatch(
     )
 
 
+def output(shape: tuple[int, ...], x: jax.Array) -> jax.ShapeDtypeStruct:
+    """What a kernel writes: of this shape, in the dtype of x, varying where x does inside `jax.shard_map`."""
+    return jax.ShapeDtypeStruct(shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
 def folded(program: Callable[..., Any]) -> Callable[..., Any]:
     """`program(x (N, n), ...)` for an x with any leading axes, which come back in its results.
 

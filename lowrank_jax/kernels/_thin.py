@@ -92,7 +92,7 @@ def thin_linear(
         )
     over = _divided.Product.of(x, w.shape, spec)
     choice = _Choice(False, over, sharding.divides(), _platform.settled(implementation, over), chip, interpret)
-    return _linear(choice, x, *(leaf.astype(x.dtype) for leaf in (w, a, b)))
+    return _linear(choice, *sharding.varying_alike(x, *(leaf.astype(x.dtype) for leaf in (w, a, b))))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -238,7 +238,7 @@ def _tpu(x, w, a, b, *, choice):
             pl.BlockSpec((r, j), lambda p, q: (0, q)),
         ],
         out_specs=[pl.BlockSpec((i, j), lambda p, q: (p, q)), pl.BlockSpec((i, r), lambda p, q: (p, 0))],
-        out_shape=[jax.ShapeDtypeStruct((rows, m), x.dtype), jax.ShapeDtypeStruct((rows, r), x.dtype)],
+        out_shape=[_platform.output((rows, m), x), _platform.output((rows, r), x)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=_platform.budget("tpu", choice.chip) * 7 // 6,
@@ -286,7 +286,7 @@ def _gpu(x, w, a, b, *, choice):
     return pl.pallas_call(
         functools.partial(_gpu_kernel, transpose=choice.transpose, sizes=sizes, tile=tile),
         grid=(pl.cdiv(rows, tile[0]), pl.cdiv(m, tile[1])),
-        out_shape=[jax.ShapeDtypeStruct((rows, m), x.dtype), jax.ShapeDtypeStruct((rows, r), x.dtype)],
+        out_shape=[_platform.output((rows, m), x), _platform.output((rows, r), x)],
         compiler_params=plgpu.CompilerParams(num_warps=8 if tile[0] * tile[1] >= 128 * 128 else 4, num_stages=_STAGES),
         interpret=choice.interpret,
         name="thin_linear",

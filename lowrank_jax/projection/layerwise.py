@@ -36,6 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax import sharding
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.fused import Fused, Write, fused, write_plain
 from lowrank_jax.projection.learning_rate import LearningRateState, selected_for_decay
@@ -169,6 +170,7 @@ class _Layerwise:
     def run(self):
         inputs, value, d_rest, d_top = self._forward()
         ok = jnp.isfinite(value) & all_finite([d_top]) if self.config.guard else jnp.asarray(True)
+        ok = sharding.everywhere(ok, self.params, self.state)  # rows of a batch may lie on several devices
         factor = None
         if self.measured:
             ok, factor = self._measure(inputs, d_rest, d_top, ok)
@@ -214,7 +216,7 @@ class _Layerwise:
             (rest, value), dx = one((None, jnp.zeros(())), jax.tree.map(lambda x: x[0], (top, self.args)))
             return inputs, value, rest, dx[None]
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), self.rest)
-        (rest, value), dx = jax.lax.scan(one, (zeros, jnp.zeros(())), (top, self.args))
+        (rest, value), dx = sharding.scan(one, (zeros, jnp.zeros(())), (top, self.args))
         count = self.microbatches
         return inputs, value / count, jax.tree.map(lambda g: g / count, rest), dx / count
 
@@ -264,7 +266,8 @@ class _Layerwise:
             return dx, put(kernels, number, written), states, take(states, following), gathered, fine, square
 
         # states travel with the loop, see `in_place`; kernels would be held twice
-        start = (d_top, kernels, states, take(states, layers - 1), gathered, jnp.asarray(True), jnp.zeros(()))
+        sums = sharding.vary((jnp.asarray(True), jnp.zeros(())), sharding.varying(self.params, self.state))
+        start = (d_top, kernels, states, take(states, layers - 1), gathered, *sums)
         dx, kernels, states, _, gathered, fine, square = jax.lax.fori_loop(0, layers, body, start)
         placed = iter(gathered)
         vectors = [None if view is not None else next(placed) for view in self.views]
@@ -376,7 +379,7 @@ class _Layerwise:
             d_inputs = d_inputs[None]
         else:
             start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), free)
-            (places, d_vectors), d_inputs = jax.lax.scan(one, start, (inputs, dx))
+            (places, d_vectors), d_inputs = sharding.scan(one, start, (inputs, dx))
         if taps is not None:
             places = [Projected(*place) for place in places]
         return places, d_vectors, d_inputs

@@ -59,11 +59,13 @@ class Tap:
         """`(low, sketch)`, the points at which the gradient is taken; on an explicit mesh divided as the kernel is."""
         view = self.view if kernel is None else self.view.lying(getattr(kernel, "value", kernel))
         shape, spec = (*view.batch, *self.projector.low_shape(view)), self.projector.low_spec(view)
-        low = sharding.zeros(shape, jnp.float32, spec)
+        # inside `jax.shard_map` a kernel of which each device has its own has a gradient of its own too, not their sum
+        names = sharding.varying(kernel, self.basis, self.sketch_basis)
+        low = sharding.vary(sharding.zeros(shape, jnp.float32, spec), names)
         if self.sketch_basis is None:
             return low, None
         shape = (*view.batch, view.shrunk, self.sketch_basis.shape[-1])
-        return low, sharding.zeros(shape, jnp.float32, sharding.whole_spec(view.spec))
+        return low, sharding.vary(sharding.zeros(shape, jnp.float32, sharding.whole_spec(view.spec)), names)
 
 
 @jax.tree_util.register_dataclass
@@ -118,9 +120,8 @@ class Tapped:
         view = _view_of_product(self, dimension_numbers)
         layout = Layout.of(x.ndim, self.ndim, view.view, dimension_numbers)
         tap = self.tap
-        return _tapped(
-            product, layout, view, tap.projector, x, self.kernel, tap.basis, tap.sketch_basis, tap.low, tap.sketch
-        )
+        arrays = (x, self.kernel, tap.basis, tap.sketch_basis, tap.low, tap.sketch)
+        return _tapped(product, layout, view, tap.projector, *sharding.varying_alike(*arrays))
 
 
 def _view_of_product(kernel: Tapped, dimension_numbers: Any) -> ResolvedView:
@@ -154,8 +155,7 @@ def _forward(product, layout, view, projector, x, kernel, basis, sketch_basis, l
     rows = None
     if sketch_basis is not None:
         rows = each(lambda x, basis: _sketched(view, x, basis, "rows"), view.batch)(inputs, sketch_basis)
-    where = jax.typeof(x).sharding
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where if sharding.is_explicit(where) else None)
+    shape = jax.eval_shape(lambda: x)  # with its sharding, and with what it varies over
     static = _Static(shape, *(None if leaf is None else jax.typeof(leaf).sharding for leaf in (low, sketch)))
     return product(x, dense(kernel, x.dtype)), (thin, rows, kernel, basis, sketch_basis, static)
 

@@ -183,7 +183,7 @@ def accumulated(function: Callable, free: Any, args: Any, accumulate: int, has_a
         return jax.tree.map(jnp.add, sums, wide((value, grads))), aux
 
     start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (jnp.zeros(()), free))
-    (value, grads), aux = jax.lax.scan(body, start, args)
+    (value, grads), aux = sharding.scan(body, start, args)
     value, grads = jax.tree.map(lambda x: x / accumulate, (value, grads))
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
     return ((value, aux) if has_aux else value), grads

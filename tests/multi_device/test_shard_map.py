@@ -1,0 +1,149 @@
+"""Inside `jax.shard_map` with its defaults, where array types say over which mesh axes numbers vary."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import lowrank_jax as lr
+from experiments.models.attention import chunked_attention
+
+DRAW = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 4, jnp.float32)  # noqa: E731
+VIEWS = lr.Views(stacked=("layers/.*",))
+PARAMS = {"in": {"kernel": DRAW(0, 12, 16)}, "layers": {"kernel": DRAW(1, 3, 16, 16)}, "bias": jnp.zeros(16)}
+X, Y = DRAW(2, 32, 12), DRAW(3, 32, 16)
+STACK = lr.Stack(
+    before=lambda rest, x, y: lr.matmul(x, rest["in"]["kernel"]) + rest["bias"],
+    layer=lambda layer, x: jnp.tanh(lr.matmul(x, layer["kernel"])),
+    after=lambda rest, x, x0, y: jnp.mean(jnp.square(x - y)),
+)
+galore = functools.partial(lr.galore, 1e-2, views=VIEWS)
+AFTER = lr.clocks.every(period=2, when="after")
+OPTIMIZERS = {
+    "svd": galore(rank=4, refresh_every=2, clip_norm=1.0),
+    "svd staggered": galore(projector=lr.projectors.svd(rank=4), clock=lr.clocks.staggered(period=2)),
+    "sketch": galore(projector=lr.projectors.alternating(rank=4), clock=AFTER),
+    "random": galore(projector=lr.projectors.random(rank=4), clock=AFTER),
+    "frugal": lr.frugal(1e-2, projection="columns", refresh_every=2, views=VIEWS),
+}
+
+
+def mapped(function, **specs):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.jit(jax.shard_map(function, mesh=mesh, **specs))
+
+
+def averaged(loss):
+    return lambda *args: jax.lax.pmean(loss(*args), "data")
+
+
+def trained(step, tx, *batch):
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(3):
+        params, state, value = step(params, state, *batch)
+    return params, value, state.projection.step
+
+
+def assert_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
+
+
+ROWS = [("svd", 1), ("sketch", 2), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in OPTIMIZERS)]
+
+
+@pytest.mark.parametrize("name, accumulate", ROWS)
+def test_a_training_step_over_rows_is_that_of_one_device(name, accumulate):
+    tx = OPTIMIZERS[name]
+    batch, rows = (X, Y), P("data")
+    if accumulate > 1:
+        batch, rows = tuple(x.reshape(accumulate, -1, x.shape[-1]) for x in batch), P(None, "data")
+    alone = trained(jax.jit(lr.train_step(STACK.loss, tx, accumulate=accumulate)), tx, *batch)
+    step = lr.train_step(averaged(STACK.loss), tx, accumulate=accumulate)
+    assert_close(trained(mapped(step, in_specs=(P(), P(), rows, rows), out_specs=P()), tx, *batch), alone)
+
+
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_layerwise_step_over_rows_is_that_of_one_device(accumulate):
+    views = lr.Views(stacked=("layers/.*",), rules=(("in/kernel", None),))
+    tx = lr.galore(1e-2, rank=4, refresh_every=2, views=views)
+    over = lr.Stack(before=STACK.before, layer=STACK.layer, after=averaged(STACK.after))
+    batch, rows = (X, Y), P("data")
+    if accumulate > 1:
+        batch, rows = tuple(x.reshape(accumulate, -1, x.shape[-1]) for x in batch), P(None, "data")
+    alone = trained(jax.jit(lr.layerwise_step(STACK, tx, accumulate=accumulate)), tx, *batch)
+    step = mapped(lr.layerwise_step(over, tx, accumulate=accumulate), in_specs=(P(), P(), rows, rows), out_specs=P())
+    assert_close(trained(step, tx, *batch), alone)
+
+
+def test_a_value_that_varies():
+    """A loss of the device's own rows: gradients are summed over devices, as by `jax.value_and_grad`."""
+    taps = lr.taps(OPTIMIZERS["random"].init(PARAMS))
+
+    def own(params, x, y):
+        parts = tuple(x.reshape(2, -1, x.shape[-1]) for x in (x, y))
+        value, low = lr.projected_value_and_grad(STACK.loss, taps, accumulate=2)(params, *parts)
+        return value[None], low, jax.grad(STACK.loss)(params, x, y)
+
+    value, low, full = mapped(own, in_specs=(P(), P("data"), P("data")), out_specs=(P("data"), P(), P()))(PARAMS, X, Y)
+    np.testing.assert_allclose(jnp.mean(value), STACK.loss(PARAMS, X, Y), rtol=1e-5)
+    for path, tap in taps.taps.items():
+        room, leaf = path.split("/")
+        expected = tap.projector.down(tap.view, tap.basis, tap.view.orient(full[room][leaf]))
+        np.testing.assert_allclose(low[room][leaf].low, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_kernels_of_which_every_device_has_a_part():
+    """Columns of the first and rows of the second kernel are divided, and the input is not: its gradient is a sum."""
+    params = {"up": {"kernel": DRAW(5, 12, 64)}, "down": {"kernel": DRAW(6, 64, 16)}}
+    specs = {"up": {"kernel": P(None, "data")}, "down": {"kernel": P("data", None)}}
+    tx = lr.galore(1e-2, projector=lr.projectors.random(rank=4))
+
+    def loss(params, x, y):
+        hidden = jnp.tanh(lr.matmul(x, params["up"]["kernel"]))
+        return jnp.mean(jnp.square(jax.lax.psum(lr.matmul(hidden, params["down"]["kernel"]), "data") - y))
+
+    def own(params, x, y):
+        taps = lr.taps(tx.init(params))
+        _, low = lr.projected_value_and_grad(loss, taps)(params, x, y)
+        full, dx = jax.grad(loss, (0, 1))(params, x, y)
+        _, tapped_dx = lr.projected_value_and_grad(lambda p, y: loss(p, p["x"], y), taps)(params | {"x": x}, y)
+        expected = {path: tap.projector.down(tap.view, tap.basis, tap.view.orient(full[path.split("/")[0]]["kernel"]))
+                    for path, tap in taps.taps.items()}  # fmt: skip
+        errors = [low[path.split("/")[0]]["kernel"].low - value for path, value in expected.items()]
+        return jnp.stack([jnp.max(jnp.abs(x)) for x in errors])[None], tapped_dx["x"] - dx
+
+    errors, difference = mapped(own, in_specs=(specs, P(), P()), out_specs=(P("data"), P()))(params, X, Y)
+    assert np.max(errors) < 1e-6
+    assert np.max(np.abs(difference)) < 1e-6
+
+
+KERNEL = DRAW(7, 64, 16)
+CODES = lr.linalg.quantize_nf4(KERNEL)
+SHIRA = lr.adapters.shira(rank=2)
+FACTORS = {"x": DRAW(8, 32, 64), "w": KERNEL, "a": DRAW(9, 64, 2), "b": DRAW(10, 2, 16)}
+CUSTOM = {
+    "thin_linear": lambda x, p: lr.kernels.thin_linear(x, p["w"], p["a"], p["b"]),
+    "nf4_linear": lambda x, p: lr.kernels.nf4_linear(x + p["a"][:, 0], CODES),
+    "shira": lambda x, p: SHIRA.apply(x, p["w"], p["sparse"]),
+    "attention": lambda x, p: chunked_attention(*[(x @ p["w"]).reshape(-1, 4, 2, 8)] * 3, chunk=2) + p["b"][:, :8],
+}
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_gradients_of_custom_products_are_those_of_one_device(name):
+    """Rows vary over the devices and weights do not: their gradients are sums over all of them."""
+    sparse = SHIRA.start(jax.random.key(1), KERNEL)
+    free = {key: x for key, x in FACTORS.items() if key != "x"} | {"values": sparse["values"]}
+
+    def objective(free, x):
+        p = free | {"sparse": sparse | {"values": free["values"]}}
+        return jnp.mean(jnp.sin(CUSTOM[name](x, p)))
+
+    alone = jax.grad(objective)(free, FACTORS["x"])
+    found = mapped(jax.grad(averaged(objective)), in_specs=(P(), P("data")), out_specs=P())(free, FACTORS["x"])
+    assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(alone))
+    assert_close(found, alone)
