@@ -243,6 +243,19 @@ class Adapter:
     def validate(self, site: Site) -> None:
         """ValueError, naming path, value and remedy, where a site does not fit."""
 
+    def largest_rank(self, site: Site) -> int | None:
+        """The rank beyond which a matrix of a site gains nothing: of a pair of factors min(n, m). None without rank."""
+        return min(site.n, site.m) if hasattr(self, "rank") else None
+
+    def check_rank(self, site: Site) -> None:
+        """ValueError where the rank exceeds the largest; files of others may hold such ranks, and are loaded."""
+        bound, rank = self.largest_rank(site), getattr(self, "rank", 0)
+        if bound is not None and rank > bound:
+            raise ValueError(
+                f"{site.path!r}: rank={rank} exceeds {bound}, the largest of {self.kind} on a {site.n} x {site.m} "
+                f"kernel; use at most {bound}, for this leaf alone by ranks=, or leave it out by exclude="
+            )
+
     def scaling(self, rank: int) -> float:
         """The number that `scale` starts from: alpha / r and its like."""
         del rank
@@ -316,6 +329,7 @@ class Adapter:
         """
         site = self.site(kernel.shape)
         self.validate(site)
+        self.check_rank(site)
         keys = jax.random.split(key)
         train, fixed, sites = self.init_shared(keys[0], Group(sites={"": site}, order=(("", 0),)))
         scale = jnp.full((site.rank,) if self.ranked else (), self.scaling(site.rank or 1), jnp.float32)

@@ -75,6 +75,10 @@ class Miss(Adapter):
         if self.mini_rank is not None and site.m % self.mini_rank:
             raise ValueError(f"{site.path!r}: mini_rank={self.mini_rank} does not divide its {site.m} outputs")
 
+    def largest_rank(self, site):
+        """A shard has at most all rows."""
+        return site.n
+
     def block_shape(self, site: Site) -> tuple[int, ...]:
         """The shape of what trains."""
         r = self.rank

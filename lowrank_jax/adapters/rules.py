@@ -128,6 +128,7 @@ class Selection:
     uses: Any = ()
     views: Views = Views()
     order: tuple[tuple[str, int], ...] | None = None
+    bounded: bool = True  # whether ranks beyond a family's largest are refused
 
     def __post_init__(self):
         if self.bias not in BIASES:
@@ -191,7 +192,10 @@ class Selection:
         plan = plan.banked()
         for adapter, site in zip(plan.adapters, plan.sites, strict=True):
             for rank in sorted(set(matrices[site.path].ranks) - {0}):
-                _at_rank(adapter, rank).validate(dataclasses.replace(site, rank=rank if adapter.ranked else 0))
+                one, at_rank = _at_rank(adapter, rank), dataclasses.replace(site, rank=rank if adapter.ranked else 0)
+                one.validate(at_rank)
+                if self.bounded:
+                    one.check_rank(at_rank)
         return plan, matrices
 
     def _adapter_of(self, leaf: Leaf, used: set[str]) -> Adapter | None:

@@ -58,12 +58,13 @@ class Shira(Adapter):
     def __post_init__(self):
         check_positive("rank", self.rank)
 
+    def largest_rank(self, site):
+        """`r (n + m)` different entries."""
+        return site.n * site.m // (site.n + site.m)
+
     def validate(self, site):
-        if not self.count(site) <= site.n * site.m < 2**32:
-            raise ValueError(
-                f"{site.path!r}: rank={self.rank} asks for {self.count(site)} of the {site.n * site.m} entries of a "
-                f"{site.n} x {site.m} kernel, which holds at most 2^32; choose a smaller rank, or leave the leaf out"
-            )
+        if site.n * site.m >= 2**32:
+            raise ValueError(f"{site.path!r}: its {site.n} x {site.m} kernel has 2^32 entries or more; leave it out")
 
     def init_site(self, key, site, kernel, given):
         del kernel, given

@@ -74,7 +74,8 @@ def adapt(
 
     Raises:
       ValueError: a pattern that matches nothing (with suggestions), a leaf that is no matrix, an axis nobody claimed,
-        an adapter that does not fit a shape, a leaf both adapted and trained whole.
+        an adapter that does not fit a shape, a rank larger than a matrix can have, a leaf both adapted and trained
+        whole.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr

@@ -63,6 +63,10 @@ class Vera(Adapter):
         if self.initial == 0:
             raise ValueError("initial=0 leaves both vectors 0, and every gradient; choose another number, such as 0.1")
 
+    def largest_rank(self, site):
+        """Each rank is one random matrix with one weight, and n m of them are linearly independent."""
+        return site.n * site.m
+
     def init_shared(self, key, group: Group):
         del key
         (n, m), rank = group.bank, max(site.rank for site in group.sites.values())

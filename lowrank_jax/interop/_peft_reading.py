@@ -104,6 +104,7 @@ class Source:
             rules={re.escape(path): adapter for path, adapter in rules.items()},
             views=Views(rules=tuple(rule for rule in views.rules if any(re.fullmatch(rule[0], path) for path in sizes)),
                         stacked=tuple(p for p in views.stacked if any(re.fullmatch(p, path) for path in sizes))),
+            bounded=False,
             uses={re.escape(places[module].path): ("gather",) for module in self.tied.uses(self.hosts)},
             whole=tuple(re.escape(path) for path in {self.tree.places[key].path: None for key in self.whole.keys}),
             order=tuple(dict.fromkeys([*((p.path, p.number) for p in first), *every])) if order else None,

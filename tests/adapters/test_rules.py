@@ -1,5 +1,8 @@
 """Which leaves are adapted, at which rank, what trains whole, what the report says, and what every error says."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -340,3 +343,35 @@ def test_merge_refuses_what_is_not_finite():
     train["sites"]["layers_1/q/kernel"]["b"] = jnp.full((2, 6), jnp.nan)
     with pytest.raises(ValueError, match=r"\['layers_1/q/kernel'\] are not finite"):
         lr.merge(params(), adaptation.replace(train=train))
+
+
+BOUNDS = {  # on a kernel of 6 x 4
+    "lora": (A.lora, 4), "dora": (A.dora, 4), "hira": (A.hira, 4),
+    "loha": (A.loha, 4), "uni_lora": (A.uni_lora, 4), "vera": (A.vera, 24),
+    "miss": (A.miss, 6), "shira": (A.shira, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_rank_larger_than_a_matrix_can_have_is_refused_with_the_familys_own_bound(name):
+    family, bound = BOUNDS[name]
+    options = {"size": 8} if name == "uni_lora" else {}
+    params = {"stack": jnp.ones((2, 6, 4)), "one": jnp.ones((6, 4))}
+    adapt = functools.partial(lr.adapt, params, key=KEY, views=lr.Views(stacked=("stack",)))
+    error = f"rank=99999 exceeds {bound}, the largest of {family.__name__.lower()} on a 6 x 4 kernel; use at mo"
+    for rules, ranks in (({".*": family(rank=99999, **options)}, ()), ({"one": family(rank=99999, **options)}, ())):
+        with pytest.raises(ValueError, match=error):
+            adapt(rules, ranks=ranks)
+    adapt({".*": family(rank=bound, **options)})
+    if family.ranked:  # one matrix of a stack, which pads the others
+        with pytest.raises(ValueError, match=f"'stack': rank={bound + 1} exceeds {bound},.* by ranks="):
+            adapt({".*": family(rank=1, **options)}, ranks={"stack": (1, bound + 1)})
+        adapt({".*": family(rank=99999, **options)}, ranks={".*": 1})
+    with pytest.raises(ValueError, match=error):
+        family(rank=99999, **options).start(KEY, jnp.ones((6, 4)))
+
+
+def test_every_family_with_a_rank_has_a_bound():
+    families = [one for one in vars(A).values() if isinstance(one, type) and issubclass(one, A.Adapter)]
+    named = {one for one in families if "rank" in {field.name for field in dataclasses.fields(one)}}
+    assert named == {family for family, _ in BOUNDS.values()}

@@ -74,6 +74,23 @@ def test_layers_of_a_stack_that_have_no_adapter_stay_as_they_are(tmp_path):
         load(tmp_path, "stacked")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_ranks_larger_than_a_dimension_are_loaded_and_written_though_adapt_refuses_them(form, tmp_path):
+    """PEFT takes any rank: 8 on a layer of two outputs is what its default makes of a classifier."""
+    plain = plain_lora(rank=6) | plain_lora(MODULES[:1], 9)
+    write(tmp_path, LORA | {"r": 6, "rank_pattern": {MODULES[0]: 9}}, plain)
+    params = tree(WEIGHTS, form)
+    adaptation = load(tmp_path, form)
+    pairs = {m: (plain[f"{m}.lora_A.weight"], plain[f"{m}.lora_B.weight"]) for m in WEIGHTS}
+    want = tree({m: w + 2 / len(pairs[m][0]) * pairs[m][1] @ pairs[m][0] for m, w in WEIGHTS.items()}, form)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), merged(params, adaptation), want)
+    peft.save(tmp_path / "again", adaptation, params, llama.torch_name, views=FORMS[form])
+    again, once = (safetensors.read(f / "adapter_model.safetensors") for f in (tmp_path / "again", tmp_path))
+    assert {k: x.tolist() for k, x in again.items()} == {k: x.tolist() for k, x in once.items()}
+    with pytest.raises(ValueError, match="rank=6 exceeds 4, the largest of lora on a 4 x 8 kernel"):
+        lr.adapt(params, {".*/q_proj/kernel": lr.adapters.lora(rank=6)}, jax.random.key(0), views=FORMS[form])
+
+
 def test_a_kernel_of_heads_and_convolutions_lie_as_torch_wants_them(tmp_path):
     params = {
         "q": {"kernel": jnp.ones((4, 2, 3))},

@@ -160,6 +160,16 @@ def padded(row: Row) -> lr.Adaptation:
     return adaptation.replace(train=jax.tree.map(add, adaptation.train))
 
 
+def converted(row: Row, rank: int) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """The effective kernels of `padded` as plain LoRA, those of itself, and the errors that are reported."""
+
+    def run(params, adaptation):
+        lora, report = lr.to_lora(params, adaptation, rank=rank)
+        return lr.effective(params, lora), lr.effective(params, adaptation), report.errors
+
+    return jax.jit(run, compiler_options=FAST_COMPILE)(params(), padded(row))
+
+
 def off(adaptation: lr.Adaptation) -> lr.Adaptation:
     """With a weight of 0 in every scale."""
     sites = {path: own | {"scale": 0 * own["scale"]} for path, own in adaptation.fixed["sites"].items()}
