@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax import sharding
+from lowrank_jax.checks import is_integer
 from lowrank_jax.matrices import DENSE, MatrixView, Shape
 
 Arrays = dict[str, Any]
@@ -363,5 +364,5 @@ def check_rate(rate: float, field: str = "dropout") -> None:
 
 def check_positive(field: str, value: Any) -> None:
     """ValueError unless a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"{field}={value!r} must be a positive integer (put it in static_args under tracing)")

@@ -18,6 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from lowrank_jax.adapters.base import Adapter, check_positive
 from lowrank_jax.adapters.positions import torch_permutation
+from lowrank_jax.checks import check_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class FourierFT(Adapter):
 
     def __post_init__(self):
         check_positive("frequencies", self.frequencies)
+        check_number("alpha", self.alpha)
         if self.init not in ("zeros", "normal"):
             raise ValueError(f"init={self.init!r} must be 'zeros' or 'normal' (PEFT's default)")
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.adapters.base import Adapter, check_positive
+from lowrank_jax.checks import check_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class Loha(Adapter):
 
     def __post_init__(self):
         check_positive("rank", self.rank)
+        check_number("alpha", self.alpha)
 
     def scaling(self, rank):
         return self.alpha / rank

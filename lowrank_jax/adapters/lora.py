@@ -20,6 +20,7 @@ import numpy as np
 
 from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.adapters.base import Adapter, Arrays, Factors, Op, Site, check_positive, check_rate, dropout
+from lowrank_jax.checks import check_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,6 +192,7 @@ class Lora(Adapter):
 
     def __post_init__(self):
         check_positive("rank", self.rank)
+        check_number("alpha", self.alpha)
         check_rate(self.dropout)
         if self.trains not in ("both", "a", "b"):
             raise ValueError(f"trains={self.trains!r} must be 'both', 'a' or 'b'")

@@ -22,6 +22,7 @@ from lowrank_jax import sharding
 from lowrank_jax.adapters import pairs
 from lowrank_jax.adapters.pair_update import Momentum, PairOptimizer
 from lowrank_jax.adapters.pairs import SIDES
+from lowrank_jax.checks import check_floating, check_number
 from lowrank_jax.projection import inner as inner_lib
 
 
@@ -241,10 +242,11 @@ def precondition_pairs(*, scale: Any = 1.0, damping: Any = 1e-6) -> optax.Gradie
     >>> print(updates["a"].T, updates["b"])
     [[-1. -1. -1.]] [[-0.25 -0.25 -0.25]]
     """
-    if isinstance(damping, (int, float)) and damping < 0:
-        raise ValueError(f"precondition_pairs: damping={damping} must not be negative")
+    check_number("precondition_pairs: damping", damping, at_least=0)
+    check_number("precondition_pairs: scale", scale)
 
     def init(params):
+        check_floating(params, "precondition_pairs")
         pairs.find_factors(params, "precondition_pairs")
         return optax.EmptyState()
 

@@ -23,8 +23,9 @@ import optax
 from lowrank_jax import sharding
 from lowrank_jax.adapters import pairs
 from lowrank_jax.adapters.pairs import OTHER, SIDES, FactorLeaves
+from lowrank_jax.checks import check_floating, check_integer, check_number, is_zero
 from lowrank_jax.projection import inner as inner_lib
-from lowrank_jax.projection.learning_rate import decayed_step, selected_for_decay
+from lowrank_jax.projection.learning_rate import at_step, decayed_step, selected_for_decay
 from lowrank_jax.projection.matrix_step import all_finite, select
 from lowrank_jax.trees import pure
 
@@ -144,12 +145,12 @@ class PairOptimizer:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{self.method}: {name}={getattr(self, name)!r} must be one of {allowed}")
         for name in ("damping", "weight_decay", "ratio"):
-            value = getattr(self, name)
-            if isinstance(value, (int, float)) and value < 0:
-                raise ValueError(f"{self.method}: {name}={value} must not be negative")
-        turns = self.alternate
-        if isinstance(turns, (int, float)) and (turns < 1 or turns != int(turns)):
-            raise ValueError(f"{self.method}: alternate={turns} must be a positive integer, or None for both factors")
+            check_number(f"{self.method}: {name}", getattr(self, name), at_least=0)
+        for name in ("learning_rate", "scale"):
+            check_number(f"{self.method}: {name}", getattr(self, name))
+        for pattern, ratio in self.ratios:
+            check_number(f"{self.method}: ratios: {pattern!r}", ratio, at_least=0)
+        check_integer(f"{self.method}: alternate", self.alternate, at_least=1, otherwise="None for both factors")
         plain = self.inner if self.plain is None else self.plain
         object.__setattr__(self, "inner", inner_lib.as_inner(self.inner))
         object.__setattr__(self, "plain", inner_lib.as_inner(plain))
@@ -159,6 +160,7 @@ class PairOptimizer:
             return sharding.settled(self._init(params))
 
     def _init(self, params: Any) -> PairsState:
+        check_floating(params, self.method)
         factors = pairs.find_factors(params, self.method, both=self.damping is not None)
         self._rates(factors)
         tree, bases = _Tree(params), ()
@@ -178,7 +180,7 @@ class PairOptimizer:
 
     def update(self, updates: Any, state: PairsState, params: Any = None, *, scale: Any = None, **extra: Any):
         """`(updates, state)`; the extra argument `scale` stands in for the optimizer's own, for ranks that change."""
-        if params is None and (self.damping is not None or not _is_zero(self.weight_decay)):
+        if params is None and (self.damping is not None or not is_zero(self.weight_decay)):
             raise ValueError(f"{self.method}: needs params; call update(grads, state, params)")
         with sharding.mesh_of((updates, params)):
             return self._update(updates, state, params, self.scale if scale is None else scale, extra)
@@ -221,10 +223,6 @@ class PairOptimizer:
         return rates
 
 
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value == 0
-
-
 class _Tree:
     """Trees of the structure of another, from some of their leaves by number."""
 
@@ -259,11 +257,10 @@ class _Step:
         )
         if len(self.grads) != len(self.leaves):
             raise ValueError(f"updates have {len(self.grads)} leaves, params {len(self.leaves)}: give one structure")
-        rate = config.learning_rate
-        rate = rate(state.step) if callable(rate) else rate
+        rate, decay = at_step(config.learning_rate, state.step), at_step(config.weight_decay, state.step)
         self.rates = [rate * factor for factor in config._rates(self.factors)]
         decays = selected_for_decay(updates, params, config.weight_decay, config.mask)
-        self.decays = [config.weight_decay if flag else 0 for flag in jax.tree.leaves(decays)]
+        self.decays = [decay if flag else 0 for flag in jax.tree.leaves(decays)]
         self.scales = []
         if config.damping is not None:
             self.scales = [

@@ -21,6 +21,7 @@ import numpy as np
 
 from lowrank_jax.adapters.base import Adapter, Arrays, Factors, Group, Site, check_positive, check_rate
 from lowrank_jax.adapters.positions import torch_uint32
+from lowrank_jax.checks import check_number
 
 KEY_IMPLEMENTATION = "threefry2x32"  # part of what a stored key means
 
@@ -60,6 +61,7 @@ class Vera(Adapter):
     def __post_init__(self):
         check_positive("rank", self.rank)
         check_rate(self.dropout)
+        check_number("initial", self.initial)
         if self.initial == 0:
             raise ValueError("initial=0 leaves both vectors 0, and every gradient; choose another number, such as 0.1")
 

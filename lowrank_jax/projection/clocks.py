@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.checks import check_integer, is_integer
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clock:
@@ -56,9 +58,10 @@ class Every(Clock):
     def __post_init__(self):
         super().__post_init__()
         _check_period(self.period)
+        check_integer("phase", self.phase, at_least=0)
 
     def due(self, step):
-        if isinstance(self.period, int) and self.period == 1:
+        if is_integer(self.period) and self.period == 1:
             return True
         period = jnp.asarray(self.period, jnp.int32)
         due = jnp.mod(step, period) == jnp.mod(jnp.asarray(self.phase, jnp.int32), period)
@@ -102,7 +105,7 @@ class Staggered(Clock):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.period, int):
+        if not is_integer(self.period):
             raise ValueError(f"staggered: period={self.period} must be a Python integer (put it in static_args)")
         _check_period(self.period)
 
@@ -115,8 +118,7 @@ class Staggered(Clock):
 
 
 def _check_period(period) -> None:
-    if isinstance(period, (int, float)) and period < 1:
-        raise ValueError(f"period={period} must be at least 1 step")
+    check_integer("period", period, at_least=1)
 
 
 every = Every

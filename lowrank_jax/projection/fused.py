@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg, sharding
+from lowrank_jax.checks import check_number, is_integer
 from lowrank_jax.projection import fused_kernel
 from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection import step as step_lib
-from lowrank_jax.projection.learning_rate import LearningRateState, decayed_step, selected_for_decay
+from lowrank_jax.projection.learning_rate import LearningRateState, at_step, decayed_step, selected_for_decay
 from lowrank_jax.projection.matrix_step import MatrixStep, finish, select
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Fused:
         if self.rounding not in ROUNDING:
             raise ValueError(f"rounding={self.rounding!r} must be one of {ROUNDING}")
         block, plain = self.plain_block, self.recipe.projection.plain
-        if block is not None and (not isinstance(block, int) or block < 1):
+        if block is not None and not (is_integer(block) and block >= 1):
             raise ValueError(f"plain_block={block!r} must be a positive integer, or None for whole leaves")
         if block is not None and not getattr(plain, "elementwise", False):
             raise ValueError(
@@ -109,8 +110,8 @@ class Fused:
     def _step(self, params, grads, state, learning_rate, taps, rebased, extra):
         config, recipe = self.recipe.projection, self.recipe
         prepared = step_lib.prepare(config, grads, state.projection, params, taps, rebased)
-        rate = recipe.learning_rate if learning_rate is None else learning_rate
-        rate = rate(state.schedule.count) if callable(rate) else rate
+        check_number("learning_rate", learning_rate)
+        rate = at_step(recipe.learning_rate if learning_rate is None else learning_rate, state.schedule.count)
         accepted = True if prepared.ok is None else prepared.ok
         whole = jax.tree.unflatten(prepared.treedef, prepared.references)
         decays = jax.tree.leaves(selected_for_decay(
@@ -156,7 +157,8 @@ class Write:
         recipe = form.recipe
         key = jax.random.fold_in(jax.random.key(jnp.asarray(recipe.projection.seed, jnp.int32)), step)
         key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return cls(form.rounding, rate, recipe.weight_decay if decays else 0, recipe.when, accepted, key, path)
+        decay = at_step(recipe.weight_decay, step) if decays else 0
+        return cls(form.rounding, rate, decay, recipe.when, accepted, key, path)
 
     def __call__(self, param: Any, update: jax.Array, layer: Any) -> Any:
         old = param.dequantize() if hasattr(param, "dequantize") else param.astype(jnp.float32)

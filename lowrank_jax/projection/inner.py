@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax import linalg
+from lowrank_jax.checks import check_number, is_integer, is_number
 
 
 class Moment(NamedTuple):
@@ -55,7 +56,7 @@ class Inner(Protocol):
 
 def debias(decay: Any, count: jax.Array) -> jax.Array:
     """`1 - decay^count` in float32, without the cancellation that rounding the decay first would bring."""
-    if isinstance(decay, (int, float)):
+    if is_number(decay):
         log: Any = math.log(decay) if decay > 0 else -math.inf
     else:
         log = jnp.log(decay)
@@ -113,11 +114,8 @@ class Adam:
 
     def __post_init__(self):
         for name in ("b1", "b2"):
-            value = getattr(self, name)
-            if isinstance(value, (int, float)) and not 0 <= value < 1:
-                raise ValueError(f"adam: {name}={value} must be in [0, 1)")
-        if isinstance(self.eps, (int, float)) and self.eps < 0:
-            raise ValueError(f"adam: eps={self.eps} must not be negative")
+            check_number(f"adam: {name}", getattr(self, name), at_least=0, below=1)
+        check_number("adam: eps", self.eps, at_least=0)
         if self.convention not in _EPSILON:
             raise ValueError(f"adam: convention={self.convention!r} must be one of {_EPSILON}")
 
@@ -260,7 +258,7 @@ class Stored8:
             raise ValueError("stored8: inner is stored in 8 bits already; wrap it once")
         for name, least in (("block", 1), ("minimum", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not is_integer(value) or value < least:
                 raise ValueError(f"stored8: {name}={value!r} must be an integer of at least {least}")
 
     @property

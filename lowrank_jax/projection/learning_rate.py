@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax.checks import check_floating, check_number, is_zero
+from lowrank_jax.trees import pure
+
 
 class LearningRateState(NamedTuple):
     """State of `apply_learning_rate`: int32 count of accepted steps, which drives the schedule."""
@@ -16,22 +19,34 @@ class LearningRateState(NamedTuple):
     count: Any
 
 
-def _decays(weight_decay: Any) -> bool:
-    return not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+def at_step(value: Any, count: Any) -> Any:
+    """A number, or what a schedule gives at a step."""
+    return value(count) if callable(value) else value
 
 
 def selected_for_decay(updates: Any, params: Any, weight_decay: Any, mask: Any) -> Any:
-    """A tree of booleans like `updates`: which leaves decay."""
+    """A tree of booleans like `updates`: which leaves decay. A mask may be a prefix of it."""
+    decays = not is_zero(weight_decay)
     selected = mask(params) if callable(mask) else mask
     if selected is None:
-        return jax.tree.map(lambda _: _decays(weight_decay), updates)
-    return jax.tree.map(lambda flag: bool(flag) and _decays(weight_decay), selected)
+        selected = True
+
+    def spread(flag: Any, part: Any) -> Any:
+        return jax.tree.map(lambda _: bool(flag) and decays, part)
+
+    try:
+        return jax.tree.map(spread, pure(selected), updates)
+    except ValueError as error:
+        raise ValueError(
+            f"mask: {jax.tree.structure(selected)} is neither the structure of the parameters nor a prefix of it; give "
+            "a boolean for each leaf or for whole subtrees, or a function that makes such a tree of the parameters"
+        ) from error
 
 
 def decayed_step(u: jax.Array, p: jax.Array, rate: Any, weight_decay: Any, when: str, accepted: Any) -> jax.Array:
     """The float32 change of one leaf: `-lr u` with decoupled decay before or after it."""
     u = u.astype(jnp.float32)
-    if not _decays(weight_decay):
+    if is_zero(weight_decay):
         return -rate * u
     shrink = 1 - rate * weight_decay if when == "post" else 1.0
     return -rate * shrink * u - jnp.where(accepted, rate * weight_decay, 0) * p.astype(jnp.float32)
@@ -47,15 +62,16 @@ def apply_learning_rate(
 
     Args:
       learning_rate: a number or an optax schedule of the 0-based step.
-      weight_decay: wd, applied to every leaf that `mask` selects (all by default).
+      weight_decay: wd, a number or a schedule, applied to every leaf that `mask` selects (all by default).
       when: "pre" or "post".
-      mask: a tree of booleans like the parameters, or a function from parameters to one.
+      mask: a tree of booleans like the parameters or a prefix of it, or a function from parameters to one.
 
     The extra argument `accepted` of `update` (a boolean scalar, True by default) makes a skipped step leave parameters
     and schedule untouched; the named optimizers pass it.
 
     Raises:
-      ValueError: for an unknown `when`, a negative decay, or decay without params.
+      ValueError: for an unknown `when`, a rate that is not finite, a negative decay, decay without params, or leaves
+        that are not real.
 
     >>> import jax.numpy as jnp
     >>> tx = apply_learning_rate(0.1, 0.5, when="post")
@@ -65,22 +81,22 @@ def apply_learning_rate(
     """
     if when not in ("pre", "post"):
         raise ValueError(f"when={when!r} must be 'pre' or 'post' the step")
-    if isinstance(weight_decay, (int, float)) and weight_decay < 0:
-        raise ValueError(f"weight_decay={weight_decay} must not be negative")
-    decays = _decays(weight_decay)
+    check_number("learning_rate", learning_rate, otherwise="a schedule")
+    check_number("weight_decay", weight_decay, at_least=0, otherwise="a schedule")
+    decays = not is_zero(weight_decay)
 
     def init(params):
-        del params
+        check_floating(params, "apply_learning_rate")
         return LearningRateState(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None, *, accepted: Any = True, **extra):
         del extra
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate, decay = at_step(learning_rate, state.count), at_step(weight_decay, state.count)
         if decays and params is None:
             raise ValueError(f"weight_decay={weight_decay} needs params; call update(grads, state, params)")
 
         def apply(u, p, decayed):
-            return decayed_step(u, p, rate, weight_decay if decayed else 0, when, accepted).astype(u.dtype)
+            return decayed_step(u, p, rate, decay if decayed else 0, when, accepted).astype(u.dtype)
 
         selected = selected_for_decay(updates, params, weight_decay, mask)
         new = jax.tree.map(apply, updates, updates if params is None else params, selected)

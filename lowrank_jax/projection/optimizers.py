@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optax
 
 from lowrank_jax import sharding
+from lowrank_jax.checks import check_number, is_zero
 from lowrank_jax.projection import clocks, inner, projectors, residuals, transports
 from lowrank_jax.projection.learning_rate import LearningRateState, apply_learning_rate
 from lowrank_jax.projection.state import ProjectionState
@@ -265,6 +265,8 @@ def frugal(
     >>> lr.frugal(1e-3, rank=0.5, projection="columns").projection.residual
     Sign(scale=1.0)
     """
+    check_number("frugal: active_scale", active_scale)
+    check_number("frugal: inactive_scale", inactive_scale)
     rest = active_scale * inactive_scale
     rules = {"sign": residuals.sign(scale=rest), "sgd": residuals.sgd(scale=rest), "discard": residuals.discard()}
     bases = {"svd": projectors.svd, "columns": projectors.columns, "random": projectors.random}
@@ -278,7 +280,7 @@ def frugal(
         "scale": active_scale,
         "side": "rows" if projection == "columns" else "paper",
     }
-    if isinstance(rank, (int, float)) and rank == 0:
+    if is_zero(rank):
         stateless = {"sign": optax.scale_by_sign(), "sgd": optax.identity(), "discard": optax.set_to_zero()}[rule]
         slots |= {"projector": projectors.identity(), "plain": slots["inner"], "inner": inner.from_optax(stateless),
                   "residual": residuals.discard(), "transport": transports.keep(),
@@ -377,12 +379,12 @@ def apollo(
     >>> lr.apollo(1e-2, rank=1, axis="tensor", scale=4.0).projection.residual
     GradientRescale(axis='tensor', scale=2.0, limiter=1.01)
     """
-    root = math.sqrt(scale) if isinstance(scale, (int, float)) else scale**0.5
+    check_number("apollo: scale", scale, at_least=0)
     slots = {
         "projector": _projector(projectors.random, rank, projector),
         "inner": inner.adam(b1=b1, b2=b2, eps=eps, convention="hf"),
         "own_clock": clocks.every(period=refresh_every),
-        "residual": residuals.gradient_rescale(axis=axis, scale=root, limiter=limiter),
+        "residual": residuals.gradient_rescale(axis=axis, scale=scale**0.5, limiter=limiter),
     }
     return _recipe(learning_rate, weight_decay, "post", **(slots | common))
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import sharding
+from lowrank_jax.checks import check_number
 from lowrank_jax.projection import inner as inner_lib
 
 TINY = 1e-8
@@ -79,6 +80,9 @@ class Sign(Residual):
 
     scale: Any = 1.0
     sees_gradient = True
+
+    def __post_init__(self):
+        check_number(f"{type(self).__name__.lower()}: scale", self.scale)
 
     def combine(self, projector, view, basis, state, grad, low, direction, scale):
         rest = self._rule(projector.rest(view, basis, grad, low), projector.rounding(view, grad))
@@ -167,8 +171,8 @@ class GradientRescale(Residual):
     def __post_init__(self):
         if self.axis not in ("channel", "tensor"):
             raise ValueError(f"gradient_rescale: axis={self.axis!r} must be 'channel' or 'tensor'")
-        if isinstance(self.limiter, (int, float)) and self.limiter < 1:
-            raise ValueError(f"gradient_rescale: limiter={self.limiter} must be at least 1, or None for no limit")
+        check_number("gradient_rescale: scale", self.scale, at_least=0)
+        check_number("gradient_rescale: limiter", self.limiter, at_least=1, otherwise="None for no limit")
 
     def init(self, view):
         return () if self.limiter is None else jnp.zeros(view.batch, jnp.float32)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax import sharding
+from lowrank_jax.checks import check_floating
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection import layout
@@ -80,6 +81,7 @@ def prepare(
     if params is not None:
         references, treedef = flatten(params)
     _check_projected(leaves, references, params, taps)
+    check_floating([leaf for leaf in leaves if not isinstance(leaf, Projected)], "gradients")
     report = config.report(updates if params is None else params)
     views = [leaf.view for leaf in report.leaves]
     leaves = [layout.as_parameter(own.path, leaf) for own, leaf in zip(report.leaves, leaves, strict=True)]

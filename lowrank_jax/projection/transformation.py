@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax import sharding
+from lowrank_jax.checks import check_floating, check_integer, check_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection import step as step_lib
@@ -75,8 +76,9 @@ class Projection:
         object.__setattr__(self, "inner", inner_lib.as_inner(self.inner))
         object.__setattr__(self, "plain", self.inner if self.plain is None else inner_lib.as_inner(self.plain))
         check_side(self.side, self.tie)
-        if isinstance(self.clip_norm, (int, float)) and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm={self.clip_norm} must be positive, or None for no clipping")
+        check_number("clip_norm", self.clip_norm, above=0, otherwise="None for no clipping")
+        check_number("scale", self.scale)
+        check_integer("seed", self.seed, at_least=-(2**31))
         no_first = isinstance(self.clock, Every) and not self.clock.first
         if no_first and "grad" in self.projector.needs:
             raise ValueError(
@@ -95,6 +97,7 @@ class Projection:
             return sharding.settled(self._init(params))
 
     def _init(self, params: Any) -> ProjectionState:
+        check_floating(params, "projection")
         report = self.report(params)
         leaves, treedef = step_lib.flatten(params)
         views = [leaf.view for leaf in report.leaves]

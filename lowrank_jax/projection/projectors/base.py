@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg, sharding
+from lowrank_jax.checks import is_integer, is_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.transports import DenseChange, IndexChange
 
@@ -38,7 +40,7 @@ class Projector:
 
     Args:
       rank: r as an integer, as a fraction of the shrunk dimension (a float in (0, 1]), or by path as
-        `((pattern, rank), ...)`, where the first pattern that matches the whole path wins.
+        `((pattern, rank), ...)` or a dict, where the first pattern that matches the whole path wins.
 
     A class also says what its `refresh` reads (`needs`), whether it moves the basis (`moves`), whether bases are
     orthonormal, and whether a refresh depends on `G Gᵀ` or norms of rows alone (`of_rows`): it then may get a gradient
@@ -55,8 +57,9 @@ class Projector:
     of_rows: ClassVar[bool] = False
 
     def __post_init__(self):
-        rules = self.rank if isinstance(self.rank, tuple) else (("", self.rank),)
-        for _, rank in rules:
+        if isinstance(self.rank, Mapping):
+            object.__setattr__(self, "rank", tuple(self.rank.items()))
+        for _, rank in self.rank if isinstance(self.rank, tuple) else (("", self.rank),):
             check_rank(rank)
 
     def _round(self, size: float) -> int:
@@ -70,8 +73,7 @@ class Projector:
             if not matching:
                 raise ValueError(f"rank: no pattern matches {path!r}; add ('.*', rank) as the last rule")
             rank = matching[0]
-        if isinstance(rank, float):
-            rank = max(1, self._round(rank * shrunk))
+        rank = int(rank) if is_integer(rank) else max(1, self._round(float(rank) * shrunk))
         if rank > shrunk:
             raise ValueError(f"rank={rank} exceeds {shrunk}, the shrunk dimension of {path!r}; use at most {shrunk}")
         return rank
@@ -145,9 +147,9 @@ def check_rank(rank: Any) -> None:
             "rank is a traced array: it fixes shapes and must be a Python number. Under optax.inject_hyperparams pass "
             "static_args=('rank',), or give a projector such as lr.projectors.svd(rank=8), which passes through"
         )
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+    if not is_number(rank):
         raise ValueError(f"rank={rank!r} must be an integer, a fraction in (0, 1], or ((pattern, rank), ...)")
-    if rank <= 0 or (isinstance(rank, float) and rank > 1):
+    if not (rank > 0 and (is_integer(rank) or rank <= 1)):
         raise ValueError(f"rank={rank} must be a positive integer, or a fraction in (0, 1] of the shrunk dimension")
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax import linalg, sharding
+from lowrank_jax.checks import check_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.projectors.base import Projector, StoredProjector, thin_product
 from lowrank_jax.projection.projectors.random import normal, structured
@@ -270,6 +271,7 @@ class Power(StoredProjector):
             raise ValueError(f"power: first={self.first!r} must be 'svd' or 'range'")
         if self.iterations < 1:
             raise ValueError(f"power: iterations={self.iterations} must be at least 1")
+        check_number("power: mix", self.mix, at_least=0, otherwise="None for the gradient alone")
 
     @property
     def needs(self):
