@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments import checkpoint, configuration, sections, tuning_configuration
 from experiments.configuration import ConfigurationError
+from experiments.data.tokenizer import found_in
 from experiments.data.tuning import TuningDataConfig
 from experiments.models import axes, huggingface, llama, vit
 from experiments.tuning_configuration import BaseConfig
@@ -113,10 +114,16 @@ def _pieces(leaf) -> Iterator[np.ndarray]:
             yield np.asarray(rest(leaf).addressable_data(0))
 
 
-def open_base(config: BaseConfig, seed: int) -> Base:
-    """The model that `config` names. Raises ConfigurationError for a folder that holds none."""
+def open_base(config: BaseConfig, seed: int, tokenizer: str = "") -> Base:
+    """The model that `config` names. Raises ConfigurationError for a folder that holds none.
+
+    Args:
+      config: the folder, or the preset of new parameters.
+      seed: of new parameters.
+      tokenizer: of the data; one that is not "bytes" sets the vocabulary of a new language model.
+    """
     if not config.source:
-        return _new(config, seed)
+        return _new(config, seed, tokenizer)
     folder = pathlib.Path(config.source).expanduser()
     path = folder / "config.json"
     if not path.is_file():
@@ -142,11 +149,14 @@ def open_base(config: BaseConfig, seed: int) -> Base:
     return _with(base, config, overrides)
 
 
-def _new(config: BaseConfig, seed: int) -> Base:
+def _new(config: BaseConfig, seed: int, tokenizer: str) -> Base:
     overrides = {name: getattr(config, name) for name in ("dtype", "param_dtype", "remat")}
     chosen = {name: value for name, value in overrides.items() if value is not None}
     model_config = dataclasses.replace(tuning_configuration.PRESETS[config.preset or ""], **chosen)
     is_vit = isinstance(model_config, vit.VitConfig)
+    if not is_vit:
+        size = configuration.tokenizers_size(tokenizer) if tokenizer else None
+        model_config = dataclasses.replace(model_config, vocabulary_size=size or model_config.vocabulary_size)
 
     def read(place):
         def init(key):
@@ -156,8 +166,7 @@ def _new(config: BaseConfig, seed: int) -> Base:
 
         return jax.jit(init, out_shardings=place(shapes(model_config)))(jax.random.key(seed))
 
-    tokenizer = "" if is_vit else "bytes"
-    base = Base(source=config.preset or "", config=model_config, read=read, tokenizer=tokenizer)
+    base = Base(source=config.preset or "", config=model_config, read=read, tokenizer="" if is_vit else "bytes")
     return dataclasses.replace(base, domain=_domain(config, base))
 
 
@@ -177,9 +186,7 @@ def _of_transformers(folder: pathlib.Path, config: BaseConfig, overrides: dict) 
         except (ValueError, OSError, ImportError) as error:
             raise ConfigurationError(f"base.source={config.source!r}: {error}") from error
 
-    pieces = folder / "tokenizer.model"
-    tokenizer = str(pieces) if pieces.is_file() else ""
-    base = Base(source=config.source, config=model_config, read=read, tokenizer=tokenizer)
+    base = Base(source=config.source, config=model_config, read=read, tokenizer=found_in(folder))
     return dataclasses.replace(base, domain=_domain(config, base))
 
 
@@ -188,13 +195,13 @@ def _pretrained(folder: pathlib.Path) -> Base:
         config = configuration.from_dict(read_config(folder))
     except ConfigurationError as error:
         raise ConfigurationError(f"base.source={str(folder)!r} holds no run of this program: {error}") from error
-    domain = TuningDataConfig(**dataclasses.asdict(config.data))
+    tokenizer = found_in(folder) or config.data.tokenizer
     return Base(
         source=str(folder),
         config=config.model,
         read=lambda place: read_run(folder, shapes(config.model), place, {"model": dataclasses.asdict(config.model)}),
-        tokenizer=config.data.tokenizer,
-        domain=domain,
+        tokenizer=tokenizer,
+        domain=TuningDataConfig(**dataclasses.asdict(config.data) | {"tokenizer": tokenizer}),
     )
 
 
@@ -236,9 +243,9 @@ def _exported(folder: pathlib.Path) -> Base:
         source=str(folder),
         config=config,
         read=lambda place: read_run(folder, shapes(config, count), place, meaning(values)),
-        tokenizer=values["tokenizer"],
+        tokenizer=found_in(folder) or values["tokenizer"],
         classes=classes,
-        domain=domain,
+        domain=dataclasses.replace(domain, tokenizer=found_in(folder) or domain.tokenizer),
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from experiments.data import DataConfig
+from experiments.data.tokenizer import vocabulary_of
 from experiments.models import llama
 from experiments.sections import ConfigurationError as ConfigurationError
 from experiments.sections import (
@@ -273,6 +274,14 @@ class RunConfig:
             require(not self.mesh.explicit, "mesh.explicit", True, remedy)
 
 
+def tokenizers_size(name: str) -> int | None:
+    """How many ids an own tokenizer has; None for "bytes", and where the file is missing. Raises ConfigurationError."""
+    try:
+        return vocabulary_of(name)
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigurationError(str(error)) from error
+
+
 def smallest_dimension(model: llama.LlamaConfig) -> int:
     """The smallest dimension among the matrices of a block: no projection of it has a higher rank."""
     return min(model.width, model.hidden, model.kv_heads * model.head_size)
@@ -320,7 +329,7 @@ def from_dict(values: Mapping) -> RunConfig:
     for section, kind in SECTIONS.items():
         given = dict(values.get(section) or {})
         if section == "model":
-            sections["preset"], sections["model"] = _model(given)
+            sections["preset"], sections["model"] = _model(given, (values.get("data") or {}).get("tokenizer"))
         else:
             sections[section] = build(kind, section, given)
     require(isinstance(values.get("name", "run"), str), "name", values.get("name"), "give a string")
@@ -338,10 +347,13 @@ SECTIONS = {
 }
 
 
-def _model(given: dict) -> tuple[str, llama.LlamaConfig]:
+def _model(given: dict, tokenizer: Any) -> tuple[str, llama.LlamaConfig]:
+    """(preset, model); an own tokenizer, where its file is there, sets a vocabulary that is not given."""
     name = given.pop("preset", "nano")
     one_of("model.preset", name, tuple(llama.PRESETS))
     base = dataclasses.asdict(llama.PRESETS[name])
+    if given.get("vocabulary_size") is None and isinstance(tokenizer, str):
+        base["vocabulary_size"] = tokenizers_size(tokenizer) or base["vocabulary_size"]
     return name, build(
         llama.LlamaConfig, "model", base | {key: value for key, value in given.items() if value is not None}
     )

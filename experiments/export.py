@@ -5,7 +5,7 @@
 The folder:
 
     config.json, model*.safetensors    experiments.models.huggingface
-    tokenizer.model                    a copy of the SentencePiece model, where the run used one
+    tokenizer.model, or tokenizer.json the tokenizer, where the run used one
     README.md                          which run and step this is, and how text becomes tokens
 
 Exit codes: 0 written, 1 no good checkpoint, 2 wrong arguments.
@@ -14,7 +14,6 @@ Exit codes: 0 written, 1 no good checkpoint, 2 wrong arguments.
 import argparse
 import dataclasses
 import pathlib
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +22,15 @@ from experiments import checkpoint, configuration
 from experiments import workdir as folder
 from experiments.checkpoint import CheckpointError
 from experiments.configuration import ConfigurationError, RunConfig
-from experiments.data.tokenizer import ByteTokenizer, make_tokenizer
+from experiments.data.tokenizer import (
+    ByteTokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    found_in,
+    make_tokenizer,
+)
 from experiments.models import huggingface
+from lowrank_jax.interop import documents
 
 _README = """# {name}, update {step}
 
@@ -46,6 +52,12 @@ _PIECES = """`tokenizer.model` is the SentencePiece model that the run used; {eo
     tokenizer = sentencepiece.SentencePieceProcessor(model_file="{folder}/tokenizer.model")
     ids = torch.tensor([tokenizer.encode(text)])
 """
+_JSON = """`tokenizer.json` is the tokenizer that the run used, `tokenizer_config.json` names its special tokens;
+{eos} ends a document.
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained("{folder}")
+    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+"""
 
 
 def export(workdir, output, *, overwrite: bool = False) -> tuple[int, list[pathlib.Path]]:
@@ -61,16 +73,14 @@ def export(workdir, output, *, overwrite: bool = False) -> tuple[int, list[pathl
     workdir, output = pathlib.Path(workdir), pathlib.Path(output)
     config = _read_config(workdir)
     try:
-        tokenizer = make_tokenizer(config.data.tokenizer)
+        tokenizer = make_tokenizer(found_in(workdir) or config.data.tokenizer)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigurationError(str(error)) from error
     step, params = _read_parameters(workdir, config)
     ids = {f"{name}_token_id": getattr(tokenizer, name) for name in ("bos", "eos", "pad")}
     entries: dict[str, Any] = {name: id if id >= 0 else None for name, id in ids.items()}
     files = huggingface.save(output, config.model, params, overwrite=overwrite, entries=entries)
-    if not isinstance(tokenizer, ByteTokenizer):
-        model = pathlib.Path(config.data.tokenizer).expanduser()
-        files.append(pathlib.Path(shutil.copyfile(model, output / "tokenizer.model")))
+    files += [documents.write(output / name, content) for name, content in tokenizer.files.items()]
     files.append(_write_readme(output, config, step, tokenizer))
     return step, files
 
@@ -104,7 +114,7 @@ def _read_parameters(workdir: pathlib.Path, config: RunConfig) -> tuple[int, Any
 
 
 def _write_readme(output: pathlib.Path, config: RunConfig, step: int, tokenizer) -> pathlib.Path:
-    template = _BYTES if isinstance(tokenizer, ByteTokenizer) else _PIECES
+    template = {ByteTokenizer: _BYTES, SentencePieceTokenizer: _PIECES, JsonTokenizer: _JSON}[type(tokenizer)]
     tokens = template.format(eos=tokenizer.eos, bos=tokenizer.bos, pad=tokenizer.pad, folder=output)
     values = huggingface.config_to(config.model)
     text = _README.format(

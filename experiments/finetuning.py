@@ -92,7 +92,7 @@ class Finetuning(Task):
 
     def __init__(self, config: TuningConfig, devices: Sequence[Any] | None = None):
         super().__init__(config.mesh, devices)
-        self.config, self.base = config, bases.open_base(config.base, config.run.seed)
+        self.config, self.base = config, bases.open_base(config.base, config.run.seed, config.data.tokenizer)
         self.dataset = open_data(config.data, self.base.tokenizer, config.run.seed)
         self._check_base()
         self.model = Model(config, self.base, self.dataset.classes)
@@ -231,7 +231,7 @@ class Finetuning(Task):
         return super().record() | {"base": (self._digest, subject, remedy)}
 
     def files(self):
-        return {MODEL: self.model.describe(self.config.data)}
+        return super().files() | {MODEL: self.model.describe(self.config.data)}
 
     # what is measured
 
@@ -318,7 +318,7 @@ def open_data(config: TuningDataConfig, tokenizer: str, seed: int, *, trains: bo
     try:
         if not (config.has_images or config.tokenizer or tokenizer):
             raise ValueError(
-                "data.tokenizer='': the base's folder has no tokenizer.model; name a SentencePiece model, or 'bytes'"
+                "data.tokenizer='': the base's folder has no tokenizer.json or tokenizer.model; name one, or 'bytes'"
             )
         return load_tuning(config, tokenizer, seed, trains=trains)
     except (ValueError, OSError, ImportError) as error:

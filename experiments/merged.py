@@ -4,10 +4,11 @@ An exported folder is what `base.source` reads:
 
     config.json     what the model is, as model.json in the folder of the run
     checkpoints/    one step that holds "params" alone (experiments.checkpoint)
+
+Folders of all forms bring the tokenizer, where it is not bytes: tokenizer.model, or tokenizer.json and its settings.
 """
 
 import pathlib
-import shutil
 import sys
 from typing import Any
 
@@ -15,13 +16,14 @@ import lowrank_jax as lr
 from experiments import bases, checkpoint, tuning_configuration
 from experiments.bases import Base, Place
 from experiments.configuration import ConfigurationError
-from experiments.data.tokenizer import ByteTokenizer, make_tokenizer
+from experiments.data.tokenizer import Tokenizer, found_in, make_tokenizer
 from experiments.data.tuning import TuningDataConfig
 from experiments.finetuning import MODEL, Model
 from experiments.models import huggingface
 from experiments.trained import Adapted
 from experiments.tuning_configuration import TuningConfig
 from experiments.workdir import read_config
+from lowrank_jax.interop import documents
 
 FORMATS = ("run", "huggingface", "peft")
 
@@ -30,15 +32,16 @@ def merged_base(folder: pathlib.Path, values: dict) -> Base:
     """The tuned model of the run in `folder`, whose config.json holds `values`."""
     config = tuning_configuration.from_dict(values)
     description = bases.read_description(folder / MODEL)
-    base = bases.open_base(config.base, config.run.seed)
+    tokenizer = found_in(folder) or description["tokenizer"]
+    base = bases.open_base(config.base, config.run.seed, tokenizer)
     model = Model(config, base, tuple(description["classes"]))
     return Base(
         source=str(folder),
         config=model.config,
         read=lambda place: _merged(folder, config, model, place),
-        tokenizer=description["tokenizer"],
+        tokenizer=tokenizer,
         classes=model.classes,
-        domain=TuningDataConfig(**description["domain"]),
+        domain=TuningDataConfig(**description["domain"] | {"tokenizer": tokenizer}),
     )
 
 
@@ -90,16 +93,29 @@ def export(workdir, output, form: str) -> pathlib.Path:
         raise ConfigurationError(
             f"--export_format={form!r}: is for language models; give 'run' for a vision transformer or a classifier"
         )
+    tokenizer = _tokenizer(base)
     if form == "peft":
-        _write_peft(output, workdir, tuning_configuration.from_dict(values))
-        return output
-    params = base.read(base.placing())
-    output.mkdir(parents=True, exist_ok=True)
-    if form == "huggingface":
-        _write_transformers(output, base, params)
+        _write_peft(output, workdir, tuning_configuration.from_dict(values), base.tokenizer)
     else:
-        _write_run(output, bases.read_description(workdir / MODEL), params)
+        params = base.read(base.placing())
+        output.mkdir(parents=True, exist_ok=True)
+        if form == "huggingface":
+            ids = {f"{name}_token_id": getattr(tokenizer, name) for name in ("bos", "eos", "pad")}
+            entries = {name: n if n >= 0 else None for name, n in ids.items()}
+            huggingface.save(output, base.config, params, entries=entries)
+        else:
+            _write_run(output, bases.read_description(workdir / MODEL), params)
+    for name, content in tokenizer.files.items() if tokenizer else ():
+        documents.write(output / name, content)
     return output
+
+
+def _tokenizer(base: Base) -> Tokenizer | None:
+    """What reads text for the model; images have none."""
+    try:
+        return make_tokenizer(base.tokenizer) if base.tokenizer else None
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def _write_run(output: pathlib.Path, description: dict, params) -> None:
@@ -113,16 +129,8 @@ def _write_run(output: pathlib.Path, description: dict, params) -> None:
     checkpoint.write_json(output / "config.json", description)
 
 
-def _write_transformers(output: pathlib.Path, base: Base, params) -> None:
-    tokenizer = make_tokenizer(base.tokenizer)
-    ids = {f"{name}_token_id": getattr(tokenizer, name) for name in ("bos", "eos", "pad")}
-    huggingface.save(output, base.config, params, entries={name: n if n >= 0 else None for name, n in ids.items()})
-    if not isinstance(tokenizer, ByteTokenizer):
-        shutil.copyfile(pathlib.Path(base.tokenizer).expanduser(), output / "tokenizer.model")
-
-
-def _write_peft(output: pathlib.Path, workdir: pathlib.Path, config: TuningConfig) -> None:
-    model = Model(config, bases.open_base(config.base, config.run.seed), ())
+def _write_peft(output: pathlib.Path, workdir: pathlib.Path, config: TuningConfig, tokenizer: str) -> None:
+    model = Model(config, bases.open_base(config.base, config.run.seed, tokenizer), ())
     if not isinstance(model.parts, Adapted):
         raise ConfigurationError("--export_format='peft': the whole model was trained; give 'huggingface'")
     params, rest, base = _read(workdir, config, model, model.base.placing())

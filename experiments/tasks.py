@@ -171,8 +171,9 @@ class Task:
         raise NotImplementedError
 
     def files(self) -> dict[str, Any]:
-        """{name: JSON} of what the run folder holds from the start."""
-        return {}
+        """{name: JSON, or the content itself} of what the run folder holds from the start."""
+        tokenizer = self.dataset.tokenizer
+        return {} if tokenizer is None else dict(tokenizer.files)
 
     def host_batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of an update."""

@@ -3,6 +3,7 @@
 `experiments.pretrain` and `experiments.finetune` call it. The run folder:
 
     config.json      the configuration; a resumed run must agree with it
+    tokenizer.*      the tokenizer, where it is not bytes: whoever starts from this run finds it here
     metrics.jsonl    one line per update ("train"), evaluation ("eval") and event ("note")
     checkpoints/     experiments.checkpoint
     ledger.json      bytes per component, by formula and measured
@@ -129,7 +130,10 @@ class _Training:
             lead = distributed.leads()
             files = {"config.json": folder.as_json(config)} | self.task.files()
             for name, value in files.items() if lead else ():
-                checkpoint.write_json(workdir / name, value)
+                if isinstance(value, bytes):
+                    documents.write(workdir / name, value)
+                else:
+                    checkpoint.write_json(workdir / name, value)
             with self.asked.at_once():
                 state = self._restore_or_initialise()
             board = workdir / "tensorboard" if config.run.tensorboard else None

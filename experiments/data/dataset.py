@@ -7,7 +7,7 @@ from typing import Any
 from experiments.data.loader import MODES, Batches
 from experiments.data.packing import tokenized
 from experiments.data.sources import Source, data_directory, directory_source, folder_source, named_source
-from experiments.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, make_tokenizer
+from experiments.data.tokenizer import Tokenizer, make_tokenizer
 from experiments.sections import number
 
 
@@ -20,7 +20,8 @@ class DataConfig:
         such as "lm1b" or "c4/en"; or a path that begins with / . ~ or a scheme such as gs://: the version directory of
         a prepared TFDS dataset, or a folder of text files.
       directory: where datasets and cached tokens live; "" is $LOWRANK_JAX_DATA, else ~/.cache/lowrank_jax/datasets.
-      tokenizer: "bytes", or the path of a SentencePiece model.
+      tokenizer: "bytes", or the path of a SentencePiece model, of a tokenizer.json (which needs the tokenizers package)
+        or of a folder with one of them. Its size is the model's vocabulary where model.vocabulary_size is not given.
       text_key: feature of a TFDS dataset that holds the text.
       file_pattern: glob for the files of a folder.
       train_split, validation_split: names or slices ("train[:1%]"); folders and "stdlib" have "train", "validation".
@@ -64,7 +65,7 @@ class Dataset:
 
     train: Any
     validation: Any
-    tokenizer: ByteTokenizer | SentencePieceTokenizer | None
+    tokenizer: Tokenizer | None
     vocabulary_size: int
     description: str
     fingerprint: str

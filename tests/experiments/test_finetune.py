@@ -258,7 +258,7 @@ def test_an_exported_model_is_a_base_and_a_folder_of_transformers(folder, whole)
         merged.export(workdir, folder / "exported", "run")
     # tuned again, from the folder of transformers, which says neither tokenizer nor domain
     other = {"source": str(folder / "transformers")}
-    with pytest.raises(ConfigurationError, match=r"data\.tokenizer='': the base's folder has no tokenizer\.model"):
+    with pytest.raises(ConfigurationError, match=r"data\.tokenizer='': the base's folder has no tokenizer\.json"):
         tuning.run(tuning.tiny(folder, base=other), folder / "again")
     found = evaluated(tuning.tiny(folder, base=other, data={"tokenizer": "bytes"}))
     assert found["loss"] == pytest.approx(summary["validation_loss"], rel=1e-4)
