@@ -4,7 +4,9 @@ Layout of a cached split, a folder made under a temporary name and renamed when 
 
     tokens.bin    all documents, each followed by eos; uint16, or int32 when the vocabulary is larger than 65536
     starts.npy    (documents + 1,) int64: document i is tokens[starts[i]:starts[i + 1]], eos included
-    marks.npy     (documents,) int64: of a pair, the number of tokens of its prompt, or of its class; absent for text
+    marks.npy     (documents,) int64: of a pair, the number of tokens of its prompt, or of its class; absent for text.
+                  Of a conversation, the number of tokens before its first reply
+    counted.bin   uint8, 1 for each token that has a loss; absent where they are all those behind the marks
     info.json     number of tokens, CRC-32 of tokens.bin (and marks), and what they were made from
 """
 
@@ -20,6 +22,7 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
+from experiments.data import chat
 from experiments.data.sources import Source, exclusive
 from lowrank_jax.interop import documents
 
@@ -30,7 +33,8 @@ _INFO = {"tokens": int, "crc32": str, "dtype": str}
 class TokenizedSplit:
     """tokens: (N,) memory map; starts: (documents + 1,) int64; eos, pad: ids; fingerprint: equal for equal tokens.
 
-    marks: (documents,) int64 of documents that are pairs, see above, else None.
+    marks: (documents,) int64 of documents that are pairs or conversations, see above, else None.
+    counted: (N,) memory map of uint8, see above, else None.
     """
 
     tokens: np.ndarray
@@ -39,12 +43,16 @@ class TokenizedSplit:
     pad: int
     fingerprint: str
     marks: np.ndarray | None = None
+    counted: np.ndarray | None = None
 
 
-def tokenized(source: Source, split: str, tokenizer, directory: str, *, bos: bool = False) -> TokenizedSplit:
+def tokenized(
+    source: Source, split: str, tokenizer, directory: str, *, bos: bool = False, template: str = "plain"
+) -> TokenizedSplit:
     """The tokens of `split`, from `directory/tokens/` or made there now; safe in several processes and to interrupt.
 
-    With `bos`, every document begins with the tokenizer's bos.
+    With `bos`, every document begins with the tokenizer's bos. Pairs and conversations are put into a template of
+    `experiments.data.chat`.
 
     Raises ValueError when the source has no such split, or the split has fewer than two tokens.
     """
@@ -55,6 +63,7 @@ def tokenized(source: Source, split: str, tokenizer, directory: str, *, bos: boo
             "among them, or to a slice such as 'train[:99%]'"
         )
     content = [source.identity, tokenizer.identity, split, *["bos"] * bos]
+    content += [] if template == "plain" else [f"template {template}"]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     readable = re.sub(r"[^\w.-]+", "_", f"{source.name}-{split}-{tokenizer.identity}")
     folder = os.path.join(directory, "tokens", f"{readable}-{key}")
@@ -64,7 +73,7 @@ def tokenized(source: Source, split: str, tokenizer, directory: str, *, bos: boo
                 for leftover in glob.glob(glob.escape(folder) + ".*.incomplete"):
                     shutil.rmtree(leftover)
             if not os.path.isdir(folder):
-                _write(source, split, tokenizer, folder, bos)
+                _write(source, split, folder, lambda document: _encode(document, tokenizer, bos, template), tokenizer)
     info = documents.read(os.path.join(folder, "info.json"), _INFO, remedy=f"delete the folder {folder}")
     if info["dtype"] not in ("uint16", "int32"):
         raise ValueError(f"{folder} holds tokens of type {info['dtype']!r}: delete the folder")
@@ -72,44 +81,26 @@ def tokenized(source: Source, split: str, tokenizer, directory: str, *, bos: boo
     if tokens.size != info["tokens"]:
         raise ValueError(f"{folder} holds {tokens.size} tokens in place of {info['tokens']}: delete the folder")
     starts = np.load(os.path.join(folder, "starts.npy"))
-    marks = os.path.join(folder, "marks.npy")
+    marks, counted = (os.path.join(folder, name) for name in ("marks.npy", "counted.bin"))
+    if os.path.exists(counted) and os.path.getsize(counted) != tokens.size:
+        raise ValueError(f"{counted} says which of {os.path.getsize(counted)} tokens have a loss: delete the folder")
     return TokenizedSplit(
         tokens=tokens,
         starts=starts,
         marks=np.load(marks) if os.path.exists(marks) else None,
+        counted=np.memmap(counted, np.uint8, mode="r") if os.path.exists(counted) else None,
         eos=tokenizer.eos,
         pad=tokenizer.pad,
         fingerprint=f"{info['tokens']}-{info['crc32']}",
     )
 
 
-def _write(source, split, tokenizer, folder, bos):
-    dtype = np.dtype(np.uint16 if tokenizer.vocabulary_size <= 1 << 16 else np.int32)
+def _write(source, split, folder, encode, tokenizer):
+    """The folder of a split; `encode(document)` gives its ids, its mark and which ids have a loss."""
     temporary = f"{folder}.{os.getpid()}.incomplete"
     os.makedirs(temporary)
     try:
-        starts, marks, checksum = [0], [], 0
-        with open(os.path.join(temporary, "tokens.bin"), "wb") as file:
-            documents = tqdm(
-                source.documents(split), total=source.splits.get(split), desc=f"tokens of {split}", unit="doc"
-            )
-            for document in documents:
-                ids, mark = _encode(document, tokenizer, bos)
-                block = ids.astype(dtype).tobytes()
-                checksum = zlib.crc32(block, checksum)
-                file.write(block)
-                starts.append(starts[-1] + len(block) // dtype.itemsize)
-                marks.append(mark)
-        if starts[-1] < 2:
-            raise ValueError(
-                f"split {split!r} of {source.name} has {starts[-1]} tokens: too few to predict one from another"
-            )
-        np.save(os.path.join(temporary, "starts.npy"), np.asarray(starts, np.int64))
-        if None not in marks:
-            each = np.asarray(marks, np.int64)
-            np.save(os.path.join(temporary, "marks.npy"), each)
-            checksum = zlib.crc32(each.tobytes(), checksum)
-        info = {"tokens": starts[-1], "crc32": f"{checksum:08x}", "dtype": dtype.name}
+        info = _write_tokens(source, split, temporary, encode, tokenizer.vocabulary_size)
         info |= {"source": source.identity, "split": split, "tokenizer": tokenizer.identity}
         with open(os.path.join(temporary, "info.json"), "w") as file:
             json.dump(info, file)
@@ -122,12 +113,54 @@ def _write(source, split, tokenizer, folder, bos):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _encode(document, tokenizer, bos) -> tuple[np.ndarray, int | None]:
-    """The ids of a document, eos included, and its mark."""
+def _write_tokens(source, split, folder, encode, vocabulary_size: int) -> dict:
+    """tokens.bin, starts.npy and, where they say anything, marks.npy and counted.bin; what info.json says of them."""
+    dtype = np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.int32)
+    starts, marks, checksum, has_gaps = [0], [], 0, False
+    names = [os.path.join(folder, name) for name in ("tokens.bin", "counted.bin")]
+    with open(names[0], "wb") as file, open(names[1], "wb") as losses:
+        documents = tqdm(
+            source.documents(split), total=source.splits.get(split), desc=f"tokens of {split}", unit="doc"
+        )
+        for number, document in enumerate(documents, 1):
+            try:
+                ids, mark, counted = encode(document)
+            except ValueError as error:
+                raise ValueError(f"document {number} of the split {split!r} of {source.name}: {error}") from error
+            block = ids.astype(dtype).tobytes()
+            checksum = zlib.crc32(block, checksum)
+            file.write(block)
+            if counted is not None:
+                losses.write(counted.astype(np.uint8).tobytes())
+                has_gaps |= not counted[mark:].all()
+            starts.append(starts[-1] + len(block) // dtype.itemsize)
+            marks.append(mark)
+    if starts[-1] < 2:
+        raise ValueError(
+            f"split {split!r} of {source.name} has {starts[-1]} tokens: too few to predict one from another"
+        )
+    np.save(os.path.join(folder, "starts.npy"), np.asarray(starts, np.int64))
+    if None not in marks:
+        each = np.asarray(marks, np.int64)
+        np.save(os.path.join(folder, "marks.npy"), each)
+        checksum = zlib.crc32(each.tobytes(), checksum)
+    if has_gaps:
+        with open(names[1], "rb") as losses:
+            checksum = zlib.crc32(losses.read(), checksum)
+    else:  # the marks say it all
+        os.remove(names[1])
+    return {"tokens": starts[-1], "crc32": f"{checksum:08x}", "dtype": dtype.name}
+
+
+def _encode(document, tokenizer, bos, template) -> tuple[np.ndarray, int | None, np.ndarray | None]:
+    """The ids of a document, its mark, and which ids have a loss; a text and what has a class end with eos."""
     first, second = document if isinstance(document, tuple) else (document, None)
-    ids = tokenizer.encode(first)
-    if bos:
-        ids = np.append(tokenizer.bos, ids)
     if isinstance(second, bytes):
-        return np.concatenate([ids, tokenizer.encode(second), [tokenizer.eos]]), len(ids)
-    return np.append(ids, tokenizer.eos), second
+        document = chat.Conversation((("user", first), ("assistant", second)))
+    if not isinstance(document, chat.Conversation):
+        ids = np.append(tokenizer.encode(first), tokenizer.eos)
+        return np.append(tokenizer.bos, ids) if bos else ids, second, None
+    ids, counted = chat.encoded(document, template, tokenizer)
+    if bos and ids[0] != tokenizer.bos:  # which some templates begin with
+        ids, counted = np.append(tokenizer.bos, ids), np.append(False, counted)
+    return ids, int(np.argmax(counted)), counted

@@ -13,13 +13,15 @@ import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 
+from experiments.data.chat import Conversation
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TEXT: Mapping[str, str] = {"text_key": "text"}
-Document = bytes | tuple[bytes, bytes] | tuple[bytes, int]
+Document = bytes | tuple[bytes, bytes] | tuple[bytes, int] | Conversation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +33,9 @@ class Source:
       identity: equal for equal documents.
       splits: {split: number of documents}.
       documents: `documents(split)` iterates over them in a fixed order: text as bytes, a prompt and its response as two
-        of them, or a text and the number of its class.
+        of them, a text and the number of its class, or a conversation.
       classes: names of the classes, where there are any.
+      has_chats: some documents are conversations of named roles, which want a template.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Source:
     splits: dict[str, int]
     documents: Callable[[str], Iterator[Document]]
     classes: tuple[str, ...] = ()
+    has_chats: bool = False
 
 
 def split_of(relative_path: str) -> str:

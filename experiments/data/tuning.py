@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+from typing import Any
 
+from experiments.data import chat
 from experiments.data.dataset import Dataset
 from experiments.data.digits import CLASSES, NAMES, Images, digits, fingerprint
 from experiments.data.documentation import documentation_source
@@ -19,7 +21,7 @@ from experiments.data.sources import (
     named_builder,
 )
 from experiments.data.tokenizer import make_tokenizer
-from experiments.sections import number
+from experiments.sections import choice, number, one_of
 
 TASKS = ("language_modelling", "instruction", "classification")
 KEYS = {
@@ -40,9 +42,14 @@ class TuningDataConfig:
         name or by its version directory; or a folder of text files.
       validation: a second .jsonl file, for validation; "" holds out one line in twenty of the first.
       directory: where datasets and cached tokens live; "" is $LOWRANK_JAX_DATA, else ~/.cache/lowrank_jax/datasets.
-      tokenizer: "bytes", the path of a SentencePiece model, or "" for the one that the base was trained with.
+      tokenizer: "bytes", the path of a SentencePiece model, of a tokenizer.json or of a folder with one of them, or ""
+        for the one that the base was trained with.
       bos: begin every document with the tokenizer's bos, as LLaMA's own checkpoints expect.
-      text_key, label_key, prompt_key, response_key: names in the JSON objects, or of TFDS features.
+      template: what delimits prompts, responses and the turns of conversations: "plain" (nothing; a response ends with
+        eos), "alpaca", "chatml", "llama2" or "llama3" (experiments.data.chat); None is "plain", and for conversations
+        the one of which the tokenizer has the markers.
+      text_key, label_key, prompt_key, response_key: names in the JSON objects, or of TFDS features. As they are, prompt
+        and response stand for all usual keys of instructions in a .jsonl file, and for conversations ("messages").
       file_pattern: glob for the files of a folder.
       train_split, validation_split: of a TFDS dataset, names or slices ("train[:1%]").
       packing: of language modelling: "pack" (contiguous windows of a stream of documents, the default) or "pad" (a
@@ -57,6 +64,7 @@ class TuningDataConfig:
     directory: str = ""
     tokenizer: str = ""
     bos: bool = False
+    template: str | None = choice(None, chat.TEMPLATES)
     text_key: str = "text"
     label_key: str = "label"
     prompt_key: str = "prompt"
@@ -80,6 +88,9 @@ class TuningDataConfig:
         whole = isinstance(self.batch_size, int) and not isinstance(self.batch_size, bool)
         require(whole and self.batch_size >= 1, "batch_size", "give an integer of at least 1")
         language = self.task == "language_modelling"
+        if self.template is not None:
+            one_of("data.template", self.template, chat.TEMPLATES)
+            require(self.task == "instruction", "template", f"{self.task} has no prompts; leave it None")
         require(self.packing is None or self.packing in MODES, "packing", f"choose one of {', '.join(MODES)}")
         require(self.packing is None or language, "packing", f"{self.task} has a document per row; leave it None")
         require(self.train_split != self.validation_split, "validation_split", "is the training split: choose another")
@@ -147,13 +158,20 @@ def load_tuning(config: TuningDataConfig, tokenizer: str, seed: int = 0, *, trai
     source = open_tuning_source(config, directory)
     names = {"train": config.train_split, "validation": config.validation_split}
     used = names if trains else {"validation": config.validation_split}
-    halves = {use: tokenized(source, name, pieces, directory, bos=config.bos) for use, name in used.items()}
+    template = chat.chosen(config.template, pieces) if source.has_chats else config.template or "plain"
+    options: dict[str, Any] = {"bos": config.bos, "template": template}
+    halves = {use: tokenized(source, name, pieces, directory, **options) for use, name in used.items()}
     parts = {use: _batches(config, split, seed) for use, split in halves.items()}
     first = parts["train" if trains else "validation"]
     if trains and first.examples == 0:
         first.batch(0)  # raises
     sizes = " + ".join(f"{len(split.tokens):,}" for split in halves.values())
     rows = f"{first.examples} rows" if isinstance(first, Rows) else config.packing or "pack"
+    if isinstance(first, Rows) and first.cut:
+        rows += f" ({first.cut} cut to data.sequence_length={config.length})"
+    if template != "plain":
+        out = chat.spelled(template, pieces)
+        rows += f", template {template}" + (f" ({', '.join(out)} spelled out)" if out else "")
     return Dataset(
         train=parts.get("train"),
         validation=parts["validation"],
