@@ -35,10 +35,11 @@ from lowrank_jax.matrices import MatrixView, ResolvedView
 from lowrank_jax.products import dot_general, einsum, matmul
 from lowrank_jax.projection import clocks, inner, projectors, residuals, transports
 from lowrank_jax.projection.fused import Fused, fused
-from lowrank_jax.projection.layerwise import Stack, layerwise_step
+from lowrank_jax.projection.layerwise import layerwise_step
 from lowrank_jax.projection.learning_rate import apply_learning_rate
 from lowrank_jax.projection.optimizers import Recipe, apollo, apollo_mini, dct_adamw, frugal, galore, ldadam
 from lowrank_jax.projection.placement import resolved_sides, sides_for, state_shardings
+from lowrank_jax.projection.stack import Stack
 from lowrank_jax.projection.state import Evidence, MatrixState, Projected, ProjectionState
 from lowrank_jax.projection.tapped import Tapped
 from lowrank_jax.projection.taps import Taps, check_taps, projected_value_and_grad, taps

@@ -41,42 +41,10 @@ from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.fused import Fused, Write, fused, write_plain
 from lowrank_jax.projection.learning_rate import LearningRateState, selected_for_decay
 from lowrank_jax.projection.matrix_step import MatrixStep, all_finite, energy, finish, sketch_basis
+from lowrank_jax.projection.stack import Stack, layer_gradients
 from lowrank_jax.projection.state import Projected, matrix_states
-from lowrank_jax.projection.tapped import Tap, Tapped
+from lowrank_jax.projection.tapped import Tap
 from lowrank_jax.projection.training import plan
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stack:
-    """A model in three parts around a stack of equal layers.
-
-    Attributes:
-      before: `(rest, *args) -> x`.
-      layer: `(layer parameters, x) -> x`, which multiplies by taps (`lr.linen.tapped`).
-      after: `(rest, x, *args) -> value`, a scalar.
-      name: the entry of `params` with the stacked layers; `rest` is the parameters without it.
-
-    >>> import jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> stack = Stack(
-    ...     before=lambda rest, x: x,
-    ...     layer=lambda layer, x: jnp.tanh(lr.matmul(x, layer["kernel"])),
-    ...     after=lambda rest, x, _: jnp.mean(x**2),
-    ... )
-    >>> stack.name
-    'layers'
-    """
-
-    before: Callable[..., Any]
-    layer: Callable[..., Any]
-    after: Callable[..., Any]
-    name: str = "layers"
-
-    def loss(self, params: Any, *args: Any) -> jax.Array:
-        """The same model as one function, for evaluation and for `train_step`."""
-        rest = {name: tree for name, tree in params.items() if name != self.name}
-        x, _ = jax.lax.scan(lambda x, layer: (self.layer(layer, x), None), self.before(rest, *args), params[self.name])
-        return self.after(rest, x, *args)
 
 
 def layerwise_step(
@@ -294,10 +262,10 @@ class _Layerwise:
                 if sketched:
                     basis = sketch_basis(self.config, view, state, self.state.projection.step, number)
                 taps.append(Tap(state.basis, None, basis, None, view, matrix.projector))
-            return self._pull(kernels, taps, vectors, inputs, dx)
+            return layer_gradients(self._apply, kernels, taps, vectors, inputs, dx)
 
         if self.plan == "full":
-            grads, d_vectors, dx = self._pull(kernels, None, vectors, inputs, dx)
+            grads, d_vectors, dx = layer_gradients(self._apply, kernels, None, vectors, inputs, dx)
             return *steps_of(grads), d_vectors, dx
         if self.plan == "taps":
             grads, d_vectors, dx = low(False)
@@ -315,7 +283,7 @@ class _Layerwise:
 
         # full at a refresh: bases move inside the branch, and what leaves it is low-rank
         def refreshed():
-            grads, d_vectors, d_inputs = self._pull(kernels, None, vectors, inputs, dx)
+            grads, d_vectors, d_inputs = layer_gradients(self._apply, kernels, None, vectors, inputs, dx)
             steps, read = steps_of(grads)
             return [(step.low, _arrays(step)) for step in steps], read, d_vectors, d_inputs
 
@@ -345,44 +313,11 @@ class _Layerwise:
             step.project()
         return read
 
-    def _pull(self, kernels, taps, vectors, inputs, dx):
-        """Gradients of one layer, summed over the microbatches: `(kernels', vectors', inputs')`."""
-        zeros = None if taps is None else [tap.zeros(own) for tap, own in zip(taps, kernels, strict=True)]
-        if taps is None:  # codes have no gradient, their values do
-            dtype = jax.tree.leaves(inputs)[0].dtype
-            kernels = [kernel.dequantize(dtype) if hasattr(kernel, "dequantize") else kernel for kernel in kernels]
-
-        def apply(free, x):
-            places, vectors = free
-            own = iter(kernels if taps is not None else places)
-            if taps is not None:
-                merged = [
-                    Tapped(kernel, dataclasses.replace(tap, low=low, sketch=sketch))
-                    for kernel, tap, (low, sketch) in zip(kernels, taps, places, strict=True)
-                ]
-                own = iter(merged)
-            rest = iter(vectors)
-            leaves = [next(rest) if view is None else next(own) for view in self.views]
-            return self.stack.layer(jax.tree.unflatten(self.treedef, leaves), x)
-
-        free = (zeros if taps is not None else kernels, vectors)
-
-        def one(total, part):
-            x, dx = part
-            _, pull = jax.vjp(apply, free, x)
-            grads, d_inputs = pull(dx)
-            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), d_inputs
-
-        if self.microbatches == 1:
-            _, pull = jax.vjp(apply, free, inputs[0])
-            (places, d_vectors), d_inputs = pull(dx[0])
-            d_inputs = d_inputs[None]
-        else:
-            start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), free)
-            (places, d_vectors), d_inputs = sharding.scan(one, start, (inputs, dx))
-        if taps is not None:
-            places = [Projected(*place) for place in places]
-        return places, d_vectors, d_inputs
+    def _apply(self, kernels, vectors, x):
+        """One layer, from its leaves."""
+        own, rest = iter(kernels), iter(vectors)
+        leaves = [next(rest) if view is None else next(own) for view in self.views]
+        return self.stack.layer(jax.tree.unflatten(self.treedef, leaves), x)
 
     def _write(self, step: MatrixStep, kernel, ok, factor, number):
         """The new kernel of one layer; leaves the new states in `step`, the old ones where not ok."""
