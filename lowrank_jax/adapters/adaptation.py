@@ -10,8 +10,10 @@ import jax
 import numpy as np
 
 from lowrank_jax.adapters.rules import Matrices, Plan
+from lowrank_jax.serialization import serializable
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adaptation:

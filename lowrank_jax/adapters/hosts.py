@@ -19,6 +19,7 @@ from lowrank_jax import sharding
 from lowrank_jax.adapters.base import Adapter, Op, Site, product
 from lowrank_jax.matrices import MatrixView
 from lowrank_jax.products import Layout, decoding, dense, undecoded
+from lowrank_jax.serialization import serializable
 
 
 class RawKernelError(ValueError, AttributeError):
@@ -36,6 +37,7 @@ class Outside:
     value: Any
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bound:
@@ -105,6 +107,7 @@ def axis_names(adapter: Adapter, site: Site, array: str, ndim: int, names: tuple
     return (*lead, *[None] * (ndim - len(lead) - len(own)), *(along.get(axis) for axis in own))
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdaptedKernel:

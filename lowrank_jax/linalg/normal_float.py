@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from lowrank_jax import sharding
 from lowrank_jax.linalg._common import Array
 from lowrank_jax.linalg.quantization import quantize_blocks
+from lowrank_jax.serialization import serializable
 
 BLOCK, HALF = 64, 32
 PRODUCTS = ("xla", "kernel")
@@ -40,6 +41,7 @@ def normal_float_book() -> np.ndarray:
     return np.asarray(_BOOK, np.float32)
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NormalFloat4:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from lowrank_jax import sharding
 from lowrank_jax.linalg import dynamic_code
 from lowrank_jax.linalg._common import Array
+from lowrank_jax.serialization import serializable
 
 CODES = ("signed", "unsigned", "linear")
 _FIRST, _LAST = 0x3400, 0x3F80  # the upper halves of the float32 2^-23, below every middle of two codes, and 1
@@ -41,6 +42,7 @@ def dynamic_code_book(signed: bool) -> np.ndarray:
     return np.sort(np.asarray(values, np.float32))
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedBlocks:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.serialization import serializable
 
 FORMAT_VERSION = 2  # 2: refreshes
 
@@ -38,6 +39,7 @@ class ProjectionState(NamedTuple):
     plain: Any
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MatrixState:
@@ -77,6 +79,7 @@ def matrix_states(state: ProjectionState) -> list[MatrixState]:
     return [node for node in jax.tree.leaves(state.matrices, is_leaf=is_matrix) if is_matrix(node)]
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Projected:

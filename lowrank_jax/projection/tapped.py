@@ -28,8 +28,10 @@ from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.products import Layout, dense
 from lowrank_jax.projection.matrix_step import each
 from lowrank_jax.projection.projectors.base import thin_product
+from lowrank_jax.serialization import serializable
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tap:
@@ -68,6 +70,7 @@ class Tap:
         return low, sharding.vary(sharding.zeros(shape, jnp.float32, sharding.whole_spec(view.spec)), names)
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tapped:

@@ -25,6 +25,7 @@ from jax.interpreters import partial_eval
 from lowrank_jax import sharding
 from lowrank_jax.projection.state import Projected, ProjectionState, matrix_states
 from lowrank_jax.projection.tapped import Tap, Tapped
+from lowrank_jax.serialization import serializable
 from lowrank_jax.trees import is_node, nodes_with_keys, path_of
 
 
@@ -33,6 +34,7 @@ def is_projected(x: Any) -> bool:
     return isinstance(x, Projected)
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Taps:
