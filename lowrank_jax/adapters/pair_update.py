@@ -164,7 +164,7 @@ class PairOptimizer:
         factors = pairs.find_factors(params, self.method, both=self.damping is not None)
         self._rates(factors)
         tree, bases = _Tree(params), ()
-        leaves = [leaf.astype(jnp.float32) for leaf in tree.leaves]
+        leaves = [inner_lib.as_float32(leaf) for leaf in tree.leaves]
         if self.transport is not None:  # whatever they are, a momentum of zero moves to zero
             bases = tree.of({i: jnp.zeros_like(leaves[i]) for side in SIDES for i in factors.of(side)})
         groups = [tree.of({i: leaves[i] for i in factors.of(side)}) for side in (*SIDES, None)]

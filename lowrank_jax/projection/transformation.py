@@ -114,7 +114,7 @@ class Projection:
             skipped=jnp.zeros((), jnp.int32),
             refreshes=jnp.zeros((), jnp.int32),
             matrices=low,
-            plain=self.plain.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), plain)),
+            plain=self.plain.init(jax.tree.map(inner_lib.as_float32, plain)),
         )
 
     def _check_inner(self, matrix: MatrixState) -> None:

@@ -226,3 +226,10 @@ def test_a_zero_factor_and_padded_ranks(name):
         assert not np.any(updates["a"][:, 1]) and not np.any(updates["b"][1])
         assert_close(cut(updates), fewer, 1e-4)
         params, few = optax.apply_updates(params, updates), optax.apply_updates(few, fewer)
+
+
+@every
+def test_init_of_shapes_is_that_of_arrays(name):
+    transformation = build(name)
+    made = [transformation.init(tree) for tree in (jax.eval_shape(params_like), params_like())]
+    assert same(*made)

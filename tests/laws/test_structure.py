@@ -132,6 +132,13 @@ def test_state_bytes_are_the_formulas(method):
             assert size(matrix.inner) == count(view) * projection.inner.state_bytes([elements])
 
 
+@m.every_method()
+def test_init_of_shapes_is_that_of_arrays(method):
+    """`jax.ShapeDtypeStruct` leaves, plain ones too, make the same arrays, as they do in optax."""
+    transformation = method.build()
+    assert m.same(transformation.init(jax.eval_shape(m.params_like)), transformation.init(m.params_like()))
+
+
 @pytest.mark.slow
 def test_every_state_survives_orbax(tmp_path):
     """One checkpoint of all rows, restored through abstract states: bitwise, same structure, no zero-size leaf."""
