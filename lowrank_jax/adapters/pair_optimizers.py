@@ -10,8 +10,6 @@ What the learning rate means differs: AdamW, LoRA+, scaled AdamW and AltLoRA+ mo
 rate; AltLoRA moves the kernel along the projected gradient, as SGD with momentum would with that rate.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -36,14 +34,14 @@ def _method(method: str, learning_rate: Any, *, common: dict[str, Any], **slots:
 
 
 def lora_plus(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     ratio: Any = 16.0,
     ratios: tuple[tuple[str, Any], ...] = (),
     b1: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     inner: Any = None,
     **common: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -79,7 +77,7 @@ def lora_plus(
 
 
 def scaled_adamw(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     scale: Any = 1.0,
     damping: Any = 1e-6,
@@ -88,7 +86,7 @@ def scaled_adamw(
     b2: Any = 0.999,
     eps: Any = 1e-6,
     bias_correction: bool = True,
-    weight_decay: Any = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     **common: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Riemannian preconditioned ("scaled") AdamW (Zhang and Pilanci, ICML 2024).
@@ -130,14 +128,14 @@ def _check_order(order: str) -> None:
 
 
 def altlora(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     scale: Any,
     alternate: Any = 1,
     damping: Any = 1e-5,
     b1: Any = 0.9,
     bias_correction: str = "none",
-    weight_decay: Any = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     when: str = "pre",
     **common: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -180,7 +178,7 @@ def altlora(
 
 
 def altlora_plus(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     scale: Any,
     alternate: Any = 1,
@@ -190,7 +188,7 @@ def altlora_plus(
     eps: Any = 1e-4,
     bias_correction: str = "both",
     transport: str = "kept",
-    weight_decay: Any = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     when: str = "pre",
     **common: Any,
 ) -> optax.GradientTransformationExtraArgs:

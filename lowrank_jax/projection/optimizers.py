@@ -1,7 +1,5 @@
 """Named optimizers: frozen recipes with their papers' defaults and no logic of their own."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -64,7 +62,7 @@ class Recipe:
 
 
 def _recipe(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     weight_decay: Any,
     when: str,
     *,
@@ -114,7 +112,7 @@ _GALORE_SIDES = {
 
 
 def galore(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     rank: Any = None,
     refresh_every: Any = 200,
@@ -123,7 +121,7 @@ def galore(
     b1: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-6,
-    weight_decay: Any = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     projector: Any = None,
     **common: Any,
 ) -> ProjectionTransformation:
@@ -177,7 +175,7 @@ def galore(
 
 
 def dct_adamw(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     rank: Any = None,
     refresh_every: Any = 1,
@@ -188,7 +186,7 @@ def dct_adamw(
     b1: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     **common: Any,
 ) -> ProjectionTransformation:
     """DCT-AdamW (arXiv 2505.17967, ICLR 2026): AdamW on the r DCT vectors on which the gradient is largest.
@@ -227,7 +225,7 @@ def dct_adamw(
 
 
 def frugal(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     rank: Any = 0.25,
     refresh_every: Any = 200,
@@ -239,7 +237,7 @@ def frugal(
     b1: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-8,
-    weight_decay: Any = 0.01,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
     projector: Any = None,
     **common: Any,
 ) -> ProjectionTransformation:
@@ -292,7 +290,7 @@ def frugal(
 
 
 def ldadam(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     rank: Any = 16,
     mix: Any = 0.908,
@@ -300,7 +298,7 @@ def ldadam(
     b1: Any = 0.908,
     b2: Any = 0.99,
     eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     first: str = "svd",
     projector: Any = None,
     **common: Any,
@@ -341,7 +339,7 @@ def ldadam(
 
 
 def apollo(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     *,
     rank: Any = None,
     refresh_every: Any = 200,
@@ -351,7 +349,7 @@ def apollo(
     b1: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-6,
-    weight_decay: Any = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     projector: Any = None,
     **common: Any,
 ) -> ProjectionTransformation:
@@ -389,7 +387,9 @@ def apollo(
     return _recipe(learning_rate, weight_decay, "post", **(slots | common))
 
 
-def apollo_mini(learning_rate: Any, *, rank: Any = 1, scale: Any = 128.0, axis: str = "tensor", **common: Any):
+def apollo_mini(
+    learning_rate: optax.ScalarOrSchedule, *, rank: Any = 1, scale: Any = 128.0, axis: str = "tensor", **common: Any
+):
     """APOLLO-Mini: `apollo` at rank 1 with one factor for each matrix and scale 128 (paper; lr .01, .02 is better).
 
     >>> import lowrank_jax as lr
