@@ -18,6 +18,7 @@ Several processes write one step together, into a folder that they share. Proces
 manifest when all have finished, chooses what is restored, and removes; an error of one is an error of all.
 """
 
+import contextlib
 import json
 import pathlib
 import re
@@ -193,7 +194,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._writer.close()
+            with contextlib.suppress(Exception):  # orbax raises again what `wait` has told
+                self._writer.close()
 
     def restore(
         self, like, *, partial: bool = False, check: Callable[[Restored], str | None] = lambda restored: None

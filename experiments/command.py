@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from experiments import arguments, checkpoint, distributed, training
+from experiments import arguments, checkpoint, distributed, outputs, training
 from experiments.arguments import refuse
 from experiments.configuration import ConfigurationError
 from experiments.tasks import Task
@@ -42,6 +42,7 @@ def run(
     *,
     default: pathlib.Path,
     alone: tuple[str, ...] = (),
+    before: Callable[[Any], None] = lambda config: None,
 ) -> None:
     """The whole command: parse, train, report, conclude.
 
@@ -52,10 +53,13 @@ def run(
       conclude: `(summary, workdir)` prints the last lines of a run that is over.
       default: the configuration file where none is named.
       alone: flags that need the run to be one process.
+      before: checks the program's own flags against the configuration; raises ConfigurationError.
     """
 
     def main(argv) -> int:
         logging.set_verbosity(logging.WARNING)  # orbax and TFDS tell their steps at INFO, which absl shows
+        # what orbax fails at is raised, and told once, in place of a traceback from each of its threads
+        logging.get_absl_handler().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
         if len(argv) > 1:
             return refuse(f"unexpected arguments {argv[1:]}: flags are written --config.section.key=value")
         try:
@@ -74,6 +78,8 @@ def run(
             for note in notes if distributed.leads() else ():
                 print(f"note: {note}", file=sys.stderr)
             workdir = pathlib.Path(WORKDIR.value or f"runs/{config.name}")
+            with distributed.together(ConfigurationError):
+                before(config)
             summary = training.run(config, workdir, task=task, handle_signals=True)
             if summary["status"] == "stopped":
                 again = shlex.join([sys.executable, "-m", program, *sys.argv[1:]])
@@ -85,15 +91,18 @@ def run(
                 return 0
             if distributed.leads():
                 if REPORT.value:
-                    from experiments import report
-
-                    report.write([workdir], workdir / "report")
+                    _report(workdir)
                 size = f"{summary['steps']} updates, {summary['tokens']:,} tokens"
                 print(f"{summary['status']} after {size}, {summary['total_seconds']:.0f} s")
                 conclude(summary, workdir)
         except ConfigurationError as error:
             return refuse(str(error))
         except checkpoint.CheckpointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except OSError as error:  # a disk that filled up, a share that is gone: what it says is all there is to say
+            if distributed.joined():
+                distributed.end(error)
             print(f"error: {error}", file=sys.stderr)
             return 1
         except Exception as error:
@@ -103,6 +112,18 @@ def run(
         return 1 if summary["status"] == "diverged" else 0
 
     app.run(main, flags_parser=arguments.parser(settings, default))
+
+
+def _report(workdir: pathlib.Path) -> None:
+    """Write the report; of a run in a folder that can only be read, say where else it can go."""
+    from experiments import report
+
+    problem = outputs.problem(workdir / "report", is_folder=True)
+    if problem is None:
+        report.write([workdir], workdir / "report")
+    else:
+        again = f"python -m experiments.report {shlex.quote(str(workdir))} --output=report.html"
+        print(f"no report: {workdir / 'report'} {problem}; write it elsewhere by {again}", file=sys.stderr)
 
 
 def _hosts(alone: tuple[str, ...]) -> distributed.Hosts:

@@ -276,6 +276,8 @@ def end(error: BaseException) -> NoReturn:
             "again; the run goes on from its last checkpoint",
             file=sys.stderr,
         )
+    elif isinstance(error, OSError):  # a full disk says all there is to say
+        print(f"error: {where} failed, and the others end with it: {text}", file=sys.stderr)
     else:
         traceback.print_exception(error)
         print(f"error: {where} failed, and the others end with it", file=sys.stderr)

@@ -8,7 +8,7 @@ The folder:
     tokenizer.model, or tokenizer.json the tokenizer, where the run used one
     README.md                          which run and step this is, and how text becomes tokens
 
-Exit codes: 0 written, 1 no good checkpoint, 2 wrong arguments.
+Exit codes: 0 written, 1 no good checkpoint or not written, 2 wrong arguments.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import checkpoint, configuration
+from experiments import checkpoint, configuration, outputs
 from experiments import workdir as folder
 from experiments.checkpoint import CheckpointError
 from experiments.configuration import ConfigurationError, RunConfig
@@ -70,7 +70,8 @@ def export(workdir, output, *, overwrite: bool = False) -> tuple[int, list[pathl
       CheckpointError: the run has no checkpoint, or none that verifies.
       FileExistsError: `output` holds a model and `overwrite` is not set.
     """
-    workdir, output = pathlib.Path(workdir), pathlib.Path(output)
+    workdir, output = pathlib.Path(workdir), outputs.check("output", output, is_folder=True)
+    huggingface.check_folder(output, overwrite=overwrite)
     config = _read_config(workdir)
     try:
         tokenizer = make_tokenizer(found_in(workdir) or config.data.tokenizer)
@@ -125,9 +126,7 @@ def _write_readme(output: pathlib.Path, config: RunConfig, step: int, tokenizer)
         folder=output,
         tokens=tokens.strip(),
     )
-    path = output / "README.md"
-    path.write_text(text)
-    return path
+    return outputs.write_text(output / "README.md", text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,12 +138,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         step, files = export(options.workdir, options.output, overwrite=options.overwrite)
-    except CheckpointError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
     except (ConfigurationError, FileExistsError, ValueError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
+    except (CheckpointError, OSError) as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 1
     size = sum(file.stat().st_size for file in files)
     print(f"update {step} of {options.workdir} in {options.output}: {len(files)} files, {size:,} bytes")
     return 0

@@ -14,6 +14,7 @@ import pathlib
 from absl import flags
 
 from experiments import command, merged, tuning_configuration
+from experiments.configuration import ConfigurationError
 from experiments.finetuning import Finetuning
 
 _EXPORT = flags.DEFINE_string("export", None, "folder for what was tuned, written when the run is over")
@@ -40,7 +41,23 @@ def conclude(summary, workdir):
         print(f"exported to {merged.export(workdir, _EXPORT.value, _FORMAT.value)}")
 
 
+def check_export(config):
+    """Before any work: there is room for what `--export` asks for, and this run makes it."""
+    if _EXPORT.value:
+        merged.check_output(_EXPORT.value)
+        if _FORMAT.value == "peft" and not config.adapter.method:
+            raise ConfigurationError("export_format='peft': the whole model is trained; give 'huggingface' or 'run'")
+
+
 if __name__ == "__main__":
     default = pathlib.Path(__file__).parent / "configs" / "finetune" / "documentation.py"
     alone = ("export",)
-    command.run("experiments.finetune", tuning_configuration, Finetuning, conclude, default=default, alone=alone)
+    command.run(
+        "experiments.finetune",
+        tuning_configuration,
+        Finetuning,
+        conclude,
+        default=default,
+        alone=alone,
+        before=check_export,
+    )

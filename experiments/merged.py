@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import lowrank_jax as lr
-from experiments import bases, checkpoint, tuning_configuration
+from experiments import bases, checkpoint, outputs, tuning_configuration
 from experiments.bases import Base, Place
 from experiments.configuration import ConfigurationError
 from experiments.data.tokenizer import Tokenizer, found_in, make_tokenizer
@@ -83,8 +83,7 @@ def export(workdir, output, form: str) -> pathlib.Path:
         has no such form.
     """
     workdir, output = pathlib.Path(workdir), pathlib.Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise ConfigurationError(f"--export={str(output)!r}: holds files; give another folder")
+    check_output(output)
     values = read_config(workdir)
     if "adapter" not in values:
         raise ConfigurationError(f"workdir={str(workdir)!r}: is no fine-tuning run; use python -m experiments.export")
@@ -118,6 +117,13 @@ def _tokenizer(base: Base) -> Tokenizer | None:
         raise ConfigurationError(str(error)) from error
 
 
+def check_output(output) -> None:
+    """ConfigurationError unless files can be written to the folder, which holds none."""
+    output = outputs.check("export", output, is_folder=True)
+    if output.exists() and any(output.iterdir()):
+        raise ConfigurationError(f"export={str(output)!r}: holds files; give another folder")
+
+
 def _write_run(output: pathlib.Path, description: dict, params) -> None:
     checkpoints = checkpoint.Checkpoints(
         output / "checkpoints", meaning=bases.meaning(description), say=lambda line: print(line, file=sys.stderr)
@@ -126,7 +132,7 @@ def _write_run(output: pathlib.Path, description: dict, params) -> None:
         checkpoints.save(0, {"params": params})
     finally:
         checkpoints.close()
-    checkpoint.write_json(output / "config.json", description)
+    outputs.write_json(output / "config.json", description)
 
 
 def _write_peft(output: pathlib.Path, workdir: pathlib.Path, config: TuningConfig, tokenizer: str) -> None:

@@ -1,9 +1,9 @@
 """What a run says while it runs: JSON lines, a progress line, TensorBoard, and the figures in them."""
 
+import contextlib
 import functools
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -81,7 +81,8 @@ class Metrics:
                     self._board.add_scalar(f"{kind}/{key}", value, values["step"])
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a line that could not be written has said so
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -108,9 +109,7 @@ def truncate(path, step: int) -> int:
         return 0
     rows = read(path)
     kept = [row for row in rows if row["step"] <= step]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(temporary, path)
+    documents.write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
     return len(rows) - len(kept)
 
 

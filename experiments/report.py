@@ -16,7 +16,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments import figures
+from experiments import figures, outputs
+from experiments.configuration import ConfigurationError
 from experiments.metrics import format_bytes, format_seconds
 from experiments.runs import Run, RunError, read_runs
 
@@ -51,12 +52,13 @@ def write(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
       output: the HTML file, or a folder (a path without a suffix) to hold report.html; made when it is missing.
 
     Returns: the path of the page.
-    Raises: RunError when there is no run, or a folder is none; the message names it and the remedy.
+    Raises:
+      RunError: there is no run, or a folder is none; the message names it and the remedy.
+      ConfigurationError: nothing can be written there.
     """
     runs = read_runs(run_dirs)
     output = Path(output)
-    output = output if output.suffix else output / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = outputs.check("output", output if output.suffix else output / "report.html", is_folder=False)
     page = [f"<h1>{_title(runs)}</h1>", _origin(runs), _headline(runs)]
     if any(run.train or run.evaluations for run in runs):
         page.append("<h2>Loss</h2>")
@@ -90,8 +92,9 @@ def write(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
         page += [f"<p>{_name(runs, run)}</p><pre>{html.escape(str(text))}</pre>" for run, text in samples]
     body = "\n".join(page)
     document = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_title(runs)}</title>'
-    output.write_text(f"{document}\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n", encoding="utf-8")
-    return output
+    text = f"{document}\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    # a name of a file may hold bytes that are no character
+    return outputs.write_bytes(output, text.encode(errors="replace"))
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -221,7 +224,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "nu
 def _picture(figure: Figure, output: Path, name: str, caption: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    output.with_name(f"{output.stem}_{name}.png").write_bytes(buffer.getvalue())
+    outputs.write_bytes(output.with_name(f"{output.stem}_{name}.png"), buffer.getvalue())
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
 
@@ -236,9 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(write(options.runs, options.output))
-    except RunError as error:
+    except (RunError, ConfigurationError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

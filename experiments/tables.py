@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable
 
+from experiments import outputs
 from experiments.planning.report import plans
 from lowrank_jax.interop import documents
 
@@ -319,7 +320,7 @@ def main() -> None:
     new = render(text)
     if options.check:
         sys.exit("README.md differs from the results: run python -m experiments.tables" if new != text else 0)
-    path.write_text(new)
+    outputs.write_text(path, new)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import checkpoint, distributed, metrics, optimizers, runs
+from experiments import checkpoint, distributed, metrics, optimizers, outputs, runs
 from experiments import workdir as folder
 from experiments.configuration import ConfigurationError
 from experiments.tasks import Pretraining, Task
@@ -67,7 +67,11 @@ def run(
     """
     workdir = pathlib.Path(workdir).absolute()
     with contextlib.ExitStack() as held:
+        stored = distributed.by_lead(lambda: folder.over(config, workdir), ConfigurationError)
+        if stored is not None:  # nothing is written: the folder may be one that can only be read
+            return stored
         with distributed.together(ConfigurationError):
+            outputs.check("workdir", workdir, is_folder=True)
             workdir.mkdir(parents=True, exist_ok=True)
             held.enter_context(folder.locked(workdir))
         asked = held.enter_context(folder.stop_flag(handle_signals))
@@ -159,7 +163,10 @@ class _Training:
             summary = self._finish(state, status)
         except BaseException:
             if not distributed.joined():  # a save in flight would wait for processes that may be lost
-                self.checkpoints.close()
+                try:
+                    self.checkpoints.close()
+                except checkpoint.CheckpointError as error:  # what ended the run is told last
+                    self._announce(str(error))
             raise
         finally:
             if writer is not None:

@@ -117,6 +117,11 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
+def over(config, workdir: pathlib.Path) -> dict | None:
+    """The summary of a run that is over, or None. Reads only. Raises as `claim`."""
+    return claim(config, workdir) if (workdir / "summary.json").exists() else None
+
+
 def claim(config, workdir: pathlib.Path) -> dict | None:
     """Compare with the config.json that is there, if any; returns the summary of a run that is over.
 

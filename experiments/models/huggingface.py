@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import checkpoint
+from experiments import checkpoint, outputs
 from experiments.models import llama
 from lowrank_jax.interop import documents, safetensors
 from lowrank_jax.interop import llama as names
@@ -109,16 +109,22 @@ def save(
       ValueError: `params` are not the parameters of `config`, or no family has such biases.
     """
     folder = pathlib.Path(folder)
+    path = check_folder(folder, overwrite=overwrite)
+    values = config_to(config) | {"torch_dtype": _dtype_of(config, params)} | dict(entries or {})
+    files = safetensors.write(folder, names.to_torch(params), max_shard_bytes=max_shard_bytes)
+    outputs.write_json(path, values)
+    return [path, *files]
+
+
+def check_folder(folder: pathlib.Path, *, overwrite: bool) -> pathlib.Path:
+    """The path of config.json in a folder that `save` may write to. Raises FileExistsError as `save` does."""
     path = folder / "config.json"
     present = [found.name for found in (path, *folder.glob("model*.safetensors*")) if found.exists()]
     if present and not overwrite:
         raise FileExistsError(f"{folder} holds {', '.join(sorted(present))}: give another folder, or overwrite it")
     if path.exists() and "model_type" not in read_config(path):
         raise FileExistsError(f"{path} is not that of a model of transformers: give another folder")
-    values = config_to(config) | {"torch_dtype": _dtype_of(config, params)} | dict(entries or {})
-    files = safetensors.write(folder, names.to_torch(params), max_shard_bytes=max_shard_bytes)
-    checkpoint.write_json(path, values)
-    return [path, *files]
+    return path
 
 
 def shapes(config: llama.LlamaConfig) -> Any:

@@ -1,8 +1,10 @@
 """The training loop in one process: numbers against NumPy, and every way a run can go wrong."""
 
+import errno
 import json
 import os
 import signal
+import tempfile
 import threading
 import types
 
@@ -75,6 +77,20 @@ def test_a_finished_run_is_not_repeated(folder, whole, monkeypatch):
     workdir, summary = whole
     monkeypatch.setattr(training, "_Training", None)
     assert training.run(runs.tiny(folder, run={"trigram": True}), workdir) == summary
+
+
+def test_a_finished_run_is_shown_from_a_folder_that_can_only_be_read(folder, whole, monkeypatch):
+    def read_only(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(folders, "locked", read_only)
+    monkeypatch.setattr(os, "mkdir", read_only)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    config = runs.tiny(folder, run={"trigram": True, "sample_tokens": 4})
+    assert training.run(config, whole[0], verbose=False) == whole[1]
+    message = "workdir=.*: cannot be written .Read-only file system.; give another place"
+    with pytest.raises(ConfigurationError, match=message):
+        training.run(config, folder / "another", verbose=False)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
