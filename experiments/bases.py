@@ -121,9 +121,33 @@ def open_base(config: BaseConfig, seed: int, tokenizer: str = "") -> Base:
       config: the folder, or the preset of new parameters.
       seed: of new parameters.
       tokenizer: of the data; one that is not "bytes" sets the vocabulary of a new language model.
+
+    Its `read` raises ConfigurationError, too, where a parameter is not finite: a run from it could only diverge.
     """
     if not config.source:
         return _new(config, seed, tokenizer)
+    base = _opened(config)
+
+    def read(place):
+        params = base.read(place)
+        _check_finite(params, config.source)
+        return params
+
+    return dataclasses.replace(base, read=read)
+
+
+def _check_finite(params, source: str) -> None:
+    """ConfigurationError that names the first leaf with a value that is not finite."""
+    count = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.sum(~jnp.isfinite(leaf)), tree))
+    for path, found in jax.tree_util.tree_leaves_with_path(jax.device_get(count(params))):
+        if found:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ConfigurationError(
+                f"base.source={source!r}: {found} values of {name} are not finite; restore it, or name another base"
+            )
+
+
+def _opened(config: BaseConfig) -> Base:
     folder = pathlib.Path(config.source).expanduser()
     path = folder / "config.json"
     if not path.is_file():
