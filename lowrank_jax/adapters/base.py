@@ -210,6 +210,7 @@ class Adapter:
     Class attributes, which a family sets:
       ranked: it has a rank, and its `scale` is a vector (r,); else a scalar ().
       reads_kernel: `init_site` wants the kernel.
+      reads_bank: its product depends on the largest matrix of the group (`Site.bank`).
       stochastic: `wrap` draws from its key, and every entry point gives it one of its own for each site and layer. A
         property where it depends on the options; by default it is whether there is a rate of `dropout`, which the
         `wrap` of this class knows. A family with another random mechanism sets it.
@@ -224,6 +225,7 @@ class Adapter:
 
     ranked: ClassVar[bool] = False
     reads_kernel: ClassVar[bool] = False
+    reads_bank: ClassVar[bool] = False
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
 
     @property

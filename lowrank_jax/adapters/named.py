@@ -110,8 +110,9 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
     """Adaptations among which each row of a batch chooses, by `ids=` of `lr.attach`; PEFT's `adapter_names=`.
 
     Their arrays are stacked along an axis behind the batch axes of a leaf (in front, where a group shares), their ranks
-    padded to the largest. Row i of the host's input takes candidate `ids[i]`, and the base alone where that is -1. All
-    candidates can train at once: `train` holds them all.
+    padded to the largest. They may adapt different leaves: where one adapts none, its arrays are zeros and its rows see
+    the base. Row i of the host's input takes candidate `ids[i]`, and the base alone where that is -1. All candidates
+    can train at once: `train` holds them all.
 
     Args:
       adaptations: by name; the order of the dict is the order of the numbers, see `candidate_ids`.
@@ -133,11 +134,12 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
     """
     if not adaptations:
         raise ValueError("candidates: there is no adaptation to choose from")
-    (head, first), *rest = adaptations.items()
     for name, one in adaptations.items():
         if one.plan.whole or one.plan.candidates:
             what = f"leaves {one.plan.whole} are trained whole" if one.plan.whole else "it holds candidates itself"
             raise ValueError(f"candidates: {name!r} cannot be chosen by rows: {what}")
+    adaptations = _united(adaptations)
+    (head, first), *rest = adaptations.items()
     for name, one in rest:
         problems = _differences(first, one, head, name)
         if problems:
@@ -150,6 +152,12 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
     ranks = {site.path: largest[site.group] for site in first.plan.sites}
     even = [_padded(one, ranks) for one in adaptations.values()]
     lead = {site.path: len(site.lead) for site in first.plan.sites}
+    shapes = {str(jax.tree.map(jnp.shape, (one.train["shared"], one.fixed["shared"]))) for one in even}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"candidates: what their groups share has shapes {' and '.join(sorted(shapes))}; adapt the same leaves, or "
+            "give leaves that only some adapt a group= of their own"
+        )
 
     def stacked(name: str) -> dict[str, Any]:
         trees = [getattr(one, name) for one in even]
@@ -170,6 +178,36 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
         for path in own[0]
     )  # fmt: skip
     return Adaptation(stacked("train"), stacked("fixed"), plan, matrices)
+
+
+def _united(adaptations: Mapping[str, Adaptation]) -> dict[str, Adaptation]:
+    """The adaptations on the leaves of all of them: zeros, and a scale of 0, where one did not adapt a leaf."""
+    donors: dict[str, Adaptation] = {}
+    for one in adaptations.values():
+        donors |= {path: one for path in one.plan.by_path if path not in donors}
+    return {name: _widened(one, donors) for name, one in adaptations.items()}
+
+
+def _widened(one: Adaptation, donors: Mapping[str, Adaptation]) -> Adaptation:
+    """The adaptation with leaves of others, off."""
+    found = {path: one.plan.by_path.get(path) or donor.plan.by_path[path] for path, donor in donors.items()}
+    trees = {name: {part: dict(own) for part, own in getattr(one, name).items()} for name in TREES}
+    matrices = dict(one.matrices)
+    for path, donor in donors.items():
+        if path in one.plan.by_path:
+            continue
+        count, group = found[path][1].count, found[path][1].group
+        matrices[path] = Matrices(ranks=(0,) * count, alphas=(None,) * count)
+        for name, tree in trees.items():
+            given = getattr(donor, name)
+            for part, key in (("sites", path), ("shared", group)):
+                if key in given[part]:
+                    tree[part].setdefault(key, jax.tree.map(jnp.zeros_like, given[part][key]))
+    order = [*one.plan.order, *(entry for path, donor in donors.items() if path not in one.plan.by_path
+                                for entry in donor.plan.order if entry[0] == path)]  # fmt: skip
+    adapters, sites = zip(*found.values(), strict=True)
+    plan = dataclasses.replace(one.plan, adapters=adapters, sites=sites, order=tuple(order))
+    return one.replace(plan=plan, matrices=tuple((path, matrices[path]) for path in found), **trees)
 
 
 def candidate_ids(adaptation: Adaptation, names: Any) -> jax.Array:
@@ -257,6 +295,9 @@ def _differences(one: Adaptation, other: Adaptation, first: str, second: str, fe
         for field in ("shape", "view", "lookup", "uses"):
             if getattr(site, field) != getattr(with_site, field):
                 found.append(f"{path!r}: {field} is {getattr(site, field)} and {getattr(with_site, field)}")
+        if adapter.reads_bank and site.bank != with_site.bank:
+            banks = f"{site.bank} and {with_site.bank}"
+            found.append(f"{path!r}: the group's largest matrix is {banks}; adapt the same leaves")
         found += [f"{path!r}: {text}" for text in _other_options(adapter, with_adapter)]
         for tree in TREES:
             parts = [getattr(each, tree) for each in (one, other)]

@@ -54,6 +54,7 @@ class Vera(Adapter):
     dropout: float = 0.0
 
     ranked: ClassVar[bool] = True
+    reads_bank: ClassVar[bool] = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
         "lambda_d": ("rank",), "lambda_b": ("cols",), "bank_a": (None, "rank"), "bank_b": ("rank", None),
     }  # fmt: skip

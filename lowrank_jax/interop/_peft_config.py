@@ -1,7 +1,8 @@
 """`adapter_config.json`: which torch modules it names, and what in it is understood.
 
-A field that a family reads is read; one that only says where a run came from or how arrays started is free; any other
-must be off (null, false, zero, empty), as an unknown one that a newer PEFT wrote, or it is refused.
+A field that a family reads is read; one that only says where a run came from or how arrays started is free; one that
+changes training alone is passed over with a warning; any other must be off (null, false, zero, empty), as an unknown
+one that a newer PEFT wrote, or it is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ ALL_LINEAR = "all-linear"
 HEADS = ("lm_head", "score", "classifier")
 INFORMATION = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
+)
+# what draws or saves memory while it trains, and is nothing in the function of a trained adapter
+TRAINING = frozenset(
+    {
+        "hira_dropout", "loftq_config", "megatron_config", "module_dropout", "rank_dropout", "rank_dropout_scale",
+        "runtime_config", "unilora_dropout", "velora_config",
+    }
 )
 TARGETING = frozenset(
     {"bias", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules"}
@@ -65,8 +73,13 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
 
 def unsupported(config: Mapping[str, Any], understood: Collection[str]) -> list[str]:
     """`field=value` of every field that is set and not understood."""
-    known = INFORMATION | TARGETING | set(understood)
+    known = INFORMATION | TARGETING | TRAINING | set(understood)
     return [f"{field}={value!r}" for field, value in sorted(config.items()) if value and field not in known]
+
+
+def of_training(config: Mapping[str, Any]) -> list[str]:
+    """`field=value` of every field that is set, is not understood, and changes training alone."""
+    return [f"{field}={value!r}" for field, value in sorted(config.items()) if value and field in TRAINING]
 
 
 def matches(targets: Any, module: str) -> bool:
@@ -97,10 +110,14 @@ def is_targeted(config: Mapping[str, Any], module: str, is_linear: bool) -> bool
     if not matches(targets, module):
         return False
     layers = config.get("layers_to_transform")
-    if layers is None or layers == []:
+    if layers is None or layers == [] or module in targets:  # PEFT takes a module named in full whatever its layer
         return True
-    patterns = config.get("layers_pattern") or r"[^.]*"
-    found = [re.match(rf".*?\.{p}\.(\d+)\.", module) for p in ([patterns] if isinstance(patterns, str) else patterns)]
+    patterns = config.get("layers_pattern")
+    if patterns:  # also at the root, where PEFT looks for no pattern of its own
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        found = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns]
+    else:
+        found = [re.match(r".*?\.[^.]*\.(\d+)\.", module)]
     numbers = [int(match[1]) for match in found if match is not None][:1]
     return bool(numbers) and numbers[0] in ([layers] if isinstance(layers, int) else layers)
 

@@ -68,6 +68,11 @@ class Family:
         """r of one module, or whatever else sets the size of its tensors."""
         return by_pattern(config.get("rank_pattern"), module, config["r"])
 
+    def stored_size(self, config: Config, module: str, shapes: Mapping[str, Any]) -> int:
+        """As `size_of`, by the shapes of the file's tensors where PEFT does not keep to the configuration."""
+        del shapes
+        return self.size_of(config, module)
+
     def alpha(self, config: Config, module: str) -> float | None:
         """alpha of one module; None for a method without."""
         del config, module
@@ -115,6 +120,11 @@ class Family:
         """Fields for the sizes and alphas of modules."""
         del alphas
         return {"r": common("rank", sizes.values())}
+
+    def evened(self, tensors: dict[str, np.ndarray], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """`{key: tensor}` of all modules as PEFT loads them, where it has one size for all."""
+        del sizes
+        return tensors
 
     def write_shared(
         self, adapter: Adapter, hosts: Mapping[str, Host], p: Mapping[str, Arrays], shared: Arrays,

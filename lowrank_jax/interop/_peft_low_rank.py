@@ -118,10 +118,16 @@ class LoraFamily(Family):
 
 
 class HiraFamily(Family):
-    """HiRA."""
+    """HiRA. PEFT 0.21 gives every module rank r whatever `rank_pattern` says: smaller ranks are padded with zeros."""
 
     peft_type, adapters, hosts = "HIRA", (Hira,), EVERY_HOST
     reads = frozenset({"rank_pattern"})
+
+    def stored_size(self, config, module, shapes):
+        said = self.size_of(config, module)
+        keys = [f"{PREFIX}{module}.{end}" for end in ("hira_A", "hira_embedding_A")]
+        found = [shapes[key].shape[0] for key in keys if key in shapes]
+        return config["r"] if found == [config["r"]] else said
 
     def make(self, config, host, size):
         return Hira(rank=size)
@@ -137,8 +143,15 @@ class HiraFamily(Family):
         return {}
 
     def sizes(self, sizes, alphas):
-        size = most(sizes.values())
-        return {"r": size, "rank_pattern": pattern_of(sizes, size)}
+        return {"r": max(sizes.values()), "rank_pattern": {}}
+
+    def evened(self, tensors, sizes):
+        found = {}
+        for key, x in tensors.items():
+            axis = 0 if key.endswith("_A") else 1
+            widths = [(0, max(sizes.values()) - size if i == axis else 0) for i, size in enumerate(x.shape)]
+            found[key] = np.pad(x, widths)
+        return found
 
     def write(self, adapter, host, p, rank, fold):
         tensors = host.down(p["a"][:, :rank]), host.up(folded(p["b"][:rank], fold))

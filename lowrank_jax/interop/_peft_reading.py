@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,13 @@ class Source:
         """With everything checked; the errors are those of `peft.load`."""
         config = {field: value for field, value in _peft_config.read(folder).items() if field not in ignore}
         family = _understood(config, folder / _peft_config.NAME)
+        training = [text for text in _peft_config.of_training(config) if text.partition("=")[0] not in family.reads]
+        if training:
+            warnings.warn(
+                f"{folder / _peft_config.NAME}: {'; '.join(training)} change training alone and are passed over; "
+                "ignore= says that you know",
+                stacklevel=3,
+            )
         if not (folder / TENSORS).is_file():
             hint = "; convert adapter_model.bin to it" if (folder / "adapter_model.bin").is_file() else ""
             raise FileNotFoundError(f"{folder / TENSORS} does not exist{hint}")
@@ -66,7 +74,9 @@ class Source:
 
     def size_of(self, module: str) -> int:
         """r of a module, 0 of one that has no adapter."""
-        return self.family.size_of(self.config, module) if module in self.hosts else 0
+        if module not in self.hosts:
+            return 0
+        return self.family.stored_size(self.config, module, self.tensors.shapes)
 
     def shapes(self, module: str) -> dict[str, Shape]:
         """`{end of the key: shape}` of an adapted module."""

@@ -24,7 +24,8 @@ Of a table that the output layer shares (no leaf of its own here, `head` there) 
 and `save` keep them apart, the printed adaptation says which, and what one leaf cannot say is refused.
 
 Nothing is passed over: a tensor that is missing, unexpected or of another shape, and a field of the configuration that
-would change the function or its training and is not understood, is an error that lists all of them.
+would change the function and is not understood, is an error that lists all of them. One that changes training alone, as
+a dropout that we do not have, is passed over with a warning.
 """
 
 from __future__ import annotations
@@ -181,6 +182,7 @@ def save(
                 tied |= _peft_tied.pair_of(shares, module, own, written)
                 sizes[shares], alphas[shares] = sizes[module], alphas[module]
     hosts = {module: host for module, (_, host) in made.items()}
+    tensors = family.evened(tensors, sizes)
     shared, first = _peft_writing.shared_arrays(adaptation), next(iter(made.values()))[0]
     fields = family.fields(list(made.values()), config) | family.sizes(sizes, alphas)
     tensors |= family.write_shared(first, hosts, arrays, shared, config, lambda: _order(order, names, hosts))

@@ -73,8 +73,9 @@ def dora():
     return config, tensors, change
 
 
-def hira():
-    rank = {m: 3 if m == MODULES[1] else 2 for m in MODULES}
+def hira(obeyed=False):
+    """PEFT 0.21 ignores the pattern; a file whose tensors obey it is read, too."""
+    rank = {m: 3 if m == MODULES[1] and obeyed else 2 for m in MODULES}
     tensors = modules(lambda m, o, i: {"hira_A": (rank[m], i), "hira_B": (o, rank[m])})
     config = {"peft_type": "HIRA", "r": 2, "rank_pattern": {MODULES[1]: 3}}
     return config, tensors, lambda m, w, t: w * (1 + t["hira_B"] @ t["hira_A"])

@@ -19,6 +19,8 @@ from tests.interop.peft_files import (
     VIEWS,
     WEIGHTS,
     Q,
+    V,
+    hira,
     load,
     normal,
     of_module,
@@ -54,6 +56,58 @@ def test_files_make_the_weights_they_stand_for_and_are_written_again(case, form,
     assert {k: v for k, v in written.items() if k in config and k not in other} == {
         k: v for k, v in config.items() if k not in other
     }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hira_of_several_ranks_is_written_at_the_largest_which_is_what_peft_makes(form, tmp_path):
+    config, tensors, change = hira(obeyed=True)
+    params, adaptation = tree(WEIGHTS, form), load(write(tmp_path, config, tensors), form)
+    ranks = {rank for _, own in adaptation.matrices for rank in own.ranks}
+    want = tree({m: change(m, w, of_module(tensors, m)) for m, w in WEIGHTS.items()}, form)
+    peft.save(tmp_path / "again", adaptation, params, llama.torch_name, views=FORMS[form])
+    written = safetensors.read(tmp_path / "again" / "adapter_model.safetensors")
+    assert {key: x.shape for key, x in written.items() if key.endswith("A")} == {
+        f"{PREFIX}{m}.hira_A": (3, WEIGHTS[m].shape[1]) for m in MODULES
+    }
+    entries = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert ranks == {2, 3} and (entries["r"], entries["rank_pattern"]) == (3, {})
+    for one in (adaptation, load(tmp_path / "again", form)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), merged(params, one), want)
+
+
+@pytest.mark.parametrize("targets, layers, pattern, adapted", [
+    (["q_proj"], [1], None, [Q.format(1)]),
+    (["q_proj", V.format(0)], [1], None, [Q.format(1), V.format(0)]),  # a name in full, whatever the layer
+    (["q_proj"], 1, "layers", [Q.format(1)]), (["q_proj"], [0], ["blocks", "layers"], [Q.format(0)]),
+], ids=str)  # fmt: skip
+def test_layers_are_chosen_as_peft_chooses_them(targets, layers, pattern, adapted, tmp_path):
+    config = {"target_modules": targets, "layers_to_transform": layers, "layers_pattern": pattern}
+    adaptation = load(write(tmp_path, LORA | config, plain_lora(adapted)), "unstacked")
+    assert sorted(adaptation.plan.by_path) == sorted(
+        f"layer_{m.split('.')[2]}/attention/{m.split('.')[-1]}/kernel" for m in adapted
+    )
+
+
+ROOTS = [(None, False), ("layers", True), (["h", "layers"], True), ("model", False)]
+
+
+@pytest.mark.parametrize("pattern, adapted", ROOTS)
+def test_a_pattern_of_layers_is_found_at_the_root(pattern, adapted):
+    config = {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": pattern}
+    assert _peft_config.is_targeted(config, "layers.1.q", True) is adapted
+    assert not _peft_config.is_targeted(config, "layers.0.q", True)
+
+
+OF_TRAINING = [{"velora_config": {"num_groups": 4}}, {"module_dropout": 0.1, "runtime_config": {"x": 1}}]
+
+
+@pytest.mark.parametrize("fields", OF_TRAINING)
+def test_what_changes_training_alone_is_passed_over_with_a_warning(fields, tmp_path):
+    write(tmp_path, LORA | fields, plain_lora())
+    with pytest.warns(UserWarning, match=".*".join(fields) + ".* change training alone and are passed"):
+        found = load(tmp_path, "stacked")
+    silent = load(tmp_path, "stacked", ignore=tuple(fields))
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(silent)))
 
 
 def test_layers_of_a_stack_that_have_no_adapter_stay_as_they_are(tmp_path):
@@ -139,10 +193,10 @@ TARGETS = {
     "exclude": (["q"], {"exclude_modules": ["0.q"]}, ["m.l.1.q", "q"]),
     "exclude, expression": (["q"], {"exclude_modules": ".*0.*"}, ["m.l.1.q", "q"]),
     "saved whole": (["q"], {"modules_to_save": ["l.0"]}, ["m.l.1.q", "q"]),
-    "layers": (["q", "v"], {"layers_to_transform": [1]}, ["m.l.1.q", "m.l.1.x.v"]),
-    "one layer": (["q"], {"layers_to_transform": 0}, ["m.l.0.q"]),
-    "pattern of layers": (["q"], {"layers_to_transform": [1], "layers_pattern": "l"}, ["m.l.1.q"]),
-    "another pattern": (["q"], {"layers_to_transform": [1], "layers_pattern": ["h", "blocks"]}, []),
+    "layers": (["q", "v"], {"layers_to_transform": [1]}, ["m.l.1.q", "m.l.1.x.v", "q"]),
+    "one layer": (["q"], {"layers_to_transform": 0}, ["m.l.0.q", "q"]),
+    "pattern of layers": (["q"], {"layers_to_transform": [1], "layers_pattern": "l"}, ["m.l.1.q", "q"]),
+    "another pattern": (["v"], {"layers_to_transform": [1], "layers_pattern": ["h", "blocks"]}, []),
 }
 
 

@@ -54,7 +54,6 @@ LOADS = {
     "no targets": refused("target_modules=None", LORA | {"target_modules": None}),
     "targets": refused(r"takes none of the modules .* \(near: q_proj\)", LORA | {"target_modules": ["q_prj"]}),
     "bias": refused("bias='vera_only' must be 'none', 'all' or 'lora_only'", LORA | {"bias": "vera_only"}),
-    "dropout": refused("hira_dropout=0.1", CASES["hira"][0] | {"hira_dropout": 0.1}),
     "convolutions of loha": refused("use_effective_conv2d=True", CASES["loha"][0] | {"use_effective_conv2d": True}),
     "old oft": refused("without peft_version of at least 0.18", CASES["oft, neumann"][0] | {"peft_version": "0.17.1"}),
     "terms": refused("num_cayley_neumann_terms=6", CASES["oft, neumann"][0] | {"num_cayley_neumann_terms": 6}),
