@@ -19,7 +19,8 @@ from lowrank_jax.interop import documents
 _NUMBER = (float, None)
 _FIGURES = {f"{name}?": _NUMBER for name in ("step_seconds", "perplexity", "accuracy", "domain_loss")}
 _ROW = {"loss": _NUMBER, "seconds": float, "tokens?": int} | _FIGURES
-SHAPES = {"train": _ROW, "eval": _ROW, "note": {"text": str}}
+_OF = {"evaluated?": str, "bytes?": (int, None), "text?": (str, None)}
+SHAPES = {"train": _ROW, "eval": _ROW | _OF, "note": {"text": str}}
 
 # Dense bf16 peaks in FLOP/s per device, from the vendors' data sheets; matched by the start of `device_kind`.
 PEAK_FLOPS = {

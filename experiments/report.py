@@ -66,6 +66,8 @@ def write(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
             "Thin: training loss, smoothed over 2 % of the run. Markers: validation loss, exact mean over tokens; its "
             f"last value stands beside the name. The first {figures.START:.0%} of a run may lie above the figure."
         )
+        if len(_groups(runs)) > 1:
+            caption += " Runs of different data or tokenizers are not on one scale here: see the letters above."
         page.append(_picture(figures.loss(runs), output, "loss", caption))
     else:
         page.append("<p class=note>No run has recorded a step yet.</p>")
@@ -108,13 +110,19 @@ def _origin(runs: Sequence[Run]) -> str:
 
 
 def _headline(runs: Sequence[Run]) -> str:
-    losses = [run.final("validation_loss") for run in runs]
-    known = [value for value, run in zip(losses, runs, strict=True) if value is not None and run.finished]
+    letters = _groups(runs)
 
-    def loss(run):
-        value = run.final("validation_loss")
-        best = len(runs) > 1 and run.finished and known and value == min(known)
-        return f"<span class={'best' if best else 'plain'}>{_cell(value, '{:.4f}'.format)}</span>"
+    def column(key, show, group):
+        """The figure of each run; in bold the smallest of the finished runs that `group` puts together."""
+
+        def cell(run):
+            value = run.final(key)
+            rivals = [one.final(key) for one in runs if one.finished and group(one) == group(run)]
+            known = [rival for rival in rivals if rival is not None]
+            best = run.finished and len(runs) > 1 and len(known) > 1 and value == min(known)
+            return f"<span class={'best' if best else 'plain'}>{_cell(value, show)}</span>"
+
+        return cell
 
     def figure(key, show):
         return lambda run: _cell(run.final(key), show)
@@ -125,7 +133,9 @@ def _headline(runs: Sequence[Run]) -> str:
         ("parameters", figure("parameters", _millions)),
         ("trained", figure("trainable_parameters", "{:,}".format)),
         ("tokens", figure("tokens", _millions)),
-        ("validation loss", loss),
+        ("data", lambda run: letters[run.evaluated]),
+        ("validation loss", column("validation_loss", "{:.4f}".format, lambda run: run.evaluated)),
+        ("bits per byte", column("bits_per_byte", "{:.4f}".format, lambda run: run.text)),
         ("accuracy", figure("validation_accuracy", "{:.2%}".format)),
         ("perplexity", figure("perplexity", "{:.3f}".format)),
         ("base's domain, before", figure("domain_loss_before", "{:.4f}".format)),
@@ -135,11 +145,39 @@ def _headline(runs: Sequence[Run]) -> str:
         ("median step", figure("median_step_seconds", lambda seconds: f"{1e3 * seconds:.4g} ms")),
         ("time", figure("total_seconds", format_seconds)),
     ]
-    of_tuning = {"trained", "accuracy", "base's domain, before", "after"}
+    optional = {"trained", "accuracy", "base's domain, before", "after", "bits per byte"}
     cells = {title: [show(run) for run in runs] for title, show in columns}
-    titles = [title for title, column in cells.items() if title not in of_tuning or {*column} != {MISSING}]
+    empty = {MISSING, f"<span class=plain>{MISSING}</span>"}
+    titles = [title for title, shown in cells.items() if title not in optional or not {*shown} <= empty]
+    titles = [title for title in titles if title != "data" or len(letters) > 1]
     rows = [[cells[title][number] for title in titles] for number in range(len(runs))]
-    return _table(titles, rows, "headline")
+    return _table(titles, rows, "headline") + _apart(runs, letters)
+
+
+def _groups(runs: Sequence[Run]) -> dict[str, str]:
+    """{what is evaluated: its letter}, in the order of the runs."""
+    found = dict.fromkeys(run.evaluated for run in runs)
+    return {key: chr(ord("A") + number) if number < 26 else str(number) for number, key in enumerate(found)}
+
+
+def _apart(runs: Sequence[Run], letters: dict[str, str]) -> str:
+    """Where runs were evaluated on different tokens: which, and what their configurations say of it."""
+    if len(letters) < 2:
+        return ""
+    one_of_each = {run.evaluated: run for run in reversed(runs)}
+    keys = dict.fromkeys(key for run in one_of_each.values() for key in run.data)
+    differing = [key for key in keys if len({repr(run.data.get(key)) for run in one_of_each.values()}) > 1]
+    lines = []
+    for key, letter in letters.items():
+        told = ", ".join(f"{name} = {one_of_each[key].data.get(name)!r}" for name in differing)
+        what = told or "the same configuration of data, whose content or tokenizer is another"
+        members = ", ".join(run.name for run in runs if run.evaluated == key)
+        lines.append(f"<li>{letter}: {html.escape(members)}: {html.escape(what)}</li>")
+    text = (
+        "Not all runs were evaluated on the same tokens. Losses a token and perplexities compare only runs of one "
+        "letter, of which the smallest is bold; bits per byte compare runs on the same text whatever their tokenizer."
+    )
+    return f"<p class=note>{text}</p><ul class=note>{''.join(lines)}</ul>"
 
 
 def _status(run: Run) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,35 @@ class Run:
         times = [row["step_seconds"] for row in self.train if row.get("step_seconds") is not None]
         return times[1:]
 
+    @property
+    def evaluated(self) -> str:
+        """Equal for runs whose validation losses are of the same tokens, as far as is known.
+
+        Runs of before evaluations said what they are of are told apart by their configurations.
+        """
+        last = self.evaluations[-1] if self.evaluations else {}
+        if last.get("evaluated"):
+            return last["evaluated"]
+        data = {key: value for key, value in self.data.items() if not key.endswith(("batch_size", "directory"))}
+        return json.dumps(data, sort_keys=True)
+
+    @property
+    def text(self) -> str:
+        """Equal for runs whose bits per byte are of the same text, whatever their tokenizers."""
+        last = self.evaluations[-1] if self.evaluations else {}
+        return last.get("text") or self.evaluated
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the configuration says of the data that are evaluated: {"section.key": value}."""
+        sections = {name: self.config.get(name) or {} for name in ("data", "run", "base")}
+        if not all(isinstance(section, dict) for section in sections.values()):
+            return {}
+        found = {f"data.{key}": value for key, value in sections["data"].items()}
+        if not sections["data"].get("tokenizer", "bytes"):
+            found["base.source"] = sections["base"].get("source")  # which brings the tokenizer
+        return found | {"run.evaluation_tokens": sections["run"].get("evaluation_tokens")}
+
     def final(self, key: str) -> Any:
         """A headline figure: from the summary, else from what was recorded so far, else None.
 
@@ -88,10 +118,21 @@ class Run:
             "perplexity": last_evaluation.get("perplexity"),
             "validation_accuracy": last_evaluation.get("accuracy"),
             "domain_loss": last_evaluation.get("domain_loss"),
+            "bits_per_byte": bits_per_byte(last_evaluation),
             "median_step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
             "total_seconds": last_step.get("seconds"),
         }
         return so_far.get(key)
+
+
+def bits_per_byte(evaluation: dict[str, Any]) -> float | None:
+    """Of a line of metrics.jsonl, from its mean loss in nats a token; None where a part is not known.
+
+    >>> bits_per_byte({"loss": math.log(2), "tokens": 100, "bytes": 50})
+    2.0
+    """
+    loss, tokens, size = (evaluation.get(name) for name in ("loss", "tokens", "bytes"))
+    return None if loss is None or not tokens or not size else loss * tokens / size / math.log(2)
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:

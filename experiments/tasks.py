@@ -5,6 +5,7 @@ what is evaluated, and what checkpoint and summary hold besides.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 
 import lowrank_jax as lr
-from experiments import distributed, optimizers, updates
+from experiments import distributed, evaluated, optimizers, updates
 from experiments import workdir as folder
 from experiments.configuration import ConfigurationError, MeshConfig, RunConfig
 from experiments.data import Dataset, ngram
@@ -90,6 +91,11 @@ class Task:
     def evaluate(self, state, watch: Watch = unwatched) -> tuple[dict[str, Any], str]:
         """The figures of an evaluation, and a line that tells them. Every loop over batches takes them from `watch`."""
         raise NotImplementedError
+
+    @functools.cached_property
+    def evaluated(self) -> dict[str, Any]:
+        """What is evaluated: the entries of `evaluated.identity`, equal for evaluations that can be compared."""
+        return evaluated.identity(self.dataset, self.config.run.evaluation_tokens)
 
     def summary(self, state, evaluations: list[dict]) -> dict[str, Any]:
         """Entries of summary.json besides the loop's own; "sample" is also printed."""

@@ -309,7 +309,7 @@ class _Training:
             except distributed.Stopped:
                 self.progress.say(f"step {self.step}: the evaluation was stopped; the resumed run repeats it")
                 return False
-            self.writer.write("eval", step=self.step, **found, seconds=self.seconds)
+            self.writer.write("eval", step=self.step, **found, **self.task.evaluated, seconds=self.seconds)
             self.progress.say(f"step {self.step}: {line} ({time.perf_counter() - begin:.1f} s)")
             return True
 
@@ -380,6 +380,9 @@ class _Training:
         } | told
         if "sample" in summary:
             self.progress.say(f"sample:\n{summary['sample']}")
+        last = evaluations[-1] if evaluations else {}
+        summary |= {"evaluated": last.get("evaluated"), "validation_bytes": last.get("bytes")}
+        summary["bits_per_byte"] = runs.bits_per_byte(last)
         summary = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in summary.items()

@@ -249,3 +249,62 @@ def test_command_line(runs, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("report: no run folders")
+
+
+def evaluated_on(folder, *, evaluated, size=None, text=None, data=None):
+    """A run whose evaluations say what they are of, as the trainer writes it."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in lines:
+        row |= {"evaluated": evaluated, "bytes": size, "text": text} if row["kind"] == "eval" else {}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"data": data or {}}))
+    return folder
+
+
+def bold(page):
+    """{column: names of the runs that are bold there} of the page's first table."""
+    table = re.search(r'<table class="headline">(.*?)</table>', page, re.DOTALL)[1]
+    titles = re.findall(r"<th>(.*?)</th>", table)
+    found = {}
+    for row in re.findall(r"<tr>(<td>.*?)</tr>", table):
+        cells = re.findall(r"<td>(.*?)</td>", row)
+        for title, cell in zip(titles, cells, strict=True):
+            if "class=best" in cell:
+                found.setdefault(title, []).append(re.sub(r"<[^>]*>", "", cells[0]))
+    return found
+
+
+def test_losses_of_different_tokens_are_never_compared(tmp_path):
+    """Bytes and pieces of one text, and another text: the smallest loss is bold in each group of more than one."""
+    runs = [
+        evaluated_on(make_run(tmp_path / "bytes-a", final=1.2, seed=1), evaluated="b", size=100_000, text="t",
+                     data={"name": "c4", "tokenizer": "bytes"}),
+        evaluated_on(make_run(tmp_path / "bytes-b", final=1.1, seed=2), evaluated="b", size=100_000, text="t",
+                     data={"name": "c4", "tokenizer": "bytes"}),
+        evaluated_on(make_run(tmp_path / "pieces", final=3.0, seed=3), evaluated="p", size=400_000, text="t",
+                     data={"name": "c4", "tokenizer": "spiece.model"}),
+        evaluated_on(make_run(tmp_path / "other", final=0.1, seed=4), evaluated="o", size=100_000, text="u",
+                     data={"name": "wiki", "tokenizer": "bytes"}),
+    ]  # fmt: skip
+    page = report._headline(read_runs(runs))
+    assert bold(page) == {"validation loss": ["bytes-b"], "bits per byte": ["pieces"]}
+    assert "Not all runs were evaluated on the same tokens" in page
+    assert "A: bytes-a, bytes-b: data.name = &#x27;c4&#x27;, data.tokenizer = &#x27;bytes&#x27;" in page
+    assert "C: other: data.name = &#x27;wiki&#x27;" in page
+    assert f"{3.02 * 100_000 / 400_000 / np.log(2):.4f}" in page  # nats a token to bits a byte
+    alone = report._headline(read_runs(runs[2:]))
+    assert bold(alone) == {}
+    same = report._headline(read_runs(runs[:2]))
+    assert bold(same) == {"validation loss": ["bytes-b"], "bits per byte": ["bytes-b"]}
+    assert "Not all runs" not in same
+
+
+def test_runs_that_do_not_say_what_they_evaluated_are_told_apart_by_their_configurations(tmp_path):
+    first = evaluated_on(make_run(tmp_path / "a", final=1.2), evaluated=None, data={"name": "c4", "batch_size": 4})
+    second = evaluated_on(make_run(tmp_path / "b", final=1.1), evaluated=None, data={"name": "c4", "batch_size": 8})
+    third = evaluated_on(make_run(tmp_path / "c", final=1.0), evaluated=None, data={"name": "wiki", "batch_size": 4})
+    for folder in (first, second, third):  # as older runs wrote them
+        text = (folder / "metrics.jsonl").read_text()
+        (folder / "metrics.jsonl").write_text(text.replace(', "evaluated": null, "bytes": null, "text": null', ""))
+    assert bold(report._headline(read_runs([first, second, third]))) == {"validation loss": ["b"]}
