@@ -20,6 +20,9 @@ from experiments.configuration import ConfigurationError
 from experiments.tasks import Task
 
 WORKDIR = flags.DEFINE_string("workdir", None, "run folder; by default runs/<name of the configuration>")
+EXTEND = flags.DEFINE_bool(
+    "extend", False, "go on with the run in workdir under other steps, another rate or refresh period, and note it"
+)
 REPORT = flags.DEFINE_bool("report", True, "write <workdir>/report at the end")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of a TPU pod, SLURM or Open MPI job")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port where process 0 of several listens")
@@ -28,6 +31,7 @@ PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0")
 JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the other processes at the start")
 SILENCE_TIMEOUT = flags.DEFINE_integer("silence_timeout", 100, "seconds of silence after which a process is lost")
 flags.declare_key_flag("workdir")
+flags.declare_key_flag("extend")
 flags.declare_key_flag("report")
 flags.declare_key_flag("distributed")
 for _name in ("coordinator", "processes", "process", "join_timeout", "silence_timeout"):
@@ -80,7 +84,7 @@ def run(
             workdir = pathlib.Path(WORKDIR.value or f"runs/{config.name}")
             with distributed.together(ConfigurationError):
                 before(config)
-            summary = training.run(config, workdir, task=task, handle_signals=True)
+            summary = training.run(config, workdir, task=task, handle_signals=True, extend=EXTEND.value)
             if summary["status"] == "stopped":
                 again = shlex.join([sys.executable, "-m", program, *sys.argv[1:]])
                 step, steps = summary["step"], summary["steps"]

@@ -151,6 +151,8 @@ class LoopConfig(Section):
       profile_steps: (first, last) steps recorded by the profiler into `profile/`, or None.
       compile_cache: keep compiled programs between runs.
       trigram: compare the validation loss with a trigram model of the training text.
+      start_from: a run folder whose newest checkpoint is the start of this run; None starts anew.
+      start_with: what is taken from it: its "parameters", which None is too, or its optimizer's "state" besides.
     """
 
     SECTION: ClassVar[str] = "run"
@@ -167,12 +169,16 @@ class LoopConfig(Section):
     profile_steps: tuple[int, ...] | None = None
     compile_cache: bool = True
     trigram: bool = False
+    start_from: str | None = None
+    start_with: str | None = choice(None, ("parameters", "state"))
 
     def __post_init__(self):
         super().__post_init__()
         window = self.profile_steps
         ordered = window is None or (len(window) == 2 and 1 <= window[0] <= window[1])
         require(ordered, "run.profile_steps", window, "give (first, last) with 1 <= first <= last")
+        remedy = "names what run.start_from gives; name a run there, or leave it None"
+        require(self.start_from or self.start_with is None, "run.start_with", self.start_with, remedy)
         require(len(self.sample_prompt) > 0, "run.sample_prompt", self.sample_prompt, "give at least one character")
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from experiments import figures, outputs
 from experiments.configuration import ConfigurationError
 from experiments.metrics import format_bytes, format_seconds
-from experiments.runs import Run, RunError, read_runs
+from experiments.runs import Run, RunError, history_lines, read_runs
 
 MISSING = "-"
 
@@ -87,6 +87,8 @@ def write(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
             if run.step_seconds
         ]
         page.append(_table(["run", "median ms", "95 % ms", "worst ms"], rows))
+    if any(run.history for run in runs):
+        page += ["<h2>History</h2>", *_history(runs)]
     page += ["<h2>Configuration</h2>", *_configuration(runs)]
     samples = [(run, text) for run in runs if (text := run.summary.get("sample"))]
     if samples:
@@ -178,6 +180,14 @@ def _apart(runs: Sequence[Run], letters: dict[str, str]) -> str:
         "letter, of which the smallest is bold; bits per byte compare runs on the same text whatever their tokenizer."
     )
     return f"<p class=note>{text}</p><ul class=note>{''.join(lines)}</ul>"
+
+
+def _history(runs: Sequence[Run]) -> Iterable[str]:
+    """Extensions, and the runs that others started from."""
+    for run in runs:
+        if run.history:
+            lines = "".join(f"<li>{html.escape(line)}</li>" for line in history_lines(run.history))
+            yield f"<p>{_name(runs, run)}</p><ul>{lines}</ul>"
 
 
 def _status(run: Run) -> str:

@@ -29,6 +29,10 @@ _SUMMARY = {
 }
 _BYTES = (float, None)
 _LEDGER = [{"component": str, "bytes_formula?": _BYTES, "bytes_measured?": _BYTES}]
+HISTORY = "history.json"
+# How a run came to be: see `experiments.history`, which writes it.
+_STARTED = {"started_from": str, "step": int, "with": str}
+_EXTENDED = {"extended": bool, "step": int, "changed": {str: [object]}, "before": (dict, None)}
 _REMEDY = "leave this run out, or run it again"
 
 
@@ -46,6 +50,7 @@ class Run:
       train, evaluations: the lines of metrics.jsonl of that kind, by step; of a step that was repeated, the last line.
       ledger: rows of ledger.json, without a row of totals.
       summary: summary.json, which is only there when the run has ended.
+      history: history.json, extensions and the run that it started from; the oldest first.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Run:
     evaluations: list[dict]
     ledger: list[dict]
     summary: dict[str, Any]
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -149,6 +155,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
             for name, shape in (("config.json", dict), ("ledger.json", _LEDGER))
         )
         summary = read_summary(folder / "summary.json") if (folder / "summary.json").exists() else None
+        history = read_history(folder)
     except DocumentError as error:
         raise RunError(str(error)) from error
     kinds: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}
@@ -163,6 +170,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         evaluations=evaluations,
         ledger=[row for row in ledger or () if row["component"].lower() != "total"],
         summary=summary or {},
+        history=history,
     )
 
 
@@ -175,6 +183,30 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return [read_run(path, "/".join(path.parts[-depth:])) for path in paths]
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """What history.json says, [] where there is none. Raises documents.DocumentError."""
+    path = folder / HISTORY
+    return documents.read(path, [(_STARTED, _EXTENDED)], remedy=_REMEDY) if path.exists() else []
+
+
+def history_lines(entries: list[dict[str, Any]]) -> list[str]:
+    """One line of text for each entry.
+
+    >>> history_lines([{"extended": True, "step": 12, "changed": {"schedule.steps": [12, 20]}, "before": None}])
+    ['extended after update 12: schedule.steps 12 -> 20']
+    """
+    found = []
+    for entry in entries:
+        if "started_from" in entry:
+            found.append(f"started from {entry['started_from']}, update {entry['step']}: its {entry['with']}")
+            continue
+        changed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in entry["changed"].items())
+        loss = (entry["before"] or {}).get("validation_loss")
+        was = "" if loss is None else f" (validation loss {loss:.4f} before)"
+        found.append(f"extended after update {entry['step']}: {changed}{was}")
+    return found
 
 
 def sealed(summary: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@
     checkpoints/     experiments.checkpoint
     ledger.json      bytes per component, by formula and measured
     summary.json     final numbers; written last, so its presence means the run is over
+    history.json     extensions of the run and the run that it started from, if any: `experiments.history`
 
 A batch is a pure function of (seed, step) and everything random derives from the seed, so a resumed run repeats the
 uninterrupted one bit for bit (same program, versions, device kind and count, number of processes).
@@ -28,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import checkpoint, distributed, metrics, optimizers, outputs, runs
+from experiments import checkpoint, distributed, history, metrics, optimizers, outputs, runs
 from experiments import workdir as folder
 from experiments.configuration import ConfigurationError
 from experiments.tasks import Pretraining, Task
@@ -46,6 +47,7 @@ def run(
     task: Callable[[Any], Task] = Pretraining,
     handle_signals: bool = False,
     verbose: bool = True,
+    extend: bool = False,
 ) -> dict:
     """Train until `config.schedule.steps`, resuming from the newest good checkpoint in `workdir`; returns the summary.
 
@@ -60,6 +62,7 @@ def run(
         nothing to save yet (data that are prepared, a base that is read) is left at once, where the run is one process
         (main thread only; a second signal kills).
       verbose: progress on standard error.
+      extend: go on with a run of another schedule, rate or refresh period; see `experiments.history`.
 
     Raises:
       ConfigurationError: before any work.
@@ -67,7 +70,7 @@ def run(
     """
     workdir = pathlib.Path(workdir).absolute()
     with contextlib.ExitStack() as held:
-        stored = distributed.by_lead(lambda: folder.over(config, workdir), ConfigurationError)
+        stored = distributed.by_lead(lambda: folder.over(config, workdir, extend), ConfigurationError)
         if stored is not None:  # nothing is written: the folder may be one that can only be read
             return stored
         with distributed.together(ConfigurationError):
@@ -76,8 +79,8 @@ def run(
             held.enter_context(folder.locked(workdir))
         asked = held.enter_context(folder.stop_flag(handle_signals))
         folder.check_processes(config, workdir)
-        stored = distributed.by_lead(lambda: folder.claim(config, workdir), ConfigurationError)
-        if stored is not None:
+        stored, changed = distributed.by_lead(lambda: folder.claim(config, workdir, extend), ConfigurationError)
+        if stored is not None and not changed:
             return stored
         if config.run.compile_cache:
             folder.use_compile_cache()
@@ -87,7 +90,7 @@ def run(
             with asked.at_once(), distributed.together(ConfigurationError):
                 trained = task(config)
                 trained.keep_sides(sides)
-                made = _Training(trained, workdir, asked, verbose and distributed.leads())
+                made = _Training(trained, workdir, asked, verbose and distributed.leads(), changed)
             return made.run()
         except distributed.Stopped:
             return {"status": "stopped", "step": None, "steps": config.schedule.steps}
@@ -107,8 +110,8 @@ def _problem(restored: checkpoint.Restored, noted) -> str | None:
 class _Training:
     """One run from start (or resumption) to end: the pieces that the loop shares."""
 
-    def __init__(self, task: Task, workdir: pathlib.Path, asked: folder.Wish, verbose: bool):
-        self.task, self.config = task, task.config
+    def __init__(self, task: Task, workdir: pathlib.Path, asked: folder.Wish, verbose: bool, changed: dict):
+        self.task, self.config, self.changed = task, task.config, changed
         self.workdir, self.verbose = workdir, verbose
         self.asked, self.stop = asked, distributed.Stop(asked)
         folder.check_disk(workdir, task.abstract, self.config.checkpoint.keep)
@@ -132,28 +135,22 @@ class _Training:
         writer = None
         try:
             lead = distributed.leads()
-            files = {"config.json": folder.as_json(config)} | self.task.files()
-            for name, value in files.items() if lead else ():
-                if isinstance(value, bytes):
-                    documents.write(workdir / name, value)
-                else:
-                    checkpoint.write_json(workdir / name, value)
             with self.asked.at_once():
                 state = self._restore_or_initialise()
+            if self.changed:
+                history.extend(workdir, self.changed, self.step, config.schedule.steps, self._announce)
+            if lead:
+                folder.write_files(workdir, {"config.json": folder.as_json(config)} | self.task.files())
             board = workdir / "tensorboard" if config.run.tensorboard else None
             self.writer = writer = metrics.Metrics(
                 workdir / "metrics.jsonl" if lead else os.devnull, board if lead else None
             )
             steps = config.schedule.steps
-            self.progress = metrics.Progress(
-                steps, self.step, every=config.run.log_every, enabled=self.verbose
-            )
+            self.progress = metrics.Progress(steps, self.step, every=config.run.log_every, enabled=self.verbose)
             for line in self.lines:
                 self.writer.write("note", step=self.step, text=line)
-            self._note(self.task.headline())
-            held = optimizers.full_gradients(config.optimizer)
-            if held is not None:
-                self._note(held)
+            for line in filter(None, (self.task.headline(), optimizers.full_gradients(config.optimizer))):
+                self._note(line)
             with self.asked.at_once():
                 step_function = self._compile()
                 checked = self.task.check(state)
@@ -179,11 +176,12 @@ class _Training:
         # before the state needs memory
         noted = self.task.record() if distributed.joined() or self.checkpoints.steps() else {}
         self._compare({key: value for key, (value, _, _) in noted.items()}, noted, "from process 0 to this one")
-        restored = self.checkpoints.restore(self.task.abstract, check=lambda restored: _problem(restored, noted))
+        with history.fitting(self.changed, self.workdir):
+            restored = self.checkpoints.restore(self.task.abstract, check=lambda restored: _problem(restored, noted))
         if restored is None:
             if distributed.leads():
                 metrics.truncate(self.workdir / "metrics.jsonl", -1)
-            return self.task.initial()
+            return history.initial(self.task, self.workdir, self._announce)
         self._compare(restored.extra, noted, f"since the checkpoint of step {restored.step} was written")
         self.step = restored.step
         self.tokens, self.seconds = restored.extra["tokens"], restored.extra["seconds"]

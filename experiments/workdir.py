@@ -21,7 +21,7 @@ import optax
 import orbax.checkpoint as ocp
 
 import lowrank_jax.version
-from experiments import checkpoint, configuration, distributed, metrics, runs
+from experiments import checkpoint, configuration, distributed, history, metrics, runs
 from experiments.configuration import ConfigurationError, RunConfig
 from experiments.data import Dataset, load
 from lowrank_jax.interop import documents
@@ -117,32 +117,58 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def over(config, workdir: pathlib.Path) -> dict | None:
-    """The summary of a run that is over, or None. Reads only. Raises as `claim`."""
-    return claim(config, workdir) if (workdir / "summary.json").exists() else None
+def over(config, workdir: pathlib.Path, extend: bool = False) -> dict | None:
+    """The summary of a run that is over and not extended, or None. Reads only. Raises as `claim`."""
+    if not (workdir / "summary.json").exists():
+        return None
+    summary, changed = claim(config, workdir, extend)
+    return None if changed else summary
 
 
-def claim(config, workdir: pathlib.Path) -> dict | None:
-    """Compare with the config.json that is there, if any; returns the summary of a run that is over.
+def claim(config, workdir: pathlib.Path, extend: bool = False) -> tuple[dict | None, dict[str, list]]:
+    """Compare with the config.json that is there, if any: the summary of a run that is over, and what was changed.
+
+    Args:
+      config: of the run that is asked for.
+      workdir: its folder.
+      extend: accept other values of what an extension may change: {key: [there, here]} of them is returned.
 
     Raises ConfigurationError for another configuration's folder, naming the first difference.
     """
+    changed: dict[str, list] = {}
     if (workdir / "config.json").exists():
         there, here = decisive(read_config(workdir)), decisive(as_json(config))
         for key in sorted(there.keys() | here.keys()):
-            if there.get(key) != here.get(key):
-                raise ConfigurationError(
-                    f"{key}={here.get(key)!r}: {workdir} holds a run with {there.get(key)!r}; give another --workdir, "
-                    f"or --config.{key}={there.get(key)!r} to resume that run"
-                )
+            old, new = there.get(key), here.get(key)
+            if old == new:
+                continue
+            extends = history.may_change(key)
+            if extend and extends:
+                changed[key] = [old, new]
+                continue
+            extension = f"--extend to go on with that run under {new!r}, " if extends else ""
+            raise ConfigurationError(
+                f"{key}={new!r}: {workdir} holds a run with {old!r}; give another --workdir, {extension}or "
+                f"--config.{key}={old!r} to resume that run"
+            )
     elif any(workdir.glob("checkpoints/*/" + checkpoint.MANIFEST)):
         raise ConfigurationError(f"workdir={str(workdir)!r}: holds checkpoints but no config.json; give another folder")
     try:
         if (workdir / "metrics.jsonl").exists():
             metrics.read(workdir / "metrics.jsonl")
-        return runs.read_summary(workdir / "summary.json") if (workdir / "summary.json").exists() else None
+        summary = workdir / "summary.json"
+        return runs.read_summary(summary) if summary.exists() else None, changed
     except DocumentError as error:
         raise ConfigurationError(f"workdir={str(workdir)!r}: {error}") from error
+
+
+def write_files(workdir: pathlib.Path, files: dict[str, Any]) -> None:
+    """What a run folder holds from the start: {name: JSON, or bytes as they are}."""
+    for name, value in files.items():
+        if isinstance(value, bytes):
+            documents.write(workdir / name, value)
+        else:
+            checkpoint.write_json(workdir / name, value)
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
