@@ -366,3 +366,20 @@ def test_eight_devices_that_are_there(tmp_path):
 def test_wrong_words_end_with_a_message(tmp_path):
     assert "topology='h300'" in command(tmp_path, "--topology=h300", expect=2).stderr
     assert "name a target" in command(tmp_path, expect=2).stderr
+
+
+@pytest.mark.slow
+def test_thin_refreshes_are_planned_without_being_asked_for():
+    """The same program as with refresh_when=after, which projected backprop takes without full gradients."""
+
+    def text(optimizer):
+        config = config_of(f"{optimizer}:backprop=projected")
+        task = program.Planned(config, jax.devices()[:1])
+        return cases.gradients_of(config), task.lowered().as_text()
+
+    words = ("", ":refresh_when=after", ":refresh_when=before")
+    by_itself, asked, before = (text(f"galore:rank=8:projector=alternating{when}") for when in words)
+    assert by_itself == asked
+    assert by_itself[0] == "sketch at a refresh"
+    assert before[0] == "full at a refresh"
+    assert before[1] != asked[1]
