@@ -252,6 +252,7 @@ def precondition_pairs(*, scale: Any = 1.0, damping: Any = 1e-6) -> optax.Gradie
         if params is None:
             raise ValueError("precondition_pairs: needs params; call update(grads, state, params)")
         del extra
+        check_floating(updates, "precondition_pairs: gradients")
         with sharding.mesh_of((updates, params)):
             return _preconditioned(updates, params), state
 

@@ -182,6 +182,7 @@ class PairOptimizer:
         """`(updates, state)`; the extra argument `scale` stands in for the optimizer's own, for ranks that change."""
         if params is None and (self.damping is not None or not is_zero(self.weight_decay)):
             raise ValueError(f"{self.method}: needs params; call update(grads, state, params)")
+        check_floating(updates, f"{self.method}: gradients")
         with sharding.mesh_of((updates, params)):
             return self._update(updates, state, params, self.scale if scale is None else scale, extra)
 

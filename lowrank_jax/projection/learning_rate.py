@@ -94,6 +94,7 @@ def apply_learning_rate(
         rate, decay = at_step(learning_rate, state.count), at_step(weight_decay, state.count)
         if decays and params is None:
             raise ValueError(f"weight_decay={weight_decay} needs params; call update(grads, state, params)")
+        check_floating(updates, "apply_learning_rate")
 
         def apply(u, p, decayed):
             return decayed_step(u, p, rate, decay if decayed else 0, when, accepted).astype(u.dtype)

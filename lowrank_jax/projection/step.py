@@ -81,7 +81,7 @@ def prepare(
     if params is not None:
         references, treedef = flatten(params)
     _check_projected(leaves, references, params, taps)
-    check_floating([leaf for leaf in leaves if not isinstance(leaf, Projected)], "gradients")
+    check_floating(updates, "gradients")
     report = config.report(updates if params is None else params)
     views = [leaf.view for leaf in report.leaves]
     leaves = [layout.as_parameter(own.path, leaf) for own, leaf in zip(report.leaves, leaves, strict=True)]

@@ -76,6 +76,12 @@ _low_bits = lr.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16)
 _decayed_trace = lr.inner.from_optax(optax.trace(0.9), decay=(("first", 0.9),))
 _factored = lr.inner.from_optax(optax.scale_by_factored_rms(), params=True)
 
+
+def _only_dense(params):
+    """A mask of whole subtrees."""
+    return {name: name == "dense" for name in params}
+
+
 METHODS = (
     _galore("galore", rank=4, fast=True),
     _galore("galore-reverse_std", rank=4, proj_type="reverse_std"),
@@ -91,6 +97,8 @@ METHODS = (
     _named(lr.dct_adamw, "dct_adamw-dct2", rank=4, kind=2, norm="l2", refresh_every=3, due=(0, 2, 5)),
     _named(lr.dct_adamw, "dct_adamw-ef", rank=4, error_feedback=True, refresh_every=3, due=(0, 2, 5)),
     _named(lr.dct_adamw, "dct_adamw-keep", rank=4, rotate=False, refresh_every=2, due=(0, 1, 3, 5)),
+    _named(lr.dct_adamw, "dct_adamw-decays", rank=4, due=ALL, weight_decay=optax.linear_schedule(0.4, 0.0, STEPS),
+           mask=_only_dense),
     _frugal("frugal"),
     _frugal("frugal-columns", rank=0.5, projection="columns", seeded=True, fast=True),
     _frugal("frugal-random", rank=4, projection="random", rule="discard", seeded=True),

@@ -130,7 +130,7 @@ def test_leaves_that_are_not_real_are_refused_by_name(dtype, leaf):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(transformation.init, wrong)
     state = jax.eval_shape(tx.init, KERNEL)
-    with pytest.raises(ValueError, match=f"gradients: leaf '1' is {dtype}" if leaf == "kernel" else "leaf '0' is"):
+    with pytest.raises(ValueError, match=f"gradients: leaf 'dense/{leaf}' is {dtype}"):
         jax.eval_shape(tx.update, wrong, state, KERNEL)
 
 
@@ -142,6 +142,9 @@ def test_pairs_that_are_not_real_are_refused_by_name(dtype):
         for transformation in (*(make(0.1) for make in PAIRS.values()), lr.precondition_pairs()):
             with pytest.raises(ValueError, match=f"leaf '{path}' is {dtype}"):
                 jax.eval_shape(transformation.init, wrong)
+            state = jax.eval_shape(transformation.init, PAIR)
+            with pytest.raises(ValueError, match=f"gradients: leaf '{path}' is {dtype}"):
+                jax.eval_shape(transformation.update, wrong, state, PAIR)
 
 
 def test_masked_leaves_may_be_anything():
@@ -242,3 +245,21 @@ def test_an_injected_schedule_of_decay():
         made = [tx.update(KERNEL, state, KERNEL) for tx, state in zip((plain, injected), states, strict=True)]
         (first, second), states = (updates for updates, _ in made), [state for _, state in made]
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), first, second)
+
+
+@pytest.mark.slow
+def test_decay_of_the_layerwise_form_follows_the_schedule_and_the_mask():
+    def layer(layer, x):
+        return jnp.tanh(lr.matmul(x, layer["kernel"])) + layer["bias"]
+
+    stack = lr.Stack(before=lambda rest, x: x, layer=layer, after=lambda rest, x, _: jnp.mean(x**2))
+    params = {"layers": {"kernel": jnp.stack([jnp.eye(4)] * 2), "bias": jnp.ones((2, 4))}}
+    schedule, mask = optax.linear_schedule(0.5, 0.1, 2), {"layers": {"kernel": True, "bias": False}}
+    tx = lr.dct_adamw(0.1, rank=2, views=lr.Views(stacked="layers/.*"), weight_decay=schedule, mask=mask)
+    found = []
+    for make in (lr.layerwise_step(stack, tx), lr.train_step(stack.loss, tx)):
+        step, own, state = jax.jit(make), params, tx.init(params)
+        for _ in range(2):
+            own, state, _ = step(own, state, jnp.ones((3, 4)))
+        found.append(own)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *found)

@@ -156,3 +156,14 @@ def test_no_entries_are_no_matrix():
         {"kernel": jnp.ones((0, 4)), "stack": {"kernel": jnp.ones((0, 4, 4))}}, lr.Views(stacked="stack/.*"), rank=2
     )
     assert [leaf.note for leaf in report.leaves] == ["no entries", "no entries"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("projector", [lr.projectors.svd(rank=2), lr.projectors.alternating(rank=2)])
+def test_a_training_step_without_matrices(projector):
+    params, x = {"bias": jnp.ones(4), "empty": {"kernel": jnp.ones((0, 4))}}, jnp.ones((3, 4))
+    tx = lr.galore(1e-2, projector=projector, clip_norm=1.0)
+    step = lr.train_step(lambda params, x: jnp.mean((x + params["bias"]) ** 2), tx)
+    new, state, value = jax.jit(step)(params, tx.init(params), x)
+    assert (float(value), int(state.projection.step)) == (4.0, 1)
+    assert np.all(new["bias"] < params["bias"])
