@@ -52,6 +52,11 @@ def test_text_comes_back_to_the_byte_and_holds_no_control_token(request, kind):
         np.testing.assert_array_equal(tokenizer.encode(text.encode()), ids)
 
 
+def test_a_special_token_in_a_text_does_not_divide_it(tmp_path, package):
+    tokenizer = make_tokenizer(made.byte_level(tmp_path, special=("</s>",), prefix=True))  # a space before each piece
+    assert tokenizer.encode("a</s>b").tolist() == [*b" a</s>b"]
+
+
 def test_a_name_in_the_vocabulary_of_words_is_cut(tmp_path, package):
     words = [("<unk>", 0.0), ("</s>", 0.0), ("a</", -1.0), *((letter, -2.0) for letter in "ab</s>")]
     unigram = package.Tokenizer(package.models.Unigram(words, unk_id=0))

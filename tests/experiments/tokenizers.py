@@ -15,7 +15,7 @@ def save(folder, tokenizer, **settings):
     return str(folder / "tokenizer.json")
 
 
-def byte_level(folder, merges=(), special=MARKED, words=(), **settings):
+def byte_level(folder, merges=(), special=MARKED, words=(), prefix=False, **settings):
     """A byte-level BPE as a file: byte b is id b, merge i is 256 + i, then special tokens, then added words."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -26,7 +26,7 @@ def byte_level(folder, merges=(), special=MARKED, words=(), **settings):
     for left, right in merges:
         vocabulary[left + right] = len(vocabulary)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special))
     tokenizer.add_tokens([AddedToken(word, special=False) for word in words])
