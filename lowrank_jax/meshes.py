@@ -310,6 +310,19 @@ def on_auto_axes(tree: Any) -> Any:
     return jax.tree.map(lambda x: place(x) if sharding.is_explicit(x.sharding) else x, tree)
 
 
+def divided(shape: Sequence[int], *names: str | None) -> tuple[bool, ...]:
+    """Which axes of an array of this shape, one name each, the mesh of `use` divides; none outside `use`.
+
+    >>> divided((2, 4), "batch", None)
+    (False, False)
+    """
+    found = _placed(names, shape)
+    if found is None:
+        return (False,) * len(shape)
+    mesh, placed = found
+    return tuple(bool(sharding.dividing(entry, mesh)) for entry in placed)
+
+
 def out_sharding(shape: Sequence[int], *names: str | None) -> PartitionSpec | None:
     """What `out_sharding=` tells an operation whose result has this shape and these axes; None off explicit meshes.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.matrices import MatrixView
@@ -61,7 +62,9 @@ def dot_general(
 ) -> jax.Array:
     """`jax.lax.dot_general(x, kernel, ...)` for a kernel that may have a tap or adapters.
 
-    Of such a kernel the contracted axes must be its rows, batched axes its remaining batch axes.
+    Of such a kernel the contracted axes must be its rows, batched axes its remaining batch axes. The last axis of an
+    array x is contracted on one axis of rows, `(N, n)`, wherever a mesh allows it (`sharding.fold_rows`), so that the
+    gradient of the kernel contracts one axis too.
 
     >>> import jax.numpy as jnp
     >>> dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), (((1,), (0,)), ((), ()))).shape
@@ -74,8 +77,26 @@ def dot_general(
         return direct(x)
     if hasattr(kernel, "dot_general"):
         return kernel.dot_general(x, dimension_numbers, **options)
-    own = lambda x, kernel: jax.lax.dot_general(x, dense(kernel, x.dtype), dimension_numbers, **options)  # noqa: E731
+    own = lambda x, kernel: _by_rows(x, dense(kernel, x.dtype), dimension_numbers, **options)  # noqa: E731
     return decoding(own, kernel)(x, kernel)
+
+
+def _by_rows(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
+    """`jax.lax.dot_general` of two arrays; where the last axis of x is contracted, on one axis of rows."""
+    (contracted, of_kernel), batched = _tuples(dimension_numbers)
+    place, last = options.get("out_sharding"), x.ndim - 1
+    apart = place is not None and (not isinstance(place, PartitionSpec) or sharding.divides_any(place[1:last]))
+    if contracted != (last,) or any(batched) or apart:
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+
+    def product(rows: jax.Array) -> jax.Array:
+        own = options
+        if rows.ndim < x.ndim and place is not None:
+            own = options | {"out_sharding": PartitionSpec(*place[:1], *place[last:])}
+        return jax.lax.dot_general(rows, kernel, (((rows.ndim - 1,), of_kernel), ((), ())), **own)
+
+    y = sharding.over_rows(product, x)
+    return y if place is None else sharding.reshard(y, tuple(place))
 
 
 def _tuples(numbers: Any) -> Any:

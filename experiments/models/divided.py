@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from lowrank_jax import adapters, sharding
+from lowrank_jax import adapters, dot_general, sharding
 from lowrank_jax.meshes import at_input, constrain, out_sharding
 
 
@@ -29,7 +29,7 @@ def promoted(*arrays: jax.Array | None, dtype: Any = None, inexact: bool = True)
 def summed(x, features):
     """The product of x (B, S, ...) and a kernel whose rows may be divided, as those of o_proj and down_proj are."""
     place = out_sharding((*x.shape[:-1], features), "batch", "length", None)
-    return functools.partial(jax.lax.dot_general, out_sharding=place)
+    return functools.partial(dot_general, out_sharding=place)
 
 
 def rematerialised(block, config):

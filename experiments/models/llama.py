@@ -25,10 +25,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.attention import chunked_attention
+from experiments.models.attention import attention, chunked_attention
 from experiments.models.divided import Embed, beside, chosen, positions, promoted, rematerialised, summed
 from experiments.sections import check, choice, number
-from lowrank_jax import sharding
+from lowrank_jax import dot_general, sharding
 from lowrank_jax.adapters import attend
 from lowrank_jax.meshes import at_input, constrain
 
@@ -58,7 +58,7 @@ class LlamaConfig:
       scan: compile one block and scan it over stacked parameters.
       init_std: standard deviation of the normal initialiser of all matrices (0.02: LLaMA, GaLore).
       attention_chunk: positions that attention takes at once, so that no S x S scores are kept (`models.attention`);
-        None is `jax.nn.dot_product_attention`.
+        None makes all scores of a sequence.
       head_dim: size of a head, K; None is D / H.
       rope_scaling: stretches the rotary frequencies (`rope_frequencies`): None, ("linear", factor), or
         ("llama3", factor, low, high, length) as in LLaMA 3.1.
@@ -246,6 +246,7 @@ def rotate(x_BxSxHxK, theta, scaling=None):
 
 
 def _dense(config, features, name, **kwargs):
+    kwargs = {"dot_general": dot_general} | kwargs
     return nn.Dense(
         features,
         use_bias=name in (config.biases or ()),
@@ -279,7 +280,7 @@ class Attention(nn.Module):
         k_BxSxGxK, v_BxSxGxK = (beside(x, q_BxSxHxK) for x in (k_BxSxGxK, v_BxSxGxK))
         q_BxSxHxK, k_BxSxGxK = (rotate(x, config.rope_theta, config.rope_scaling) for x in (q_BxSxHxK, k_BxSxGxK))
         # scores and softmax are float32 inside
-        product = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+        product = functools.partial(attention, causal=True)
         if config.attention_chunk is not None:
             product = functools.partial(chunked_attention, chunk=config.attention_chunk)
         out_BxSxHxK = product(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK)
@@ -356,15 +357,15 @@ class Llama(nn.Module):
             for layer in range(config.layers):
                 x_BxSxD, _ = block(config, name=f"layer_{layer}")(x_BxSxD)
         x_BxSxD = RMSNorm(config, name="norm")(x_BxSxD)
+        product = functools.partial(dot_general, preferred_element_type=jnp.float32)
         if config.tied_head:
 
             def head(x_BxSxD, table_VxD):
                 kernel_VxD = at_input(table_VxD.astype(DTYPES[config.dtype]), x_BxSxD, rows=-1)
-                return jnp.einsum("BSD,VD->BSV", x_BxSxD, kernel_VxD, preferred_element_type=jnp.float32)
+                return product(x_BxSxD, kernel_VxD, (((2,), (1,)), ((), ())))
 
             logits_BxSxV = attend(x_BxSxD, embed.embedding, head)  # the table may have adapters
         else:
-            product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
             logits_BxSxV = _dense(config, config.vocabulary_size, "lm_head", dot_general=product)(x_BxSxD)
         return constrain(logits_BxSxV, "batch", "length", "vocabulary")
 

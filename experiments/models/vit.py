@@ -22,12 +22,12 @@ import dataclasses
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
+from experiments.models.attention import attention
 from experiments.models.divided import promoted, rematerialised, summed
 from experiments.models.llama import DTYPES, REMAT_POLICIES
-from lowrank_jax import sharding
+from lowrank_jax import dot_general, sharding
 from lowrank_jax.meshes import constrain
 
 NORM_EPS = 1e-6  # of the official code
@@ -141,6 +141,7 @@ def flops_per_image(config: VitConfig) -> int:
 
 def _dense(config, features, name, **kwargs):
     dtypes = {"dtype": DTYPES[config.dtype], "param_dtype": DTYPES[config.param_dtype]}
+    kwargs = {"dot_general": dot_general} | kwargs
     kwargs |= {"kernel_init": nn.initializers.xavier_uniform(), "promote_dtype": promoted}
     return nn.Dense(features, **dtypes, name=name, **kwargs)
 
@@ -168,7 +169,7 @@ class Attention(nn.Module):
         q_BxSxHxK = constrain(q_BxSxHxK, "batch", "length", "heads", None)
         k_BxSxHxK, v_BxSxHxK = (constrain(x, "batch", None, "heads", None) for x in (k_BxSxHxK, v_BxSxHxK))
         # scores and softmax are float32 inside
-        out_BxSxHxK = jax.nn.dot_product_attention(q_BxSxHxK, k_BxSxHxK, v_BxSxHxK)
+        out_BxSxHxK = attention(q_BxSxHxK, k_BxSxHxK, v_BxSxHxK, causal=False)
         out_BxSxD = out_BxSxHxK.reshape(B, S, D)
         return _dense(config, D, "o_proj", dot_general=summed(out_BxSxD, D))(out_BxSxD)
 
@@ -208,6 +209,7 @@ class Vit(nn.Module):
 
     Raises ValueError when the images have another shape than the configuration says.
 
+    >>> import jax
     >>> model = Vit(preset("digits", layers=1))
     >>> images = jnp.zeros((2, 8, 8, 1))
     >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)  # shapes of {"params": ...}
@@ -249,6 +251,6 @@ class Vit(nn.Module):
             for layer in range(config.layers):
                 x_BxSxD, _ = block(config, name=f"layer_{layer}")(x_BxSxD)
         x_BxD = constrain(_norm(config, "norm")(x_BxSxD), "batch", None, None)[:, 0]
-        product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        product = functools.partial(dot_general, preferred_element_type=jnp.float32)
         logits = _dense(config, config.classes, "head", dot_general=product)(x_BxD)
         return logits.astype(jnp.float32)

@@ -117,10 +117,14 @@ class Op:
 def product(x: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array:
     """`x (..., n) @ matrix (n, q)`, counted in the dtype of x and summed in float32 (float64 where x is)."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    axes = (((x.ndim - 1,), (0,)), ((), ()))
-    matrix, spec = matrix.astype(x.dtype), sharding.product_spec(x, matrix)
-    place = None if spec is None else jax.sharding.PartitionSpec(*spec)
-    return jax.lax.dot_general(x, matrix, axes, precision=precision, preferred_element_type=wide, out_sharding=place)
+    matrix = matrix.astype(x.dtype)
+
+    def rows(x):
+        axes, spec = (((x.ndim - 1,), (0,)), ((), ())), sharding.product_spec(x, matrix)
+        options = {} if spec is None else {"out_sharding": jax.sharding.PartitionSpec(*spec)}
+        return jax.lax.dot_general(x, matrix, axes, precision=precision, preferred_element_type=wide, **options)
+
+    return sharding.over_rows(rows, x)
 
 
 def matrix_op(kernel: jax.Array) -> Op:

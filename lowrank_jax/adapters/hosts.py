@@ -18,7 +18,7 @@ from flax.core import meta
 from lowrank_jax import sharding
 from lowrank_jax.adapters.base import Adapter, Op, Site, product
 from lowrank_jax.matrices import MatrixView
-from lowrank_jax.products import Layout, decoding, dense, undecoded
+from lowrank_jax.products import Layout, decoding, dense, dot_general, undecoded
 from lowrank_jax.serialization import serializable
 
 
@@ -192,12 +192,12 @@ class AdaptedKernel:
     ) -> jax.Array:
         """`lr.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes its batch axes.
 
-        `product` stands in for `jax.lax.dot_general` in the base product.
+        `product` stands in for `lr.dot_general` in the base product.
         """
         options |= {"precision": precision}
         if preferred_element_type is not None:  # a product of one's own need not know it
             options |= {"preferred_element_type": preferred_element_type}
-        own, node = product or jax.lax.dot_general, self.at("dot_general")
+        own, node = product or dot_general, self.at("dot_general")
         if not isinstance(node, AdaptedKernel):
             bare = lambda x, kernel: own(x, dense(kernel, x.dtype), dimension_numbers, **options)  # noqa: E731
             return decoding(bare, node)(x, node)
@@ -215,7 +215,7 @@ class AdaptedKernel:
             return own(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), **options)
 
         site = self.bound[0].site
-        plain = own is jax.lax.dot_general and not any(options.values()) and view.rows == (0,)
+        plain = own in (jax.lax.dot_general, dot_general) and not any(options.values()) and view.rows == (0,)
 
         def whole(x, kernel, bound):
             direct = undecoded(kernel, sharding.matrix_spec(site.path, site.view)) if plain else None

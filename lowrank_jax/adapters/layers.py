@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.adapters.hosts import AdaptedKernel, conv
-from lowrank_jax.products import einsum
+from lowrank_jax.products import dot_general, einsum
 from lowrank_jax.projection.tapped import Tapped
 
 NODES = (Tapped, AdaptedKernel)
@@ -60,10 +60,14 @@ def table(value: Any, dtype: Any) -> Any:
 
 
 def keyword_options(value: Any, own: Callable[..., Any], default: Callable[..., Any], where: str) -> dict[str, Any]:
-    """The options of a product that is `default` but for keywords; ValueError, naming the layer, for any other."""
-    if own is default:
+    """The options of a product that is `default` but for keywords; ValueError, naming the layer, for any other.
+
+    `lr.dot_general` is `jax.lax.dot_general` on rows.
+    """
+    known = (default, dot_general) if default is jax.lax.dot_general else (default,)
+    if own in known:
         return {}
-    if isinstance(own, functools.partial) and own.func is default and not own.args:
+    if isinstance(own, functools.partial) and own.func in known and not own.args:
         return own.keywords
     done, remedy = "adapted", "exclude=path"
     if isinstance(value, Tapped):
@@ -76,13 +80,12 @@ def keyword_options(value: Any, own: Callable[..., Any], default: Callable[..., 
 
 def product_of(value: Any, own: Callable[..., Any], where: str) -> Callable[..., jax.Array]:
     """The `dot_general(x, given, dimension_numbers, ...)` of a layer whose own one is `own`."""
-    options = keyword_options(value, own, jax.lax.dot_general, where) if isinstance(value, Tapped) else {}
+    if isinstance(value, Tapped):
+        keyword_options(value, own, jax.lax.dot_general, where)  # or an error
 
     def product(x: jax.Array, given: Any, dimension_numbers: Any, **call: Any) -> jax.Array:
         kernel = with_base(value, given)
-        if isinstance(kernel, Tapped):
-            return kernel.dot_general(x, dimension_numbers, **(options | call))
-        if isinstance(kernel, AdaptedKernel):
+        if isinstance(kernel, NODES):
             return kernel.dot_general(x, dimension_numbers, product=own, **_given(call))
         return own(x, kernel.dequantize(x.dtype), dimension_numbers, **call)
 

@@ -108,6 +108,7 @@ def _forward(choice, x, w, a, b):
 def _backward(choice, residuals, dy):
     x, w, a, b, low = residuals
     dx, pulled = _product(dataclasses.replace(choice, transpose=True), dy, w, b.T, a.T)
+    x, dy, low, pulled = sharding.fold_rows(x, dy, low, pulled)
     lead = tuple(range(x.ndim - 1))
     thin = functools.partial(jax.lax.dot_general, dimension_numbers=((lead, lead), ((), ())))
     return dx, thin(x, dy), thin(x, pulled), thin(low, dy)  # XLA drops the cotangent of a frozen W

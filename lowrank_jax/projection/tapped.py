@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.products import Layout, dense
+from lowrank_jax.products import Layout, dense, dot_general
 from lowrank_jax.projection.matrix_step import each
 from lowrank_jax.projection.projectors.base import thin_product
 from lowrank_jax.serialization import serializable
@@ -113,13 +113,17 @@ class Tapped:
         dimension_numbers: Any,
         precision: Any = None,
         preferred_element_type: Any = None,
+        product: Callable[..., jax.Array] | None = None,
         **options: Any,
     ) -> jax.Array:
-        """`lr.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes its batch axes."""
+        """`lr.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes its batch axes.
+
+        `product` makes the base product in place of `lr.dot_general`, as equal numbers.
+        """
         options |= {"dimension_numbers": dimension_numbers, "precision": precision}
-        product: Callable[..., jax.Array] = functools.partial(
-            jax.lax.dot_general, preferred_element_type=preferred_element_type, **options
-        )
+        if preferred_element_type is not None:  # keywords of `product` stay
+            options |= {"preferred_element_type": preferred_element_type}
+        product = functools.partial(product or dot_general, **options)
         view = _view_of_product(self, dimension_numbers)
         layout = Layout.of(x.ndim, self.ndim, view.view, dimension_numbers)
         tap = self.tap
@@ -184,10 +188,11 @@ def _backward(product, layout, view, projector, residuals, dy):
     outputs = layout.outputs(dy)
 
     def contract(left, right, where):
-        axes = tuple(range(layout.free))
         explicit = sharding.is_explicit(where) and not view.batch
 
         def one(left, right):
+            left, right = sharding.fold_rows(left, right)
+            axes = tuple(range(left.ndim - 1))
             wide = jnp.promote_types(left.dtype, right.dtype)
             a, b = (left, right) if view.side == "rows" else (right, left)
             a, b = a.astype(wide), b.astype(wide)

@@ -1,4 +1,4 @@
-"""Chunked attention is `jax.nn.dot_product_attention`, in values and gradients, without its scores."""
+"""Both attentions are `jax.nn.dot_product_attention`, in values and gradients; the chunked one without its scores."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.models import llama
-from experiments.models.attention import chunked_attention
+from experiments.models.attention import attention, chunked_attention
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
@@ -44,6 +44,21 @@ def test_values_and_gradients(S, H, G, chunk):
     for own, expected in zip(found, jax.jit(lambda *x: both(dense, *x))(*operands), strict=True):
         assert own.dtype == expected.dtype
         np.testing.assert_allclose(own, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("S", "H", "G"), [(12, 4, 4), (12, 4, 2), (13, 6, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_batch_axis_of_heads(S, H, G, causal, dtype):
+    operands = inputs(S, H, G, dtype=dtype)
+    own = lambda q, k, v: attention(q, k, v, causal=causal)  # noqa: E731
+    reference = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=causal)  # noqa: E731
+    tolerance = 2e-5 if dtype == jnp.float32 else 5e-2
+    found, expected = (jax.jit(lambda *x, f=f: both(f, *x))(*operands) for f in (own, reference))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
 def test_by_the_formula_in_float64():

@@ -227,8 +227,9 @@ def test_remat_changes_memory_but_not_gradients(remat, scan):
         jax.tree.leaves(gradient_of(plain, params)), jax.tree.leaves(gradient_of(config, params)), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    assert "remat" in str(jax.make_jaxpr(gradient_of, static_argnums=0)(config, params))
-    assert "remat" not in str(jax.make_jaxpr(gradient_of, static_argnums=0)(plain, params))
+    # products fold their rows again in either case; what is made twice here is the softmax
+    kept, again = (str(jax.make_jaxpr(gradient_of, static_argnums=0)(own, params)) for own in (plain, config))
+    assert again.count(" exp ") > kept.count(" exp ")
 
 
 def test_bfloat16_is_close_and_logits_are_float32():

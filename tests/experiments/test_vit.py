@@ -120,8 +120,10 @@ def test_scan_equals_loop_and_remat_changes_no_gradient():
         mine = jax.tree.map(lambda x: x[i], stacked["layers"])  # noqa: B023
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), mine, listed[f"layer_{i}"])
     np.testing.assert_allclose(stacked["positions"], listed["positions"], rtol=1e-4, atol=1e-5)
-    assert "remat" in str(jax.make_jaxpr(gradient_of, static_argnums=0)(loop, unstacked))
-    assert "remat" not in str(jax.make_jaxpr(gradient_of, static_argnums=0)(TINY, params))
+    # products fold their rows again in either case; what is made twice here is the softmax
+    kept = str(jax.make_jaxpr(gradient_of, static_argnums=0)(TINY, params))
+    again = str(jax.make_jaxpr(gradient_of, static_argnums=0)(loop, unstacked))
+    assert again.count(" exp ") > kept.count(" exp ") * TINY.layers
 
 
 def test_bfloat16_is_close_and_logits_are_float32():

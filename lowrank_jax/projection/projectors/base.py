@@ -163,7 +163,8 @@ def count(view: ResolvedView) -> int:
 
 def thin_product(x: jax.Array, basis: jax.Array) -> jax.Array:
     """`x (..., s) @ basis (s, r)` in the dtype of x, summed in float32."""
-    low = jnp.einsum("...s,sr->...r", x, basis.astype(x.dtype), preferred_element_type=jnp.float32)
+    basis = basis.astype(x.dtype)
+    low = sharding.over_rows(lambda x: jnp.matmul(x, basis, preferred_element_type=jnp.float32), x)
     return low.astype(x.dtype)
 
 
