@@ -55,6 +55,9 @@ def test_a_number_that_is_not_finite_is_refused_at_construction(make, field):
         name = "learning_rate" if field == "rate" else field
         with pytest.raises(ValueError, match=f"(?s){'(scale|' + name + ')'}=.*(nan|inf) must be"):
             make(*positional, **options)
+
+
+def test_a_ratio_of_a_path_is_finite():
     with pytest.raises(ValueError, match="ratios: 'q/b'=nan must be"):
         lr.lora_plus(0.1, ratios=(("q/b", math.nan),))
 
