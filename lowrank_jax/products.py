@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.matrices import MatrixView
+from lowrank_jax.rows import over_rows
 
 
 def dense(kernel: Any, dtype: Any, path: str | None = None) -> jax.Array:
@@ -63,7 +64,7 @@ def dot_general(
     """`jax.lax.dot_general(x, kernel, ...)` for a kernel that may have a tap or adapters.
 
     Of such a kernel the contracted axes must be its rows, batched axes its remaining batch axes. The last axis of an
-    array x is contracted on one axis of rows, `(N, n)`, wherever a mesh allows it (`sharding.fold_rows`), so that the
+    array x is contracted on one axis of rows, `(N, n)`, wherever a mesh allows it (`rows.fold_rows`), so that the
     gradient of the kernel contracts one axis too.
 
     >>> import jax.numpy as jnp
@@ -95,7 +96,7 @@ def _by_rows(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options:
             own = options | {"out_sharding": PartitionSpec(*place[:1], *place[last:])}
         return jax.lax.dot_general(rows, kernel, (((rows.ndim - 1,), of_kernel), ((), ())), **own)
 
-    y = sharding.over_rows(product, x)
+    y = over_rows(product, x)
     return y if place is None else sharding.reshard(y, tuple(place))
 
 

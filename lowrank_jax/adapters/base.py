@@ -28,6 +28,7 @@ import numpy as np
 from lowrank_jax import sharding
 from lowrank_jax.checks import is_integer
 from lowrank_jax.matrices import DENSE, MatrixView, Shape
+from lowrank_jax.rows import over_rows
 
 Arrays = dict[str, Any]
 INPUTS = ("features", "indices", "windows", "transposed")
@@ -124,7 +125,7 @@ def product(x: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array
         options = {} if spec is None else {"out_sharding": jax.sharding.PartitionSpec(*spec)}
         return jax.lax.dot_general(x, matrix, axes, precision=precision, preferred_element_type=wide, **options)
 
-    return sharding.over_rows(rows, x)
+    return over_rows(rows, x)
 
 
 def matrix_op(kernel: jax.Array) -> Op:

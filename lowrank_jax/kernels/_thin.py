@@ -28,6 +28,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from lowrank_jax import sharding
 from lowrank_jax.kernels import _divided, _platform
+from lowrank_jax.rows import fold_rows
 
 _TPU_ROWS, _TPU_COLS = (128, 256, 512, 1024, 2048, 4096), (256, 512)
 _GPU_ROWS, _GPU_COLS, _GPU_DEPTH = (16, 32, 64, 128), (16, 32, 64, 128), 32
@@ -108,7 +109,7 @@ def _forward(choice, x, w, a, b):
 def _backward(choice, residuals, dy):
     x, w, a, b, low = residuals
     dx, pulled = _product(dataclasses.replace(choice, transpose=True), dy, w, b.T, a.T)
-    x, dy, low, pulled = sharding.fold_rows(x, dy, low, pulled)
+    x, dy, low, pulled = fold_rows(x, dy, low, pulled)
     lead = tuple(range(x.ndim - 1))
     thin = functools.partial(jax.lax.dot_general, dimension_numbers=((lead, lead), ((), ())))
     return dx, thin(x, dy), thin(x, pulled), thin(low, dy)  # XLA drops the cotangent of a frozen W

@@ -28,6 +28,7 @@ from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.products import Layout, dense, dot_general
 from lowrank_jax.projection.matrix_step import each
 from lowrank_jax.projection.projectors.base import thin_product
+from lowrank_jax.rows import fold_rows
 from lowrank_jax.serialization import serializable
 
 
@@ -191,7 +192,7 @@ def _backward(product, layout, view, projector, residuals, dy):
         explicit = sharding.is_explicit(where) and not view.batch
 
         def one(left, right):
-            left, right = sharding.fold_rows(left, right)
+            left, right = fold_rows(left, right)
             axes = tuple(range(left.ndim - 1))
             wide = jnp.promote_types(left.dtype, right.dtype)
             a, b = (left, right) if view.side == "rows" else (right, left)

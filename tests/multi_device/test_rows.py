@@ -9,7 +9,8 @@ import pytest
 
 from experiments import collectives as sent
 from experiments.models import attention, axes, divided, llama
-from lowrank_jax import meshes, sharding
+from lowrank_jax import meshes
+from lowrank_jax.rows import fold_rows, over_rows
 
 TINY = llama.preset("nano", layers=2, width=64, hidden=128, heads=4, kv_heads=2, sequence_length=16)
 MESHES = {
@@ -65,8 +66,8 @@ def test_rows_are_folded_where_the_batch_alone_is_divided(mesh, folded, explicit
     def shapes(x):
         with meshes.use(mesh):
             x = meshes.constrain(x, "batch", "length", None)
-            (rows,) = sharding.fold_rows(x)
-            assert sharding.over_rows(jnp.sin, x).shape == x.shape
+            (rows,) = fold_rows(x)
+            assert over_rows(jnp.sin, x).shape == x.shape
         return rows
 
     place = jax.NamedSharding(mesh, meshes.spec(("batch", "length", None), mesh))

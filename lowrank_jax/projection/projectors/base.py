@@ -30,6 +30,7 @@ from lowrank_jax import linalg, sharding
 from lowrank_jax.checks import is_integer, is_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.transports import DenseChange, IndexChange
+from lowrank_jax.rows import over_rows
 
 Rank = int | float | tuple[tuple[str, int | float], ...]
 
@@ -164,7 +165,7 @@ def count(view: ResolvedView) -> int:
 def thin_product(x: jax.Array, basis: jax.Array) -> jax.Array:
     """`x (..., s) @ basis (s, r)` in the dtype of x, summed in float32."""
     basis = basis.astype(x.dtype)
-    low = sharding.over_rows(lambda x: jnp.matmul(x, basis, preferred_element_type=jnp.float32), x)
+    low = over_rows(lambda x: jnp.matmul(x, basis, preferred_element_type=jnp.float32), x)
     return low.astype(x.dtype)
 
 
