@@ -160,6 +160,24 @@ def training_step(result: dict) -> str:
     return "\n\n".join([*parts, note, _aims(result["aims"])])
 
 
+def peer_training_step(result: dict) -> str:
+    """Whole steps of PyTorch and of this library, in turns in one run, and the aim."""
+    rows = [
+        [row["case"], row["program"], milliseconds(row["seconds"]), f"{row['of_peer']:.2f}",
+         milliseconds(row["processor_seconds"]), f"{row['processor_of_peer']:.2f}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    header = ["whole step", "program", "ms", "of PyTorch's AdamW", "processor time, ms", "of PyTorch's"]
+    versions = result["machine"]["versions"]
+    note = (
+        f"`{result['command']}`: {result['preset']} preset, float32, {result['tokens']} tokens in sequences of "
+        f"{result['length']}, medians of {result['repetitions']} steps in turns, {result['threads']} threads each; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, jax {versions['jax']}. From the same "
+        f"weights the first losses differ by {result['loss_difference']:.0e}. Ratios are to PyTorch's faster AdamW."
+    )
+    return "\n\n".join([markdown(header, rows), note, _aims(result["aims"])])
+
+
 def data_parallel(result: dict) -> str:
     """Reduced bytes of a step, in all and of the kernels that have taps."""
     rows, reference = [], result["rows"][0]
@@ -279,6 +297,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "optimizer_step": optimizer_step,
     "training_step_60M": training_step,
     "training_step_130M": training_step,
+    "peer_training_step": peer_training_step,
     "data_parallel": data_parallel,
     "refresh_subspaces": refresh_subspaces,
     "memory_7b": memory_7b,
