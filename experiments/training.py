@@ -36,7 +36,7 @@ from experiments.tasks import Pretraining, Task
 from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError
 
-# After so many updates in a row with a loss that is not finite, the run ends as "diverged".
+# After so many updates in a row that were skipped, or whose loss is not finite, the run ends as "diverged".
 PATIENCE = 10
 
 
@@ -244,7 +244,7 @@ class _Training:
             if stopping and (step < steps or not complete):
                 return state, "stopped"
             if self.not_finite >= PATIENCE:
-                self._note(f"the loss was not finite for {PATIENCE} updates in a row: stopped")
+                self._note(f"{PATIENCE} updates in a row were skipped, or their loss was not finite: stopped")
                 return state, "diverged"
         return state, "finished"
 
@@ -275,10 +275,11 @@ class _Training:
             mfu=mfu,
             skipped=measured["skipped"],
         )
-        if measured["skipped"] > self.skipped:
+        skipped = measured["skipped"] > self.skipped
+        if skipped:
             self._note(f"update {step} was skipped: a gradient was not finite ({measured['skipped']} so far)", step)
             self.skipped = measured["skipped"]
-        self.not_finite = 0 if math.isfinite(measured["loss"]) else self.not_finite + 1
+        self.not_finite = self.not_finite + 1 if skipped or not math.isfinite(measured["loss"]) else 0
         self.progress.update(step, loss=measured["loss"], tokens_per_second=tokens / elapsed, mfu=mfu)
 
     @contextlib.contextmanager

@@ -4,7 +4,7 @@ They take any tree of trained adapter parameters. A mapping with leaves `a (...,
 its delta `a diag(scale) b` (the papers write the transpose: their A is our aᵀ, their B our bᵀ); leading axes are layers
 or experts, each a pair of its own. All other leaves (magnitudes, biases, modules trained whole) take AdamW's step with
 the same learning rate, schedule and decay, at every step. A tree without a pair is an error. A step whose gradients,
-updates or moments are not finite changes nothing but `skipped`.
+updates or moments are not finite, or whose gradients have a norm above 2^40, changes nothing but `skipped`.
 
 What the learning rate means differs: AdamW, LoRA+, scaled AdamW and AltLoRA+ move every entry of a factor by about the
 rate; AltLoRA moves the kernel along the projected gradient, as SGD with momentum would with that rate.

@@ -7,7 +7,9 @@ For a and then for b, unless they alternate:
     u  = inner(g)                       Adam, or momentum alone
     a <- a - lr (u + weight_decay a)
 
-A step whose gradients, updates or moments are not finite changes nothing but a counter, and the schedule waits.
+A step whose gradients, updates or moments are not finite changes nothing but a counter, and the schedule waits. So does
+one whose gradients, as they are or preconditioned, have a norm above 2^40: factors and momentum that it made would
+overflow in the products of the steps after it.
 """
 
 from __future__ import annotations
@@ -205,7 +207,7 @@ class PairOptimizer:
         if self.guard:
             made = [x for x in jax.tree.leaves((given, new)) if jnp.issubdtype(x.dtype, jnp.floating)]
             finite = [jnp.all(jnp.isfinite(x)) for x in made]
-            ok = all_finite(step.grads) & jnp.all(jnp.asarray(finite, bool))
+            ok = all_finite(step.grads) & step.fine & jnp.all(jnp.asarray(finite, bool))
             given = [jnp.where(ok, x, jnp.zeros_like(x)) for x in given]
             new = select(ok, new, state)._replace(skipped=state.skipped + 1 - ok.astype(jnp.int32))
         return step.tree.like(dict(zip(step.updates, given, strict=True))), new
@@ -238,6 +240,15 @@ class _Tree:
         return jax.tree.unflatten(self.structure, [leaves[i] for i in range(len(self.leaves))])
 
 
+class Turn(NamedTuple):
+    """What a step makes of one side: updates by leaf, inner state, bases by leaf, and whether it may be accepted."""
+
+    updates: dict[int, jax.Array]
+    inner: Any
+    bases: dict[int, jax.Array]
+    fine: jax.Array
+
+
 class _Step:
     """A mutable record of one update, so that `PairOptimizer._update` reads as the steps of the method.
 
@@ -246,6 +257,7 @@ class _Step:
       grads: float32.
       updates, inner: what was made so far, by leaf and by side.
       bases: by leaf.
+      fine: whether what every side's inner transformation was given is within `LARGEST`.
     """
 
     def __init__(self, config: PairOptimizer, updates: Any, state: PairsState, params: Any, scale: Any, extra: Any):
@@ -271,6 +283,7 @@ class _Step:
         self.bases = dict(zip(owners, jax.tree.leaves(state.bases), strict=False))
         self.updates: dict[int, jax.Array] = {}
         self.inner: dict[str, Any] = {}
+        self.fine: jax.Array = jnp.asarray(True)
 
     def _given(self, inner: Any, own: list[int]) -> Any:
         return self.tree.of({i: self.leaves[i] for i in own}) if getattr(inner, "params", False) else None
@@ -291,8 +304,8 @@ class _Step:
         self.updates |= self._moved(own, [scale * u for u in jax.tree.leaves(direction)])
         return state
 
-    def turn(self, side: str, state: Any) -> tuple[dict[int, jax.Array], Any, dict[int, jax.Array]]:
-        """`(updates, inner state, bases)` after the turn of one side."""
+    def turn(self, side: str, state: Any) -> Turn:
+        """What the turn of one side makes."""
         config, own, other = self.config, self.factors.of(side), OTHER[side]
         low, bases, changes = {i: self.grads[i] for i in own}, dict(self.bases), {}
         found = self.factors.pairs if config.damping is not None else ()
@@ -314,14 +327,17 @@ class _Step:
         correction: Any = {"none": 1.0, "both": both}.get(config.bias_correction)
         if correction is None:
             correction = 1 / inner_lib.debias(config.inner.b1, new.count)
-        return self._moved(own, [correction * u for u in jax.tree.leaves(direction)]), new, bases
+        updates = self._moved(own, [correction * u for u in jax.tree.leaves(direction)])
+        return Turn(updates, new, bases, all_finite(list(low.values())))
 
-    def rest(self, side: str, state: Any) -> tuple[dict[int, jax.Array], Any, dict[int, jax.Array]]:
+    def rest(self, side: str, state: Any) -> Turn:
         """What `turn` returns for a side whose turn it is not."""
-        return {i: jnp.zeros_like(self.leaves[i]) for i in self.factors.of(side)}, state, dict(self.bases)
+        updates = {i: jnp.zeros_like(self.leaves[i]) for i in self.factors.of(side)}
+        return Turn(updates, state, dict(self.bases), jnp.asarray(True))
 
-    def accept(self, side: str, made: tuple[dict[int, jax.Array], Any, dict[int, jax.Array]]) -> None:
-        updates, self.inner[side], self.bases = made
+    def accept(self, side: str, made: Turn) -> None:
+        updates, self.inner[side], self.bases, fine = made
+        self.fine = self.fine & fine
         self.updates |= updates
         if self.config.sequential:
             for i, update in updates.items():

@@ -154,7 +154,7 @@ class _Layerwise:
         plain = self._plain(self._all_rest(d_rest, d_bottom), vectors)
         square = square + sum((energy(leaf) for leaf in plain), jnp.zeros(()))
         if self.config.guard:
-            ok = ok & fine & jnp.isfinite(square)
+            ok = ok & fine & all_finite(plain) & jnp.isfinite(square)
         if self.config.clip_norm is None:
             return ok, None
         return ok, jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(jnp.sqrt(square), 1e-30))
@@ -222,7 +222,8 @@ class _Layerwise:
             gathered = put(gathered, number, d_vectors)
             following = jnp.maximum(number - 1, 0)
             energies = sum((energy(step.kept) for step in steps), jnp.zeros(()))
-            fine, square = fine & read & jnp.isfinite(energies), square + energies
+            fine = fine & read & all_finite([step.judged for step in steps]) & jnp.isfinite(energies)
+            square = square + energies
             if not update:
                 return dx, kernels, states, take(states, following), gathered, fine, square
             # from the first layer on that is not finite, none below it is written either

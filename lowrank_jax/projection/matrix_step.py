@@ -33,9 +33,16 @@ def energy(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(x.astype(jnp.float32)))
 
 
+# The largest sum of squares of gradients that a step accepts. A norm of 2^40, about 1e12, leaves room for what a state
+# makes of an accepted gradient later: a product of three such numbers, as of a moment and the two factors that move it,
+# and the square of fed-back errors that add up to many gradients are finite in float32. Beyond it a step could be
+# accepted after which none ever is again.
+LARGEST = 2.0**80
+
+
 def all_finite(arrays: list[jax.Array]) -> jax.Array:
-    """Scalar: every array is finite, and its sum of squares too."""
-    return jnp.isfinite(sum((energy(x) for x in arrays), jnp.zeros(())))
+    """Scalar: every array is finite, and the sum of all squares is within `LARGEST`."""
+    return sum((energy(x) for x in arrays), jnp.zeros(())) <= LARGEST  # NaN compares false
 
 
 def select(ok: jax.Array, new: Any, old: Any) -> Any:
@@ -102,7 +109,8 @@ class MatrixStep:
     """A mutable record of one leaf's update, so that an update of the tree reads as the steps of the method.
 
     Attributes:
-      target: `(batch..., s, k)` float32, what is projected; None where the gradient came projected.
+      gradient: `(batch..., s, k)` float32; None where it came projected.
+      target: likewise what is projected, the gradient or more.
       low: `(batch..., r, k)`, after `project`.
       sketch: `(batch..., s, q)`, or None.
       basis, inner, residual: the state so far.
@@ -117,13 +125,14 @@ class MatrixStep:
         self.total = count(state.view)
         self.param = view.orient(whole(param)) if config.reads_params else None
         self.basis, self.inner, self.residual = state.basis, state.inner, state.residual
+        self.gradient: Any = None
         self.target: Any = None
         self.sketch: Any = None
         if isinstance(grad, Projected):
             self.low, self.sketch = _checked(config, view, grad)
         else:
-            gradient = view.orient(grad).astype(jnp.float32)
-            self.target, self.residual = config.residual.target(state.residual, gradient)
+            self.gradient = view.orient(grad).astype(jnp.float32)
+            self.target, self.residual = config.residual.target(state.residual, self.gradient)
 
     @property
     def can_refresh(self) -> bool:
@@ -168,6 +177,11 @@ class MatrixStep:
     def kept(self) -> Any:
         """What the step keeps of the gradient: all of it where the residual rule reads it, else its projection."""
         return self.target if self.config.residual.sees_gradient else self.low
+
+    @property
+    def judged(self) -> Any:
+        """What the guard judges: as `kept`, without what earlier steps fed back."""
+        return self.gradient if self.config.residual.sees_gradient else self.low
 
     def arrays(self) -> dict[str, Any]:
         """What `finish` reads, batch axes in front; what it does not read is left out."""

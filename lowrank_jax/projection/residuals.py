@@ -193,7 +193,9 @@ class GradientRescale(Residual):
             norm = _norm(update, (-2, -1))[..., 0, 0]
             growth = jnp.maximum(norm / (state + TINY), self.limiter) / self.limiter
             growth = jnp.where(state > 0, growth, 1.0)
-            update, state = update / growth[..., None, None], norm / growth
+            # a norm that overflows limits nothing that comes later
+            limited = norm / growth
+            update, state = update / growth[..., None, None], jnp.where(jnp.isfinite(limited), limited, state)
         return _times(scale, update), state
 
     def state_bytes(self, view):

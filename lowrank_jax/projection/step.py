@@ -112,7 +112,8 @@ def prepare(
     kept = [step.kept for step in steps.values()] + plain
     ok: Any = None if taps is None else fits
     if config.guard:
-        ok = all_finite(kept) & fits & (True if whole is None else whole)
+        ok = all_finite([step.judged for step in steps.values()] + plain) & fits & (True if whole is None else whole)
+        ok = ok & jnp.isfinite(sum((energy(x) for x in kept), jnp.zeros(())))
     factor = None if config.clip_norm is None else _clip_factor(config, kept)
     paths = [leaf.path for leaf in report.leaves]
     return Prepared(treedef, references, leaves, views, paths, steps, due, moved, ok, factor)
@@ -121,15 +122,16 @@ def prepare(
 def rebase(config: Projection, updates: Any, state: ProjectionState, params: Any) -> tuple[Any, ProjectionState]:
     """`(projected gradients, state)`: the part of an update that reads full gradients, for bases that move before it.
 
-    The rest of the update is `prepare(..., rebased=True)`. Where a gradient is not finite nothing moves, and the
-    projected gradients tell the rest.
+    The rest of the update is `prepare(..., rebased=True)`. Where a gradient is not finite nothing moves, and projected
+    gradients of NaN tell the rest.
     """
     if config.clock.when == "after":
         raise ValueError(f"clock={config.clock!r} moves bases after the update; rebase serves those that move before")
     prepared = prepare(config, updates, state, params, None)
     leaves = list(prepared.gradients)
     for i, step in prepared.steps.items():
-        leaves[i] = Projected(step.low)
+        # what was not accepted here must not be there, though its projection may be finite
+        leaves[i] = Projected(step.low if prepared.ok is None else jnp.where(prepared.ok, step.low, jnp.nan))
     matrices = [step.state() for step in prepared.steps.values()]
     return (
         jax.tree.unflatten(prepared.treedef, leaves),

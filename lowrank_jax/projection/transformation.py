@@ -11,11 +11,11 @@ A step of one matrix, oriented `(batch..., s, k)` with basis `P (batch..., s, r)
 Whether a refresh is due is one scalar for the whole tree, tested outside any vmap. Leaves that are not projected form
 one ordinary group with an inner state of their own.
 
-NaN guard: a step counts as finite if the squares of what is kept sum to a finite number, so that no moment overflows
-either. Full matrices are read for it only at a due refresh; a normal step tests `R` (a non-finite gradient makes its
-low-rank object non-finite, unless it lies in coordinates that a `columns` basis drops), or `K` where the residual rule
-reads it anyway. If a step is not finite, every update is zero and every field of the state is what it was, except
-`skipped`; a due refresh stays due.
+NaN guard: a step counts as finite if the norm of what is kept of its gradients is at most 2^40, about 1e12, so that no
+moment, fed-back error or product of them overflows at any later step either. Full matrices are read for it only at a
+due refresh; a normal step tests `R` (a non-finite gradient makes its low-rank object non-finite, unless it lies in
+coordinates that a `columns` basis drops), or the gradient where the residual rule reads it anyway. If a step is not
+finite, every update is zero and every field of the state is what it was, except `skipped`; a due refresh stays due.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def scale_by_projection(projector: Projector, **slots: Any) -> ProjectionTransfo
       side, tie: which dimension is shrunk, and which of a square; see `lr.resolve`.
       views: which leaves are matrices, `lr.Views(...)`.
       plain: the inner transformation of leaves that are not projected (default: `inner`).
-      guard: skip, and count, steps whose gradients are not finite or so large that their square overflows.
+      guard: skip, and count, steps whose gradients are not finite or have a norm above 2^40, about 1e12.
       clip_norm: clip the global norm of what is kept: low-rank gradients (full ones where the residual rule reads
         them) and plain gradients alike.
       seed: of random bases and sketches.

@@ -18,6 +18,7 @@ from experiments import checkpoint, metrics, optimizers, training, updates
 from experiments import workdir as folders
 from experiments.configuration import ConfigurationError
 from experiments.runs import read_summary
+from lowrank_jax.projection.transformation import ProjectionTransformation
 from tests.experiments import runs
 
 pytestmark = pytest.mark.slow
@@ -288,8 +289,8 @@ def test_a_full_disk_does_not_stop_the_run_but_fails_the_final_save(folder, whol
         training.run(config, tmp_path / "ends", verbose=False)
 
 
-def poison(monkeypatch, bad):
-    """Multiply the loss by NaN in the updates whose number, from 0, satisfies `bad`."""
+def poison(monkeypatch, bad, *, value=True):
+    """NaN as the loss, or with value=False as its gradient alone, of updates whose number, from 0, satisfies `bad`."""
     make, sums = updates.step, updates.loss_sums
 
     def poisoned_step(loss, optimizer, accumulation):
@@ -303,7 +304,9 @@ def poison(monkeypatch, bad):
 
     def poisoned_sums(model, params, batch):
         loss, weight = sums(model, params, batch)
-        return loss * batch.get("factor", 1.0), weight
+        factor = batch.get("factor", 1.0)
+        root = jnp.sqrt(jnp.where(jnp.isnan(factor), 0.0, 1.0) + 0 * loss)
+        return (loss * factor if value else loss + root - jax.lax.stop_gradient(root)), weight
 
     monkeypatch.setattr(training.optimizers, "build", counting(optimizers.build))
     monkeypatch.setattr(updates, "step", poisoned_step)
@@ -320,9 +323,10 @@ def counting(build):
             moves, inner = optimizer.update(grads, state["inner"], params)
             return moves, {"steps_seen": state["steps_seen"] + 1, "inner": inner}
 
-        return optax.GradientTransformation(
-            lambda p: {"steps_seen": jnp.zeros((), jnp.int32), "inner": optimizer.init(p)}, update
-        )
+        init = lambda p: {"steps_seen": jnp.zeros((), jnp.int32), "inner": optimizer.init(p)}  # noqa: E731
+        counted = ProjectionTransformation(init, update)
+        counted.projection = getattr(optimizer, "projection", None)
+        return counted
 
     return make
 
@@ -348,6 +352,14 @@ def test_a_run_that_diverges_ends_and_keeps_the_last_good_checkpoint(folder, mon
     assert (summary["status"], summary["steps"]) == ("diverged", 15 + 1)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4"}
     assert any("not finite after update 8: not saved" in text for text in runs.notes(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_run_of_skipped_updates_ends_whatever_the_loss_is(folder, monkeypatch, tmp_path):
+    poison(monkeypatch, lambda count: count >= 5, value=False)
+    config = runs.tiny(folder, schedule={"steps": 40}, optimizer={"name": "dct_adamw", "rank": 4})
+    summary = training.run(config, tmp_path, verbose=False)
+    assert (summary["status"], summary["steps"], summary["skipped"]) == ("diverged", 15 + 1, 11)
 
 
 def test_metrics_file_survives_a_line_cut_short(tmp_path):

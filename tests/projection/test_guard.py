@@ -43,6 +43,49 @@ def test_only_what_the_basis_reads_is_tested():
         assert np.all(np.isfinite(updates["kernel"]))
 
 
+def test_a_refresh_that_reads_what_the_basis_drops_skips_the_training_step_too():
+    """The basis does not move, and what it keeps is finite: full gradients of a due refresh tell."""
+    tx = lr.galore(1e-2, projector=lr.projectors.columns(rank=2, select="l2"))
+    x = jnp.ones((3, 4)).at[:, 3].set(jnp.nan)  # the gradient of row i is x[:, i]ᵀ 1
+    step = lr.train_step(lambda params, x: jnp.sum(lr.matmul(x, params["kernel"])), tx)
+    params = {"kernel": PARAMS["kernel"]}
+    new, state, _ = jax.jit(step)(params, tx.init(params), x)
+    assert (int(state.projection.skipped), int(state.projection.step), int(state.projection.refreshes)) == (1, 0, 0)
+    np.testing.assert_array_equal(new["kernel"], params["kernel"])
+
+
+@pytest.mark.parametrize("residual", [lr.residuals.error_feedback(), lr.residuals.ldadam_error_feedback()])
+def test_errors_that_add_up_make_no_later_step_impossible(residual):
+    """A coordinate that no basis sees gets errors without end; each gradient is below what overflows."""
+    inner = lr.inner.from_optax(optax.trace(0.9), decay=(("first", 0.9),))
+    transformation = lr.scale_by_projection(lr.projectors.columns(select=(0, 1)), residual=residual, inner=inner)
+    update = jax.jit(transformation.update)
+    for size in (1e10, 1e18):
+        state = transformation.init(PARAMS)
+        huge = GOOD | {"kernel": GOOD["kernel"].at[3].set(size)}
+        for _ in range(30):
+            _, state = update(huge, state)
+        skipped = int(state.skipped)
+        assert skipped == (0 if size < 1e12 else 30)
+        updates, state = update(GOOD, state)
+        assert int(state.skipped) == skipped
+        assert np.all(np.isfinite(updates["kernel"]))
+
+
+def test_a_norm_that_overflows_leaves_the_limit_as_it_was():
+    """A gradient whose projection is nothing is rescaled by 1e8 and more."""
+    rule = lr.residuals.gradient_rescale(scale=1e4, axis="tensor")
+    transformation = lr.scale_by_projection(lr.projectors.columns(select=(0, 1)), residual=rule)
+    _, state = transformation.update(GOOD, transformation.init(PARAMS))
+    before = state.matrices["kernel"].residual
+    hidden = GOOD | {"kernel": jnp.zeros((4, 6)).at[3].set(1e11)}
+    _, state = transformation.update(hidden, state)
+    updates, state = transformation.update(GOOD, state)
+    assert int(state.skipped) == 0
+    assert np.all(np.isfinite(updates["kernel"]))
+    assert state.matrices["kernel"].residual <= 1.011 * before
+
+
 def test_clip_norm():
     """One factor for projected and plain leaves, from the norm of what is kept."""
     slots = {"inner": optax.identity(), "clock": lr.clocks.never()}
