@@ -83,7 +83,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=() if x == "galore-chain" else pytest.mark.slow) for x in NAMED]
+    "name", [pytest.param(x, marks=() if x == "dct_adamw" else pytest.mark.slow) for x in NAMED]
 )
 def test_an_optimizer_of_a_model_is_that_of_its_arrays(name):
     model = Model()
