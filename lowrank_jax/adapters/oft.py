@@ -64,12 +64,10 @@ class Oft(Adapter):
         rows, cols = np.triu_indices(self.block, 1)
         half = jnp.zeros((p["skew"].shape[0], self.block, self.block)).at[:, rows, cols].set(p["skew"] * p["scale"])
         q = half - jnp.swapaxes(half, 1, 2)
-        eye = jnp.eye(self.block)
         if self.cayley == "exact":
-            # (I - Q) and (I + Q)^-1 commute
-            return linalg.solve(eye + q, eye - q)
+            return linalg.cayley(q)
         square = q @ q
-        return eye + 2 * q + 2 * square + 2 * square @ q + square @ square
+        return jnp.eye(self.block) + 2 * q + 2 * square + 2 * square @ q + square @ square
 
     def effective(self, site, kernel, p):
         return self._by_blocks(functools.partial(jnp.einsum, "gij,gjm->gim"), kernel, p)

@@ -26,7 +26,7 @@ INFORMATION = frozenset(
 TRAINING = frozenset(
     {
         "hira_dropout", "loftq_config", "megatron_config", "module_dropout", "rank_dropout", "rank_dropout_scale",
-        "runtime_config", "unilora_dropout", "velora_config",
+        "runtime_config", "unilora_dropout",
     }
 )
 TARGETING = frozenset(

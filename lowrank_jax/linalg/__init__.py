@@ -19,6 +19,7 @@ result, a finite one (zero and rank-deficient included) a finite result unless i
 """
 
 from lowrank_jax.linalg._lapack import eigh, solve
+from lowrank_jax.linalg.cayley import cayley
 from lowrank_jax.linalg.decompositions import (
     canonical_signs,
     power_step,
@@ -52,6 +53,7 @@ __all__ = [
     "NormalFloat4",
     "QuantizedBlocks",
     "canonical_signs",
+    "cayley",
     "cholesky_qr2",
     "dct",
     "dct_columns",

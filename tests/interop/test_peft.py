@@ -98,7 +98,7 @@ def test_a_pattern_of_layers_is_found_at_the_root(pattern, adapted):
     assert not _peft_config.is_targeted(config, "layers.0.q", True)
 
 
-OF_TRAINING = [{"velora_config": {"num_groups": 4}}, {"module_dropout": 0.1, "runtime_config": {"x": 1}}]
+OF_TRAINING = [{"megatron_config": {"x": 4}}, {"module_dropout": 0.1, "runtime_config": {"x": 1}}]
 
 
 @pytest.mark.parametrize("fields", OF_TRAINING)
