@@ -239,6 +239,8 @@ class Checkpoints:
 
     def _choose(self, expected: Mapping, partial: bool, damaged: list[int]) -> tuple[int, dict] | None:
         """The newest good step older than the `damaged` ones, and what was saved beside it; adds to `damaged`."""
+        for folder in [] if damaged else manifest.strays(self.directory):
+            self.say(f"checkpoint {folder}: its name is no step's; passed over")
         for step in [step for step in self.steps() if not damaged or step < min(damaged)]:
             folder = self.directory / str(step)
             if not (folder / MANIFEST).exists():

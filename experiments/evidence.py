@@ -237,6 +237,7 @@ def queue(
     clock = root / "spent_hours"
     before = documents.read(clock, float, remedy="write the hours there, or remove it") if clock.exists() else 0.0
     begin = time.monotonic()
+    step_seconds = timed(root)
     active: dict[int, tuple[Key, subprocess.Popen]] = {}
     stopping = False
 
@@ -273,9 +274,9 @@ def queue(
                 raise SystemExit(f"{key} failed with exit code {process.returncode}; its folder is {folder(root, key)}")
             spent = before + (time.monotonic() - begin) / 3600
             outputs.write_json(clock, spent)
-            result = collect(finished(root), steps, spent, budget_hours, timed(root))
+            result = collect(finished(root), steps, spent, budget_hours, step_seconds)
             outputs.write_result(results, result, replace=replace)
-    result = collect(finished(root), steps, before + (time.monotonic() - begin) / 3600, budget_hours, timed(root))
+    result = collect(finished(root), steps, before + (time.monotonic() - begin) / 3600, budget_hours, step_seconds)
     outputs.write_result(results, result, replace=replace)
     return result
 

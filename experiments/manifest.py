@@ -49,6 +49,12 @@ def steps(directory: pathlib.Path) -> list[int]:
     return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
 
 
+def strays(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Folders that hold a manifest, but whose name is no step's."""
+    known = {str(step) for step in steps(directory)}
+    return sorted(path for path in directory.glob("*") if path.name not in known and (path / NAME).exists())
+
+
 def digest(value: Any) -> str:
     """sha256 of a JSON value, independent of the order of keys.
 

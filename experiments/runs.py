@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ _SUMMARY = {
     "sample?": (str, None),
     **{f"{name}?": (float, None) for name in _FIGURES},
 }
+_CONFIG = {"name": str, "optimizer": (dict, str)} | {f"{name}?": dict for name in ("model", "data", "schedule", "run")}
 _BYTES = (float, None)
 _LEDGER = [{"component": str, "bytes_formula?": _BYTES, "bytes_measured?": _BYTES}]
 HISTORY = "history.json"
@@ -145,14 +147,14 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     """One run folder. Raises RunError when it is none, or when a file of it is not what a run writes."""
     folder = Path(folder)
     lines_file = folder / "metrics.jsonl"
-    if not lines_file.is_file():
-        what = "has no metrics.jsonl" if folder.is_dir() else "does not exist"
+    if not os.path.isfile(lines_file):  # False of a name that is none
+        what = "has no metrics.jsonl" if os.path.isdir(folder) else "does not exist"
         raise RunError(f"{folder} {what}: give the folder that `python -m experiments.pretrain` or `finetune` wrote")
     try:
         rows = metrics.read(lines_file)
         config, ledger = (
             documents.read(folder / name, shape, remedy=_REMEDY) if (folder / name).exists() else None
-            for name, shape in (("config.json", dict), ("ledger.json", _LEDGER))
+            for name, shape in (("config.json", _CONFIG), ("ledger.json", _LEDGER))
         )
         summary = read_summary(folder / "summary.json") if (folder / "summary.json").exists() else None
         history = read_history(folder)

@@ -119,7 +119,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 def over(config, workdir: pathlib.Path, extend: bool = False) -> dict | None:
     """The summary of a run that is over and not extended, or None. Reads only. Raises as `claim`."""
-    if not (workdir / "summary.json").exists():
+    if not os.path.exists(workdir / "summary.json"):  # False of a name that is none
         return None
     summary, changed = claim(config, workdir, extend)
     return None if changed else summary

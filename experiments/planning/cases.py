@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -176,7 +177,7 @@ def with_mesh(config: RunConfig, text: str) -> RunConfig:
     sizes: dict[str, Any] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        require(size.lstrip("-").isdigit(), "meshes", text, "write them as 'data=16;fsdp=8,tensor=2'")
+        require(re.fullmatch("-?[0-9]+", size), "meshes", text, "write them as 'data=16;fsdp=8,tensor=2'")
         sizes[axis] = int(size)
     own = {"spread": config.mesh.spread, "explicit": config.mesh.explicit} | sizes
     return dataclasses.replace(config, mesh=build(configuration.MeshConfig, "mesh", own))

@@ -205,11 +205,13 @@ def is_torn(path: str | os.PathLike) -> bool:
 
 
 def _opened(path: pathlib.Path, remedy: str):
-    if not path.is_file():
-        what = "is no file" if os.path.lexists(path) else "does not exist"
-        raise Missing(f"{path} {what}; {remedy}")
     try:
+        if not path.is_file():
+            what = "is no file" if os.path.lexists(path) else "does not exist"
+            raise Missing(f"{path} {what}; {remedy}")
         return open(path, "rb")
+    except Missing:
+        raise
     except OSError as error:
         raise Missing(f"{path} cannot be opened ({error.strerror}); {remedy}") from error
 
