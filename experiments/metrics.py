@@ -100,6 +100,12 @@ def read(path) -> list[dict]:
     return rows
 
 
+def holds(path, kind: str, step: int) -> bool:
+    """Whether the file, which may be absent, has a line of this kind and step."""
+    rows = read(path) if pathlib.Path(path).exists() else []
+    return any(row["kind"] == kind and row["step"] == step for row in rows)
+
+
 def truncate(path, step: int) -> int:
     """Drop the lines of steps after `step`, which a resumed run is about to repeat; returns how many.
 

@@ -186,8 +186,11 @@ class _Training:
         self.step = restored.step
         self.tokens, self.seconds = restored.extra["tokens"], restored.extra["seconds"]
         self.skipped = restored.extra["skipped"]
-        dropped = metrics.truncate(self.workdir / "metrics.jsonl", self.step) if distributed.leads() else 0
-        self.owed = self._is_evaluated(self.step) and not distributed.by_lead(self._has_evaluation, ConfigurationError)
+        path = self.workdir / "metrics.jsonl"
+        dropped = metrics.truncate(path, self.step) if distributed.leads() else 0
+        # an evaluation that was stopped left no line
+        has_evaluation = distributed.by_lead(lambda: metrics.holds(path, "eval", self.step), ConfigurationError)
+        self.owed = self._is_evaluated(self.step) and not has_evaluation
         self._announce(
             f"resumed from the checkpoint of step {self.step}; {dropped} later lines of metrics.jsonl are repeated"
         )
@@ -292,12 +295,6 @@ class _Training:
     def _is_evaluated(self, step: int) -> bool:
         every = self.config.run.evaluate_every
         return step == self.config.schedule.steps or bool(every and step % every == 0)
-
-    def _has_evaluation(self) -> bool:
-        """Whether metrics.jsonl holds the evaluation of this step: one that was stopped left no line."""
-        path = self.workdir / "metrics.jsonl"
-        rows = metrics.read(path) if path.exists() else []
-        return any(row["kind"] == "eval" and row["step"] == self.step for row in rows)
 
     def _evaluate(self, state) -> bool:
         """Whether it came to its end. One that is stopped leaves nothing; the resumed run begins with it."""
