@@ -280,7 +280,8 @@ class _Training:
         )
         skipped = measured["skipped"] > self.skipped
         if skipped:
-            self._note(f"update {step} was skipped: a gradient was not finite ({measured['skipped']} so far)", step)
+            why = "a gradient was not finite, or its norm above 1e12"
+            self._note(f"update {step} was skipped: {why} ({measured['skipped']} so far)", step)
             self.skipped = measured["skipped"]
         self.not_finite = self.not_finite + 1 if skipped or not math.isfinite(measured["loss"]) else 0
         self.progress.update(step, loss=measured["loss"], tokens_per_second=tokens / elapsed, mfu=mfu)

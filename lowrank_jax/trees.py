@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax.core import meta
 
@@ -17,6 +18,13 @@ def _key_name(key: Any) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
+
+
+def as_float32(leaf: Any) -> Any:
+    """An array in float32; of a `jax.ShapeDtypeStruct` that shape, of which `init` makes arrays as optax does."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+    return leaf.astype(jnp.float32)
 
 
 def is_node(x: Any) -> bool:

@@ -29,7 +29,7 @@ from lowrank_jax.checks import check_floating, check_integer, check_number, is_z
 from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection.learning_rate import at_step, decayed_step, selected_for_decay
 from lowrank_jax.projection.matrix_step import all_finite, select
-from lowrank_jax.trees import pure
+from lowrank_jax.trees import as_float32, pure
 
 FORMAT_VERSION = 1
 
@@ -166,7 +166,7 @@ class PairOptimizer:
         factors = pairs.find_factors(params, self.method, both=self.damping is not None)
         self._rates(factors)
         tree, bases = _Tree(params), ()
-        leaves = [inner_lib.as_float32(leaf) for leaf in tree.leaves]
+        leaves = [as_float32(leaf) for leaf in tree.leaves]
         if self.transport is not None:  # whatever they are, a momentum of zero moves to zero
             bases = tree.of({i: jnp.zeros_like(leaves[i]) for side in SIDES for i in factors.of(side)})
         groups = [tree.of({i: leaves[i] for i in factors.of(side)}) for side in (*SIDES, None)]

@@ -54,13 +54,6 @@ class Inner(Protocol):
     def update(self, grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any, Any]: ...
 
 
-def as_float32(leaf: Any) -> Any:
-    """An array in float32; of a `jax.ShapeDtypeStruct` that shape, of which `init` makes arrays as optax does."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
-    return leaf.astype(jnp.float32)
-
-
 def debias(decay: Any, count: jax.Array) -> jax.Array:
     """`1 - decay^count` in float32, without the cancellation that rounding the decay first would bring."""
     if is_number(decay):

@@ -40,7 +40,7 @@ from lowrank_jax.projection.residuals import Discard, Residual
 from lowrank_jax.projection.state import FORMAT_VERSION, MatrixState, ProjectionState, matrix_states
 from lowrank_jax.projection.transports import Keep
 from lowrank_jax.resolution import Report, Views, check_side, resolve
-from lowrank_jax.trees import is_placeholder, pure
+from lowrank_jax.trees import as_float32, is_placeholder, pure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class Projection:
             skipped=jnp.zeros((), jnp.int32),
             refreshes=jnp.zeros((), jnp.int32),
             matrices=low,
-            plain=self.plain.init(jax.tree.map(inner_lib.as_float32, plain)),
+            plain=self.plain.init(jax.tree.map(as_float32, plain)),
         )
 
     def _check_inner(self, matrix: MatrixState) -> None:

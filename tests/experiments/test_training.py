@@ -337,7 +337,7 @@ def test_a_skipped_update_is_noted_and_the_run_goes_on(folder, monkeypatch, tmp_
     summary = training.run(config, tmp_path, verbose=False)
     assert (summary["status"], summary["skipped"]) == ("finished", 1)
     assert [text for text in runs.notes(tmp_path) if "skipped" in text] == [
-        "update 5 was skipped: a gradient was not finite (1 so far)"
+        "update 5 was skipped: a gradient was not finite, or its norm above 1e12 (1 so far)"
     ]
     rows = {row["step"]: row for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "train"}
     assert rows[5]["loss"] is None
