@@ -202,7 +202,7 @@ def test_an_exported_model_is_a_base_and_a_folder_of_transformers(folder, whole)
     base, views = params_of(folder / "base"), lr.Views(stacked=("layers/.*",))
     adaptation = lr.interop.peft.load(folder / "peft", base, lr.interop.llama.torch_name, views=views)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), lr.merge(base, adaptation), tuned)
-    with pytest.raises(ConfigurationError, match="--export=.*holds files; give another folder"):
+    with pytest.raises(ConfigurationError, match="export=.*holds files; give another folder"):
         merged.export(workdir, folder / "exported", "run")
     # tuned again, from the folder of transformers, which says neither tokenizer nor domain
     other = {"source": str(folder / "transformers")}
