@@ -83,22 +83,24 @@ def find(config: Mapping[str, Any], family: Family, tree: Tree, head: str | None
             f"{FIELD}=True with use_dora=True: {name!r} has magnitudes of its own, of the table's rows, and the table "
             f"those of its columns: {untie(name, tables[0])}"
         )
-    both = [module for module in tables if changed and _is_both(module, start, tensors)]
+    both = [module for module in tables if _is_both(module, start, changed, tensors)]
     if changed and not both:
-        raise ValueError(f"{', '.join(changed)}: no transposes of a table's factors, nor its copy: the file is damaged")
+        raise ValueError(
+            f"{', '.join(changed)}: not both transposes of a table's factors, nor its copy: the file is damaged"
+        )
     _check_settings(config, family, name, both, changed)
     return Tied(name, keys, frozenset(both))
 
 
-def _is_both(module: str, start: str, tensors: Mapping[str, Any]) -> bool:
-    """Whether the output layer has the adapter or the copy of a table."""
+def _is_both(module: str, start: str, changed: Collection[str], tensors: Mapping[str, Any]) -> bool:
+    """Whether what the output layer has is the adapter or the copy of a table: all of its tensors, and no others."""
     own = f"{PREFIX}{module}."
-    pairs = [(start + "weight", own + "weight", False)]
-    pairs += [(start + end, own + of, True) for end, of in PAIR.items()]
-    there = [pair for pair in pairs if pair[0] in tensors]
-    if any(theirs not in tensors for _, theirs, _ in there):
-        return False
-    return all(np.array_equal(_turned(tensors[theirs], turn), tensors[key]) for key, theirs, turn in there)
+    copy = {start + "weight": own + "weight"}
+    adapter = {start + end: own + of for end, of in PAIR.items()}
+    for pairs, turn in ((copy, False), (adapter, True)):
+        if set(changed) == set(pairs) and all(theirs in tensors for theirs in pairs.values()):
+            return all(np.array_equal(_turned(tensors[theirs], turn), tensors[key]) for key, theirs in pairs.items())
+    return False
 
 
 def _turned(x: np.ndarray, turn: bool) -> np.ndarray:

@@ -86,8 +86,12 @@ LOADS = {
     "copy": ("copy of the table of 'embed_tokens' that PEFT gives to the look-up alone" + REMEDY, SAVED, UP | {
         "embed_tokens.weight": COPY}),
     "copies apart": ("by itself" + REMEDY, SAVED, UP | {"embed_tokens.weight": COPY, "lm_head.weight": TABLE}),
-    "no transposes": ("lm_head.lora_A.weight.*no transposes of a table's factors", TIED, LOOK_UP | HEAD | {
+    "no transposes": ("lm_head.lora_A.weight.*not both transposes of a table's factors", TIED, LOOK_UP | HEAD | {
         "lm_head.lora_A.weight": normal(2, 4)}),
+    "one factor": ("lora_A.weight: not both transposes.*the file is damaged", TIED, LOOK_UP | {
+        "lm_head.lora_A.weight": B.T.copy()}),
+    "a tensor more": ("lm_head.foo, .*lora_A.*the file is damaged", TIED, LOOK_UP | HEAD | {"lm_head.foo": A}),
+    "another tensor": ("lm_head.foo: .*the file is damaged", TIED, LOOK_UP | {"lm_head.foo": A}),
     "another copy": ("nor its copy: the file is damaged", SAVED | {"ensure_weight_tying": True}, UP | {
         "embed_tokens.weight": COPY, "lm_head.weight": TABLE}),
     "another base": ("parameters of its base that differ.*lm_head.base_layer.weight", TIED, LOOK_UP | HEAD | {
