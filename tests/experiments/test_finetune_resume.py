@@ -85,7 +85,10 @@ def test_a_run_that_is_over_is_exported_without_training(folder):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--config.adapter.methd='x'"], "adapter.methd: section adapter has no key 'methd'; did you mean adapter.method?"),
+        (
+            ["--config.adapter.methd='x'"],
+            "adapter.methd: section adapter has no key 'methd'; did you mean adapter.method?",
+        ),
         (["--config.adapter.method=lara(rank=2)"], "configuration error: adapter.method='lara(rank=2)': did you mean"),
         (["--config.base.source=nowhere"], "configuration error: base.source='nowhere' does not exist"),
     ],
