@@ -98,7 +98,8 @@ class Projection:
 
     def _init(self, params: Any) -> ProjectionState:
         check_floating(params, "projection")
-        report = self.report(params)
+        asked_for_structure = is_placeholder(params)  # there are no leaves that rules could match
+        report = Report(()) if asked_for_structure else self.report(params)
         leaves, treedef = step_lib.flatten(params)
         views = [leaf.view for leaf in report.leaves]
         step = jnp.zeros((), jnp.int32)
@@ -107,7 +108,7 @@ class Projection:
             if view is not None:
                 self._check_inner(matrix)
         plain = step_lib.only_plain(treedef, leaves, views)
-        low = jnp.zeros(()) if is_placeholder(params) else pure(jax.tree.unflatten(treedef, matrices))
+        low = jnp.zeros(()) if asked_for_structure else pure(jax.tree.unflatten(treedef, matrices))
         return ProjectionState(
             format_version=jnp.asarray(FORMAT_VERSION, jnp.int32),
             step=step,

@@ -123,6 +123,21 @@ def test_what_is_shaped_like_parameters_is_mapped_and_the_rest_apart(row, chaine
     assert jax.tree.structure(same) == jax.tree.structure(state)
 
 
+@pytest.mark.parametrize("row", ROWS)
+def test_parameters_are_mapped_where_views_name_leaves(row):
+    """`tree_map_params` shows `init` a tree without leaves; rules and stacked patterns match in every other one."""
+    rules = (("dense/kernel", lr.MatrixView(rows=(1,), cols=(0,))),)
+    tx = getattr(lr, row)(**ROWS[row], views=lr.Views(rules=rules, stacked=("layers/.*",)))
+    params = PARAMS | {"layers": {"kernel": jnp.ones((3, 6, 10))}}
+    apart = optax.partition({"low": tx, "plain": optax.sgd(1.0)}, {"dense": "low", "layers": "low", "scale": "plain"})
+    for transformation in (tx, apart):
+        state = jax.eval_shape(transformation.init, params)
+        same = optax.tree_utils.tree_map_params(transformation, lambda x: x, state)
+        assert jax.tree.structure(same) == jax.tree.structure(state)
+    with pytest.raises(ValueError, match="'dense/kernel' matches no leaf"):
+        tx.init({})
+
+
 def test_lists_of_leaves_and_wide_and_narrow_floats():
     params = [jnp.ones((4, 6)), jnp.ones(3), (jnp.ones((6, 4)),)]
     tx = lr.galore(1e-2, rank=2)
