@@ -5,7 +5,6 @@ what is evaluated, and what checkpoint and summary hold besides.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -92,9 +91,11 @@ class Task:
         """The figures of an evaluation, and a line that tells them. Every loop over batches takes them from `watch`."""
         raise NotImplementedError
 
-    @functools.cached_property
     def evaluated(self) -> dict[str, Any]:
-        """What is evaluated: the entries of `evaluated.identity`, equal for evaluations that can be compared."""
+        """What is evaluated: the entries of `evaluated.identity`, equal for evaluations that can be compared.
+
+        Reads all of it.
+        """
         return evaluated.identity(self.dataset, self.config.run.evaluation_tokens)
 
     def summary(self, state, evaluations: list[dict]) -> dict[str, Any]:

@@ -154,6 +154,8 @@ class _Training:
             with self.asked.at_once():
                 step_function = self._compile()
                 checked = self.task.check(state)
+                # reads all that is evaluated, which can take minutes; process 0 alone writes it
+                self.evaluated = distributed.by_lead(self.task.evaluated, RuntimeError)
             if checked is not None:
                 self._note(checked)
             state, status = self._loop(step_function, state)
@@ -306,7 +308,7 @@ class _Training:
             except distributed.Stopped:
                 self.progress.say(f"step {self.step}: the evaluation was stopped; the resumed run repeats it")
                 return False
-            self.writer.write("eval", step=self.step, **found, **self.task.evaluated, seconds=self.seconds)
+            self.writer.write("eval", step=self.step, **found, **self.evaluated, seconds=self.seconds)
             self.progress.say(f"step {self.step}: {line} ({time.perf_counter() - begin:.1f} s)")
             return True
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from experiments import metrics, training
+from experiments import evaluated, metrics, training
 from experiments.data import ngram
 from experiments.data.tokenizer import ByteTokenizer
 from tests.experiments import runs
@@ -42,7 +42,7 @@ def test_sigterm_inside_an_evaluation_stops_it_and_the_resumed_run_repeats_it(fo
 
 
 @pytest.mark.slow
-def test_sigterm_while_data_are_prepared_or_the_run_is_summed_up_stops_at_once(folder, whole, monkeypatch):
+def test_sigterm_while_data_are_prepared_or_read_or_the_run_is_summed_up_stops_at_once(folder, whole, monkeypatch):
     config = runs.tiny(folder, run={"trigram": True, "sample_tokens": 4}, data={"directory": str(folder / "fresh")})
     workdir = folder / "terminated at once"
 
@@ -63,6 +63,11 @@ def test_sigterm_while_data_are_prepared_or_the_run_is_summed_up_stops_at_once(f
         stopped = training.run(config, workdir, handle_signals=True, verbose=False)
     assert stopped == {"status": "stopped", "step": None, "steps": 12}
     assert not [path for path in (folder / "fresh").rglob("*") if path.suffix != ".lock" and path.is_file()]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluated, "spelled", sending(evaluated.spelled, 1))
+        stopped = training.run(config, workdir, handle_signals=True, verbose=False)
+    assert stopped == {"status": "stopped", "step": None, "steps": 12}
+    assert runs.losses(workdir) == ({}, {})
     with monkeypatch.context() as patch:
         patch.setattr(ngram, "trigram_loss", sending(ngram.trigram_loss, 1))
         stopped = training.run(config, workdir, handle_signals=True, verbose=False)
