@@ -1,7 +1,8 @@
 """JSON lines as documents: one object a line, `{"text"}`, `{"text", "label"}`, or an instruction in one of many forms.
 
 An instruction is a prompt and a response under one of PAIRS of keys, or a conversation: {"messages": [{"role": "user",
-"content": "..."}, ...]}, or with "conversations", "from" and "value" in their place.
+"content": "..."}, ...]}, or with "conversations", "from" and "value" in their place. An object with "prompt" and
+"response" is read by these; one that may be read in several other ways is an error, until the keys are named.
 
 The whole file is checked when it is opened: the first line that is not what the task needs is an error that names file,
 line and remedy, before any work.
@@ -22,7 +23,7 @@ from lowrank_jax.interop import documents
 MAY_BE_EMPTY = ("prompt_key",)
 
 # Keys of the usual files: the prompt, what it is about (where there is such a key it may be missing or empty), and the
-# response.
+# response. The first are those of the configuration.
 PAIRS: tuple[tuple[str, str | None, str], ...] = (
     ("prompt", None, "response"),
     ("prompt", None, "completion"),
@@ -121,6 +122,8 @@ def _instruction(path: str, number: int, found: Mapping[str, Any]) -> tuple:
     """(prompt, response), or (role, text) of the turns of a conversation."""
     pairs = [form for form in PAIRS if form[0] in found and form[2] in found]
     chats = [form for form in CHATS if form[0] in found]
+    if pairs[:1] == [PAIRS[0]]:  # these keys are what the configuration names, whatever else is there
+        pairs, chats = pairs[:1], []
     if len(pairs) + len(chats) != 1:
         _refuse_form(path, number, found, _named(pairs, chats))
     if chats:
@@ -142,8 +145,8 @@ def _refuse_form(path: str, number: int, found: Mapping[str, Any], fitting: list
     told = f"may be read as {' or as '.join(fitting)}" if fitting else "are those of no instruction"
     raise ValueError(
         f"{path}, line {number}: its keys {', '.join(map(repr, found))} {told}; known are "
-        f"{', '.join(_named(PAIRS, CHATS))}; rename them, remove the line, or name others by data.prompt_key and "
-        "data.response_key"
+        f"{', '.join(_named(PAIRS, CHATS))}; rename them, remove the line, or name the keys of a prompt and its "
+        "response by data.prompt_key and data.response_key"
     )
 
 

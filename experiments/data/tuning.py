@@ -49,7 +49,8 @@ class TuningDataConfig:
         eos), "alpaca", "chatml", "llama2" or "llama3" (experiments.data.chat); None is "plain", and for conversations
         the one of which the tokenizer has the markers.
       text_key, label_key, prompt_key, response_key: names in the JSON objects, or of TFDS features. As they are, prompt
-        and response stand for all usual keys of instructions in a .jsonl file, and for conversations ("messages").
+        and response stand for all usual keys of instructions in a .jsonl file, and for conversations ("messages"),
+        where an object does not have these two.
       file_pattern: glob for the files of a folder.
       train_split, validation_split: of a TFDS dataset, names or slices ("train[:1%]").
       packing: of language modelling: "pack" (contiguous windows of a stream of documents, the default) or "pad" (a

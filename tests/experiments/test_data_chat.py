@@ -128,6 +128,8 @@ FORMS = [
     ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
                    {"role": "user", "content": "bye"}]}, "chat"),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "chat"),
+    ({"question": "q", "answer": "a", "prompt": "p", "response": "r", "completion": "c"}, (b"p", b"r")),
+    ({"messages": [{"role": "user", "content": "q"}], "prompt": "p", "response": "r"}, (b"p", b"r")),
 ]  # fmt: skip
 
 
@@ -141,7 +143,7 @@ def test_keys_of_the_usual_files(tmp_path, row, expected):
         roles = ("user", "context", "assistant")
         expected = Conversation(tuple((role, text.encode()) for role, text in zip(roles, expected, strict=True)))
     assert list(source.documents("train")) == [expected]
-    assert source.has_chats == ("messages" in row or "conversations" in row)
+    assert source.has_chats == (("messages" in row or "conversations" in row) and "response" not in row)
 
 
 def said(*messages):
@@ -150,10 +152,10 @@ def said(*messages):
 
 BAD = [
     ({"text": "a"}, r"its keys 'text' are those of no instruction; known are 'prompt' with .*data\.prompt_key"),
-    ({"prompt": "a", "response": "b", "completion": "c"},
-     r"may be read as 'prompt' with 'response' or as 'prompt' with 'completion'; .*rename them, remove the line"),
+    ({"prompt": "a", "completion": "b", "question": "c", "answer": "d"},
+     r"may be read as 'prompt' with 'completion' or as 'question' with 'answer'; .*or name the keys of a prompt and"),
     ({"instruction": "a", "response": "b", "output": "c"}, r"'instruction' with 'output' or as 'instruction' with"),
-    ({"prompt": "a", "response": "b"} | said(("user", "a")), r"'prompt' with 'response' or as 'messages'"),
+    ({"question": "a", "answer": "b"} | said(("user", "a")), r"'question' with 'answer' or as 'messages'"),
     ({"instruction": "a", "input": 3, "output": "b"}, r"'input' is 3, where a string is needed"),
     ({"messages": "a"}, r"'messages' is 'a', where a list of objects is needed"),
     ({"messages": []}, r"'messages' has no reply"),
@@ -177,10 +179,12 @@ def test_a_bad_record_names_line_keys_and_remedy(tmp_path, row, message):
         jsonl_source(path, USUAL, path)
 
 
-def test_keys_that_are_named_are_the_only_ones(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b", "completion": "c"}])
-    source = jsonl_source(path, {"prompt_key": "prompt", "response_key": "completion"}, path)
-    assert list(source.documents("train")) == [(b"a", b"c")]
+@pytest.mark.parametrize("prompt, response", [("prompt", "completion"), ("question", "answer")])
+def test_keys_that_are_named_are_the_only_ones(tmp_path, prompt, response):
+    row = {"prompt": "a", "completion": "b", "question": "c", "answer": "d"} | said(("user", "e"), ("assistant", "f"))
+    path = write(tmp_path / "a.jsonl", [row])
+    source = jsonl_source(path, {"prompt_key": prompt, "response_key": response}, path)
+    assert list(source.documents("train")) == [(row[prompt].encode(), row[response].encode())]
 
 
 def chats(tmp_path, rows, length, tokenizer="bytes", **options):
