@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
 from experiments.metrics import format_bytes
-from experiments.runs import Run
+from experiments.runs import Run, on_one_domain
 
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
@@ -180,12 +180,13 @@ def forgetting(runs: Sequence[Run]) -> Figure:
     figure = _figure(7.0, 4.2)
     (axes,) = _axes(figure)
     for index, run in enumerate(runs):
-        rows = [row for row in run.evaluations if row.get("domain_loss") is not None and row.get("loss") is not None]
+        rows = [row for row in on_one_domain(run.evaluations) if row.get("loss") is not None]
         if not rows:
             continue
         x, y = [row["loss"] for row in rows], [row["domain_loss"] for row in rows]
         axes.plot(x, y, color=colour(index), linewidth=1.2, marker=".", label=run.name)
-        axes.plot(x[:1], y[:1], color=colour(index), marker="o", markerfacecolor="white", markersize=8)
+        if rows[0]["step"] == 0:
+            axes.plot(x[:1], y[:1], color=colour(index), marker="o", markerfacecolor="white", markersize=8)
         axes.plot(x[-1:], y[-1:], color=colour(index), marker="o", markersize=8)
     axes.set(xlabel="validation loss", ylabel="loss on the base's domain")
     axes.grid(color="#eeeeee", linewidth=0.6)

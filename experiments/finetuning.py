@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import lowrank_jax as lr
-from experiments import bases, objectives, optimizers
+from experiments import bases, objectives, optimizers, runs
 from experiments.bases import Base, Place
 from experiments.configuration import LOWRANK, ConfigurationError, smallest_dimension
 from experiments.data import Dataset
@@ -270,7 +270,7 @@ class Finetuning(Task):
             part = self.domain.validation
             batches = self.evaluation_batches(part, "base's domain", watch, self._domain_limit(own, part))
             domain = self._figures("domain", state, batches)
-            found["domain_loss"] = domain["loss"]
+            found |= {"domain_loss": domain["loss"], "domain_tokens": domain["tokens"]}
             line += f"; base's domain {domain['loss']:.4f}"
             if self.domain.classes:
                 found["domain_accuracy"] = domain["accuracy"]
@@ -303,7 +303,10 @@ class Finetuning(Task):
             "trainable_parameters": self.parts.count,
         }
         entries |= {named[name]: last.get(name) for name in kept}
-        entries |= {f"{named[name]}_before": first.get(name) for name in kept}
+        is_same_domain = first in runs.on_one_domain(evaluations)
+        for name in kept:
+            is_comparable = is_same_domain or not name.startswith("domain")
+            entries[f"{named[name]}_before"] = first.get(name) if is_comparable else None
         entries["trigram_loss"] = (
             trigram_loss(config, self.dataset, config.data.length) if config.run.trigram else None
         )

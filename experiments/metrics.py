@@ -19,7 +19,7 @@ from lowrank_jax.interop import documents
 _NUMBER = (float, None)
 _FIGURES = {f"{name}?": _NUMBER for name in ("step_seconds", "perplexity", "accuracy", "domain_loss")}
 _ROW = {"loss": _NUMBER, "seconds": float, "tokens?": int} | _FIGURES
-_OF = {"evaluated?": str, "bytes?": (int, None), "text?": (str, None)}
+_OF = {"evaluated?": str, "bytes?": (int, None), "text?": (str, None), "domain_tokens?": int}
 SHAPES = {"train": _ROW, "eval": _ROW | _OF, "note": {"text": str}}
 
 # Dense bf16 peaks in FLOP/s per device, from the vendors' data sheets; matched by the start of `device_kind`.

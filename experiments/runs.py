@@ -133,6 +133,19 @@ class Run:
         return so_far.get(key)
 
 
+def on_one_domain(evaluations: list[dict]) -> list[dict]:
+    """Lines of metrics.jsonl whose losses on the base's domain are of as many tokens as the last one's.
+
+    A run that an older version began may have measured it on others, and did not say on how many.
+
+    >>> lines = [{"domain_loss": 2.0}, {"domain_loss": 3.0, "domain_tokens": 64}, {"loss": 1.0}]
+    >>> on_one_domain(lines)
+    [{'domain_loss': 3.0, 'domain_tokens': 64}]
+    """
+    measured = [row for row in evaluations if row.get("domain_loss") is not None]
+    return [row for row in measured if row.get("domain_tokens") == measured[-1].get("domain_tokens")]
+
+
 def bits_per_byte(evaluation: dict[str, Any]) -> float | None:
     """Of a line of metrics.jsonl, from its mean loss in nats a token; None where a part is not known.
 

@@ -27,7 +27,7 @@ from experiments.data import Dataset, load
 from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError
 
-# A resumed run may change these: they alter neither an update nor a line of metrics.
+# A resumed run may change these: they alter no update and no figure, but "forgetting" whether some are measured.
 WATCHING: dict[str, tuple[str, ...]] = {
     "name": (),
     "mesh": ("data", "fsdp", "sequence", "tensor", "spread", "explicit"),  # other devices add up the same numbers
@@ -37,7 +37,7 @@ WATCHING: dict[str, tuple[str, ...]] = {
         "tensorboard",
         "profile_steps",
         "compile_cache",
-        "forgetting",  # a figure more or less; what is measured stays as it is
+        "forgetting",
         "sample_tokens",
         "sample_prompt",
         "temperature",

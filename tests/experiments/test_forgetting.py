@@ -1,5 +1,8 @@
 """What is measured on the base's own data: its cost, how it is turned off, and SIGTERM while it goes on."""
 
+import json
+import shutil
+
 import pytest
 
 from experiments import finetuning
@@ -64,6 +67,25 @@ def test_forgetting_costs_at_most_the_validation_and_reads_no_training_text(fold
     assert domain.length * domain.evaluated() > own.length * own.evaluated(tokens)  # all of it would cost more
     assert counts["base's domain"] * domain.length <= counts["validation"] * own.length
     assert task.domain.train is None
+
+
+@pytest.mark.parametrize("before", [None, 64])
+def test_what_was_before_is_told_only_where_it_is_of_the_same_tokens(folder, whole, before):
+    """An older version of the library began the run, and measured it on other tokens of the base's domain."""
+    workdir = folder / f"of {before} tokens"
+    shutil.copytree(whole[0], workdir)
+    (workdir / "summary.json").unlink()
+    path = workdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    first = next(row for row in rows if row["kind"] == "eval")
+    assert whole[1]["domain_loss_before"] == first["domain_loss"]
+    assert first.pop("domain_tokens") == 512
+    first |= {} if before is None else {"domain_tokens": before}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = tuning.run(tuning.tiny(folder, adapter=ADAPTER), workdir)
+    assert summary["domain_loss_before"] is None
+    assert summary["domain_loss"] == whole[1]["domain_loss"]
+    assert summary["validation_loss_before"] == whole[1]["validation_loss_before"]
 
 
 def test_forgetting_can_be_turned_off_even_on_resume(folder, whole, monkeypatch):

@@ -59,6 +59,17 @@ def test_the_headline_has_the_columns_that_some_run_fills(folders, tmp_path):
     assert "Forgetting" not in alone and "accuracy" not in alone.split("<h2>")[0]
 
 
+def test_the_figure_leaves_out_what_is_of_other_tokens_of_the_domain(folders):
+    path = folders[0] / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row |= {"domain_tokens": 512} if row["kind"] == "eval" and row["step"] else {}  # an older version began it
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    axes = figures.forgetting(read_runs(folders[:1])).axes[0]
+    (line,) = [line.get_xydata() for line in axes.lines if len(line.get_xydata()) == 2]
+    np.testing.assert_allclose(line, [[1.8, 1.55], [1.6, 1.5625]])
+
+
 def test_the_figure_goes_from_evaluation_to_evaluation(folders):
     axes = figures.forgetting(read_runs(folders)).axes[0]
     paths = [line.get_xydata() for line in axes.lines if len(line.get_xydata()) == 3]
