@@ -7,7 +7,7 @@ the longer run from its start.
 
 A new run starts from another's newest checkpoint by `run.start_from`: from its parameters, with an optimizer that knows
 nothing; or, with `run.start_with="state"`, from its optimizer state too: moments, bases and their counts stay, and the
-learning rate follows the new run's schedule from its beginning.
+learning rate follows the new run's schedule from its beginning (`optimizers.restarted`).
 """
 
 import contextlib
@@ -15,13 +15,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-
 from experiments import checkpoint, distributed, optimizers, runs
 from experiments.configuration import ConfigurationError, LoopConfig
-from lowrank_jax.projection.learning_rate import LearningRateState
 
 # What an extension may change: the shape of a state follows from none of them, or else it is refused.
 EXTENSION: dict[str, tuple[str, ...]] = {
@@ -132,18 +127,6 @@ def started(
         raise ConfigurationError(f"{where}: its adapters belong to another base than base.source; name that one")
     state = state | found.tree
     if with_state:
-        state["opt_state"] = restarted(state["opt_state"])
+        state["opt_state"] = optimizers.restarted(state["opt_state"])
     what = "parameters and state" if with_state else "parameters"
     return {"started_from": str(folder.absolute()), "step": found.step, "with": what}, state
-
-
-def restarted(opt_state: Any) -> Any:
-    """An optimizer state whose schedule begins anew, and whose count of skipped updates too; the rest stays."""
-    follows = lambda node: isinstance(node, LearningRateState | optax.ScaleByScheduleState)  # noqa: E731
-
-    def begin(node):
-        return node._replace(count=jnp.zeros_like(node.count)) if follows(node) else node
-
-    state = jax.tree.map(begin, opt_state, is_leaf=follows)
-    counts = optax.tree.get_all_with_path(state, "skipped")
-    return optax.tree.set(state, skipped=jnp.zeros_like(counts[0][1])) if counts else state

@@ -7,10 +7,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import lowrank_jax as lr
 from experiments.configuration import LOWRANK, ConfigurationError, OptimizerConfig, ScheduleConfig
+from lowrank_jax.adapters.pair_update import PairsState
 from lowrank_jax.projection.learning_rate import LearningRateState
 
 
@@ -151,12 +153,37 @@ def skipped(state) -> jax.Array | int:
     return sum(value for _, value in optax.tree.get_all_with_path(state, "skipped"))
 
 
+# The nodes of an optimizer's state by whose count its learning rate follows the schedule: {type: field of the count}.
+SCHEDULED: dict[type, str] = {LearningRateState: "count", optax.ScaleByScheduleState: "count", PairsState: "step"}
+
+
+def is_scheduled(node: Any) -> bool:
+    """Whether a node of an optimizer's state is one of SCHEDULED."""
+    return type(node) in SCHEDULED
+
+
 def done(state) -> int | None:
     """How many updates an optimizer's state has seen, by its learning rate's count; None where it keeps none."""
-    counts = (LearningRateState, optax.ScaleByScheduleState)
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, counts))
-    found = [node.count for node in nodes if isinstance(node, counts)]
-    return int(found[0]) + int(skipped(state)) if found else None
+    nodes = filter(is_scheduled, jax.tree.leaves(state, is_leaf=is_scheduled))
+    counts = [getattr(node, SCHEDULED[type(node)]) for node in nodes]
+    return int(counts[0]) + int(skipped(state)) if counts else None
+
+
+def restarted(state: Any) -> Any:
+    """An optimizer's state whose schedule begins anew, and whose count of skipped updates too; the rest stays.
+
+    Optimizers of pairs alternate by the count of the schedule, and so begin with the first factor again.
+    """
+
+    def begin(node):
+        if not is_scheduled(node):
+            return node
+        field = SCHEDULED[type(node)]
+        return node._replace(**{field: jnp.zeros_like(getattr(node, field))})
+
+    begun = jax.tree.map(begin, state, is_leaf=is_scheduled)
+    counts = optax.tree.get_all_with_path(begun, "skipped")
+    return optax.tree.set(begun, skipped=jnp.zeros_like(counts[0][1])) if counts else begun
 
 
 def sides(state) -> dict[str, tuple[int, int]]:

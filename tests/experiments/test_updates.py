@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import configuration, optimizers, updates
+from experiments import configuration, optimizers, tuning_configuration, updates
 
 METHODS = {name: {"rank": 2} if "adamw" != name != "sgd" else {} for name in configuration.OPTIMIZERS}
+METHODS |= {name: {} for name in tuning_configuration.PAIRS}
 ROWS = np.arange(8.0, dtype=np.float32)
 
 
@@ -19,19 +20,50 @@ def sums(params, batch, rest, shift):
     return jnp.sum(values * batch["weights"]), jnp.sum(batch["weights"])
 
 
+def method(name):
+    """(optimizer, parameters) of a configured method, on a schedule that begins with a rate of 0."""
+    is_of_pairs = name in tuning_configuration.PAIRS
+    section = tuning_configuration.TuningOptimizerConfig if is_of_pairs else configuration.OptimizerConfig
+    rate = optimizers.schedule(configuration.ScheduleConfig(steps=10, warmup_steps=2), 0.1)
+    optimizer = optimizers.build(section(name=name, **METHODS[name]), rate, stacked=False, seed=0)
+    matrices = {"a": jnp.eye(4, 2), "b": jnp.eye(2, 8)} if is_of_pairs else {"kernel": jnp.eye(4, 8)}
+    return optimizer, {"layer_0": matrices, "bias": jnp.ones(3)}
+
+
+def filled(params, value):
+    return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), params)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_state_of_every_method_counts_its_updates(name):
     """By which a checkpoint's state is compared with its folder; a skipped update counts, too."""
-    config = configuration.OptimizerConfig(name=name, **METHODS[name])
-    rate = optimizers.schedule(configuration.ScheduleConfig(steps=10), 0.1)
-    optimizer = optimizers.build(config, rate, stacked=False, seed=0)
-    params = {"layer_0": {"kernel": jnp.eye(4, 8)}, "bias": jnp.ones(3)}
+    optimizer, params = method(name)
     state = optimizer.init(params)
     assert optimizers.done(state) == 0
     for number, value in enumerate((1.0, jnp.nan, 2.0), 1):
-        gradient = jax.tree.map(lambda leaf, value=value: jnp.full_like(leaf, value), params)
-        _, state = optimizer.update(gradient, state, params)
+        _, state = optimizer.update(filled(params, value), state, params)
         assert optimizers.done(state) == number
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_schedule_of_every_method_begins_anew_and_its_moments_stay(name):
+    """A run that starts from another's state follows its own schedule, whose first rate is 0 here."""
+    optimizer, params = method(name)
+    state = optimizer.init(params)
+    watches = bool(optax.tree.get_all_with_path(state, "skipped"))
+    for value in (1.0, 1.0, *((jnp.nan,) if watches else ())):
+        _, state = optimizer.update(filled(params, value), state, params)
+    moved, _ = optimizer.update(filled(params, 1.0), state, params)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(moved))
+    begun = optimizers.restarted(state)
+    assert optimizers.done(begun) == 0
+    moved, after = optimizer.update(filled(params, 1.0), begun, params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(moved))
+    assert optimizers.done(after) == 1
+    before, now = (
+        [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)] for tree in (state, begun)
+    )
+    jax.tree.map(np.testing.assert_array_equal, before, now)
 
 
 def recording():
