@@ -4,6 +4,7 @@ A place is tested by writing there what leaves no trace, so that a file in the w
 full disk are a `ConfigurationError` before anything is computed.
 """
 
+import collections
 import errno
 import json
 import math
@@ -98,7 +99,8 @@ def is_full(error: BaseException) -> bool:
 def write_result(path: str | os.PathLike, result: Mapping[str, Any], *, replace: bool = False) -> pathlib.Path:
     """Write a result, unless the file there holds more; then beside it, as NAME.partial.json. Returns the file written.
 
-    More: a list with more rows, an entry that the new result lacks or has as null, or another SUBJECT.
+    More: a list with more rows, at whatever depth; an entry that the new result lacks or has as null, of rows one that
+    fewer of them have; or another SUBJECT, which one of the two may lack.
 
     Args:
       path: the file.
@@ -124,11 +126,13 @@ def _more(path: pathlib.Path, result: Mapping[str, Any]) -> str | None:
         there = documents.read(path, dict)
     except DocumentError as error:
         return f"what cannot be compared ({error})"
+    for key in SUBJECT:
+        if there.get(key) != result.get(key):
+            return f"{key} {there.get(key)!r}, where this one has {result.get(key)!r}"
+    # lists first: what a whole table lacks says more than what its rows lack
     for key, value in sorted(there.items(), key=lambda entry: not isinstance(entry[1], list)):
-        if key in SUBJECT and value != result.get(key):
-            return f"{key} {value!r}, where this one has {result.get(key)!r}"
-        found = lacking(value, result.get(key), key)
-        if found is not None and key not in MISSING:
+        found = None if key in MISSING else lacking(value, result.get(key), key)
+        if found is not None:
             return found
     return None
 
@@ -138,14 +142,34 @@ def lacking(old: Any, new: Any, key: str) -> str | None:
 
     >>> lacking([{"a": 1}, {"a": 2}], [{"a": 3}], "rows"), lacking({"x": 1}, {"y": 1}, "runs")
     ('2 rows, where this one has 1', "runs['x']")
+    >>> lacking([{"seconds": 1.5}, {"seconds": 2.5}], [{"seconds": 1.0}, {"seconds": None}], "rows")
+    "2 rows['seconds'], where this one has 1"
     """
-    if isinstance(old, list):
-        count = len(new) if isinstance(new, list) else 0
-        return f"{len(old)} {key}, where this one has {count}" if count < len(old) else None
-    if isinstance(old, dict):
-        gone = [name for name in old if not isinstance(new, Mapping) or name not in new]
-        return f"{key}[{gone[0]!r}]" if gone else None
-    return key if old is not None and new is None else None
+    before, now = known(old, key), known(new, key)
+    for name, count in before.items():
+        if now[name] < count:
+            return name if count == 1 else f"{count} {name}, where this one has {now[name]}"
+    return None
+
+
+def known(value: Any, key: str) -> collections.Counter[str]:
+    """How much a result holds under each name: elements of lists, and values that are not null.
+
+    The rows of a list share their names, so that they may stand in another order; what is in MISSING is left out.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    if isinstance(value, Mapping):
+        for name, element in value.items():
+            if name not in MISSING:
+                counts += known(element, f"{key}[{name!r}]")
+    elif isinstance(value, (list, tuple)):
+        counts[key] = len(value)
+        for element in value:
+            if isinstance(element, Mapping):
+                counts += known(element, key)
+    elif value is not None:
+        counts[key] = 1
+    return counts
 
 
 def copy(source: str | os.PathLike, target: str | os.PathLike) -> pathlib.Path:

@@ -209,9 +209,7 @@ def pod(preset: str, length: int) -> Iterator[dict[str, Any]]:
     """The rows of the TPU slice; rank is a quarter of the width."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name=SLICE)
     mesh = topologies.make_mesh(topology, (CHIPS,), ("chips",))
-    config = llama.preset(
-        preset, sequence_length=length, dtype="bfloat16", remat=True, attention_chunk=ATTENTION_CHUNK
-    )
+    config = llama.preset(preset, sequence_length=length, dtype="bfloat16", remat=True, attention_chunk=ATTENTION_CHUNK)
     model = llama.Llama(config)
 
     def loss(params, tokens):
@@ -252,9 +250,11 @@ def main(arguments: Sequence[str]) -> None:
     for row in PARTS[options.part](options.preset, options.length):
         rows.append(row)
         print({name: f"{v / 2**30:.2f}" if name.endswith("bytes") else v for name, v in row.items()}, flush=True)
-    result = documents.read(options.output, dict) if options.output.exists() else {}
-    result |= {"command": "python -m experiments.benchmarks.memory_7b", "device": "RTX 4090", "slice": SLICE,
-               "preset": options.preset, "length": options.length, f"{options.part}_rows": rows}  # fmt: skip
+    of = {"device": "RTX 4090", "slice": SLICE, "preset": options.preset, "length": options.length}
+    there = documents.read(options.output, dict) if options.output.exists() else {}
+    other_part = there if all(there.get(key) == value for key, value in of.items()) else {}
+    result = other_part | {"command": "python -m experiments.benchmarks.memory_7b"} | of
+    result[f"{options.part}_rows"] = rows
     outputs.write_result(options.output, result, replace=options.replace)
 
 

@@ -13,18 +13,16 @@ A ratio to one's own baseline says nothing about that baseline. The aim is on Ad
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.util
-import json
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +30,8 @@ import numpy as np
 import optax
 
 import lowrank_jax as lr
-from experiments.benchmarks import timing, training_step, workload
+from experiments import outputs
+from experiments.benchmarks import commandline, timing, training_step, workload
 from experiments.models import huggingface, llama
 
 AIM = 1.25
@@ -163,15 +162,15 @@ def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
              "met": met}]  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> None:
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark, prints it and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="60M")
-    parser.add_argument("--batch", type=int, default=4, help="sequences")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2, help="cores that both processes may use")
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/peer_training_step.json"))
+    parser = commandline.parser(__doc__, "experiments/results/peer_training_step.json")
+    parser.add_argument("--preset", type=commandline.preset, default="60M")
+    parser.add_argument("--batch", type=commandline.count, default=4, help="sequences")
+    parser.add_argument("--length", type=commandline.count, default=256, help="tokens of a sequence")
+    parser.add_argument("--repetitions", type=commandline.count, default=15)
+    parser.add_argument("--threads", type=commandline.count, default=2, help="cores that both processes may use")
     options = parser.parse_args(arguments)
     try:
         require()
@@ -179,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(2, f"{error}\n")
     if hasattr(os, "sched_setaffinity"):  # before XLA starts its threads; the child inherits it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-    words = " ".join(sys.argv[1:] if arguments is None else arguments)
+    words = " ".join(arguments)
     sizes = (options.preset, options.batch, options.length, options.repetitions, options.threads)
     found = benchmark(*sizes)
     machine = timing.machine()
@@ -201,9 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     for aim in result["aims"]:
         print(f"{aim['aim']}: {aim['value']:.3f} <= {aim['bound']} {'met' if aim['met'] else 'missed'}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    outputs.write_result(options.output, result, replace=options.replace)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from experiments.benchmarks import (
     kernels,
     memory_7b,
     optimizer_step,
+    peer_training_step,
     plans,
     refresh_subspaces,
     tapped_bounds,
@@ -31,7 +32,11 @@ RESULT = {"preset": "60M", "rows": [{"a": 1}, {"a": 2}], "losses": {"x": 1.0}, "
         ({"rows": None}, "2 rows, where this one has 0"),
         ({"losses": None}, "it holds losses['x']"),
         ({"losses": {"y": 1.0}}, "it holds losses['x']"),
+        ({"losses": {"x": None}}, "it holds losses['x']"),
+        ({"rows": [{"a": 1}, {"a": None}]}, "2 rows['a'], where this one has 1"),
+        ({"rows": [{"a": 1}, {"b": 2}]}, "2 rows['a'], where this one has 1"),
         ({"preset": "130M"}, "preset '60M', where this one has '130M'"),
+        ({"rank": 4}, "rank None, where this one has 4"),
     ],
 )
 def test_a_result_is_not_replaced_by_less(tmp_path, capsys, changes, words):
@@ -58,21 +63,51 @@ def test_a_result_is_replaced_by_as_much_or_more(tmp_path, capsys):
     assert "cannot be compared" in capsys.readouterr().err
 
 
-def test_a_study_that_has_no_time_keeps_what_is_committed(tmp_path, capsys):
-    """An empty table took the place of the committed one."""
+@pytest.mark.parametrize(("knows", "words"), [(False, "7 rows, where"), (True, "7 rows['step_seconds'], where")])
+def test_a_study_that_has_no_time_keeps_what_is_committed(tmp_path, capsys, knows, words):
+    """An empty table took the place of the committed one, and one without the seconds of a step."""
     committed = evidence.RESULTS.read_text()
     results = tmp_path / "evidence.json"
     results.write_text(committed)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     flags = ["--root", str(tmp_path / "runs"), "--results", str(results), "--budget-hours", "1e-9"]
+    flags += ["--known", str(evidence.RESULTS)] if knows else []
     try:
         assert evidence.main(flags) == 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert results.read_text() == committed
-    assert json.loads((tmp_path / "evidence.partial.json").read_text())["rows"] == []
-    assert "is kept: it holds 7 rows, where this one has 0" in capsys.readouterr().err
+    partial = json.loads((tmp_path / "evidence.partial.json").read_text())["rows"]
+    assert [row["method"] for row in partial] == [*evidence.METHODS] * knows
+    assert f"is kept: it holds {words} this one has 0" in capsys.readouterr().err
+
+
+def test_rows_of_another_preset_are_not_put_beside_those_of_the_committed_one(tmp_path, monkeypatch, capsys):
+    committed = (evidence.RESULTS.parent / "memory_7b.json").read_text()
+    (tmp_path / "memory.json").write_text(committed)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setitem(memory_7b.PARTS, "card", lambda preset, length: iter(json.loads(committed)["card_rows"]))
+    flags = ["--part=card", f"--output={tmp_path / 'memory.json'}"]
+    assert memory_7b.main([*flags, "--preset=60M"]) == 0
+    assert (tmp_path / "memory.json").read_text() == committed
+    assert "slice_rows" not in json.loads((tmp_path / "memory.partial.json").read_text())
+    assert memory_7b.main(flags) == 0  # the committed one's own
+    assert json.loads((tmp_path / "memory.json").read_text()) == json.loads(committed)
+    assert capsys.readouterr().err.count("is kept: it holds preset '7B', where this one has '60M'") == 1
+
+
+def test_a_run_of_a_smaller_preset_keeps_the_times_beside_pytorch(tmp_path, monkeypatch, capsys):
+    committed = (evidence.RESULTS.parent / "peer_training_step.json").read_text()
+    (tmp_path / "peer.json").write_text(committed)
+    found = {name: json.loads(committed)[name] for name in ("rows", "aims", "loss_difference")}
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    for name, made in (("require", None), ("benchmark", found), ("version", "1")):
+        monkeypatch.setattr(peer_training_step, name, lambda *given, made=made: made)
+    assert peer_training_step.main(["--preset=nano", "--repetitions=3", f"--output={tmp_path / 'peer.json'}"]) == 0
+    assert (tmp_path / "peer.json").read_text() == committed
+    assert json.loads((tmp_path / "peer.partial.json").read_text())["repetitions"] == 3
+    assert "is kept: it holds preset '60M', where this one has 'nano'" in capsys.readouterr().err
 
 
 REFUSED = [
@@ -90,11 +125,16 @@ REFUSED = [
     (training_step, "--length", ("0",)),
     (training_step, "--repetitions", ("0",)),
     (training_step, "--parts", ("0",)),
+    (peer_training_step, "--preset", ("61M",)),
+    *((peer_training_step, f"--{name}", ("0",)) for name in ("batch", "length", "repetitions", "threads")),
     (memory_7b, "--length", ("0",)),
     (memory_7b, "--preset", ("8B",)),
     (collectives, "--preset", ("61M",)),
     (data_parallel, "--preset", ("61M",)),
-    *((program, "--output", ("/dev/null", "/dev", "/proc/version/x")) for program in (collectives, plans, memory_7b)),
+    *(
+        (program, "--output", ("/dev/null", "/dev", "/proc/version/x"))
+        for program in (collectives, plans, memory_7b, peer_training_step)
+    ),
     (evidence, "--results", ("/dev/null", "/")),
     (evidence, "--root", ("/dev/null",)),
 ]
