@@ -31,6 +31,16 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and is_number(value)
 
 
+def as_python(value: Any) -> Any:
+    """Python's number for one of NumPy's; anything else as it is. Documents are written from such numbers.
+
+    >>> import numpy as np
+    >>> as_python(np.int64(8)), as_python(np.float32(0.5)), as_python(None)
+    (8, 0.5, None)
+    """
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def is_zero(value: Any) -> bool:
     """Whether this is a concrete number, and zero."""
     return is_number(value) and value == 0

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax.adapters.base import USES, Adapter, Group, Site
+from lowrank_jax.checks import as_python
 from lowrank_jax.resolution import LeafViews, Views, is_linear, is_stacked
 from lowrank_jax.trees import leaves_with_metadata
 
@@ -245,8 +246,8 @@ class Selection:
                     return tuple(values)
             return (default,) * site.count
 
-        ranks = chosen(self.ranks, "rank", getattr(adapter, "rank", 1))
-        alphas = chosen(self.alphas, "alpha", None)
+        ranks = tuple(map(as_python, chosen(self.ranks, "rank", getattr(adapter, "rank", 1))))
+        alphas = tuple(map(as_python, chosen(self.alphas, "alpha", None)))
         if not adapter.ranked and len(set(ranks) - {0}) > 1:
             raise ValueError(
                 f"ranks: {ranks} for {site.path!r}; those of {adapter.kind} cannot be padded, so the matrices of one "

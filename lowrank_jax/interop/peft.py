@@ -41,6 +41,7 @@ import numpy as np
 
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Arrays
+from lowrank_jax.checks import as_python
 from lowrank_jax.interop import _peft_config, _peft_tied, _peft_whole, _peft_writing, documents, llama, safetensors
 from lowrank_jax.interop._peft_config import PREFIX
 from lowrank_jax.interop._peft_reading import TENSORS, Source, as_float
@@ -150,7 +151,7 @@ def save(
     Raises:
       ValueError: several methods, or settings of which PEFT has one for all modules; a kind of module that PEFT does
         not adapt so; candidates; an adapter that is switched off by its scale; a field that follows from the
-        adaptation; views that differ from the adaptation's.
+        adaptation, or that JSON cannot say; views that differ from the adaptation's.
 
     >>> import jax, jax.numpy as jnp, tempfile
     >>> import lowrank_jax as lr
@@ -193,9 +194,25 @@ def save(
     if tied or tied_whole:
         targets, fields = _peft_tied.ties(targets) if tied else targets, fields | {_peft_tied.FIELD: True}
     written = general | {"inference_mode": True, "target_modules": targets} | entries | fields | config
+    text = _json(written)  # before any file is written
     files = safetensors.write(folder / TENSORS, tensors | whole | tied | tied_whole)
-    text = json.dumps(written, indent=2, sort_keys=True) + "\n"
     return [*files, documents.write(folder / _peft_config.NAME, text.encode())]
+
+
+def _json(fields: Mapping[str, Any]) -> str:
+    """The text of a configuration, NumPy's numbers as Python's; ValueError for a field that JSON cannot say."""
+    for field, value in fields.items():
+        try:
+            json.dumps(value, default=_number)
+        except TypeError as error:
+            raise ValueError(f"{field}={value!r} cannot be written as JSON: {error}; leave it out") from error
+    return json.dumps(fields, indent=2, sort_keys=True, default=_number) + "\n"
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return as_python(value)
+    raise TypeError(f"{value!r} is of {type(value).__name__}")
 
 
 def _order(order: Sequence[str] | None, names: Names, hosts: Mapping[str, Host]) -> list[str]:
@@ -207,4 +224,3 @@ def _order(order: Sequence[str] | None, names: Names, hosts: Mapping[str, Host])
     if sorted(order) != sorted(hosts):
         raise ValueError(f"order: names {sorted(order)[:8]}, the adapted modules are {sorted(hosts)[:8]}")
     return list(order)
-

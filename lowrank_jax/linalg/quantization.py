@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lowrank_jax import sharding
+from lowrank_jax.checks import is_integer
 from lowrank_jax.linalg import dynamic_code
 from lowrank_jax.linalg._common import Array
 from lowrank_jax.serialization import serializable
@@ -197,7 +198,7 @@ def quantize_blocks(x: Any, code: str = "signed", block: int = 256, key: Array |
     """
     if code not in CODES:
         raise ValueError(f"code={code!r} must be one of {CODES}")
-    if not isinstance(block, int) or block < 1:
+    if not is_integer(block) or block < 1:
         raise ValueError(f"block={block!r} must be a positive integer; 256 is the default")
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 1:

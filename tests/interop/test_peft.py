@@ -317,3 +317,27 @@ def test_every_bias(tmp_path):
     thrice = {"head.original_module.bias": normal(3), "head.modules_to_save.bias": saved["head.bias"]}
     write(tmp_path, config | {"modules_to_save": ["head"]}, tensors | biases | saved | thrice)
     assert "head/kernel" in peft.load(tmp_path, params).train["whole"]
+
+
+@pytest.mark.parametrize("name", ["lora", "vera", "uni_lora", "fourierft"])
+def test_numbers_of_numpy_are_written_as_pythons(name, tmp_path):
+    options = {
+        "lora": {"rank": 2, "alpha": 3.0, "dropout": 0.5}, "vera": {"rank": 2, "seed": 3},
+        "uni_lora": {"rank": 2, "size": 8}, "fourierft": {"frequencies": 5, "alpha": 6.0, "seed": 3},
+    }[name]  # fmt: skip
+    params = {"up": {"kernel": jnp.asarray(normal(4, 6))}}
+    single = {int: np.int64, float: np.float32}
+    of_numpy = {field: single[type(value)](value) for field, value in options.items()}
+    for folder, given in (("python", options), ("numpy", of_numpy)):
+        adaptation = lr.adapt(params, getattr(lr.adapters, name)(**given), jax.random.key(0))
+        peft.save(tmp_path / folder, adaptation, params)
+    texts = [(tmp_path / folder / "adapter_config.json").read_text() for folder in ("python", "numpy")]
+    assert json.loads(texts[0]) == json.loads(texts[1])
+
+
+def test_a_field_that_json_cannot_say_leaves_no_half_of_a_folder(tmp_path):
+    params = {"up": {"kernel": jnp.asarray(normal(4, 6))}}
+    adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"auto_mapping=\{'x': <object .* cannot be written as JSON: .*leave it out"):
+        peft.save(tmp_path, adaptation, params, auto_mapping={"x": object()})
+    assert not list(tmp_path.iterdir())

@@ -106,9 +106,14 @@ def test_integers_of_numpy_elsewhere():
     assert lr.clocks.staggered(period=four).layers_per_step(10) == 3
     assert lr.frugal(0.1, rank=np.int64(0)).projection.projector == P.identity()
     lr.fused(lr.galore(0.1, rank=2), plain_block=four)
-    lr.inner.stored8(block=np.int64(64), minimum=np.int64(8))
+    stored = lr.inner.stored8(block=np.int64(64), minimum=np.int64(8)).init(jnp.ones((2, 64)))
+    assert stored.mu.scales.shape == (2, 1)
+    assert lr.dct_adamw(0.1, rank=2, kind=np.int64(3)).projection.projector == P.dct(rank=2, kind=3)
     adaptation = lr.adapt(KERNEL, A.lora(rank=four), jax.random.key(0))
     assert adaptation.train["sites"]["dense/kernel"]["a"].shape == (6, 4)
+    for options in ({}, {"ranks": {".*": np.int32(2)}, "alphas": {".*": np.float32(3)}}):
+        _, matrices = lr.adapt(KERNEL, A.lora(rank=four), jax.random.key(0), **options).matrices[0]
+        assert {type(x) for x in (*matrices.ranks, *matrices.alphas)} <= {int, float, type(None)}
     lr.altlora(0.1, scale=1.0, alternate=four)
 
 

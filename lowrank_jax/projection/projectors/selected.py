@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax import kernels, linalg, sharding
+from lowrank_jax.checks import is_integer
 from lowrank_jax.projection.projectors.base import BasisProjector, IndexProjector
 from lowrank_jax.projection.projectors.random import per_matrix
 
@@ -59,9 +60,9 @@ class Dct(TransformProjector):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.kind, int) or self.kind not in (2, 3):
+        if not is_integer(self.kind) or self.kind not in (2, 3):
             raise ValueError(
-                f"dct: kind={self.kind!r} must be the Python number 2 or 3 "
+                f"dct: kind={self.kind!r} must be the number 2 or 3 "
                 "(under optax.inject_hyperparams name it in static_args)"
             )
         if self.products not in ("xla", "kernel"):
