@@ -7,7 +7,7 @@ first axis might as well count layers:
   layers has a stack of biases, so a bias with another first axis than the kernel shows that there is no stack;
 * names of its axes (`nn.Partitioned`) say which are heads;
 * Flax's attention has `query`, `key`, `value` (D, H, K) and `out` (H, K, D), whose shapes fit together;
-* a layer named as a convolution contracts all axes but the last.
+* a layer named as a convolution contracts all axes but the last, unless a mask hides its bias.
 
 All shapes here are those of one layer: an axis that was declared to count layers is taken off before.
 """
@@ -15,7 +15,7 @@ All shapes here are those of one layer: an axis that was declared to count layer
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lowrank_jax.matrices import MatrixView, Shape
 
@@ -26,12 +26,16 @@ _HEADS = r"(.*_)?(heads?|kv|head_dim)"
 _STACK = r"((?:.*/)?(?:(?:.*_)?(?:layers?|blocks?|experts?|stack)|h|(?:Scan|Vmap)[^/]*))/(?!\d+/).*"
 
 
-def read(path: str, shape: Shape, names: tuple | None, shapes: Mapping[str, Shape]) -> tuple[MatrixView, str] | None:
+def read(
+    path: str, shape: Shape, names: tuple | None, shapes: Mapping[str, Shape], masked: Collection[str] = ()
+) -> tuple[MatrixView, str] | None:
     """The view of a kernel of three or more axes and what said so, or None where nothing does.
 
     Args:
       path, shape, names: of the kernel; `names` are those of its axes, or None.
       shapes: of the leaves of the tree, by path.
+      masked: paths of leaves whose shapes a mask hides. A convolution whose bias is hidden is not read by its name: of
+        a stack of layers the bias would have shown it.
 
     >>> shapes = {"heads/kernel": (16, 4, 8), "heads/bias": (4, 8)}
     >>> read("heads/kernel", (16, 4, 8), None, shapes)
@@ -47,7 +51,8 @@ def read(path: str, shape: Shape, names: tuple | None, shapes: Mapping[str, Shap
     outputs = _outputs_in_attention(path, shape, shapes)
     if outputs:
         return split(shape, outputs), "attention"
-    if bias is None and is_convolution(path) and 3 <= len(shape) <= 5 and stack_root(path) is None:
+    without_bias = bias is None and path_beside(path, "bias") not in masked
+    if without_bias and is_convolution(path) and 3 <= len(shape) <= 5 and stack_root(path) is None:
         return split(shape, 1), "convolution"
     return None
 
@@ -90,9 +95,14 @@ def is_convolution(path: str) -> bool:
     return bool(re.fullmatch(_CONVOLUTION, layer, re.IGNORECASE))
 
 
+def path_beside(path: str, name: str) -> str:
+    """The path of the leaf `name` in the module that holds `path`."""
+    return "/".join([*path.split("/")[:-1], name])
+
+
 def _beside(path: str, name: str, shapes: Mapping[str, Shape]) -> Shape | None:
     """The shape of the leaf `name` in the module that holds `path`."""
-    return shapes.get("/".join([*path.split("/")[:-1], name]))
+    return shapes.get(path_beside(path, name))
 
 
 def _outputs_by_bias(shape: Shape, bias: Shape | None) -> int:

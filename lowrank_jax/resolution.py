@@ -148,7 +148,7 @@ class LeafViews:
 
     Attributes:
       views: the rules.
-      used: patterns of `views` that some leaf matched, masked ones included.
+      used: patterns of `views` that some leaf matched.
       undecided: `{path: shape of one layer}` of leaves whose axes nothing names.
     """
 
@@ -156,21 +156,39 @@ class LeafViews:
         self.views = views
         self.used: set[str] = set()
         self.undecided: dict[str, Shape] = {}
+        self._params = params
         self._names: dict[str, tuple[str | None, ...] | None] = {}
         self._shapes: dict[str, Shape] = {}
+        self._own: dict[str, Shape] = {}
+        self._masked: set[str] = set()
         for path, node, names in leaves_with_metadata(params):
             if isinstance(node, optax.MaskedNode):
-                self.used.update(p for p in _patterns(views) if re.fullmatch(p, path) or p.startswith(f"{path}/"))
+                self._masked.add(path)
             elif hasattr(node, "shape"):
-                self._names[path], self._shapes[path] = names, tuple(node.shape)
+                shape = tuple(node.shape)
+                self._names[path], self._shapes[path] = names, shape
+                self._own[path] = shape[is_stacked(path, names, views) :]
 
     def layered(self, path: str) -> bool:
         """Whether the first axis of a leaf counts layers or experts."""
-        return is_stacked(path, self._names[path], self.views)
+        return len(self._own[path]) < len(self._shapes[path])
 
     def own_shape(self, path: str) -> Shape:
         """The shape of one layer of a leaf."""
-        return self._shapes[path][self.layered(path) :]
+        return self._own[path]
+
+    def for_what_is_masked(self, pattern: str) -> bool:
+        """Whether a pattern that matches no leaf here is for a leaf that a mask took, alone or with its whole subtree.
+
+        A pattern is for a subtree if its head, up to one of its slashes, matches the subtree's path and nothing that
+        is here: `.*enc[^/]*/w` is for a masked `encoder`, and `.*/w` is for every module.
+        """
+        if any(re.fullmatch(pattern, path) for path in self._masked):
+            return True
+        heads = _heads(pattern) if self._masked else []
+        heads = [head for head in heads if any(re.fullmatch(head, path) for path in self._masked)]
+        here = {above for path in self._shapes for above in _upwards(path)}
+        return any(not any(re.fullmatch(head, path) for path in here) for head in heads)
 
     def of(self, path: str, take_by_default: Callable = is_linear) -> tuple[MatrixView | None, str]:
         """The view of a leaf, or None; and a note that says which rule or default it was."""
@@ -196,15 +214,12 @@ class LeafViews:
             return (DENSE if taken else None), note
         names = self._names[path]
         own_names = None if names is None else names[self.layered(path) :]
-        found = default_views.read(path, own, own_names, self._own_shapes())
+        found = default_views.read(path, own, own_names, self._own, self._masked)
         if found is not None:
             return found[0], f"{note}, {found[1]}"
         if 0 not in own:
             self.undecided[path] = own
         return None, "undecided"
-
-    def _own_shapes(self) -> dict[str, Shape]:
-        return {path: self.own_shape(path) for path in self._shapes}
 
     def check(self) -> None:
         """ValueError with all leaves whose axes nothing names, and rules for them that can be pasted."""
@@ -216,9 +231,11 @@ class LeafViews:
             shape, view = self._shapes[path], proposed.of(path, _any_matrix)[0] or DENSE
             axes = [" ".join(map(str, own)) or "-" for own in (view.batch, view.rows, view.cols)]
             rows.append((path or "(bare array)", str(shape), _product(view.matrix_shape(shape)), *axes))
+        unread = [path for path in self.undecided if default_views.path_beside(path, "bias") in self._masked]
+        silent = f" The biases beside {unread} are masked here, so that their shapes cannot say." if unread else ""
         raise ValueError(
             "views: no rule, name or bias says which axes of these leaves are inputs (rows), outputs (cols), and "
-            f"layers or experts (batch). A proposal:\n{_table(rows)}\nWhere it is right, pass views="
+            f"layers or experts (batch).{silent} A proposal:\n{_table(rows)}\nWhere it is right, pass views="
             f"{_code(proposed.views)}. Where the first axis of a leaf counts layers or experts, name the leaf in "
             "stacked= in place of its rule; None in place of a view leaves it out"
         )
@@ -228,21 +245,16 @@ class LeafViews:
         roots = [default_views.stack_root(path) or "" for path in self.undecided if not self.layered(path)]
         stacks = [f"{_escaped(root)}/.*" for root in roots if root and self._alike(root)]
         stacked = dict.fromkeys((*self.views.stacked, *stacks))
-        proposed = self._with(dataclasses.replace(self.views, stacked=tuple(stacked)))
+        proposed = LeafViews(dataclasses.replace(self.views, stacked=tuple(stacked)), self._params)
         for path in self.undecided:
             proposed.of(path, _any_matrix)
-        shapes = proposed._own_shapes()
+        shapes = proposed._own
         rules = [(_escaped(path), default_views.guess(path, shapes[path], shapes)) for path in proposed.undecided]
-        return self._with(dataclasses.replace(proposed.views, rules=(*self.views.rules, *rules)))
+        return LeafViews(dataclasses.replace(proposed.views, rules=(*self.views.rules, *rules)), self._params)
 
     def _alike(self, root: str) -> bool:
         """Whether all leaves below a module have one first axis."""
         return len({shape[:1] for path, shape in self._shapes.items() if path.startswith(f"{root}/")}) == 1
-
-    def _with(self, views: Views) -> LeafViews:
-        other = LeafViews(views, {})
-        other._names, other._shapes = self._names, self._shapes
-        return other
 
 
 def _any_matrix(path: str, ndim: int) -> tuple[bool, str]:
@@ -252,6 +264,25 @@ def _any_matrix(path: str, ndim: int) -> tuple[bool, str]:
 
 def _patterns(views: Views) -> tuple[str, ...]:
     return (*(pattern for pattern, _ in views.rules), *views.stacked)
+
+
+def _heads(pattern: str) -> list[str]:
+    """What stands before each slash of a pattern, where that is a pattern itself."""
+    heads = []
+    for slash in re.finditer("/", pattern):
+        head = pattern[: slash.start()]
+        try:
+            re.compile(head)
+        except re.error:  # the slash stands inside a group or a set
+            continue
+        heads.append(head)
+    return heads
+
+
+def _upwards(path: str) -> list[str]:
+    """A path and those of all modules above it."""
+    names = path.split("/")
+    return ["/".join(names[:end]) for end in range(1, len(names) + 1)]
 
 
 def _escaped(path: str) -> str:
@@ -331,9 +362,9 @@ def resolve(
       shardings: a tree like `params` of NamedShardings, where the leaves do not carry their own.
 
     Raises:
-      ValueError: a rule that matches nothing (unless what it could match is masked), leaves of three or more axes that
-        nobody claimed, a tree with leaves of two or more axes of which none is projected, or an impossible rank; each
-        names paths and remedy.
+      ValueError: a rule that matches nothing (unless it is for a masked leaf, for a masked subtree of which its head
+        up to a slash is the path, or all is masked), leaves of three or more axes that nobody claimed, a tree with
+        leaves of two or more axes of which none is projected, or an impossible rank; each names paths and remedy.
 
     >>> import jax.numpy as jnp
     >>> print(resolve(jnp.ones((8, 16)), rank=4))
@@ -381,9 +412,12 @@ def _check_coverage(leaf_views: LeafViews, leaves: list[Leaf], masked: bool) -> 
     """ValueError for a rule that matches nothing, and for a tree with matrices of which none is projected."""
     paths = [leaf.path for leaf in leaves]
     for pattern in _patterns(leaf_views.views):
-        if pattern not in leaf_views.used and not (masked and not paths):
+        excused = masked and (not paths or leaf_views.for_what_is_masked(pattern))
+        if pattern not in leaf_views.used and not excused:
+            remedy = " If it is for what is masked here, leave it out of the views of this optimizer" if masked else ""
             raise ValueError(
-                f"views: {pattern!r} matches no leaf (patterns must match the whole path). Paths here: {paths[:12]}"
+                f"views: {pattern!r} matches no leaf (patterns must match the whole path). Paths here: {paths[:12]}."
+                f"{remedy}"
             )
     matrices = [leaf.path for leaf in leaves if len(leaf_views.own_shape(leaf.path)) >= 2 and 0 not in leaf.shape]
     if matrices and not any(leaf.view is not None for leaf in leaves):

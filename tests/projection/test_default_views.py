@@ -167,6 +167,52 @@ def test_the_remedy_keeps_the_rules_that_were_given():
     assert "mix/kernel" not in views(HARD, pasted)
 
 
+def kernels_of(tree):
+    """The tree as `optax.partition` shows it to the optimizer that has only the kernels."""
+    own = lambda keys, x: x if keys[-1].key == "kernel" else optax.MaskedNode()  # noqa: E731
+    return jax.tree_util.tree_map_with_path(own, tree)
+
+
+HIDDEN = {
+    "stacked convolution": {"tower": {"conv": {"kernel": jnp.ones((12, 3, 8, 8)), "bias": jnp.ones((12, 8))}}},
+    "convolution": {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}},
+    "DenseGeneral": {"qkv": {"kernel": jnp.ones((16, 4, 8)), "bias": jnp.ones((4, 8))}},
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_masked_bias_is_not_an_absent_one(name):
+    """Of a stack of convolutions the bias shows the stack; where a mask hides it nothing is guessed."""
+    tree = HIDDEN[name]
+    if name == "stacked convolution":
+        with pytest.raises(ValueError, match="no rule, name or bias says"):
+            views(tree)
+    else:
+        assert len(views(tree)) == 1
+    hidden = r"The biases beside \['(tower/conv|conv|qkv)/kernel'\] are masked here"
+    with pytest.raises(ValueError, match=hidden) as error:
+        views(kernels_of(tree))
+    pasted = eval(remedy(error), {"lr": lr})
+    assert len(views(kernels_of(tree), pasted)) == 1
+    if name != "stacked convolution":
+        assert views(kernels_of(tree), pasted) == views(tree)
+    labels = lambda tree: jax.tree.map(lambda x: "low" if x.ndim > 2 else "plain", tree)  # noqa: E731
+    with pytest.raises(ValueError, match=hidden):
+        optax.partition({"low": lr.galore(1e-2, rank=1), "plain": optax.sgd(1.0)}, labels).init(tree)
+
+
+def test_masked_biases_of_kernels_that_other_things_decide_are_not_missed():
+    box = nn.Partitioned(jnp.ones((8, 2, 4)), ("embed", "heads", "kv"))
+    tree = {
+        "a": {"kernel": box, "bias": optax.MaskedNode()},
+        "d": {"kernel": jnp.ones((4, 4)), "bias": optax.MaskedNode()},
+        "self": kernels_of(shapes(nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12), X, X)),
+        "conv": {"kernel": jnp.ones((3, 3, 4, 8))},
+    }
+    expected = {"a/kernel": SPLIT, "d/kernel": lr.MatrixView(), "conv/kernel": WINDOW}
+    assert views(tree) == expected | attention("self/")
+
+
 def test_adapters_read_the_same_axes_and_raise_the_same_error():
     tree = shapes(nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12), X, X)
     tree = jax.tree.map(lambda x: jnp.ones(x.shape), {"attention": tree, "net": shapes(Convolutions(), IMAGE)})

@@ -86,8 +86,24 @@ def test_masked_leaves_are_absent_and_excuse_only_rules_that_match_them():
         lr.resolve(params, lr.Views(rules=(("c/.*", lr.MatrixView()),)), rank=2)
     below = {"a": optax.MaskedNode(), "b": {"kernel": jnp.ones((4, 8))}}  # a mask may take whole subtrees
     assert len(lr.resolve(below, lr.Views(rules=(("a/kernel", lr.MatrixView()),)), rank=2).projected) == 1
+    for pattern in (".*/w", "b/.*/w", "[ab]/w"):  # their heads match what is here too
+        with pytest.raises(ValueError, match="matches no leaf .* leave it out of the views of this optimizer"):
+            lr.resolve(below, lr.Views(rules=((pattern, lr.MatrixView()),)), rank=2)
     all_masked = {"a": {"kernel": optax.MaskedNode()}}
     assert lr.resolve(all_masked, lr.Views(rules=(("c/.*", lr.MatrixView()),)), rank=2).projected == ()
+
+
+def test_one_views_for_groups_that_are_masked_whole():
+    """Labels may be prefixes of the tree: each optimizer sees the other's subtree as one masked node."""
+    tree = {name: {"block": {"w": jnp.ones((4, 8)), "b": jnp.ones(8)}} for name in ("encoder", "decoder", "a+b")}
+    rules = tuple((pattern, lr.MatrixView()) for pattern in (r".*enc[^/]*/.*/w", r".*dec[^/]*/.*/w", r"a\+b/.*/w"))
+    one = lr.galore(1e-2, rank=2, views=lr.Views(rules=rules))
+    tx = optax.partition({"x": one, "y": one}, {"encoder": "x", "decoder": "y", "a+b": "y"})
+    assert jax.eval_shape(tx.init, tree)
+    mistaken = lr.galore(1e-2, rank=2, views=lr.Views(rules=(*rules, (".*encdr/w", None))))
+    tx = optax.partition({"x": mistaken, "y": one}, {"encoder": "x", "decoder": "y", "a+b": "y"})
+    with pytest.raises(ValueError, match=r"'.\*encdr/w' matches no leaf"):
+        tx.init(tree)
 
 
 @pytest.mark.parametrize(
