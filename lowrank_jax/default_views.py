@@ -115,8 +115,8 @@ def _outputs_by_bias(shape: Shape, bias: Shape | None) -> int:
 
 def _outputs_by_names(names: tuple | None) -> int:
     """Where exactly one axis is no part of heads, it is the model's: the others are outputs if it comes first."""
-    if names is None or None in names or len(names) < 3:
-        return 0
+    if names is None or len(names) < 3 or not all(isinstance(name, str) for name in names):
+        return 0  # an axis without a name, or one with several: those of mesh axes, which say nothing of the model
     heads = [bool(re.fullmatch(_HEADS, name)) for name in names]
     if all(heads[1:]) and not heads[0]:
         return len(names) - 1

@@ -86,6 +86,15 @@ def test_names_of_axes():
     assert views(tree) == {"a/kernel": SPLIT, "b/kernel": JOIN, "c/kernel": SPLIT.stacked()}
 
 
+def test_axes_that_are_named_by_mesh_axes_are_undecided():
+    """`nn.with_partitioning` takes several mesh axes for one axis of a kernel."""
+    names = (("data", "fsdp"), "tensor", "x")
+    kernel = nn.Partitioned(jnp.ones((16, 4, 8)), names)
+    with pytest.raises(ValueError, match="no rule, name or bias says"):
+        views({"qkv": {"kernel": kernel}})
+    assert views({"qkv": {"kernel": kernel, "bias": jnp.ones((4, 8))}}) == {"qkv/kernel": SPLIT}
+
+
 class Block(nn.Module):
     bias: bool = True
 
