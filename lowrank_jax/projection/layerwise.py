@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from lowrank_jax import sharding
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.fused import Fused, Write, fused, write_plain
-from lowrank_jax.projection.learning_rate import LearningRateState, selected_for_decay
+from lowrank_jax.projection.learning_rate import LearningRateState, at_step, selected_for_decay
 from lowrank_jax.projection.matrix_step import MatrixStep, all_finite, energy, finish, sketch_basis
 from lowrank_jax.projection.stack import Stack, layer_gradients
 from lowrank_jax.projection.state import Projected, matrix_states
@@ -341,7 +341,7 @@ class _Layerwise:
 
     def _writer(self, ok, path: str, *, decays: bool) -> Write:
         recipe, schedule = self.form.recipe, self.state.schedule
-        rate = recipe.learning_rate(schedule.count) if callable(recipe.learning_rate) else recipe.learning_rate
+        rate = at_step(recipe.learning_rate, schedule.count)
         return Write.of(self.form, rate, decays, ok, self.state.projection.step, path)
 
     def _finish(self, value, d_rest, vectors, moved, ok, factor):
