@@ -100,7 +100,7 @@ def with_environment(target: targets.Target, module: str) -> None:
 
 @commandline.command
 def main(arguments: Sequence[str]) -> None:
-    """Compiles both programs for each case and replaces the rows of target and kernel."""
+    """Compiles both programs for each case and replaces the rows of target and kernel, of all kernels at once."""
     parser = commandline.parser(__doc__)
     commandline.add_replace(parser)
     parser.add_argument("--target", required=True, help="v5e:2x2, v6e:2x2, v5p:2x2x1, h100 or h200")
@@ -112,14 +112,16 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"--target {target.name}: there is no kernel for it; one of {tuple(_platform.CHIPS)}")
     with_environment(target, "experiments.benchmarks.kernels")
     device, kind = target.devices()[0], "tpu" if target.kind == "tpu" else "gpu"
-    for kernel in (options.kernel,) if options.kernel else KERNELS:
-        module, rows = importlib.import_module(f"experiments.benchmarks.kernel_cases.{kernel}"), []
+    chosen, found = (options.kernel,) if options.kernel else KERNELS, []
+    for kernel in chosen:
+        module = importlib.import_module(f"experiments.benchmarks.kernel_cases.{kernel}")
         for case in module.cases(kind, target.chip):
-            rows.append({"target": target.name, "kernel": kernel} | row(case, device))
-            print(json.dumps(rows[-1]), flush=True)
-        data = documents.read(RESULTS, {"rows": [dict]})
-        data["rows"] = [r for r in data["rows"] if (r["target"], r["kernel"]) != (target.name, kernel)] + rows
-        outputs.write_result(RESULTS, data, replace=options.replace)
+            found.append({"target": target.name, "kernel": kernel} | row(case, device))
+            print(json.dumps(found[-1]), flush=True)
+    data = documents.read(RESULTS, {"rows": [dict]})
+    replaced = {(target.name, kernel) for kernel in chosen}
+    data["rows"] = [old for old in data["rows"] if (old["target"], old["kernel"]) not in replaced] + found
+    outputs.write_result(RESULTS, data, replace=options.replace)
 
 
 if __name__ == "__main__":

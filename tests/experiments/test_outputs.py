@@ -1,10 +1,12 @@
 """What programs write: places are tested before any work, files are put in place whole, and less replaces nothing."""
 
 import errno
+import importlib
 import json
 import os
 import signal
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -154,6 +156,29 @@ def test_numbers_and_places_that_make_no_sense_are_refused(program, flag, values
 def test_a_target_that_is_none_is_refused(program, capsys):
     assert program.main(["--target=v9z:2x2"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_less_of_one_kernel_keeps_the_rows_of_all(tmp_path, monkeypatch, capsys):
+    """The next kernel's rows removed the file in which those of the first one were put aside."""
+    rows = [{"target": "v5e:2x2", "kernel": name, "case": case} for name in kernels.KERNELS for case in (1, 2)]
+    rows += [{"target": "h100", "kernel": "dct_scores", "case": 1}]
+    (tmp_path / "kernels.json").write_text(json.dumps({"rows": rows}))
+    target = SimpleNamespace(name="v5e:2x2", kind="tpu", chip="v5e", devices=lambda: [None])
+    monkeypatch.setattr(kernels, "RESULTS", tmp_path / "kernels.json")
+    monkeypatch.setattr(kernels.targets, "parse", lambda name: target)
+    monkeypatch.setattr(kernels, "with_environment", lambda *given: None)
+    monkeypatch.setattr(kernels, "row", lambda case, device: {"case": case})
+    for number, name in enumerate(kernels.KERNELS):
+        module = importlib.import_module(f"experiments.benchmarks.kernel_cases.{name}")
+        monkeypatch.setattr(module, "cases", lambda kind, chip, number=number: [1, 2][: number + 1])
+    assert kernels.main(["--target=v5e:2x2"]) == 0
+    assert json.loads((tmp_path / "kernels.json").read_text())["rows"] == rows
+    aside = json.loads((tmp_path / "kernels.partial.json").read_text())["rows"]
+    expected = [rows[-1], *(row for row in rows[:-1] if (row["kernel"], row["case"]) != ("dct_scores", 2))]
+    assert aside == expected
+    assert "is kept: it holds 9 rows, where this one has 8" in capsys.readouterr().err
+    assert kernels.main(["--target=v5e:2x2", "--replace"]) == 0
+    assert json.loads((tmp_path / "kernels.json").read_text())["rows"] == expected
 
 
 def full(*args, **kwargs):
