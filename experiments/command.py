@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from experiments import arguments, checkpoint, distributed, outputs, training
+from experiments import arguments, checkpoint, distributed, outputs, runs, training
 from experiments.arguments import refuse
 from experiments.configuration import ConfigurationError
 from experiments.tasks import Task
@@ -119,15 +119,18 @@ def run(
 
 
 def _report(workdir: pathlib.Path) -> None:
-    """Write the report; of a run in a folder that can only be read, say where else it can go."""
+    """Write the report; say why there is none where the folder can only be read, or a file in it is damaged."""
     from experiments import report
 
     problem = outputs.problem(workdir / "report", is_folder=True)
-    if problem is None:
-        report.write([workdir], workdir / "report")
-    else:
+    if problem is not None:
         again = f"python -m experiments.report {shlex.quote(str(workdir))} --output=report.html"
         print(f"no report: {workdir / 'report'} {problem}; write it elsewhere by {again}", file=sys.stderr)
+        return
+    try:
+        report.write([workdir], workdir / "report")
+    except (runs.RunError, ConfigurationError) as error:
+        print(f"no report: {error}", file=sys.stderr)
 
 
 def _hosts(alone: tuple[str, ...]) -> distributed.Hosts:

@@ -34,7 +34,8 @@ _LEDGER = [{"component": str, "bytes_formula?": _BYTES, "bytes_measured?": _BYTE
 HISTORY = "history.json"
 # How a run came to be: see `experiments.history`, which writes it.
 _STARTED = {"started_from": str, "step": int, "with": str}
-_EXTENDED = {"extended": bool, "step": int, "changed": {str: [object]}, "before": (dict, None)}
+_BEFORE = {"validation_loss?": (float, None)}
+_EXTENDED = {"extended": bool, "step": int, "changed": {str: [object]}, "before": (_BEFORE, None)}
 _REMEDY = "leave this run out, or run it again"
 
 
@@ -203,7 +204,14 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """What history.json says, [] where there is none. Raises documents.DocumentError."""
     path = folder / HISTORY
-    return documents.read(path, [(_STARTED, _EXTENDED)], remedy=_REMEDY) if path.exists() else []
+    entries = documents.read(path, [(_STARTED, _EXTENDED)], remedy=_REMEDY) if path.exists() else []
+    for entry in entries:
+        changed = {} if "started_from" in entry else entry["changed"]
+        for key, values in changed.items():
+            if len(values) != 2:
+                needed = "where the value before and the one after are needed"
+                raise documents.Unexpected(f"{path}: changed[{key!r}] is {values!r}, {needed}; {_REMEDY}")
+    return entries
 
 
 def history_lines(entries: list[dict[str, Any]]) -> list[str]:

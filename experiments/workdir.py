@@ -156,6 +156,7 @@ def claim(config, workdir: pathlib.Path, extend: bool = False) -> tuple[dict | N
     try:
         if (workdir / "metrics.jsonl").exists():
             metrics.read(workdir / "metrics.jsonl")
+        runs.read_history(workdir)  # which an extension adds to, and a report tells
         summary = workdir / "summary.json"
         return runs.read_summary(summary) if summary.exists() else None, changed
     except DocumentError as error:

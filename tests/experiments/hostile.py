@@ -186,9 +186,17 @@ def damaged_run(generator: random.Random, folder) -> None:
         "config.json": lambda path: damaged_json(generator, path.read_text(), ("name", "optimizer")),
         "metrics.jsonl": lambda path: _damaged_lines(generator, path),
         "summary.json": lambda path: damaged_json(generator, path.read_text(), ("status", "steps", "tokens")),
+        "ledger.json": lambda path: _damaged_rows(generator, path, ("component",)),
+        "history.json": lambda path: _damaged_rows(generator, path, ("started_from", "step", "with")),
     }
     name = generator.choice([name for name in kinds if (folder / name).exists()])
     (folder / name).write_bytes(kinds[name](folder / name))
+
+
+def _damaged_rows(generator, path, keys) -> bytes:
+    """An array of two rows, the second damaged."""
+    sound = json.dumps(json.loads(path.read_bytes())[0])
+    return b"[" + sound.encode() + b"," + damaged_json(generator, sound, keys) + b"]"
 
 
 def _damaged_lines(generator, path) -> bytes:

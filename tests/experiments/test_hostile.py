@@ -174,6 +174,9 @@ def folder(tmp_path_factory):
     (folder / "run_folder" / "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * 20)
     summary = {"status": "finished", "steps": 20, "tokens": 60, "total_seconds": 1.0, "validation_loss": 1.0}
     outputs.write_json(folder / "run_folder" / "summary.json", sealed(summary))
+    outputs.write_json(folder / "run_folder" / "ledger.json", [{"component": "parameters", "bytes_formula": 4}])
+    started = {"started_from": str(folder / "another"), "step": 8, "with": "parameters"}
+    outputs.write_json(folder / "run_folder" / "history.json", [started])
     for name, module in (("pretrain", configuration), ("finetune", tuning_configuration)):
         base = {"base": {"source": str(folder / "transformers")}}
         config = runs.tiny(folder) if name == "pretrain" else tuning.tiny(folder, **base)

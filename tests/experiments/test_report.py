@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import figures, report
+from experiments import command, figures, report, workdir
+from experiments.configuration import ConfigurationError
 from experiments.runs import RunError, read_run, read_runs
 
 
@@ -308,3 +309,38 @@ def test_runs_that_do_not_say_what_they_evaluated_are_told_apart_by_their_config
         text = (folder / "metrics.jsonl").read_text()
         (folder / "metrics.jsonl").write_text(text.replace(', "evaluated": null, "bytes": null, "text": null', ""))
     assert bold(report._headline(read_runs([first, second, third]))) == {"validation loss": ["b"]}
+
+
+EXTENDED = {"extended": True, "step": 8, "changed": {"schedule.steps": [8, 12]}, "before": {"validation_loss": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("ledger.json", [{"component": 3}], "component is 3"),
+        ("ledger.json", "{", "ledger.json"),
+        ("history.json", "[", "history.json"),
+        ("history.json", [{"extended": True}], "history.json"),
+        ("history.json", [EXTENDED | {"changed": {"schedule.steps": [8]}}], "changed['schedule.steps'] is [8], where"),
+        ("history.json", [EXTENDED | {"before": {"validation_loss": "low"}}], "history.json"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_message(tmp_path, capsys, name, content, words):
+    """Of a run that is over, which then ends as usual, and of one that goes on, which then does not begin."""
+    folder = make_run(tmp_path / "run", steps=20)
+    (folder / "history.json").write_text(json.dumps([EXTENDED]))
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    command._report(folder)
+    said = capsys.readouterr().err
+    assert said.startswith("no report: ") and words in said and said.count("\n") == 1
+    if name == "history.json":
+        (folder / "config.json").unlink()  # what else would be compared
+        with pytest.raises(ConfigurationError, match=r"workdir=.*history\.json"):
+            workdir.claim(None, folder)
+
+
+def test_the_report_of_a_run_that_is_over_is_written(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", steps=20)
+    (folder / "history.json").write_text(json.dumps([EXTENDED]))
+    command._report(folder)
+    assert capsys.readouterr().err == "" and (folder / "report" / "report.html").is_file()
