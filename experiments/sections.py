@@ -3,8 +3,8 @@
 import dataclasses
 import difflib
 import inspect
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,13 +23,19 @@ def require(condition: Any, field: str, value: Any, remedy: str) -> None:
     experiments.sections.ConfigurationError: schedule.steps=0: give a positive integer
     """
     if not condition:
-        raise ConfigurationError(f"{field}={value!r}: {remedy}")
+        raise ConfigurationError(f"{field}={_shown(value)}: {remedy}")
+
+
+def _shown(value: Any) -> str:
+    """The value as it is written; Python writes no integer of more than some thousand digits."""
+    is_long = isinstance(value, int) and value.bit_length() > 256
+    return f"(an integer of {value.bit_length()} bits)" if is_long else repr(value)
 
 
 def one_of(field: str, value: Any, choices: Iterable[str]) -> None:
     """ConfigurationError unless `value` is among `choices`; names the nearest one."""
     choices = [*choices]
-    near = difflib.get_close_matches(str(value), choices, n=1)
+    near = difflib.get_close_matches(value if isinstance(value, str) else _shown(value), choices, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     require(value in choices, field, value, f"{hint}Choose one of {', '.join(choices)}")
 
@@ -41,7 +47,7 @@ def reject_unknown(prefix: str, given: Mapping, known: Iterable[str]) -> None:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}"
-            raise ConfigurationError(f"{prefix}{key}={given[key]!r}: unknown key; {hint}")
+            raise ConfigurationError(f"{prefix}{key}={_shown(given[key])}: unknown key; {hint}")
 
 
 LARGEST = 2**31 - 1  # of integers: counters and seeds are int32 on devices
@@ -62,8 +68,8 @@ class Range:
 
     def holds(self, value: float) -> bool:
         """Whether the number lies in the range; NaN and infinity lie in none."""
-        largest = LARGEST if isinstance(value, int) else math.inf
-        is_number = math.isfinite(value) and value <= largest
+        largest = LARGEST if isinstance(value, int) else sys.float_info.max
+        is_number = abs(value) <= largest
         is_above = self.at_least is None or value >= self.at_least
         is_above = is_above and (self.above is None or value > self.above)
         is_below = self.at_most is None or value <= self.at_most
@@ -214,6 +220,7 @@ def _typed(field: str, value: Any, hint: Any) -> Any:
     else:
         matches = Any in kinds or isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
     if not matches and isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        require(abs(value) <= sys.float_info.max, field, value, "is too large for a number; give a smaller one")
         return float(value)
     named = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None))
     require(matches, field, value, f"is of type {type(value).__name__}; give {named}")

@@ -71,7 +71,11 @@ def check_number(
     """
     if not is_number(value):
         return
-    if math.isfinite(value) and value >= at_least and value > above and value < below:
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        is_finite = False
+    if is_finite and value >= at_least and value > above and value < below:
         return
     bounds = [f"of at least {at_least}"] if at_least > -math.inf else []
     bounds += [f"above {above}"] if above > -math.inf else []

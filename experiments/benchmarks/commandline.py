@@ -14,7 +14,7 @@ from typing import Protocol
 
 from experiments import outputs
 from experiments.models import llama
-from experiments.sections import ConfigurationError
+from experiments.sections import LARGEST, ConfigurationError
 from lowrank_jax.interop.documents import DocumentError
 
 
@@ -90,7 +90,7 @@ def count(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
+    if not 1 <= value <= LARGEST:
         raise argparse.ArgumentTypeError(f"{text}: give a positive integer")
     return value
 

@@ -9,7 +9,8 @@ A file that another program wrote, that was cut short, or that somebody edited i
 Each is a `DocumentError` whose message names the file, the line or key, the value and the remedy. Whoever reads a
 document turns it into the error of its own program. What a document must hold is said by a shape:
 
-    int, float, str, bool, None     a number (an integer is also a float; true and false are neither), ...
+    int, float, str, bool, None     a number (an integer is also a float; true and false are neither, nor is an integer
+                                    beyond the largest float), ...
     dict, list, object              any object, any array, anything
     [shape]                         an array of it
     {str: shape}                    an object whose values all are of it
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -301,7 +303,9 @@ def _is_of(value: Any, shape: Any) -> bool:
         return isinstance(value, type(shape))
     if isinstance(value, bool):
         return shape is bool
-    return isinstance(value, (int, float) if shape is float else shape)
+    if isinstance(value, int) and shape in (int, float):
+        return abs(value) <= sys.float_info.max  # whoever reads a number may compute with it
+    return isinstance(value, shape)
 
 
 def _problem(value: Any, shape: Any, key: str) -> str | None:

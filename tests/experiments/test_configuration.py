@@ -229,10 +229,11 @@ def test_clipping_is_heeded():
         (["--config.optimizer.rnak=3"], "section optimizer has no key 'rnak'; did you mean optimizer.rank?"),
         (["--config.optimizer.rank=4096"], "configuration error: optimizer.rank=4096"),
         (["--config.schedule.steps=ten"], "configuration error: flag --config.schedule.steps=ten"),
+        ([f"--config.schedule.steps={10**400}"], "configuration error: schedule.steps=(an integer of 1329 bits): give"),
         (["--wrokdir=a"], "Did you mean: workdir"),
         (["--config.optimizer.name=adamw", "--config.optimizer.rank=8"], "rank=8: adamw has no such setting"),
     ],
-    ids=["unknown key", "rank", "no number", "unknown flag", "lacking"],
+    ids=["unknown key", "rank", "no number", "digits", "unknown flag", "lacking"],
 )
 def test_the_command_line_exits_with_2_and_one_message(flags, message, tmp_path):
     command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={tmp_path}/run", *flags]
@@ -315,6 +316,14 @@ def test_every_number_out_of_its_range_is_refused_on_each_side(settings, section
     assert len(outside) >= 2
     for value in outside:
         with pytest.raises(ConfigurationError, match=rf"^{section}\.{key}={re.escape(repr(value))}: "):
+            settings.from_dict({section: {key: value}})
+
+
+@pytest.mark.parametrize("settings, section, key, kinds", [*numeric_fields()])
+def test_an_integer_of_any_length_is_refused(settings, section, key, kinds):
+    del kinds
+    for value in (10**400, -(10**400), 10**5000):
+        with pytest.raises(ConfigurationError, match=rf"^{section}\.{key}=\(an integer of \d+ bits\): "):
             settings.from_dict({section: {key: value}})
 
 

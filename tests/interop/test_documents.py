@@ -32,6 +32,8 @@ UNEXPECTED = {
     "missing key": ({"format": 1}, "has no 'rate'"),
     "bool": (SOUND | {"format": True}, "format is True, where an integer is needed"),
     "float": (SOUND | {"format": 1.0}, "format is 1.0, where an integer is needed"),
+    "large": (SOUND | {"rate": 10**400}, f"rate is 1{'0' * 59}..., where a number is needed"),
+    "large integer": (SOUND | {"format": -(10**400)}, "..., where an integer is needed"),
     "string": (SOUND | {"rate": "2"}, "rate is '2', where a number is needed"),
     "inner": (SOUND | {"files": {"a": {"bytes": None}}}, "files['a'].bytes is None, where an integer is needed"),
     "inner key": (SOUND | {"files": {"a": {}}}, "files['a'] has no 'bytes'"),
