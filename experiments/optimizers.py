@@ -105,7 +105,7 @@ def fit(given: dict[str, Any], own: str, explicit: Collection[str]) -> list[str]
     for field, value in given.items():
         if value is None or field in explicit:
             continue
-        has_own_rank = field == "rank" and name == "apollo_mini"
+        has_own_rank = field == "rank" and name == "apollo_mini" and given.get("projector") is None
         if field == "learning_rate":
             notes.append(f"optimizer.learning_rate={value!r} is kept, which the configuration file has for {own}")
         elif has_own_rank or not has(name, field):

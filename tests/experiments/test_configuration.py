@@ -292,6 +292,23 @@ def test_the_baseline_of_galore_s_file():
     assert (given["rank"], given["refresh_every"], given["learning_rate"]) == (None, None, 0.01)
 
 
+@pytest.mark.parametrize("projector, explicit", [(None, ()), ("power", ()), ("power", ("projector",))])
+def test_a_projector_brings_its_rank_to_apollo_mini(projector, explicit):
+    """Whether the file says the projector or a flag does, the rank of the file is the projector's."""
+    given = {"name": "apollo_mini", "rank": 4, "projector": projector}
+    notes = optimizers.fit(given, "galore", ["name", *explicit])
+    assert given["rank"] == (None if projector is None else 4)
+    assert [note for note in notes if "rank" in note] == (
+        []
+        if projector
+        else ["optimizer.rank=4 of the configuration file is left out: apollo_mini has a rank of its own, 1"]
+    )
+    config = from_dict({"optimizer": given}).optimizer
+    optimizer = optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
+    kept = optimizers.sides(jax.eval_shape(optimizer.init, PARAMS))
+    assert kept == {"layers/mlp/up_proj/kernel": ("rows", 1 if projector is None else 4)}
+
+
 def numeric_fields():
     for name, settings in TABLES.items():
         for section, kind in settings.SECTIONS.items():
