@@ -338,6 +338,18 @@ def varying_alike(*trees: Any) -> Any:
     return vary(trees, varying(trees))
 
 
+def alike(*functions: Callable[[], Any]) -> tuple[Callable[[], Any], ...]:
+    """The functions, each array of a result varying over the mesh axes over which that array of any of them does.
+
+    For the branches of a cond inside `jax.shard_map`, one of which returns what it has read and another a constant.
+    """
+    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+        return functions
+    results = [jax.eval_shape(function) for function in functions]
+    names = jax.tree.map(varying, *results)
+    return tuple(lambda function=function: jax.tree.map(vary, function(), names) for function in functions)
+
+
 def everywhere(ok: jax.Array, *own: Any) -> jax.Array:
     """Whether `ok` on every device along the mesh axes over which it varies and the trees `own` do not."""
     names = tuple(sorted(varying(ok) - varying(own)))

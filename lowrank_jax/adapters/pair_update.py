@@ -199,7 +199,7 @@ class PairOptimizer:
                 on = (state.step // turns) % 2 == number
                 turn = lambda side=side: step.turn(side, getattr(state, side))  # noqa: E731
                 rest = lambda side=side: step.rest(side, getattr(state, side))  # noqa: E731
-                step.accept(side, jax.lax.cond(on, turn, rest))
+                step.accept(side, jax.lax.cond(on, *sharding.alike(turn, rest)))
             new = new._replace(**{side: step.inner[side]})
         if self.transport is not None:
             new = new._replace(bases=step.tree.of(step.bases))

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -119,6 +120,31 @@ def test_kernels_of_which_every_device_has_a_part():
     errors, difference = mapped(own, in_specs=(specs, P(), P()), out_specs=(P("data"), P()))(params, X, Y)
     assert np.max(errors) < 1e-6
     assert np.max(np.abs(difference)) < 1e-6
+
+
+@pytest.mark.parametrize("shared", [(), ("a",)], ids=["own factors", "one a for all"])
+@pytest.mark.parametrize("name", ["altlora", "altlora_plus"])
+def test_pairs_that_differ_by_device_take_turns(name, shared):
+    """A task on each device: the branches of the turn and of the rest have one type, whatever of a pair varies."""
+    tx = getattr(lr, name)(1e-2, scale=2.0, alternate=1)
+    factors = {"a": DRAW(11, 8, 6, 2), "b": DRAW(12, 8, 2, 5)}
+    for side in shared:
+        factors[side] = factors[side][:1]
+
+    def trained(pair):
+        state = tx.init(pair)
+        for _ in range(2):
+            updates, state = tx.update(jax.tree.map(jnp.sin, pair), state, pair)
+            pair = optax.apply_updates(pair, updates)
+        return pair
+
+    def own(factors):
+        return jax.tree.map(lambda x: x[None], trained({side: x[0] for side, x in factors.items()}))
+
+    specs = {side: P() if side in shared else P("data") for side in factors}
+    found = mapped(own, in_specs=(specs,), out_specs=P("data"))(factors)
+    every = {side: jnp.broadcast_to(x, (8, *x.shape[1:])) for side, x in factors.items()}
+    assert_close(found, jax.jit(jax.vmap(trained))(every))
 
 
 KERNEL = DRAW(7, 64, 16)
