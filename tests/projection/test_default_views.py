@@ -8,6 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 import lowrank_jax as lr
+from lowrank_jax import resolution
 from lowrank_jax.resolution import leaves_with_metadata
 
 X, IMAGE = jnp.ones((2, 5, 12)), jnp.ones((2, 8, 8, 3))
@@ -174,6 +175,15 @@ def test_the_remedy_keeps_the_rules_that_were_given():
     pasted = eval(remedy(error), {"lr": lr})
     assert pasted.rules[:2] == given.rules
     assert "mix/kernel" not in views(HARD, pasted)
+
+
+def test_every_leaf_is_compared_with_the_stacked_patterns_once(monkeypatch):
+    """The work of a report grows with the leaves, not with the leaves times the kernels of three or more axes."""
+    compared, own = [], resolution.is_stacked
+    monkeypatch.setattr(resolution, "is_stacked", lambda path, *rest: compared.append(path) or own(path, *rest))
+    tree = {f"conv_{i}": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)} for i in range(5)}
+    assert len(views(tree)) == 5
+    assert sorted(compared) == sorted(path for path, *_ in leaves_with_metadata(tree))
 
 
 def kernels_of(tree):
