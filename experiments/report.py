@@ -163,20 +163,29 @@ def _groups(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _apart(runs: Sequence[Run], letters: dict[str, str]) -> str:
-    """Where runs were evaluated on different tokens: which, and what their configurations say of it."""
+    """Where runs were evaluated on different tokens, or may have been: which, and what is known of it."""
     if len(letters) < 2:
         return ""
     one_of_each = {run.evaluated: run for run in reversed(runs)}
     keys = dict.fromkeys(key for run in one_of_each.values() for key in run.data)
     differing = [key for key in keys if len({repr(run.data.get(key)) for run in one_of_each.values()}) > 1]
+    recorded = sum(run.records_tokens for run in one_of_each.values())
+    is_mixed = 0 < recorded < len(letters)
     lines = []
     for key, letter in letters.items():
-        told = ", ".join(f"{name} = {one_of_each[key].data.get(name)!r}" for name in differing)
-        what = told or "the same configuration of data, whose content or tokenizer is another"
+        told = [f"{name} = {one_of_each[key].data.get(name)!r}" for name in differing]
+        if is_mixed and not one_of_each[key].records_tokens:
+            told.append("an older version did not record what was evaluated")
+        elif not told and recorded == 1:  # nothing to say how it differs from
+            told.append("what was evaluated is recorded")
+        elif not told:
+            told.append("the same configuration of data, whose content or tokenizer is another")
+        what = ", ".join(told)
         members = ", ".join(run.name for run in runs if run.evaluated == key)
         lines.append(f"<li>{letter}: {html.escape(members)}: {html.escape(what)}</li>")
+    same = "are known to have been evaluated" if is_mixed else "were evaluated"
     text = (
-        "Not all runs were evaluated on the same tokens. Losses a token and perplexities compare only runs of one "
+        f"Not all runs {same} on the same tokens. Losses a token and perplexities compare only runs of one "
         "letter, of which the smallest is bold; bits per byte compare runs on the same text whatever their tokenizer."
     )
     return f"<p class=note>{text}</p><ul class=note>{''.join(lines)}</ul>"

@@ -81,14 +81,18 @@ class Run:
         return times[1:]
 
     @property
+    def records_tokens(self) -> bool:
+        """Whether the last evaluation says by a digest what it was of; runs of older versions do not."""
+        return bool(self.evaluations and self.evaluations[-1].get("evaluated"))
+
+    @property
     def evaluated(self) -> str:
         """Equal for runs whose validation losses are of the same tokens, as far as is known.
 
-        Runs of before evaluations said what they are of are told apart by their configurations.
+        Runs that do not record it are told apart by their configurations, and never equal one that does.
         """
-        last = self.evaluations[-1] if self.evaluations else {}
-        if last.get("evaluated"):
-            return last["evaluated"]
+        if self.records_tokens:
+            return self.evaluations[-1]["evaluated"]
         data = {key: value for key, value in self.data.items() if not key.endswith(("batch_size", "directory"))}
         return json.dumps(data, sort_keys=True)
 

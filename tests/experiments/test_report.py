@@ -301,6 +301,24 @@ def test_losses_of_different_tokens_are_never_compared(tmp_path):
     assert "Not all runs" not in same
 
 
+def test_a_run_that_does_not_record_what_it_evaluated_is_not_said_to_be_of_other_content(tmp_path):
+    data = {"name": "c4", "tokenizer": "bytes"}
+    old = evaluated_on(make_run(tmp_path / "old", final=1.0), evaluated="", data=data)
+    new = evaluated_on(make_run(tmp_path / "new", final=1.2), evaluated="x", data=data)
+    other = evaluated_on(make_run(tmp_path / "other", final=1.1), evaluated="y", data=data)
+    page = report._headline(read_runs([old, new]))
+    assert bold(page) == {}
+    assert "Not all runs are known to have been evaluated on the same tokens" in page
+    assert "<li>A: old: an older version did not record what was evaluated</li>" in page
+    assert "<li>B: new: what was evaluated is recorded</li>" in page
+    page = report._headline(read_runs([old, new, other]))
+    assert "<li>A: old: an older version did not record what was evaluated</li>" in page
+    for name in ("B: new", "C: other"):
+        assert f"<li>{name}: the same configuration of data, whose content or tokenizer is another</li>" in page
+    page = report._headline(read_runs([new, other]))
+    assert "Not all runs were evaluated on the same tokens" in page
+
+
 def test_runs_that_do_not_say_what_they_evaluated_are_told_apart_by_their_configurations(tmp_path):
     first = evaluated_on(make_run(tmp_path / "a", final=1.2), evaluated=None, data={"name": "c4", "batch_size": 4})
     second = evaluated_on(make_run(tmp_path / "b", final=1.1), evaluated=None, data={"name": "c4", "batch_size": 8})
