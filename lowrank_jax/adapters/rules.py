@@ -69,7 +69,8 @@ class Plan:
             raise ValueError(
                 f"{self.name!r} adapts leaves at some of their uses only, {limited}, and {reason}: attach it instead, "
                 "or give the other use a leaf of its own (a model whose output layer is not tied, its kernel a copy of "
-                "the transposed table) and adapt that tree without uses"
+                "the transposed table) and adapt that tree without uses; of a PEFT file for a model whose output layer "
+                "shares no table, read it by lr.interop.peft.load(..., head=None)"
             )
 
     def banked(self) -> Plan:

@@ -11,6 +11,7 @@ that is adapted by itself, want a leaf of their own.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -20,12 +21,27 @@ from lowrank_jax.adapters.base import Site
 from lowrank_jax.adapters.dora import Dora
 from lowrank_jax.interop._peft_config import HEADS, PREFIX, by_pattern
 from lowrank_jax.interop._peft_family import Family
-from lowrank_jax.interop._torch_layout import Host, Tree
+from lowrank_jax.interop._torch_layout import Host, Place, Tree
 
 FIELD = "ensure_weight_tying"
 TABLE = "embed_tokens"  # the only table that PEFT ties
 OUTPUTS = (*HEADS, "head")
+POSITIONS = re.compile(r"wpe|pos|.*(position|pos_emb|token_type|relative_attention_bias).*")
 PAIR = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
+
+
+def may_be_head(module: str) -> bool:
+    """Whether an output layer can share a table: those of positions and of token types have no word to score.
+
+    >>> may_be_head("transformer.wte"), may_be_head("transformer.wpe"), may_be_head("embeddings.token_type_embeddings")
+    (True, False, False)
+    """
+    return not POSITIONS.fullmatch(module.rsplit(".", 1)[-1])
+
+
+def _tables(tree: Tree) -> dict[str, Place]:
+    """`{module: its place}` of the tables that an output layer can share."""
+    return {m: place for m, place in tree.matrices.items() if place.leaf == "embedding" and may_be_head(m)}
 
 
 def head_of(tree: Tree, head: str | None) -> str | None:
@@ -33,7 +49,7 @@ def head_of(tree: Tree, head: str | None) -> str | None:
     own = [module for module, place in tree.matrices.items() if place.leaf == "kernel"]
     if any(module == head or module.rsplit(".", 1)[-1] in OUTPUTS for module in own):
         return None
-    return head if any(place.leaf == "embedding" for place in tree.matrices.values()) else None
+    return head if _tables(tree) else None
 
 
 def untie(head: str, table: str) -> str:
@@ -60,7 +76,7 @@ class Tied:
 
     def uses(self, hosts: Mapping[str, Host]) -> Collection[str]:
         """The adapted tables of which only the look-up sees the adapter."""
-        tables = [module for module, host in hosts.items() if host.kind == "embedding"]
+        tables = [module for module, host in hosts.items() if host.kind == "embedding" and may_be_head(module)]
         return [module for module in tables if self.head is not None and module not in self.both]
 
 
@@ -71,7 +87,7 @@ def find(config: Mapping[str, Any], family: Family, tree: Tree, head: str | None
     keys = frozenset(key for key in tensors if name is not None and key.startswith(start))
     if name is None:
         return Tied(None, keys, frozenset())
-    tables = [module for module, place in tree.matrices.items() if place.leaf == "embedding"]
+    tables = list(_tables(tree))
     changed = sorted(keys - {start + "base_layer.weight"})
     if changed and not config.get(FIELD):
         raise ValueError(
@@ -130,19 +146,19 @@ def _check_settings(config: Mapping[str, Any], family: Family, head: str, both: 
 
 def check_whole(tied: Tied, tree: Tree, names: Collection[str]) -> None:
     """ValueError for a table of which the file trains a copy that only the look-up reads."""
-    places = [tree.places[name] for name in names]
-    for place in places:
-        if tied.head is not None and place.leaf == "embedding" and place.module not in tied.both:
+    tables = _tables(tree)
+    for module in (tree.places[name].module for name in names):
+        if tied.head is not None and module in tables and module not in tied.both:
             raise ValueError(
-                f"modules_to_save holds a copy of the table of {place.module!r} that PEFT gives to the look-up alone "
-                f"({FIELD} is not set): {untie(tied.head, place.module)}"
+                f"modules_to_save holds a copy of the table of {module!r} that PEFT gives to the look-up alone "
+                f"({FIELD} is not set): {untie(tied.head, module)}"
             )
 
 
 def copies(tied: Tied, tree: Tree) -> dict[str, str]:
     """`{key: torch's name}` of the table that PEFT wrote as the output layer's base."""
     key = f"{PREFIX}{tied.head}.base_layer.weight"
-    tables = [place.name for place in tree.matrices.values() if place.leaf == "embedding"]
+    tables = [place.name for place in _tables(tree).values()]
     return {key: tables[0]} if key in tied.keys and len(tables) == 1 else {}
 
 
@@ -161,7 +177,7 @@ def check_site(family: Family, tree: Tree, site: Site, head: str | None) -> str 
             raise ValueError(f"uses: {site.path!r} is adapted at {site.uses}, which no PEFT file can say")
         return None
     name = head_of(tree, head)
-    if name is None or site.uses:
+    if name is None or site.uses or not may_be_head(module):
         return None
     _check_both(family, name, module, "is adapted as the look-up and as the output layer; PEFT adapts the look-up")
     return name
@@ -171,8 +187,8 @@ def write_whole(family: Family, tree: Tree, whole: Mapping[str, Any], head: str 
     """Tensors of the output layer whose table is trained whole; ValueError where the method cannot say it."""
     name = head_of(tree, head)
     found = {}
-    for place in tree.places.values():
-        if name is not None and place.path in whole and place.leaf == "embedding":
+    for place in _tables(tree).values():
+        if name is not None and place.path in whole:
             _check_both(family, name, place.module, "is trained as the look-up and as the output layer; PEFT copies it")
             found[f"{PREFIX}{name}.weight"] = tree.parameter(place, whole[place.path])
     return found

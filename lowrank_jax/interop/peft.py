@@ -81,7 +81,8 @@ def load(
         where names is that of the LLaMA family.
       ignore: fields of the configuration to pass over, such as a dropout that we do not have.
       head: torch's name of the output layer. A tree with a table and no kernel of that name, nor of one called score,
-        classifier or head, is one whose table the output layer shares; None if no output layer shares it.
+        classifier or head, is one whose table the output layer shares, but for tables of positions and of token types;
+        None if no output layer shares it, as of an encoder.
       name: of the adaptation.
 
     Raises:

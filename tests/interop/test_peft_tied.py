@@ -79,6 +79,26 @@ def test_a_tree_with_an_output_layer_of_its_own_has_every_file(tmp_path):
     np.testing.assert_allclose(merged, TABLE + 3 * A.T @ B.T, atol=1e-6)
 
 
+def test_an_encoder_shares_no_table(tmp_path):
+    """Its words may be those of an output layer, which the caller denies; positions and token types never are."""
+    names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    params = {"embeddings": {name: {"embedding": jnp.asarray(TABLE)} for name in names}}
+    of = lambda name: {f"embeddings.{name}.lora_embedding_A": A, f"embeddings.{name}.lora_embedding_B": B}  # noqa: E731
+    folder = write(tmp_path, CONFIG | {"target_modules": list(names)}, of(names[0]) | of(names[1]) | of(names[2]))
+    adaptation = peft.load(folder, params)
+    assert [site.uses for site in adaptation.plan.sites] == [()] * 2 + [("gather",)]
+    with pytest.raises(ValueError, match=r"\{'embeddings/word_embeddings/embedding': .*peft.load\(.*head=None\)"):
+        lr.merge(params, adaptation)
+    for table in jax.tree.leaves(lr.merge(params, peft.load(folder, params, head=None))):
+        np.testing.assert_allclose(table, TABLE + 3 * A.T @ B.T, atol=1e-6)
+    rules = {f"embeddings/{name}/embedding": FEW for name in names[1:]}
+    peft.save(tmp_path / "again", lr.adapt(params, rules, jax.random.key(0)), params)
+    whole = SAVED | {"target_modules": [names[1]], "modules_to_save": [names[2]]}
+    tensors = of(names[1]) | {f"embeddings.{names[2]}.weight": COPY}
+    found = peft.load(write(tmp_path, whole, tensors), params).train["whole"]
+    np.testing.assert_array_equal(found[f"embeddings/{names[2]}/embedding"], COPY)
+
+
 REMEDY = ".*give the output layer 'lm_head' a kernel of its own in params, the transposed table of 'embed_tokens'.*None"
 LOADS = {
     "head alone": ("adapts or trains the output layer 'lm_head' by itself" + REMEDY, CONFIG, HEAD),
