@@ -13,8 +13,8 @@ document turns it into the error of its own program. What a document must hold i
                                     beyond the largest float), ...
     dict, list, object              any object, any array, anything
     [shape]                         an array of it
-    {str: shape}                    an object whose values all are of it
     {"key": shape, "other?": shape} an object with these keys; one that ends in "?" may be absent; others are let be
+    {str: shape}                    an object whose values are of it, those of keys that are named beside it aside
     (shape, ...)                    any one of them
 """
 
@@ -326,9 +326,11 @@ def _inside(value: Any, shape: Any, key: str) -> str | None:
         return next((problem for problem in found if problem is not None), None)
     if not isinstance(shape, Mapping):
         return None
+    named = {name.removesuffix("?") for name in shape if name is not str}
     for name, inner in shape.items():
         if name is str:
-            found = (_problem(element, inner, f"{key}[{own!r}]") for own, element in value.items())
+            others = ((own, element) for own, element in value.items() if own not in named)
+            found = (_problem(element, inner, f"{key}[{own!r}]") for own, element in others)
             problem = next((problem for problem in found if problem is not None), None)
             if problem is not None:
                 return problem

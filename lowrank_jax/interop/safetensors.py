@@ -214,7 +214,7 @@ def _header(file: pathlib.Path) -> dict[str, Any]:
     with open(file, "rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         words = raw.read(length).decode()
-    shape = {str: {"dtype?": str, "shape?": [int]}}
+    shape = {"__metadata__?": {str: str}, str: {"dtype": str, "shape": [int]}}
     header = documents.parse(words, shape, where=f"the header of {file}", remedy=_AGAIN)
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 

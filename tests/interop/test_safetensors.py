@@ -67,6 +67,9 @@ def test_the_package_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
     assert_same(package.load_file(tmp_path / "ours.safetensors"), tensors)
     package.save_file(tensors, tmp_path / "theirs.safetensors")
     assert_same(safetensors.read(tmp_path / "theirs.safetensors"), tensors)
+    about = {"shape": "(3, 4)", "dtype": "float32"}  # words of the user's own, which a tensor's entry has too
+    package.save_file(tensors, tmp_path / "described.safetensors", metadata=about)
+    assert_same(safetensors.read(tmp_path / "described.safetensors"), tensors)
     length = int.from_bytes((tmp_path / "ours.safetensors").read_bytes()[:8], "little")
     header = json.loads((tmp_path / "ours.safetensors").read_bytes()[8 : 8 + length])
     assert header.pop("__metadata__") == {"format": "pt"}
