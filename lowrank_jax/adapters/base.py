@@ -259,9 +259,10 @@ class Adapter:
         """ValueError where the rank exceeds the largest; files of others may hold such ranks, and are loaded."""
         bound, rank = self.largest_rank(site), getattr(self, "rank", 0)
         if bound is not None and rank > bound:
+            smaller = f"use at most {bound}, for this leaf alone by ranks=, or " if bound > 0 else ""
             raise ValueError(
                 f"{site.path!r}: rank={rank} exceeds {bound}, the largest of {self.kind} on a {site.n} x {site.m} "
-                f"kernel; use at most {bound}, for this leaf alone by ranks=, or leave it out by exclude="
+                f"kernel; {smaller}leave it out by exclude="
             )
 
     def scaling(self, rank: int) -> float:

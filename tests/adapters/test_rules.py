@@ -371,6 +371,12 @@ def test_a_rank_larger_than_a_matrix_can_have_is_refused_with_the_familys_own_bo
         family(rank=99999, **options).start(KEY, jnp.ones((6, 4)))
 
 
+def test_where_no_rank_fits_the_leaf_is_to_be_left_out():
+    """SHiRA of rank 1 would train more entries than a single row has; a rank of 0 is no remedy."""
+    with pytest.raises(ValueError, match="rank=1 exceeds 0, the largest of shira on a 1 x 64 kernel; leave it out by"):
+        lr.adapt({"one": jnp.ones((1, 64))}, {".*": A.shira(rank=1)}, KEY)
+
+
 def test_every_family_with_a_rank_has_a_bound():
     families = [one for one in vars(A).values() if isinstance(one, type) and issubclass(one, A.Adapter)]
     named = {one for one in families if "rank" in {field.name for field in dataclasses.fields(one)}}
