@@ -291,9 +291,19 @@ class Adapter:
         del site, p
         return None
 
+    def checked_factors(self, site: Site, p: Arrays) -> Any:
+        """The `Factors` or None of `factors`, for all who use them; TypeError where a family gives anything else."""
+        found = self.factors(site, p)
+        if found is None or isinstance(found, Factors):
+            return found
+        raise TypeError(
+            f"{type(self).__name__}.factors gives a {type(found).__name__}; return None or "
+            "lr.adapters.Factors(a, scale, b, rank_of), rank_of np.arange(r) for r components in the order of the rank"
+        )
+
     def delta(self, site: Site, p: Arrays) -> jax.Array:
         """`(n, m)`, what is added to the kernel; by default the product of the factors."""
-        found = self.factors(site, p)
+        found = self.checked_factors(site, p)
         if found is None:
             raise TypeError(f"{type(self).__name__} has no additive delta; effective() gives the whole matrix")
         return (found.a * found.scale) @ found.b
@@ -313,7 +323,7 @@ class Adapter:
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
         """The adapted operator. `key` draws what is random, here dropout of the input; None is deterministic."""
-        found, rate = self.factors(site, p), self.dropout_rate
+        found, rate = self.checked_factors(site, p), self.dropout_rate
         if found is None:
             return op.replaced(lambda: self.effective(site, op.kernel(), p))
         return op.plus(lambda x: op.thin(dropout(x, rate, key), found), lambda: self.delta(site, p))

@@ -76,7 +76,7 @@ def factors_of(adaptation: Adaptation, path: str) -> SiteFactors | None:
 
     def one(own):
         nonlocal rank_of
-        found = adapter.factors(site, own | {"shared": shared})
+        found = adapter.checked_factors(site, own | {"shared": shared})
         if found is None:
             return None
         rank_of = found.rank_of  # the same for all matrices, and no array that a map could carry

@@ -258,7 +258,7 @@ class Lora(Adapter):
         if self.products == "kernel" and op.plain and not sharding.explicit_trace():
 
             def both(x):
-                a, scale, b, _ = self.factors(site, p)
+                a, scale, b, _ = self.checked_factors(site, p)
                 spec = sharding.matrix_spec(site.path, site.view)
                 return kernels.thin_linear(x, op.kernel(), a * scale, b, spec=spec)
 
@@ -266,7 +266,7 @@ class Lora(Adapter):
 
         def forward(x):
             if key is None or self.dropout == 0:
-                return op.thin(x, self.factors(site, p))
+                return op.thin(x, self.checked_factors(site, p))
             y = op.thin(dropout(x, self.dropout, key), self.pair(p))
             return y if "a0" not in p else y - op.thin(x, self.offset(p))  # the kernel's own part
 

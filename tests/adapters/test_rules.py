@@ -381,3 +381,25 @@ def test_every_family_with_a_rank_has_a_bound():
     families = [one for one in vars(A).values() if isinstance(one, type) and issubclass(one, A.Adapter)]
     named = {one for one in families if "rank" in {field.name for field in dataclasses.fields(one)}}
     assert named == {family for family, _ in BOUNDS.values()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Triple(A.lora):
+    """A family that gives its factors without the ranks to which they belong."""
+
+    def factors(self, site, p):
+        return p["a"], p["scale"], p["b"]
+
+
+def test_factors_of_another_kind_are_refused_by_the_name_of_the_family():
+    tree = {"kernel": jnp.ones((4, 6))}
+    adaptation = lr.adapt(tree, Triple(rank=2), KEY)
+    attached = lr.attach(tree, adaptation)
+    message = r"Triple.factors gives a tuple; return None or lr.adapters.Factors\(a, scale, b, rank_of\)"
+    for use in (
+        lambda: lr.matmul(jnp.ones((3, 4)), attached["kernel"]),
+        lambda: lr.effective(tree, adaptation),
+        lambda: lr.to_lora(tree, adaptation),
+    ):
+        with pytest.raises(TypeError, match=message):
+            use()
