@@ -36,9 +36,14 @@ def as_matrix(x: Any, name: str = "x") -> Array:
     return as_array(require_matrix(x, name))
 
 
+def is_integer(value: Any) -> bool:
+    """Whether this is a concrete integer, Python's or NumPy's; booleans are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def check_rank(rank: Any, limit: int, name: str = "rank", what: str = "the smaller matrix dimension") -> int:
     """rank as an int in [1, limit]; it fixes shapes, so it must be static."""
-    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
+    if not is_integer(rank):
         raise TypeError(f"{name}={rank!r} must be a Python int: it fixes shapes, so make it static under jit")
     if not 1 <= rank <= limit:
         raise ValueError(f"{name}={rank} must lie in [1, {limit}], where {limit} is {what}")

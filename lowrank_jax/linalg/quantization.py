@@ -15,9 +15,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lowrank_jax import sharding
-from lowrank_jax.checks import is_integer
 from lowrank_jax.linalg import dynamic_code
-from lowrank_jax.linalg._common import Array
+from lowrank_jax.linalg._common import Array, is_integer
 from lowrank_jax.serialization import serializable
 
 CODES = ("signed", "unsigned", "linear")
