@@ -27,7 +27,7 @@ AT_CONSTRUCTION = [
     (lambda: P.svd(rank=1.5), "rank=1.5 must be a positive integer, or a fraction"),
     (lambda: P.svd(rank=True), "rank=True must be an integer"),
     (lambda: P.svd(rank=jnp.int32(3)), "static_args"),
-    (lambda: P.dct(rank=2, kind=4), "kind=4 must be the Python number 2 or 3"),
+    (lambda: P.dct(rank=2, kind=4), "kind=4 must be the number 2 or 3"),
     (lambda: P.dct(rank=2, norm="max"), "norm='max' must be 'l1' or 'l2'"),
     (lambda: P.random(rank=2, kind="normal"), "kind='normal' must be one of"),
     (lambda: P.columns(rank=2, select="best"), "select='best' must be"),
