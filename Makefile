@@ -24,7 +24,7 @@ help:
 	@echo "make finetune   LoRA of that model on documentation texts (trains it first if it is not there)"
 	@echo "make test       lint, types, doctests, fast and slow tests, tests on eight fake devices (20 minutes on 2 cores)"
 	@echo "make test-fast  doctests and fast tests (3 minutes on 2 cores)"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff (rules and format) and mypy"
 	@echo "make evidence   the study behind README's tables (about 2 hours on 2 cores; may be interrupted and resumed)"
 	@echo "make report     one page from finished runs: make report RUNS='runs/a runs/b'"
 	@echo "make test-tpu   compile for TPUs that are not there (libtpu); make test-peer: compare with PyTorch"
@@ -65,6 +65,7 @@ evidence: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 test-fast: .venv/installed

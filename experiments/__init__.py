@@ -1,1 +1,2 @@
-"""Runnable programs around lowrank_jax: pre-training, reports, the study behind README, benchmarks."""
+"""Runnable programs around lowrank_jax: pre-training, reports, the study behind README,
+benchmarks."""

@@ -1,7 +1,8 @@
-"""The command line of a program: flags of absl, and `--config.section.key=value` for every key of its configuration.
+"""The command line of a program: flags of absl, and `--config.section.key=value` for every key of
+its configuration.
 
-Whatever is wrong with it ends with one line and exit code 2; `--help` prints the program's docstring, its flags, and
-every key with its meaning, as the docstrings of the sections give it.
+Whatever is wrong with it ends with one line and exit code 2; `--help` prints the program's
+docstring, its flags, and every key with its meaning, as the docstrings of the sections give it.
 """
 
 import difflib
@@ -22,7 +23,10 @@ from experiments import optimizers
 from experiments.sections import ConfigurationError, descriptions, plain
 
 ASKING = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
-FURTHER = {"name": "of the run, and of its folder.", "model.preset": "the shape that the other keys of model change."}
+FURTHER = {
+    "name": "of the run, and of its folder.",
+    "model.preset": "the shape that the other keys of model change.",
+}
 
 
 def parser(settings: types.ModuleType, default: pathlib.Path) -> Callable[[list[str]], list[str]]:
@@ -42,7 +46,9 @@ def parser(settings: types.ModuleType, default: pathlib.Path) -> Callable[[list[
             check_keys(argv, settings)
             load(file)  # its errors are told better here
             config_flags.DEFINE_config_file(
-                "config", os.path.relpath(default), "Python file; a flag --config.section.key=value changes a key"
+                "config",
+                os.path.relpath(default),
+                "Python file; a flag --config.section.key=value changes a key",
             )
             return flags.FLAGS(argv)
         except ConfigurationError as error:
@@ -55,15 +61,18 @@ def parser(settings: types.ModuleType, default: pathlib.Path) -> Callable[[list[
 
 
 def configured(settings: types.ModuleType) -> tuple[Any, list[str]]:
-    """The checked configuration of the parsed flags, and notes on settings of the file that do not apply.
+    """The checked configuration of the parsed flags, and notes on settings of the file that do not
+    apply.
 
-    A flag that chooses another method than the file leaves out what of the file the method lacks; what other flags
-    say stays, and is an error where the method lacks it.
+    A flag that chooses another method than the file leaves out what of the file the method lacks;
+    what other flags say stays, and is an error where the method lacks it.
     """
     flag = flags.FLAGS["config"]
     given, explicit = plain(flags.FLAGS.config), config_flags.get_override_values(flag)
     own = plain(load(config_flags.get_config_filename(flag)))["optimizer"]["name"]
-    notes = optimizers.fit(given["optimizer"], own, [key.removeprefix("optimizer.") for key in explicit])
+    notes = optimizers.fit(
+        given["optimizer"], own, [key.removeprefix("optimizer.") for key in explicit]
+    )
     config = settings.from_dict(given)
     optimizers.check(config.optimizer)
     return config, notes
@@ -76,7 +85,8 @@ def refuse(message: str) -> int:
 
 
 def named_file(argv: Sequence[str], default: pathlib.Path) -> str:
-    """The configuration file that the command line names, `file.py:argument` for `get_config(argument)`."""
+    """The configuration file that the command line names, `file.py:argument` for
+    `get_config(argument)`."""
     found = os.path.relpath(default)
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         match = re.fullmatch(r"--?config(?:=(.*))?", word)
@@ -92,7 +102,9 @@ def load(file: str) -> Any:
     """
     path, *argument = file.split(":", 1)
     if not pathlib.Path(path).is_file():
-        raise ConfigurationError(f"config={path!r}: no such file; name one, such as experiments/configs/default.py")
+        raise ConfigurationError(
+            f"config={path!r}: no such file; name one, such as experiments/configs/default.py"
+        )
     try:
         made = runpy.run_path(path)
         return made["get_config"](*argument)
@@ -124,7 +136,8 @@ def keys(settings: types.ModuleType) -> dict[str, tuple[str, ...]]:
 
 
 def check_keys(argv: Sequence[str], settings: types.ModuleType) -> None:
-    """ConfigurationError for the first `--config.section.key` that there is not; names the nearest one.
+    """ConfigurationError for the first `--config.section.key` that there is not; names the nearest
+    one.
 
     >>> from experiments import configuration
     >>> check_keys(["", "--config.optimizer.rnak=3"], configuration)
@@ -132,7 +145,11 @@ def check_keys(argv: Sequence[str], settings: types.ModuleType) -> None:
     experiments.sections.ConfigurationError: optimizer.rnak: section optimizer has no key 'rnak'; did you mean ...
     """
     sections = keys(settings)
-    known = [f"{section}.{key}" if section else key for section, table in sections.items() for key in table]
+    known = [
+        f"{section}.{key}" if section else key
+        for section, table in sections.items()
+        for key in table
+    ]
     for word in argv[1:]:
         match = re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=.*)?", word, re.DOTALL)
         if match is None or match[1] in known:
@@ -140,11 +157,17 @@ def check_keys(argv: Sequence[str], settings: types.ModuleType) -> None:
         path = match[1]
         section, _, key = path.partition(".")
         if path in sections:
-            raise ConfigurationError(f"{path}: is a section; set one of its keys, {', '.join(sections[path])}")
+            raise ConfigurationError(
+                f"{path}: is a section; set one of its keys, {', '.join(sections[path])}"
+            )
         elsewhere = [name for name in known if name.rpartition(".")[2] == key]
         near = elsewhere or difflib.get_close_matches(path, known, n=1)
         hint = f"did you mean {' or '.join(near)}?" if near else f"keys are {', '.join(known)}"
-        wrong = f"section {section} has no key {key!r}" if section in sections else f"there is no section {section!r}"
+        wrong = (
+            f"section {section} has no key {key!r}"
+            if section in sections
+            else f"there is no section {section!r}"
+        )
         raise ConfigurationError(f"{path}: {wrong}; {hint}")
 
 
@@ -155,8 +178,14 @@ def page(settings: types.ModuleType, file: str, program: str) -> str:
     for name, flag in sorted(flags.FLAGS.flag_values_dict().items()):
         if not _is_own(name, program):
             continue
-        lines += _entry(f"--{name}", "" if flag is None else repr(flag), flags.FLAGS[name].help or "")
-    lines += ["", "Keys of the configuration, written --config.section.key=value, as this file sets them:", f"  {file}"]
+        lines += _entry(
+            f"--{name}", "" if flag is None else repr(flag), flags.FLAGS[name].help or ""
+        )
+    lines += [
+        "",
+        "Keys of the configuration, written --config.section.key=value, as this file sets them:",
+        f"  {file}",
+    ]
     values = settings.to_dict(settings.from_dict(load(file)))
     defaults = settings.to_dict(settings.from_dict({}))
     for section, kind in settings.SECTIONS.items():
@@ -170,7 +199,9 @@ def _is_own(name: str, program: str) -> bool:
     return module == program or module.startswith("experiments.")
 
 
-def _section(section: str, kind: type, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
+def _section(
+    section: str, kind: type, values: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Iterator[str]:
     texts, fields = descriptions(kind), kind.__dataclass_fields__  # type: ignore[attr-defined]
     for key, value in values.items():
         text = texts.get(key) or FURTHER[f"{section}.{key}"]
@@ -188,4 +219,6 @@ def _value(value: Any, default: Any) -> str:
 
 def _entry(name: str, value: str, text: str) -> Iterator[str]:
     yield f"  {name} = {value}" if value else f"  {name}"
-    yield from textwrap.wrap(" ".join(text.split()), 100, initial_indent="      ", subsequent_indent="      ")
+    yield from textwrap.wrap(
+        " ".join(text.split()), 100, initial_indent="      ", subsequent_indent="      "
+    )

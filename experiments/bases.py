@@ -33,7 +33,14 @@ BLOCK = 64 * 2**20
 
 # config.json of a folder that finetune exported begins with it
 EXPORTED = "lowrank_jax model"
-_DESCRIPTION = {"format": str, "architecture": str, "model": dict, "tokenizer": str, "classes": [str], "domain": dict}
+_DESCRIPTION = {
+    "format": str,
+    "architecture": str,
+    "model": dict,
+    "tokenizer": str,
+    "classes": [str],
+    "domain": dict,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,14 +76,17 @@ class Base:
 
 
 def shapes(config, classes: int = 0) -> Any:
-    """Parameters of the model of `config` as `jax.ShapeDtypeStruct`s; with a classifier where text has classes."""
+    """Parameters of the model of `config` as `jax.ShapeDtypeStruct`s; with a classifier where text
+    has classes."""
     if isinstance(config, vit.VitConfig):
         images = jax.ShapeDtypeStruct((1, config.image, config.image, config.channels), jnp.float32)
         return jax.eval_shape(vit.Vit(config).init, jax.random.key(0), images)["params"]
     found = huggingface.shapes(config)
     if classes:
         dtype = llama.DTYPES[config.param_dtype]
-        found = found | {"classifier": {"kernel": jax.ShapeDtypeStruct((config.width, classes), dtype)}}
+        found = found | {
+            "classifier": {"kernel": jax.ShapeDtypeStruct((config.width, classes), dtype)}
+        }
     return found
 
 
@@ -122,7 +132,8 @@ def open_base(config: BaseConfig, seed: int, tokenizer: str = "") -> Base:
       seed: of new parameters.
       tokenizer: of the data; one that is not "bytes" sets the vocabulary of a new language model.
 
-    Its `read` raises ConfigurationError, too, where a parameter is not finite: a run from it could only diverge.
+    Its `read` raises ConfigurationError, too, where a parameter is not finite: a run from it could
+    only diverge.
     """
     if not config.source:
         return _new(config, seed, tokenizer)
@@ -143,7 +154,8 @@ def _check_finite(params, source: str) -> None:
         if found:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ConfigurationError(
-                f"base.source={source!r}: {found} values of {name} are not finite; restore it, or name another base"
+                f"base.source={source!r}: {found} values of {name} are not finite; restore it, or "
+                "name another base"
             )
 
 
@@ -153,12 +165,14 @@ def _opened(config: BaseConfig) -> Base:
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
         raise ConfigurationError(
-            f"base.source={config.source!r} {what}: name a run folder (`make train` makes runs/default), an exported "
-            "folder, or one of Hugging Face's transformers"
+            f"base.source={config.source!r} {what}: name a run folder (`make train` makes "
+            "runs/default), an exported folder, or one of Hugging Face's transformers"
         )
     values = _documented(path, dict, config.source)
     overrides = {
-        name: value for name in ("dtype", "param_dtype", "remat") if (value := getattr(config, name)) is not None
+        name: value
+        for name in ("dtype", "param_dtype", "remat")
+        if (value := getattr(config, name)) is not None
     }
     if "model_type" in values or "architectures" in values:
         return _of_transformers(folder, config, overrides)
@@ -180,17 +194,26 @@ def _new(config: BaseConfig, seed: int, tokenizer: str) -> Base:
     is_vit = isinstance(model_config, vit.VitConfig)
     if not is_vit:
         size = configuration.tokenizers_size(tokenizer) if tokenizer else None
-        model_config = dataclasses.replace(model_config, vocabulary_size=size or model_config.vocabulary_size)
+        model_config = dataclasses.replace(
+            model_config, vocabulary_size=size or model_config.vocabulary_size
+        )
 
     def read(place):
         def init(key):
             if is_vit:
-                return vit.Vit(model_config).init(key, jnp.zeros((1, *_image(model_config))))["params"]
+                return vit.Vit(model_config).init(key, jnp.zeros((1, *_image(model_config))))[
+                    "params"
+                ]
             return llama.Llama(model_config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
         return jax.jit(init, out_shardings=place(shapes(model_config)))(jax.random.key(seed))
 
-    base = Base(source=config.preset or "", config=model_config, read=read, tokenizer="" if is_vit else "bytes")
+    base = Base(
+        source=config.preset or "",
+        config=model_config,
+        read=read,
+        tokenizer="" if is_vit else "bytes",
+    )
     return dataclasses.replace(base, domain=_domain(config, base))
 
 
@@ -200,7 +223,9 @@ def _image(config: vit.VitConfig) -> tuple[int, int, int]:
 
 def _of_transformers(folder: pathlib.Path, config: BaseConfig, overrides: dict) -> Base:
     try:
-        model_config = huggingface.config_from(huggingface.read_config(folder / "config.json"), **overrides)
+        model_config = huggingface.config_from(
+            huggingface.read_config(folder / "config.json"), **overrides
+        )
     except ValueError as error:
         raise ConfigurationError(f"base.source={config.source!r}: {error}") from error
 
@@ -218,12 +243,16 @@ def _pretrained(folder: pathlib.Path) -> Base:
     try:
         config = configuration.from_dict(read_config(folder))
     except ConfigurationError as error:
-        raise ConfigurationError(f"base.source={str(folder)!r} holds no run of this program: {error}") from error
+        raise ConfigurationError(
+            f"base.source={str(folder)!r} holds no run of this program: {error}"
+        ) from error
     tokenizer = found_in(folder) or config.data.tokenizer
     return Base(
         source=str(folder),
         config=config.model,
-        read=lambda place: read_run(folder, shapes(config.model), place, {"model": dataclasses.asdict(config.model)}),
+        read=lambda place: read_run(
+            folder, shapes(config.model), place, {"model": dataclasses.asdict(config.model)}
+        ),
         tokenizer=tokenizer,
         domain=TuningDataConfig(**dataclasses.asdict(config.data) | {"tokenizer": tokenizer}),
     )
@@ -237,7 +266,8 @@ def _documented(path: pathlib.Path, shape: Any, source: str) -> Any:
 
 
 def read_description(path: pathlib.Path) -> dict[str, Any]:
-    """What `Model.describe` wrote, to model.json of a run or config.json of an exported folder; all sections checked.
+    """What `Model.describe` wrote, to model.json of a run or config.json of an exported folder; all
+    sections checked.
 
     Raises ConfigurationError.
     """
@@ -255,7 +285,9 @@ def _described(values: dict[str, Any], source: str) -> tuple[Any, TuningDataConf
         model = sections.build(kind, "model", values["model"])
         return model, sections.build(TuningDataConfig, "domain", values["domain"])
     except ConfigurationError as error:
-        raise ConfigurationError(f"base.source={source!r}: its description is damaged: {error}") from error
+        raise ConfigurationError(
+            f"base.source={source!r}: its description is damaged: {error}"
+        ) from error
 
 
 def _exported(folder: pathlib.Path) -> Base:
@@ -282,11 +314,16 @@ def _with(base: Base, config: BaseConfig, overrides: dict) -> Base:
         if model_config.param_dtype == base.config.param_dtype:
             return params
         dtype = llama.DTYPES[model_config.param_dtype]
-        cast = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree), out_shardings=place(params))
+        cast = jax.jit(
+            lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree),
+            out_shardings=place(params),
+        )
         return cast(params)
 
     domain = _domain(config, base)
-    return dataclasses.replace(base, source=config.source, config=model_config, read=read, domain=domain)
+    return dataclasses.replace(
+        base, source=config.source, config=model_config, read=read, domain=domain
+    )
 
 
 def _domain(config: BaseConfig, base: Base) -> TuningDataConfig | None:
@@ -295,13 +332,16 @@ def _domain(config: BaseConfig, base: Base) -> TuningDataConfig | None:
     try:
         length = None if base.is_vit else min(256, base.config.sequence_length)
         task = "classification" if base.is_vit else "language_modelling"
-        return TuningDataConfig(name=config.domain, task=task, tokenizer=base.tokenizer, sequence_length=length)
+        return TuningDataConfig(
+            name=config.domain, task=task, tokenizer=base.tokenizer, sequence_length=length
+        )
     except ValueError as error:
         raise ConfigurationError(f"base.domain={config.domain!r}: {error}") from error
 
 
 def meaning(description: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{section: {key: value}} of a description without which the arrays of a folder mean nothing."""
+    """{section: {key: value}} of a description without which the arrays of a folder mean
+    nothing."""
     named = {key: description[key] for key in ("architecture", "tokenizer", "classes")}
     return {"model": description["model"], "description": named}
 
@@ -311,8 +351,11 @@ def read_run(folder: pathlib.Path, like, place: Place, meaning: dict[str, dict[s
     return restored(folder, {"params": like}, {"params": place(like)}, meaning).tree["params"]
 
 
-def restored(folder: pathlib.Path, like, shardings, meaning: dict[str, dict[str, Any]]) -> checkpoint.Restored:
-    """The newest good checkpoint of a folder, as far as `like` goes. Raises ConfigurationError when there is none."""
+def restored(
+    folder: pathlib.Path, like, shardings, meaning: dict[str, dict[str, Any]]
+) -> checkpoint.Restored:
+    """The newest good checkpoint of a folder, as far as `like` goes. Raises ConfigurationError when
+    there is none."""
     put = lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)  # noqa: E731
     target = jax.tree.map(put, like, shardings)
     where, found = f"base.source={str(folder)!r}", None

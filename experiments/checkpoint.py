@@ -1,21 +1,24 @@
 """Checkpoints that are verified before they are believed.
 
-Orbax writes the arrays; this file adds what orbax leaves open: a flipped bit, an empty step folder or a changed dtype
-would be restored in silence. One step is one folder:
+Orbax writes the arrays; this file adds what orbax leaves open: a flipped bit, an empty step folder
+or a changed dtype would be restored in silence. One step is one folder:
 
     checkpoints/120/state/          orbax: a flat dictionary {"params/embed/embedding": array, ...}
-    checkpoints/120/manifest.json   written last: format, leaves (path, shape, dtype), sha256 of the files
+    checkpoints/120/manifest.json   written last: format, leaves (path, shape, dtype), sha256 of the
+                                    files
 
-A folder without a manifest was never finished and counts for nothing. Whatever disagrees within a step is damage: its
-folder's name, the manifest's step and the state's own counter, the files and their contents, the shapes and dtypes of
-the leaves and of what orbax stored. The newest step that verifies is restored and the newer ones are reported. Leaves
-that disagree with the model or the optimizer at hand are an error, because falling back would not help.
+A folder without a manifest was never finished and counts for nothing. Whatever disagrees within a
+step is damage: its folder's name, the manifest's step and the state's own counter, the files and
+their contents, the shapes and dtypes of the leaves and of what orbax stored. The newest step that
+verifies is restored and the newer ones are reported. Leaves that disagree with the model or the
+optimizer at hand are an error, because falling back would not help.
 
-A full disk does not stop a run: the unfinished step is removed, the last good ones stay, and the next save tries again.
-Only the final save of a run raises.
+A full disk does not stop a run: the unfinished step is removed, the last good ones stay, and the
+next save tries again. Only the final save of a run raises.
 
-Several processes write one step together, into a folder that they share. Process 0 makes the folder, writes the
-manifest when all have finished, chooses what is restored, and removes; an error of one is an error of all.
+Several processes write one step together, into a folder that they share. Process 0 makes the
+folder, writes the manifest when all have finished, chooses what is restored, and removes; an error
+of one is an error of all.
 """
 
 import contextlib
@@ -81,7 +84,12 @@ def _is_disk_full(error: BaseException) -> bool:
     """Orbax reports a full disk as OSError, or as ValueError with tensorstore's text."""
     if outputs.is_full(error):
         return True
-    return re.search(r"No space left on device|Disk quota exceeded|os_error_code='(28|122)'", str(error)) is not None
+    return (
+        re.search(
+            r"No space left on device|Disk quota exceeded|os_error_code='(28|122)'", str(error)
+        )
+        is not None
+    )
 
 
 def _show(leaf: tuple[tuple[int, ...], str] | None) -> str:
@@ -93,7 +101,9 @@ def _empty(leaf) -> jax.Array:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return jnp.zeros(leaf.shape, leaf.dtype)
-    return jax.make_array_from_callback(leaf.shape, sharding, np.zeros(leaf.shape, leaf.dtype).__getitem__)
+    return jax.make_array_from_callback(
+        leaf.shape, sharding, np.zeros(leaf.shape, leaf.dtype).__getitem__
+    )
 
 
 def _remove(folder: pathlib.Path) -> None:
@@ -110,10 +120,12 @@ class Checkpoints:
       keep: how many verified steps stay; older ones are removed after a newer one is finished.
       verify: compare checksums when restoring.
       config_digest: stored in the manifest.
-      sides: {path: [side, rank]} of the projected matrices, stored in the manifest; a checkpoint with others is
-        refused, because a square matrix projected from its other side has the same shapes.
-      meaning: {section: {key: value}} of the configuration without which the arrays mean nothing, such as how many
-        heads share a kernel; stored in the manifest, and a checkpoint with another value is refused.
+      sides: {path: [side, rank]} of the projected matrices, stored in the manifest; a checkpoint
+        with others is refused, because a square matrix projected from its other side has the same
+        shapes.
+      meaning: {section: {key: value}} of the configuration without which the arrays mean nothing,
+        such as how many heads share a kernel; stored in the manifest, and a checkpoint with another
+        value is refused.
       say: receives one line per event (a step passed over, a save that failed).
     """
 
@@ -129,7 +141,9 @@ class Checkpoints:
         say: Callable[[str], None] = print,
     ):
         if keep < 1:
-            raise ValueError(f"checkpoint.keep={keep}: keep at least 1, or there is nothing to resume from")
+            raise ValueError(
+                f"checkpoint.keep={keep}: keep at least 1, or there is nothing to resume from"
+            )
         self.directory = pathlib.Path(directory).absolute()
         self.keep, self.verify, self.config_digest, self.say = keep, verify, config_digest, say
         self.sides = {path: list(side) for path, side in (sides or {}).items()}
@@ -147,10 +161,11 @@ class Checkpoints:
         return manifest.steps(self.directory)
 
     def save(self, step: int, tree, extra: Mapping | None = None) -> None:
-        """Begin to write `tree`. Returns once the values are copied to the host, so their buffers may be donated.
+        """Begin to write `tree`. Returns once the values are copied to the host, so their buffers
+        may be donated.
 
-        Leaves of size zero, which orbax refuses, are in the manifest alone. Raises what went wrong with the save
-        before.
+        Leaves of size zero, which orbax refuses, are in the manifest alone. Raises what went wrong
+        with the save before.
         """
         self.wait()
         if step == self._finished:
@@ -198,18 +213,23 @@ class Checkpoints:
                 self._writer.close()
 
     def restore(
-        self, like, *, partial: bool = False, check: Callable[[Restored], str | None] = lambda restored: None
+        self,
+        like,
+        *,
+        partial: bool = False,
+        check: Callable[[Restored], str | None] = lambda restored: None,
     ) -> Restored | None:
         """The newest good step in the structure of `like`, or None when nothing was ever finished.
 
         Args:
           like: tree of `jax.ShapeDtypeStruct`, with shardings, or of arrays.
-          partial: `like` holds some of the leaves, such as {"params": ...}; the others and the sides are not compared,
-            and not read but for their checksums.
+          partial: `like` holds some of the leaves, such as {"params": ...}; the others and the
+            sides are not compared, and not read but for their checksums.
           check: says what is wrong with a step that was read, None when nothing is; also damage.
 
         Raises:
-          MismatchError: a leaf is missing, superfluous, or of another shape or dtype; names the first one.
+          MismatchError: a leaf is missing, superfluous, or of another shape or dtype; names the
+            first one.
           CheckpointError: checkpoints exist and none of them verifies.
         """
         damaged: list[int] = []
@@ -237,8 +257,11 @@ class Checkpoints:
         except Exception as error:
             return None, f"orbax cannot read it: {error}"
 
-    def _choose(self, expected: Mapping, partial: bool, damaged: list[int]) -> tuple[int, dict] | None:
-        """The newest good step older than the `damaged` ones, and what was saved beside it; adds to `damaged`."""
+    def _choose(
+        self, expected: Mapping, partial: bool, damaged: list[int]
+    ) -> tuple[int, dict] | None:
+        """The newest good step older than the `damaged` ones, and what was saved beside it; adds to
+        `damaged`."""
         for folder in [] if damaged else manifest.strays(self.directory):
             self.say(f"checkpoint {folder}: its name is no step's; passed over")
         for step in [step for step in self.steps() if not damaged or step < min(damaged)]:
@@ -258,8 +281,8 @@ class Checkpoints:
             damaged.append(step)
         if damaged:
             raise CheckpointError(
-                f"no checkpoint in {self.directory} verifies (damaged: {damaged}): restore a backup, or remove the "
-                "folder to start over"
+                f"no checkpoint in {self.directory} verifies (damaged: {damaged}): restore a "
+                "backup, or remove the folder to start over"
             )
         return None
 
@@ -270,7 +293,9 @@ class Checkpoints:
     def _load(self, folder, like, partial):
         flat = _flatten(like)
         target = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+            path: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
+            )
             for path, leaf in flat.items()
             if leaf.size
         }
@@ -280,7 +305,9 @@ class Checkpoints:
             options = ocp.args.PyTreeRestore(target, restore_args=each, partial_restore=True)
             found = reader.restore(folder / manifest.STATE, args=options)
         else:
-            found = self._writer.restore(folder / manifest.STATE, args=ocp.args.StandardRestore(target))
+            found = self._writer.restore(
+                folder / manifest.STATE, args=ocp.args.StandardRestore(target)
+            )
         leaves = [found[path] if leaf.size else _empty(leaf) for path, leaf in flat.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -291,23 +318,24 @@ class Checkpoints:
             if stored.get(path) != expected.get(path):
                 raise MismatchError(
                     f"checkpoint {folder} belongs to another model or optimizer: leaf {path} is "
-                    f"{_show(stored.get(path))} there and {_show(expected.get(path))} here. Give the configuration it "
-                    "was written with, or another workdir"
+                    f"{_show(stored.get(path))} there and {_show(expected.get(path))} here. Give "
+                    "the configuration it was written with, or another workdir"
                 )
         for path in [] if partial else [*self.sides, *values["sides"]]:
             there, here = values["sides"].get(path), self.sides.get(path)
             if there != here:
                 raise MismatchError(
-                    f"checkpoint {folder} projects {path} by (side, rank) = {there}, this program by {here}. Set the "
-                    "side of that view, or give another workdir"
+                    f"checkpoint {folder} projects {path} by (side, rank) = {there}, this program "
+                    f"by {here}. Set the side of that view, or give another workdir"
                 )
         for section, entries in values.get("meaning", {}).items():  # older manifests have none
             own = self.meaning.get(section, {})
             for key in entries.keys() & own.keys():
                 if entries[key] != own[key]:
                     raise MismatchError(
-                        f"checkpoint {folder} was written with {section}.{key}={entries[key]!r}, the configuration now "
-                        f"says {own[key]!r}: restore config.json, or give another workdir"
+                        f"checkpoint {folder} was written with {section}.{key}={entries[key]!r}, "
+                        f"the configuration now says {own[key]!r}: restore config.json, or give "
+                        "another workdir"
                     )
 
     def _finish(self, step, table, extra) -> None:
@@ -315,7 +343,11 @@ class Checkpoints:
         try:
             self._writer.wait_until_finished()
             if self._is_lead:
-                own = {"config_digest": self.config_digest, "sides": self.sides, "meaning": self.meaning}
+                own = {
+                    "config_digest": self.config_digest,
+                    "sides": self.sides,
+                    "meaning": self.meaning,
+                }
                 manifest.write(folder, step, table, own | {"extra": extra})
                 self._prune(step)
             self._written = step
@@ -337,10 +369,15 @@ class Checkpoints:
         kept = [kept for kept in self.steps() if (self.directory / str(kept) / MANIFEST).exists()]
         last = f"the last good step is {kept[0]}" if kept else "there is no earlier one"
         if _is_disk_full(error):
-            message = f"{where} was not written, the disk is full ({last}): free space there, or lower checkpoint.keep"
+            message = (
+                f"{where} was not written, the disk is full ({last}): free space there, or lower "
+                "checkpoint.keep"
+            )
             self._error = DiskFullError(message)
         else:
-            self._error = CheckpointError(f"{where} was not written ({last}): {type(error).__name__}: {error}")
+            self._error = CheckpointError(
+                f"{where} was not written ({last}): {type(error).__name__}: {error}"
+            )
         self._error.__cause__ = error
 
     def _raise(self) -> None:

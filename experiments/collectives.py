@@ -21,7 +21,8 @@ class Collective:
 
     Attributes:
       kind: one of KINDS.
-      dtype, shape: of the result: of an all-gather the gathered tensor, of a reduce-scatter the part.
+      dtype, shape: of the result: of an all-gather the gathered tensor, of a reduce-scatter the
+        part.
       times: how often it runs in a call of the program: the trips of the loops that it stands in.
     """
 
@@ -40,8 +41,9 @@ class Collective:
 def read(text: str) -> list[Collective]:
     """Every collective of a compiled program's text, equal ones added up, the largest first.
 
-    A collective that XLA runs asynchronously is counted once, at its start; of the tuple that a start gives, the
-    results are the second half. A loop whose trips the program does not know counts as one trip.
+    A collective that XLA runs asynchronously is counted once, at its start; of the tuple that a
+    start gives, the results are the second half. A loop whose trips the program does not know
+    counts as one trip.
 
     >>> text = '''%body.1 (x: f32[]) -> f32[] {
     ...   %r = (f32[2,3]{1,0}, f32[]) all-reduce(%a, %b), channel_id=1
@@ -65,11 +67,15 @@ def read(text: str) -> list[Collective]:
             if not match:
                 continue
             shapes = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match.group(1))
-            if match.group(3) and match.group(2) != "all-reduce":  # (operands, results), then some contexts
+            if (
+                match.group(3) and match.group(2) != "all-reduce"
+            ):  # (operands, results), then some contexts
                 data = [shape for shape in shapes if shape[0] not in ("u32", "s32")] or shapes
                 shapes = data[len(data) // 2 :]
             for dtype, size in shapes:
-                found[match.group(2), dtype, tuple(int(n) for n in size.split(",") if n)] += times.get(name, 1)
+                found[match.group(2), dtype, tuple(int(n) for n in size.split(",") if n)] += (
+                    times.get(name, 1)
+                )
     made = [Collective(kind, dtype, shape, count) for (kind, dtype, shape), count in found.items()]
     return sorted(made, key=lambda one: (-one.bytes, one.kind, one.shape))
 
@@ -86,7 +92,8 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _times(inside: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs: the trips of the loops around it, through whatever calls it."""
+    """How often each computation runs: the trips of the loops around it, through whatever calls
+    it."""
     callers: dict[str, tuple[str, int]] = {}
     for name, lines in inside.items():
         for line in lines:
@@ -111,7 +118,9 @@ def _times(inside: dict[str, list[str]]) -> dict[str, int]:
 def by_kind(found: list[Collective]) -> dict[str, int]:
     """Bytes of each kind that occurs.
 
-    >>> by_kind([Collective("all-reduce", "f32", (2,), 3), Collective("all-reduce", "bf16", (2,), 1)])
+    >>> by_kind(
+    ...     [Collective("all-reduce", "f32", (2,), 3), Collective("all-reduce", "bf16", (2,), 1)]
+    ... )
     {'all-reduce': 28}
     """
     total: collections.Counter[str] = collections.Counter()

@@ -1,7 +1,7 @@
 """What the training commands share: flags, signals, exit codes, and the last lines that they print.
 
-SIGTERM or Ctrl-C, to any one process of a run, saves and exits with 0. Exit codes: 0 done or stopped on request, 1
-failed, 2 wrong configuration.
+SIGTERM or Ctrl-C, to any one process of a run, saves and exits with 0. Exit codes: 0 done or
+stopped on request, 1 failed, 2 wrong configuration.
 """
 
 import os
@@ -19,17 +19,29 @@ from experiments.arguments import refuse
 from experiments.configuration import ConfigurationError
 from experiments.tasks import Task
 
-WORKDIR = flags.DEFINE_string("workdir", None, "run folder; by default runs/<name of the configuration>")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "run folder; by default runs/<name of the configuration>"
+)
 EXTEND = flags.DEFINE_bool(
-    "extend", False, "go on with the run in workdir under other steps, another rate or refresh period, and note it"
+    "extend",
+    False,
+    "go on with the run in workdir under other steps, another rate or refresh period, and note it",
 )
 REPORT = flags.DEFINE_bool("report", True, "write <workdir>/report at the end")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of a TPU pod, SLURM or Open MPI job")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port where process 0 of several listens")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "join the other processes of a TPU pod, SLURM or Open MPI job"
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port where process 0 of several listens"
+)
 PROCESSES = flags.DEFINE_integer("processes", None, "how many processes train together")
 PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0")
-JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the other processes at the start")
-SILENCE_TIMEOUT = flags.DEFINE_integer("silence_timeout", 100, "seconds of silence after which a process is lost")
+JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout", 300, "seconds to wait for the other processes at the start"
+)
+SILENCE_TIMEOUT = flags.DEFINE_integer(
+    "silence_timeout", 100, "seconds of silence after which a process is lost"
+)
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("extend")
 flags.declare_key_flag("report")
@@ -52,7 +64,8 @@ def run(
 
     Args:
       program: the module, for the line that says how to resume.
-      settings: the module of the configuration: `experiments.configuration` or `experiments.tuning_configuration`.
+      settings: the module of the configuration: `experiments.configuration` or
+        `experiments.tuning_configuration`.
       task: makes the task of the configuration.
       conclude: `(summary, workdir)` prints the last lines of a run that is over.
       default: the configuration file where none is named.
@@ -61,11 +74,18 @@ def run(
     """
 
     def main(argv) -> int:
-        logging.set_verbosity(logging.WARNING)  # orbax and TFDS tell their steps at INFO, which absl shows
-        # what orbax fails at is raised, and told once, in place of a traceback from each of its threads
-        logging.get_absl_handler().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+        logging.set_verbosity(
+            logging.WARNING
+        )  # orbax and TFDS tell their steps at INFO, which absl shows
+        # what orbax fails at is raised, and told once, in place of a traceback from each of its
+        # threads
+        logging.get_absl_handler().addFilter(
+            lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname
+        )
         if len(argv) > 1:
-            return refuse(f"unexpected arguments {argv[1:]}: flags are written --config.section.key=value")
+            return refuse(
+                f"unexpected arguments {argv[1:]}: flags are written --config.section.key=value"
+            )
         try:
             hosts = _hosts(alone)
         except ConfigurationError as error:
@@ -84,13 +104,19 @@ def run(
             workdir = pathlib.Path(WORKDIR.value or f"runs/{config.name}")
             with distributed.together(ConfigurationError):
                 before(config)
-            summary = training.run(config, workdir, task=task, handle_signals=True, extend=EXTEND.value)
+            summary = training.run(
+                config, workdir, task=task, handle_signals=True, extend=EXTEND.value
+            )
             if summary["status"] == "stopped":
                 again = shlex.join([sys.executable, "-m", program, *sys.argv[1:]])
                 step, steps = summary["step"], summary["steps"]
                 done = f"stopped after update {step} of {steps}, saved in {workdir}"
                 if not step:
-                    done = "stopped while the run was prepared" if step is None else "stopped before update 1"
+                    done = (
+                        "stopped while the run was prepared"
+                        if step is None
+                        else "stopped before update 1"
+                    )
                 print(f"{done}; to resume:\n  {again}")
                 return 0
             if distributed.leads():
@@ -104,7 +130,8 @@ def run(
         except checkpoint.CheckpointError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        except OSError as error:  # a disk that filled up, a share that is gone: what it says is all there is to say
+        # a disk that filled up, a share that is gone: what it says is all there is to say
+        except OSError as error:
             if distributed.joined():
                 distributed.end(error)
             print(f"error: {error}", file=sys.stderr)
@@ -119,13 +146,17 @@ def run(
 
 
 def _report(workdir: pathlib.Path) -> None:
-    """Write the report; say why there is none where the folder can only be read, or a file in it is damaged."""
+    """Write the report; say why there is none where the folder can only be read, or a file in it is
+    damaged."""
     from experiments import report
 
     problem = outputs.problem(workdir / "report", is_folder=True)
     if problem is not None:
         again = f"python -m experiments.report {shlex.quote(str(workdir))} --output=report.html"
-        print(f"no report: {workdir / 'report'} {problem}; write it elsewhere by {again}", file=sys.stderr)
+        print(
+            f"no report: {workdir / 'report'} {problem}; write it elsewhere by {again}",
+            file=sys.stderr,
+        )
         return
     try:
         report.write([workdir], workdir / "report")
@@ -146,7 +177,7 @@ def _hosts(alone: tuple[str, ...]) -> distributed.Hosts:
         value = flags.FLAGS[name].value
         if value is not None:
             raise ConfigurationError(
-                f"{name}={value!r}: is for one process; when the run is over, start one without coordinator and "
-                "distributed, which trains nothing again"
+                f"{name}={value!r}: is for one process; when the run is over, start one without "
+                "coordinator and distributed, which trains nothing again"
             )
     return hosts

@@ -1,11 +1,12 @@
 """The configuration of a run: frozen dataclasses, built from an ml_collections ConfigDict.
 
-`template()` gives the dictionary with every key and its default, for a config file to change and for the command line
-to override; `from_dict` turns it back into a checked `RunConfig`. A key that is None means "the default of the preset
-or method".
+`template()` gives the dictionary with every key and its default, for a config file to change and
+for the command line to override; `from_dict` turns it back into a checked `RunConfig`. A key that
+is None means "the default of the preset or method".
 
-A value is checked alone where it is declared; what depends on several sections (a rank that no matrix has, a batch that
-does not divide) is checked by `RunConfig`, and what depends on the data by `experiments.training`, all before any work.
+A value is checked alone where it is declared; what depends on several sections (a rank that no
+matrix has, a batch that does not divide) is checked by `RunConfig`, and what depends on the data by
+`experiments.training`, all before any work.
 """
 
 import dataclasses
@@ -42,19 +43,24 @@ class OptimizerConfig(Section):
     Attributes:
       name: one of OPTIMIZERS; `experiments.optimizers` maps it to a function.
       learning_rate: peak of the schedule.
-      rank: of the projection: an integer, or a fraction of the shrunk dimension; None is APOLLO-Mini's own, 1.
-      projector: one of PROJECTORS in place of the method's own, for methods that take one; "sketch" is "randomized"
-        by one product.
-      side: which dimension is shrunk, one of SIDES, in place of the method's own; "sharding" keeps the one whole that
-        the mesh divides, and a resumed run keeps the sides that it began with, whatever its mesh.
+      rank: of the projection: an integer, or a fraction of the shrunk dimension; None is
+        APOLLO-Mini's own, 1.
+      projector: one of PROJECTORS in place of the method's own, for methods that take one; "sketch"
+        is "randomized" by one product.
+      side: which dimension is shrunk, one of SIDES, in place of the method's own; "sharding" keeps
+        the one whole that the mesh divides, and a resumed run keeps the sides that it began with,
+        whatever its mesh.
       refresh_every: steps between two changes of the subspace.
-      refresh_when: "before" the update, as in the papers, or "after" it; None is after it where a refresh then does
-        without full gradients, which are "alternating" and "sketch", and else before it.
-      backprop: "projected" takes low-rank gradients through taps wherever the method allows it and steps in place,
-        "full" takes full gradients and steps in place; both clip what the method keeps of the gradient. None is the
-        optax form, which clips the full gradient.
-      scale, weight_decay, b1, b2, eps, momentum: the method's own when None; setting one it does not have is an error.
-      clip_norm: largest global norm of the gradient; None does not clip (1.0: GaLore's and FRUGAL's scripts).
+      refresh_when: "before" the update, as in the papers, or "after" it; None is after it where a
+        refresh then does without full gradients, which are "alternating" and "sketch", and else
+        before it.
+      backprop: "projected" takes low-rank gradients through taps wherever the method allows it and
+        steps in place, "full" takes full gradients and steps in place; both clip what the method
+        keeps of the gradient. None is the optax form, which clips the full gradient.
+      scale, weight_decay, b1, b2, eps, momentum: the method's own when None; setting one it does
+        not have is an error.
+      clip_norm: largest global norm of the gradient; None does not clip (1.0: GaLore's and FRUGAL's
+        scripts).
     """
 
     SECTION: ClassVar[str] = "optimizer"
@@ -77,7 +83,9 @@ class OptimizerConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.name in (*LOWRANK, "optax_galore") and not (self.name == "apollo_mini" and self.projector is None):
+        if self.name in (*LOWRANK, "optax_galore") and not (
+            self.name == "apollo_mini" and self.projector is None
+        ):
             require(
                 self.rank is not None,
                 "optimizer.rank",
@@ -88,7 +96,10 @@ class OptimizerConfig(Section):
             remedy = "a fraction lies in (0, 1]; ranks above 1 are integers"
             require(self.rank <= 1, "optimizer.rank", self.rank, remedy)
         if self.name not in LOWRANK:
-            projects = f"{self.name} projects nothing; leave it None, or choose one of {', '.join(LOWRANK)}"
+            projects = (
+                f"{self.name} projects nothing; leave it None, or choose one of "
+                f"{', '.join(LOWRANK)}"
+            )
             for name in ("side", "backprop", "refresh_when"):
                 value = getattr(self, name)
                 require(value is None, f"optimizer.{name}", value, projects)
@@ -152,7 +163,8 @@ class LoopConfig(Section):
       compile_cache: keep compiled programs between runs.
       trigram: compare the validation loss with a trigram model of the training text.
       start_from: a run folder whose newest checkpoint is the start of this run; None starts anew.
-      start_with: what is taken from it: its "parameters", which None is too, or its optimizer's "state" besides.
+      start_with: what is taken from it: its "parameters", which None is too, or its optimizer's
+        "state" besides.
     """
 
     SECTION: ClassVar[str] = "run"
@@ -178,8 +190,15 @@ class LoopConfig(Section):
         ordered = window is None or (len(window) == 2 and 1 <= window[0] <= window[1])
         require(ordered, "run.profile_steps", window, "give (first, last) with 1 <= first <= last")
         remedy = "names what run.start_from gives; name a run there, or leave it None"
-        require(self.start_from or self.start_with is None, "run.start_with", self.start_with, remedy)
-        require(len(self.sample_prompt) > 0, "run.sample_prompt", self.sample_prompt, "give at least one character")
+        require(
+            self.start_from or self.start_with is None, "run.start_with", self.start_with, remedy
+        )
+        require(
+            len(self.sample_prompt) > 0,
+            "run.sample_prompt",
+            self.sample_prompt,
+            "give at least one character",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,12 +206,13 @@ class MeshConfig(Section):
     """How the devices share the work; see `lowrank_jax.meshes`.
 
     Attributes:
-      data, fsdp, sequence, tensor: sizes of the mesh's axes; one may be -1, which is what the others leave. data and
-        fsdp together divide the batch.
-      spread: divide the low-rank optimizer state as far as the parameters are (`lr.state_shardings`), which needs an
-        auto mesh; None does so there.
-      explicit: array types carry their sharding, and an operation that would need a choice by the compiler is an error
-        in place of a silent gather; otherwise the compiler completes the shardings.
+      data, fsdp, sequence, tensor: sizes of the mesh's axes; one may be -1, which is what the
+        others leave. data and fsdp together divide the batch.
+      spread: divide the low-rank optimizer state as far as the parameters are
+        (`lr.state_shardings`), which needs an auto mesh; None does so there.
+      explicit: array types carry their sharding, and an operation that would need a choice by the
+        compiler is an error in place of a silent gather; otherwise the compiler completes the
+        shardings.
     """
 
     SECTION: ClassVar[str] = "mesh"
@@ -256,7 +276,9 @@ class RunConfig:
             )
         batch, parts = self.data.batch_size, self.schedule.accumulation
         divides = batch % parts == 0
-        require(divides, "schedule.accumulation", parts, f"choose a divisor of data.batch_size={batch}")
+        require(
+            divides, "schedule.accumulation", parts, f"choose a divisor of data.batch_size={batch}"
+        )
         length = self.data.sequence_length
         longest = self.model.sequence_length
         fits = length <= longest
@@ -276,12 +298,16 @@ class RunConfig:
         if self.optimizer.name == "optax_galore":
             remedy = "optax.contrib.galore leaves stacked layers unprojected; set model.scan=False"
             require(not self.model.scan, "model.scan", True, remedy)
-            remedy = "optax.contrib.galore decomposes matrices as they lie, divided or not; set mesh.explicit=False"
+            remedy = (
+                "optax.contrib.galore decomposes matrices as they lie, divided or not; set "
+                "mesh.explicit=False"
+            )
             require(not self.mesh.explicit, "mesh.explicit", True, remedy)
 
 
 def tokenizers_size(name: str) -> int | None:
-    """How many ids an own tokenizer has; None for "bytes", and where the file is missing. Raises ConfigurationError."""
+    """How many ids an own tokenizer has; None for "bytes", and where the file is missing. Raises
+    ConfigurationError."""
     try:
         return vocabulary_of(name)
     except (ValueError, OSError, ImportError) as error:
@@ -289,7 +315,8 @@ def tokenizers_size(name: str) -> int | None:
 
 
 def smallest_dimension(model: llama.LlamaConfig) -> int:
-    """The smallest dimension among the matrices of a block: no projection of it has a higher rank."""
+    """The smallest dimension among the matrices of a block: no projection of it has a higher
+    rank."""
     return min(model.width, model.hidden, model.kv_heads * model.head_size)
 
 
@@ -320,10 +347,11 @@ def template():
 
 
 def from_dict(values: Mapping) -> RunConfig:
-    """A checked RunConfig from a ConfigDict or a nested dictionary; missing keys take their defaults.
+    """A checked RunConfig from a ConfigDict or a nested dictionary; missing keys take their
+    defaults.
 
-    Raises ConfigurationError for an unknown key (with the nearest known one), a value of the wrong type, or one out of
-    range.
+    Raises ConfigurationError for an unknown key (with the nearest known one), a value of the wrong
+    type, or one out of range.
 
     >>> from_dict({"optimizer": {"nmae": "sgd"}})
     Traceback (most recent call last):
@@ -335,7 +363,9 @@ def from_dict(values: Mapping) -> RunConfig:
     for section, kind in SECTIONS.items():
         given = dict(values.get(section) or {})
         if section == "model":
-            sections["preset"], sections["model"] = _model(given, (values.get("data") or {}).get("tokenizer"))
+            sections["preset"], sections["model"] = _model(
+                given, (values.get("data") or {}).get("tokenizer")
+            )
         else:
             sections[section] = build(kind, section, given)
     require(isinstance(values.get("name", "run"), str), "name", values.get("name"), "give a string")
@@ -354,12 +384,15 @@ SECTIONS = {
 
 
 def _model(given: dict, tokenizer: Any) -> tuple[str, llama.LlamaConfig]:
-    """(preset, model); an own tokenizer, where its file is there, sets a vocabulary that is not given."""
+    """(preset, model); an own tokenizer, where its file is there, sets a vocabulary that is not
+    given."""
     name = given.pop("preset", "nano")
     one_of("model.preset", name, tuple(llama.PRESETS))
     base = dataclasses.asdict(llama.PRESETS[name])
     if given.get("vocabulary_size") is None and isinstance(tokenizer, str):
         base["vocabulary_size"] = tokenizers_size(tokenizer) or base["vocabulary_size"]
     return name, build(
-        llama.LlamaConfig, "model", base | {key: value for key, value in given.items() if value is not None}
+        llama.LlamaConfig,
+        "model",
+        base | {key: value for key, value in given.items() if value is not None},
     )

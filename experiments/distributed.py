@@ -1,15 +1,16 @@
-"""Several processes as one run: how they join, agree, stop at one update, and end when one of them is lost.
+"""Several processes as one run: how they join, agree, stop at one update, and end when one of them
+is lost.
 
     python -m experiments.pretrain --coordinator=host0:4321 --processes=2 --process=0     # on host0
     python -m experiments.pretrain --coordinator=host0:4321 --processes=2 --process=1     # on host1
     python -m experiments.pretrain --distributed              # TPU pods, SLURM, Open MPI: jax finds the others
 
-All get the same flags but for `--process`, and a `--workdir` that they share. Process 0 leads: it writes metrics,
-manifests, summary and report. On CPUs the collectives are gloo's.
+All get the same flags but for `--process`, and a `--workdir` that they share. Process 0 leads: it
+writes metrics, manifests, summary and report. On CPUs the collectives are gloo's.
 
-What devices cannot carry (errors, choices, the wish to stop) goes through the key-value store of jax's coordination
-service. Its calls here happen on the main thread, in the same order in every process. With one process, all of it is
-the identity.
+What devices cannot carry (errors, choices, the wish to stop) goes through the key-value store of
+jax's coordination service. Its calls here happen on the main thread, in the same order in every
+process. With one process, all of it is the identity.
 """
 
 import contextlib
@@ -30,9 +31,11 @@ import jax._src.distributed  # its client has no public name; orbax takes it fro
 
 from experiments.configuration import ConfigurationError
 
-# Seconds that a process waits for the others' answers. One that died is noticed by its silence, long before.
+# Seconds that a process waits for the others' answers. One that died is noticed by its silence,
+# long before.
 _WAIT = 3600
-# In the texts of collectives (XLA's errors come as ValueError where a value is read) and of the store without a peer.
+# In the texts of collectives (XLA's errors come as ValueError where a value is read) and of the
+# store without a peer.
 _LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _rounds, _runs = itertools.count(), itertools.count()
 
@@ -46,8 +49,8 @@ class Hosts:
       processes, process: how many there are, and which one this is, from 0.
       automatic: jax asks the environment (TPU pods, SLURM, Open MPI) for all three.
       join_timeout: seconds to wait for the others at the start; jax's default.
-      silence_timeout: seconds without a sign of life after which a process counts as lost and the others end; jax's
-        default.
+      silence_timeout: seconds without a sign of life after which a process counts as lost and the
+        others end; jax's default.
 
     Raises ConfigurationError.
 
@@ -69,26 +72,33 @@ class Hosts:
         missing = [name for name, value in given.items() if value is None]
         if self.automatic and len(missing) < 3:
             named = next(name for name in given if name not in missing)
-            raise ConfigurationError(f"{named}={given[named]!r}: distributed asks the environment; give one of the two")
+            raise ConfigurationError(
+                f"{named}={given[named]!r}: distributed asks the environment; give one of the two"
+            )
         if 0 < len(missing) < 3:
             raise ConfigurationError(
-                f"{missing[0]}=None: coordinator, processes and process go together; give all three, or distributed "
-                "where the environment knows them"
+                f"{missing[0]}=None: coordinator, processes and process go together; give all "
+                "three, or distributed where the environment knows them"
             )
         for name in ("join_timeout", "silence_timeout"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name}={getattr(self, name)}: give at least 1 second")
         if missing:
             return
-        assert self.coordinator is not None and self.processes is not None and self.process is not None
+        assert (
+            self.coordinator is not None and self.processes is not None and self.process is not None
+        )
         host, _, port = self.coordinator.rpartition(":")
         if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-            raise ConfigurationError(f"coordinator={self.coordinator!r}: write host:port, such as 10.0.0.1:4321")
+            raise ConfigurationError(
+                f"coordinator={self.coordinator!r}: write host:port, such as 10.0.0.1:4321"
+            )
         if self.processes < 1:
             raise ConfigurationError(f"processes={self.processes}: give at least 1")
         if not 0 <= self.process < self.processes:
             raise ConfigurationError(
-                f"process={self.process}: with processes={self.processes} give 0 to {self.processes - 1}"
+                f"process={self.process}: with processes={self.processes} give 0 to "
+                f"{self.processes - 1}"
             )
 
     @property
@@ -100,8 +110,9 @@ class Hosts:
 def join(hosts: Hosts) -> None:
     """Become a process of the run; before any use of jax's devices.
 
-    Raises ConfigurationError when process 0 cannot be reached. When others do not come in time, the program ends with
-    that message and exit code 2: jax waits for them in a call that ends in an abort.
+    Raises ConfigurationError when process 0 cannot be reached. When others do not come in time, the
+    program ends with that message and exit code 2: jax waits for them in a call that ends in an
+    abort.
     """
     if not hosts.are_several:
         return
@@ -132,12 +143,13 @@ def join(hosts: Hosts) -> None:
 def _unjoined(hosts: Hosts, why: str) -> str:
     if hosts.automatic:
         return (
-            f"distributed=True: could not join the others ({why}); give coordinator, processes and process in its "
-            "place, or raise join_timeout"
+            f"distributed=True: could not join the others ({why}); give coordinator, processes and "
+            "process in its place, or raise join_timeout"
         )
     return (
-        f"coordinator={hosts.coordinator!r}: process {hosts.process} of {hosts.processes} could not join the others "
-        f"({why}); start all of them, each with its own number, or raise join_timeout"
+        f"coordinator={hosts.coordinator!r}: process {hosts.process} of {hosts.processes} could "
+        f"not join the others ({why}); start all of them, each with its own number, or raise "
+        "join_timeout"
     )
 
 
@@ -148,19 +160,23 @@ def _give_up(hosts: Hosts) -> None:
 
 
 def _reach(hosts: Hosts) -> None:
-    """Wait until process 0 listens: jax itself ends a process that cannot connect without an error to catch."""
+    """Wait until process 0 listens: jax itself ends a process that cannot connect without an error
+    to catch."""
     assert hosts.coordinator is not None
     host, _, port = hosts.coordinator.rpartition(":")
     end = time.monotonic() + hosts.join_timeout
     while True:
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=max(0.1, end - time.monotonic())):
+            with socket.create_connection(
+                (host.strip("[]"), int(port)), timeout=max(0.1, end - time.monotonic())
+            ):
                 return
         except OSError as error:
             if time.monotonic() >= end:
                 raise ConfigurationError(
-                    f"coordinator={hosts.coordinator!r}: no process listens there after {hosts.join_timeout} s "
-                    f"({error}); start process 0 on that host, or correct the address, or raise join_timeout"
+                    f"coordinator={hosts.coordinator!r}: no process listens there after "
+                    f"{hosts.join_timeout} s ({error}); start process 0 on that host, or correct "
+                    "the address, or raise join_timeout"
                 ) from error
         time.sleep(0.1)
 
@@ -181,14 +197,18 @@ def exchange(text: str) -> list[str]:
         return [text]
     client, own, turn = _client(), jax.process_index(), next(_rounds)
     client.key_value_set(f"lowrank_jax/{turn}/{own}", text)
-    texts = [client.blocking_key_value_get(f"lowrank_jax/{turn}/{p}", _WAIT * 1000) for p in range(jax.process_count())]
+    texts = [
+        client.blocking_key_value_get(f"lowrank_jax/{turn}/{p}", _WAIT * 1000)
+        for p in range(jax.process_count())
+    ]
     if turn:  # whoever is in this round has read the one before
         client.key_value_delete(f"lowrank_jax/{turn - 1}/{own}")
     return texts
 
 
 def by_lead(make: Callable[[], Any], error: type[Exception]) -> Any:
-    """What `make()`, called by process 0 alone, returns, in every process; a JSON value where there are several.
+    """What `make()`, called by process 0 alone, returns, in every process; a JSON value where there
+    are several.
 
     What it raises is raised in the others as `error`.
     """
@@ -202,7 +222,8 @@ def by_lead(make: Callable[[], Any], error: type[Exception]) -> Any:
 
 @contextlib.contextmanager
 def together(error: type[Exception]) -> Iterator[None]:
-    """All leave the block, or none: what one process raises in it is raised in the others as `error`."""
+    """All leave the block, or none: what one process raises in it is raised in the others as
+    `error`."""
     own = None
     try:
         yield
@@ -226,10 +247,11 @@ class Stopped(BaseException):
 class Stop:
     """Where a run stops on request, the same place in every process.
 
-    Places are counted: each call of `poll` is one, in the same order everywhere, after an update or between two batches
-    of an evaluation. A process that is asked at place k writes k + 2 into the store, where the first one to write wins.
-    It does so before it dispatches the next update or batch, without which no other process can read the result of
-    that. Whoever is at place k + 2 has read the result, so nobody has gone past the place that is written.
+    Places are counted: each call of `poll` is one, in the same order everywhere, after an update or
+    between two batches of an evaluation. A process that is asked at place k writes k + 2 into the
+    store, where the first one to write wins. It does so before it dispatches the next update or
+    batch, without which no other process can read the result of that. Whoever is at place k + 2 has
+    read the result, so nobody has gone past the place that is written.
 
     Args:
       asked: set by a signal, in any one of the processes.
@@ -249,8 +271,8 @@ class Stop:
         return self._asked.is_set() and not joined()
 
     def poll(self) -> bool:
-        """Whether to stop here. Between two calls something is dispatched; before a call what was dispatched before
-        the last one has ended."""
+        """Whether to stop here. Between two calls something is dispatched; before a call what was
+        dispatched before the last one has ended."""
         if not joined():
             return self._asked.is_set()
         self._place += 1
@@ -264,16 +286,19 @@ class Stop:
 
 
 def end(error: BaseException) -> NoReturn:
-    """Say why this process alone ends, and end it at once: an orderly exit would wait for the others.
+    """Say why this process alone ends, and end it at once: an orderly exit would wait for the
+    others.
 
     They notice by the closed connection (gloo) or by silence.
     """
     where = f"process {jax.process_index()} of {jax.process_count()}"
     text = (str(error).strip() or repr(error)).splitlines()[0]
-    if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and any(word in text for word in _LOST):
+    if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and any(
+        word in text for word in _LOST
+    ):
         print(
-            f"error: {where} lost the others ({text}). One of them has ended: see its output, then start all of them "
-            "again; the run goes on from its last checkpoint",
+            f"error: {where} lost the others ({text}). One of them has ended: see its output, then "
+            "start all of them again; the run goes on from its last checkpoint",
             file=sys.stderr,
         )
     elif isinstance(error, OSError):  # a full disk says all there is to say
@@ -299,11 +324,13 @@ def part(rows: jax.sharding.NamedSharding) -> tuple[int, int]:
     first, size = min(held), len(held)
     if max(held) - first + 1 == size and first % size == 0 and count % size == 0:
         return first // size, count // size
-    if size * jax.process_count() == count:  # interleaved: the order of rows within a batch decides nothing
+    if (
+        size * jax.process_count() == count
+    ):  # interleaved: the order of rows within a batch decides nothing
         return jax.process_index(), jax.process_count()
     raise ConfigurationError(
-        f"mesh={dict(rows.mesh.shape)}: the rows of process {jax.process_index()} are no part of a batch by "
-        "themselves; order the devices so that those of one process are neighbours"
+        f"mesh={dict(rows.mesh.shape)}: the rows of process {jax.process_index()} are no part of a "
+        "batch by themselves; order the devices so that those of one process are neighbours"
     )
 
 

@@ -1,9 +1,11 @@
-"""What an evaluation was of: so that losses are compared on the same tokens, and across tokenizers in bits per byte.
+"""What an evaluation was of: so that losses are compared on the same tokens, and across tokenizers
+in bits per byte.
 
-    evaluated   digest of the tokenizer and of every token (or image) and target of the evaluation
-    bytes       of the text that its targets spell; what a tokenizer's own marks (eos) stand for has none
-    text        digest of the text, where the evaluation is of a whole split in one stream: equal for equal text,
-                whatever the tokenizer
+evaluated   digest of the tokenizer and of every token (or image) and target of the evaluation
+bytes       of the text that its targets spell; what a tokenizer's own marks (eos) stand for has
+            none
+text        digest of the text, where the evaluation is of a whole split in one stream: equal for
+            equal text, whatever the tokenizer
 """
 
 import hashlib
@@ -20,18 +22,23 @@ ROWS = 256  # that are read at once
 
 
 def identity(dataset: Dataset, limit: int | None) -> dict[str, Any]:
-    """{"evaluated": digest, "bytes": number or None, "text": digest or None} of `limit` tokens of the validation data.
+    """{"evaluated": digest, "bytes": number or None, "text": digest or None} of `limit` tokens of
+    the validation data.
 
     Classes have no bytes: their loss is that of a label.
     """
     part, tokenizer = dataset.validation, dataset.tokenizer
-    digests = {name: hashlib.sha256() for name in ("inputs", "targets")}  # apart, however many rows are read at once
+    digests = {
+        name: hashlib.sha256() for name in ("inputs", "targets")
+    }  # apart, however many rows are read at once
     spells = tokenizer is not None and not dataset.classes
     size = 0
     for batch in part.evaluation(ROWS, limit):
         counted = batch["weights"] > 0
         for name, digest in digests.items():
-            digest.update(np.asarray(batch[name])[counted].tobytes())  # tokens have a weight each, images one a row
+            digest.update(
+                np.asarray(batch[name])[counted].tobytes()
+            )  # tokens have a weight each, images one a row
         size += sum(map(len, spelled(tokenizer, batch["targets"][counted]))) if spells else 0
     is_stream = isinstance(part, Batches) and part.mode == "pack"
     text = None
@@ -40,7 +47,10 @@ def identity(dataset: Dataset, limit: int | None) -> dict[str, Any]:
         for piece in spelled(tokenizer, np.asarray(part.tokens)):
             whole.update(piece)
         text = whole.hexdigest()[:16]
-    words = [getattr(tokenizer, "identity", ""), *(digest.hexdigest() for digest in digests.values())]
+    words = [
+        getattr(tokenizer, "identity", ""),
+        *(digest.hexdigest() for digest in digests.values()),
+    ]
     found = hashlib.sha256(" ".join(words).encode())
     return {"evaluated": found.hexdigest()[:16], "bytes": size if spells else None, "text": text}
 

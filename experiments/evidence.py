@@ -1,13 +1,16 @@
-"""The study behind README's table of optimizers: `python -m experiments.evidence --time`, or `make evidence`.
+"""The study behind README's table of optimizers: `python -m experiments.evidence --time`, or
+`make evidence`.
 
-Every method pre-trains the `nano` preset on the standard library's source for the same number of updates, with the
-same batches. Learning rates lie on a log grid of half decades: three around the method's usual one with one seed,
-one more (at most two a side) while the best is at the edge, then two more seeds at the best. AdamW's spread over seeds
-says how large a difference must be to mean anything.
+Every method pre-trains the `nano` preset on the standard library's source for the same number of
+updates, with the same batches. Learning rates lie on a log grid of half decades: three around the
+method's usual one with one seed, one more (at most two a side) while the best is at the edge, then
+two more seeds at the best. AdamW's spread over seeds says how large a difference must be to mean
+anything.
 
-The queue is resumable: a run that is finished is not repeated, one that was stopped goes on from its checkpoint. Runs
-are processes of one core each. After the budget no new run starts; the table then says what is missing. Results go to
-`experiments/results/evidence.json`; `--known` that file goes on from it in another clone.
+The queue is resumable: a run that is finished is not repeated, one that was stopped goes on from
+its checkpoint. Runs are processes of one core each. After the budget no new run starts; the table
+then says what is missing. Results go to `experiments/results/evidence.json`; `--known` that file
+goes on from it in another clone.
 """
 
 import argparse
@@ -75,7 +78,11 @@ def loss_of(summary: dict) -> float:
 def first_seed(done: dict[Key, dict], method: str) -> dict[float, float]:
     """{learning rate: loss} of the search, which uses the first seed."""
     rows = done.items()
-    return {rate: loss_of(summary) for (name, rate, seed), summary in rows if name == method and seed == SEEDS[0]}
+    return {
+        rate: loss_of(summary)
+        for (name, rate, seed), summary in rows
+        if name == method and seed == SEEDS[0]
+    }
 
 
 def wanted(done: dict[Key, dict], method: str) -> list[Key]:
@@ -124,7 +131,8 @@ def finished(root: pathlib.Path) -> dict[Key, dict]:
 
 
 def time_steps(repetitions: int = 20) -> dict[str, float]:
-    """{method: median seconds of one whole training step}, interleaved in this process, on one core.
+    """{method: median seconds of one whole training step}, interleaved in this process, on one
+    core.
 
     Runs side by side disturb each other, so their own times say little.
     """
@@ -160,16 +168,24 @@ def time_steps(repetitions: int = 20) -> dict[str, float]:
 
 
 def collect(
-    done: dict[Key, dict], steps: int, spent_hours: float, budget_hours: float, step_seconds: dict[str, float]
+    done: dict[Key, dict],
+    steps: int,
+    spent_hours: float,
+    budget_hours: float,
+    step_seconds: dict[str, float],
 ) -> dict:
     """The committed result: one row for each method, and every run behind it."""
     rows = []
     for method in METHODS:
-        searched = {rate: loss for rate, loss in first_seed(done, method).items() if math.isfinite(loss)}
+        searched = {
+            rate: loss for rate, loss in first_seed(done, method).items() if math.isfinite(loss)
+        }
         if not searched:
             continue
         best = min(searched, key=searched.__getitem__)
-        summaries = [s for (name, rate, _), s in sorted(done.items()) if name == method and rate == best]
+        summaries = [
+            s for (name, rate, _), s in sorted(done.items()) if name == method and rate == best
+        ]
         losses = [loss_of(summary) for summary in summaries]
         rows.append(
             {
@@ -181,7 +197,9 @@ def collect(
                 "state_bytes": summaries[0]["state_bytes"],
                 "step_seconds": step_seconds.get(method),
                 "complete": not wanted(done, method),
-                "search": {f"{rate:g}": loss_of(done[method, rate, SEEDS[0]]) for rate in sorted(searched)},
+                "search": {
+                    f"{rate:g}": loss_of(done[method, rate, SEEDS[0]]) for rate in sorted(searched)
+                },
             }
         )
     anything: dict = next(iter(done.values()), {})
@@ -197,11 +215,14 @@ def collect(
         "device": "one CPU core a run",
         "versions": anything.get("versions", {}),
         "runs": len(done),
-        "diverged": sorted(folder(root, key).name for key, s in done.items() if not math.isfinite(loss_of(s))),
+        "diverged": sorted(
+            folder(root, key).name for key, s in done.items() if not math.isfinite(loss_of(s))
+        ),
         "rows": rows,
         "finished": {
             folder(root, key).name: {
-                name: s.get(name) for name in ("status", "validation_loss", "state_bytes", "versions")
+                name: s.get(name)
+                for name in ("status", "validation_loss", "state_bytes", "versions")
             }
             for key, s in sorted(done.items())
         },
@@ -214,7 +235,12 @@ def worker(root: pathlib.Path, key: Key, core: int, steps: int) -> None:
         os.sched_setaffinity(0, {core})
     from experiments import configuration, training
 
-    training.run(configuration.from_dict(values(*key, steps)), folder(root, key), handle_signals=True, verbose=False)
+    training.run(
+        configuration.from_dict(values(*key, steps)),
+        folder(root, key),
+        handle_signals=True,
+        verbose=False,
+    )
 
 
 def _next(done: dict[Key, dict], running: list[Key]) -> Key | None:
@@ -226,16 +252,32 @@ def _next(done: dict[Key, dict], running: list[Key]) -> Key | None:
 
 
 def queue(
-    root: pathlib.Path, *, steps: int, workers: int, budget_hours: float, results: pathlib.Path, replace: bool = False
+    root: pathlib.Path,
+    *,
+    steps: int,
+    workers: int,
+    budget_hours: float,
+    results: pathlib.Path,
+    replace: bool = False,
 ) -> dict:
-    """Runs what is wanted until nothing is, or the budget is spent; writes the results after every run.
+    """Runs what is wanted until nothing is, or the budget is spent; writes the results after every
+    run.
 
-    `results` is replaced only by at least what it holds, or where `replace` says so (`outputs.write_result`).
+    `results` is replaced only by at least what it holds, or where `replace` says so
+    (`outputs.write_result`).
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+    cores = (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else [*range(os.cpu_count() or 1)]
+    )
     root.mkdir(parents=True, exist_ok=True)
     clock = root / "spent_hours"
-    before = documents.read(clock, float, remedy="write the hours there, or remove it") if clock.exists() else 0.0
+    before = (
+        documents.read(clock, float, remedy="write the hours there, or remove it")
+        if clock.exists()
+        else 0.0
+    )
     begin = time.monotonic()
     step_seconds = timed(root)
     active: dict[int, tuple[Key, subprocess.Popen]] = {}
@@ -254,13 +296,33 @@ def queue(
         done = finished(root)
         for slot in range(workers):
             running = [key for key, _ in active.values()]
-            key = None if stopping or spent > budget_hours or slot in active else _next(done, running)
+            key = (
+                None if stopping or spent > budget_hours or slot in active else _next(done, running)
+            )
             if key is not None:
                 method, rate, seed = key
-                arguments = ["--run", method, str(rate), str(seed), "--core", str(cores[slot % len(cores)])]
-                command = [sys.executable, "-m", "experiments.evidence", "--root", str(root), "--steps", str(steps)]
+                arguments = [
+                    "--run",
+                    method,
+                    str(rate),
+                    str(seed),
+                    "--core",
+                    str(cores[slot % len(cores)]),
+                ]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "experiments.evidence",
+                    "--root",
+                    str(root),
+                    "--steps",
+                    str(steps),
+                ]
                 active[slot] = key, subprocess.Popen([*command, *arguments])
-                line = f"[{spent:.2f} of {budget_hours:g} h] {len(done)} done; {method}, lr {rate:g}, seed {seed}"
+                line = (
+                    f"[{spent:.2f} of {budget_hours:g} h] {len(done)} done; {method}, lr {rate:g}, "
+                    f"seed {seed}"
+                )
                 print(line, flush=True)
         if not active:
             break
@@ -271,12 +333,21 @@ def queue(
             del active[slot]
             if process.returncode and not stopping:
                 stop()
-                raise SystemExit(f"{key} failed with exit code {process.returncode}; its folder is {folder(root, key)}")
+                raise SystemExit(
+                    f"{key} failed with exit code {process.returncode}; its folder is "
+                    f"{folder(root, key)}"
+                )
             spent = before + (time.monotonic() - begin) / 3600
             outputs.write_json(clock, spent)
             result = collect(finished(root), steps, spent, budget_hours, step_seconds)
             outputs.write_result(results, result, replace=replace)
-    result = collect(finished(root), steps, before + (time.monotonic() - begin) / 3600, budget_hours, step_seconds)
+    result = collect(
+        finished(root),
+        steps,
+        before + (time.monotonic() - begin) / 3600,
+        budget_hours,
+        step_seconds,
+    )
     outputs.write_result(results, result, replace=replace)
     return result
 
@@ -284,29 +355,47 @@ def queue(
 def timed(root: pathlib.Path) -> dict[str, float]:
     """What `--time` measured, if it ran."""
     path = root / "step_seconds.json"
-    return documents.read(path, {str: float}, remedy="remove it, or run --time again") if path.exists() else {}
+    return (
+        documents.read(path, {str: float}, remedy="remove it, or run --time again")
+        if path.exists()
+        else {}
+    )
 
 
 def read_known(path: pathlib.Path) -> dict:
     """An earlier result, or one of another clone."""
     run = {"status": (str, None), "validation_loss": (float, None), "state_bytes": (int, None)}
-    return documents.read(path, {"finished": {str: run}}, remedy="give the evidence.json of an earlier study")
+    return documents.read(
+        path, {"finished": {str: run}}, remedy="give the evidence.json of an earlier study"
+    )
 
 
 @commandline.command
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=commandline.folder, default="runs/evidence", help="folder of the runs")
+    parser.add_argument(
+        "--root", type=commandline.folder, default="runs/evidence", help="folder of the runs"
+    )
     parser.add_argument("--steps", type=commandline.count, default=1000, help="updates of a run")
     workers = min(2, os.cpu_count() or 1)
-    parser.add_argument("--workers", type=commandline.count, default=workers, help="runs side by side")
-    parser.add_argument("--budget-hours", type=commandline.positive, default=2.0, help="no run starts after this")
-    parser.add_argument("--results", type=commandline.file, default=str(RESULTS), help="(default: %(default)s)")
-    commandline.add_replace(parser)
-    parser.add_argument("--known", type=pathlib.Path, help="earlier results whose runs are not repeated")
     parser.add_argument(
-        "--time", action="store_true", help="time one step of each method first, with nothing beside it"
+        "--workers", type=commandline.count, default=workers, help="runs side by side"
+    )
+    parser.add_argument(
+        "--budget-hours", type=commandline.positive, default=2.0, help="no run starts after this"
+    )
+    parser.add_argument(
+        "--results", type=commandline.file, default=str(RESULTS), help="(default: %(default)s)"
+    )
+    commandline.add_replace(parser)
+    parser.add_argument(
+        "--known", type=pathlib.Path, help="earlier results whose runs are not repeated"
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="time one step of each method first, with nothing beside it",
     )
     parser.add_argument("--run", nargs=3, metavar=("METHOD", "LR", "SEED"), help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, default=0, help=argparse.SUPPRESS)
@@ -319,7 +408,9 @@ def main(arguments: Sequence[str]) -> None:
         outputs.write_json(options.root / "known.json", read_known(options.known))
     if options.time:
         command = "import json, experiments.evidence as e; print(json.dumps(e.time_steps()))"
-        output = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(
+            [sys.executable, "-c", command], check=True, capture_output=True, text=True
+        ).stdout
         outputs.write_json(options.root / "step_seconds.json", json.loads(output.splitlines()[-1]))
     result = queue(
         options.root,

@@ -92,7 +92,10 @@ def _read_config(workdir: pathlib.Path) -> RunConfig:
         raise ConfigurationError(f"workdir={str(workdir)!r}: {remedy}")
     values = folder.read_config(workdir)
     if "adapter" in values:
-        remedy = "is a fine-tuning run; `python -m experiments.finetune` exports it by --export_format=huggingface"
+        remedy = (
+            "is a fine-tuning run; `python -m experiments.finetune` exports it by "
+            "--export_format=huggingface"
+        )
         raise ConfigurationError(f"workdir={str(workdir)!r}: {remedy}")
     return configuration.from_dict(values)
 
@@ -115,7 +118,9 @@ def _read_parameters(workdir: pathlib.Path, config: RunConfig) -> tuple[int, Any
 
 
 def _write_readme(output: pathlib.Path, config: RunConfig, step: int, tokenizer) -> pathlib.Path:
-    template = {ByteTokenizer: _BYTES, SentencePieceTokenizer: _PIECES, JsonTokenizer: _JSON}[type(tokenizer)]
+    template = {ByteTokenizer: _BYTES, SentencePieceTokenizer: _PIECES, JsonTokenizer: _JSON}[
+        type(tokenizer)
+    ]
     tokens = template.format(eos=tokenizer.eos, bos=tokenizer.bos, pad=tokenizer.pad, folder=output)
     values = huggingface.config_to(config.model)
     text = _README.format(
@@ -131,10 +136,14 @@ def _write_readme(output: pathlib.Path, config: RunConfig, step: int, tokenizer)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.export", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.export", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--workdir", required=True, help="run folder of experiments.pretrain")
     parser.add_argument("--output", required=True, help="the folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that the folder holds")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model that the folder holds"
+    )
     options = parser.parse_args(arguments)
     try:
         step, files = export(options.workdir, options.output, overwrite=options.overwrite)
@@ -145,7 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"export: {error}", file=sys.stderr)
         return 1
     size = sum(file.stat().st_size for file in files)
-    print(f"update {step} of {options.workdir} in {options.output}: {len(files)} files, {size:,} bytes")
+    print(
+        f"update {step} of {options.workdir} in {options.output}: {len(files)} files, {size:,} "
+        "bytes"
+    )
     return 0
 
 

@@ -1,6 +1,7 @@
 """The figures of a report, as matplotlib figures: loss, memory ledger, step time.
 
-Colours of runs are Okabe and Ito's, of components Tol's light scheme: told apart with any colour vision.
+Colours of runs are Okabe and Ito's, of components Tol's light scheme: told apart with any colour
+vision.
 """
 
 import statistics
@@ -18,7 +19,17 @@ from experiments.runs import Run, on_one_domain
 
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
-COMPONENT_COLOURS = ("#77AADD", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB", "#BBCC33", "#99DDFF", "#AAAA00", "#BBBBBB")
+COMPONENT_COLOURS = (
+    "#77AADD",
+    "#EE8866",
+    "#44BB99",
+    "#EEDD88",
+    "#FFAABB",
+    "#BBCC33",
+    "#99DDFF",
+    "#AAAA00",
+    "#BBBBBB",
+)
 GREY = "#555555"
 START = 0.08  # the part of a run whose losses may lie above the figure
 
@@ -45,36 +56,67 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def loss(runs: Sequence[Run]) -> Figure:
-    """Training loss (smoothed, thin) and validation loss (markers) against updates and against time."""
+    """Training loss (smoothed, thin) and validation loss (markers) against updates and against
+    time."""
     figure = _figure(10.0, 4.4)
     by_step, by_time = _axes(figure, 2)
-    longest = max((row["seconds"] for run in runs for row in run.train + run.evaluations), default=0.0)
+    longest = max(
+        (row["seconds"] for run in runs for row in run.train + run.evaluations), default=0.0
+    )
     unit, seconds = next(
-        (u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest > 2 * s or s == 1
+        (u, s)
+        for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1))
+        if longest > 2 * s or s == 1
     )
     ends, tops, bottoms = [], [], []
     for index, run in enumerate(runs):
-        style: dict[str, Any] = {"color": colour(index), "linestyle": DASHES[index // len(RUN_COLOURS) % len(DASHES)]}
-        train = smoothed([_number(row.get("loss")) for row in run.train], max(1, len(run.train) // 50))
+        style: dict[str, Any] = {
+            "color": colour(index),
+            "linestyle": DASHES[index // len(RUN_COLOURS) % len(DASHES)],
+        }
+        train = smoothed(
+            [_number(row.get("loss")) for row in run.train], max(1, len(run.train) // 50)
+        )
         evaluated = [row for row in run.evaluations if row.get("loss") is not None]
         for axes, key, scale in ((by_step, "step", 1), (by_time, "seconds", seconds)):
             x = [row[key] / scale for row in run.train]
             axes.plot(x, train, linewidth=0.9, alpha=0.4, **style)
             x = [row[key] / scale for row in evaluated]
-            axes.plot(x, [row["loss"] for row in evaluated], marker="o", markersize=4.5, linewidth=1.6, **style)
+            axes.plot(
+                x,
+                [row["loss"] for row in evaluated],
+                marker="o",
+                markersize=4.5,
+                linewidth=1.6,
+                **style,
+            )
         shown = train[int(START * len(train)) :]
-        values = [*shown[np.isfinite(shown)], *(row["loss"] for row in evaluated if row["step"] > START * run.steps)]
+        values = [
+            *shown[np.isfinite(shown)],
+            *(row["loss"] for row in evaluated if row["step"] > START * run.steps),
+        ]
         if values:
             tops.append(max(values))
             bottoms.append(min(values))
-            ends.append((evaluated[-1]["loss"] if evaluated else values[-1], run.name, colour(index)))
-    lines = sorted({round(value, 4) for run in runs if (value := run.final("trigram_loss")) is not None})
+            ends.append(
+                (evaluated[-1]["loss"] if evaluated else values[-1], run.name, colour(index))
+            )
+    lines = sorted(
+        {round(value, 4) for run in runs if (value := run.final("trigram_loss")) is not None}
+    )
     for value in lines:
         for axes in (by_step, by_time):
             axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
         left = blended_transform_factory(by_time.transAxes, by_time.transData)
         by_time.text(
-            0.99, value, f"trigram model {value:.3f}", transform=left, color=GREY, fontsize=8, ha="right", va="bottom"
+            0.99,
+            value,
+            f"trigram model {value:.3f}",
+            transform=left,
+            color=GREY,
+            fontsize=8,
+            ha="right",
+            va="bottom",
         )
     if tops:
         top, bottom = max([*tops, *lines]), min([*bottoms, *lines])
@@ -89,18 +131,29 @@ def loss(runs: Sequence[Run]) -> Figure:
 
 
 def memory(runs: Sequence[Run]) -> Figure:
-    """The memory ledger: one stacked bar per run, measured bytes where they were measured, else bytes by formula."""
+    """The memory ledger: one stacked bar per run, measured bytes where they were measured, else
+    bytes by formula."""
     shown = [run for run in runs if run.ledger]
     names = list(dict.fromkeys(row["component"] for run in shown for row in run.ledger))
     figure = _figure(10.0, 1.2 + 0.42 * len(shown) + 0.25 * ((len(names) + 4) // 5))
     (axes,) = _axes(figure)
     totals = [sum(ledger_bytes(row) for row in run.ledger) for run in shown]
     scale, unit = next(
-        (s, u) for s, u in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")) if max(totals) >= s or s == 1
+        (s, u)
+        for s, u in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+        if max(totals) >= s or s == 1
     )
     left = np.zeros(len(shown))
     for index, name in enumerate(names):
-        width = np.array([sum(ledger_bytes(r) for r in run.ledger if r["component"] == name) for run in shown]) / scale
+        width = (
+            np.array(
+                [
+                    sum(ledger_bytes(r) for r in run.ledger if r["component"] == name)
+                    for run in shown
+                ]
+            )
+            / scale
+        )
         fill = COMPONENT_COLOURS[index % len(COMPONENT_COLOURS)]
         hatch = "///" if index >= len(COMPONENT_COLOURS) else None
         axes.barh(
@@ -117,7 +170,12 @@ def memory(runs: Sequence[Run]) -> Figure:
         left += width
     for place, total in enumerate(totals):
         axes.annotate(
-            format_bytes(total), (total / scale, place), (5, 0), textcoords="offset points", va="center", fontsize=8.5
+            format_bytes(total),
+            (total / scale, place),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
         )
     axes.set_yticks(range(len(shown)), [run.name for run in shown])
     axes.set(xlabel=unit, xlim=(0, 1.13 * max(totals) / scale or 1), ylim=(len(shown) - 0.5, -0.5))
@@ -135,7 +193,11 @@ def ledger_bytes(row: dict) -> int:
 def step_quantiles(run: Run) -> dict[str, float]:
     """Median, 95th percentile and worst seconds of a step."""
     times = run.step_seconds
-    return {"median": statistics.median(times), "95 %": float(np.quantile(times, 0.95)), "worst": max(times)}
+    return {
+        "median": statistics.median(times),
+        "95 %": float(np.quantile(times, 0.95)),
+        "worst": max(times),
+    }
 
 
 def step_time(runs: Sequence[Run]) -> Figure:
@@ -145,11 +207,25 @@ def step_time(runs: Sequence[Run]) -> Figure:
     (axes,) = _axes(figure)
     for place, (index, run) in enumerate(shown):
         milliseconds = {key: 1e3 * value for key, value in step_quantiles(run).items()}
-        style: dict[str, Any] = {"color": colour(index), "zorder": 3, "linestyle": "none", "markersize": 7}
-        axes.hlines(place, milliseconds["median"], milliseconds["worst"], color=colour(index), linewidth=1.2)
+        style: dict[str, Any] = {
+            "color": colour(index),
+            "zorder": 3,
+            "linestyle": "none",
+            "markersize": 7,
+        }
+        axes.hlines(
+            place, milliseconds["median"], milliseconds["worst"], color=colour(index), linewidth=1.2
+        )
         axes.plot(milliseconds["median"], place, marker="o", **style)
         axes.plot(milliseconds["95 %"], place, marker="|", markeredgewidth=2, **style)
-        axes.plot(milliseconds["worst"], place, marker="o", markerfacecolor="white", markeredgewidth=1.4, **style)
+        axes.plot(
+            milliseconds["worst"],
+            place,
+            marker="o",
+            markerfacecolor="white",
+            markeredgewidth=1.4,
+            **style,
+        )
         axes.annotate(
             f"{milliseconds['median']:.3g} ms",
             (milliseconds["median"], place),
@@ -165,7 +241,9 @@ def step_time(runs: Sequence[Run]) -> Figure:
         axes.set_xscale("log")
         axes.set_xlim(low / (high / low) ** 0.18 / 1.1, high * 1.1)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        axes.xaxis.set_minor_formatter(
+            lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""
+        )
     else:
         axes.set_xlim(0, high * 1.06)
     axes.set(xlabel="milliseconds per step", ylim=(len(shown) - 0.5, -0.5))
@@ -176,7 +254,8 @@ def step_time(runs: Sequence[Run]) -> Figure:
 
 
 def forgetting(runs: Sequence[Run]) -> Figure:
-    """What fine-tuning gives and takes: loss on the base's domain against validation loss, evaluation by evaluation."""
+    """What fine-tuning gives and takes: loss on the base's domain against validation loss,
+    evaluation by evaluation."""
     figure = _figure(7.0, 4.2)
     (axes,) = _axes(figure)
     for index, run in enumerate(runs):
@@ -186,7 +265,9 @@ def forgetting(runs: Sequence[Run]) -> Figure:
         x, y = [row["loss"] for row in rows], [row["domain_loss"] for row in rows]
         axes.plot(x, y, color=colour(index), linewidth=1.2, marker=".", label=run.name)
         if rows[0]["step"] == 0:
-            axes.plot(x[:1], y[:1], color=colour(index), marker="o", markerfacecolor="white", markersize=8)
+            axes.plot(
+                x[:1], y[:1], color=colour(index), marker="o", markerfacecolor="white", markersize=8
+            )
         axes.plot(x[-1:], y[-1:], color=colour(index), marker="o", markersize=8)
     axes.set(xlabel="validation loss", ylabel="loss on the base's domain")
     axes.grid(color="#eeeeee", linewidth=0.6)
@@ -213,7 +294,8 @@ def _number(value: float | None) -> float:
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names beside the right border at the height of their last values, pushed apart where they would overlap."""
+    """Names beside the right border at the height of their last values, pushed apart where they
+    would overlap."""
     if not ends:
         return
     low, high = axes.get_ylim()
@@ -227,5 +309,15 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     heights += max(0.0, low - heights[0]) - max(0.0, heights[-1] - high)
     right = blended_transform_factory(axes.transAxes, axes.transData)
     for height, (value, name, tint) in zip(heights, ordered, strict=True):
-        axes.plot([1.0, 1.03], [value, height], transform=right, color=tint, linewidth=0.8, clip_on=False)
-        axes.text(1.04, height, f"{name}  {value:.3f}", transform=right, color=tint, fontsize=8.5, va="center")
+        axes.plot(
+            [1.0, 1.03], [value, height], transform=right, color=tint, linewidth=0.8, clip_on=False
+        )
+        axes.text(
+            1.04,
+            height,
+            f"{name}  {value:.3f}",
+            transform=right,
+            color=tint,
+            fontsize=8.5,
+            va="center",
+        )

@@ -1,12 +1,13 @@
 """Fine-tune a model: an adapter, or all of it; the same command again resumes.
 
     python -m experiments.finetune --config=experiments/configs/finetune/documentation.py \\
-        --config.base.source=runs/default --config.adapter.method='dora(rank=8)' --workdir=runs/dora --export=exported
+        --config.base.source=runs/default --config.adapter.method='dora(rank=8)' --workdir=runs/dora
+        --export=exported
 
-With `--export` the tuned model is also written as plain parameters: a folder that `--config.base.source` reads, or,
-with `--export_format=huggingface`, one that transformers reads; `--export_format=peft` writes the adapters alone. Of a
-run that is over, too. SIGTERM or Ctrl-C saves and exits with 0. Exit codes: 0 done or stopped on request, 1 failed, 2
-wrong configuration.
+With `--export` the tuned model is also written as plain parameters: a folder that
+`--config.base.source` reads, or, with `--export_format=huggingface`, one that transformers reads;
+`--export_format=peft` writes the adapters alone. Of a run that is over, too. SIGTERM or Ctrl-C
+saves and exits with 0. Exit codes: 0 done or stopped on request, 1 failed, 2 wrong configuration.
 """
 
 import pathlib
@@ -17,14 +18,19 @@ from experiments import command, merged, tuning_configuration
 from experiments.configuration import ConfigurationError
 from experiments.finetuning import Finetuning
 
-_EXPORT = flags.DEFINE_string("export", None, "folder for what was tuned, written when the run is over")
+_EXPORT = flags.DEFINE_string(
+    "export", None, "folder for what was tuned, written when the run is over"
+)
 _FORMAT = flags.DEFINE_enum("export_format", "run", merged.FORMATS, "who is to read it")
 
 
 def conclude(summary, workdir):
     """The last lines of a run that is over."""
     share = summary["trainable_parameters"] / summary["parameters"]
-    print(f"trained {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters ({share:.3%})")
+    print(
+        f"trained {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters "
+        f"({share:.3%})"
+    )
 
     def line(title, key, show):
         before, after = summary[f"{key}_before"], summary[key]
@@ -46,7 +52,9 @@ def check_export(config):
     if _EXPORT.value:
         merged.check_output(_EXPORT.value)
         if _FORMAT.value == "peft" and not config.adapter.method:
-            raise ConfigurationError("export_format='peft': the whole model is trained; give 'huggingface' or 'run'")
+            raise ConfigurationError(
+                "export_format='peft': the whole model is trained; give 'huggingface' or 'run'"
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Fine-tuning as a task of `experiments.training`: adapters or the whole model, from a base that stays as it is.
+"""Fine-tuning as a task of `experiments.training`: adapters or the whole model, from a base that
+stays as it is.
 
-Beside the files of every run, the folder holds model.json: what the tuned model is (architecture, tokenizer, classes).
-A checkpoint holds what trains, the optimizer's state and the frozen arrays of the adapters; the base is named in
-config.json by its folder and in the checkpoint by a digest of its parameters, which a resumed run compares.
+Beside the files of every run, the folder holds model.json: what the tuned model is (architecture,
+tokenizer, classes). A checkpoint holds what trains, the optimizer's state and the frozen arrays of
+the adapters; the base is named in config.json by its folder and in the checkpoint by a digest of
+its parameters, which a resumed run compares.
 """
 
 import dataclasses
@@ -43,7 +45,9 @@ class Model:
     def __init__(self, config: TuningConfig, base: Base, classes: tuple[str, ...]):
         self.base, self.classes, self.adapter = base, classes, dataclasses.asdict(config.adapter)
         self.is_new_head = bool(classes) and base.classes != classes
-        self.config = dataclasses.replace(base.config, classes=len(classes)) if base.is_vit else base.config
+        self.config = (
+            dataclasses.replace(base.config, classes=len(classes)) if base.is_vit else base.config
+        )
         self.net = (vit.Vit if base.is_vit else llama.Llama)(self.config)
         self.head = "head" if base.is_vit else objectives.CLASSIFIER
         self.shapes = bases.shapes(self.config, 0 if base.is_vit else len(classes))
@@ -62,7 +66,11 @@ class Model:
 
         def draw(key):
             def one(leaf):
-                return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) if leaf.ndim > 1 else jnp.zeros_like(leaf)
+                return (
+                    0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+                    if leaf.ndim > 1
+                    else jnp.zeros_like(leaf)
+                )
 
             return jax.tree.map(one, wanted)
 
@@ -70,7 +78,10 @@ class Model:
 
     def meaning(self) -> dict[str, dict[str, Any]]:
         """{section: {key: value}} without which the arrays of a run mean nothing."""
-        own = {"model": dataclasses.asdict(self.config), "description": {"classes": list(self.classes)}}
+        own = {
+            "model": dataclasses.asdict(self.config),
+            "description": {"classes": list(self.classes)},
+        }
         return own | {"adapter": self.adapter}
 
     def describe(self, data: TuningDataConfig) -> dict[str, Any]:
@@ -81,7 +92,9 @@ class Model:
             "model": dataclasses.asdict(self.config),
             "tokenizer": data.tokenizer or self.base.tokenizer,
             "classes": list(self.classes),
-            "domain": dataclasses.asdict(dataclasses.replace(data, tokenizer=data.tokenizer or self.base.tokenizer)),
+            "domain": dataclasses.asdict(
+                dataclasses.replace(data, tokenizer=data.tokenizer or self.base.tokenizer)
+            ),
         }
 
 
@@ -92,7 +105,10 @@ class Finetuning(Task):
 
     def __init__(self, config: TuningConfig, devices: Sequence[Any] | None = None):
         super().__init__(config.mesh, devices)
-        self.config, self.base = config, bases.open_base(config.base, config.run.seed, config.data.tokenizer)
+        self.config, self.base = (
+            config,
+            bases.open_base(config.base, config.run.seed, config.data.tokenizer),
+        )
         self.dataset = open_data(config.data, self.base.tokenizer, config.run.seed)
         self._check_base()
         self.model = Model(config, self.base, self.dataset.classes)
@@ -105,7 +121,9 @@ class Finetuning(Task):
         self.shapes, self.places = self.parts.abstract, self.parts.shardings(kernels)
         self.choose()
         # kernels of adapters run where the mesh knows how the frozen matrices lie
-        self._known = jax.tree.map(placed, self.model.shapes, kernels) if self.parts.adapts else None
+        self._known = (
+            jax.tree.map(placed, self.model.shapes, kernels) if self.parts.adapts else None
+        )
         self.work = self._work()
         self._digest: str | None = None
         self.objective = objectives.classes if self.dataset.classes else objectives.language
@@ -123,24 +141,29 @@ class Finetuning(Task):
             kind = "images" if config.data.has_images else "text"
             remedy = "a vision transformer" if config.data.has_images else "a language model"
             raise ConfigurationError(
-                f"data.name={config.data.name!r}: holds {kind}, the base {base.source!r} is another kind of model; "
-                f"give base.source or base.preset {remedy}, or other data"
+                f"data.name={config.data.name!r}: holds {kind}, the base {base.source!r} is "
+                f"another kind of model; give base.source or base.preset {remedy}, or other data"
             )
         if base.is_vit:
-            shape, wanted = data.train.images.shape[1:], (base.config.image, base.config.image, base.config.channels)
+            shape, wanted = (
+                data.train.images.shape[1:],
+                (base.config.image, base.config.image, base.config.channels),
+            )
             if shape != wanted:
-                raise ConfigurationError(f"data.name={config.data.name!r}: images {shape}, the base takes {wanted}")
+                raise ConfigurationError(
+                    f"data.name={config.data.name!r}: images {shape}, the base takes {wanted}"
+                )
             return
         room, longest = base.config.vocabulary_size, base.config.sequence_length
         if data.vocabulary_size > room:
             raise ConfigurationError(
-                f"data.tokenizer={config.data.tokenizer!r}: has {data.vocabulary_size} tokens, the base {room}; give "
-                "the base's own tokenizer"
+                f"data.tokenizer={config.data.tokenizer!r}: has {data.vocabulary_size} tokens, the "
+                f"base {room}; give the base's own tokenizer"
             )
         if config.data.length > longest:
             raise ConfigurationError(
-                f"data.sequence_length={config.data.sequence_length!r}: {config.data.length} tokens, the base takes "
-                f"{longest}; shorten it"
+                f"data.sequence_length={config.data.sequence_length!r}: {config.data.length} "
+                f"tokens, the base takes {longest}; shorten it"
             )
 
     def _check_optimizer(self):
@@ -148,11 +171,13 @@ class Finetuning(Task):
         smallest = min(model.width, model.hidden) if self.base.is_vit else smallest_dimension(model)
         if settings.name in LOWRANK and isinstance(settings.rank, int) and settings.rank > smallest:
             raise ConfigurationError(
-                f"optimizer.rank={settings.rank}: the base's smallest matrix dimension is {smallest}; go no higher"
+                f"optimizer.rank={settings.rank}: the base's smallest matrix dimension is "
+                f"{smallest}; go no higher"
             )
 
     def _check_types(self, base):
-        """Trace the update on an explicit mesh, before the base is read: not every adapter says what lies where."""
+        """Trace the update on an explicit mesh, before the base is read: not every adapter says
+        what lies where."""
         if not self.config.mesh.explicit:
             return
         frozen = self.parts.cut_off(base) if self.parts.needs_base else ()
@@ -160,8 +185,9 @@ class Finetuning(Task):
             jax.eval_shape(self.update(), self.abstract, self.batch_shapes(), *frozen)
         except Exception as error:  # jax's own has no public name
             raise ConfigurationError(
-                f"mesh.explicit=True: adapter.method={self.config.adapter.method!r} on these kernels does not say "
-                f"where its results lie ({str(error).splitlines()[0]}); set mesh.explicit=False"
+                f"mesh.explicit=True: adapter.method={self.config.adapter.method!r} on these "
+                f"kernels does not say where its results lie ({str(error).splitlines()[0]}); set "
+                "mesh.explicit=False"
             ) from error
 
     def _open_domain(self) -> Dataset | None:
@@ -173,20 +199,23 @@ class Finetuning(Task):
             domain = open_data(config, self.base.tokenizer, self.config.run.seed, trains=False)
         except ConfigurationError as error:
             raise ConfigurationError(
-                f"base.domain={self.config.base.domain!r}: {error}; run.forgetting=False does without it"
+                f"base.domain={self.config.base.domain!r}: {error}; run.forgetting=False does "
+                "without it"
             ) from error
         return None if domain.classes and domain.classes != self.dataset.classes else domain
 
     # what is trained
 
     def _read_base(self):
-        """The base's parameters, with the head that the data needs; the digest is of what was read."""
+        """The base's parameters, with the head that the data needs; the digest is of what was
+        read."""
         params = self.base.read(self.place)
         self._digest = bases.digest(params)
         return self.model.with_head(params, self.config.run.seed, self.place)
 
     def _work(self) -> float:
-        """Operations of an update. Of a frozen kernel's three products adapters need two; their own are not counted."""
+        """Operations of an update. Of a frozen kernel's three products adapters need two; their own
+        are not counted."""
         config, data = self.model.config, self.config.data
         if self.base.is_vit:
             whole = vit.flops_per_image(config) * data.batch_size
@@ -237,7 +266,11 @@ class Finetuning(Task):
 
     def _sums_of(self, name: str):
         """`(params, rest, batch, *frozen)`, without dropout."""
-        is_classes = self.domain is not None and self.domain.classes if name == "domain" else self.dataset.classes
+        is_classes = (
+            self.domain is not None and self.domain.classes
+            if name == "domain"
+            else self.dataset.classes
+        )
         function = objectives.classes if is_classes else objectives.language
         run = lambda tree, batch: function(self.model.net, tree, batch)  # noqa: E731
         run = lr.linen.adapted(run) if self.parts.adapts else run
@@ -253,13 +286,17 @@ class Finetuning(Task):
         total, weight, right = 0.0, 0.0, 0.0
         for batch in batches:
             found = self._measure[name](state["params"], rest, batch, *self.frozen)
-            total, weight, right = (a + float(b) for a, b in zip((total, weight, right), found, strict=True))
+            total, weight, right = (
+                a + float(b) for a, b in zip((total, weight, right), found, strict=True)
+            )
         weight = max(weight, 1.0)
         return {"loss": total / weight, "accuracy": right / weight, "tokens": int(weight)}
 
     def evaluate(self, state, watch=unwatched):
         own, limit = self.dataset.validation, self.config.run.evaluation_tokens
-        found = self._figures("own", state, self.evaluation_batches(own, "validation", watch, limit))
+        found = self._figures(
+            "own", state, self.evaluation_batches(own, "validation", watch, limit)
+        )
         if self.dataset.classes:
             line = f"validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.2%}"
         else:
@@ -268,7 +305,9 @@ class Finetuning(Task):
             line = f"validation loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
         if self.domain is not None:
             part = self.domain.validation
-            batches = self.evaluation_batches(part, "base's domain", watch, self._domain_limit(own, part))
+            batches = self.evaluation_batches(
+                part, "base's domain", watch, self._domain_limit(own, part)
+            )
             domain = self._figures("domain", state, batches)
             found |= {"domain_loss": domain["loss"], "domain_tokens": domain["tokens"]}
             line += f"; base's domain {domain['loss']:.4f}"
@@ -278,23 +317,33 @@ class Finetuning(Task):
         return found, line
 
     def _domain_limit(self, own, part) -> int:
-        """Tokens of the base's domain: where the configuration says none, so many that they are neither more rows nor
-        more tokens than the evaluation of the run's own data, and forgetting costs at most as much."""
+        """Tokens of the base's domain: where the configuration says none, so many that they are
+        neither more rows nor more tokens than the evaluation of the run's own data, and forgetting
+        costs at most as much."""
         settings = self.config.run
-        return settings.domain_tokens or own.evaluated(settings.evaluation_tokens) * min(own.length, part.length)
+        return settings.domain_tokens or own.evaluated(settings.evaluation_tokens) * min(
+            own.length, part.length
+        )
 
     def memory(self, compiled):
         rows = super().memory(compiled)
         more = {"frozen model": self.frozen, "frozen arrays": self.abstract.get("fixed", {})}
         sizes = {name: tree_bytes(tree) for name, tree in more.items()}
-        extra = [{"component": name, "bytes_formula": n, "bytes_measured": n} for name, n in sizes.items() if n]
+        extra = [
+            {"component": name, "bytes_formula": n, "bytes_measured": n}
+            for name, n in sizes.items()
+            if n
+        ]
         return [rows[0], *extra, *rows[1:]]
 
     def summary(self, state, evaluations):
         config, last = self.config, evaluations[-1] if evaluations else {}
         first = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
         kept = ("loss", "accuracy", "perplexity", "domain_loss", "domain_accuracy")
-        named = {name: name if name.startswith(("domain", "perplexity")) else f"validation_{name}" for name in kept}
+        named = {
+            name: name if name.startswith(("domain", "perplexity")) else f"validation_{name}"
+            for name in kept
+        }
         entries: dict[str, Any] = {
             "base": config.base.source or config.base.preset,
             "base_digest": self._digest,
@@ -311,17 +360,22 @@ class Finetuning(Task):
             trigram_loss(config, self.dataset, config.data.length) if config.run.trigram else None
         )
         if state is not None and config.run.sample_tokens:
-            plain = jax.jit(self.parts.plain)(state["params"], {"fixed": state.get("fixed")}, *self.frozen)
+            plain = jax.jit(self.parts.plain)(
+                state["params"], {"fixed": state.get("fixed")}, *self.frozen
+            )
             entries["sample"] = sampled(config, self.dataset.tokenizer, self.model.net, plain)
         return entries
 
 
-def open_data(config: TuningDataConfig, tokenizer: str, seed: int, *, trains: bool = True) -> Dataset:
+def open_data(
+    config: TuningDataConfig, tokenizer: str, seed: int, *, trains: bool = True
+) -> Dataset:
     """The dataset, or its validation alone; whatever is wrong with it is a ConfigurationError."""
     try:
         if not (config.has_images or config.tokenizer or tokenizer):
             raise ValueError(
-                "data.tokenizer='': the base's folder has no tokenizer.json or tokenizer.model; name one, or 'bytes'"
+                "data.tokenizer='': the base's folder has no tokenizer.json or tokenizer.model; "
+                "name one, or 'bytes'"
             )
         return load_tuning(config, tokenizer, seed, trains=trains)
     except (ValueError, OSError, ImportError) as error:

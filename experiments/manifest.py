@@ -1,10 +1,12 @@
-"""The manifest of a checkpoint: what a step folder must hold, sealed, and everything by which damage shows.
+"""The manifest of a checkpoint: what a step folder must hold, sealed, and everything by which
+damage shows.
 
-    {"format", "step", "leaves": {path: [shape, dtype]}, "files": {name: {"bytes", "sha256"}}, "sides", "extra",
+    {"format", "step", "leaves": {path: [shape, dtype]}, "files": {name: {"bytes", "sha256"}},
+    "sides", "extra",
      "meaning": {section: {key: value}}, ..., "digest"}
 
-A step verifies when the folder's name, the manifest's step, the files on disk, their contents, and the shapes and
-dtypes of the arrays that orbax stored all agree.
+A step verifies when the folder's name, the manifest's step, the files on disk, their contents, and
+the shapes and dtypes of the arrays that orbax stored all agree.
 """
 
 import concurrent.futures
@@ -44,15 +46,20 @@ Table = dict[str, tuple[tuple[int, ...], str]]
 
 
 def steps(directory: pathlib.Path) -> list[int]:
-    """Steps with a folder, newest first, finished or not; a folder whose name is not as `save` writes it is none."""
+    """Steps with a folder, newest first, finished or not; a folder whose name is not as `save`
+    writes it is none."""
     names = [path.name for path in directory.glob("*") if path.is_dir()]
-    return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
+    return sorted(
+        (int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True
+    )
 
 
 def strays(directory: pathlib.Path) -> list[pathlib.Path]:
     """Folders that hold a manifest, but whose name is no step's."""
     known = {str(step) for step in steps(directory)}
-    return sorted(path for path in directory.glob("*") if path.name not in known and (path / NAME).exists())
+    return sorted(
+        path for path in directory.glob("*") if path.name not in known and (path / NAME).exists()
+    )
 
 
 def digest(value: Any) -> str:
@@ -97,7 +104,9 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
         raise DocumentError(f"the folder {folder.name} holds step {values['step']}")
     for path, leaf in values["leaves"].items():
         if [type(part) for part in leaf] != [list, str]:
-            raise DocumentError(f"{NAME}: leaves[{path!r}] is {leaf}, where a shape and a dtype are needed")
+            raise DocumentError(
+                f"{NAME}: leaves[{path!r}] is {leaf}, where a shape and a dtype are needed"
+            )
     return values
 
 
@@ -107,7 +116,10 @@ def table(values: Mapping[str, Any]) -> Table:
 
 
 def problem(
-    folder: pathlib.Path, values: Mapping[str, Any], stored: Callable[[pathlib.Path], Mapping[str, Any]], verify: bool
+    folder: pathlib.Path,
+    values: Mapping[str, Any],
+    stored: Callable[[pathlib.Path], Mapping[str, Any]],
+    verify: bool,
 ) -> str | None:
     """What is wrong with a step folder, by its manifest; None where nothing is.
 
@@ -136,38 +148,54 @@ def problem(
 
 
 def _difference(leaves: Table, arrays: Mapping[str, Any]) -> str | None:
-    """How the arrays that orbax stored differ from the leaves of the manifest; those of size zero are not stored."""
+    """How the arrays that orbax stored differ from the leaves of the manifest; those of size zero
+    are not stored."""
     expected = {path: leaf for path, leaf in leaves.items() if 0 not in leaf[0]}
     for path in [*expected, *arrays]:
         if path not in arrays or path not in expected:
-            return f"leaf {path} is {'not stored' if path in expected else f'stored but not in {NAME}'}"
+            return (
+                f"leaf {path} is "
+                f"{'not stored' if path in expected else f'stored but not in {NAME}'}"
+            )
         (shape, dtype), array = expected[path], arrays[path]
         there = tuple(array.shape), str(np.dtype(array.dtype))
         if dtype.startswith("key<"):  # random keys are stored as their words
             shape, dtype = (*shape, *there[0][len(shape) :]), "uint32"
         if there != (shape, dtype):
-            return f"leaf {path} is stored as {there[1]}{list(there[0])}, {NAME} says {dtype}{list(shape)}"
+            return (
+                f"leaf {path} is stored as {there[1]}{list(there[0])}, {NAME} says "
+                f"{dtype}{list(shape)}"
+            )
     return None
 
 
 def files(directory: pathlib.Path) -> list[str]:
     """Relative paths of all files below a folder."""
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
+    return sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()
+    )
 
 
 def checksums(directory: pathlib.Path, names: list[str]) -> dict[str, dict]:
-    """{relative path: size and sha256}; hashing releases the interpreter lock, so files are hashed side by side."""
+    """{relative path: size and sha256}; hashing releases the interpreter lock, so files are hashed
+    side by side."""
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(lambda name: _sha256(directory / name), names), strict=True))
+        return dict(
+            zip(names, pool.map(lambda name: _sha256(directory / name), names), strict=True)
+        )
 
 
 def _sha256(path: pathlib.Path) -> dict:
     with open(path, "rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": os.fstat(file.fileno()).st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def stored_sides(directory: pathlib.Path) -> dict[str, list]:
-    """{path: [side, rank]} of the newest finished checkpoint below `directory`; {} where there is none to read."""
+    """{path: [side, rank]} of the newest finished checkpoint below `directory`; {} where there is
+    none to read."""
     for step in steps(directory):
         with contextlib.suppress(DocumentError):
             return read(directory / str(step))["sides"]

@@ -5,7 +5,8 @@ An exported folder is what `base.source` reads:
     config.json     what the model is, as model.json in the folder of the run
     checkpoints/    one step that holds "params" alone (experiments.checkpoint)
 
-Folders of all forms bring the tokenizer, where it is not bytes: tokenizer.model, or tokenizer.json and its settings.
+Folders of all forms bring the tokenizer, where it is not bytes: tokenizer.model, or tokenizer.json
+and its settings.
 """
 
 import pathlib
@@ -51,7 +52,8 @@ def _merged(folder: pathlib.Path, config: TuningConfig, model: Model, place: Pla
 
 
 def _read(folder: pathlib.Path, config: TuningConfig, model: Model, place: Place) -> tuple:
-    """(what trained, what the state holds beside it, *frozen arguments) of the newest good checkpoint."""
+    """(what trained, what the state holds beside it, *frozen arguments) of the newest good
+    checkpoint."""
     parts, digest = model.parts, None
     frozen: tuple = ()
     if parts.needs_base:
@@ -59,11 +61,14 @@ def _read(folder: pathlib.Path, config: TuningConfig, model: Model, place: Place
         digest = bases.digest(params)
         frozen = parts.cut_off(model.with_head(params, config.run.seed, place))
     like, places = parts.abstract, parts.shardings(place(model.shapes))
-    like, places = ({name: tree for name, tree in part.items() if name != "key"} for part in (like, places))
+    like, places = (
+        {name: tree for name, tree in part.items() if name != "key"} for part in (like, places)
+    )
     restored = bases.restored(folder, like, places, model.meaning())
     if digest is not None and restored.extra["base"] != digest:
         raise ConfigurationError(
-            f"base.source={config.base.source!r}: its parameters changed since {folder} was trained; restore them"
+            f"base.source={config.base.source!r}: its parameters changed since {folder} was "
+            "trained; restore them"
         )
     rest = {name: tree for name, tree in restored.tree.items() if name != "params"}
     return restored.tree["params"], rest, *frozen
@@ -75,22 +80,26 @@ def export(workdir, output, form: str) -> pathlib.Path:
     Args:
       workdir: of the run.
       output: holds nothing yet.
-      form: the tuned model as "run", for `base.source`, or as "huggingface", for transformers; or its adapters alone as
-        "peft", for the package of that name and the base in the form of transformers.
+      form: the tuned model as "run", for `base.source`, or as "huggingface", for transformers; or
+        its adapters alone as "peft", for the package of that name and the base in the form of
+        transformers.
 
     Raises:
-      ConfigurationError: `output` holds files, `workdir` no fine-tuning run with a checkpoint, or this model or adapter
-        has no such form.
+      ConfigurationError: `output` holds files, `workdir` no fine-tuning run with a checkpoint, or
+        this model or adapter has no such form.
     """
     workdir, output = pathlib.Path(workdir), pathlib.Path(output)
     check_output(output)
     values = read_config(workdir)
     if "adapter" not in values:
-        raise ConfigurationError(f"workdir={str(workdir)!r}: is no fine-tuning run; use python -m experiments.export")
+        raise ConfigurationError(
+            f"workdir={str(workdir)!r}: is no fine-tuning run; use python -m experiments.export"
+        )
     base = merged_base(workdir, values)
     if form != "run" and (base.is_vit or base.classes):
         raise ConfigurationError(
-            f"--export_format={form!r}: is for language models; give 'run' for a vision transformer or a classifier"
+            f"--export_format={form!r}: is for language models; give 'run' for a vision "
+            "transformer or a classifier"
         )
     tokenizer = _tokenizer(base)
     if form == "peft":
@@ -126,7 +135,9 @@ def check_output(output) -> None:
 
 def _write_run(output: pathlib.Path, description: dict, params) -> None:
     checkpoints = checkpoint.Checkpoints(
-        output / "checkpoints", meaning=bases.meaning(description), say=lambda line: print(line, file=sys.stderr)
+        output / "checkpoints",
+        meaning=bases.meaning(description),
+        say=lambda line: print(line, file=sys.stderr),
     )
     try:
         checkpoints.save(0, {"params": params})
@@ -135,14 +146,20 @@ def _write_run(output: pathlib.Path, description: dict, params) -> None:
     outputs.write_json(output / "config.json", description)
 
 
-def _write_peft(output: pathlib.Path, workdir: pathlib.Path, config: TuningConfig, tokenizer: str) -> None:
+def _write_peft(
+    output: pathlib.Path, workdir: pathlib.Path, config: TuningConfig, tokenizer: str
+) -> None:
     model = Model(config, bases.open_base(config.base, config.run.seed, tokenizer), ())
     if not isinstance(model.parts, Adapted):
-        raise ConfigurationError("--export_format='peft': the whole model was trained; give 'huggingface'")
+        raise ConfigurationError(
+            "--export_format='peft': the whole model was trained; give 'huggingface'"
+        )
     params, rest, base = _read(workdir, config, model, model.base.placing())
     adaptation = model.parts.adaptation(params, rest)
     fields = {"base_model_name_or_path": config.base.source, "task_type": "CAUSAL_LM"}
     try:
-        lr.interop.peft.save(output, adaptation, base, lr.interop.llama.torch_name, views=model.parts.views, **fields)
+        lr.interop.peft.save(
+            output, adaptation, base, lr.interop.llama.torch_name, views=model.parts.views, **fields
+        )
     except ValueError as error:
         raise ConfigurationError(f"--export_format='peft': {error}") from error

@@ -1,4 +1,5 @@
-"""What a run says while it runs: JSON lines, a progress line, TensorBoard, and the figures in them."""
+"""What a run says while it runs: JSON lines, a progress line, TensorBoard, and the figures in
+them."""
 
 import contextlib
 import functools
@@ -17,12 +18,15 @@ from lowrank_jax.interop import documents
 
 # What every line of metrics.jsonl holds, by its kind; a number that was not finite is null.
 _NUMBER = (float, None)
-_FIGURES = {f"{name}?": _NUMBER for name in ("step_seconds", "perplexity", "accuracy", "domain_loss")}
+_FIGURES = {
+    f"{name}?": _NUMBER for name in ("step_seconds", "perplexity", "accuracy", "domain_loss")
+}
 _ROW = {"loss": _NUMBER, "seconds": float, "tokens?": int} | _FIGURES
 _OF = {"evaluated?": str, "bytes?": (int, None), "text?": (str, None), "domain_tokens?": int}
 SHAPES = {"train": _ROW, "eval": _ROW | _OF, "note": {"text": str}}
 
-# Dense bf16 peaks in FLOP/s per device, from the vendors' data sheets; matched by the start of `device_kind`.
+# Dense bf16 peaks in FLOP/s per device, from the vendors' data sheets; matched by the start of
+# `device_kind`.
 PEAK_FLOPS = {
     "TPU v2": 46e12,
     "TPU v3": 123e12,
@@ -74,7 +78,9 @@ class Metrics:
             self._file.flush()
         except OSError as error:
             raise OSError(
-                error.errno, f"{error.strerror}: metrics cannot be written, free space and resume", str(self.path)
+                error.errno,
+                f"{error.strerror}: metrics cannot be written, free space and resume",
+                str(self.path),
             ) from error
         if self._board is not None and kind in ("train", "eval"):
             for key, value in values.items():
@@ -95,7 +101,9 @@ def read(path) -> list[dict]:
     """
     rows, remedy = [], "correct or remove the line"
     for number, row in documents.lines(path, {"kind": str, "step": int}, remedy=remedy, torn=True):
-        documents.check(row, SHAPES.get(row["kind"], dict), where=f"{path}, line {number}", remedy=remedy)
+        documents.check(
+            row, SHAPES.get(row["kind"], dict), where=f"{path}, line {number}", remedy=remedy
+        )
         rows.append(row)
     return rows
 
@@ -107,7 +115,8 @@ def holds(path, kind: str, step: int) -> bool:
 
 
 def truncate(path, step: int) -> int:
-    """Drop the lines of steps after `step`, which a resumed run is about to repeat; returns how many.
+    """Drop the lines of steps after `step`, which a resumed run is about to repeat; returns how
+    many.
 
     The new file replaces the old one at once, so that a kill here loses nothing.
     """
@@ -152,16 +161,24 @@ class Progress:
             return
         if self._begin is None:  # the first update has just ended
             self._begin, self._start = time.perf_counter(), step
-        figures = f"loss {loss:.4f}  {tokens_per_second:.0f} tokens/s  MFU {mfu:.1%}  {format_bytes(memory_in_use())}"
+        figures = (
+            f"loss {loss:.4f}  {tokens_per_second:.0f} tokens/s  MFU {mfu:.1%}  "
+            f"{format_bytes(memory_in_use())}"
+        )
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(step - self._bar.n)
         elif step % self.every == 0 or step == self.total:
-            eta = (time.perf_counter() - self._begin) / max(step - self._start, 1) * (self.total - step)
+            eta = (
+                (time.perf_counter() - self._begin)
+                / max(step - self._start, 1)
+                * (self.total - step)
+            )
             self.say(f"step {step}/{self.total}  {figures}  ETA {format_seconds(eta)}")
 
     def part(self, title: str, done: int, total: int) -> None:
-        """How far a longer piece of work between two steps is: every `PART_EVERY` seconds, from its beginning (0)."""
+        """How far a longer piece of work between two steps is: every `PART_EVERY` seconds, from its
+        beginning (0)."""
         now = time.perf_counter()
         if done and now - self._told >= PART_EVERY:
             self.say(f"{title}: batch {done} of {total}")
@@ -213,7 +230,9 @@ def memory_in_use() -> int:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:  # not Linux: the peak is what the system tells
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
 
 
 def peak_memory() -> int:
@@ -223,14 +242,18 @@ def peak_memory() -> int:
         return statistics["peak_bytes_in_use"]
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 @functools.cache
 def peak_flops() -> tuple[float, str]:
-    """(peak FLOP/s of one device, where the figure comes from): the data sheet's, or a float32 matmul's rate.
+    """(peak FLOP/s of one device, where the figure comes from): the data sheet's, or a float32
+    matmul's rate.
 
-    The devices of a simulated CPU mesh share one processor, so the measured rate is divided among them.
+    The devices of a simulated CPU mesh share one processor, so the measured rate is divided among
+    them.
     """
     device = jax.devices()[0]
     for kind, peak in PEAK_FLOPS.items():
@@ -246,4 +269,6 @@ def peak_flops() -> tuple[float, str]:
         product(matrix).block_until_ready()
         seconds.append(time.perf_counter() - begin)
     shared = jax.local_device_count() if device.platform == "cpu" else 1
-    return 2 * size**3 / min(seconds) / shared, f"{device.device_kind}, float32 matmul of {size}, measured"
+    return 2 * size**3 / min(
+        seconds
+    ) / shared, f"{device.device_kind}, float32 matmul of {size}, measured"

@@ -1,7 +1,7 @@
 """What fine-tuning minimises and measures: sums over a batch, for language models and for classes.
 
-`params` may hold adapters (`lowrank_jax.attach`) or taps. Every function returns (sum_i w_i loss_i, sum_i w_i,
-sum_i w_i [right_i]), where right says that the likeliest token or class is the target.
+`params` may hold adapters (`lowrank_jax.attach`) or taps. Every function returns (sum_i w_i loss_i,
+sum_i w_i, sum_i w_i [right_i]), where right says that the likeliest token or class is the target.
 """
 
 import jax.numpy as jnp
@@ -23,17 +23,23 @@ def classes(model, params, batch):
 
 
 def class_logits(model, params, batch):
-    """(B, Y) float32: of a `Vit`, or of the classifier on what the head of a `Llama` would read at token "last"."""
+    """(B, Y) float32: of a `Vit`, or of the classifier on what the head of a `Llama` would read at
+    token "last"."""
     if isinstance(model, vit.Vit):
         return model.apply({"params": params}, batch["inputs"])
     is_last_norm = lambda module, method: module.name == "norm"  # noqa: E731
     # the head's own product is dead code here, which XLA removes
     _, kept = model.apply(
-        {"params": params}, batch["inputs"], capture_intermediates=is_last_norm, mutable=["intermediates"]
+        {"params": params},
+        batch["inputs"],
+        capture_intermediates=is_last_norm,
+        mutable=["intermediates"],
     )
     x_BxSxD = kept["intermediates"]["norm"]["__call__"][0]
     is_last_BxS = jnp.arange(x_BxSxD.shape[1]) == batch["last"][:, None]
-    x_BxD = jnp.sum(jnp.where(is_last_BxS[..., None], x_BxSxD, 0), axis=1)  # a sum, wherever the positions lie
+    x_BxD = jnp.sum(
+        jnp.where(is_last_BxS[..., None], x_BxSxD, 0), axis=1
+    )  # a sum, wherever the positions lie
     return lr.matmul(x_BxD, params[CLASSIFIER]["kernel"]).astype(jnp.float32)
 
 

@@ -1,4 +1,5 @@
-"""The one place that maps the names of `config.optimizer.name` to functions of optax and lowrank_jax."""
+"""The one place that maps the names of `config.optimizer.name` to functions of optax and
+lowrank_jax."""
 
 import dataclasses
 import functools
@@ -17,7 +18,8 @@ from lowrank_jax.projection.learning_rate import LearningRateState
 
 
 def schedule(config: ScheduleConfig, learning_rate: float) -> optax.Schedule:
-    """Linear from 0 to `learning_rate` over the warm-up, then a cosine to `final_fraction` of it at the last update.
+    """Linear from 0 to `learning_rate` over the warm-up, then a cosine to `final_fraction` of it at
+    the last update.
 
     >>> rate = schedule(ScheduleConfig(steps=100, warmup_steps=10), 1.0)
     >>> float(rate(10)), round(float(rate(100)), 6)
@@ -32,9 +34,15 @@ def schedule(config: ScheduleConfig, learning_rate: float) -> optax.Schedule:
 
 
 def build(
-    config: OptimizerConfig, rate: optax.Schedule, *, stacked: bool, seed: int, sides: tuple[tuple[str, str], ...] = ()
+    config: OptimizerConfig,
+    rate: optax.Schedule,
+    *,
+    stacked: bool,
+    seed: int,
+    sides: tuple[tuple[str, str], ...] = (),
 ) -> optax.GradientTransformation:
-    """The configured optimizer, after clipping by the global norm (of what it keeps, where `backprop` is set).
+    """The configured optimizer, after clipping by the global norm (of what it keeps, where
+    `backprop` is set).
 
     Args:
       config: names the method; its None fields keep the method's own defaults.
@@ -57,7 +65,9 @@ def build(
         arguments |= {"views": views(stacked), "seed": seed}
     if config.side is not None:
         if config.side == "sharding" and not sides:
-            raise ConfigurationError("optimizer.side='sharding': parameters lie whole on each device; leave it None")
+            raise ConfigurationError(
+                "optimizer.side='sharding': parameters lie whole on each device; leave it None"
+            )
         arguments["side"] = sides if config.side == "sharding" else config.side
     if config.backprop is not None:
         arguments["clip_norm"] = config.clip_norm
@@ -70,7 +80,19 @@ def build(
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
-OWN = ("rank", "projector", "refresh_every", "scale", "weight_decay", "b1", "b2", "eps", "momentum", "ratio", "damping")
+OWN = (
+    "rank",
+    "projector",
+    "refresh_every",
+    "scale",
+    "weight_decay",
+    "b1",
+    "b2",
+    "eps",
+    "momentum",
+    "ratio",
+    "damping",
+)
 
 
 def check(config: OptimizerConfig) -> None:
@@ -78,7 +100,9 @@ def check(config: OptimizerConfig) -> None:
     for field in OWN:
         value = getattr(config, field, None)
         if value is not None and not has(config.name, field):
-            raise ConfigurationError(f"optimizer.{field}={value!r}: {config.name} has no such setting; leave it None")
+            raise ConfigurationError(
+                f"optimizer.{field}={value!r}: {config.name} has no such setting; leave it None"
+            )
 
 
 def has(name: str, field: str) -> bool:
@@ -91,7 +115,8 @@ def has(name: str, field: str) -> bool:
 
 
 def fit(given: dict[str, Any], own: str, explicit: Collection[str]) -> list[str]:
-    """Sets to None what a configuration file says for its own method and the chosen one lacks; notes of what was done.
+    """Sets to None what a configuration file says for its own method and the chosen one lacks;
+    notes of what was done.
 
     Args:
       given: the section optimizer with the chosen name, changed in place.
@@ -107,22 +132,31 @@ def fit(given: dict[str, Any], own: str, explicit: Collection[str]) -> list[str]
             continue
         has_own_rank = field == "rank" and name == "apollo_mini" and given.get("projector") is None
         if field == "learning_rate":
-            notes.append(f"optimizer.learning_rate={value!r} is kept, which the configuration file has for {own}")
+            notes.append(
+                f"optimizer.learning_rate={value!r} is kept, which the configuration file has for "
+                f"{own}"
+            )
         elif has_own_rank or not has(name, field):
             reason = "has a rank of its own, 1" if has_own_rank else "has no such setting"
-            notes.append(f"optimizer.{field}={value!r} of the configuration file is left out: {name} {reason}")
+            notes.append(
+                f"optimizer.{field}={value!r} of the configuration file is left out: {name} "
+                f"{reason}"
+            )
             given[field] = None
     return notes
 
 
 def full_gradients(config: OptimizerConfig) -> str | None:
-    """Why a step of a low-rank method holds full gradients, and what avoids it; None where it holds none."""
+    """Why a step of a low-rank method holds full gradients, and what avoids it; None where it holds
+    none."""
     if config.name not in LOWRANK:
         return None
     plain = dataclasses.replace(config, clip_norm=None, side=None)
     projection = build(plain, lambda step: 1.0, stacked=True, seed=0).projection
     plan, projector = lr.plan(projection), type(projection.projector).__name__.lower()
-    another = "to hold none, take another method, such as galore with optimizer.projector=alternating"
+    another = (
+        "to hold none, take another method, such as galore with optimizer.projector=alternating"
+    )
     if projection.residual.sees_gradient:
         return f"full gradients at every update: {config.name} reads all of the gradient; {another}"
     if plan == "full":
@@ -149,12 +183,18 @@ def views(stacked: bool) -> lr.Views:
 
 
 def skipped(state) -> jax.Array | int:
-    """How many updates the optimizer refused because a gradient was not finite (0 when it does not watch for it)."""
+    """How many updates the optimizer refused because a gradient was not finite (0 when it does not
+    watch for it)."""
     return sum(value for _, value in optax.tree.get_all_with_path(state, "skipped"))
 
 
-# The nodes of an optimizer's state by whose count its learning rate follows the schedule: {type: field of the count}.
-SCHEDULED: dict[type, str] = {LearningRateState: "count", optax.ScaleByScheduleState: "count", PairsState: "step"}
+# The nodes of an optimizer's state by whose count its learning rate follows the schedule: {type:
+# field of the count}.
+SCHEDULED: dict[type, str] = {
+    LearningRateState: "count",
+    optax.ScaleByScheduleState: "count",
+    PairsState: "step",
+}
 
 
 def is_scheduled(node: Any) -> bool:
@@ -163,16 +203,19 @@ def is_scheduled(node: Any) -> bool:
 
 
 def done(state) -> int | None:
-    """How many updates an optimizer's state has seen, by its learning rate's count; None where it keeps none."""
+    """How many updates an optimizer's state has seen, by its learning rate's count; None where it
+    keeps none."""
     nodes = filter(is_scheduled, jax.tree.leaves(state, is_leaf=is_scheduled))
     counts = [getattr(node, SCHEDULED[type(node)]) for node in nodes]
     return int(counts[0]) + int(skipped(state)) if counts else None
 
 
 def restarted(state: Any) -> Any:
-    """An optimizer's state whose schedule begins anew, and whose count of skipped updates too; the rest stays.
+    """An optimizer's state whose schedule begins anew, and whose count of skipped updates too; the
+    rest stays.
 
-    Optimizers of pairs alternate by the count of the schedule, and so begin with the first factor again.
+    Optimizers of pairs alternate by the count of the schedule, and so begin with the first factor
+    again.
     """
 
     def begin(node):
@@ -187,14 +230,16 @@ def restarted(state: Any) -> Any:
 
 
 def sides(state) -> dict[str, tuple[int, int]]:
-    """{path: (side, rank)} of the projected matrices of an optimizer state: what shapes alone do not tell."""
+    """{path: (side, rank)} of the projected matrices of an optimizer state: what shapes alone do
+    not tell."""
     holds_view = lambda node: hasattr(node, "view")  # noqa: E731
     nodes = [node for node in jax.tree.leaves(state, is_leaf=holds_view) if holds_view(node)]
     return {node.view.path: (node.view.side, node.view.rank) for node in nodes}
 
 
 def _optax_galore(learning_rate, *, rank, refresh_every=200, scale=0.25, weight_decay=0.0):
-    """`optax.contrib.galore` on the kernels of the blocks, as the papers do; it would also take the head."""
+    """`optax.contrib.galore` on the kernels of the blocks, as the papers do; it would also take the
+    head."""
 
     def numbers(params):
         def one(path, leaf):
@@ -205,7 +250,12 @@ def _optax_galore(learning_rate, *, rank, refresh_every=200, scale=0.25, weight_
         return jax.tree_util.tree_map_with_path(one, params)
 
     return optax.contrib.galore(
-        learning_rate, rank, refresh_every, scale, weight_decay=weight_decay, weight_dimension_numbers=numbers
+        learning_rate,
+        rank,
+        refresh_every,
+        scale,
+        weight_decay=weight_decay,
+        weight_dimension_numbers=numbers,
     )
 
 
@@ -219,7 +269,8 @@ _apollo_mini.__signature__ = inspect.signature(lr.apollo)  # type: ignore[attr-d
 
 
 def _pairs(method: Callable) -> Callable:
-    """An optimizer of the factors of adapters; their scale comes with every update, see `updates.step`."""
+    """An optimizer of the factors of adapters; their scale comes with every update, see
+    `updates.step`."""
     signature = inspect.signature(method)
     own = [one for name, one in signature.parameters.items() if name != "scale"]
 

@@ -1,7 +1,7 @@
 """What the programs write: tested before any work, put in place whole, and never replaced by less.
 
-A place is tested by writing there what leaves no trace, so that a file in the way, a folder that may only be read and a
-full disk are a `ConfigurationError` before anything is computed.
+A place is tested by writing there what leaves no trace, so that a file in the way, a folder that
+may only be read and a full disk are a `ConfigurationError` before anything is computed.
 """
 
 import collections
@@ -19,7 +19,8 @@ from experiments.sections import ConfigurationError
 from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError
 
-# Entries of a result that say what was measured: where they differ, one result is not more of the other.
+# Entries of a result that say what was measured: where they differ, one result is not more of the
+# other.
 SUBJECT = ("preset", "steps", "length", "tokens", "tokens_per_update", "rank", "device", "slice")
 # Lists of what is missing, which are better shorter.
 MISSING = ("failed", "not_reached", "diverged", "aims")
@@ -28,7 +29,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_text(path: str | os.PathLike, text: str) -> pathlib.Path:
-    """Write so that `path` holds either what it held or all of the new text, whenever the process dies."""
+    """Write so that `path` holds either what it held or all of the new text, whenever the process
+    dies."""
     return documents.write(path, text.encode())
 
 
@@ -51,10 +53,12 @@ def _plain(value: Any) -> Any:
 
 
 def problem(path: str | os.PathLike, *, is_folder: bool) -> str | None:
-    """Why nothing can be written there, as the rest of a sentence that begins with the path; None when it can.
+    """Why nothing can be written there, as the rest of a sentence that begins with the path; None
+    when it can.
 
     Args:
-      path: of a file that is replaced, or of a folder in which files are made; its parents are made when it is written.
+      path: of a file that is replaced, or of a folder in which files are made; its parents are made
+        when it is written.
       is_folder: which of the two.
 
     >>> problem(__file__, is_folder=True)
@@ -78,13 +82,18 @@ def problem(path: str | os.PathLike, *, is_folder: bool) -> str | None:
             file.write(_PROBE)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long or no name, a loop of links
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a name that is too long or no name, a loop of links
         return f"cannot be written ({getattr(error, 'strerror', None) or error})"
     return None
 
 
 def check(name: str, path: str | os.PathLike, *, is_folder: bool) -> pathlib.Path:
-    """The path, if something can be written there; else a ConfigurationError that begins with the flag's name."""
+    """The path, if something can be written there; else a ConfigurationError that begins with the
+    flag's name."""
     found = problem(path, is_folder=is_folder)
     if found is not None:
         raise ConfigurationError(f"{name}={str(path)!r}: {found}; give another place")
@@ -96,11 +105,14 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _FULL
 
 
-def write_result(path: str | os.PathLike, result: Mapping[str, Any], *, replace: bool = False) -> pathlib.Path:
-    """Write a result, unless the file there holds more; then beside it, as NAME.partial.json. Returns the file written.
+def write_result(
+    path: str | os.PathLike, result: Mapping[str, Any], *, replace: bool = False
+) -> pathlib.Path:
+    """Write a result, unless the file there holds more; then beside it, as NAME.partial.json.
+    Returns the file written.
 
-    More: a list with more rows, at whatever depth; an entry that the new result lacks or has as null, of rows one that
-    fewer of them have; or another SUBJECT, which one of the two may lack.
+    More: a list with more rows, at whatever depth; an entry that the new result lacks or has as
+    null, of rows one that fewer of them have; or another SUBJECT, which one of the two may lack.
 
     Args:
       path: the file.
@@ -114,7 +126,10 @@ def write_result(path: str | os.PathLike, result: Mapping[str, Any], *, replace:
         write_json(path, result)
         partial.unlink(missing_ok=True)
         return path
-    print(f"{path} is kept: it holds {kept}. The new result is in {partial}; --replace puts it there", file=sys.stderr)
+    print(
+        f"{path} is kept: it holds {kept}. The new result is in {partial}; --replace puts it there",
+        file=sys.stderr,
+    )
     return write_json(partial, result)
 
 
@@ -155,7 +170,8 @@ def lacking(old: Any, new: Any, key: str) -> str | None:
 def known(value: Any, key: str) -> collections.Counter[str]:
     """How much a result holds under each name: elements of lists, and values that are not null.
 
-    The rows of a list share their names, so that they may stand in another order; what is in MISSING is left out.
+    The rows of a list share their names, so that they may stand in another order; what is in
+    MISSING is left out.
     """
     counts: collections.Counter[str] = collections.Counter()
     if isinstance(value, Mapping):

@@ -5,18 +5,21 @@
         --optimizers=adamw,galore:projector=power,apollo_mini --backprop=full,projected \\
         --meshes="data=16;fsdp=8,tensor=2" --plot=plan.png
 
-The step is that of `experiments.pretrain` for the same configuration. Targets are TPU slices as libtpu names them,
-h100, h200, rtx4090, and cpu:N (fake devices). libtpu comes with `make test-tpu`, or name a Python that has it with
---python. Several values of a list give one table. Each program is compiled in a process of its own; rows are kept in
---cache, so that the same command goes on after Ctrl-C or a kill, and compiles anew when the code has changed.
+The step is that of `experiments.pretrain` for the same configuration. Targets are TPU slices as
+libtpu names them, h100, h200, rtx4090, and cpu:N (fake devices). libtpu comes with `make test-tpu`,
+or name a Python that has it with --python. Several values of a list give one table. Each program is
+compiled in a process of its own; rows are kept in --cache, so that the same command goes on after
+Ctrl-C or a kill, and compiles anew when the code has changed.
 
-The table, of one chip: GiB of parameters, optimizer state, temporaries (gradients and activations, which the compiler
-does not tell apart) and program, at their peak; TFLOP of an update by formula; GiB that collectives give in an update
-between two refreshes. A TPU's compiler refuses what it cannot place, and its peak is then a lower bound. Where nothing
-but one case is asked for and it does not fit, the smallest change that makes it fit is searched by compiling
-candidates (--noadvise leaves that out).
+The table, of one chip: GiB of parameters, optimizer state, temporaries (gradients and activations,
+which the compiler does not tell apart) and program, at their peak; TFLOP of an update by formula;
+GiB that collectives give in an update between two refreshes. A TPU's compiler refuses what it
+cannot place, and its peak is then a lower bound. Where nothing but one case is asked for and it
+does not fit, the smallest change that makes it fit is searched by compiling candidates (--noadvise
+leaves that out).
 
-Exit codes: 0 everything fits, 1 something does not or failed, 2 wrong configuration, 130 interrupted.
+Exit codes: 0 everything fits, 1 something does not or failed, 2 wrong configuration, 130
+interrupted.
 """
 
 import io
@@ -35,29 +38,52 @@ from experiments.sections import require
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "target, such as v5e:4x4, h200 or cpu:8")
 TOPOLOGIES = flags.DEFINE_list("topologies", [], "several targets")
-OPTIMIZERS = flags.DEFINE_list("optimizers", [], "in place of the configuration's: name, or name:field=value:...")
-BACKPROP = flags.DEFINE_list("backprop", [], "in place of the configuration's: optax, full, projected")
-MESHES = flags.DEFINE_string("meshes", "", "in place of the configuration's, such as 'data=16;fsdp=8,tensor=2'")
+OPTIMIZERS = flags.DEFINE_list(
+    "optimizers", [], "in place of the configuration's: name, or name:field=value:..."
+)
+BACKPROP = flags.DEFINE_list(
+    "backprop", [], "in place of the configuration's: optax, full, projected"
+)
+MESHES = flags.DEFINE_string(
+    "meshes", "", "in place of the configuration's, such as 'data=16;fsdp=8,tensor=2'"
+)
 JSON = flags.DEFINE_string("json", None, "file for the rows")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for a stacked bar of each row")
-CACHE = flags.DEFINE_string("cache", "runs/plan.jsonl", "file that keeps finished rows; '' keeps none")
-PYTHON = flags.DEFINE_string("python", None, "an interpreter whose environment has the target's compiler")
-MEMORY = flags.DEFINE_float("memory_gib", None, "what a chip has for the program, in place of the chip's memory")
-ADVISE = flags.DEFINE_bool("advise", True, "of a single case that does not fit, search the smallest change")
-EXECUTE = flags.DEFINE_bool("execute", False, "cpu targets: also run the program and measure what it takes")
+CACHE = flags.DEFINE_string(
+    "cache", "runs/plan.jsonl", "file that keeps finished rows; '' keeps none"
+)
+PYTHON = flags.DEFINE_string(
+    "python", None, "an interpreter whose environment has the target's compiler"
+)
+MEMORY = flags.DEFINE_float(
+    "memory_gib", None, "what a chip has for the program, in place of the chip's memory"
+)
+ADVISE = flags.DEFINE_bool(
+    "advise", True, "of a single case that does not fit, search the smallest change"
+)
+EXECUTE = flags.DEFINE_bool(
+    "execute", False, "cpu targets: also run the program and measure what it takes"
+)
 
 
 def run(config: configuration.RunConfig) -> int:
     """Everything after parsing; the exit code."""
     topologies = [*TOPOLOGIES.value, *([TOPOLOGY.value] if TOPOLOGY.value else [])]
     if not topologies:
-        raise ConfigurationError("topology=None: name a target, such as --topology=v5e:4x4, h200 or cpu:8")
+        raise ConfigurationError(
+            "topology=None: name a target, such as --topology=v5e:4x4, h200 or cpu:8"
+        )
     for flag in (JSON, PLOT, CACHE):
         if flag.value:
             outputs.check(flag.name, flag.value, is_folder=False)
     meshes = [text for text in MESHES.value.split(";") if text.strip()]
     listed, notes = cases.product(
-        config, topologies, meshes=meshes, optimizers=OPTIMIZERS.value, backprops=BACKPROP.value, execute=EXECUTE.value
+        config,
+        topologies,
+        meshes=meshes,
+        optimizers=OPTIMIZERS.value,
+        backprops=BACKPROP.value,
+        execute=EXECUTE.value,
     )
     held = {case.name: optimizers.full_gradients(case.config.optimizer) for case in listed}
     for note in [*notes, *(f"{name}: {text}" for name, text in held.items() if text is not None)]:
@@ -66,10 +92,15 @@ def run(config: configuration.RunConfig) -> int:
         queue.targets.interpreter(case.target, PYTHON.value)
     cache = queue.Cache(pathlib.Path(CACHE.value) if CACHE.value else None, queue.source_digest())
     if MEMORY.value is not None:
-        require(0 < MEMORY.value < math.inf, "memory_gib", MEMORY.value, "give a positive number of GiB")
+        require(
+            0 < MEMORY.value < math.inf, "memory_gib", MEMORY.value, "give a positive number of GiB"
+        )
     memory = None if MEMORY.value is None else round(MEMORY.value * 2**30)
     rows = queue.run(listed, cache, python=PYTHON.value, memory=memory)
-    found: dict[str, Any] = {"command": f"python -m experiments.plan {' '.join(sys.argv[1:])}", "rows": rows}
+    found: dict[str, Any] = {
+        "command": f"python -m experiments.plan {' '.join(sys.argv[1:])}",
+        "rows": rows,
+    }
     if len(rows) == 1 and "error" not in rows[0]:
         print(report.details(rows[0]))
     elif rows:
@@ -87,7 +118,9 @@ def run(config: configuration.RunConfig) -> int:
     return int(any("error" in row or row["fits"] is False for row in rows))
 
 
-def _advise(case: cases.Case, row: dict[str, Any], cache: queue.Cache, memory: int | None) -> dict[str, Any]:
+def _advise(
+    case: cases.Case, row: dict[str, Any], cache: queue.Cache, memory: int | None
+) -> dict[str, Any]:
     print("searching the smallest change that makes it fit", file=sys.stderr)
 
     def evaluate(candidate: cases.Case) -> dict[str, Any]:
@@ -101,9 +134,13 @@ def _advise(case: cases.Case, row: dict[str, Any], cache: queue.Cache, memory: i
     except KeyboardInterrupt:
         return {"overrides": None, "interrupted": True}
     if found.overrides is None or found.row is None:
-        print(f"nothing that was tried makes it fit ({len(found.tried)} programs); give it more chips")
+        print(
+            f"nothing that was tried makes it fit ({len(found.tried)} programs); give it more chips"
+        )
     else:
-        print(f"it fits, at {format_bytes(found.row['peak_bytes'])}, with {' '.join(found.overrides)}")
+        print(
+            f"it fits, at {format_bytes(found.row['peak_bytes'])}, with {' '.join(found.overrides)}"
+        )
     return {"overrides": found.overrides, "row": found.row, "tried": found.tried}
 
 
@@ -112,7 +149,9 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)
     try:
         if len(argv) > 1:
-            raise ConfigurationError(f"unexpected arguments {argv[1:]}: flags are written --name=value")
+            raise ConfigurationError(
+                f"unexpected arguments {argv[1:]}: flags are written --name=value"
+            )
         config, notes = arguments.configured(configuration)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)

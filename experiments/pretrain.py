@@ -2,7 +2,8 @@
 
     python -m experiments.pretrain --config=experiments/configs/tiny.py --config.optimizer.rank=32 --workdir=runs/tiny
 
-SIGTERM or Ctrl-C saves and exits with 0. Exit codes: 0 done or stopped on request, 1 failed, 2 wrong configuration.
+SIGTERM or Ctrl-C saves and exits with 0. Exit codes: 0 done or stopped on request, 1 failed, 2
+wrong configuration.
 """
 
 import pathlib
@@ -16,7 +17,9 @@ def conclude(summary, workdir):
     del workdir
     if summary["validation_loss"] is None:
         return
-    print(f"validation loss {summary['validation_loss']:.4f}   perplexity {summary['perplexity']:.2f}")
+    print(
+        f"validation loss {summary['validation_loss']:.4f}   perplexity {summary['perplexity']:.2f}"
+    )
     if summary["trigram_loss"] is not None:
         met = summary["validation_loss"] < summary["trigram_loss"]
         verdict = "below it: the aim is met" if met else "NOT below it: the aim is missed"

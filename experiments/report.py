@@ -49,7 +49,8 @@ def write(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
 
     Args:
       run_dirs: folders that `python -m experiments.pretrain` wrote; finished or not.
-      output: the HTML file, or a folder (a path without a suffix) to hold report.html; made when it is missing.
+      output: the HTML file, or a folder (a path without a suffix) to hold report.html; made when it
+        is missing.
 
     Returns: the path of the page.
     Raises:
@@ -58,22 +59,31 @@ def write(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
     """
     runs = read_runs(run_dirs)
     output = Path(output)
-    output = outputs.check("output", output if output.suffix else output / "report.html", is_folder=False)
+    output = outputs.check(
+        "output", output if output.suffix else output / "report.html", is_folder=False
+    )
     page = [f"<h1>{_title(runs)}</h1>", _origin(runs), _headline(runs)]
     if any(run.train or run.evaluations for run in runs):
         page.append("<h2>Loss</h2>")
         caption = (
-            "Thin: training loss, smoothed over 2 % of the run. Markers: validation loss, exact mean over tokens; its "
-            f"last value stands beside the name. The first {figures.START:.0%} of a run may lie above the figure."
+            "Thin: training loss, smoothed over 2 % of the run. Markers: validation loss, exact "
+            "mean over tokens; its last value stands beside the name. The first "
+            f"{figures.START:.0%} of a run may lie above the figure."
         )
         if len(_groups(runs)) > 1:
-            caption += " Runs of different data or tokenizers are not on one scale here: see the letters above."
+            caption += (
+                " Runs of different data or tokenizers are not on one scale here: see the letters "
+                "above."
+            )
         page.append(_picture(figures.loss(runs), output, "loss", caption))
     else:
         page.append("<p class=note>No run has recorded a step yet.</p>")
     if any(row.get("domain_loss") is not None for run in runs for row in run.evaluations):
         page.append("<h2>Forgetting</h2>")
-        caption = "One marker an evaluation, from before the first update (open) to the last one (large, filled)."
+        caption = (
+            "One marker an evaluation, from before the first update (open) to the last one (large, "
+            "filled)."
+        )
         page.append(_picture(figures.forgetting(runs), output, "forgetting", caption))
     page.append("<h2>Memory</h2>")
     page += _memory(runs, output)
@@ -93,20 +103,30 @@ def write(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
     samples = [(run, text) for run in runs if (text := run.summary.get("sample"))]
     if samples:
         page.append("<h2>Sampled text</h2>")
-        page += [f"<p>{_name(runs, run)}</p><pre>{html.escape(str(text))}</pre>" for run, text in samples]
+        page += [
+            f"<p>{_name(runs, run)}</p><pre>{html.escape(str(text))}</pre>" for run, text in samples
+        ]
     body = "\n".join(page)
-    document = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_title(runs)}</title>'
+    document = (
+        '<!doctype html>\n<html lang="en"><head><meta '
+        f'charset="utf-8"><title>{_title(runs)}</title>'
+    )
     text = f"{document}\n<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     # a name of a file may hold bytes that are no character
     return outputs.write_bytes(output, text.encode(errors="replace"))
 
 
 def _title(runs: Sequence[Run]) -> str:
-    return f"Run {html.escape(runs[0].name)}" if len(runs) == 1 else f"{len(runs)} runs side by side"
+    return (
+        f"Run {html.escape(runs[0].name)}" if len(runs) == 1 else f"{len(runs)} runs side by side"
+    )
 
 
 def _origin(runs: Sequence[Run]) -> str:
-    versions = {"; ".join(f"{k} {v}" for k, v in sorted((run.summary.get("versions") or {}).items())) for run in runs}
+    versions = {
+        "; ".join(f"{k} {v}" for k, v in sorted((run.summary.get("versions") or {}).items()))
+        for run in runs
+    }
     text = " / ".join(sorted(html.escape(version) for version in versions if version))
     return f"<p class=note>{text}</p>" if text else ""
 
@@ -115,7 +135,8 @@ def _headline(runs: Sequence[Run]) -> str:
     letters = _groups(runs)
 
     def column(key, show, group):
-        """The figure of each run; in bold the smallest of the finished runs that `group` puts together."""
+        """The figure of each run; in bold the smallest of the finished runs that `group` puts
+        together."""
 
         def cell(run):
             value = run.final(key)
@@ -150,7 +171,9 @@ def _headline(runs: Sequence[Run]) -> str:
     optional = {"trained", "accuracy", "base's domain, before", "after", "bits per byte"}
     cells = {title: [show(run) for run in runs] for title, show in columns}
     empty = {MISSING, f"<span class=plain>{MISSING}</span>"}
-    titles = [title for title, shown in cells.items() if title not in optional or not {*shown} <= empty]
+    titles = [
+        title for title, shown in cells.items() if title not in optional or not {*shown} <= empty
+    ]
     titles = [title for title in titles if title != "data" or len(letters) > 1]
     rows = [[cells[title][number] for title in titles] for number in range(len(runs))]
     return _table(titles, rows, "headline") + _apart(runs, letters)
@@ -159,16 +182,22 @@ def _headline(runs: Sequence[Run]) -> str:
 def _groups(runs: Sequence[Run]) -> dict[str, str]:
     """{what is evaluated: its letter}, in the order of the runs."""
     found = dict.fromkeys(run.evaluated for run in runs)
-    return {key: chr(ord("A") + number) if number < 26 else str(number) for number, key in enumerate(found)}
+    return {
+        key: chr(ord("A") + number) if number < 26 else str(number)
+        for number, key in enumerate(found)
+    }
 
 
 def _apart(runs: Sequence[Run], letters: dict[str, str]) -> str:
-    """Where runs were evaluated on different tokens, or may have been: which, and what is known of it."""
+    """Where runs were evaluated on different tokens, or may have been: which, and what is known of
+    it."""
     if len(letters) < 2:
         return ""
     one_of_each = {run.evaluated: run for run in reversed(runs)}
     keys = dict.fromkeys(key for run in one_of_each.values() for key in run.data)
-    differing = [key for key in keys if len({repr(run.data.get(key)) for run in one_of_each.values()}) > 1]
+    differing = [
+        key for key in keys if len({repr(run.data.get(key)) for run in one_of_each.values()}) > 1
+    ]
     recorded = sum(run.records_tokens for run in one_of_each.values())
     is_mixed = 0 < recorded < len(letters)
     lines = []
@@ -185,8 +214,9 @@ def _apart(runs: Sequence[Run], letters: dict[str, str]) -> str:
         lines.append(f"<li>{letter}: {html.escape(members)}: {html.escape(what)}</li>")
     same = "are known to have been evaluated" if is_mixed else "were evaluated"
     text = (
-        f"Not all runs {same} on the same tokens. Losses a token and perplexities compare only runs of one "
-        "letter, of which the smallest is bold; bits per byte compare runs on the same text whatever their tokenizer."
+        f"Not all runs {same} on the same tokens. Losses a token and perplexities compare only "
+        "runs of one letter, of which the smallest is bold; bits per byte compare runs on the same "
+        "text whatever their tokenizer."
     )
     return f"<p class=note>{text}</p><ul class=note>{''.join(lines)}</ul>"
 
@@ -201,23 +231,36 @@ def _history(runs: Sequence[Run]) -> Iterable[str]:
 
 def _status(run: Run) -> str:
     status = run.summary.get("status", "finished") if run.finished else "unfinished"
-    return "" if status == "finished" else f" <span class=note>{html.escape(status)}, step {run.steps}</span>"
+    return (
+        ""
+        if status == "finished"
+        else f" <span class=note>{html.escape(status)}, step {run.steps}</span>"
+    )
 
 
 def _memory(runs: Sequence[Run], output: Path) -> Iterable[str]:
     shown = [run for run in runs if run.ledger]
     if shown:
-        caption = "Bytes per component: measured from the compiled program where they were measured, else by formula."
+        caption = (
+            "Bytes per component: measured from the compiled program where they were measured, "
+            "else by formula."
+        )
         yield _picture(figures.memory(runs), output, "memory", caption)
         names = list(dict.fromkeys(row["component"] for run in shown for row in run.ledger))
-        header = ["component", *(f"{_name(runs, run)}<br><span class=note>formula / measured</span>" for run in shown)]
+        header = [
+            "component",
+            *(f"{_name(runs, run)}<br><span class=note>formula / measured</span>" for run in shown),
+        ]
         rows = []
         for name in names:
             cells = []
             for run in shown:
                 row = next((row for row in run.ledger if row["component"] == name), {})
                 cells.append(
-                    " / ".join(_cell(row.get(key), format_bytes) for key in ("bytes_formula", "bytes_measured"))
+                    " / ".join(
+                        _cell(row.get(key), format_bytes)
+                        for key in ("bytes_formula", "bytes_measured")
+                    )
                 )
             rows.append([html.escape(name), *cells])
         yield _table(header, rows)
@@ -229,10 +272,15 @@ def _memory(runs: Sequence[Run], output: Path) -> Iterable[str]:
 def _configuration(runs: Sequence[Run]) -> Iterable[str]:
     flat = [_flatten(run.config) for run in runs]
     if len(runs) > 1:
-        keys = [key for key in dict.fromkeys(key for config in flat for key in config) if key != "name"]
+        keys = [
+            key for key in dict.fromkeys(key for config in flat for key in config) if key != "name"
+        ]
         differing = [key for key in keys if len({repr(config.get(key)) for config in flat}) > 1]
         if differing:
-            rows = [[html.escape(key), *(_value(config.get(key)) for config in flat)] for key in differing]
+            rows = [
+                [html.escape(key), *(_value(config.get(key)) for config in flat)]
+                for key in differing
+            ]
             yield _table(["differs", *(_name(runs, run) for run in runs)], rows, "text")
         else:
             yield "<p>The configurations are the same.</p>"
@@ -249,7 +297,11 @@ def _flatten(config: dict, prefix: str = "") -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            _flatten(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
@@ -274,7 +326,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "nu
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return (
-        f'<div class=wide><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+        "<div class=wide><table "
+        f'class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
     )
 
 
@@ -283,15 +336,22 @@ def _picture(figure: Figure, output: Path, name: str, caption: str) -> str:
     figure.savefig(buffer, format="png")
     outputs.write_bytes(output.with_name(f"{output.stem}_{name}.png"), buffer.getvalue())
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    return (
+        f'<figure><img alt="{name}" '
+        f'src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: run folders, and where to write."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--output", default="report.html", help="the page to write, or a folder for it (default: %(default)s)"
+        "--output",
+        default="report.html",
+        help="the page to write, or a folder for it (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     try:

@@ -14,11 +14,27 @@ from experiments import metrics
 from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError
 
-# Figures of summary.json; one that a run does not have is null, and a fine-tuning run also has some from before it.
-_MEASURED = ("validation_loss", "validation_accuracy", "perplexity", "domain_loss", "domain_accuracy")
-_FIGURES = (*_MEASURED, *(f"{name}_before" for name in _MEASURED), "median_step_seconds", "trigram_loss",
-            "script_perplexity", "state_bytes", "peak_memory_bytes", "skipped", "parameters",
-            "trainable_parameters")  # fmt: skip
+# Figures of summary.json; one that a run does not have is null, and a fine-tuning run also has some
+# from before it.
+_MEASURED = (
+    "validation_loss",
+    "validation_accuracy",
+    "perplexity",
+    "domain_loss",
+    "domain_accuracy",
+)
+_FIGURES = (
+    *_MEASURED,
+    *(f"{name}_before" for name in _MEASURED),
+    "median_step_seconds",
+    "trigram_loss",
+    "script_perplexity",
+    "state_bytes",
+    "peak_memory_bytes",
+    "skipped",
+    "parameters",
+    "trainable_parameters",
+)
 _SUMMARY = {
     "status": str,
     "steps": int,
@@ -28,7 +44,9 @@ _SUMMARY = {
     "sample?": (str, None),
     **{f"{name}?": (float, None) for name in _FIGURES},
 }
-_CONFIG = {"name": str, "optimizer": (dict, str)} | {f"{name}?": dict for name in ("model", "data", "schedule", "run")}
+_CONFIG = {"name": str, "optimizer": (dict, str)} | {
+    f"{name}?": dict for name in ("model", "data", "schedule", "run")
+}
 _BYTES = (float, None)
 _LEDGER = [{"component": str, "bytes_formula?": _BYTES, "bytes_measured?": _BYTES}]
 HISTORY = "history.json"
@@ -50,7 +68,8 @@ class Run:
     Attributes:
       name: of the folder, with as much of its path as tells it from the others.
       config: config.json.
-      train, evaluations: the lines of metrics.jsonl of that kind, by step; of a step that was repeated, the last line.
+      train, evaluations: the lines of metrics.jsonl of that kind, by step; of a step that was
+        repeated, the last line.
       ledger: rows of ledger.json, without a row of totals.
       summary: summary.json, which is only there when the run has ended.
       history: history.json, extensions and the run that it started from; the oldest first.
@@ -76,24 +95,31 @@ class Run:
 
     @property
     def step_seconds(self) -> list[float]:
-        """Seconds of each step, without the first, in which programs are loaded and caches are cold."""
+        """Seconds of each step, without the first, in which programs are loaded and caches are
+        cold."""
         times = [row["step_seconds"] for row in self.train if row.get("step_seconds") is not None]
         return times[1:]
 
     @property
     def records_tokens(self) -> bool:
-        """Whether the last evaluation says by a digest what it was of; runs of older versions do not."""
+        """Whether the last evaluation says by a digest what it was of; runs of older versions do
+        not."""
         return bool(self.evaluations and self.evaluations[-1].get("evaluated"))
 
     @property
     def evaluated(self) -> str:
         """Equal for runs whose validation losses are of the same tokens, as far as is known.
 
-        Runs that do not record it are told apart by their configurations, and never equal one that does.
+        Runs that do not record it are told apart by their configurations, and never equal one that
+        does.
         """
         if self.records_tokens:
             return self.evaluations[-1]["evaluated"]
-        data = {key: value for key, value in self.data.items() if not key.endswith(("batch_size", "directory"))}
+        data = {
+            key: value
+            for key, value in self.data.items()
+            if not key.endswith(("batch_size", "directory"))
+        }
         return json.dumps(data, sort_keys=True)
 
     @property
@@ -132,14 +158,17 @@ class Run:
             "validation_accuracy": last_evaluation.get("accuracy"),
             "domain_loss": last_evaluation.get("domain_loss"),
             "bits_per_byte": bits_per_byte(last_evaluation),
-            "median_step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
+            "median_step_seconds": statistics.median(self.step_seconds)
+            if self.step_seconds
+            else None,
             "total_seconds": last_step.get("seconds"),
         }
         return so_far.get(key)
 
 
 def on_one_domain(evaluations: list[dict]) -> list[dict]:
-    """Lines of metrics.jsonl whose losses on the base's domain are of as many tokens as the last one's.
+    """Lines of metrics.jsonl whose losses on the base's domain are of as many tokens as the last
+    one's.
 
     A run that an older version began may have measured it on others, and did not say on how many.
 
@@ -148,11 +177,14 @@ def on_one_domain(evaluations: list[dict]) -> list[dict]:
     [{'domain_loss': 3.0, 'domain_tokens': 64}]
     """
     measured = [row for row in evaluations if row.get("domain_loss") is not None]
-    return [row for row in measured if row.get("domain_tokens") == measured[-1].get("domain_tokens")]
+    return [
+        row for row in measured if row.get("domain_tokens") == measured[-1].get("domain_tokens")
+    ]
 
 
 def bits_per_byte(evaluation: dict[str, Any]) -> float | None:
-    """Of a line of metrics.jsonl, from its mean loss in nats a token; None where a part is not known.
+    """Of a line of metrics.jsonl, from its mean loss in nats a token; None where a part is not
+    known.
 
     >>> bits_per_byte({"loss": math.log(2), "tokens": 100, "bytes": 50})
     2.0
@@ -162,19 +194,27 @@ def bits_per_byte(evaluation: dict[str, Any]) -> float | None:
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
-    """One run folder. Raises RunError when it is none, or when a file of it is not what a run writes."""
+    """One run folder. Raises RunError when it is none, or when a file of it is not what a run
+    writes."""
     folder = Path(folder)
     lines_file = folder / "metrics.jsonl"
     if not os.path.isfile(lines_file):  # False of a name that is none
         what = "has no metrics.jsonl" if os.path.isdir(folder) else "does not exist"
-        raise RunError(f"{folder} {what}: give the folder that `python -m experiments.pretrain` or `finetune` wrote")
+        raise RunError(
+            f"{folder} {what}: give the folder that `python -m experiments.pretrain` or `finetune` "
+            "wrote"
+        )
     try:
         rows = metrics.read(lines_file)
         config, ledger = (
-            documents.read(folder / name, shape, remedy=_REMEDY) if (folder / name).exists() else None
+            documents.read(folder / name, shape, remedy=_REMEDY)
+            if (folder / name).exists()
+            else None
             for name, shape in (("config.json", _CONFIG), ("ledger.json", _LEDGER))
         )
-        summary = read_summary(folder / "summary.json") if (folder / "summary.json").exists() else None
+        summary = (
+            read_summary(folder / "summary.json") if (folder / "summary.json").exists() else None
+        )
         history = read_history(folder)
     except DocumentError as error:
         raise RunError(str(error)) from error
@@ -214,22 +254,37 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         for key, values in changed.items():
             if len(values) != 2:
                 needed = "where the value before and the one after are needed"
-                raise documents.Unexpected(f"{path}: changed[{key!r}] is {values!r}, {needed}; {_REMEDY}")
+                raise documents.Unexpected(
+                    f"{path}: changed[{key!r}] is {values!r}, {needed}; {_REMEDY}"
+                )
     return entries
 
 
 def history_lines(entries: list[dict[str, Any]]) -> list[str]:
     """One line of text for each entry.
 
-    >>> history_lines([{"extended": True, "step": 12, "changed": {"schedule.steps": [12, 20]}, "before": None}])
+    >>> history_lines(
+    ...     [
+    ...         {
+    ...             "extended": True,
+    ...             "step": 12,
+    ...             "changed": {"schedule.steps": [12, 20]},
+    ...             "before": None,
+    ...         }
+    ...     ]
+    ... )
     ['extended after update 12: schedule.steps 12 -> 20']
     """
     found = []
     for entry in entries:
         if "started_from" in entry:
-            found.append(f"started from {entry['started_from']}, update {entry['step']}: its {entry['with']}")
+            found.append(
+                f"started from {entry['started_from']}, update {entry['step']}: its {entry['with']}"
+            )
             continue
-        changed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in entry["changed"].items())
+        changed = ", ".join(
+            f"{key} {old!r} -> {new!r}" for key, (old, new) in entry["changed"].items()
+        )
         loss = (entry["before"] or {}).get("validation_loss")
         was = "" if loss is None else f" (validation loss {loss:.4f} before)"
         found.append(f"extended after update {entry['step']}: {changed}{was}")
@@ -242,7 +297,8 @@ def sealed(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_summary(path: str | Path) -> dict[str, Any]:
-    """What summary.json says. Raises documents.DocumentError, also where it was changed since the run wrote it."""
+    """What summary.json says. Raises documents.DocumentError, also where it was changed since the
+    run wrote it."""
     summary = documents.read(path, _SUMMARY, remedy=_REMEDY)
     digest = summary.pop("digest", None)  # older runs have none
     if digest is not None and digest != _digest(summary):

@@ -1,4 +1,5 @@
-"""Sections of a configuration: checks whose errors name field, value and remedy, and the way from dictionaries."""
+"""Sections of a configuration: checks whose errors name field, value and remedy, and the way from
+dictionaries."""
 
 import dataclasses
 import difflib
@@ -35,18 +36,23 @@ def _shown(value: Any) -> str:
 def one_of(field: str, value: Any, choices: Iterable[str]) -> None:
     """ConfigurationError unless `value` is among `choices`; names the nearest one."""
     choices = [*choices]
-    near = difflib.get_close_matches(value if isinstance(value, str) else _shown(value), choices, n=1)
+    near = difflib.get_close_matches(
+        value if isinstance(value, str) else _shown(value), choices, n=1
+    )
     hint = f"did you mean {near[0]!r}? " if near else ""
     require(value in choices, field, value, f"{hint}Choose one of {', '.join(choices)}")
 
 
 def reject_unknown(prefix: str, given: Mapping, known: Iterable[str]) -> None:
-    """ConfigurationError for the first key of `given` that is not `known`; names the nearest one."""
+    """ConfigurationError for the first key of `given` that is not `known`; names the nearest
+    one."""
     known = [*known]
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}"
+            hint = (
+                f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}"
+            )
             raise ConfigurationError(f"{prefix}{key}={_shown(given[key])}: unknown key; {hint}")
 
 
@@ -57,7 +63,11 @@ LARGEST = 2**31 - 1  # of integers: counters and seeds are int32 on devices
 class Range:
     """The numbers that a key takes; None leaves a side open, where integers end at LARGEST.
 
-    >>> Range(at_least=0, below=1).words(float), Range(above=0).words(float), Range(at_least=1).words(int)
+    >>> (
+    ...     Range(at_least=0, below=1).words(float),
+    ...     Range(above=0).words(float),
+    ...     Range(at_least=1).words(int),
+    ... )
     ('give a number in [0, 1)', 'give a positive number', 'give a positive integer')
     """
 
@@ -88,8 +98,13 @@ class Range:
     def __str__(self) -> str:
         low, high = self._ends()
         if high is not None:
-            return f"{'[' if self.above is None else '('}{low:g}, {high:g}{']' if self.below is None else ')'}"
-        return "finite" if low is None else f"{'at least' if self.above is None else 'above'} {low:g}"
+            return (
+                f"{'[' if self.above is None else '('}{low:g}, "
+                f"{high:g}{']' if self.below is None else ')'}"
+            )
+        return (
+            "finite" if low is None else f"{'at least' if self.above is None else 'above'} {low:g}"
+        )
 
     def _ends(self) -> tuple[float | None, float | None]:
         low = self.at_least if self.above is None else self.above
@@ -108,7 +123,8 @@ def choice(default: Any, choices: Iterable[str]) -> Any:
 
 
 def check(kind: type, prefix: str, values: Mapping[str, Any]) -> None:
-    """ConfigurationError for the first value that is no number, lies outside its range, or is none of its choices."""
+    """ConfigurationError for the first value that is no number, lies outside its range, or is none
+    of its choices."""
     for field in dataclasses.fields(kind):
         if field.name not in values:
             continue
@@ -121,7 +137,8 @@ def check(kind: type, prefix: str, values: Mapping[str, Any]) -> None:
 
 
 class Section:
-    """Base of the sections, which are frozen dataclasses: checks ranges and choices however it is made.
+    """Base of the sections, which are frozen dataclasses: checks ranges and choices however it is
+    made.
 
     A subclass gives SECTION, the name of its table in the configuration.
     """
@@ -169,7 +186,8 @@ def plain(values: Mapping) -> dict:
 
 
 def table(kind: type, values: Mapping, *, free: bool = False):
-    """The section as a ConfigDict that takes whatever the command line spells for keys of several types.
+    """The section as a ConfigDict that takes whatever the command line spells for keys of several
+    types.
 
     `from_dict` checks their type. With `free`, every key is of that kind, and None until it is set.
     """
@@ -188,7 +206,8 @@ def table(kind: type, values: Mapping, *, free: bool = False):
 
 
 def build(kind: type, section: str, given: Mapping):
-    """The dataclass `kind` from a dictionary of its fields, checked; errors begin with the section's name."""
+    """The dataclass `kind` from a dictionary of its fields, checked; errors begin with the
+    section's name."""
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
     reject_unknown(f"{section}.", given, names)
@@ -200,11 +219,14 @@ def build(kind: type, section: str, given: Mapping):
         raise
     except (ValueError, TypeError) as error:
         message = str(error)
-        raise ConfigurationError(message if message.startswith(section) else f"{section}.{message}") from error
+        raise ConfigurationError(
+            message if message.startswith(section) else f"{section}.{message}"
+        ) from error
 
 
 def _typed(field: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint` says: integers become floats and lists tuples, nothing else is converted."""
+    """`value` as `hint` says: integers become floats and lists tuples, nothing else is
+    converted."""
     choices = (
         typing.get_args(hint)
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
@@ -218,10 +240,19 @@ def _typed(field: str, value: Any, hint: Any) -> Any:
     if isinstance(value, bool) and bool not in kinds:
         matches = False
     else:
-        matches = Any in kinds or isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
+        matches = Any in kinds or isinstance(
+            value, tuple(kind for kind in kinds if isinstance(kind, type))
+        )
     if not matches and isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        require(abs(value) <= sys.float_info.max, field, value, "is too large for a number; give a smaller one")
+        require(
+            abs(value) <= sys.float_info.max,
+            field,
+            value,
+            "is too large for a number; give a smaller one",
+        )
         return float(value)
-    named = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None))
+    named = " or ".join(
+        getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None)
+    )
     require(matches, field, value, f"is of type {type(value).__name__}; give {named}")
     return value

@@ -1,7 +1,7 @@
 """What the loop of `experiments.training` trains: a `Task`; and the first of them, pre-training.
 
-The loop knows batches, updates, evaluations and checkpoints. A task says where the state comes from, what the loss is,
-what is evaluated, and what checkpoint and summary hold besides.
+The loop knows batches, updates, evaluations and checkpoints. A task says where the state comes
+from, what the loss is, what is evaluated, and what checkpoint and summary hold besides.
 """
 
 import dataclasses
@@ -23,8 +23,9 @@ from experiments.models import axes, llama
 from experiments.models.sampling import sample
 from lowrank_jax import meshes
 
-# `watch(title, number of batches, batches)` gives the batches of an evaluation back, one by one; whoever takes one has
-# read what the one before gave. It may raise `distributed.Stopped` between two.
+# `watch(title, number of batches, batches)` gives the batches of an evaluation back, one by one;
+# whoever takes one has read what the one before gave. It may raise `distributed.Stopped` between
+# two.
 Watch = Callable[[str, int, Iterator[Any]], Iterator[Any]]
 
 
@@ -35,22 +36,25 @@ def unwatched(title: str, total: int, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 class Task:
-    """One kind of training. A subclass sets the attributes in `__init__`, before any work, and fulfils the methods.
+    """One kind of training. A subclass sets the attributes in `__init__`, before any work, and
+    fulfils the methods.
 
     Attributes:
-      config: a name and the sections data (with batch_size), optimizer, schedule, checkpoint, run and mesh.
+      config: a name and the sections data (with batch_size), optimizer, schedule, checkpoint, run
+        and mesh.
       dataset: `dataset.train.batch(step, process, processes)` gives the rows of an update.
       rate: the learning rate by update.
       work: floating-point operations of an update, for the MFU.
       exact: products are counted in float32.
-      shapes, places: shapes and shardings of the state's parts: "params" (what trains), and what the task adds.
+      shapes, places: shapes and shardings of the state's parts: "params" (what trains), and what
+        the task adds.
       stacked: the model's layers lie along a leading axis of each kernel under `layers`.
       frozen: arguments of every update after state and batch; not saved.
       evaluates_first: also before the first update.
       mesh: of all devices, with the axes of `lowrank_jax.meshes`.
       rows: sharding of batches.
-      optimizer, abstract: of `choose`: what updates "params", and the whole state with "opt_state", abstract. All of it
-        is saved, and donated to the update.
+      optimizer, abstract: of `choose`: what updates "params", and the whole state with "opt_state",
+        abstract. All of it is saved, and donated to the update.
     """
 
     config: Any
@@ -88,11 +92,13 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, state, watch: Watch = unwatched) -> tuple[dict[str, Any], str]:
-        """The figures of an evaluation, and a line that tells them. Every loop over batches takes them from `watch`."""
+        """The figures of an evaluation, and a line that tells them. Every loop over batches takes
+        them from `watch`."""
         raise NotImplementedError
 
     def evaluated(self) -> dict[str, Any]:
-        """What is evaluated: the entries of `evaluated.identity`, equal for evaluations that can be compared.
+        """What is evaluated: the entries of `evaluated.identity`, equal for evaluations that can be
+        compared.
 
         Reads all of it.
         """
@@ -103,9 +109,12 @@ class Task:
         raise NotImplementedError
 
     def memory(self, compiled) -> list[dict]:
-        """Rows {"component", "bytes_formula", "bytes_measured"} of the ledger; clipping has no state."""
+        """Rows {"component", "bytes_formula", "bytes_measured"} of the ledger; clipping has no
+        state."""
         settings = dataclasses.replace(self.config.optimizer, clip_norm=None)
-        return list(lr.memory.ledger(self.optimizer_of(settings), self.abstract["params"], compiled).rows)
+        return list(
+            lr.memory.ledger(self.optimizer_of(settings), self.abstract["params"], compiled).rows
+        )
 
     def optimizer_of(self, settings) -> optax.GradientTransformation:
         """The optimizer that these settings describe."""
@@ -122,11 +131,18 @@ class Task:
         settings, params = self.config.optimizer, self.shapes["params"]
         self.optimizer = self.optimizer_of(settings)
         try:
-            opt_state = jax.eval_shape(lambda params: without_weak_types(self.optimizer.init(params)), params)
+            opt_state = jax.eval_shape(
+                lambda params: without_weak_types(self.optimizer.init(params)), params
+            )
         except ValueError as error:
             raise ConfigurationError(f"optimizer.name={settings.name!r}: {error}") from error
-        follow = lr.state_shardings(self.optimizer, params, self.places["params"], spread=self.config.mesh.spreads)
-        shapes, places = ({**own, "opt_state": more} for own, more in ((self.shapes, opt_state), (self.places, follow)))
+        follow = lr.state_shardings(
+            self.optimizer, params, self.places["params"], spread=self.config.mesh.spreads
+        )
+        shapes, places = (
+            {**own, "opt_state": more}
+            for own, more in ((self.shapes, opt_state), (self.places, follow))
+        )
         self.abstract = jax.tree.map(placed, shapes, places)
 
     def keep_sides(self, sides: dict[str, tuple[str, int]]) -> None:
@@ -137,7 +153,8 @@ class Task:
             self.choose()
 
     def update(self) -> Callable:
-        """`(state, batch, *frozen) -> (state, {"loss", "grad_norm", "tokens", "skipped"})`, to be compiled."""
+        """`(state, batch, *frozen) -> (state, {"loss", "grad_norm", "tokens", "skipped"})`, to be
+        compiled."""
         accumulation, backprop = self.config.schedule.accumulation, self.config.optimizer.backprop
         if backprop is None:
             update = updates.step(self.sums, self.optimizer, accumulation)
@@ -147,7 +164,9 @@ class Task:
             return update
         stored = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         parameters = self.abstract["params"] if self.config.mesh.spreads else None
-        place = jax.sharding.reshard if self.config.mesh.explicit else jax.lax.with_sharding_constraint
+        place = (
+            jax.sharding.reshard if self.config.mesh.explicit else jax.lax.with_sharding_constraint
+        )
 
         def run(state, batch, *frozen):
             with meshes.use(self.mesh, parameters=parameters):
@@ -157,21 +176,30 @@ class Task:
         return run
 
     def check(self, state) -> str | None:
-        """Before the first update, on a row of each part of a batch: projected gradients are projected full ones."""
-        if self.config.optimizer.backprop != "projected" or lr.plan(self.optimizer.projection) == "full":
+        """Before the first update, on a row of each part of a batch: projected gradients are
+        projected full ones."""
+        if (
+            self.config.optimizer.backprop != "projected"
+            or lr.plan(self.optimizer.projection) == "full"
+        ):
             return None
         begin = time.perf_counter()
         own = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // distributed.part(self.rows)[1]
         batch = self.on_devices({name: array[:own] for name, array in self.host_batch(0).items()})
         share = 1.0 / max(float(jnp.sum(batch["weights"])), 1.0)
         loss, taps = updates.projected_loss(self.sums, self.frozen), lr.taps(state["opt_state"])
-        lr.check_taps(loss, taps, state["params"], batch, share, tolerance=1e-3 if self.exact else 5e-2)
+        lr.check_taps(
+            loss, taps, state["params"], batch, share, tolerance=1e-3 if self.exact else 5e-2
+        )
         return f"projected gradients agree with the full ones ({time.perf_counter() - begin:.1f} s)"
 
     def record(self) -> dict[str, tuple[Any, str, str]]:
-        """{key: (value, what changed, remedy)}: surroundings that a checkpoint notes and a resumed run must share."""
+        """{key: (value, what changed, remedy)}: surroundings that a checkpoint notes and a resumed
+        run must share."""
         subject = f"data.name={self.config.data.name!r}: its tokens changed"
-        return {"data": (self.dataset.fingerprint, subject, "restore them, or give another workdir")}
+        return {
+            "data": (self.dataset.fingerprint, subject, "restore them, or give another workdir")
+        }
 
     def meaning(self) -> dict[str, dict[str, Any]]:
         """{section: {key: value}} without which a checkpoint's arrays mean nothing."""
@@ -186,8 +214,11 @@ class Task:
         """This process's rows of an update."""
         return self.dataset.train.batch(step, *distributed.part(self.rows))
 
-    def evaluation_batches(self, part, title: str, watch: Watch, limit: int | None) -> Iterator[dict[str, jax.Array]]:
-        """The batches of `part` as far as an evaluation of `limit` tokens goes, watched, on the devices."""
+    def evaluation_batches(
+        self, part, title: str, watch: Watch, limit: int | None
+    ) -> Iterator[dict[str, jax.Array]]:
+        """The batches of `part` as far as an evaluation of `limit` tokens goes, watched, on the
+        devices."""
         size = self.config.run.evaluation_batch_size or self.config.data.batch_size
         own = part.evaluation(size, limit, *distributed.part(self.rows))
         return watch(title, -(-part.evaluated(limit) // size), map(self.on_devices, own))
@@ -195,12 +226,18 @@ class Task:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch of an update, abstract."""
         rows, own = self.config.data.batch_size, self.host_batch(0)
-        whole = {name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype) for name, array in own.items()}
+        whole = {
+            name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
+            for name, array in own.items()
+        }
         return {name: placed(shape, self.rows) for name, shape in whole.items()}
 
     def on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The batch of which these are this process's rows."""
-        return {name: jax.make_array_from_process_local_data(self.rows, array) for name, array in batch.items()}
+        return {
+            name: jax.make_array_from_process_local_data(self.rows, array)
+            for name, array in batch.items()
+        }
 
 
 def placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -211,7 +248,9 @@ def placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 def without_weak_types(tree):
     """Weak types, which a restored state cannot have, become ordinary ones."""
     is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else jax.lax.convert_element_type(leaf, leaf.dtype), tree)
+    return jax.tree.map(
+        lambda leaf: leaf if is_key(leaf) else jax.lax.convert_element_type(leaf, leaf.dtype), tree
+    )
 
 
 def trigram_loss(config, dataset: Dataset, length: int) -> float:
@@ -246,10 +285,17 @@ class Pretraining(Task):
         self.model, self.stacked = llama.Llama(config.model), config.model.scan
         self.rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
         params = jax.eval_shape(self._params, jax.random.key(0))
-        self.shapes, self.places = {"params": params}, {"params": meshes.shardings(params, axes.LLAMA, self.mesh)}
+        self.shapes, self.places = (
+            {"params": params},
+            {"params": meshes.shardings(params, axes.LLAMA, self.mesh)},
+        )
         self.choose()
         data = config.data
-        self.work = llama.flops_per_token(config.model, data.sequence_length) * data.batch_size * data.sequence_length
+        self.work = (
+            llama.flops_per_token(config.model, data.sequence_length)
+            * data.batch_size
+            * data.sequence_length
+        )
         self.exact = config.model.dtype == "float32"
         self.evaluation_step = jax.jit(lambda params, batch: self.sums(params, batch, {}))
 
@@ -263,7 +309,9 @@ class Pretraining(Task):
     def headline(self):
         parameters = llama.parameter_count(self.config.model)
         name = self.config.optimizer.name
-        return f"{self.config.preset}: {parameters:,} parameters; {name}; {self.dataset.description}"
+        return (
+            f"{self.config.preset}: {parameters:,} parameters; {name}; {self.dataset.description}"
+        )
 
     def _params(self, key):
         tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)

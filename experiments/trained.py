@@ -1,7 +1,7 @@
 """What trains in a fine-tuning run: the whole model, or adapters of it.
 
-Both cut plain parameters into the part of a state that trains and the arguments that do not, and put them together
-again: with adapters attached for the model to run, or as plain parameters.
+Both cut plain parameters into the part of a state that trains and the arguments that do not, and
+put them together again: with adapters attached for the model to run, or as plain parameters.
 """
 
 import re
@@ -61,7 +61,8 @@ class Parts:
         raise NotImplementedError
 
     def merged(self, params, rest, *frozen):
-        """As `plain`, one matrix after the other, and only if all of it is finite; not under jit."""
+        """As `plain`, one matrix after the other, and only if all of it is finite; not under
+        jit."""
         raise NotImplementedError
 
 
@@ -72,7 +73,9 @@ class Whole(Parts):
 
     def __init__(self, shapes, unreached: tuple[str, ...]):
         self.unreached = tuple(name for name in unreached if name in shapes)
-        self.abstract = {"params": {name: leaf for name, leaf in shapes.items() if name not in self.unreached}}
+        self.abstract = {
+            "params": {name: leaf for name, leaf in shapes.items() if name not in self.unreached}
+        }
         self.count = size(self.abstract["params"])
         self.needs_base = bool(self.unreached)
         rest = f" (the loss does not reach {', '.join(self.unreached)})" if self.unreached else ""
@@ -99,8 +102,8 @@ class Whole(Parts):
 class Adapted(Parts):
     """Adapters of a frozen model, and what trains beside them.
 
-    The state also has "fixed", the frozen arrays of the adapters, and "key", which dropout draws from. The one frozen
-    argument is the plain tree.
+    The state also has "fixed", the frozen arrays of the adapters, and "key", which dropout draws
+    from. The one frozen argument is the plain tree.
     """
 
     adapts = needs_base = True
@@ -124,7 +127,11 @@ class Adapted(Parts):
         except ValueError as error:
             raise ConfigurationError(f"adapter.method={config.method!r}: {error}") from error
         key = jax.eval_shape(jax.random.key, 0)
-        self.abstract = {"params": self._adaptation.train, "fixed": self._adaptation.fixed, "key": key}
+        self.abstract = {
+            "params": self._adaptation.train,
+            "fixed": self._adaptation.fixed,
+            "key": key,
+        }
         self.count = self._adaptation.trained
         self.report = str(self._adaptation)
 
@@ -143,7 +150,11 @@ class Adapted(Parts):
             made, left = jax.random.split(key)
             adaptation = self._adapt(tree, made)
             whole = {path: leaf.copy() for path, leaf in adaptation.train["whole"].items()}
-            return {"params": adaptation.train | {"whole": whole}, "fixed": adaptation.fixed, "key": left}
+            return {
+                "params": adaptation.train | {"whole": whole},
+                "fixed": adaptation.fixed,
+                "key": left,
+            }
 
         return jax.jit(make, out_shardings=places)(tree, key)
 

@@ -1,19 +1,24 @@
-"""The training loop: `run(config, workdir)` trains, evaluates, saves and resumes, whatever the `Task`.
+"""The training loop: `run(config, workdir)` trains, evaluates, saves and resumes, whatever the
+`Task`.
 
 `experiments.pretrain` and `experiments.finetune` call it. The run folder:
 
     config.json      the configuration; a resumed run must agree with it
-    tokenizer.*      the tokenizer, where it is not bytes: whoever starts from this run finds it here
+    tokenizer.*      the tokenizer, where it is not bytes: whoever starts from this run finds it
+                     here
     metrics.jsonl    one line per update ("train"), evaluation ("eval") and event ("note")
     checkpoints/     experiments.checkpoint
     ledger.json      bytes per component, by formula and measured
     summary.json     final numbers; written last, so its presence means the run is over
-    history.json     extensions of the run and the run that it started from, if any: `experiments.history`
+    history.json     extensions of the run and the run that it started from, if any:
+                     `experiments.history`
 
-A batch is a pure function of (seed, step) and everything random derives from the seed, so a resumed run repeats the
-uninterrupted one bit for bit (same program, versions, device kind and count, number of processes).
+A batch is a pure function of (seed, step) and everything random derives from the seed, so a resumed
+run repeats the uninterrupted one bit for bit (same program, versions, device kind and count, number
+of processes).
 
-Several processes (`experiments.distributed`) all call `run`, on a folder that they share; process 0 writes the files.
+Several processes (`experiments.distributed`) all call `run`, on a folder that they share; process 0
+writes the files.
 """
 
 import contextlib
@@ -36,7 +41,8 @@ from experiments.tasks import Pretraining, Task
 from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError
 
-# After so many updates in a row that were skipped, or whose loss is not finite, the run ends as "diverged".
+# After so many updates in a row that were skipped, or whose loss is not finite, the run ends as
+# "diverged".
 PATIENCE = 10
 
 
@@ -49,28 +55,33 @@ def run(
     verbose: bool = True,
     extend: bool = False,
 ) -> dict:
-    """Train until `config.schedule.steps`, resuming from the newest good checkpoint in `workdir`; returns the summary.
+    """Train until `config.schedule.steps`, resuming from the newest good checkpoint in `workdir`;
+    returns the summary.
 
-    The summary's `status` is "finished", "diverged", or "stopped" (a signal arrived; call again to go on). A run that
-    is over is not repeated: its summary is read back.
+    The summary's `status` is "finished", "diverged", or "stopped" (a signal arrived; call again to
+    go on). A run that is over is not repeated: its summary is read back.
 
     Args:
       config: a `RunConfig`, or the configuration of another task.
       workdir: the run folder; made when missing, locked while the run lasts.
       task: what is trained, made from the configuration.
-      handle_signals: on SIGTERM or SIGINT, finish the update or the batch of an evaluation, save and return; what has
-        nothing to save yet (data that are prepared, a base that is read) is left at once, where the run is one process
-        (main thread only; a second signal kills).
+      handle_signals: on SIGTERM or SIGINT, finish the update or the batch of an evaluation, save
+        and return; what has nothing to save yet (data that are prepared, a base that is read) is
+        left at once, where the run is one process (main thread only; a second signal kills).
       verbose: progress on standard error.
-      extend: go on with a run of another schedule, rate or refresh period; see `experiments.history`.
+      extend: go on with a run of another schedule, rate or refresh period; see
+        `experiments.history`.
 
     Raises:
       ConfigurationError: before any work.
-      experiments.checkpoint.CheckpointError: damage that has no good step to fall back to, or a final save that failed.
+      experiments.checkpoint.CheckpointError: damage that has no good step to fall back to, or a
+        final save that failed.
     """
     workdir = pathlib.Path(workdir).absolute()
     with contextlib.ExitStack() as held:
-        stored = distributed.by_lead(lambda: folder.over(config, workdir, extend), ConfigurationError)
+        stored = distributed.by_lead(
+            lambda: folder.over(config, workdir, extend), ConfigurationError
+        )
         if stored is not None:  # nothing is written: the folder may be one that can only be read
             return stored
         with distributed.together(ConfigurationError):
@@ -79,13 +90,17 @@ def run(
             held.enter_context(folder.locked(workdir))
         asked = held.enter_context(folder.stop_flag(handle_signals))
         folder.check_processes(config, workdir)
-        stored, changed = distributed.by_lead(lambda: folder.claim(config, workdir, extend), ConfigurationError)
+        stored, changed = distributed.by_lead(
+            lambda: folder.claim(config, workdir, extend), ConfigurationError
+        )
         if stored is not None and not changed:
             return stored
         if config.run.compile_cache:
             folder.use_compile_cache()
         folder.check_devices(config)
-        sides = distributed.by_lead(lambda: checkpoint.stored_sides(workdir / "checkpoints"), ConfigurationError)
+        sides = distributed.by_lead(
+            lambda: checkpoint.stored_sides(workdir / "checkpoints"), ConfigurationError
+        )
         try:
             with asked.at_once(), distributed.together(ConfigurationError):
                 trained = task(config)
@@ -97,7 +112,8 @@ def run(
 
 
 def _problem(restored: checkpoint.Restored, noted) -> str | None:
-    """What is wrong with a step beyond what its manifest tells: its counters, and what was saved beside the arrays."""
+    """What is wrong with a step beyond what its manifest tells: its counters, and what was saved
+    beside the arrays."""
     shape = {"tokens": int, "seconds": float, "skipped": int} | dict.fromkeys(noted, object)
     try:
         documents.check(restored.extra, shape, where="what was saved beside the arrays")
@@ -110,7 +126,9 @@ def _problem(restored: checkpoint.Restored, noted) -> str | None:
 class _Training:
     """One run from start (or resumption) to end: the pieces that the loop shares."""
 
-    def __init__(self, task: Task, workdir: pathlib.Path, asked: folder.Wish, verbose: bool, changed: dict):
+    def __init__(
+        self, task: Task, workdir: pathlib.Path, asked: folder.Wish, verbose: bool, changed: dict
+    ):
         self.task, self.config, self.changed = task, task.config, changed
         self.workdir, self.verbose = workdir, verbose
         self.asked, self.stop = asked, distributed.Stop(asked)
@@ -138,18 +156,26 @@ class _Training:
             with self.asked.at_once():
                 state = self._restore_or_initialise()
             if self.changed:
-                history.extend(workdir, self.changed, self.step, config.schedule.steps, self._announce)
+                history.extend(
+                    workdir, self.changed, self.step, config.schedule.steps, self._announce
+                )
             if lead:
-                folder.write_files(workdir, {"config.json": folder.as_json(config)} | self.task.files())
+                folder.write_files(
+                    workdir, {"config.json": folder.as_json(config)} | self.task.files()
+                )
             board = workdir / "tensorboard" if config.run.tensorboard else None
             self.writer = writer = metrics.Metrics(
                 workdir / "metrics.jsonl" if lead else os.devnull, board if lead else None
             )
             steps = config.schedule.steps
-            self.progress = metrics.Progress(steps, self.step, every=config.run.log_every, enabled=self.verbose)
+            self.progress = metrics.Progress(
+                steps, self.step, every=config.run.log_every, enabled=self.verbose
+            )
             for line in self.lines:
                 self.writer.write("note", step=self.step, text=line)
-            for line in filter(None, (self.task.headline(), optimizers.full_gradients(config.optimizer))):
+            for line in filter(
+                None, (self.task.headline(), optimizers.full_gradients(config.optimizer))
+            ):
                 self._note(line)
             with self.asked.at_once():
                 step_function = self._compile()
@@ -161,7 +187,9 @@ class _Training:
             state, status = self._loop(step_function, state)
             summary = self._finish(state, status)
         except BaseException:
-            if not distributed.joined():  # a save in flight would wait for processes that may be lost
+            if (
+                not distributed.joined()
+            ):  # a save in flight would wait for processes that may be lost
                 try:
                     self.checkpoints.close()
                 except checkpoint.CheckpointError as error:  # what ended the run is told last
@@ -177,30 +205,42 @@ class _Training:
     def _restore_or_initialise(self):
         # before the state needs memory
         noted = self.task.record() if distributed.joined() or self.checkpoints.steps() else {}
-        self._compare({key: value for key, (value, _, _) in noted.items()}, noted, "from process 0 to this one")
+        self._compare(
+            {key: value for key, (value, _, _) in noted.items()},
+            noted,
+            "from process 0 to this one",
+        )
         with history.fitting(self.changed, self.workdir):
-            restored = self.checkpoints.restore(self.task.abstract, check=lambda restored: _problem(restored, noted))
+            restored = self.checkpoints.restore(
+                self.task.abstract, check=lambda restored: _problem(restored, noted)
+            )
         if restored is None:
             if distributed.leads():
                 metrics.truncate(self.workdir / "metrics.jsonl", -1)
             return history.initial(self.task, self.workdir, self._announce)
-        self._compare(restored.extra, noted, f"since the checkpoint of step {restored.step} was written")
+        self._compare(
+            restored.extra, noted, f"since the checkpoint of step {restored.step} was written"
+        )
         self.step = restored.step
         self.tokens, self.seconds = restored.extra["tokens"], restored.extra["seconds"]
         self.skipped = restored.extra["skipped"]
         path = self.workdir / "metrics.jsonl"
         dropped = metrics.truncate(path, self.step) if distributed.leads() else 0
         # an evaluation that was stopped left no line
-        has_evaluation = distributed.by_lead(lambda: metrics.holds(path, "eval", self.step), ConfigurationError)
+        has_evaluation = distributed.by_lead(
+            lambda: metrics.holds(path, "eval", self.step), ConfigurationError
+        )
         self.owed = self._is_evaluated(self.step) and not has_evaluation
         self._announce(
-            f"resumed from the checkpoint of step {self.step}; {dropped} later lines of metrics.jsonl are repeated"
+            f"resumed from the checkpoint of step {self.step}; {dropped} later lines of "
+            "metrics.jsonl are repeated"
         )
         return restored.tree
 
     @staticmethod
     def _compare(lead, noted, where: str) -> None:
-        """ConfigurationError in all processes when one has other surroundings than process 0 notes in `lead`."""
+        """ConfigurationError in all processes when one has other surroundings than process 0 notes
+        in `lead`."""
         there = distributed.by_lead(lambda: {key: lead[key] for key in noted}, ConfigurationError)
         with distributed.together(ConfigurationError):
             for key, (value, subject, remedy) in noted.items():
@@ -214,19 +254,27 @@ class _Training:
         update = jax.jit(task.update(), donate_argnums=0)
         self.compiled = update.lower(task.abstract, task.batch_shapes(), *task.frozen).compile()
         self.finite = jax.jit(
-            lambda params: jnp.all(jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]))
+            lambda params: jnp.all(
+                jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)])
+            )
         )
         self.peak, source = metrics.peak_flops()
-        self._note(f"compiled in {time.perf_counter() - begin:.1f} s; peak {self.peak:.3g} FLOP/s ({source})")
+        self._note(
+            f"compiled in {time.perf_counter() - begin:.1f} s; peak {self.peak:.3g} FLOP/s "
+            f"({source})"
+        )
         return self.compiled
 
     def _loop(self, step_function, state):
-        """Dispatch update t, then read the metrics of t - 1, so that the device never waits for the host."""
+        """Dispatch update t, then read the metrics of t - 1, so that the device never waits for the
+        host."""
         config, steps = self.config, self.config.schedule.steps
         first, last = config.run.profile_steps or (0, 0)
         if self.stop.before():
             return state, "stopped"
-        distributed.exchange("compiled")  # nor is the wait for another process's compilation counted
+        distributed.exchange(
+            "compiled"
+        )  # nor is the wait for another process's compilation counted
         self.mark = time.perf_counter()
         if self.owed and not self._evaluate(state):
             return state, "stopped"
@@ -241,15 +289,24 @@ class _Training:
             if step == last:
                 self._collect()
                 jax.profiler.stop_trace()
-                self._note(f"profile of steps {first} to {last} written to {self.workdir / 'profile'}")
+                self._note(
+                    f"profile of steps {first} to {last} written to {self.workdir / 'profile'}"
+                )
             complete = not self._is_evaluated(step) or self._evaluate(state)
             stopping = not complete or self.stop.poll()
-            if stopping or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            if (
+                stopping
+                or step == steps
+                or (config.checkpoint.every and step % config.checkpoint.every == 0)
+            ):
                 self._save(state, final=stopping or step == steps)
             if stopping and (step < steps or not complete):
                 return state, "stopped"
             if self.not_finite >= PATIENCE:
-                self._note(f"{PATIENCE} updates in a row were skipped, or their loss was not finite: stopped")
+                self._note(
+                    f"{PATIENCE} updates in a row were skipped, or their loss was not finite: "
+                    "stopped"
+                )
                 return state, "diverged"
         return state, "finished"
 
@@ -285,8 +342,12 @@ class _Training:
             why = "a gradient was not finite, or its norm above 1e12"
             self._note(f"update {step} was skipped: {why} ({measured['skipped']} so far)", step)
             self.skipped = measured["skipped"]
-        self.not_finite = self.not_finite + 1 if skipped or not math.isfinite(measured["loss"]) else 0
-        self.progress.update(step, loss=measured["loss"], tokens_per_second=tokens / elapsed, mfu=mfu)
+        self.not_finite = (
+            self.not_finite + 1 if skipped or not math.isfinite(measured["loss"]) else 0
+        )
+        self.progress.update(
+            step, loss=measured["loss"], tokens_per_second=tokens / elapsed, mfu=mfu
+        )
 
     @contextlib.contextmanager
     def _paused(self):
@@ -300,15 +361,20 @@ class _Training:
         return step == self.config.schedule.steps or bool(every and step % every == 0)
 
     def _evaluate(self, state) -> bool:
-        """Whether it came to its end. One that is stopped leaves nothing; the resumed run begins with it."""
+        """Whether it came to its end. One that is stopped leaves nothing; the resumed run begins
+        with it."""
         with self._paused():
             begin = time.perf_counter()
             try:
                 found, line = self.task.evaluate(state, self._watched)
             except distributed.Stopped:
-                self.progress.say(f"step {self.step}: the evaluation was stopped; the resumed run repeats it")
+                self.progress.say(
+                    f"step {self.step}: the evaluation was stopped; the resumed run repeats it"
+                )
                 return False
-            self.writer.write("eval", step=self.step, **found, **self.evaluated, seconds=self.seconds)
+            self.writer.write(
+                "eval", step=self.step, **found, **self.evaluated, seconds=self.seconds
+            )
             self.progress.say(f"step {self.step}: {line} ({time.perf_counter() - begin:.1f} s)")
             return True
 
@@ -324,11 +390,13 @@ class _Training:
             yield batch
 
     def _save(self, state, *, final: bool) -> None:
-        """Start a save; a failed one is reported and tried again at the next interval, only the final one raises."""
+        """Start a save; a failed one is reported and tried again at the next interval, only the
+        final one raises."""
         with self._paused():
             if not bool(self.finite(state["params"])):
                 self._note(
-                    f"parameters are not finite after update {self.step}: not saved, the last good checkpoint stays"
+                    f"parameters are not finite after update {self.step}: not saved, the last good "
+                    "checkpoint stays"
                 )
                 return
             extra = {"tokens": self.tokens, "seconds": self.seconds, "skipped": self.skipped}
@@ -355,7 +423,9 @@ class _Training:
         self.checkpoints.wait()
         lead = distributed.leads()
         rows = metrics.read(self.workdir / "metrics.jsonl") if lead else []
-        train, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
+        train, evaluations = (
+            [row for row in rows if row["kind"] == kind] for kind in ("train", "eval")
+        )
         if lead:
             checkpoint.write_json(self.workdir / "ledger.json", task.memory(self.compiled))
         try:
@@ -370,7 +440,9 @@ class _Training:
             "steps": self.step,
             "tokens": self.tokens,
             "state_bytes": folder.tree_bytes(task.abstract["opt_state"]),
-            "median_step_seconds": statistics.median(row["step_seconds"] for row in train) if train else None,
+            "median_step_seconds": statistics.median(row["step_seconds"] for row in train)
+            if train
+            else None,
             "total_seconds": self.seconds,
             "skipped": self.skipped,
             "peak_memory_bytes": metrics.peak_memory(),

@@ -1,7 +1,8 @@
 """The configuration of a fine-tuning run: what it starts from, what trains, on which data.
 
-`template()` and `from_dict` as in `experiments.configuration`, whose sections optimizer, schedule, checkpoint and
-mesh it shares. What depends on the base is checked by `experiments.finetuning`, before any work.
+`template()` and `from_dict` as in `experiments.configuration`, whose sections optimizer, schedule,
+checkpoint and mesh it shares. What depends on the base is checked by `experiments.finetuning`,
+before any work.
 """
 
 import ast
@@ -42,11 +43,11 @@ class BaseConfig(Section):
     """What is tuned.
 
     Attributes:
-      source: a run folder of experiments.pretrain or experiments.finetune, a folder that finetune exported, or one of
-        Hugging Face's transformers; "" for new parameters.
+      source: a run folder of experiments.pretrain or experiments.finetune, a folder that finetune
+        exported, or one of Hugging Face's transformers; "" for new parameters.
       preset: of new parameters: a preset of experiments.models.llama or experiments.models.vit.
-      domain: the data on which forgetting is measured: None is what the base was trained on, as its folder says; or as
-        data.name (text, with the base's tokenizer); "none" measures nothing.
+      domain: the data on which forgetting is measured: None is what the base was trained on, as its
+        folder says; or as data.name (text, with the base's tokenizer); "none" measures nothing.
       dtype, param_dtype, remat: in place of the base's own, see `LlamaConfig`; None keeps them.
     """
 
@@ -76,13 +77,16 @@ class AdapterConfig(Section):
     """What trains. The patterns are those of `lowrank_jax.adapt`: they match whole paths of leaves.
 
     Attributes:
-      method: an adapter of `lowrank_jax.adapters` as it is written in Python: "lora(rank=8, alpha=16)",
-        "dora(rank=4)", "lora(rank=8, init=pissa(iterations=4))"; "" trains the whole model.
+      method: an adapter of `lowrank_jax.adapters` as it is written in Python: "lora(rank=8,
+        alpha=16)", "dora(rank=4)", "lora(rank=8, init=pissa(iterations=4))"; "" trains the whole
+        model.
       targets: pattern of the kernels that get it.
-      rules: further (pattern, method) pairs, looked at first; an empty method leaves a kernel as it is.
+      rules: further (pattern, method) pairs, looked at first; an empty method leaves a kernel as it
+        is.
       exclude: patterns of kernels that get none.
       layers: numbers of the layers that get any; None is all of them.
-      whole: patterns of leaves that train as they are. A head that the base lacks is among them anyway.
+      whole: patterns of leaves that train as they are. A head that the base lacks is among them
+        anyway.
       bias: "none"; "adapted" trains the biases beside adapted kernels, "all" every bias.
     """
 
@@ -108,8 +112,18 @@ class AdapterConfig(Section):
         if not self.method:
             for name in (*others, *(() if self.layers is None else ("layers",))):
                 value = getattr(self, name)
-                require(not value, f"adapter.{name}", value, "the whole model trains (adapter.method=''); leave it out")
-            require(self.bias == "none", "adapter.bias", self.bias, "the whole model trains; leave it 'none'")
+                require(
+                    not value,
+                    f"adapter.{name}",
+                    value,
+                    "the whole model trains (adapter.method=''); leave it out",
+                )
+            require(
+                self.bias == "none",
+                "adapter.bias",
+                self.bias,
+                "the whole model trains; leave it 'none'",
+            )
         self.parsed()
 
     def parsed(self) -> tuple[tuple[str, lr.adapters.Adapter | None], ...]:
@@ -118,11 +132,14 @@ class AdapterConfig(Section):
             return ()
         rules = [(pattern, method, "adapter.rules") for pattern, method in self.rules]
         rules.append((self.targets, self.method, "adapter.method"))
-        return tuple((pattern, parse(method, field) if method else None) for pattern, method, field in rules)
+        return tuple(
+            (pattern, parse(method, field) if method else None) for pattern, method, field in rules
+        )
 
 
 def parse(method: str, field: str = "adapter.method") -> lr.adapters.Adapter:
-    """The adapter that an expression describes: calls of names in `lowrank_jax.adapters` on literals, nothing else.
+    """The adapter that an expression describes: calls of names in `lowrank_jax.adapters` on
+    literals, nothing else.
 
     >>> parse("lora(rank=4, alpha=8)").rank
     4
@@ -139,13 +156,24 @@ def parse(method: str, field: str = "adapter.method") -> lr.adapters.Adapter:
             try:
                 return ast.literal_eval(node)
             except ValueError:
-                return refuse(f"{ast.unparse(node)!r} is no literal; write numbers, strings and calls with keywords")
-        if not isinstance(node.func, ast.Name) or node.args or any(word.arg is None for word in node.keywords):
+                return refuse(
+                    f"{ast.unparse(node)!r} is no literal; write numbers, strings and calls with "
+                    "keywords"
+                )
+        if (
+            not isinstance(node.func, ast.Name)
+            or node.args
+            or any(word.arg is None for word in node.keywords)
+        ):
             return refuse("write calls of adapters with keywords alone, such as 'lora(rank=8)'")
-        known = [name for name in lr.adapters.__all__ if name.islower() and isinstance(found(name), type)]
+        known = [
+            name for name in lr.adapters.__all__ if name.islower() and isinstance(found(name), type)
+        ]
         if node.func.id not in known:
             one_of_names(node.func.id, known)
-        return called(found(node.func.id), {str(word.arg): value(word.value) for word in node.keywords})
+        return called(
+            found(node.func.id), {str(word.arg): value(word.value) for word in node.keywords}
+        )
 
     def found(name: str) -> Any:
         return getattr(lr.adapters, name)
@@ -160,7 +188,9 @@ def parse(method: str, field: str = "adapter.method") -> lr.adapters.Adapter:
         fields = [item.name for item in dataclasses.fields(kind)]
         unknown = [name for name in arguments if name not in fields]
         if unknown:
-            refuse(f"{kind.__name__.lower()} has no {unknown[0]}; its settings are {', '.join(fields)}")
+            refuse(
+                f"{kind.__name__.lower()} has no {unknown[0]}; its settings are {', '.join(fields)}"
+            )
         try:
             return kind(**arguments)
         except (TypeError, ValueError) as error:
@@ -178,7 +208,8 @@ def parse(method: str, field: str = "adapter.method") -> lr.adapters.Adapter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningOptimizerConfig(OptimizerConfig):
-    """Which optimizer. Beside those of pre-training, PAIRS step the two factors of adapters by what they multiply to.
+    """Which optimizer. Beside those of pre-training, PAIRS step the two factors of adapters by what
+    they multiply to.
 
     Attributes besides those of `OptimizerConfig`:
       ratio: of lora_plus: learning rate of the second factor, as a multiple.
@@ -195,8 +226,9 @@ class TuningLoopConfig(LoopConfig):
     """What surrounds the updates.
 
     Attributes besides those of `LoopConfig`:
-      forgetting: also measure the loss on the base's domain, where the base says what it was trained on.
-      domain_tokens: most tokens (or images) of the base's domain per evaluation; None is as many as the validation has
+      forgetting: also measure the loss on the base's domain, where the base says what it was
+      trained on. domain_tokens: most tokens (or images) of the base's domain per evaluation; None
+      is as many as the validation has
         there, in as many rows at most, so that forgetting costs no more than the validation.
     """
 
@@ -222,18 +254,32 @@ class TuningConfig:
     def __post_init__(self):
         adapts, name = bool(self.adapter.method), self.optimizer.name
         if name in PAIRS:
-            remedy = "steps the factors of adapters; give an adapter.method that has two, or optimizer.name='adamw'"
+            remedy = (
+                "steps the factors of adapters; give an adapter.method that has two, or "
+                "optimizer.name='adamw'"
+            )
             require(adapts, "optimizer.name", name, remedy)
         if name in LOWRANK:
-            remedy = "projects kernels, which adapters freeze; set adapter.method='' or optimizer.name='adamw'"
+            remedy = (
+                "projects kernels, which adapters freeze; set adapter.method='' or "
+                "optimizer.name='adamw'"
+            )
             require(not adapts, "optimizer.name", name, remedy)
-        remedy = "adapters want a trained base; name one, or train the whole model with adapter.method=''"
+        remedy = (
+            "adapters want a trained base; name one, or train the whole model with "
+            "adapter.method=''"
+        )
         require(self.base.source or not adapts, "base.source", self.base.source, remedy)
         batch, parts = self.data.batch_size, self.schedule.accumulation
         remedy = f"choose a divisor of data.batch_size={batch}"
         require(batch % parts == 0, "schedule.accumulation", parts, remedy)
         samples, task = self.run.sample_tokens, self.data.task
-        require(not samples or task != "classification", "run.sample_tokens", samples, "classes are no text; set it 0")
+        require(
+            not samples or task != "classification",
+            "run.sample_tokens",
+            samples,
+            "classes are no text; set it 0",
+        )
         packs = task == "language_modelling" and self.data.packing in (None, "pack")
         remedy = "a trigram model reads a packed stream of text; set it False"
         require(packs or not self.run.trigram, "run.trigram", self.run.trigram, remedy)
@@ -276,7 +322,8 @@ def template():
 
 
 def from_dict(values: Mapping) -> TuningConfig:
-    """A checked TuningConfig from a ConfigDict or a nested dictionary; missing keys take their defaults.
+    """A checked TuningConfig from a ConfigDict or a nested dictionary; missing keys take their
+    defaults.
 
     Raises ConfigurationError, as `experiments.configuration.from_dict`.
 
@@ -287,6 +334,8 @@ def from_dict(values: Mapping) -> TuningConfig:
     values = plain(values)
     reject_unknown("", values, ("name", *SECTIONS))
     given = {section: dict(values.get(section) or {}) for section in SECTIONS}
-    sections: dict[str, Any] = {section: build(kind, section, given[section]) for section, kind in SECTIONS.items()}
+    sections: dict[str, Any] = {
+        section: build(kind, section, given[section]) for section, kind in SECTIONS.items()
+    }
     require(isinstance(values.get("name", ""), str), "name", values.get("name"), "give a string")
     return TuningConfig(name=values.get("name", "finetune"), **sections)

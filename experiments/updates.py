@@ -13,29 +13,37 @@ from lowrank_jax import sharding
 
 
 def loss_sums(model, params, batch):
-    """(sum_i w_i loss_i, sum_i w_i) over the tokens of a batch of "inputs", "targets" and "weights", all (B, S)."""
+    """(sum_i w_i loss_i, sum_i w_i) over the tokens of a batch of "inputs", "targets" and
+    "weights", all (B, S)."""
     logits = model.apply({"params": params}, batch["inputs"])
     _, parts = llama.loss_and_metrics(logits, batch["targets"], batch["weights"])
     return parts["loss_sum"], parts["weight_sum"]
 
 
 def projected_loss(sums, frozen=()):
-    """`loss(params, batch, share)`: the sum of the losses of a batch times its share, for kernels with taps."""
+    """`loss(params, batch, share)`: the sum of the losses of a batch times its share, for kernels
+    with taps."""
     return lr.linen.tapped(lambda params, batch, share: sums(params, batch, {}, *frozen)[0] * share)
 
 
 def fused(sums, optimizer, accumulation: int, backprop: str):
     """`step` by `lowrank_jax.train_step`: gradients by taps, parameters written in place.
 
-    `grad_norm` is the norm of the gradients that the step took, low-rank ones where they are projected.
+    `grad_norm` is the norm of the gradients that the step took, low-rank ones where they are
+    projected.
     """
 
     def update(state, batch, *frozen):
         step = lr.train_step(
-            projected_loss(sums, frozen), optimizer, accumulate=accumulation, with_norm=True, backprop=backprop
+            projected_loss(sums, frozen),
+            optimizer,
+            accumulate=accumulation,
+            with_norm=True,
+            backprop=backprop,
         )
         weight = jnp.maximum(jnp.sum(batch["weights"].astype(jnp.float32)), 1.0)
-        # `lr.train_step` averages over microbatches; with these shares the average is the exact token mean
+        # `lr.train_step` averages over microbatches; with these shares the average is the exact
+        # token mean
         share = accumulation / weight
         if accumulation > 1:
             batch, share = microbatches(batch, accumulation), jnp.full(accumulation, share)
@@ -49,19 +57,21 @@ def fused(sums, optimizer, accumulation: int, backprop: str):
 
 def microbatches(batch, accumulation: int):
     """Microbatch a takes rows a, a + A, a + 2A, ..., so that each device keeps its own rows."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1), batch)
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1), batch
+    )
 
 
 def step(sums, optimizer, accumulation: int):
     """The update `(state, batch, *frozen) -> (state, metrics)`.
 
-    The gradient is that of the exact mean over the whole batch, sum_i w_i loss_i / sum_i w_i: microbatch sums are added
-    in float32 and divided once.
+    The gradient is that of the exact mean over the whole batch, sum_i w_i loss_i / sum_i w_i:
+    microbatch sums are added in float32 and divided once.
 
     Args:
-      sums: `(params, batch, rest, *frozen) -> (sum_i w_i loss_i, sum_i w_i)`. `rest` is what the state holds besides
-        "params" and "opt_state", unchanged by the update, but for "key": the state's is split once an update, and each
-        microbatch sees a key of its own.
+      sums: `(params, batch, rest, *frozen) -> (sum_i w_i loss_i, sum_i w_i)`. `rest` is what the
+        state holds besides "params" and "opt_state", unchanged by the update, but for "key": the
+        state's is split once an update, and each microbatch sees a key of its own.
     """
 
     def update(state, batch, *frozen):
@@ -85,35 +95,51 @@ def step(sums, optimizer, accumulation: int):
             shapes = jax.eval_shape(gradient_sum, first(parts), first(keys))
             zeros = jax.tree.map(sharding.zeros_like, shapes)
             total, _ = jax.lax.scan(
-                lambda sums, part: (optax.tree.add(sums, gradient_sum(*part)), None), zeros, (parts, keys)
+                lambda sums, part: (optax.tree.add(sums, gradient_sum(*part)), None),
+                zeros,
+                (parts, keys),
             )
             loss, weight, grads = total
         weight = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, params)
-        extra = {"scale": rest["fixed"]} if "fixed" in rest else {}  # of adapters, for optimizers of their factors
-        moves, opt_state = optax.with_extra_args_support(optimizer).update(grads, state["opt_state"], params, **extra)
+        extra = (
+            {"scale": rest["fixed"]} if "fixed" in rest else {}
+        )  # of adapters, for optimizers of their factors
+        moves, opt_state = optax.with_extra_args_support(optimizer).update(
+            grads, state["opt_state"], params, **extra
+        )
         measured = {"loss": loss / weight, "grad_norm": optax.tree.norm(grads), "tokens": weight}
         measured["skipped"] = jnp.asarray(optimizers.skipped(opt_state), jnp.int32)
-        return after | {"params": optax.apply_updates(params, moves), "opt_state": opt_state}, measured
+        return after | {
+            "params": optax.apply_updates(params, moves),
+            "opt_state": opt_state,
+        }, measured
 
     return update
 
 
 def train_step(model, optimizer, accumulation: int):
     """`step` for a language model; the state is {"params", "opt_state"}."""
-    return step(lambda params, batch, rest: loss_sums(model, params, batch), optimizer, accumulation)
+    return step(
+        lambda params, batch, rest: loss_sums(model, params, batch), optimizer, accumulation
+    )
 
 
 def fused_step(model, optimizer, accumulation: int, backprop: str):
     """`fused` for a language model."""
-    return fused(lambda params, batch, rest: loss_sums(model, params, batch), optimizer, accumulation, backprop)
+    return fused(
+        lambda params, batch, rest: loss_sums(model, params, batch),
+        optimizer,
+        accumulation,
+        backprop,
+    )
 
 
 def evaluate(step_function, params, batches) -> dict:
     """Exact token mean and its perplexity, and the number the GaLore-descended scripts print.
 
-    Those scripts add the mean losses of the batches and divide by (batches + 1); `script_perplexity` is the exponential
-    of that.
+    Those scripts add the mean losses of the batches and divide by (batches + 1);
+    `script_perplexity` is the exponential of that.
 
     Args:
       step_function: `(params, batch) -> (sum of losses, sum of weights)`.
@@ -126,4 +152,9 @@ def evaluate(step_function, params, batches) -> dict:
     loss = total / max(weight, 1.0)
     script = sum(means) / (len(means) + 1)
     exp = lambda x: math.exp(min(x, 700.0))  # noqa: E731 - beyond 700 a double overflows
-    return {"loss": loss, "perplexity": exp(loss), "script_perplexity": exp(script), "tokens": int(weight)}
+    return {
+        "loss": loss,
+        "perplexity": exp(loss),
+        "script_perplexity": exp(script),
+        "tokens": int(weight),
+    }

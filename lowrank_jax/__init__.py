@@ -37,14 +37,27 @@ from lowrank_jax.projection import clocks, inner, projectors, residuals, transpo
 from lowrank_jax.projection.fused import Fused, fused
 from lowrank_jax.projection.layerwise import layerwise_step
 from lowrank_jax.projection.learning_rate import apply_learning_rate
-from lowrank_jax.projection.optimizers import Recipe, apollo, apollo_mini, dct_adamw, frugal, galore, ldadam
+from lowrank_jax.projection.optimizers import (
+    Recipe,
+    apollo,
+    apollo_mini,
+    dct_adamw,
+    frugal,
+    galore,
+    ldadam,
+)
 from lowrank_jax.projection.placement import resolved_sides, sides_for, state_shardings
 from lowrank_jax.projection.stack import Stack
 from lowrank_jax.projection.state import Evidence, MatrixState, Projected, ProjectionState
 from lowrank_jax.projection.tapped import Tapped
 from lowrank_jax.projection.taps import Taps, check_taps, projected_value_and_grad, taps
 from lowrank_jax.projection.training import plan, train_step
-from lowrank_jax.projection.transformation import Projection, explain, projection_of, scale_by_projection
+from lowrank_jax.projection.transformation import (
+    Projection,
+    explain,
+    projection_of,
+    scale_by_projection,
+)
 from lowrank_jax.resolution import Report, Views, resolve
 from lowrank_jax.version import __version__
 
@@ -119,7 +132,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> types.ModuleType:
-    """`lr.nnx` and `lr.interop`, which import flax.nnx and read other people's files, at their first use."""
+    """`lr.nnx` and `lr.interop`, which import flax.nnx and read other people's files, at their
+    first use."""
     if name in ("nnx", "interop"):
         return importlib.import_module(f"lowrank_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

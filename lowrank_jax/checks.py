@@ -1,7 +1,8 @@
-"""Numbers and dtypes that users give, checked at construction: one rule for every optimizer and every adapter.
+"""Numbers and dtypes that users give, checked at construction: one rule for every optimizer and
+every adapter.
 
-Only concrete numbers are checked, Python's and NumPy's. Traced ones (`optax.inject_hyperparams` makes them of all
-numbers), arrays and schedules pass, and so does None.
+Only concrete numbers are checked, Python's and NumPy's. Traced ones (`optax.inject_hyperparams`
+makes them of all numbers), arrays and schedules pass, and so does None.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def is_integer(value: Any) -> bool:
 
 
 def as_python(value: Any) -> Any:
-    """Python's number for one of NumPy's; anything else as it is. Documents are written from such numbers.
+    """Python's number for one of NumPy's; anything else as it is. Documents are written from such
+    numbers.
 
     >>> import numpy as np
     >>> as_python(np.int64(8)), as_python(np.float32(0.5)), as_python(None)
@@ -99,10 +101,11 @@ def check_integer(field: str, value: Any, *, at_least: int, otherwise: str = "")
 
 
 def check_floating(tree: Any, who: str) -> None:
-    """ValueError for leaves that are complex, integer or boolean: moments and updates here are real numbers.
+    """ValueError for leaves that are complex, integer or boolean: moments and updates here are real
+    numbers.
 
-    Quantised arrays stand for real ones. A complex gradient would lose its imaginary part, and an integer parameter
-    would be moved by integers.
+    Quantised arrays stand for real ones. A complex gradient would lose its imaginary part, and an
+    integer parameter would be moved by integers.
 
     >>> import jax.numpy as jnp
     >>> check_floating({"w": jnp.ones(2, jnp.complex64)}, "galore")
@@ -116,8 +119,11 @@ def check_floating(tree: Any, who: str) -> None:
             continue
         remedy = "leave it out of the parameters, or give it another optimizer with optax.partition"
         if jnp.issubdtype(dtype, jnp.complexfloating):
-            remedy = "train its real and imaginary parts as two leaves, or " + remedy.partition(", or ")[2]
+            remedy = (
+                "train its real and imaginary parts as two leaves, or "
+                + remedy.partition(", or ")[2]
+            )
         raise ValueError(
-            f"{who}: leaf {path or '(bare array)'!r} is {dtype}, and only real floating-point leaves are optimized; "
-            f"{remedy}"
+            f"{who}: leaf {path or '(bare array)'!r} is {dtype}, and only real floating-point "
+            f"leaves are optimized; {remedy}"
         )

@@ -1,15 +1,18 @@
 """What names and neighbours say about the axes of a kernel that no rule names.
 
-A kernel of two axes is `(inputs, outputs)`. One of more axes is read where something says how, and never where the
-first axis might as well count layers:
+A kernel of two axes is `(inputs, outputs)`. One of more axes is read where something says how, and
+never where the first axis might as well count layers:
 
-* a bias beside it has the shape of the outputs: (H, K) beside a kernel (D, H, K), (M,) beside (3, 3, N, M). A stack of
-  layers has a stack of biases, so a bias with another first axis than the kernel shows that there is no stack;
+* a bias beside it has the shape of the outputs: (H, K) beside a kernel (D, H, K), (M,) beside (3,
+  3, N, M). A stack of layers has a stack of biases, so a bias with another first axis than the
+  kernel shows that there is no stack;
 * names of its axes (`nn.Partitioned`) say which are heads;
-* Flax's attention has `query`, `key`, `value` (D, H, K) and `out` (H, K, D), whose shapes fit together;
+* Flax's attention has `query`, `key`, `value` (D, H, K) and `out` (H, K, D), whose shapes fit
+  together;
 * a layer named as a convolution contracts all axes but the last, unless a mask hides its bias.
 
-All shapes here are those of one layer: an axis that was declared to count layers is taken off before.
+All shapes here are those of one layer: an axis that was declared to count layers is taken off
+before.
 """
 
 from __future__ import annotations
@@ -27,15 +30,19 @@ _STACK = r"((?:.*/)?(?:(?:.*_)?(?:layers?|blocks?|experts?|stack)|h|(?:Scan|Vmap
 
 
 def read(
-    path: str, shape: Shape, names: tuple | None, shapes: Mapping[str, Shape], masked: Collection[str] = ()
+    path: str,
+    shape: Shape,
+    names: tuple | None,
+    shapes: Mapping[str, Shape],
+    masked: Collection[str] = (),
 ) -> tuple[MatrixView, str] | None:
     """The view of a kernel of three or more axes and what said so, or None where nothing does.
 
     Args:
       path, shape, names: of the kernel; `names` are those of its axes, or None.
       shapes: of the leaves of the tree, by path.
-      masked: paths of leaves whose shapes a mask hides. A convolution whose bias is hidden is not read by its name: of
-        a stack of layers the bias would have shown it.
+      masked: paths of leaves whose shapes a mask hides. A convolution whose bias is hidden is not
+        read by its name: of a stack of layers the bias would have shown it.
 
     >>> shapes = {"heads/kernel": (16, 4, 8), "heads/bias": (4, 8)}
     >>> read("heads/kernel", (16, 4, 8), None, shapes)
@@ -64,7 +71,8 @@ def split(shape: Shape, outputs: int) -> MatrixView:
 
 
 def guess(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> MatrixView:
-    """A likely view of a kernel that `read` cannot decide, to be proposed and checked; arguments as of `read`.
+    """A likely view of a kernel that `read` cannot decide, to be proposed and checked; arguments as
+    of `read`.
 
     >>> guess("moe/experts_up/kernel", (4, 8, 16), {}), guess("o_proj/kernel", (4, 8, 16), {})
     (MatrixView(rows=(1,), cols=(2,), batch=(0,)), MatrixView(rows=(0, 1), cols=(2,), batch=()))
@@ -80,9 +88,14 @@ def guess(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> MatrixView:
 
 
 def stack_root(path: str) -> str | None:
-    """The module above a leaf whose name suggests a stack: `layers/up/kernel`, but not `layers/3/up/kernel`.
+    """The module above a leaf whose name suggests a stack: `layers/up/kernel`, but not
+    `layers/3/up/kernel`.
 
-    >>> stack_root("decoder/layers/up/kernel"), stack_root("layers/3/up/kernel"), stack_root("layers_3/up/kernel")
+    >>> (
+    ...     stack_root("decoder/layers/up/kernel"),
+    ...     stack_root("layers/3/up/kernel"),
+    ...     stack_root("layers_3/up/kernel"),
+    ... )
     ('decoder/layers', None, None)
     """
     found = re.fullmatch(_STACK, path)
@@ -90,7 +103,8 @@ def stack_root(path: str) -> str | None:
 
 
 def is_convolution(path: str) -> bool:
-    """Whether the layer of a kernel is named as a convolution: `Conv_0`, `conv1`, `stem_conv`, `ConvTranspose_2`."""
+    """Whether the layer of a kernel is named as a convolution: `Conv_0`, `conv1`, `stem_conv`,
+    `ConvTranspose_2`."""
     *_, layer, _ = ("", *path.split("/"))
     return bool(re.fullmatch(_CONVOLUTION, layer, re.IGNORECASE))
 
@@ -114,9 +128,12 @@ def _outputs_by_bias(shape: Shape, bias: Shape | None) -> int:
 
 
 def _outputs_by_names(names: tuple | None) -> int:
-    """Where exactly one axis is no part of heads, it is the model's: the others are outputs if it comes first."""
+    """Where exactly one axis is no part of heads, it is the model's: the others are outputs if it
+    comes first."""
     if names is None or len(names) < 3 or not all(isinstance(name, str) for name in names):
-        return 0  # an axis without a name, or one with several: those of mesh axes, which say nothing of the model
+        # an axis without a name, or one with several: those of mesh axes, which say nothing of the
+        # model
+        return 0
     heads = [bool(re.fullmatch(_HEADS, name)) for name in names]
     if all(heads[1:]) and not heads[0]:
         return len(names) - 1
@@ -124,13 +141,20 @@ def _outputs_by_names(names: tuple | None) -> int:
 
 
 def _outputs_in_attention(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> int:
-    """2 for query, key and value, 1 for out, 0 unless the four fit together as those of one attention layer do."""
+    """2 for query, key and value, 1 for out, 0 unless the four fit together as those of one
+    attention layer do."""
     module, layer = path.rpartition("/")[0], path.rpartition("/")[0].rpartition("/")[2]
     query, out = _beside(module, "query/kernel", shapes), _beside(module, "out/kernel", shapes)
-    if layer not in _ATTENTION or query is None or out is None or not len(query) == len(out) == len(shape) == 3:
+    if (
+        layer not in _ATTENTION
+        or query is None
+        or out is None
+        or not len(query) == len(out) == len(shape) == 3
+    ):
         return 0
     fits = query[1:] == out[:2] and (layer == "out" or shape[2] == query[2])
-    # of stacked Dense layers both would begin with the number of layers, and out would have a stack of biases
+    # of stacked Dense layers both would begin with the number of layers, and out would have a stack
+    # of biases
     stack_possible = query[0] == out[0] and _beside(module, "out/bias", shapes) != out[2:]
     if not fits or stack_possible:
         return 0

@@ -1,12 +1,14 @@
 """Which matrix is this? Every parameter leaf seen as a stack of `(rows, cols)` matrices.
 
-A leaf is `(batch..., rows, cols)` after a transpose and a reshape. The convention is Flax's: `y = x @ W` with
-`W: (d_in, d_out)`, so rows are inputs and columns outputs (papers and PyTorch write the transpose).
+A leaf is `(batch..., rows, cols)` after a transpose and a reshape. The convention is Flax's:
+`y = x @ W` with `W: (d_in, d_out)`, so rows are inputs and columns outputs (papers and PyTorch
+write the transpose).
 
-* `MatrixView` names the axes of one leaf. Layers of scanned models, heads, experts and convolution windows are batch
-  axes, or are folded into rows or columns.
-* `ResolvedView` adds the rank and the shrunk side of one leaf and orients its matrices `(batch..., s, k)` with the
-  shrunk dimension `s` first, so that every basis is `P (s, r)` and every low-rank object `PᵀX (r, k)`.
+* `MatrixView` names the axes of one leaf. Layers of scanned models, heads, experts and convolution
+  windows are batch axes, or are folded into rows or columns.
+* `ResolvedView` adds the rank and the shrunk side of one leaf and orients its matrices
+  `(batch..., s, k)` with the shrunk dimension `s` first, so that every basis is `P (s, r)` and
+  every low-rank object `PᵀX (r, k)`.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class MatrixView:
       ValueError: if an axis is negative or named twice, or rows or cols is empty.
 
     >>> import jax.numpy as jnp
-    >>> query = MatrixView(rows=(0,), cols=(1, 2))      # attention kernel (d, heads, head_dim)
+    >>> query = MatrixView(rows=(0,), cols=(1, 2))  # attention kernel (d, heads, head_dim)
     >>> query.to_matrices(jnp.ones((16, 4, 8))).shape
     (16, 32)
     >>> experts = MatrixView(batch=(0,), rows=(1,), cols=(2,))
@@ -51,9 +53,14 @@ class MatrixView:
     def __post_init__(self):
         axes = self.batch + self.rows + self.cols
         if not self.rows or not self.cols:
-            raise ValueError(f"rows={self.rows} and cols={self.cols} must each name at least one axis")
+            raise ValueError(
+                f"rows={self.rows} and cols={self.cols} must each name at least one axis"
+            )
         if len(set(axes)) != len(axes) or min(axes) < 0:
-            raise ValueError(f"batch={self.batch}, rows={self.rows}, cols={self.cols} must name distinct axes >= 0")
+            raise ValueError(
+                f"batch={self.batch}, rows={self.rows}, cols={self.cols} must name distinct axes "
+                ">= 0"
+            )
 
     @property
     def permutation(self) -> tuple[int, ...]:
@@ -61,15 +68,18 @@ class MatrixView:
 
     def stacked(self) -> MatrixView:
         """The same view of a leaf that has one more leading (layer) axis."""
-        batch, rows, cols = (tuple(axis + 1 for axis in axes) for axes in (self.batch, self.rows, self.cols))
+        batch, rows, cols = (
+            tuple(axis + 1 for axis in axes) for axes in (self.batch, self.rows, self.cols)
+        )
         return MatrixView(batch=(0, *batch), rows=rows, cols=cols)
 
     def matrix_shape(self, shape: Shape) -> Shape:
-        """`(batch..., rows, cols)` of a leaf of this shape; ValueError if the axes do not cover it."""
+        """`(batch..., rows, cols)` of a leaf of this shape; ValueError if the axes do not cover
+        it."""
         if sorted(self.permutation) != list(range(len(shape))):
             raise ValueError(
-                f"a view of axes batch={self.batch}, rows={self.rows}, cols={self.cols} does not cover a leaf of shape "
-                f"{tuple(shape)}: name each of its {len(shape)} axes once"
+                f"a view of axes batch={self.batch}, rows={self.rows}, cols={self.cols} does not "
+                f"cover a leaf of shape {tuple(shape)}: name each of its {len(shape)} axes once"
             )
         sizes = [math.prod(shape[axis] for axis in axes) for axes in (self.rows, self.cols)]
         return (*(shape[axis] for axis in self.batch), *sizes)
@@ -144,26 +154,37 @@ class ResolvedView:
 
     def restore(self, x: jax.Array) -> jax.Array:
         """The inverse of `orient`."""
-        return self.view.from_matrices(x if self.side == "rows" else jnp.swapaxes(x, -1, -2), self.shape)
+        return self.view.from_matrices(
+            x if self.side == "rows" else jnp.swapaxes(x, -1, -2), self.shape
+        )
 
     @property
     def layered(self) -> bool:
-        """Whether the first axis of the leaf is a batch axis, so that `layer` can take it one by one."""
+        """Whether the first axis of the leaf is a batch axis, so that `layer` can take it one by
+        one."""
         return bool(self.view.batch) and self.view.batch[0] == 0
 
     def layer(self) -> ResolvedView:
         """The view of one index along the first axis of a layered leaf."""
         batch, rows, cols = (
-            tuple(axis - 1 for axis in axes) for axes in (self.view.batch[1:], self.view.rows, self.view.cols)
+            tuple(axis - 1 for axis in axes)
+            for axes in (self.view.batch[1:], self.view.rows, self.view.cols)
         )
         view = MatrixView(batch=batch, rows=rows, cols=cols)
         spec = None if self.spec is None else self.spec[1:]
-        return dataclasses.replace(self, view=view, shape=self.shape[1:], batch=self.batch[1:], spec=spec)
+        return dataclasses.replace(
+            self, view=view, shape=self.shape[1:], batch=self.batch[1:], spec=spec
+        )
 
     def lying(self, leaf: Any) -> ResolvedView:
-        """The view with the partition entries that the type of the leaf has on an explicit mesh, None elsewhere."""
+        """The view with the partition entries that the type of the leaf has on an explicit mesh,
+        None elsewhere."""
         own = sharding.explicit_spec(leaf)
-        spec = None if own is None else sharding.fold_spec(own, self.view.batch, self.view.rows, self.view.cols)
+        spec = (
+            None
+            if own is None
+            else sharding.fold_spec(own, self.view.batch, self.view.rows, self.view.cols)
+        )
         if spec is not None and self.side == "cols":
             spec = (*spec[:-2], spec[-1], spec[-2])
         return dataclasses.replace(self, spec=spec)

@@ -1,4 +1,5 @@
-"""The memory ledger: bytes of parameters, gradients and optimizer state, by formula and as the compiler lays them out.
+"""The memory ledger: bytes of parameters, gradients and optimizer state, by formula and as the
+compiler lays them out.
 
 State of one projected leaf of `L` matrices that shrinks s and keeps k, at rank r:
 
@@ -8,8 +9,9 @@ State of one projected leaf of `L` matrices that shrinks s and keeps k, at rank 
     plain      plain.state_bytes(sizes)        of the leaves that are not projected, as one group
     scalars    16 (+ 4)                        format version, step, skipped, refreshes (and a schedule's count)
 
-Formulas are arithmetic over shapes. Measured bytes are what a compiled program takes as arguments; on one device and
-without padding both agree exactly. With sharded parameters a formula counts whole arrays and a measurement one device.
+Formulas are arithmetic over shapes. Measured bytes are what a compiled program takes as arguments;
+on one device and without padding both agree exactly. With sharded parameters a formula counts whole
+arrays and a measurement one device.
 """
 
 from __future__ import annotations
@@ -37,11 +39,15 @@ def _bytes(tree: Any) -> int:
 
 def _abstract(tree: Any) -> Any:
     """Shapes, dtypes and shardings of a tree, without its values."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        tree,
+    )
 
 
 def _inner_bytes(inner: Any, leaves: list[jax.ShapeDtypeStruct]) -> int:
-    """Bytes of one inner state; an inner without a formula is asked for its abstract state on these leaves."""
+    """Bytes of one inner state; an inner without a formula is asked for its abstract state on these
+    leaves."""
     if hasattr(inner, "state_bytes"):
         return inner.state_bytes([math.prod(leaf.shape) for leaf in leaves])
     return _bytes(jax.eval_shape(inner.init, leaves))
@@ -58,15 +64,17 @@ def _matrix_bytes(projection: Any, view: ResolvedView) -> dict[str, int]:
 
 def _plain_leaves(report: Report, params: Any) -> list[jax.ShapeDtypeStruct]:
     leaves = zip(report.leaves, jax.tree.leaves(params), strict=True)
-    return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for row, leaf in leaves if row.view is None]
+    return [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for row, leaf in leaves if row.view is None
+    ]
 
 
 def formula(tx: optax.GradientTransformation, params: Any) -> list[dict[str, Any]]:
     """Bytes by component, `[{"component", "bytes_formula"}, ...]`, computed from shapes alone.
 
-    Gradients have the parameters' dtypes. A transformation that this library did not make has no formula: its one row
-    "optimizer state" carries None. That includes an `optax.chain` around ours, inside which nothing can look: pass
-    ours.
+    Gradients have the parameters' dtypes. A transformation that this library did not make has no
+    formula: its one row "optimizer state" carries None. That includes an `optax.chain` around ours,
+    inside which nothing can look: pass ours.
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -81,7 +89,10 @@ def formula(tx: optax.GradientTransformation, params: Any) -> list[dict[str, Any
     else:
         report = projection.report(params)
         matrices = [_matrix_bytes(projection, view) for view in report.projected]
-        rows |= {name: sum(matrix[name] for matrix in matrices) for name in ("basis", "moments", "residual")}
+        rows |= {
+            name: sum(matrix[name] for matrix in matrices)
+            for name in ("basis", "moments", "residual")
+        }
         rows["plain"] = _inner_bytes(projection.plain, _plain_leaves(report, params))
         rows["scalars"] = 16 + (4 if hasattr(tx, "recipe") else 0)
     return [{"component": name, "bytes_formula": size} for name, size in rows.items()]
@@ -92,7 +103,8 @@ class Program:
     """Bytes of one compiled program on one device.
 
     Attributes:
-      arguments, outputs: its inputs and results; a table of 8 bytes for each result is counted by some backends.
+      arguments, outputs: its inputs and results; a table of 8 bytes for each result is counted by
+        some backends.
       aliased: results that reuse a donated argument.
       temporaries: scratch memory while it runs.
       code: the program itself (0 on CPU, which does not say).
@@ -106,12 +118,16 @@ class Program:
 
     @property
     def peak(self) -> int:
-        """An upper estimate of the memory while it runs: arguments + outputs - aliased + temporaries + code."""
+        """An upper estimate of the memory while it runs: arguments + outputs - aliased +
+        temporaries + code."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
-def compile_update(tx: optax.GradientTransformation, params: Any, *, donate: bool = True) -> jax.stages.Compiled:
-    """`(params, gradients, state) -> (params, state)`: one update and its application, compiled but not run."""
+def compile_update(
+    tx: optax.GradientTransformation, params: Any, *, donate: bool = True
+) -> jax.stages.Compiled:
+    """`(params, gradients, state) -> (params, state)`: one update and its application, compiled but
+    not run."""
     tx = optax.with_extra_args_support(tx)
 
     def step(params, gradients, state):
@@ -128,22 +144,32 @@ def measure(step: Any, *arguments: Any) -> Program:
     """Bytes of a compiled program.
 
     Args:
-      step: a `jax.stages.Compiled`; a function, jitted or not, which is compiled for `arguments`; or an optax
-        transformation, whose donated update is compiled for `arguments = (params,)`.
+      step: a `jax.stages.Compiled`; a function, jitted or not, which is compiled for `arguments`;
+        or an optax transformation, whose donated update is compiled for `arguments = (params,)`.
       *arguments: arrays or ShapeDtypeStructs; nothing is run.
 
     >>> import jax.numpy as jnp, optax
     >>> program = measure(optax.adam(1e-3), {"w": jnp.ones((8, 16))})
-    >>> program.arguments, program.aliased  # 512 of each: parameters, gradients, two moments; and a step count
+    >>> (
+    ...     program.arguments,
+    ...     program.aliased,
+    ... )  # 512 of each: parameters, gradients, two moments; and a step count
     (2052, 1540)
     """
     if isinstance(step, optax.GradientTransformation):
         step = compile_update(step, *arguments)
     elif not isinstance(step, jax.stages.Compiled):
-        step = (step if hasattr(step, "lower") else jax.jit(step)).lower(*_abstract(arguments)).compile()
+        step = (
+            (step if hasattr(step, "lower") else jax.jit(step))
+            .lower(*_abstract(arguments))
+            .compile()
+        )
     memory = step.memory_analysis()
     if memory is None:
-        raise ValueError(f"step: the backend {jax.default_backend()!r} does not report the memory of its programs")
+        raise ValueError(
+            f"step: the backend {jax.default_backend()!r} does not report the memory of its "
+            "programs"
+        )
     return Program(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -154,7 +180,8 @@ def measure(step: Any, *arguments: Any) -> Program:
 
 
 def components(state: Any) -> dict[str, Any]:
-    """The parts of an optimizer state by component, wherever in it a `ProjectionState` lies; "other" is not ours."""
+    """The parts of an optimizer state by component, wherever in it a `ProjectionState` lies;
+    "other" is not ours."""
     is_ours = lambda x: isinstance(x, (ProjectionState, MatrixState))  # noqa: E731
     nodes = jax.tree.leaves(state, is_leaf=is_ours)
     ours = [node for node in nodes if isinstance(node, ProjectionState)]
@@ -184,7 +211,8 @@ class Ledger:
     """Rows `{"component", "bytes_formula", "bytes_measured"}`, None where a number does not exist.
 
     Attributes:
-      rows: parameters, gradients, the components of the state, and of a step its temporaries and program.
+      rows: parameters, gradients, the components of the state, and of a step its temporaries and
+        program.
       program: the step's memory, or None without a step. `str()` gives the table in MiB.
     """
 
@@ -208,21 +236,28 @@ class Ledger:
         sums = [[row[name] for row in state] for name in ("bytes_formula", "bytes_measured")]
         total = [None if None in sizes else sum(sizes) for sizes in sums]
         lines = [("component", "formula (MiB)", "measured (MiB)")]
-        lines += [(r["component"], mebibytes(r["bytes_formula"]), mebibytes(r["bytes_measured"])) for r in self.rows]
+        lines += [
+            (r["component"], mebibytes(r["bytes_formula"]), mebibytes(r["bytes_measured"]))
+            for r in self.rows
+        ]
         lines.append(("state in all", *map(mebibytes, total)))
         if self.program is not None:
             lines.append(("step at its peak", "-", mebibytes(self.program.peak)))
-        return "\n".join(f"{name:<17}{by_formula:>14}{measured:>16}" for name, by_formula, measured in lines)
+        return "\n".join(
+            f"{name:<17}{by_formula:>14}{measured:>16}" for name, by_formula, measured in lines
+        )
 
 
-def ledger(tx: optax.GradientTransformation, params: Any, step: Any = None, *arguments: Any) -> Ledger:
+def ledger(
+    tx: optax.GradientTransformation, params: Any, step: Any = None, *arguments: Any
+) -> Ledger:
     """The memory of an optimizer on these parameters, and of a training step if one is given.
 
     Args:
       tx: an optimizer of this library, or any other (measured only).
       params: arrays or ShapeDtypeStructs; nothing is allocated or run.
-      step, *arguments: see `measure`. With a step, gradients are no argument and are measured as 0: their bytes are
-        among its temporaries.
+      step, *arguments: see `measure`. With a step, gradients are no argument and are measured as 0:
+        their bytes are among its temporaries.
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -239,7 +274,9 @@ def ledger(tx: optax.GradientTransformation, params: Any, step: Any = None, *arg
     """
     params = _abstract(params)
     with sharding.mesh_of(params):
-        parts = {"parameters": params, "gradients": params} | components(jax.eval_shape(tx.init, params))
+        parts = {"parameters": params, "gradients": params} | components(
+            jax.eval_shape(tx.init, params)
+        )
         measured = {name: _as_arguments(part) for name, part in parts.items()}
     by_formula = {row["component"]: row["bytes_formula"] for row in formula(tx, params)}
     program = None if step is None else measure(step, *arguments)

@@ -3,15 +3,17 @@
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
     placed = meshes.shardings(params, table, mesh)           NamedShardings, a tree like params
     state = lr.state_shardings(tx, params, placed)           those of the optimizer follow
-    step = jax.jit(step, in_shardings=(placed, state, rows), out_shardings=(placed, state), donate_argnums=(0, 1))
+    step = jax.jit(step, in_shardings=(placed, state, rows), out_shardings=(placed, state),
+    donate_argnums=(0, 1))
 
 `jax.jit` with shardings and donation is what pjit is today; there is no other function to call.
 
-A table names the axes of a model's leaves (`(r".*/q_proj/kernel", ("embed", "heads"))`), RULES say over which axes of
-the mesh a named axis is divided:
+A table names the axes of a model's leaves (`(r".*/q_proj/kernel", ("embed", "heads"))`), RULES say
+over which axes of the mesh a named axis is divided:
 
     data      replicas: each has the whole model and its own rows of the batch
-    fsdp      rows of the batch as well, and parameters along "embed"; they are gathered layer by layer as they are used
+    fsdp      rows of the batch as well, and parameters along "embed"; they are gathered layer by
+              layer as they are used
     sequence  positions, outside attention
     tensor    heads, the inner width of the MLP, and the vocabulary
 
@@ -52,38 +54,60 @@ RULES: Rules = (
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices: Any = None, explicit: bool = False
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    sequence: int = 1,
+    tensor: int = 1,
+    devices: Any = None,
+    explicit: bool = False,
 ) -> Mesh:
     """A mesh with the axes `AXES`, whatever their sizes.
 
     Args:
       data, fsdp, sequence, tensor: sizes; one of them may be -1, which is what the others leave.
-      devices: all by default; also those of a topology that is not there (`jax.experimental.topologies`).
-      explicit: axes that array types carry (`AxisType.Explicit`); otherwise the compiler completes the shardings.
+      devices: all by default; also those of a topology that is not there
+        (`jax.experimental.topologies`).
+      explicit: axes that array types carry (`AxisType.Explicit`); otherwise the compiler completes
+        the shardings.
 
     Raises:
       ValueError: where the sizes do not make up the number of devices.
 
     >>> import jax
-    >>> dict(make_mesh(data=-1).shape) == {"data": jax.device_count(), "fsdp": 1, "sequence": 1, "tensor": 1}
+    >>> dict(make_mesh(data=-1).shape) == {
+    ...     "data": jax.device_count(),
+    ...     "fsdp": 1,
+    ...     "sequence": 1,
+    ...     "tensor": 1,
+    ... }
     True
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(zip(AXES, (data, fsdp, sequence, tensor), strict=True))
     for name, size in sizes.items():
         if size != -1 and size < 1:
-            raise ValueError(f"mesh: {name}={size} must be positive, or -1 for what the other axes leave")
+            raise ValueError(
+                f"mesh: {name}={size} must be positive, or -1 for what the other axes leave"
+            )
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
-        raise ValueError(f"mesh: {' and '.join(open_axes)} are -1; only one axis can take what the others leave")
+        raise ValueError(
+            f"mesh: {' and '.join(open_axes)} are -1; only one axis can take what the others leave"
+        )
     given = math.prod(size for size in sizes.values() if size != -1)
     if open_axes:
         sizes[open_axes[0]] = max(1, len(devices) // given)
     if math.prod(sizes.values()) != len(devices):
         text = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(f"mesh: {text} is not {len(devices)} devices; choose sizes whose product is {len(devices)}")
+        raise ValueError(
+            f"mesh: {text} is not {len(devices)} devices; choose sizes whose product is "
+            f"{len(devices)}"
+        )
     kind = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices)
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES), devices=devices
+    )
 
 
 def logical_axes(params: Any, table: Table) -> Any:
@@ -91,8 +115,8 @@ def logical_axes(params: Any, table: Table) -> Any:
 
     Args:
       params: arrays or ShapeDtypeStructs, also quantised ones.
-      table: ordered `(pattern, names)`; a pattern matches the whole "/"-joined path of a leaf, the first one counts. A
-        leaf with one axis more than its names has the axis "layers" in front.
+      table: ordered `(pattern, names)`; a pattern matches the whole "/"-joined path of a leaf, the
+        first one counts. A leaf with one axis more than its names has the axis "layers" in front.
 
     Raises:
       ValueError: for a leaf that nothing matches, or with another number of axes.
@@ -105,10 +129,14 @@ def logical_axes(params: Any, table: Table) -> Any:
     for path, leaf, _ in leaves_with_metadata(params):
         names = next((names for pattern, names in table if re.fullmatch(pattern, path)), None)
         if names is None:
-            raise ValueError(f"table: nothing matches the leaf {path!r}; add a row (pattern, axis names) for it")
+            raise ValueError(
+                f"table: nothing matches the leaf {path!r}; add a row (pattern, axis names) for it"
+            )
         ndim = len(leaf.shape)
         if ndim - len(names) not in (0, 1):
-            raise ValueError(f"table: {path!r} of shape {leaf.shape} has {ndim} axes, and its row names {names}")
+            raise ValueError(
+                f"table: {path!r} of shape {leaf.shape} has {ndim} axes, and its row names {names}"
+            )
         found.append(("layers",) * (ndim - len(names)) + tuple(names))
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_quantised), found)
 
@@ -125,13 +153,23 @@ def _mesh_axes(rules: Rules, name: str | None, mesh: Mesh) -> tuple[str, ...]:
             axes = () if axes is None else (axes if isinstance(axes, tuple) else (axes,))
             unknown = [axis for axis in axes if axis not in mesh.shape]
             if unknown:
-                raise ValueError(f"rules: {name!r} goes to {unknown[0]!r}, and the mesh has {tuple(mesh.shape)}")
+                raise ValueError(
+                    f"rules: {name!r} goes to {unknown[0]!r}, and the mesh has {tuple(mesh.shape)}"
+                )
             return axes
-    raise ValueError(f"rules: no rule for the axis {name!r}; add ({name!r}, None) if it stays whole")
+    raise ValueError(
+        f"rules: no rule for the axis {name!r}; add ({name!r}, None) if it stays whole"
+    )
 
 
-def spec(names: Sequence[str | None], mesh: Mesh, rules: Rules = RULES, shape: Sequence[int] | None = None) -> Any:
-    """The PartitionSpec of axes with these names; an axis of the mesh is used once, and where it divides `shape`.
+def spec(
+    names: Sequence[str | None],
+    mesh: Mesh,
+    rules: Rules = RULES,
+    shape: Sequence[int] | None = None,
+) -> Any:
+    """The PartitionSpec of axes with these names; an axis of the mesh is used once, and where it
+    divides `shape`.
 
     An axis of one entry stays whole, also where the mesh would not divide it.
 
@@ -143,7 +181,9 @@ def spec(names: Sequence[str | None], mesh: Mesh, rules: Rules = RULES, shape: S
     used: set[str] = set()
     for i, name in enumerate(names):
         axes = tuple(axis for axis in _mesh_axes(rules, name, mesh) if axis not in used)
-        if shape is not None and (shape[i] == 1 or shape[i] % math.prod(mesh.shape[axis] for axis in axes)):
+        if shape is not None and (
+            shape[i] == 1 or shape[i] % math.prod(mesh.shape[axis] for axis in axes)
+        ):
             axes = ()
         used |= set(axes)
         entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
@@ -153,10 +193,15 @@ def spec(names: Sequence[str | None], mesh: Mesh, rules: Rules = RULES, shape: S
 def specs(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
     """A tree like `params` of PartitionSpecs; see `logical_axes` and `spec`.
 
-    A quantised array is one of PartitionSpecs: its codes lie as its matrix would, as far as a device has whole blocks.
+    A quantised array is one of PartitionSpecs: its codes lie as its matrix would, as far as a
+    device has whole blocks.
 
     >>> import jax.numpy as jnp
-    >>> specs({"up": {"kernel": jnp.ones((8, 16))}}, [(".*/kernel", ("embed", "mlp"))], make_mesh(data=-1))
+    >>> specs(
+    ...     {"up": {"kernel": jnp.ones((8, 16))}},
+    ...     [(".*/kernel", ("embed", "mlp"))],
+    ...     make_mesh(data=-1),
+    ... )
     {'up': {'kernel': P('fsdp', 'tensor')}}
     """
     names = logical_axes(params, table)
@@ -176,14 +221,20 @@ def specs(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
 def shardings(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
     """A tree like `params` of NamedShardings; see `specs`."""
     found = specs(params, table, mesh, rules)
-    return jax.tree.map(lambda own: NamedSharding(mesh, own), found, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(
+        lambda own: NamedSharding(mesh, own), found, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
 
 
 def describe(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> str:
     """A line for each leaf, and what stays whole because the mesh does not divide it.
 
     >>> import jax.numpy as jnp
-    >>> print(describe({"kernel": jnp.ones((8, 16))}, [("kernel", ("embed", "mlp"))], make_mesh(data=-1)))
+    >>> print(
+    ...     describe(
+    ...         {"kernel": jnp.ones((8, 16))}, [("kernel", ("embed", "mlp"))], make_mesh(data=-1)
+    ...     )
+    ... )
     kernel  (8, 16)  P('fsdp', 'tensor')
     """
     lines = []
@@ -192,7 +243,9 @@ def describe(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> str
         units = leaf.blocks if _is_quantised(leaf) else leaf.shape
         placed, wanted = spec(own, mesh, rules, units), spec(own, mesh, rules)
         line = f"{path}  {tuple(leaf.shape)}  {placed}"
-        for size, unit, name, have, want in zip(leaf.shape, units, own, placed, wanted, strict=True):
+        for size, unit, name, have, want in zip(
+            leaf.shape, units, own, placed, wanted, strict=True
+        ):
             if have != want:
                 blocks = "" if unit == size else f", {unit} blocks,"
                 line += f"  ({name} = {size}{blocks} stays whole: {want!r} does not divide it)"
@@ -210,37 +263,45 @@ def _specs(mesh: Mesh, parameters: Any) -> dict[str, Any]:
         place = getattr(own, "sharding", None)
         if not isinstance(place, NamedSharding) or place.mesh.shape != mesh.shape:
             raise ValueError(
-                f"use: parameters has {place} at {path!r}, not a NamedSharding on this mesh; give abstract or placed "
-                "parameters, for instance with the shardings of lr.meshes.shardings"
+                f"use: parameters has {place} at {path!r}, not a NamedSharding on this mesh; give "
+                "abstract or placed parameters, for instance with the shardings of "
+                "lr.meshes.shardings"
             )
         found[path] = sharding.spec_of(place, len(own.shape))
     return found
 
 
 def _rows(mesh: Mesh, rules: Rules) -> tuple[Any, ...] | None:
-    """Partition entries of the first axes of activations, "batch" and "length"; None where no rule names a batch."""
+    """Partition entries of the first axes of activations, "batch" and "length"; None where no rule
+    names a batch."""
     named = [name for name in ("batch", "length") if name in dict(rules)]
     return tuple(spec(named, mesh, rules)) if "batch" in named else None
 
 
-_CURRENT: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("mesh", default=None)
+_CURRENT: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
+    "mesh", default=None
+)
 
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator[None]:
-    """While a function is traced inside, `constrain` places its activations, and a refresh its matrices, on this mesh.
+    """While a function is traced inside, `constrain` places its activations, and a refresh its
+    matrices, on this mesh.
 
-    Inside an optimizer's update on an auto mesh, refreshes need it: without it the compiler adds up whole matrices for
-    a DCT along a divided dimension. Kernels (`lr.kernels`) need it to be divided over an auto mesh.
+    Inside an optimizer's update on an auto mesh, refreshes need it: without it the compiler adds up
+    whole matrices for a DCT along a divided dimension. Kernels (`lr.kernels`) need it to be divided
+    over an auto mesh.
 
     Args:
       mesh, rules: of the program.
-      parameters: a tree of arrays or `jax.ShapeDtypeStruct`s with NamedShardings on an auto mesh. The update of an
-        optimizer of this library then keeps its state divided as `lr.state_shardings(..., spread=True)` says, and
-        gathers what is low-rank layer by layer, where a layer is written. `products="kernel"` of adapters and of the
-        fused form takes a kernel where this tree, by the paths that `lr.adapt` or the optimizer sees, says that a
-        matrix is divided so that each device can run it on its own block. A quantised matrix with adapters is gathered
-        as codes, before it is decoded (HiRA, which multiplies by it entry by entry, has values sent as well).
+      parameters: a tree of arrays or `jax.ShapeDtypeStruct`s with NamedShardings on an auto mesh.
+        The update of an optimizer of this library then keeps its state divided as
+        `lr.state_shardings(..., spread=True)` says, and gathers what is low-rank layer by layer,
+        where a layer is written. `products="kernel"` of adapters and of the fused form takes a
+        kernel where this tree, by the paths that `lr.adapt` or the optimizer sees, says that a
+        matrix is divided so that each device can run it on its own block. A quantised matrix with
+        adapters is gathered as codes, before it is decoded (HiRA, which multiplies by it entry by
+        entry, has values sent as well).
 
     Raises:
       ValueError: where a leaf of `parameters` lies on no mesh, or on another one.
@@ -267,18 +328,22 @@ def _types_of(mesh: Mesh) -> contextlib.AbstractContextManager:
 
 
 def _placed(names: Sequence[str | None], shape: Sequence[int]) -> tuple[Mesh, PartitionSpec] | None:
-    """The mesh of `use` and where an array of this shape lies on it; None outside `use`, or on one auto device."""
+    """The mesh of `use` and where an array of this shape lies on it; None outside `use`, or on one
+    auto device."""
     current = _CURRENT.get()
     if current is None or (current[0].size == 1 and AxisType.Explicit not in current[0].axis_types):
         return None
     if len(names) != len(shape):
-        raise ValueError(f"{len(names)} names {names} for an array of shape {tuple(shape)}; name every axis")
+        raise ValueError(
+            f"{len(names)} names {names} for an array of shape {tuple(shape)}; name every axis"
+        )
     mesh, rules = current
     return mesh, spec(names, mesh, rules, shape)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x` with its axes, one name each, divided as the rules say; `x` itself outside `use`, or on one device.
+    """`x` with its axes, one name each, divided as the rules say; `x` itself outside `use`, or on
+    one device.
 
     >>> import jax.numpy as jnp
     >>> constrain(jnp.ones((2, 4)), "batch", None).shape
@@ -294,7 +359,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def on_auto_axes(tree: Any) -> Any:
-    """Arrays of an explicit mesh as those of an auto one, where they lie: for programs that do not say what goes where.
+    """Arrays of an explicit mesh as those of an auto one, where they lie: for programs that do not
+    say what goes where.
 
     >>> x = jax.device_put(1.0, NamedSharding(make_mesh(data=-1, explicit=True), PartitionSpec()))
     >>> set(on_auto_axes(x).sharding.mesh.axis_types)
@@ -305,13 +371,16 @@ def on_auto_axes(tree: Any) -> Any:
         mesh = x.sharding.mesh
         auto = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
         own = [shard.data for shard in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(auto, x.sharding.spec), own)
+        return jax.make_array_from_single_device_arrays(
+            x.shape, NamedSharding(auto, x.sharding.spec), own
+        )
 
     return jax.tree.map(lambda x: place(x) if sharding.is_explicit(x.sharding) else x, tree)
 
 
 def divided(shape: Sequence[int], *names: str | None) -> tuple[bool, ...]:
-    """Which axes of an array of this shape, one name each, the mesh of `use` divides; none outside `use`.
+    """Which axes of an array of this shape, one name each, the mesh of `use` divides; none outside
+    `use`.
 
     >>> divided((2, 4), "batch", None)
     (False, False)
@@ -324,9 +393,11 @@ def divided(shape: Sequence[int], *names: str | None) -> tuple[bool, ...]:
 
 
 def out_sharding(shape: Sequence[int], *names: str | None) -> PartitionSpec | None:
-    """What `out_sharding=` tells an operation whose result has this shape and these axes; None off explicit meshes.
+    """What `out_sharding=` tells an operation whose result has this shape and these axes; None off
+    explicit meshes.
 
-    On an explicit mesh a sum over a divided axis, and a look-up along one, must be told where the result goes.
+    On an explicit mesh a sum over a divided axis, and a look-up along one, must be told where the
+    result goes.
 
     >>> out_sharding((2, 4), "batch", None)
     """
@@ -335,15 +406,18 @@ def out_sharding(shape: Sequence[int], *names: str | None) -> PartitionSpec | No
 
 
 def at_input(kernel: Any, x: jax.Array, *, rows: int = -2) -> Any:
-    """The kernel `(..., rows, cols)` of a product gathered for its input `x (..., rows)`; itself off explicit meshes.
+    """The kernel `(..., rows, cols)` of a product gathered for its input `x (..., rows)`; itself
+    off explicit meshes.
 
-    Its rows are divided as the last axis of x is, and its columns over no axis of the mesh that divides x: parameters
-    divided along "embed" over fsdp are gathered over it, because rows of the batch are. The gradient of the kernel goes
-    back to where the kernel lies.
+    Its rows are divided as the last axis of x is, and its columns over no axis of the mesh that
+    divides x: parameters divided along "embed" over fsdp are gathered over it, because rows of the
+    batch are. The gradient of the kernel goes back to where the kernel lies.
 
     Args:
-      kernel, x: of a product that contracts the last axis of x; a quantised kernel is gathered as codes.
-      rows: the axis of the kernel that is contracted, -2, or -1 of an embedding that serves as the output layer.
+      kernel, x: of a product that contracts the last axis of x; a quantised kernel is gathered as
+        codes.
+      rows: the axis of the kernel that is contracted, -2, or -1 of an embedding that serves as the
+        output layer.
 
     >>> import jax.numpy as jnp
     >>> at_input(jnp.ones((4, 6)), jnp.ones((2, 4))).shape

@@ -1,8 +1,9 @@
 """Products of an input and a kernel that may be more than an array.
 
 A kernel is an array, a quantised array (`dequantize(dtype)`), or a node that knows how to multiply
-(`dot_general(x, dimension_numbers, ...)`): a kernel with a tap of projected backprop, or one with adapters. A loss that
-multiplies by `lr.matmul`, `lr.einsum` or `lr.dot_general` takes all of them; the Flax skins do so for Flax models.
+(`dot_general(x, dimension_numbers, ...)`): a kernel with a tap of projected backprop, or one with
+adapters. A loss that multiplies by `lr.matmul`, `lr.einsum` or `lr.dot_general` takes all of them;
+the Flax skins do so for Flax models.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ from lowrank_jax.rows import over_rows
 def dense(kernel: Any, dtype: Any, path: str | None = None) -> jax.Array:
     """The kernel as an array; only a quantised one is cast.
 
-    One whose parameter's `path` is given is gathered for a product as codes, where `lr.meshes.use(parameters=)` says
-    how it lies: left to the compiler, its value is gathered, of 2 or 4 bytes an entry.
+    One whose parameter's `path` is given is gathered for a product as codes, where
+    `lr.meshes.use(parameters=)` says how it lies: left to the compiler, its value is gathered, of 2
+    or 4 bytes an entry.
     """
     if not hasattr(kernel, "dequantize"):
         return kernel
-    spec = None if path is None or not hasattr(kernel, "specs") else sharding.for_product(path, kernel.ndim)
+    spec = (
+        None
+        if path is None or not hasattr(kernel, "specs")
+        else sharding.for_product(path, kernel.ndim)
+    )
     if spec is None:
         return kernel.dequantize(dtype)
     codes = sharding.constrained(kernel, kernel.specs(spec))
@@ -37,16 +43,24 @@ def dense(kernel: Any, dtype: Any, path: str | None = None) -> jax.Array:
 
 
 def decoding(function: Callable, kernel: Any) -> Callable:
-    """`function`, which decodes `kernel`: a quantised one again in the backward pass, which keeps its codes alone."""
+    """`function`, which decodes `kernel`: a quantised one again in the backward pass, which keeps
+    its codes alone."""
     return jax.checkpoint(function) if hasattr(kernel, "dequantize") else function
 
 
-def undecoded(kernel: Any, spec: tuple[Any, Any] | None = None) -> Callable[[jax.Array], jax.Array] | None:
-    """`x -> x K` by `lr.kernels.nf4_linear`, of one matrix in NF4 that asks for it; None of every other kernel.
+def undecoded(
+    kernel: Any, spec: tuple[Any, Any] | None = None
+) -> Callable[[jax.Array], jax.Array] | None:
+    """`x -> x K` by `lr.kernels.nf4_linear`, of one matrix in NF4 that asks for it; None of every
+    other kernel.
 
     `spec` says how K lies on the mesh of `lr.meshes.use`.
     """
-    if not isinstance(kernel, linalg.NormalFloat4) or kernel.products != "kernel" or kernel.ndim != 2:
+    if (
+        not isinstance(kernel, linalg.NormalFloat4)
+        or kernel.products != "kernel"
+        or kernel.ndim != 2
+    ):
         return None
     if sharding.explicit_trace():
         return None
@@ -63,9 +77,9 @@ def dot_general(
 ) -> jax.Array:
     """`jax.lax.dot_general(x, kernel, ...)` for a kernel that may have a tap or adapters.
 
-    Of such a kernel the contracted axes must be its rows, batched axes its remaining batch axes. The last axis of an
-    array x is contracted on one axis of rows, `(N, n)`, wherever a mesh allows it (`rows.fold_rows`), so that the
-    gradient of the kernel contracts one axis too.
+    Of such a kernel the contracted axes must be its rows, batched axes its remaining batch axes.
+    The last axis of an array x is contracted on one axis of rows, `(N, n)`, wherever a mesh allows
+    it (`rows.fold_rows`), so that the gradient of the kernel contracts one axis too.
 
     >>> import jax.numpy as jnp
     >>> dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), (((1,), (0,)), ((), ()))).shape
@@ -83,10 +97,13 @@ def dot_general(
 
 
 def _by_rows(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
-    """`jax.lax.dot_general` of two arrays; where the last axis of x is contracted, on one axis of rows."""
+    """`jax.lax.dot_general` of two arrays; where the last axis of x is contracted, on one axis of
+    rows."""
     (contracted, of_kernel), batched = _tuples(dimension_numbers)
     place, last = options.get("out_sharding"), x.ndim - 1
-    apart = place is not None and (not isinstance(place, PartitionSpec) or sharding.divides_any(place[1:last]))
+    apart = place is not None and (
+        not isinstance(place, PartitionSpec) or sharding.divides_any(place[1:last])
+    )
     if contracted != (last,) or any(batched) or apart:
         return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
 
@@ -115,9 +132,11 @@ def matmul(x: jax.Array, kernel: Any) -> jax.Array:
 
 
 def einsum(subscripts: str, x: jax.Array, kernel: Any, **options: Any) -> jax.Array:
-    """`jnp.einsum(subscripts, x, kernel)` of two operands, for a kernel that may have a tap or adapters.
+    """`jnp.einsum(subscripts, x, kernel)` of two operands, for a kernel that may have a tap or
+    adapters.
 
-    An index that only one operand has and the result lacks is not supported for a kernel with a tap or adapters.
+    An index that only one operand has and the result lacks is not supported for a kernel with a tap
+    or adapters.
 
     >>> import jax.numpy as jnp
     >>> einsum("bsd,dhk->bshk", jnp.ones((2, 5, 8)), jnp.ones((8, 2, 4))).shape
@@ -131,21 +150,33 @@ def einsum(subscripts: str, x: jax.Array, kernel: Any, **options: Any) -> jax.Ar
     contract = [name for name in left if name in right and name not in out]
     free = [[name for name in names if name not in batch + contract] for names in (left, right)]
     result = batch + free[0] + free[1]
-    if sorted(result) != sorted(out) or len(set(left)) != len(left) or len(set(right)) != len(right):
+    if (
+        sorted(result) != sorted(out)
+        or len(set(left)) != len(left)
+        or len(set(right)) != len(right)
+    ):
         raise ValueError(
-            f"einsum {subscripts!r}: with a tap or adapters every index of the product must be contracted or kept, once"
+            f"einsum {subscripts!r}: with a tap or adapters every index of the product must be "
+            "contracted or kept, once"
         )
     axes = lambda names, among: tuple(among.index(name) for name in names)  # noqa: E731
-    numbers = ((axes(contract, left), axes(contract, right)), (axes(batch, left), axes(batch, right)))
+    numbers = (
+        (axes(contract, left), axes(contract, right)),
+        (axes(batch, left), axes(batch, right)),
+    )
     return jnp.transpose(dot_general(x, kernel, numbers, **options), axes(out, result))
 
 
 def _indices(subscripts: str, *ndims: int) -> list[list[str]]:
-    """The names of the axes of both operands and the result; an ellipsis stands for axes "0", "1", ... of x."""
+    """The names of the axes of both operands and the result; an ellipsis stands for axes "0", "1",
+    ... of x."""
     operands, arrow, out = subscripts.replace(" ", "").partition("->")
     names = operands.split(",")
     if not arrow or len(names) != 2 or "..." in names[1]:
-        raise ValueError(f"einsum {subscripts!r}: write both operands and the result, and no ellipsis in the kernel")
+        raise ValueError(
+            f"einsum {subscripts!r}: write both operands and the result, and no ellipsis in the "
+            "kernel"
+        )
     extra = [str(i) for i in range(ndims[0] - len(names[0].replace("...", "")))]
 
     def expand(term: str) -> list[str]:
@@ -157,7 +188,8 @@ def _indices(subscripts: str, *ndims: int) -> list[list[str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the operands of a product lie: axes of x as (batch, free, rows), of the result as (batch, free, cols).
+    """How the operands of a product lie: axes of x as (batch, free, rows), of the result as (batch,
+    free, cols).
 
     Attributes:
       x: the axes of x in that order.
@@ -178,18 +210,27 @@ class Layout:
 
     @classmethod
     def of(cls, x_ndim: int, kernel_ndim: int, view: MatrixView, dimension_numbers: Any) -> Layout:
-        """Of `dot_general(x, kernel, dimension_numbers)`, which contracts the view's rows, and batches its batch."""
-        (contract_x, contract_w), (batch_x, batch_w) = (tuple(map(tuple, axes)) for axes in dimension_numbers)
+        """Of `dot_general(x, kernel, dimension_numbers)`, which contracts the view's rows, and
+        batches its batch."""
+        (contract_x, contract_w), (batch_x, batch_w) = (
+            tuple(map(tuple, axes)) for axes in dimension_numbers
+        )
         # the axes of the product: batch, free axes of x, free axes of the kernel in their own order
         order = [contract_x[contract_w.index(axis)] for axis in view.rows]
         free = [axis for axis in range(x_ndim) if axis not in contract_x and axis not in batch_x]
-        cols = [axis for axis in range(kernel_ndim) if axis not in view.rows and axis not in batch_w]
+        cols = [
+            axis for axis in range(kernel_ndim) if axis not in view.rows and axis not in batch_w
+        ]
         first = len(batch_x) + len(free)
         aligned = [batch_x[batch_w.index(axis)] for axis in view.batch]
         batch_y = [batch_w.index(axis) for axis in view.batch]
         return cls(
             x=(*aligned, *free, *order),
-            y=(*batch_y, *range(len(batch_x), first), *(first + cols.index(axis) for axis in view.cols)),
+            y=(
+                *batch_y,
+                *range(len(batch_x), first),
+                *(first + cols.index(axis) for axis in view.cols),
+            ),
             batch=len(batch_x),
             free=len(free),
         )

@@ -15,32 +15,44 @@ from lowrank_jax import default_views, sharding
 from lowrank_jax.matrices import DENSE, MatrixView, ResolvedView, Shape
 from lowrank_jax.trees import leaves_with_metadata
 
-_DEFAULT_EXCLUDE = r"(.*/)?(lm_head|head|logits|classifier|[a-z_]*embed[a-z_]*|[a-z_]*norm[a-z_0-9]*)(/.*)?"
+_DEFAULT_EXCLUDE = (
+    r"(.*/)?(lm_head|head|logits|classifier|[a-z_]*embed[a-z_]*|[a-z_]*norm[a-z_0-9]*)(/.*)?"
+)
 _LAYER_AXES = frozenset({"layer", "layers", "expert", "experts"})
 SIDES = ("paper", "larger", "rows", "cols", "sharding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Views:
-    """Ordered rules that say which leaves are matrices. Patterns must match the whole "/"-joined path.
+    """Ordered rules that say which leaves are matrices. Patterns must match the whole "/"-joined
+    path.
 
-    A leaf is decided by the first of `rules` that matches its path (None leaves it out); else by the default: leaves
-    named `kernel`, and leaves of trees without names (bare arrays, tuples), are matrices unless they belong to an
-    embedding, a head or a norm, as in the papers. Stacking is never guessed from a shape: name the scanned leaves in
-    `stacked`, or carry `nn.Partitioned` boxes whose names contain "layers" or "experts". Of kernels of more axes than
-    two a bias beside them, or the name of a convolution or of a layer of attention, says which are outputs
-    (`default_views`); leaves of which nothing does are an error that proposes views for all of them.
+    A leaf is decided by the first of `rules` that matches its path (None leaves it out); else by
+    the default: leaves named `kernel`, and leaves of trees without names (bare arrays, tuples), are
+    matrices unless they belong to an embedding, a head or a norm, as in the papers. Stacking is
+    never guessed from a shape: name the scanned leaves in `stacked`, or carry `nn.Partitioned`
+    boxes whose names contain "layers" or "experts". Of kernels of more axes than two a bias beside
+    them, or the name of a convolution or of a layer of attention, says which are outputs
+    (`default_views`); leaves of which nothing does are an error that proposes views for all of
+    them.
 
     Args:
-      rules: `((pattern, MatrixView or None), ...)`. The view of a stacked leaf is written for one layer.
+      rules: `((pattern, MatrixView or None), ...)`. The view of a stacked leaf is written for one
+        layer.
       stacked: patterns of leaves with a leading layer axis.
 
     Raises:
-      ValueError: at `resolve`, if a rule or a stacked pattern matches nothing, or leaves have axes nobody claimed.
+      ValueError: at `resolve`, if a rule or a stacked pattern matches nothing, or leaves have axes
+        nobody claimed.
 
     >>> import jax.numpy as jnp
-    >>> params = {"layers": {"q": {"kernel": jnp.ones((2, 16, 4, 4))}}, "embed": {"embedding": jnp.ones((9, 16))}}
-    >>> views = Views(rules=((r".*/q/kernel", MatrixView(rows=(0,), cols=(1, 2))),), stacked=(r"layers/.*",))
+    >>> params = {
+    ...     "layers": {"q": {"kernel": jnp.ones((2, 16, 4, 4))}},
+    ...     "embed": {"embedding": jnp.ones((9, 16))},
+    ... }
+    >>> views = Views(
+    ...     rules=((r".*/q/kernel", MatrixView(rows=(0,), cols=(1, 2))),), stacked=(r"layers/.*",)
+    ... )
     >>> print(resolve(params, views, rank=4))
     leaf             shape          matrices   rank  shrinks  note
     embed/embedding  (9, 16)        -          -     -        embedding, head or norm
@@ -60,12 +72,15 @@ class Views:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"views: {pattern!r} is not a regular expression: {error}") from None
+                raise ValueError(
+                    f"views: {pattern!r} is not a regular expression: {error}"
+                ) from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One row of a report: a leaf and what became of it (`view` is None where it is not projected)."""
+    """One row of a report: a leaf and what became of it (`view` is None where it is not
+    projected)."""
 
     path: str
     shape: Shape
@@ -100,16 +115,35 @@ class Report:
         for leaf in self.leaves:
             view = leaf.view
             if view is None:
-                rows.append((leaf.path or "(bare array)", str(leaf.shape), "-", "-", "-", leaf.note))
+                rows.append(
+                    (leaf.path or "(bare array)", str(leaf.shape), "-", "-", "-", leaf.note)
+                )
                 continue
             matrices = _product(view.view.matrix_shape(view.shape))
-            rows.append((leaf.path or "(bare array)", str(leaf.shape), matrices, str(view.rank), view.side, leaf.note))
+            rows.append(
+                (
+                    leaf.path or "(bare array)",
+                    str(leaf.shape),
+                    matrices,
+                    str(view.rank),
+                    view.side,
+                    leaf.note,
+                )
+            )
         lines = [_table(rows)]
-        sizes = [(math.prod(leaf.shape), leaf.view is not None) for leaf in self.leaves if not leaf.masked]
-        total, inside = sum(size for size, _ in sizes), sum(size for size, projected in sizes if projected)
+        sizes = [
+            (math.prod(leaf.shape), leaf.view is not None)
+            for leaf in self.leaves
+            if not leaf.masked
+        ]
+        total, inside = (
+            sum(size for size, _ in sizes),
+            sum(size for size, projected in sizes if projected),
+        )
         share = f"{100 * inside / total:.1f} %" if total else "0 %"
         lines.append(
-            f"{len(self.projected)} of {len(sizes)} leaves projected: {inside:,} of {total:,} parameters ({share})"
+            f"{len(self.projected)} of {len(sizes)} leaves projected: {inside:,} of {total:,} "
+            f"parameters ({share})"
         )
         return "\n".join(lines)
 
@@ -123,7 +157,9 @@ def _product(shape: Shape) -> str:
 def _table(rows: list[tuple[str, ...]]) -> str:
     """Rows as aligned lines."""
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    lines = ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [
+        "".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -138,13 +174,15 @@ def is_linear(path: str, ndim: int) -> tuple[bool, str]:
 
 
 def is_stacked(path: str, names: tuple[str | None, ...] | None, views: Views) -> bool:
-    """Whether the first axis of a leaf counts layers or experts: by the views, or by the names of its axes."""
+    """Whether the first axis of a leaf counts layers or experts: by the views, or by the names of
+    its axes."""
     named = names is not None and len(names) > 0 and names[0] in _LAYER_AXES
     return named or any(re.fullmatch(pattern, path) for pattern in views.stacked)
 
 
 class LeafViews:
-    """The views of the leaves of one tree, and one error about all leaves that neither rules nor defaults decide.
+    """The views of the leaves of one tree, and one error about all leaves that neither rules nor
+    defaults decide.
 
     Attributes:
       views: the rules.
@@ -178,10 +216,12 @@ class LeafViews:
         return self._own[path]
 
     def for_what_is_masked(self, pattern: str) -> bool:
-        """Whether a pattern that matches no leaf here is for a leaf that a mask took, alone or with its whole subtree.
+        """Whether a pattern that matches no leaf here is for a leaf that a mask took, alone or with
+        its whole subtree.
 
-        A pattern is for a subtree if its head, up to one of its slashes, matches the subtree's path and nothing that
-        is here: `.*enc[^/]*/w` is for a masked `encoder`, and `.*/w` is for every module.
+        A pattern is for a subtree if its head, up to one of its slashes, matches the subtree's path
+        and nothing that is here: `.*enc[^/]*/w` is for a masked `encoder`, and `.*/w` is for every
+        module.
         """
         if any(re.fullmatch(pattern, path) for path in self._masked):
             return True
@@ -222,7 +262,8 @@ class LeafViews:
         return None, "undecided"
 
     def check(self) -> None:
-        """ValueError with all leaves whose axes nothing names, and rules for them that can be pasted."""
+        """ValueError with all leaves whose axes nothing names, and rules for them that can be
+        pasted."""
         if not self.undecided:
             return
         proposed = self._proposed()
@@ -230,31 +271,55 @@ class LeafViews:
         for path in self.undecided:
             shape, view = self._shapes[path], proposed.of(path, _any_matrix)[0] or DENSE
             axes = [" ".join(map(str, own)) or "-" for own in (view.batch, view.rows, view.cols)]
-            rows.append((path or "(bare array)", str(shape), _product(view.matrix_shape(shape)), *axes))
-        unread = [path for path in self.undecided if default_views.path_beside(path, "bias") in self._masked]
-        silent = f" The biases beside {unread} are masked here, so that their shapes cannot say." if unread else ""
+            rows.append(
+                (path or "(bare array)", str(shape), _product(view.matrix_shape(shape)), *axes)
+            )
+        unread = [
+            path
+            for path in self.undecided
+            if default_views.path_beside(path, "bias") in self._masked
+        ]
+        silent = (
+            f" The biases beside {unread} are masked here, so that their shapes cannot say."
+            if unread
+            else ""
+        )
         raise ValueError(
-            "views: no rule, name or bias says which axes of these leaves are inputs (rows), outputs (cols), and "
-            f"layers or experts (batch).{silent} A proposal:\n{_table(rows)}\nWhere it is right, pass views="
-            f"{_code(proposed.views)}. Where the first axis of a leaf counts layers or experts, name the leaf in "
-            "stacked= in place of its rule; None in place of a view leaves it out"
+            "views: no rule, name or bias says which axes of these leaves are inputs (rows), "
+            f"outputs (cols), and layers or experts (batch).{silent} A "
+            f"proposal:\n{_table(rows)}\nWhere it is right, pass views={_code(proposed.views)}. "
+            "Where the first axis of a leaf counts layers or experts, name the leaf in stacked= in "
+            "place of its rule; None in place of a view leaves it out"
         )
 
     def _proposed(self) -> LeafViews:
-        """These views and rules for all undecided leaves: likely, and to be checked by somebody who knows the model."""
-        roots = [default_views.stack_root(path) or "" for path in self.undecided if not self.layered(path)]
+        """These views and rules for all undecided leaves: likely, and to be checked by somebody who
+        knows the model."""
+        roots = [
+            default_views.stack_root(path) or ""
+            for path in self.undecided
+            if not self.layered(path)
+        ]
         stacks = [f"{_escaped(root)}/.*" for root in roots if root and self._alike(root)]
         stacked = dict.fromkeys((*self.views.stacked, *stacks))
         proposed = LeafViews(dataclasses.replace(self.views, stacked=tuple(stacked)), self._params)
         for path in self.undecided:
             proposed.of(path, _any_matrix)
         shapes = proposed._own
-        rules = [(_escaped(path), default_views.guess(path, shapes[path], shapes)) for path in proposed.undecided]
-        return LeafViews(dataclasses.replace(proposed.views, rules=(*self.views.rules, *rules)), self._params)
+        rules = [
+            (_escaped(path), default_views.guess(path, shapes[path], shapes))
+            for path in proposed.undecided
+        ]
+        return LeafViews(
+            dataclasses.replace(proposed.views, rules=(*self.views.rules, *rules)), self._params
+        )
 
     def _alike(self, root: str) -> bool:
         """Whether all leaves below a module have one first axis."""
-        return len({shape[:1] for path, shape in self._shapes.items() if path.startswith(f"{root}/")}) == 1
+        return (
+            len({shape[:1] for path, shape in self._shapes.items() if path.startswith(f"{root}/")})
+            == 1
+        )
 
 
 def _any_matrix(path: str, ndim: int) -> tuple[bool, str]:
@@ -297,7 +362,11 @@ def _code(views: Views) -> str:
     """The expression that makes the views."""
 
     def rule(pattern: str, view: MatrixView | None) -> str:
-        axes = {} if view is None else {name: getattr(view, name) for name in ("batch", "rows", "cols")}
+        axes = (
+            {}
+            if view is None
+            else {name: getattr(view, name) for name in ("batch", "rows", "cols")}
+        )
         made = ", ".join(f"{name}={own}" for name, own in axes.items() if own)
         return f"({pattern!r}, {None if view is None else f'lr.MatrixView({made})'}),"
 
@@ -311,14 +380,17 @@ def _side_of(path: str, rows: int, cols: int, spec, side, tie: str) -> str:
     if not isinstance(side, str):
         stored = dict(side)
         if path not in stored:
-            raise ValueError(f"side: the stored sides name no {path!r}; they were resolved for another model")
+            raise ValueError(
+                f"side: the stored sides name no {path!r}; they were resolved for another model"
+            )
         return stored[path]
     if side in ("rows", "cols"):
         return side
     if side == "sharding":
         if spec is None:
             raise ValueError(
-                "side='sharding' needs to know the sharding before tracing: pass side=lr.sides_for(params, shardings)"
+                "side='sharding' needs to know the sharding before tracing: pass "
+                "side=lr.sides_for(params, shardings)"
             )
         if (spec[-2] is None) != (spec[-1] is None):
             return "rows" if spec[-2] is None else "cols"
@@ -329,16 +401,24 @@ def _side_of(path: str, rows: int, cols: int, spec, side, tie: str) -> str:
 
 
 def check_side(side, tie: str) -> None:
-    """ValueError unless `side` is a known word or stored `((path, side), ...)`, and `tie` a dimension."""
+    """ValueError unless `side` is a known word or stored `((path, side), ...)`, and `tie` a
+    dimension."""
     if isinstance(side, str) and side not in SIDES:
-        raise ValueError(f"side={side!r} is unknown; use one of {SIDES} or the ((path, side), ...) of lr.sides_for")
+        raise ValueError(
+            f"side={side!r} is unknown; use one of {SIDES} or the ((path, side), ...) of "
+            "lr.sides_for"
+        )
     if tie not in ("rows", "cols"):
-        raise ValueError(f"tie={tie!r} must be 'rows' or 'cols': which dimension of a square kernel is shrunk")
+        raise ValueError(
+            f"tie={tie!r} must be 'rows' or 'cols': which dimension of a square kernel is shrunk"
+        )
 
 
 def _check_leaf(path: str, node: Any) -> None:
     if not hasattr(node, "shape"):
-        raise TypeError(f"leaf {path!r} is {type(node).__name__}, not an array; give a tree of arrays")
+        raise TypeError(
+            f"leaf {path!r} is {type(node).__name__}, not an array; give a tree of arrays"
+        )
 
 
 def resolve(
@@ -356,15 +436,16 @@ def resolve(
       params: the tree; `optax.MaskedNode` leaves are skipped.
       views: the rules.
       rank: r, or a function `(path, shrunk) -> r`.
-      side: "paper" (shrink the smaller dimension), "larger", "rows", "cols", "sharding" (keep the sharded axis
-        whole), or stored `((path, side), ...)`.
+      side: "paper" (shrink the smaller dimension), "larger", "rows", "cols", "sharding" (keep the
+        sharded axis whole), or stored `((path, side), ...)`.
       tie: which dimension of a square kernel is shrunk by "paper" and "larger".
       shardings: a tree like `params` of NamedShardings, where the leaves do not carry their own.
 
     Raises:
-      ValueError: a rule that matches nothing (unless it is for a masked leaf, for a masked subtree of which its head
-        up to a slash is the path, or all is masked), leaves of three or more axes that nobody claimed, a tree with
-        leaves of two or more axes of which none is projected, or an impossible rank; each names paths and remedy.
+      ValueError: a rule that matches nothing (unless it is for a masked leaf, for a masked subtree
+        of which its head up to a slash is the path, or all is masked), leaves of three or more axes
+        that nobody claimed, a tree with leaves of two or more axes of which none is projected, or
+        an impossible rank; each names paths and remedy.
 
     >>> import jax.numpy as jnp
     >>> print(resolve(jnp.ones((8, 16)), rank=4))
@@ -387,12 +468,20 @@ def resolve(
             leaves.append(Leaf(path, shape, note))
             continue
         *batch, rows, cols = view.matrix_shape(shape)
-        spec = sharding.explicit_spec(node) if given is None else sharding.spec_of(given[path], len(shape))
-        matrix_spec = None if spec is None else sharding.fold_spec(spec, view.batch, view.rows, view.cols)
+        spec = (
+            sharding.explicit_spec(node)
+            if given is None
+            else sharding.spec_of(given[path], len(shape))
+        )
+        matrix_spec = (
+            None if spec is None else sharding.fold_spec(spec, view.batch, view.rows, view.cols)
+        )
         leaf_side = _side_of(path, rows, cols, matrix_spec, side, tie)
         shrunk = rows if leaf_side == "rows" else cols
         leaf_rank = rank(path, shrunk) if callable(rank) else rank
-        resolved = ResolvedView(path=path, shape=shape, view=view, rank=leaf_rank, side=leaf_side, batch=tuple(batch))
+        resolved = ResolvedView(
+            path=path, shape=shape, view=view, rank=leaf_rank, side=leaf_side, batch=tuple(batch)
+        )
         leaves.append(Leaf(path, shape, note, resolved.lying(node) if given is None else resolved))
     leaf_views.check()
     _check_coverage(leaf_views, leaves, masked=len(leaves) < len(found))
@@ -404,25 +493,38 @@ def _sharding_leaves(params, shardings):
     is_one = lambda x: isinstance(x, jax.sharding.Sharding) or x is None or hasattr(x, "dequantize")  # noqa: E731
     leaves = [sharding.codes_of(kind) for kind in jax.tree.leaves(shardings, is_leaf=is_one)]
     if len(paths) != len(leaves):
-        raise ValueError(f"shardings has {len(leaves)} leaves, params {len(paths)}: give one sharding for each leaf")
+        raise ValueError(
+            f"shardings has {len(leaves)} leaves, params {len(paths)}: give one sharding for each "
+            "leaf"
+        )
     return zip(paths, leaves, strict=True)
 
 
 def _check_coverage(leaf_views: LeafViews, leaves: list[Leaf], masked: bool) -> None:
-    """ValueError for a rule that matches nothing, and for a tree with matrices of which none is projected."""
+    """ValueError for a rule that matches nothing, and for a tree with matrices of which none is
+    projected."""
     paths = [leaf.path for leaf in leaves]
     for pattern in _patterns(leaf_views.views):
         excused = masked and (not paths or leaf_views.for_what_is_masked(pattern))
         if pattern not in leaf_views.used and not excused:
-            remedy = " If it is for what is masked here, leave it out of the views of this optimizer" if masked else ""
-            raise ValueError(
-                f"views: {pattern!r} matches no leaf (patterns must match the whole path). Paths here: {paths[:12]}."
-                f"{remedy}"
+            remedy = (
+                " If it is for what is masked here, leave it out of the views of this optimizer"
+                if masked
+                else ""
             )
-    matrices = [leaf.path for leaf in leaves if len(leaf_views.own_shape(leaf.path)) >= 2 and 0 not in leaf.shape]
+            raise ValueError(
+                f"views: {pattern!r} matches no leaf (patterns must match the whole path). Paths "
+                f"here: {paths[:12]}.{remedy}"
+            )
+    matrices = [
+        leaf.path
+        for leaf in leaves
+        if len(leaf_views.own_shape(leaf.path)) >= 2 and 0 not in leaf.shape
+    ]
     if matrices and not any(leaf.view is not None for leaf in leaves):
         raise ValueError(
-            f"no leaf is projected, and {len(matrices)} have two or more axes: {matrices[:12]}. By default these are "
-            "leaves named 'kernel' outside embeddings, heads and norms; name yours, for instance "
-            "Views(rules=((r'.*/w', MatrixView()),)), or give them another optimizer with optax.partition"
+            f"no leaf is projected, and {len(matrices)} have two or more axes: {matrices[:12]}. By "
+            "default these are leaves named 'kernel' outside embeddings, heads and norms; name "
+            "yours, for instance Views(rules=((r'.*/w', MatrixView()),)), or give them another "
+            "optimizer with optax.partition"
         )

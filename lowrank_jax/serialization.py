@@ -1,7 +1,8 @@
 """What `flax.serialization` needs to know of this library's own nodes of pytrees.
 
-`to_bytes` and `from_bytes`, and so `flax.training.train_state` and flax's checkpoints, ask each type how it is saved.
-Of ours the arrays are: what is static, such as views and plans, is that of the target which is restored into.
+`to_bytes` and `from_bytes`, and so `flax.training.train_state` and flax's checkpoints, ask each
+type how it is saved. Of ours the arrays are: what is static, such as views and plans, is that of
+the target which is restored into.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ T = TypeVar("T", bound=type)
 def serializable(kind: T) -> T:
     """Registers a dataclass that is a pytree; its fields that are not static are saved by name.
 
-    Restoring raises a ValueError that names the field and both shapes where the target holds other fields or shapes.
+    Restoring raises a ValueError that names the field and both shapes where the target holds other
+    fields or shapes.
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -28,7 +30,9 @@ def serializable(kind: T) -> T:
     >>> serialization.from_bytes(gradient, saved).low.shape
     (2, 3)
     """
-    names = [field.name for field in dataclasses.fields(kind) if not field.metadata.get("static", False)]
+    names = [
+        field.name for field in dataclasses.fields(kind) if not field.metadata.get("static", False)
+    ]
 
     def save(node: Any) -> dict[str, Any]:
         return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
@@ -37,8 +41,8 @@ def serializable(kind: T) -> T:
         if not isinstance(saved, dict) or set(saved) != set(names):
             found = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
             raise ValueError(
-                f"{kind.__name__}: saved fields {found} are not {sorted(names)}; give from_bytes a target of the kind "
-                "that was saved"
+                f"{kind.__name__}: saved fields {found} are not {sorted(names)}; give from_bytes a "
+                "target of the kind that was saved"
             )
         fields = {}
         for name in names:
@@ -52,11 +56,13 @@ def serializable(kind: T) -> T:
 
 
 def _check_alike(kind: type, name: str, target: Any, own: Any, restored: Any) -> None:
-    """ValueError where the arrays of a field have other shapes than the target's: they would mean something else."""
+    """ValueError where the arrays of a field have other shapes than the target's: they would mean
+    something else."""
     shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (own, restored)]
     if shapes[0] != shapes[1]:
         leaf = f" of {target.view.path!r}" if hasattr(target, "view") else ""
         raise ValueError(
-            f"{kind.__name__}: {name} was saved with arrays of shapes {shapes[1]}, the target{leaf} has {shapes[0]}; "
-            "give from_bytes a target made with the same parameters, views and ranks"
+            f"{kind.__name__}: {name} was saved with arrays of shapes {shapes[1]}, the "
+            f"target{leaf} has {shapes[0]}; give from_bytes a target made with the same "
+            "parameters, views and ranks"
         )

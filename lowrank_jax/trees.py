@@ -1,4 +1,5 @@
-"""Leaves of a parameter tree and their paths: arrays, boxes of metadata, quantised arrays, values of Variables."""
+"""Leaves of a parameter tree and their paths: arrays, boxes of metadata, quantised arrays, values
+of Variables."""
 
 from __future__ import annotations
 
@@ -21,14 +22,16 @@ def _key_name(key: Any) -> str:
 
 
 def as_float32(leaf: Any) -> Any:
-    """An array in float32; of a `jax.ShapeDtypeStruct` that shape, of which `init` makes arrays as optax does."""
+    """An array in float32; of a `jax.ShapeDtypeStruct` that shape, of which `init` makes arrays as
+    optax does."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
     return leaf.astype(jnp.float32)
 
 
 def is_node(x: Any) -> bool:
-    """What counts as one leaf of a parameter tree: a masked one, a box of metadata, a quantised array."""
+    """What counts as one leaf of a parameter tree: a masked one, a box of metadata, a quantised
+    array."""
     return isinstance(x, (optax.MaskedNode, meta.AxisMetadata)) or hasattr(x, "dequantize")
 
 
@@ -38,13 +41,15 @@ def path_of(keys: Iterable[Any]) -> str:
 
 
 def _is_variable(x: Any) -> bool:
-    """Whether this is an nnx Variable; where nobody imported flax.nnx there is none, and it is not imported here."""
+    """Whether this is an nnx Variable; where nobody imported flax.nnx there is none, and it is not
+    imported here."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(x, nnx.Variable)
 
 
 def pure(tree: Any) -> Any:
-    """The tree with values in place of nnx Variables, which is how `nnx.Optimizer` hands trees to `update`.
+    """The tree with values in place of nnx Variables, which is how `nnx.Optimizer` hands trees to
+    `update`.
 
     >>> from flax import nnx
     >>> state = nnx.state(nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)))
@@ -68,37 +73,47 @@ def _placeholder_type() -> type:
 
 
 def is_placeholder(params: Any) -> bool:
-    """Whether `optax.tree_utils.tree_map_params` calls `init`, with a node without leaves in place of the parameters.
+    """Whether `optax.tree_utils.tree_map_params` calls `init`, with a node without leaves in place
+    of the parameters.
 
-    It asks which parts of a state are like the parameters: `init` puts the node there and any leaf elsewhere.
+    It asks which parts of a state are like the parameters: `init` puts the node there and any leaf
+    elsewhere.
     """
     return isinstance(params, _placeholder_type())
 
 
-def nodes_with_keys(tree: Any, is_leaf: Callable[[Any], bool] = is_node) -> list[tuple[tuple[Any, ...], Any]]:
+def nodes_with_keys(
+    tree: Any, is_leaf: Callable[[Any], bool] = is_node
+) -> list[tuple[tuple[Any, ...], Any]]:
     """`[(keys, node), ...]` in the order of `jax.tree.leaves(tree, is_leaf=is_leaf)`.
 
-    The value of an nnx Variable is a leaf under the Variable's own keys, so that paths are the same with Variables, as
-    `nnx.Optimizer` gives them to `init`, and without, as it gives them to `update`.
+    The value of an nnx Variable is a leaf under the Variable's own keys, so that paths are the same
+    with Variables, as `nnx.Optimizer` gives them to `init`, and without, as it gives them to
+    `update`.
     """
     found: list[tuple[tuple[Any, ...], Any]] = []
     stops = lambda x: is_leaf(x) or _is_variable(x)  # noqa: E731
     for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops)[0]:
         if _is_variable(node):
-            found += [((*keys, *inner), leaf) for inner, leaf in nodes_with_keys(node.get_raw_value(), is_leaf)]
+            found += [
+                ((*keys, *inner), leaf)
+                for inner, leaf in nodes_with_keys(node.get_raw_value(), is_leaf)
+            ]
         else:
             found.append((keys, node))
     return found
 
 
 def map_nodes(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """The tree with `function(path, node)` of every node; boxes and quantised arrays are nodes, Variables stay."""
+    """The tree with `function(path, node)` of every node; boxes and quantised arrays are nodes,
+    Variables stay."""
     made = [function(path_of(keys), node) for keys, node in nodes_with_keys(tree)]
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_node), made)
 
 
 def leaves_with_metadata(tree: Any) -> list[tuple[str, Any, tuple[str | None, ...] | None]]:
-    """`[(path, leaf or MaskedNode, logical axis names or None), ...]` in the order of `jax.tree.leaves`."""
+    """`[(path, leaf or MaskedNode, logical axis names or None), ...]` in the order of
+    `jax.tree.leaves`."""
     found = []
     for keys, node in nodes_with_keys(tree):
         names = None

@@ -1,4 +1,5 @@
-"""What every test process starts from: the CPU, one device, 32-bit numbers, and markers given by folder."""
+"""What every test process starts from: the CPU, one device, 32-bit numbers, and markers given by
+folder."""
 
 import os
 from pathlib import Path
@@ -23,11 +24,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    """Most of a test's time goes into LLVM: programs are compiled without its optimisations, XLA's own stay."""
+    """Most of a test's time goes into LLVM: programs are compiled without its optimisations, XLA's
+    own stay."""
     for_devices = any(item.get_closest_marker(tier) for tier in ("tpu_compile", "cuda_compile"))
     jax.config.update("jax_disable_most_optimizations", not for_devices)
     if item.get_closest_marker("multi_device") and jax.device_count() < 8:
-        pytest.skip("needs 8 devices: run `make test-multi`, which fakes them in a process of their own")
+        pytest.skip(
+            "needs 8 devices: run `make test-multi`, which fakes them in a process of their own"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,27 @@
-"""What a refresh of the bases sends under FSDP: three ways to lay out the matrices that it works on.
+"""What a refresh of the bases sends under FSDP: three ways to lay out the matrices that it works
+on.
 
     python -m experiments.benchmarks.collectives --preset 60M --output experiments/results/collectives.json
 
-The gradients of the blocks' kernels, `(L, m, n)` each, are divided along "embed" over eight (fake) devices: of half of
-them the shrunk dimension s, of the others the kept one k. A refresh works on
+The gradients of the blocks' kernels, `(L, m, n)` each, are divided along "embed" over eight (fake)
+devices: of half of them the shrunk dimension s, of the others the kept one k. A refresh works on
 
-    as they lie  the compiler adds up `Gᵀ P (k, r)` or `G (Gᵀ P) (s, r)`, and for a DCT along a divided s whole matrices
-    rows whole   an all-to-all of what a device has gives every device all of s and a part of k; transforms and Gram
-                 matrices of rows are then its own, `G (Gᵀ P) (s, r)` is added up (`sharding.rows_whole`)
+    as they lie  the compiler adds up `Gᵀ P (k, r)` or `G (Gᵀ P) (s, r)`, and for a DCT along a
+                 divided s whole matrices
+    rows whole   an all-to-all of what a device has gives every device all of s and a part of k;
+                 transforms and Gram matrices of rows are then its own, `G (Gᵀ P) (s, r)` is added
+                 up (`sharding.rows_whole`)
     by layers    an all-to-all gives every device L / 8 whole layers; bases are sent back to all
 
-The bases are whole on every device before and after. Bytes are what one device receives; with N devices and results of
-b bytes that is (N - 1) / N b for an all-gather and an all-to-all, twice that for an all-reduce, which is a reduction to
-parts and their gather, and (N - 1) b for a reduce-scatter. All is read from the compiled programs; nothing is run.
+The bases are whole on every device before and after. Bytes are what one device receives; with N
+devices and results of b bytes that is (N - 1) / N b for an all-gather and an all-to-all, twice that
+for an all-reduce, which is a reduction to parts and their gather, and (N - 1) b for a
+reduce-scatter. All is read from the compiled programs; nothing is run.
 
-The library takes rows whole, inside `meshes.use`: at a DCT it is as good as by layers and needs no stack that the
-devices divide; at a power step it sends least at the papers' rank, a quarter of the width, and about as much as the
-other two at small ranks. An exact SVD has no divided form: each matrix is gathered, however it lies.
+The library takes rows whole, inside `meshes.use`: at a DCT it is as good as by layers and needs no
+stack that the devices divide; at a power step it sends least at the papers' rank, a quarter of the
+width, and about as much as the other two at small ranks. An exact SVD has no divided form: each
+matrix is gathered, however it lies.
 """
 
 import os
@@ -57,7 +62,10 @@ def refresh(preset: str, name: str, rank: int, way: str) -> list[collectives.Col
     whole = jax.NamedSharding(mesh, PartitionSpec())
     layers = jax.NamedSharding(mesh, PartitionSpec("fsdp"))
     keys = [jax.random.split(jax.random.key(0), view.batch) for view in views]
-    shapes = [jax.eval_shape(partial(projector.init, view), own) for view, own in zip(views, keys, strict=True)]
+    shapes = [
+        jax.eval_shape(partial(projector.init, view), own)
+        for view, own in zip(views, keys, strict=True)
+    ]
     constrain = jax.lax.with_sharding_constraint
 
     def run(gradients, bases):
@@ -69,7 +77,9 @@ def refresh(preset: str, name: str, rank: int, way: str) -> list[collectives.Col
             if way == "rows whole":
                 with meshes.use(mesh):
                     x = sharding.rows_whole(x)
-            moved = projector.refresh(view, basis, lr.Evidence(grad=x, step=jnp.ones((), jnp.int32)))
+            moved = projector.refresh(
+                view, basis, lr.Evidence(grad=x, step=jnp.ones((), jnp.int32))
+            )
             new.append(constrain(moved, layers) if way == "by layers" else moved)
         return new
 
@@ -77,11 +87,14 @@ def refresh(preset: str, name: str, rank: int, way: str) -> list[collectives.Col
     gradients = jax.tree.map(place, kernels, kinds)
     bases = jax.tree.map(lambda x: place(x, whole), shapes)
     out = jax.tree.map(lambda x: whole, shapes)
-    return collectives.read(jax.jit(run, out_shardings=out).lower(gradients, bases).compile().as_text() or "")
+    return collectives.read(
+        jax.jit(run, out_shardings=out).lower(gradients, bases).compile().as_text() or ""
+    )
 
 
 def measure(preset: str) -> dict[str, Any]:
-    """Rows of `{"projector", "rank", "received": {way: bytes}, "kinds": {way: {kind: bytes of results}}}`."""
+    """Rows of `{"projector", "rank", "received": {way: bytes}, "kinds": {way: {kind: bytes of
+    results}}}`."""
     width, rows = llama.preset(preset).width, []
     for name in PROJECTORS:
         for rank in (width // 4, width // 16):
@@ -100,10 +113,15 @@ def main(arguments: Sequence[str]) -> None:
     options, words = parser.parse_args(arguments), [*arguments]
     flag = f"--xla_force_host_platform_device_count={DEVICES}"
     if jax.device_count() < DEVICES and flag not in os.environ.get("XLA_FLAGS", ""):
-        environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}", "JAX_PLATFORMS": "cpu"}
+        environment = {
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}",
+            "JAX_PLATFORMS": "cpu",
+        }
         command = [sys.executable, "-m", "experiments.benchmarks.collectives", *words]
         os.execve(sys.executable, command, os.environ | environment)
-    result: dict[str, Any] = {"command": f"python -m experiments.benchmarks.collectives {' '.join(words)}".strip()}
+    result: dict[str, Any] = {
+        "command": f"python -m experiments.benchmarks.collectives {' '.join(words)}".strip()
+    }
     result |= measure(options.preset)
     print(f"{'received in a refresh, MiB':<28}" + "".join(f"{way:>14}" for way in WAYS))
     for row in result["rows"]:

@@ -1,4 +1,5 @@
-"""The command lines of benchmarks and studies: numbers that make sense, places that can be written, one line of error.
+"""The command lines of benchmarks and studies: numbers that make sense, places that can be written,
+one line of error.
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments or files, 130 interrupted.
 """
@@ -19,32 +20,41 @@ from lowrank_jax.interop.documents import DocumentError
 
 
 def parser(text: str | None, output: str | Path | None = None) -> argparse.ArgumentParser:
-    """A parser with the program's docstring, and with --output and --replace where a result is written.
+    """A parser with the program's docstring, and with --output and --replace where a result is
+    written.
 
     Args:
       text: the docstring.
       output: where the result goes by default.
     """
-    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     if output is not None:
-        made.add_argument("--output", type=file, default=str(output), help="the result (default: %(default)s)")
+        made.add_argument(
+            "--output", type=file, default=str(output), help="the result (default: %(default)s)"
+        )
         add_replace(made)
     return made
 
 
 def add_replace(made: argparse.ArgumentParser) -> None:
     """The flag that lets a result be replaced by less."""
-    made.add_argument("--replace", action="store_true", help="write the result even where the file holds more")
+    made.add_argument(
+        "--replace", action="store_true", help="write the result even where the file holds more"
+    )
 
 
 class Main(Protocol):
-    """A program: takes its command line, by default the process's own, and returns the exit code."""
+    """A program: takes its command line, by default the process's own, and returns the exit
+    code."""
 
     def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
 
 
 def command(main: Callable[[Sequence[str]], None]) -> Main:
-    """A `main(arguments)` that returns an exit code and ends with one line where arguments or files are wrong."""
+    """A `main(arguments)` that returns an exit code and ends with one line where arguments or files
+    are wrong."""
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None) -> int:

@@ -1,12 +1,14 @@
-"""What data parallelism and FSDP reduce: bytes by tensor in the compiled step, AdamW's against projected backprop's.
+"""What data parallelism and FSDP reduce: bytes by tensor in the compiled step, AdamW's against
+projected backprop's.
 
     python -m experiments.benchmarks.data_parallel --preset 60M --output experiments/results/data_parallel.json
 
-The batch is split over eight (fake) devices. Parameters and state are replicated, or lie as FSDP keeps them (rows
-"FSDP"), where kernels are gathered besides, by either optimizer alike. The numbers are read from the compiled program:
-every reduction with its shapes, times the trips of the loops that it stands in. Nothing is run. The basis is a random
-orthonormal one that moves after the update, so that every step takes low-rank gradients; at a refresh by exact SVD a
-step reduces what AdamW's does.
+The batch is split over eight (fake) devices. Parameters and state are replicated, or lie as FSDP
+keeps them (rows "FSDP"), where kernels are gathered besides, by either optimizer alike. The numbers
+are read from the compiled program: every reduction with its shapes, times the trips of the loops
+that it stands in. Nothing is run. The basis is a random orthonormal one that moves after the
+update, so that every step takes low-rank gradients; at a refresh by exact SVD a step reduces what
+AdamW's does.
 """
 
 import os
@@ -58,25 +60,42 @@ def compiled(preset: str, rank: int, length: int, axis: str = "data") -> Any:
 
 
 def measure(preset: str, length: int = 64, parts: Sequence[int] = (4, 8, 16)) -> dict[str, Any]:
-    """Rows of `{"case", "axis", "rank", "tensors": [{"shape", "times", "bytes"}], "block_bytes", "bytes", ...}`.
+    """Rows of `{"case", "axis", "rank", "tensors": [{"shape", "times", "bytes"}], "block_bytes",
+    "bytes", ...}`.
 
-    Ranks are the width over `parts`. `tensors` and bytes are of reductions in float32, "gathered_bytes" of all that is
-    gathered.
+    Ranks are the width over `parts`. `tensors` and bytes are of reductions in float32,
+    "gathered_bytes" of all that is gathered.
     """
     config, rows = llama.preset(preset), []
     for axis in ("data", "fsdp"):
         for rank in (0, *(config.width // part for part in parts)):
             found = collectives.read(compiled(preset, rank, length, axis).as_text())
-            reduced = [one for one in found if one.kind in ("all-reduce", "reduce-scatter") and one.dtype == "f32"]
+            reduced = [
+                one
+                for one in found
+                if one.kind in ("all-reduce", "reduce-scatter") and one.dtype == "f32"
+            ]
             tensors: list[dict[str, Any]] = [
                 {"shape": list(one.shape), "times": one.times, "bytes": one.bytes}
                 for one in sorted(reduced, key=lambda one: -one.bytes)
             ]
-            blocks = [row["bytes"] for row in tensors if row["times"] >= config.layers and len(row["shape"]) > 1]
+            blocks = [
+                row["bytes"]
+                for row in tensors
+                if row["times"] >= config.layers and len(row["shape"]) > 1
+            ]
             name = f"galore, rank {rank}" if rank else "optax.adamw"
-            rows.append({"case": name if axis == "data" else f"FSDP: {name}", "axis": axis, "rank": rank,
-                         "tensors": tensors, "block_bytes": sum(blocks), "bytes": sum(row["bytes"] for row in tensors),
-                         "gathered_bytes": collectives.by_kind(found).get("all-gather", 0)})  # fmt: skip
+            rows.append(
+                {
+                    "case": name if axis == "data" else f"FSDP: {name}",
+                    "axis": axis,
+                    "rank": rank,
+                    "tensors": tensors,
+                    "block_bytes": sum(blocks),
+                    "bytes": sum(row["bytes"] for row in tensors),
+                    "gathered_bytes": collectives.by_kind(found).get("all-gather", 0),
+                }
+            )
     return {"preset": preset, "devices": DEVICES, "rows": rows}
 
 
@@ -88,14 +107,21 @@ def main(arguments: Sequence[str]) -> None:
     options, words = parser.parse_args(arguments), [*arguments]
     flag = f"--xla_force_host_platform_device_count={DEVICES}"
     if jax.device_count() < DEVICES and flag not in os.environ.get("XLA_FLAGS", ""):
-        environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}", "JAX_PLATFORMS": "cpu"}
+        environment = {
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}",
+            "JAX_PLATFORMS": "cpu",
+        }
         command = [sys.executable, "-m", "experiments.benchmarks.data_parallel", *words]
         os.execve(sys.executable, command, os.environ | environment)
-    result: dict[str, Any] = {"command": f"python -m experiments.benchmarks.data_parallel {' '.join(words)}".strip()}
+    result: dict[str, Any] = {
+        "command": f"python -m experiments.benchmarks.data_parallel {' '.join(words)}".strip()
+    }
     result |= measure(options.preset)
     for row in result["rows"]:
         total, blocks = (row[name] / 2**20 for name in ("bytes", "block_bytes"))
-        gathered = f", gathered {row['gathered_bytes'] / 2**20:.2f}" if row["gathered_bytes"] else ""
+        gathered = (
+            f", gathered {row['gathered_bytes'] / 2**20:.2f}" if row["gathered_bytes"] else ""
+        )
         print(f"{row['case']:<24}{total:>10.2f} MiB, kernels of the blocks {blocks:.2f}{gathered}")
     outputs.write_result(options.output, result, replace=options.replace)
 

@@ -1,11 +1,13 @@
-"""Kernels in divided programs against XLA's own, compiled for the four chips of a v5e:2x2 that is not there.
+"""Kernels in divided programs against XLA's own, compiled for the four chips of a v5e:2x2 that is
+not there.
 
     python -m experiments.benchmarks.divided_kernels     with `.venv-tpu/bin/python`: needs libtpu
 
-Replaces "divided" in `experiments/results/kernels.json`, a row for each program; nothing is run. XLA's program is the
-library's own with products="xla", under the same `meshes.use`.
+Replaces "divided" in `experiments/results/kernels.json`, a row for each program; nothing is run.
+XLA's program is the library's own with products="xla", under the same `meshes.use`.
 
-    moved_bytes       of one chip, as in `experiments.benchmarks.kernels`; not of programs with a loop over layers
+    moved_bytes       of one chip, as in `experiments.benchmarks.kernels`; not of programs with a
+                      loop over layers
     temporary_bytes   of one chip, `memory_analysis`
     sent_bytes        what one chip's collectives give, by kind
     calls             kernels in the program; 0 where the default choice leaves it to XLA
@@ -52,9 +54,13 @@ STEPS: list[tuple[Any, Any, Any, int, Any]] = [
 SCORES: list[tuple[Any, Any]] = [({"fsdp": 4}, (4096, 4096)), ({"fsdp": 4}, (4096, 11008))]
 
 
-def measured(function: Callable, operands: tuple[Any, ...], places: Any, donate: tuple[int, ...] = ()) -> dict:
+def measured(
+    function: Callable, operands: tuple[Any, ...], places: Any, donate: tuple[int, ...] = ()
+) -> dict:
     """The columns of one program."""
-    program: Any = jax.jit(function, out_shardings=places, donate_argnums=donate).lower(*operands).compile()
+    program: Any = (
+        jax.jit(function, out_shardings=places, donate_argnums=donate).lower(*operands).compile()
+    )
     text = program.as_text()
     found = collectives.read(hlo.once(hlo.with_trips(text)))
     columns = {} if " while(" in text else {"moved_bytes": single.traffic(text)[0]}
@@ -67,7 +73,9 @@ def measured(function: Callable, operands: tuple[Any, ...], places: Any, donate:
 
 def abstract(mesh: Any, shape: tuple[int, ...], dtype: str, *spec: Any) -> jax.ShapeDtypeStruct:
     """An operand on the mesh."""
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    return jax.ShapeDtypeStruct(
+        shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, PartitionSpec(*spec))
+    )
 
 
 def rows(devices: Any) -> Iterator[dict[str, Any]]:
@@ -76,14 +84,29 @@ def rows(devices: Any) -> Iterator[dict[str, Any]]:
         put = functools.partial(abstract, mesh := meshes.make_mesh(devices=devices, **sizes))
         for name, case in (("thin_linear", _thin), ("nf4_linear", _nf4)):
             own = {form: case(put, mesh, shape, spec, batch, form) for form in ("xla", "pallas")}
-            yield {"kernel": name, "mesh": sizes, "shape": shape, "rows": batch * LENGTH, "part": "training"} | own
+            yield {
+                "kernel": name,
+                "mesh": sizes,
+                "shape": shape,
+                "rows": batch * LENGTH,
+                "part": "training",
+            } | own
     for sizes, shape, spec, rank, inner in STEPS:
         mesh = meshes.make_mesh(devices=devices, **sizes)
         for part in ("projected", "full"):
-            own = {form: _step(mesh, shape, spec, rank, inner, part, form) for form in ("xla", "pallas")}
+            own = {
+                form: _step(mesh, shape, spec, rank, inner, part, form)
+                for form in ("xla", "pallas")
+            }
             moments = "8 bits" if hasattr(inner, "block") else "float32"
-            yield {"kernel": "low_rank_adam", "mesh": sizes, "shape": shape, "rank": rank, "moments": moments,
-                   "part": part} | own  # fmt: skip
+            yield {
+                "kernel": "low_rank_adam",
+                "mesh": sizes,
+                "shape": shape,
+                "rank": rank,
+                "moments": moments,
+                "part": part,
+            } | own
     for sizes, shape in SCORES:
         mesh = meshes.make_mesh(devices=devices, **sizes)
         own = {form: _scores(mesh, shape, form) for form in ("xla", "pallas")}
@@ -93,8 +116,10 @@ def rows(devices: Any) -> Iterator[dict[str, Any]]:
 def _activations(put, shape, spec, batch):
     """x and dy; their last axes lie as the dimensions of W do, but over axes of the batch."""
     own = [entry if entry == "tensor" else None for entry in spec]
-    return (put((batch, LENGTH, size), "bfloat16", ("data", "fsdp"), None, entry)
-            for size, entry in zip(shape, own, strict=True))  # fmt: skip
+    return (
+        put((batch, LENGTH, size), "bfloat16", ("data", "fsdp"), None, entry)
+        for size, entry in zip(shape, own, strict=True)
+    )
 
 
 def _thin(put, mesh, shape, spec, batch, form):
@@ -117,7 +142,10 @@ def _nf4(put, mesh, shape, spec, batch, form):
     def run(x, codes, scales, dy):
         w = linalg.NormalFloat4(codes, scales, None, n, "xla")
         with meshes.use(mesh):
-            y, pull = jax.vjp(lambda x: kernels.nf4_linear(x, w, spec=None if form == "xla" else spec, chip=CHIP), x)
+            y, pull = jax.vjp(
+                lambda x: kernels.nf4_linear(x, w, spec=None if form == "xla" else spec, chip=CHIP),
+                x,
+            )
         return y, *pull(dy)
 
     return measured(run, (x, codes, scales, dy), (dy.sharding, x.sharding))
@@ -128,12 +156,17 @@ def _step(mesh, shape, spec, rank, inner, part, form):
     views = lr.Views(stacked=("kernel",)) if len(shape) > 2 else lr.Views()
     side = lr.sides_for(params, views=views)
     view = lr.resolve(params, views, rank=rank, side=side).projected[0]
-    basis = lr.projectors.given(matrix=np.zeros((view.shrunk, rank), np.float32))  # its values are the state's
+    basis = lr.projectors.given(
+        matrix=np.zeros((view.shrunk, rank), np.float32)
+    )  # its values are the state's
     tx = lr.galore(1e-3, projector=basis, inner=inner, weight_decay=0.1, views=views, side=side)
     places = lr.state_shardings(tx, params, spread=True)
     optimizer = lr.fused(tx, products="xla" if form == "xla" else "kernel")
-    state = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
-                         jax.eval_shape(tx.init, params), places)  # fmt: skip
+    state = jax.tree.map(
+        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
+        jax.eval_shape(tx.init, params),
+        places,
+    )
     grads: Any = params
     if part == "projected":
         place = jax.tree.leaves(places.projection.matrices["kernel"].inner.mu)[0]
@@ -142,18 +175,28 @@ def _step(mesh, shape, spec, rank, inner, part, form):
 
     def run(own, grads, state):
         with meshes.use(mesh, parameters=params):
-            return optimizer.step(own, grads, state, taps=lr.taps(state) if part == "projected" else None)
+            return optimizer.step(
+                own, grads, state, taps=lr.taps(state) if part == "projected" else None
+            )
 
-    return measured(run, (params, grads, state), ({"kernel": params["kernel"].sharding}, places), (0, 2))
+    return measured(
+        run, (params, grads, state), ({"kernel": params["kernel"].sharding}, places), (0, 2)
+    )
 
 
 def _scores(mesh, shape, form):
     def run(x):
         with meshes.use(mesh):
             x = sharding.rows_whole(x)  # as a refresh does
-            return linalg.row_scores(linalg.dct(x, 3), "l1") if form == "xla" else kernels.dct_scores(x, 3, chip=CHIP)
+            return (
+                linalg.row_scores(linalg.dct(x, 3), "l1")
+                if form == "xla"
+                else kernels.dct_scores(x, 3, chip=CHIP)
+            )
 
-    return measured(run, (abstract(mesh, shape, "float32", "fsdp", None),), NamedSharding(mesh, PartitionSpec()))
+    return measured(
+        run, (abstract(mesh, shape, "float32", "fsdp", None),), NamedSharding(mesh, PartitionSpec())
+    )
 
 
 @commandline.command

@@ -1,26 +1,30 @@
-"""What a whole training step of the 7B preset takes, from compilers, without a device: on one card, on a TPU slice.
+"""What a whole training step of the 7B preset takes, from compilers, without a device: on one card,
+on a TPU slice.
 
     python -m experiments.benchmarks.memory_7b --part card     needs jax-cuda13-plugin and -pjrt of jax's version
     python -m experiments.benchmarks.memory_7b --part slice    needs libtpu: `.venv-tpu/bin/python`
 
-Each part replaces its rows in `experiments/results/memory_7b.json`. Nothing is run: lowering and memory are proven, not
-speed and not numbers.
+Each part replaces its rows in `experiments/results/memory_7b.json`. Nothing is run: lowering and
+memory are proven, not speed and not numbers.
 
-card: one RTX 4090, sequence 2048, batch 1. The layer-wise step of GaLore with projected backprop, 8-bit moments
-(block-wise, dynamic code), an int8 basis, weights in bfloat16 or in int8 blocks with stochastic rounding, attention in
-chunks, embedding and head updated in blocks. "none": the basis stands, a step between two refreshes. Every other row's
-program holds a refresh too, as a branch, so that its peak is that of a step with a refresh:
+card: one RTX 4090, sequence 2048, batch 1. The layer-wise step of GaLore with projected backprop,
+8-bit moments (block-wise, dynamic code), an int8 basis, weights in bfloat16 or in int8 blocks with
+stochastic rounding, attention in chunks, embedding and head updated in blocks. "none": the basis
+stands, a step between two refreshes. Every other row's program holds a refresh too, as a branch, so
+that its peak is that of a step with a refresh:
 
     random        an orthonormal basis drawn anew (QR of a Gaussian)
-    alternating   qr(G Q) by a second tap, without the full gradient; see `benchmarks.refresh_subspaces`
+    alternating   qr(G Q) by a second tap, without the full gradient; see
+                  `benchmarks.refresh_subspaces`
     power         one power step on the full gradient of one layer at a time
 
-slice: v5e:4x4, 16 chips, one sequence of 2048 on each; parameters, moments and bases in float32, products in bfloat16,
-each layer rematerialised, rank a quarter of the width. Every matrix is split over the chips along its larger dimension,
-which projection keeps, and moments with it (`lr.state_shardings`); layers are gathered as they are used. Bases are
-whole on every chip, as that function says, or "split" along the dimension that they shrink, by shardings given to
-`jax.jit`. Bytes are those of one chip; rows with a refresh are the layer-wise step, which makes one layer's basis at a
-time.
+slice: v5e:4x4, 16 chips, one sequence of 2048 on each; parameters, moments and bases in float32,
+products in bfloat16, each layer rematerialised, rank a quarter of the width. Every matrix is split
+over the chips along its larger dimension, which projection keeps, and moments with it
+(`lr.state_shardings`); layers are gathered as they are used. Bases are whole on every chip, as that
+function says, or "split" along the dimension that they shrink, by shardings given to `jax.jit`.
+Bytes are those of one chip; rows with a refresh are the layer-wise step, which makes one layer's
+basis at a time.
 """
 
 import dataclasses
@@ -106,23 +110,34 @@ def optimizer(refresh: str, rank: int, *, dtype: Any, **options: Any) -> Any:
         "alternating": lr.projectors.alternating(rank=rank, dtype=dtype),
         "power": lr.projectors.power(rank=rank, dtype=dtype),
     }
-    clock = lr.clocks.every(period=workload.PERIOD, when="before" if refresh == "power" else "after")
-    return lr.galore(1e-2, projector=projectors[refresh], clock=clock, views=workload.VIEWS, **options)
+    clock = lr.clocks.every(
+        period=workload.PERIOD, when="before" if refresh == "power" else "after"
+    )
+    return lr.galore(
+        1e-2, projector=projectors[refresh], clock=clock, views=workload.VIEWS, **options
+    )
 
 
 def abstract_parameters(config: llama.LlamaConfig) -> Any:
     """Shapes of the model's parameters."""
-    return jax.eval_shape(llama.Llama(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    return jax.eval_shape(
+        llama.Llama(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
+    )["params"]
 
 
-def step_of(config: llama.LlamaConfig, rank: int, refresh: str, *, int8: bool) -> tuple[Any, Any, Any]:
+def step_of(
+    config: llama.LlamaConfig, rank: int, refresh: str, *, int8: bool
+) -> tuple[Any, Any, Any]:
     """The card's `(step, abstract parameters, abstract state)`."""
     params = abstract_parameters(config)
     inner = lr.inner.stored8(inner=lr.inner.adam(eps=1e-6, convention="hf"))
     tx = optimizer(refresh, rank, dtype=jnp.int8, inner=inner)
     if int8:
         paths = {view.path for view in lr.explain(tx, params).projected}
-        small = lambda x: jax.eval_shape(lambda: lr.linalg.quantize_blocks(jnp.zeros(x.shape), "linear"))  # noqa: E731
+
+        def small(x):
+            return jax.eval_shape(lambda: lr.linalg.quantize_blocks(jnp.zeros(x.shape), "linear"))
+
         params = jax.tree_util.tree_map_with_path(
             lambda keys, x: small(x) if "/".join(key.key for key in keys) in paths else x, params
         )
@@ -133,7 +148,8 @@ def step_of(config: llama.LlamaConfig, rank: int, refresh: str, *, int8: bool) -
 def nbytes(tree: Any) -> int:
     """Bytes of a tree of abstract arrays; of sharded ones, on one device."""
     sizes = [
-        math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape))
+        * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
     ]
     return sum(sizes)
@@ -142,7 +158,12 @@ def nbytes(tree: Any) -> int:
 def parts(params: Any, state: Any) -> dict[str, int]:
     """What a step takes as arguments."""
     if not hasattr(state, "projection"):
-        return {"parameter_bytes": nbytes(params), "plain_bytes": nbytes(state), "basis_bytes": 0, "moment_bytes": 0}
+        return {
+            "parameter_bytes": nbytes(params),
+            "plain_bytes": nbytes(state),
+            "basis_bytes": 0,
+            "moment_bytes": 0,
+        }
     matrices = matrix_states(state.projection)
     return {
         "parameter_bytes": nbytes(params),
@@ -152,7 +173,9 @@ def parts(params: Any, state: Any) -> dict[str, int]:
     }
 
 
-def compiled(step: Callable[..., Any], params: Any, state: Any, tokens: Any, kept: int, **jit: Any) -> dict[str, int]:
+def compiled(
+    step: Callable[..., Any], params: Any, state: Any, tokens: Any, kept: int, **jit: Any
+) -> dict[str, int]:
     """Bytes of the compiled step; of its temporaries `kept` are the inputs of the layers."""
     begin = time.perf_counter()
     jitted = jax.jit(step, donate_argnums=(0, 1), **jit)
@@ -173,7 +196,11 @@ def card(preset: str, length: int) -> Iterator[dict[str, Any]]:
     )
     device = SingleDeviceSharding(topology.devices[0])
     config = llama.preset(
-        preset, sequence_length=length, dtype="bfloat16", param_dtype="bfloat16", attention_chunk=ATTENTION_CHUNK
+        preset,
+        sequence_length=length,
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+        attention_chunk=ATTENTION_CHUNK,
     )
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     for weights, rank, refresh, bound in CARD:
@@ -182,26 +209,38 @@ def card(preset: str, length: int) -> Iterator[dict[str, Any]]:
         params, state, batch = jax.tree.map(place, (*arguments, tokens))
         row = compiled(step, params, state, batch, 2 * config.layers * length * config.width)
         met = None if bound is None else row["peak_bytes"] < bound * 2**30
-        yield {"weights": weights, "rank": rank, "refresh": refresh} | row | {"bound_gib": bound, "met": met}
+        yield (
+            {"weights": weights, "rank": rank, "refresh": refresh}
+            | row
+            | {"bound_gib": bound, "met": met}
+        )
 
 
 def pod_shardings(mesh: Any, tx: Any, params: Any, *, split: bool) -> tuple[Any, Any]:
-    """NamedShardings of parameters and state: matrices along their larger dimension, of equal ones the last."""
+    """NamedShardings of parameters and state: matrices along their larger dimension, of equal ones
+    the last."""
     axis = mesh.axis_names[0]
 
     def of_parameter(keys, x):
         if keys[-1].key not in ("kernel", "embedding"):
             return NamedSharding(mesh, Spec())
         rows, cols = x.shape[-2:]
-        return NamedSharding(mesh, Spec(*[None] * (x.ndim - 2), *((None, axis) if cols >= rows else (axis, None))))
+        return NamedSharding(
+            mesh, Spec(*[None] * (x.ndim - 2), *((None, axis) if cols >= rows else (axis, None)))
+        )
 
     placed = jax.tree_util.tree_map_with_path(of_parameter, params)
     state = lr.state_shardings(tx, params, placed)
     if split:
         is_matrix = lambda node: isinstance(node, lr.MatrixState)  # noqa: E731
         by_rows = NamedSharding(mesh, Spec(None, axis, None))
-        divided = lambda node: dataclasses.replace(node, basis=jax.tree.map(lambda _: by_rows, node.basis))  # noqa: E731
-        state = jax.tree.map(lambda node: divided(node) if is_matrix(node) else node, state, is_leaf=is_matrix)
+
+        def divided(node):
+            return dataclasses.replace(node, basis=jax.tree.map(lambda _: by_rows, node.basis))
+
+        state = jax.tree.map(
+            lambda node: divided(node) if is_matrix(node) else node, state, is_leaf=is_matrix
+        )
     return placed, state
 
 
@@ -209,26 +248,50 @@ def pod(preset: str, length: int) -> Iterator[dict[str, Any]]:
     """The rows of the TPU slice; rank is a quarter of the width."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name=SLICE)
     mesh = topologies.make_mesh(topology, (CHIPS,), ("chips",))
-    config = llama.preset(preset, sequence_length=length, dtype="bfloat16", remat=True, attention_chunk=ATTENTION_CHUNK)
+    config = llama.preset(
+        preset,
+        sequence_length=length,
+        dtype="bfloat16",
+        remat=True,
+        attention_chunk=ATTENTION_CHUNK,
+    )
     model = llama.Llama(config)
 
     def loss(params, tokens):
-        return llama.loss_and_metrics(model.apply({"params": params}, tokens), tokens, jnp.ones(tokens.shape))[0]
+        return llama.loss_and_metrics(
+            model.apply({"params": params}, tokens), tokens, jnp.ones(tokens.shape)
+        )[0]
 
-    rows, params, rank = NamedSharding(mesh, Spec("chips")), abstract_parameters(config), workload.rank(preset)
+    rows, params, rank = (
+        NamedSharding(mesh, Spec("chips")),
+        abstract_parameters(config),
+        workload.rank(preset),
+    )
     tokens = jax.ShapeDtypeStruct((CHIPS, length), jnp.int32, sharding=rows)
     for name, form, refresh, split in PODS:
         adamw = name == "adamw"
         tx: Any = optax.adamw(1e-3) if adamw else optimizer(refresh, rank, dtype=jnp.float32)
-        step = training_step.optax_step(tx, loss) if adamw else lr.train_step(lr.linen.tapped(loss), tx)
+        step = (
+            training_step.optax_step(tx, loss)
+            if adamw
+            else lr.train_step(lr.linen.tapped(loss), tx)
+        )
         step = lr.layerwise_step(stack(config), tx) if form == "layerwise_step" else step
         placed, state_placed = pod_shardings(mesh, tx, params, split=split)
         place = lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind)  # noqa: E731
         state = jax.tree.map(place, jax.eval_shape(tx.init, params), state_placed)
         results = (placed, state_placed, NamedSharding(mesh, Spec()))
         kept = 2 * config.layers * length * config.width
-        row = compiled(step, jax.tree.map(place, params, placed), state, tokens, kept, out_shardings=results)
-        yield {"optimizer": name, "form": form, "rank": 0 if adamw else rank, "refresh": refresh, "split": split} | row
+        row = compiled(
+            step, jax.tree.map(place, params, placed), state, tokens, kept, out_shardings=results
+        )
+        yield {
+            "optimizer": name,
+            "form": form,
+            "rank": 0 if adamw else rank,
+            "refresh": refresh,
+            "split": split,
+        } | row
 
 
 PARTS: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]] = {"card": card, "slice": pod}
@@ -249,7 +312,10 @@ def main(arguments: Sequence[str]) -> None:
     rows = []
     for row in PARTS[options.part](options.preset, options.length):
         rows.append(row)
-        print({name: f"{v / 2**30:.2f}" if name.endswith("bytes") else v for name, v in row.items()}, flush=True)
+        print(
+            {name: f"{v / 2**30:.2f}" if name.endswith("bytes") else v for name, v in row.items()},
+            flush=True,
+        )
     of = {"device": "RTX 4090", "slice": SLICE, "preset": options.preset, "length": options.length}
     there = documents.read(options.output, dict) if options.output.exists() else {}
     other_part = there if all(there.get(key) == value for key, value in of.items()) else {}

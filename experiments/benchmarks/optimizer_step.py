@@ -1,20 +1,24 @@
-"""What one optimizer step costs: time, state, temporaries, and the size of its refresh as a TPU program.
+"""What one optimizer step costs: time, state, temporaries, and the size of its refresh as a TPU
+program.
 
     python -m experiments.benchmarks.optimizer_step --preset 60M --output experiments/results/optimizer_step.json
 
-Every optimizer updates the preset's matrices (the kernels of the scanned blocks, stacked by layer, float32) from the
-same normal gradients, as one jitted update with its application and with parameters and state donated. All run in one
-process, interleaved; times are medians. `optax.contrib.galore` gets the layers one by one, because it skips stacks.
+Every optimizer updates the preset's matrices (the kernels of the scanned blocks, stacked by layer,
+float32) from the same normal gradients, as one jitted update with its application and with
+parameters and state donated. All run in one process, interleaved; times are medians.
+`optax.contrib.galore` gets the layers one by one, because it skips stacks.
 
 * normal: a step that refreshes nothing (for T=1 and LDAdam every step refreshes).
 * refresh: the worst step of a period. Staggered clocks: the slowest of their working steps.
 * amortised: the mean over a period of T=200 steps.
-* own arithmetic: the operations of the two thin products `PᵀG` and `P low` over the rate of one 2048 x 2048 x 2048
-  product, measured in the same run. The products themselves, batched by layer, are timed too.
-* AdamW's memory traffic: reading p, g, m, v and writing p, m, v of the same sizes, with one addition each.
+* own arithmetic: the operations of the two thin products `PᵀG` and `P low` over the rate of one
+  2048 x 2048 x 2048 product, measured in the same run. The products themselves, batched by layer,
+  are timed too.
+* AdamW's memory traffic: reading p, g, m, v and writing p, m, v of the same sizes, with one
+  addition each.
 
-Aims: normal < 1.2 (own arithmetic + traffic); normal < `optax.contrib.galore`'s; refresh of power, randomized and DCT
-< 3 normal; TPU programs of their refreshes, and of random bases', < 5 MB.
+Aims: normal < 1.2 (own arithmetic + traffic); normal < `optax.contrib.galore`'s; refresh of power,
+randomized and DCT < 3 normal; TPU programs of their refreshes, and of random bases', < 5 MB.
 """
 
 import datetime
@@ -34,7 +38,8 @@ SLACK, NORMAL_STEPS = 1.2, 3.0
 
 
 class Runner:
-    """One optimizer with its own parameters and state; `step` times an update at a step of its clock."""
+    """One optimizer with its own parameters and state; `step` times an update at a step of its
+    clock."""
 
     def __init__(self, case: workload.Case, shapes: Any, gradients: Any):
         self.case = case
@@ -64,22 +69,34 @@ def measure_references(shapes: Any, rank: int) -> tuple[dict[str, Any], dict[str
     """The reference programs, warmed up, and their operations."""
     products, operations = workload.thin_products(shapes, rank)
     square, square_operations = workload.square_product()
-    programs = {"thin products": products, "square product": square, "traffic": workload.adamw_traffic(shapes)}
+    programs = {
+        "thin products": products,
+        "square product": square,
+        "traffic": workload.adamw_traffic(shapes),
+    }
     for program in programs.values():
         timing.seconds(program)
     return programs, {"thin products": operations, "square product": square_operations}
 
 
 def times(runners: dict[str, Runner], references: dict[str, Any], repetitions: int, refreshes: int):
-    """Medians of normal steps and references, then of refreshes: `(seconds by name, refresh seconds by name)`."""
+    """Medians of normal steps and references, then of refreshes:
+    `(seconds by name, refresh seconds by name)`."""
     for runner in runners.values():
         runner.step(1)
     cases: dict[str, Any] = {
-        name: lambda program=program: timing.seconds(program) for name, program in references.items()
+        name: lambda program=program: timing.seconds(program)
+        for name, program in references.items()
     }
-    cases |= {name: lambda runner=runner: runner.step(runner.quiet) for name, runner in runners.items()}
+    cases |= {
+        name: lambda runner=runner: runner.step(runner.quiet) for name, runner in runners.items()
+    }
     normal = timing.interleave(cases, repetitions)
-    due = {n: lambda runner=r: runner.step(runner.case.refresh) for n, r in runners.items() if r.case.refresh}
+    due = {
+        n: lambda runner=r: runner.step(runner.case.refresh)
+        for n, r in runners.items()
+        if r.case.refresh
+    }
     return normal, timing.interleave(due, refreshes) if due else {}
 
 
@@ -117,43 +134,74 @@ def aims(
     rows: list[dict[str, Any]], cases: list[workload.Case], bound: float, tpu: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Each aim with its value, its bound and whether it is met (None where it was not measured)."""
-    ours = [(row, case) for row, case in zip(rows, cases, strict=True) if hasattr(case.tx, "projection")]
-    contrib = next(row["normal_seconds"] for row in rows if row["optimizer"] == "optax.contrib.galore")
+    ours = [
+        (row, case) for row, case in zip(rows, cases, strict=True) if hasattr(case.tx, "projection")
+    ]
+    contrib = next(
+        row["normal_seconds"] for row in rows if row["optimizer"] == "optax.contrib.galore"
+    )
     result = []
 
     def add(aim, what, value, limit):
         result.append(
-            {"aim": aim, "of": what, "value": value, "bound": limit, "met": None if value is None else value < limit}
+            {
+                "aim": aim,
+                "of": what,
+                "value": value,
+                "bound": limit,
+                "met": None if value is None else value < limit,
+            }
         )
 
     for row, case in ours:
         if not case.every_step:
-            add("normal step, own arithmetic + traffic, 20 % (s)", case.name, row["normal_seconds"], bound)
-            add("normal step, optax.contrib.galore's (s)", case.name, row["normal_seconds"], contrib)
+            add(
+                "normal step, own arithmetic + traffic, 20 % (s)",
+                case.name,
+                row["normal_seconds"],
+                bound,
+            )
+            add(
+                "normal step, optax.contrib.galore's (s)", case.name, row["normal_seconds"], contrib
+            )
     for row, case in ours:
         if case.aim:
             add("refresh, in normal steps", case.name, row["worst_over_normal"], NORMAL_STEPS)
     for row in tpu["rows"] or [{"projector": name} for name in tpu_programs.projectors(1)]:
         name = " ".join([row["projector"], *map(str, row.get("shape", []))])
-        add("TPU program of a refresh (bytes)", name, row.get("program_bytes"), tpu_programs.LIMIT_BYTES)
+        add(
+            "TPU program of a refresh (bytes)",
+            name,
+            row.get("program_bytes"),
+            tpu_programs.LIMIT_BYTES,
+        )
     return result
 
 
 def benchmark(
-    preset: str, *, repetitions: int, refreshes: int, only: str = "", tpu: bool = True, **overrides: Any
+    preset: str,
+    *,
+    repetitions: int,
+    refreshes: int,
+    only: str = "",
+    tpu: bool = True,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Runs everything and returns what is written as JSON.
 
     Args:
       preset: of `experiments.models.llama`; `overrides` are fields of its configuration.
       repetitions, refreshes: rounds of normal steps and of refreshes.
-      only: pattern that the names of the optimizers contain; AdamW and `optax.contrib.galore` are always there.
+      only: pattern that the names of the optimizers contain; AdamW and `optax.contrib.galore` are
+        always there.
       tpu: compile the refreshes for a TPU too.
     """
     shapes = workload.matrices(preset, **overrides)
     rank = overrides.get("width", 4 * workload.rank(preset)) // 4
     gradients = workload.gradients(shapes)
-    cases = [case for case in workload.cases(rank) if re.search(f"adamw$|contrib|{only}", case.name)]
+    cases = [
+        case for case in workload.cases(rank) if re.search(f"adamw$|contrib|{only}", case.name)
+    ]
     runners = {}
     for case in cases:
         print(f"compiling {case.name}", file=sys.stderr, flush=True)
@@ -166,8 +214,12 @@ def benchmark(
     rows = []
     for name, runner in runners.items():
         working = staggered_times(runner, shapes) if runner.case.staggered else []
-        rows.append(summarize(runner, normal[name], refresh.get(name), working, normal["optax.adamw"]))
-    programs = tpu_programs.measure(preset) if tpu else {"rows": [], "reason": "not measured: --notpu"}
+        rows.append(
+            summarize(runner, normal[name], refresh.get(name), working, normal["optax.adamw"])
+        )
+    programs = (
+        tpu_programs.measure(preset) if tpu else {"rows": [], "reason": "not measured: --notpu"}
+    )
     bound = SLACK * (arithmetic + normal["traffic"])
     return {
         "preset": preset,
@@ -205,17 +257,26 @@ def table(result: dict[str, Any]) -> str:
         "temp MiB",
     )
     lines = [
-        f"{result['preset']}, rank {result['rank']}, {result['parameters'] / 1e6:.2f} M parameters in matrices",
+        f"{result['preset']}, rank {result['rank']}, {result['parameters'] / 1e6:.2f} M parameters "
+        "in matrices",
         f"own arithmetic {times['own_arithmetic_seconds']:.1f} ms "
         f"(at {result['reference']['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s; batched by layer "
-        f"{times['thin_products_seconds']:.1f} ms) + AdamW's traffic {times['adamw_traffic_seconds']:.1f} ms, "
-        f"and 20 %: {times['normal_step_bound_seconds']:.1f} ms",
+        f"{times['thin_products_seconds']:.1f} ms) + AdamW's traffic "
+        f"{times['adamw_traffic_seconds']:.1f} ms, and 20 %: "
+        f"{times['normal_step_bound_seconds']:.1f} ms",
         f"{header[0]:<26}" + "".join(f"{name:>11}" for name in header[1:]),
     ]
     for row in result["rows"]:
-        cells = (milli * row["normal_seconds"], row["normal_over_adamw"], milli * row["worst_seconds"],
-                 row["worst_over_normal"], milli * row["amortised_seconds"], row["amortised_over_adamw"],
-                 row["state_bytes"] / mebi, row["temporary_bytes"] / mebi)  # fmt: skip
+        cells = (
+            milli * row["normal_seconds"],
+            row["normal_over_adamw"],
+            milli * row["worst_seconds"],
+            row["worst_over_normal"],
+            milli * row["amortised_seconds"],
+            row["amortised_over_adamw"],
+            row["state_bytes"] / mebi,
+            row["temporary_bytes"] / mebi,
+        )
         lines.append(f"{row['optimizer']:<26}" + "".join(f"{cell:>11.2f}" for cell in cells))
     lines.append("")
     for aim in result["aims"]:

@@ -1,14 +1,16 @@
-"""A whole training step here and in PyTorch: transformers' LLaMA, the same shapes, batch, weights and loss, one run.
+"""A whole training step here and in PyTorch: transformers' LLaMA, the same shapes, batch, weights
+and loss, one run.
 
     python -m experiments.benchmarks.peer_training_step
 
-It needs the extra `peer` (`make test-peer` makes such an environment, .venv-peer). PyTorch runs in a child process on
-the same cores; the two take turns, step by step, so that they neither share threads nor run at once. Both start from
-one folder of weights, and the difference of their first losses is recorded. Times are medians of interleaved steps
-that refresh nothing, float32, on as many threads as `--threads` says; processor time is that of all threads.
+It needs the extra `peer` (`make test-peer` makes such an environment, .venv-peer). PyTorch runs in
+a child process on the same cores; the two take turns, step by step, so that they neither share
+threads nor run at once. Both start from one folder of weights, and the difference of their first
+losses is recorded. Times are medians of interleaved steps that refresh nothing, float32, on as many
+threads as `--threads` says; processor time is that of all threads.
 
-A ratio to one's own baseline says nothing about that baseline. The aim is on AdamW's step, against the faster of
-`torch.optim.AdamW` as it is and with `fused=True`.
+A ratio to one's own baseline says nothing about that baseline. The aim is on AdamW's step, against
+the faster of `torch.optim.AdamW` as it is and with `fused=True`.
 """
 
 from __future__ import annotations
@@ -40,16 +42,22 @@ PEERS = ("torch.optim.AdamW", "torch.optim.AdamW, fused")
 
 def require() -> None:
     """ImportError, naming the extra, where PyTorch or transformers is missing."""
-    missing = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
+    missing = [
+        name
+        for name in ("torch", "transformers", "safetensors")
+        if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise ImportError(
-            f"this benchmark needs {' and '.join(missing)}: pip install 'lowrank_jax[experiments,peer]', or run it as "
-            ".venv-peer/bin/python -m experiments.benchmarks.peer_training_step after `make test-peer`"
+            f"this benchmark needs {' and '.join(missing)}: pip install "
+            "'lowrank_jax[experiments,peer]', or run it as .venv-peer/bin/python -m "
+            "experiments.benchmarks.peer_training_step after `make test-peer`"
         )
 
 
 def peer(folder: str, tokens: np.ndarray, threads: int, pipe: Any) -> None:
-    """The child: for each name of an optimizer that it receives, one step; sends (loss, seconds, processor seconds)."""
+    """The child: for each name of an optimizer that it receives, one step; sends (loss, seconds,
+    processor seconds)."""
     import torch
     import transformers
 
@@ -60,7 +68,9 @@ def peer(folder: str, tokens: np.ndarray, threads: int, pipe: Any) -> None:
 
     def start(fused: bool) -> tuple[Any, Any]:
         model = transformers.LlamaForCausalLM.from_pretrained(folder, local_files_only=True).train()
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=fused or None)
+        return model, torch.optim.AdamW(
+            model.parameters(), lr=1e-3, weight_decay=1e-4, fused=fused or None
+        )
 
     cases = {name: start("fused" in name) for name in PEERS}
     while (name := pipe.recv()) is not None:
@@ -71,22 +81,35 @@ def peer(folder: str, tokens: np.ndarray, threads: int, pipe: Any) -> None:
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs.flatten())
         loss.backward()
         optimizer.step()
-        pipe.send((float(loss.detach()), time.perf_counter() - wall, time.process_time() - processor))
+        pipe.send(
+            (float(loss.detach()), time.perf_counter() - wall, time.process_time() - processor)
+        )
 
 
-def own_cases(config: llama.LlamaConfig, of: training_step.Work, rank: int) -> list[training_step.Case]:
-    """Our AdamW, and GaLore by projected backprop, whose refreshes are thin products after the update."""
+def own_cases(
+    config: llama.LlamaConfig, of: training_step.Work, rank: int
+) -> list[training_step.Case]:
+    """Our AdamW, and GaLore by projected backprop, whose refreshes are thin products after the
+    update."""
     adamw = optax.adamw(1e-3, weight_decay=1e-4)
-    clock = lr.clocks.every(period=workload.PERIOD, phase=workload.PERIOD - 1, first=False, when="after")
-    galore = lr.galore(1e-2, projector=lr.projectors.alternating(rank=rank), clock=clock, views=workload.VIEWS)
+    clock = lr.clocks.every(
+        period=workload.PERIOD, phase=workload.PERIOD - 1, first=False, when="after"
+    )
+    galore = lr.galore(
+        1e-2, projector=lr.projectors.alternating(rank=rank), clock=clock, views=workload.VIEWS
+    )
     name = f"galore, rank {rank}, projected backprop, alternating"
     return [
         training_step.make("optax.adamw", training_step.optax_step(adamw, of.loss), adamw, of),
-        training_step.make(name, lr.train_step(of.loss, galore), galore, of, rank=rank, tapped=True),
+        training_step.make(
+            name, lr.train_step(of.loss, galore), galore, of, rank=rank, tapped=True
+        ),
     ]
 
 
-def benchmark(preset: str, batch: int, length: int, repetitions: int, threads: int) -> dict[str, Any]:
+def benchmark(
+    preset: str, batch: int, length: int, repetitions: int, threads: int
+) -> dict[str, Any]:
     """Rows of both programs, the difference of their first losses, and the aims."""
     config = llama.preset(preset, sequence_length=length)
     of, rank = training_step.work(config, batch), config.width // 8
@@ -95,7 +118,9 @@ def benchmark(preset: str, batch: int, length: int, repetitions: int, threads: i
     with tempfile.TemporaryDirectory() as folder:
         huggingface.save(folder, config, of.params)
         pipe, far = context.Pipe()
-        child = context.Process(target=peer, args=(folder, np.asarray(of.batch), threads, far), daemon=True)
+        child = context.Process(
+            target=peer, args=(folder, np.asarray(of.batch), threads, far), daemon=True
+        )
         child.start()
         far.close()  # a child that dies is then the end of the pipe, and no endless wait
         try:
@@ -105,7 +130,11 @@ def benchmark(preset: str, batch: int, length: int, repetitions: int, threads: i
         finally:
             child.join(timeout=5)
             child.terminate()
-    return {"rows": rows, "loss_difference": max(abs(loss - first_loss) for loss in losses), "aims": aims(rows)}
+    return {
+        "rows": rows,
+        "loss_difference": max(abs(loss - first_loss) for loss in losses),
+        "aims": aims(rows),
+    }
 
 
 def _turn(pipe: Any, name: str) -> tuple[float, float, float]:
@@ -113,11 +142,15 @@ def _turn(pipe: Any, name: str) -> tuple[float, float, float]:
     try:
         return pipe.recv()
     except EOFError:
-        raise RuntimeError(f"the process that runs {name} ended; what it printed stands above") from None
+        raise RuntimeError(
+            f"the process that runs {name} ended; what it printed stands above"
+        ) from None
 
 
 def _timed(pipe: Any, own: list[training_step.Case], repetitions: int) -> list[dict[str, Any]]:
-    processor: dict[str, list[float]] = {name: [] for name in (*PEERS, *(case.name for case in own))}
+    processor: dict[str, list[float]] = {
+        name: [] for name in (*PEERS, *(case.name for case in own))
+    }
 
     def theirs(name: str) -> float:
         _, seconds, used = _turn(pipe, name)
@@ -135,7 +168,9 @@ def _timed(pipe: Any, own: list[training_step.Case], repetitions: int) -> list[d
     for run in cases.values():
         run()
     seconds = timing.interleave(cases, repetitions)
-    return rows_of(seconds, {name: statistics.median(values[1:]) for name, values in processor.items()})
+    return rows_of(
+        seconds, {name: statistics.median(values[1:]) for name, values in processor.items()}
+    )
 
 
 def rows_of(seconds: dict[str, float], processor: dict[str, float]) -> list[dict[str, Any]]:
@@ -158,8 +193,15 @@ def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Whether AdamW's whole step here is near the faster one of PyTorch."""
     adamw = next(row for row in rows if row["case"] == "optax.adamw")
     met = adamw["of_peer"] <= AIM
-    return [{"aim": "whole step, of PyTorch's AdamW", "of": "optax.adamw", "value": adamw["of_peer"], "bound": AIM,
-             "met": met}]  # fmt: skip
+    return [
+        {
+            "aim": "whole step, of PyTorch's AdamW",
+            "of": "optax.adamw",
+            "value": adamw["of_peer"],
+            "bound": AIM,
+            "met": met,
+        }
+    ]
 
 
 @commandline.command
@@ -168,9 +210,13 @@ def main(arguments: Sequence[str]) -> None:
     parser = commandline.parser(__doc__, "experiments/results/peer_training_step.json")
     parser.add_argument("--preset", type=commandline.preset, default="60M")
     parser.add_argument("--batch", type=commandline.count, default=4, help="sequences")
-    parser.add_argument("--length", type=commandline.count, default=256, help="tokens of a sequence")
+    parser.add_argument(
+        "--length", type=commandline.count, default=256, help="tokens of a sequence"
+    )
     parser.add_argument("--repetitions", type=commandline.count, default=15)
-    parser.add_argument("--threads", type=commandline.count, default=2, help="cores that both processes may use")
+    parser.add_argument(
+        "--threads", type=commandline.count, default=2, help="cores that both processes may use"
+    )
     options = parser.parse_args(arguments)
     try:
         require()
@@ -195,11 +241,14 @@ def main(arguments: Sequence[str]) -> None:
     } | found
     for row in result["rows"]:
         print(
-            f"{row['case']:<56}{1e3 * row['seconds']:>8.0f} ms {row['of_peer']:.3f} of PyTorch's, processor "
-            f"{1e3 * row['processor_seconds']:.0f} ms {row['processor_of_peer']:.3f}"
+            f"{row['case']:<56}{1e3 * row['seconds']:>8.0f} ms {row['of_peer']:.3f} of PyTorch's, "
+            f"processor {1e3 * row['processor_seconds']:.0f} ms {row['processor_of_peer']:.3f}"
         )
     for aim in result["aims"]:
-        print(f"{aim['aim']}: {aim['value']:.3f} <= {aim['bound']} {'met' if aim['met'] else 'missed'}")
+        print(
+            f"{aim['aim']}: {aim['value']:.3f} <= {aim['bound']} "
+            f"{'met' if aim['met'] else 'missed'}"
+        )
     outputs.write_result(options.output, result, replace=options.replace)
 
 

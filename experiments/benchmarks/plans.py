@@ -1,17 +1,20 @@
-"""Plans of the 1B and 7B presets on five kinds of hardware: what AdamW takes of a chip, and what low-rank methods do.
+"""Plans of the 1B and 7B presets on five kinds of hardware: what AdamW takes of a chip, and what
+low-rank methods do.
 
     python -m experiments.benchmarks.plans --budget_minutes 60
 
-compiles one program after another, the most telling ones first, and puts each row into `experiments/results/plans.json`
-as soon as it is known. The same command goes on where it stopped; rows that the budget did not reach are listed there.
-A row of 1B takes one to three minutes on two cores, one of 7B several and up to 7 GB. TPU rows need libtpu, the GPU's
-the CUDA plugin (`experiments.plan` says how to get them).
+compiles one program after another, the most telling ones first, and puts each row into
+`experiments/results/plans.json` as soon as it is known. The same command goes on where it stopped;
+rows that the budget did not reach are listed there. A row of 1B takes one to three minutes on two
+cores, one of 7B several and up to 7 GB. TPU rows need libtpu, the GPU's the CUDA plugin
+(`experiments.plan` says how to get them).
 
-The step is that of `experiments/configs/llama_1b.py` and `llama_7b.py` (512 rows of 256 tokens, float32 parameters,
-products in bfloat16, every layer rematerialised) at rank width / 8. No row takes an exact SVD: GaLore's basis comes
-from `alternating` after the update, FRUGAL's from `power`. "projected" is projected backprop; FRUGAL and APOLLO-Mini
-read the whole gradient, so that for them it is the full one. 256-way data parallelism is compiled for v6e:16x16,
-because AdamW's replicated state does not fit a v5e.
+The step is that of `experiments/configs/llama_1b.py` and `llama_7b.py` (512 rows of 256 tokens,
+float32 parameters, products in bfloat16, every layer rematerialised) at rank width / 8. No row
+takes an exact SVD: GaLore's basis comes from `alternating` after the update, FRUGAL's from `power`.
+"projected" is projected backprop; FRUGAL and APOLLO-Mini read the whole gradient, so that for them
+it is the full one. 256-way data parallelism is compiled for v6e:16x16, because AdamW's replicated
+state does not fit a v5e.
 """
 
 import json
@@ -47,7 +50,13 @@ QUEUE: tuple[tuple[str, str, str, int, tuple[str, ...]], ...] = (
     ("1B", "v5e:4x4", "fsdp=16", 8, ("adamw", "galore projected")),
     ("1B", "v6e:16x16", "data=256", 1, ("adamw", "galore projected")),
     ("1B", "h200", "data=1", 8, ("adamw", "galore projected", "apollo_mini")),
-    ("1B", "v5e:4x4", "fsdp=16", 8, ("apollo_mini", "dct_adamw projected", "frugal", "galore", "dct_adamw")),
+    (
+        "1B",
+        "v5e:4x4",
+        "fsdp=16",
+        8,
+        ("apollo_mini", "dct_adamw projected", "frugal", "galore", "dct_adamw"),
+    ),
     ("1B", "v5e:16x16", "data=16,fsdp=16", 1, ("adamw", "galore projected")),
     ("7B", "v5e:4x4", "fsdp=16", 16, ("adamw", "galore projected", "apollo_mini")),
     ("1B", "v5p:2x2x1", "fsdp=4", 8, ("adamw", "galore projected")),
@@ -58,11 +67,23 @@ QUEUE: tuple[tuple[str, str, str, int, tuple[str, ...]], ...] = (
     ("7B", "v5e:16x16", "data=16,fsdp=16", 1, ("adamw", "galore projected")),
     ("7B", "v5e:4x4", "fsdp=16", 16, ("galore", "dct_adamw projected", "frugal", "dct_adamw")),
     ("1B", "h200", "data=1", 8, ("galore", "dct_adamw projected", "frugal", "dct_adamw")),
-    ("1B", "v5e:16x16", "data=16,fsdp=16", 1, ("galore", "dct_adamw projected", "apollo_mini", "frugal")),
+    (
+        "1B",
+        "v5e:16x16",
+        "data=16,fsdp=16",
+        1,
+        ("galore", "dct_adamw projected", "apollo_mini", "frugal"),
+    ),
     ("1B", "v6e:4x4", "fsdp=16", 8, ("galore", "dct_adamw projected", "apollo_mini", "frugal")),
     ("1B", "v5p:2x2x1", "fsdp=4", 8, ("galore", "dct_adamw projected", "apollo_mini", "frugal")),
     ("7B", "h200", "data=1", 16, ("galore", "dct_adamw projected", "frugal")),
-    ("7B", "v5e:16x16", "data=16,fsdp=16", 1, ("galore", "dct_adamw projected", "apollo_mini", "frugal")),
+    (
+        "7B",
+        "v5e:16x16",
+        "data=16,fsdp=16",
+        1,
+        ("galore", "dct_adamw projected", "apollo_mini", "frugal"),
+    ),
     ("7B", "v6e:4x4", "fsdp=16", 16, ("galore", "dct_adamw projected", "apollo_mini", "frugal")),
     ("7B", "v5p:2x2x1", "fsdp=4", 16, ("galore", "dct_adamw projected", "apollo_mini", "frugal")),
     ("7B", "h200", "data=1", 16, ("dct_adamw",)),
@@ -99,11 +120,13 @@ def reality() -> list[Case]:
     found = []
     for topology, mesh in (("cpu:1", "data=1"), ("cpu:8", "fsdp=8")):
         for method in ("adamw", "galore projected"):
-            config = configuration.from_dict({
-                "model": {"preset": "35M"},
-                "data": {"sequence_length": 64, "batch_size": 8},
-                "optimizer": {"name": "adamw"},
-            })  # fmt: skip
+            config = configuration.from_dict(
+                {
+                    "model": {"preset": "35M"},
+                    "data": {"sequence_length": 64, "batch_size": 8},
+                    "optimizer": {"name": "adamw"},
+                }
+            )
             text = METHODS[method] + (":rank=96" if method != "adamw" else "")
             own = with_optimizer(with_mesh(config, mesh), text)
             found.append(Case(config=own, topology=topology, execute=True))
@@ -111,7 +134,8 @@ def reality() -> list[Case]:
 
 
 def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each aim with its value, its bound and whether it is met; None where its rows are not there."""
+    """Each aim with its value, its bound and whether it is met; None where its rows are not
+    there."""
     found = []
     shares = []
     for row in rows:
@@ -119,22 +143,39 @@ def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if row["mesh"].get("fsdp", 1) == row["chips"]:
             shares.append((own / share - 1, f"{row['preset']} {row['topology']} {row['name']}"))
     worst = max(shares, default=None)
-    found.append({"aim": "optimizer state of a chip over the whole state / chips - 1, parameters fully divided",
-                  "of": worst and worst[1], "value": worst and worst[0], "bound": 0.01,
-                  "met": None if worst is None else worst[0] <= 0.01})  # fmt: skip
+    found.append(
+        {
+            "aim": "optimizer state of a chip over the whole state / chips - 1, parameters fully "
+            "divided",
+            "of": worst and worst[1],
+            "value": worst and worst[0],
+            "bound": 0.01,
+            "met": None if worst is None else worst[0] <= 0.01,
+        }
+    )
     data = {row["optimizer"]: row for row in rows if row["mesh"] == {"data": 256} and row["placed"]}
     value = None
     if {"adamw", "galore"} <= data.keys():
-        low, full = (data[name]["collectives"]["block_reduced_bytes"] for name in ("galore", "adamw"))
+        low, full = (
+            data[name]["collectives"]["block_reduced_bytes"] for name in ("galore", "adamw")
+        )
         value = full / low
-    found.append({"aim": "reduced bytes of the blocks' matrices, AdamW's over projected backprop's, 256 replicas",
-                  "of": "1B, rank width / 8", "value": value, "bound": 4.0,
-                  "met": None if value is None else value >= 4.0})  # fmt: skip
+    found.append(
+        {
+            "aim": "reduced bytes of the blocks' matrices, AdamW's over projected backprop's, 256 "
+            "replicas",
+            "of": "1B, rank width / 8",
+            "value": value,
+            "bound": 4.0,
+            "met": None if value is None else value >= 4.0,
+        }
+    )
     return found
 
 
 def identity(one: Case) -> str:
-    """What tells rows apart: the fields of `queue.describe` without the key, which changes with every new option."""
+    """What tells rows apart: the fields of `queue.describe` without the key, which changes with
+    every new option."""
     return json.dumps({name: value for name, value in queue.describe(one).items() if name != "key"})
 
 
@@ -150,7 +191,14 @@ def collect(rows: dict[str, dict[str, Any]], failed: dict[str, str]) -> dict[str
     listed = {identity(one): one for one in wanted()}
     found = [queue.judged(rows[name]) for name in listed if name in rows]
     targets = list(dict.fromkeys(topology for _, topology, *_ in QUEUE))
-    found.sort(key=lambda row: (row["preset"], targets.index(row["topology"]), row["optimizer"], row["backprop"] or ""))
+    found.sort(
+        key=lambda row: (
+            row["preset"],
+            targets.index(row["topology"]),
+            row["optimizer"],
+            row["backprop"] or "",
+        )
+    )
     compared = [queue.judged(rows[name]) for name in map(identity, reality()) if name in rows]
     return {
         "command": COMMAND,
@@ -159,8 +207,14 @@ def collect(rows: dict[str, dict[str, Any]], failed: dict[str, str]) -> dict[str
         "rows": found,
         "reality": compared,
         "aims": aims(found),
-        "failed": [{"case": one.label, "error": failed[name]} for name, one in listed.items() if name in failed],
-        "not_reached": [one.label for name, one in listed.items() if name not in rows and name not in failed],
+        "failed": [
+            {"case": one.label, "error": failed[name]}
+            for name, one in listed.items()
+            if name in failed
+        ],
+        "not_reached": [
+            one.label for name, one in listed.items() if name not in rows and name not in failed
+        ],
     }
 
 
@@ -169,7 +223,10 @@ def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = commandline.parser(__doc__, OUTPUT)
     parser.add_argument(
-        "--budget_minutes", type=commandline.positive, default=60.0, help="no program is begun after this"
+        "--budget_minutes",
+        type=commandline.positive,
+        default=60.0,
+        help="no program is begun after this",
     )
     parser.add_argument("--python_tpu", help="an interpreter with libtpu")
     parser.add_argument("--python_cuda", help="an interpreter with the CUDA plugin")
@@ -200,7 +257,9 @@ def main(arguments: Sequence[str]) -> None:
     print(report.table(final["rows"]))
     for aim in final["aims"]:
         print(aim)
-    print(f"{len(final['rows'])} of {final['wanted']} rows; {len(final['not_reached'])} not reached")
+    print(
+        f"{len(final['rows'])} of {final['wanted']} rows; {len(final['not_reached'])} not reached"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The subspaces that refreshes find in a training run, against those of the exact SVD of the same gradients.
+"""The subspaces that refreshes find in a training run, against those of the exact SVD of the same
+gradients.
 
     python -m experiments.benchmarks.refresh_subspaces --budget_minutes 24
 
-trains the nano preset on the standard library's source with GaLore and projected backprop, once for each refresh,
-period and seed, everything else being equal; all refreshes follow their update. With the gradient `G` of a step, the
-bases `P` before and after it, and `U` of the r leading singular vectors of `G`:
+trains the nano preset on the standard library's source with GaLore and projected backprop, once for
+each refresh, period and seed, everything else being equal; all refreshes follow their update. With
+the gradient `G` of a step, the bases `P` before and after it, and `U` of the r leading singular
+vectors of `G`:
 
     svd           U
     power         qr(G GᵀP)                          one step of block power iteration from the last basis
@@ -12,28 +14,33 @@ bases `P` before and after it, and `U` of the r leading singular vectors of `G`:
     alternating   qr(G Q), Q = qr(m̂ᵀ), m̂ ~ PᵀG      no full gradient: m̂ is the first moment, debiased
     sketch        qr(GΩ)                             no full gradient: Ω is Gaussian
 
-What theory says. If the moment were the projected gradient of this step, `m̂ = PᵀG`, then `G Q` would span `G GᵀP`, and
-alternating would be power: one half of a power step is done by the training steps, the other by one thin product. In
-fact m̂ averages the gradients `Ḡ` of the last ten steps or so (1 / (1 - b1)), so that a refresh is one power step on
-`G Ḡᵀ`, with a warm start by the first moment. The noise of a batch is squared in `G Gᵀ`, while in `G Ḡᵀ` two nearly
-independent noises meet: no bias, but what m̂ spans is half its own noise. A power step shrinks the error towards the
-leading subspace by `(sigma_{r+1} / sigma_r)²`: where singular values lie close together, it turns slowly, and the
-largest angle to U stays near 90 degrees among directions of nearly equal energy. The sketch is half a step without
-memory: of the energy beyond the q-th singular value it loses `1 + q / (r - q - 1)` times at most in the mean, for the
-best q below r - 1 (Halko, Martinsson and Tropp 2011, theorem 10.5).
+What theory says. If the moment were the projected gradient of this step, `m̂ = PᵀG`, then `G Q`
+would span `G GᵀP`, and alternating would be power: one half of a power step is done by the training
+steps, the other by one thin product. In fact m̂ averages the gradients `Ḡ` of the last ten steps or
+so (1 / (1 - b1)), so that a refresh is one power step on `G Ḡᵀ`, with a warm start by the first
+moment. The noise of a batch is squared in `G Gᵀ`, while in `G Ḡᵀ` two nearly independent noises
+meet: no bias, but what m̂ spans is half its own noise. A power step shrinks the error towards the
+leading subspace by `(sigma_{r+1} / sigma_r)²`: where singular values lie close together, it turns
+slowly, and the largest angle to U stays near 90 degrees among directions of nearly equal energy.
+The sketch is half a step without memory: of the energy beyond the q-th singular value it loses
+`1 + q / (r - q - 1)` times at most in the mean, for the best q below r - 1 (Halko, Martinsson and
+Tropp 2011, theorem 10.5).
 
-What is measured at a refresh, for each matrix, and then averaged over matrices (angles: the median) and refreshes:
+What is measured at a refresh, for each matrix, and then averaged over matrices (angles: the median)
+and refreshes:
 
 * principal angles between P and U in degrees, the largest and the median one;
-* the energy `|PᵀG|² / |G|²` of this step's gradient, over that of U, which no basis of rank r exceeds;
+* the energy `|PᵀG|² / |G|²` of this step's gradient, over that of U, which no basis of rank r
+  exceeds;
 * the same of gradients of the steps that the basis serves, over that of U: what training lives on.
 
-The first refresh is left out of the averages (no moment yet). Rank is a quarter of the width, as in the papers.
-Periods: 200 is GaLore's, where parameters go far between two refreshes; 10 is the memory of the moment, and the period
-of `make train`: one power step a refresh has many refreshes to converge.
+The first refresh is left out of the averages (no moment yet). Rank is a quarter of the width, as in
+the papers. Periods: 200 is GaLore's, where parameters go far between two refreshes; 10 is the
+memory of the moment, and the period of `make train`: one power step a refresh has many refreshes to
+converge.
 
-About a minute on one core for a run. A finished run is kept under `--root` and not repeated; after the budget none
-starts, and the table says what is missing.
+About a minute on one core for a run. A finished run is kept under `--root` and not repeated; after
+the budget none starts, and the table says what is missing.
 """
 
 import io
@@ -55,21 +62,44 @@ from experiments.benchmarks import commandline, timing
 from experiments.models import llama
 from lowrank_jax.interop import documents
 
-REFRESHES = {"svd": "full", "power": "full", "randomized": "full", "alternating": "thin", "sketch": "thin"}
+REFRESHES = {
+    "svd": "full",
+    "power": "full",
+    "randomized": "full",
+    "alternating": "thin",
+    "sketch": "thin",
+}
 PERIODS, SEEDS, RANK = (10, 200), (0, 1), 32
-SHARES = ("largest_angle", "median_angle", "step_share", "step_energy_svd", "window_share", "window_energy_svd")
+SHARES = (
+    "largest_angle",
+    "median_angle",
+    "step_share",
+    "step_energy_svd",
+    "window_share",
+    "window_energy_svd",
+)
 
 
 def configured(refresh: str, period: int, seed: int, steps: int) -> configuration.RunConfig:
     """The run: GaLore at the learning rate that was best in `experiments.evidence`."""
-    return configuration.from_dict({
-        "model": {"preset": "nano"},
-        "data": {"sequence_length": 64, "batch_size": 8},
-        "optimizer": {"name": "galore", "rank": RANK, "projector": refresh, "refresh_every": period,
-                      "refresh_when": "after", "backprop": "projected", "learning_rate": 1e-2, "weight_decay": 0.0},
-        "schedule": {"steps": steps},
-        "run": {"seed": seed, "evaluation_tokens": 64 * 1024, "evaluation_batch_size": 64},
-    })  # fmt: skip
+    return configuration.from_dict(
+        {
+            "model": {"preset": "nano"},
+            "data": {"sequence_length": 64, "batch_size": 8},
+            "optimizer": {
+                "name": "galore",
+                "rank": RANK,
+                "projector": refresh,
+                "refresh_every": period,
+                "refresh_when": "after",
+                "backprop": "projected",
+                "learning_rate": 1e-2,
+                "weight_decay": 0.0,
+            },
+            "schedule": {"steps": steps},
+            "run": {"seed": seed, "evaluation_tokens": 64 * 1024, "evaluation_batch_size": 64},
+        }
+    )
 
 
 def principal_angles(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -84,7 +114,8 @@ def principal_angles(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def measured_steps(period: int, steps: int, apart: int = 100) -> dict[int, list[int]]:
-    """{step of a measured refresh: steps of its window whose gradients are taken}, about `apart` steps apart.
+    """{step of a measured refresh: steps of its window whose gradients are taken}, about `apart`
+    steps apart.
 
     >>> measured_steps(200, 600)[200]
     [210, 230, 250, 270, 290, 310, 330, 350, 370, 390]
@@ -116,7 +147,8 @@ class Probe:
 
     def _oriented(self, grads: Any) -> list[jax.Array]:
         by_path = {
-            "/".join(key.key for key in keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]
+            "/".join(key.key for key in keys): leaf
+            for keys, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]
         }
         return [view.orient(by_path[view.path]) for view in self.views]
 
@@ -126,7 +158,10 @@ class Probe:
         return [svd.refresh(view, None, lr.Evidence(grad=x)) for view, x in pairs]
 
     def _angles(self, bases: list[Any], exact: list[jax.Array]) -> list[jax.Array]:
-        columns = [self.projector.columns(view, basis) for view, basis in zip(self.views, bases, strict=True)]
+        columns = [
+            self.projector.columns(view, basis)
+            for view, basis in zip(self.views, bases, strict=True)
+        ]
         return [principal_angles(a, b) for a, b in zip(columns, exact, strict=True)]
 
     def _energy(self, bases: list[Any], grads: Any) -> jax.Array:
@@ -138,8 +173,11 @@ class Probe:
         return jnp.concatenate(found)
 
 
-def summary(step: int, angles: Sequence[Any], own: Sequence[Any], exact: Sequence[Any]) -> dict[str, Any]:
-    """One measured refresh. `own` and `exact` hold captured energies (matrices,): of the step, then of its window."""
+def summary(
+    step: int, angles: Sequence[Any], own: Sequence[Any], exact: Sequence[Any]
+) -> dict[str, Any]:
+    """One measured refresh. `own` and `exact` hold captured energies (matrices,): of the step, then
+    of its window."""
     degrees = np.concatenate([np.asarray(x).reshape(-1, x.shape[-1]) for x in angles])
     (step_own, *window_own), (step_svd, *window_svd) = np.asarray(own), np.asarray(exact)
     window_own, window_svd = np.mean(window_own, axis=0), np.mean(window_svd, axis=0)
@@ -154,7 +192,9 @@ def summary(step: int, angles: Sequence[Any], own: Sequence[Any], exact: Sequenc
     }
 
 
-def train(config: configuration.RunConfig, apart: int = 100, say: Callable[[str], None] = print) -> dict[str, Any]:
+def train(
+    config: configuration.RunConfig, apart: int = 100, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """One whole run: what was measured at its refreshes, and its last validation loss."""
     dataset, model, seed = workdir.open_dataset(config), llama.Llama(config.model), config.run.seed
     rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
@@ -177,12 +217,18 @@ def train(config: configuration.RunConfig, apart: int = 100, say: Callable[[str]
             measured["own"].append(probe.energy(probe.bases(state["opt_state"]), grads))
             measured["svd"].append(probe.energy(measured["exact"], grads))
             if step == windows[samples[step]][-1]:
-                found.append(summary(samples[step], measured["angles"], measured["own"], measured["svd"]))
+                found.append(
+                    summary(samples[step], measured["angles"], measured["own"], measured["svd"])
+                )
         state, seen = update(state, batch)
         if step in windows:
             bases, exact = probe.bases(state["opt_state"]), probe.exact(grads)
-            measured = {"exact": exact, "angles": jax.device_get(probe.angles(bases, exact)),
-                        "own": [probe.energy(bases, grads)], "svd": [probe.energy(exact, grads)]}  # fmt: skip
+            measured = {
+                "exact": exact,
+                "angles": jax.device_get(probe.angles(bases, exact)),
+                "own": [probe.energy(bases, grads)],
+                "svd": [probe.energy(exact, grads)],
+            }
         if (step + 1) % 100 == 0:
             say(f"  update {step + 1} of {steps}: loss {float(seen['loss']):.4f}")
     evaluation = jax.jit(lambda params, batch: updates.loss_sums(model, params, batch))
@@ -195,8 +241,15 @@ def train(config: configuration.RunConfig, apart: int = 100, say: Callable[[str]
 Key = tuple[int, int, str]
 
 
-def queue(root: Path, keys: Sequence[Key], steps: int, budget_minutes: float, run: Callable[..., Any] = train) -> float:
-    """Makes the runs (seed, period, refresh) that `root` lacks until the budget is spent; CPU minutes of all runs."""
+def queue(
+    root: Path,
+    keys: Sequence[Key],
+    steps: int,
+    budget_minutes: float,
+    run: Callable[..., Any] = train,
+) -> float:
+    """Makes the runs (seed, period, refresh) that `root` lacks until the budget is spent; CPU
+    minutes of all runs."""
     root.mkdir(parents=True, exist_ok=True)
     for number, (seed, period, refresh) in enumerate(keys):
         path = _file(root, seed, period, refresh, steps)
@@ -204,9 +257,16 @@ def queue(root: Path, keys: Sequence[Key], steps: int, budget_minutes: float, ru
         if path.exists():
             continue
         if spent > budget_minutes:
-            print(f"{spent:.1f} of {budget_minutes:g} minutes are spent: {len(keys) - number} runs left", flush=True)
+            print(
+                f"{spent:.1f} of {budget_minutes:g} minutes are spent: {len(keys) - number} runs "
+                "left",
+                flush=True,
+            )
             break
-        print(f"[{spent:.1f} min] {number + 1} of {len(keys)}: {refresh} every {period}, seed {seed}", flush=True)
+        print(
+            f"[{spent:.1f} min] {number + 1} of {len(keys)}: {refresh} every {period}, seed {seed}",
+            flush=True,
+        )
         begin = time.process_time()
         result = run(configured(refresh, period, seed, steps))
         outputs.write_json(path, result | {"cpu_minutes": (time.process_time() - begin) / 60})
@@ -224,7 +284,8 @@ def _file(root: Path, seed: int, period: int, refresh: str, steps: int) -> Path:
 
 
 def collect(root: Path, keys: Sequence[Key], steps: int) -> list[dict[str, Any]]:
-    """A row for each refresh and period that has a finished run: means over seeds and over refreshes but the first."""
+    """A row for each refresh and period that has a finished run: means over seeds and over
+    refreshes but the first."""
     rows = []
     for period in dict.fromkeys(period for _, period, _ in keys):
         for refresh, reads in REFRESHES.items():
@@ -234,11 +295,19 @@ def collect(root: Path, keys: Sequence[Key], steps: int) -> list[dict[str, Any]]
             later = [entry for found in runs for entry in found["measured"] if entry["step"] > 0]
             if not later:
                 continue
-            rows.append({"refresh": refresh, "reads": reads, "period": period, "runs": len(runs), "wanted": len(wanted),
-                         "refreshes": len(later),
-                         **{name: statistics.mean(entry[name] for entry in later) for name in SHARES},
-                         "validation_losses": [found["validation_loss"] for found in runs],
-                         "measured": [found["measured"] for found in runs]})  # fmt: skip
+            rows.append(
+                {
+                    "refresh": refresh,
+                    "reads": reads,
+                    "period": period,
+                    "runs": len(runs),
+                    "wanted": len(wanted),
+                    "refreshes": len(later),
+                    **{name: statistics.mean(entry[name] for entry in later) for name in SHARES},
+                    "validation_losses": [found["validation_loss"] for found in runs],
+                    "measured": [found["measured"] for found in runs],
+                }
+            )
     return rows
 
 
@@ -256,9 +325,18 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes = figure.add_subplot(1, len(periods), place + 1)
         for row in (row for row in rows if row["period"] == period):
             entries = row["measured"][0]
-            axes.plot([entry["step"] for entry in entries], [entry["window_share"] for entry in entries], marker="o",
-                      color=figures.colour(list(REFRESHES).index(row["refresh"])), label=row["refresh"])  # fmt: skip
-        axes.set(title=f"refresh every {period} updates", xlabel="update", ylabel="energy of the next window, of SVD's")
+            axes.plot(
+                [entry["step"] for entry in entries],
+                [entry["window_share"] for entry in entries],
+                marker="o",
+                color=figures.colour(list(REFRESHES).index(row["refresh"])),
+                label=row["refresh"],
+            )
+        axes.set(
+            title=f"refresh every {period} updates",
+            xlabel="update",
+            ylabel="energy of the next window, of SVD's",
+        )
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
         axes.legend(fontsize=8)
     buffer = io.BytesIO()
@@ -270,24 +348,49 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Makes what is missing, prints the rows, writes JSON and figure."""
     parser = commandline.parser(__doc__, "experiments/results/refresh_subspaces.json")
-    parser.add_argument("--root", type=commandline.folder, default="runs/refresh_subspaces", help="folder of the runs")
+    parser.add_argument(
+        "--root",
+        type=commandline.folder,
+        default="runs/refresh_subspaces",
+        help="folder of the runs",
+    )
     parser.add_argument("--steps", type=commandline.count, default=600, help="updates of a run")
-    parser.add_argument("--seeds", type=commandline.count, default=len(SEEDS), help="runs of each row")
-    parser.add_argument("--budget_minutes", type=commandline.positive, default=12.0, help="no run starts after this")
+    parser.add_argument(
+        "--seeds", type=commandline.count, default=len(SEEDS), help="runs of each row"
+    )
+    parser.add_argument(
+        "--budget_minutes", type=commandline.positive, default=12.0, help="no run starts after this"
+    )
     options, words = parser.parse_args(arguments), [*arguments]
     workdir.use_compile_cache()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    keys = [(seed, period, name) for seed in range(options.seeds) for period in PERIODS for name in REFRESHES]
+    keys = [
+        (seed, period, name)
+        for seed in range(options.seeds)
+        for period in PERIODS
+        for name in REFRESHES
+    ]
     spent = queue(options.root, keys, options.steps, options.budget_minutes)
     rows = collect(options.root, keys, options.steps)
     command = f"python -m experiments.benchmarks.refresh_subspaces {' '.join(words)}".strip()
-    result = {"command": command, "preset": "nano", "rank": RANK, "steps": options.steps, "tokens_per_update": 8 * 64,
-              "cpu_minutes": round(spent, 1), "machine": timing.machine(), "rows": rows}  # fmt: skip
+    result = {
+        "command": command,
+        "preset": "nano",
+        "rank": RANK,
+        "steps": options.steps,
+        "tokens_per_update": 8 * 64,
+        "cpu_minutes": round(spent, 1),
+        "machine": timing.machine(),
+        "rows": rows,
+    }
     for row in rows:
         losses = ", ".join(f"{loss:.4f}" for loss in row["validation_losses"])
-        print(f"{row['refresh']:<12}{row['period']:>4}  angles {row['largest_angle']:.1f}, {row['median_angle']:.1f}  "
-              f"energy {row['step_share']:.3f}, window {row['window_share']:.3f}  loss {losses}")  # fmt: skip
+        print(
+            f"{row['refresh']:<12}{row['period']:>4}  angles {row['largest_angle']:.1f}, "
+            f"{row['median_angle']:.1f}  energy {row['step_share']:.3f}, window "
+            f"{row['window_share']:.3f}  loss {losses}"
+        )
     plot(rows, options.root / "subspaces.png")
     outputs.write_result(options.output, result, replace=options.replace)
 

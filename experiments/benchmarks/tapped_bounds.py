@@ -1,17 +1,20 @@
-"""What one pass over x, or dY, could save of a tapped product: XLA's programs, the fewest bytes, and a roofline.
+"""What one pass over x, or dY, could save of a tapped product: XLA's programs, the fewest bytes,
+and a roofline.
 
     python -m experiments.benchmarks.tapped_bounds --target v5e:2x2     with `.venv-tpu/bin/python`: needs libtpu
     python -m experiments.benchmarks.tapped_bounds --target h100        with `.venv-cuda/bin/python`: needs its plugin
 
-Replaces the target's rows in `experiments/results/tapped_bounds.json`. "forward" is `xW` and `xP` (rows shrunk),
-"backward" is `dY Wᵀ` and `(xP)ᵀ dY`, or where the columns are shrunk `dY Wᵀ`, `dY Q` and `xᵀ (dY Q)`; as
-`lr.projection.tapped` computes them, bfloat16, 4096 tokens. Nothing is run.
+Replaces the target's rows in `experiments/results/tapped_bounds.json`. "forward" is `xW` and `xP`
+(rows shrunk), "backward" is `dY Wᵀ` and `(xP)ᵀ dY`, or where the columns are shrunk `dY Wᵀ`, `dY Q`
+and `xᵀ (dY Q)`; as `lr.projection.tapped` computes them, bfloat16, 4096 tokens. Nothing is run.
 
-    moved_bytes, least_bytes   XLA's, counted as in `kernels`; every operand and result once, dY once of three readings
+    moved_bytes, least_bytes   XLA's, counted as in `kernels`; every operand and result once, dY
+                               once of three readings
     arithmetic_us, memory_us   operations over peak, moved_bytes over bandwidth
-    gain                       1 - max(arithmetic, least memory) / max(arithmetic, memory): 0 where arithmetic is longer
-    largest_gain               the same by formula, one reading of x or dY saved, at that power of two up to 4096 tokens
-                               where it is largest
+    gain                       1 - max(arithmetic, least memory) / max(arithmetic, memory): 0 where
+                               arithmetic is longer
+    largest_gain               the same by formula, one reading of x or dY saved, at that power of
+                               two up to 4096 tokens where it is largest
 """
 
 import functools
@@ -40,7 +43,8 @@ MATRICES = (
     ("7B down", 11008, 4096, (1024, 256)),
     ("1B up", 2048, 5461, (512, 128)),
 )
-# Bytes/s of one chip: Google Cloud, Cloud TPU documentation, system architecture of each; NVIDIA's data sheets.
+# Bytes/s of one chip: Google Cloud, Cloud TPU documentation, system architecture of each; NVIDIA's
+# data sheets.
 BANDWIDTH = {"v5e": 819e9, "v6e": 1640e9, "v5p": 2765e9, "h100": 3.35e12, "h200": 4.8e12}
 
 _contract: Callable = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -65,7 +69,8 @@ Program = tuple[Callable, list[jax.ShapeDtypeStruct], int, int]
 
 
 def programs(n: int, m: int, r: int, tokens: int) -> dict[str, Program]:
-    """`{part: (program, operands, operations, fewest bytes)}` of one matrix; the first operand is what XLA rereads."""
+    """`{part: (program, operands, operations, fewest bytes)}` of one matrix; the first operand is
+    what XLA rereads."""
 
     def program(function, thin, *shapes):
         operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
@@ -78,8 +83,12 @@ def programs(n: int, m: int, r: int, tokens: int) -> dict[str, Program]:
             "forward": program(forward, n, (tokens, n), (n, m), (n, r)),
             "backward": program(backward_rows, m, (tokens, m), (n, m), (tokens, r)),
         }
-    function, operands, operations, least = program(backward_cols, n + m, (tokens, m), (n, m), (m, r), (tokens, n))
-    return {"backward": (function, operands, operations, least + 4 * tokens * r)}  # dY Q is written and read
+    function, operands, operations, least = program(
+        backward_cols, n + m, (tokens, m), (n, m), (m, r), (tokens, n)
+    )
+    return {
+        "backward": (function, operands, operations, least + 4 * tokens * r)
+    }  # dY Q is written and read
 
 
 def gain(chip: str, operations: int, moved: int, least: int) -> float:
@@ -94,7 +103,9 @@ def largest_gain(n: int, m: int, r: int, part: str, chip: str) -> tuple[float, i
     best = (0.0, 1)
     for tokens in (2**power for power in range(13)):
         _, (first, *_), operations, least = programs(n, m, r, tokens)[part]
-        best = max(best, (gain(chip, operations, least + first.size * first.dtype.itemsize, least), tokens))
+        best = max(
+            best, (gain(chip, operations, least + first.size * first.dtype.itemsize, least), tokens)
+        )
     return best
 
 
@@ -104,18 +115,27 @@ def rows(target: targets.Target) -> Iterator[dict[str, Any]]:
     for matrix, n, m, ranks in MATRICES:
         for r in ranks:
             for part, (program, operands, operations, least) in programs(n, m, r, TOKENS).items():
-                placed = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for leaf in operands]
+                placed = [
+                    jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+                    for leaf in operands
+                ]
                 compiled: Any = jax.jit(program).lower(*placed).compile()
                 moved, _ = traffic(compiled.as_text())
                 largest, tokens = largest_gain(n, m, r, part, chip)
                 yield {
-                    "target": target.name, "matrix": matrix, "rank": r, "part": part, "moved_bytes": moved,
-                    "least_bytes": least, "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+                    "target": target.name,
+                    "matrix": matrix,
+                    "rank": r,
+                    "part": part,
+                    "moved_bytes": moved,
+                    "least_bytes": least,
+                    "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
                     "arithmetic_us": round(1e6 * operations / targets.CHIPS[chip].peak_flops, 1),
                     "memory_us": round(1e6 * moved / BANDWIDTH[chip], 1),
                     "gain": round(gain(chip, operations, moved, least), 3),
-                    "largest_gain": round(largest, 3), "at_tokens": tokens,
-                }  # fmt: skip
+                    "largest_gain": round(largest, 3),
+                    "at_tokens": tokens,
+                }
 
 
 @commandline.command
@@ -128,11 +148,16 @@ def main(arguments: Sequence[str]) -> None:
     outputs.check("output", RESULTS, is_folder=False)
     target = targets.parse(options.target)
     if target.chip not in BANDWIDTH:
-        parser.error(f"--target {target.name}: no bandwidth is noted for it; one of {tuple(BANDWIDTH)}")
+        parser.error(
+            f"--target {target.name}: no bandwidth is noted for it; one of {tuple(BANDWIDTH)}"
+        )
     missing = {k: v for k, v in target.environment().items() if os.environ.get(k) != v}
     if missing:
-        os.execve(sys.executable, [sys.executable, "-m", "experiments.benchmarks.tapped_bounds", *sys.argv[1:]],
-                  os.environ | missing)  # fmt: skip
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "experiments.benchmarks.tapped_bounds", *sys.argv[1:]],
+            os.environ | missing,
+        )
     found = []
     for row in rows(target):
         found.append(row)

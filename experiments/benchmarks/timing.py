@@ -1,4 +1,5 @@
-"""Timing on a machine that does other things too: interleaved repetitions, medians, and what they were taken on."""
+"""Timing on a machine that does other things too: interleaved repetitions, medians, and what they
+were taken on."""
 
 import os
 import platform
@@ -22,8 +23,8 @@ def seconds(function: Callable[[], Any]) -> float:
 def interleave(cases: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, float]:
     """The median of what each case returns, over rounds in which every case runs once.
 
-    Slow drifts of the machine then hit all cases alike. Cases return their own seconds, so that what prepares a step is
-    not timed.
+    Slow drifts of the machine then hit all cases alike. Cases return their own seconds, so that
+    what prepares a step is not timed.
 
     >>> interleave({"a": lambda: 1.0, "b": iter([3.0, 2.0, 9.0]).__next__}, repetitions=3)
     {'a': 1.0, 'b': 3.0}
@@ -63,4 +64,6 @@ def machine() -> dict[str, Any]:
 
 def usable_cores() -> int:
     """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )

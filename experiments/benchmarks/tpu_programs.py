@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.tpu_programs --preset 60M
 
-prints a line of JSON for each. `experiments.benchmarks.optimizer_step` runs it in a process of its own, because the
-compiler's plugin and its environment variables do not belong in a process that measures times. An SVD is left out: it
-takes minutes and hundreds of megabytes.
+prints a line of JSON for each. `experiments.benchmarks.optimizer_step` runs it in a process of its
+own, because the compiler's plugin and its environment variables do not belong in a process that
+measures times. An SVD is left out: it takes minutes and hundreds of megabytes.
 """
 
 import importlib.util
@@ -45,11 +45,14 @@ def projectors(rank: int) -> dict[str, Any]:
 
 
 def refresh_of(projector: Any, view: lr.ResolvedView):
-    """`(basis, gradient, moments, step, seed) -> basis`: one refresh of a stack, as the optimizer makes it."""
+    """`(basis, gradient, moments, step, seed) -> basis`: one refresh of a stack, as the optimizer
+    makes it."""
 
     def refresh(basis, gradient, moments, step, seed):
         keys = jax.random.split(jax.random.key(seed), view.batch)
-        return projector.refresh(view, basis, lr.Evidence(grad=gradient, moments=moments, step=step, key=keys))
+        return projector.refresh(
+            view, basis, lr.Evidence(grad=gradient, moments=moments, step=step, key=keys)
+        )
 
     return refresh
 
@@ -96,15 +99,29 @@ def measure(preset: str, python: str | None = None) -> dict[str, Any]:
     """
     if python is None:
         own = Path(".venv-tpu/bin/python")
-        python = str(own) if importlib.util.find_spec("libtpu") is None and own.exists() else sys.executable
+        python = (
+            str(own)
+            if importlib.util.find_spec("libtpu") is None and own.exists()
+            else sys.executable
+        )
     probe = subprocess.run([python, "-c", "import libtpu"], capture_output=True, text=True)
     if probe.returncode:
-        return {"rows": [], "reason": "not measured: no libtpu here; `make test-tpu` makes .venv-tpu, which has it"}
+        return {
+            "rows": [],
+            "reason": "not measured: no libtpu here; `make test-tpu` makes .venv-tpu, which has it",
+        }
     command = [python, "-m", "experiments.benchmarks.tpu_programs", "--preset", preset]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     if run.returncode:
-        return {"rows": [], "reason": f"not measured: {(run.stderr.strip().splitlines() or ['failed'])[-1]}"}
-    return {"rows": [json.loads(line) for line in run.stdout.splitlines()], "topology": TOPOLOGY, "reason": None}
+        return {
+            "rows": [],
+            "reason": f"not measured: {(run.stderr.strip().splitlines() or ['failed'])[-1]}",
+        }
+    return {
+        "rows": [json.loads(line) for line in run.stdout.splitlines()],
+        "topology": TOPOLOGY,
+        "reason": None,
+    }
 
 
 @commandline.command

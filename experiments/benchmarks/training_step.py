@@ -1,21 +1,24 @@
-"""What a whole training step costs: forward, backward and update, with full gradients and with projected ones.
+"""What a whole training step costs: forward, backward and update, with full gradients and with
+projected ones.
 
     python -m experiments.benchmarks.training_step --preset 60M --output experiments/results/training_step_60M.json
 
-Every case trains the same LLaMA preset on the same tokens, as one jitted step with parameters and state donated, in one
-process; the cases of a rank and AdamW are interleaved, and times are medians of steps that refresh nothing. AdamW is
-`optax.adamw`.
-`optax.contrib.galore` gets unscanned layers, because it skips stacks. "blocks" is the stack of layers alone, without
-embedding, head and loss; "head too" projects the output layer like a block's matrix, which the papers do not.
+Every case trains the same LLaMA preset on the same tokens, as one jitted step with parameters and
+state donated, in one process; the cases of a rank and AdamW are interleaved, and times are medians
+of steps that refresh nothing. AdamW is `optax.adamw`.
+`optax.contrib.galore` gets unscanned layers, because it skips stacks. "blocks" is the stack of
+layers alone, without embedding, head and loss; "head too" projects the output layer like a block's
+matrix, which the papers do not.
 
-Beside each clock ratio stands the ratio of the operations, by formula: of N tokens a matrix (m, n) costs 6 N m n, with
-a tap of rank r `4 N m n + 2 N r (m + n)`; `12 L D S` a token for attention, 6 V D for the head; an optimizer's own
-products are 2 m n r each. Bytes are parameters plus the program's temporaries, which hold the gradients.
+Beside each clock ratio stands the ratio of the operations, by formula: of N tokens a matrix (m, n)
+costs 6 N m n, with a tap of rank r `4 N m n + 2 N r (m + n)`; `12 L D S` a token for attention, 6 V
+D for the head; an optimizer's own products are 2 m n r each. Bytes are parameters plus the
+program's temporaries, which hold the gradients.
 
-"projected backprop" takes full gradients at a refresh, for its exact SVD; "alternating" never does: its basis is the
-orthonormalised product of the gradient and the first moment, taken by a second tap. `amortised` spreads one refresh
-over 200 steps. `losses` runs 200 updates of the nano preset on the
-standard library's source twice, with projected and with full gradients and the same clip rule.
+"projected backprop" takes full gradients at a refresh, for its exact SVD; "alternating" never does:
+its basis is the orthonormalised product of the gradient and the first moment, taken by a second
+tap. `amortised` spreads one refresh over 200 steps. `losses` runs 200 updates of the nano preset on
+the standard library's source twice, with projected and with full gradients and the same clip rule.
 """
 
 import dataclasses
@@ -51,14 +54,18 @@ class Blocks(nn.Module):
     def __call__(self, x):
         """Of x (B, S, D)."""
         stack = nn.scan(
-            llama.Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.layers
+            llama.Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.config.layers,
         )
         return stack(self.config, name="layers")(x, None)[0]
 
 
 @dataclasses.dataclass
 class Work:
-    """What a step trains: parameters, which all cases of one model pass on to each other, a loss and one batch."""
+    """What a step trains: parameters, which all cases of one model pass on to each other, a loss
+    and one batch."""
 
     params: Any
     loss: Callable[..., Any]
@@ -66,11 +73,14 @@ class Work:
 
 
 def work(config: llama.LlamaConfig, batch: int, *, head: bool = True) -> Work:
-    """A model with random parameters and tokens; `head=False` is the blocks alone on normal inputs."""
+    """A model with random parameters and tokens; `head=False` is the blocks alone on normal
+    inputs."""
     key = jax.random.key(0)
     if head:
         model: nn.Module = llama.Llama(config)
-        data: Any = jax.random.randint(key, (batch, config.sequence_length), 0, config.vocabulary_size)
+        data: Any = jax.random.randint(
+            key, (batch, config.sequence_length), 0, config.vocabulary_size
+        )
 
         def loss(params, tokens):
             logits = model.apply({"params": params}, tokens)
@@ -105,7 +115,9 @@ def operations(
     KV = config.kv_heads * config.head_size
     total = 12 * L * D * config.sequence_length * tokens
     for m, n in ((D, D), (D, KV), (D, KV), (D, D), (D, F), (D, F), (F, D)):
-        total += L * (4 * tokens * m * n + 2 * tokens * rank * (m + n) if tapped else 6 * tokens * m * n)
+        total += L * (
+            4 * tokens * m * n + 2 * tokens * rank * (m + n) if tapped else 6 * tokens * m * n
+        )
         total += L * 2 * m * n * rank * (1 if tapped else 2)
     if head:
         m, n = D, config.vocabulary_size
@@ -133,7 +145,9 @@ class Case:
         """Seconds of one step."""
 
         def once():
-            self.of.params, self.state, value = self.compiled(self.of.params, self.state, self.of.batch)
+            self.of.params, self.state, value = self.compiled(
+                self.of.params, self.state, self.of.batch
+            )
             return self.of.params, self.state, value
 
         return timing.seconds(once)
@@ -182,7 +196,9 @@ def make(
     return Case(name, rank, tapped, head_tapped, refresh, compiled, of, state, *sizes)
 
 
-def cases(preset: str, batch: int, length: int, part: int, *, head: bool, contrib: bool) -> list[Case]:
+def cases(
+    preset: str, batch: int, length: int, part: int, *, head: bool, contrib: bool
+) -> list[Case]:
     """AdamW and the rows of one rank, the width over `part`."""
     config = llama.preset(preset, sequence_length=length)
     rank, of = config.width // part, work(config, batch, head=head)
@@ -201,19 +217,31 @@ def cases(preset: str, batch: int, length: int, part: int, *, head: bool, contri
         "clock": lr.clocks.every(period=PERIOD, phase=PERIOD - 1, first=False, when="after"),
     }
     tx = lr.galore(1e-2, views=workload.VIEWS, **after)
-    rows.append(make(f"{name}, alternating", lr.train_step(of.loss, tx), tx, of, rank=rank, tapped=True))
+    rows.append(
+        make(f"{name}, alternating", lr.train_step(of.loss, tx), tx, of, rank=rank, tapped=True)
+    )
     if head:
         views = dataclasses.replace(workload.VIEWS, rules=((r"lm_head/kernel", lr.MatrixView()),))
         tx = lr.galore(1e-2, views=views, **after)
         name = f"{name}, alternating, head too"
-        rows.append(make(name, lr.train_step(of.loss, tx), tx, of, rank=rank, tapped=True, head_tapped=True))
+        rows.append(
+            make(name, lr.train_step(of.loss, tx), tx, of, rank=rank, tapped=True, head_tapped=True)
+        )
     return rows
 
 
 def table(
-    preset: str, batch: int, length: int, repetitions: int, *, head: bool, contrib: bool, parts: tuple[int, ...]
+    preset: str,
+    batch: int,
+    length: int,
+    repetitions: int,
+    *,
+    head: bool,
+    contrib: bool,
+    parts: tuple[int, ...],
 ) -> dict[str, Any]:
-    """Times, operations and bytes of every case, rank after rank; each rank has its own AdamW to compare with."""
+    """Times, operations and bytes of every case, rank after rank; each rank has its own AdamW to
+    compare with."""
     lines: list[dict[str, Any]] = []
     for part in parts:
         rows = cases(preset, batch, length, part, head=head, contrib=contrib and not lines)
@@ -225,16 +253,32 @@ def table(
     return {"part": "whole model" if head else "blocks alone", "rows": lines}
 
 
-def line(row: Case, seconds: dict[str, float], preset: str, batch: int, length: int, head: bool) -> dict[str, Any]:
-    """What is recorded of one case, after the timed steps; a tapped one pays for one refresh here."""
-    config, own, adamw = llama.preset(preset, sequence_length=length), seconds[row.name], seconds["optax.adamw"]
+def line(
+    row: Case, seconds: dict[str, float], preset: str, batch: int, length: int, head: bool
+) -> dict[str, Any]:
+    """What is recorded of one case, after the timed steps; a tapped one pays for one refresh
+    here."""
+    config, own, adamw = (
+        llama.preset(preset, sequence_length=length),
+        seconds[row.name],
+        seconds["optax.adamw"],
+    )
     kind = {"tapped": row.tapped, "head_tapped": row.head_tapped}
     counted = operations(config, batch * length, head=head, rank=row.rank, **kind)
     work_ratio = counted / operations(config, batch * length, head=head)
-    found = {"case": row.name, "rank": row.rank, **kind, "seconds": own, "adamw_seconds": adamw,
-             "clock_ratio": own / adamw, "operations": counted, "operations_ratio": work_ratio,
-             "clock_over_operations": own / adamw / work_ratio, "bytes": row.bytes,
-             "state_bytes": row.state_bytes}  # fmt: skip
+    found = {
+        "case": row.name,
+        "rank": row.rank,
+        **kind,
+        "seconds": own,
+        "adamw_seconds": adamw,
+        "clock_ratio": own / adamw,
+        "operations": counted,
+        "operations_ratio": work_ratio,
+        "clock_over_operations": own / adamw / work_ratio,
+        "bytes": row.bytes,
+        "state_bytes": row.state_bytes,
+    }
     if row.tapped:
         row.state = at(row.state, row.refresh)
         refresh = row.run()
@@ -244,15 +288,28 @@ def line(row: Case, seconds: dict[str, float], preset: str, batch: int, length: 
 
 
 def losses(steps: int = 200) -> dict[str, Any]:
-    """The largest difference between the losses of projected and of full gradients, update by update."""
-    config = configuration.from_dict({
-        "data": {"sequence_length": 64, "batch_size": 8},
-        "optimizer": {"name": "galore", "rank": 32, "learning_rate": 1e-2, "refresh_every": 50,
-                      "backprop": "projected"},
-        "schedule": {"steps": steps},
-    })  # fmt: skip
+    """The largest difference between the losses of projected and of full gradients, update by
+    update."""
+    config = configuration.from_dict(
+        {
+            "data": {"sequence_length": 64, "batch_size": 8},
+            "optimizer": {
+                "name": "galore",
+                "rank": 32,
+                "learning_rate": 1e-2,
+                "refresh_every": 50,
+                "backprop": "projected",
+            },
+            "schedule": {"steps": steps},
+        }
+    )
     dataset, model = workdir.open_dataset(config), llama.Llama(config.model)
-    options: dict[str, Any] = {"rank": 32, "refresh_every": 50, "clip_norm": 1.0, "views": workload.VIEWS}
+    options: dict[str, Any] = {
+        "rank": 32,
+        "refresh_every": 50,
+        "clip_norm": 1.0,
+        "views": workload.VIEWS,
+    }
     tx = lr.galore(1e-2, **options)
     key = jax.random.key(0)
     params = model.init(key, jnp.zeros((1, 64), jnp.int32))["params"]
@@ -265,7 +322,9 @@ def losses(steps: int = 200) -> dict[str, Any]:
         step = jax.jit(update)
         runs[name] = []
         for number in range(steps):
-            state, measured = step(state, jax.tree.map(jnp.asarray, dataset.train.batch(number, 0, 1)))
+            state, measured = step(
+                state, jax.tree.map(jnp.asarray, dataset.train.batch(number, 0, 1))
+            )
             runs[name].append(float(measured["loss"]))
     difference = np.abs(np.subtract(runs["projected"], runs["full"]))
     last = {f"{name}_last": values[-1] for name, values in runs.items()}
@@ -288,7 +347,12 @@ def aims(preset: str, tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
             bound = AIMS.get((preset, width // row["rank"]))
             if bound is not None:
                 add("clock, of AdamW's", name, row["clock_ratio"], bound)
-            add("clock ratio over operations ratio", name, row["clock_over_operations"], CLOCK_OVER_FLOPS)
+            add(
+                "clock ratio over operations ratio",
+                name,
+                row["clock_over_operations"],
+                CLOCK_OVER_FLOPS,
+            )
             add("memory, of AdamW's", name, row["bytes"] / adamw["bytes"], 1.0)
     return found
 
@@ -299,10 +363,16 @@ def main(arguments: Sequence[str]) -> None:
     parser = commandline.parser(__doc__, "experiments/results/training_step_60M.json")
     parser.add_argument("--preset", type=commandline.preset, default="60M")
     parser.add_argument("--batch", type=commandline.count, default=4, help="sequences")
-    parser.add_argument("--length", type=commandline.count, default=256, help="tokens of a sequence")
+    parser.add_argument(
+        "--length", type=commandline.count, default=256, help="tokens of a sequence"
+    )
     parser.add_argument("--repetitions", type=commandline.count, default=9)
     parser.add_argument(
-        "--parts", type=commandline.count, nargs="+", default=[4, 8, 16], help="ranks: the width over these"
+        "--parts",
+        type=commandline.count,
+        nargs="+",
+        default=[4, 8, 16],
+        help="ranks: the width over these",
     )
     parser.add_argument("--nolosses", action="store_true", help="leave out the 200 updates of nano")
     options = parser.parse_args(arguments)
@@ -326,13 +396,15 @@ def main(arguments: Sequence[str]) -> None:
         print(part["part"])
         for row in part["rows"]:
             print(
-                f"  {row['case']:<40}{1e3 * row['seconds']:>9.1f} ms {row['clock_ratio']:>6.3f} of AdamW, operations "
-                f"{row['operations_ratio']:.3f}, {row['bytes'] / 2**20:.0f} + {row['state_bytes'] / 2**20:.0f} MiB"
+                f"  {row['case']:<40}{1e3 * row['seconds']:>9.1f} ms {row['clock_ratio']:>6.3f} of "
+                f"AdamW, operations {row['operations_ratio']:.3f}, {row['bytes'] / 2**20:.0f} + "
+                f"{row['state_bytes'] / 2**20:.0f} MiB"
             )
     print(json.dumps(result["losses"]))
     for aim in result["aims"]:
         print(
-            f"{aim['aim']:<36}{aim['of']:<70}{aim['value']:.3f} <= {aim['bound']} {'met' if aim['met'] else 'missed'}"
+            f"{aim['aim']:<36}{aim['of']:<70}{aim['value']:.3f} <= {aim['bound']} "
+            f"{'met' if aim['met'] else 'missed'}"
         )
     outputs.write_result(options.output, result, replace=options.replace)
 

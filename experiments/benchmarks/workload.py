@@ -1,4 +1,5 @@
-"""What the optimizer benchmark works on: a preset's matrices, and the optimizers that are compared."""
+"""What the optimizer benchmark works on: a preset's matrices, and the optimizers that are
+compared."""
 
 import dataclasses
 import functools
@@ -23,23 +24,34 @@ def rank(preset: str) -> int:
 
 
 def matrices(preset: str, **overrides: Any) -> dict[str, Any]:
-    """Shapes of the kernels of the scanned blocks, `(L, d_in, d_out)` each; no norms, embedding or head."""
+    """Shapes of the kernels of the scanned blocks, `(L, d_in, d_out)` each; no norms, embedding or
+    head."""
     model = llama.Llama(llama.preset(preset, **overrides))
-    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]["layers"]
-    kernels = {group: {name: leaf["kernel"] for name, leaf in tree[group].items()} for group in ("attention", "mlp")}
+    tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"][
+        "layers"
+    ]
+    kernels = {
+        group: {name: leaf["kernel"] for name, leaf in tree[group].items()}
+        for group in ("attention", "mlp")
+    }
     return {"layers": jax.tree.map(lambda leaf: {"kernel": leaf}, kernels)}
 
 
 def gradients(shapes: Any, seed: int = 0) -> Any:
     """Standard normal arrays of these shapes."""
     generator = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(generator.standard_normal(x.shape, np.float32)), shapes)
+    return jax.tree.map(
+        lambda x: jnp.asarray(generator.standard_normal(x.shape, np.float32)), shapes
+    )
 
 
 def unstacked(tree: Any) -> Any:
-    """Every leaf `(L, m, n)` as a list of L matrices: `optax.contrib.galore` silently skips stacks."""
+    """Every leaf `(L, m, n)` as a list of L matrices: `optax.contrib.galore` silently skips
+    stacks."""
     if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
-        return jax.tree.map(lambda x: [jax.ShapeDtypeStruct(x.shape[1:], x.dtype)] * x.shape[0], tree)
+        return jax.tree.map(
+            lambda x: [jax.ShapeDtypeStruct(x.shape[1:], x.dtype)] * x.shape[0], tree
+        )
     return jax.tree.map(lambda x: [jnp.array(layer) for layer in x], tree)
 
 
@@ -66,7 +78,9 @@ class Case:
     @property
     def staggered(self) -> bool:
         """Whether its refreshes are spread over the period."""
-        return isinstance(getattr(getattr(self.tx, "projection", None), "clock", None), lr.clocks.Staggered)
+        return isinstance(
+            getattr(getattr(self.tx, "projection", None), "clock", None), lr.clocks.Staggered
+        )
 
     def at(self, state: Any, step: int) -> Any:
         """The state as it would be at this step, as far as the clock is concerned."""
@@ -78,11 +92,18 @@ class Case:
         return state
 
     def working_steps(self, shapes: Any) -> list[int]:
-        """Of a staggered clock, the steps of a period after the first at which some layer is refreshed."""
+        """Of a staggered clock, the steps of a period after the first at which some layer is
+        refreshed."""
         projection = self.tx.projection
-        stacks = [(projection.phase(view), view.batch[0]) for view in projection.report(shapes).projected]
+        stacks = [
+            (projection.phase(view), view.batch[0]) for view in projection.report(shapes).projected
+        ]
         clock = projection.clock
-        return [t for t in range(1, PERIOD + 1) if any(int(clock.start(t, phase, n)) < n for phase, n in stacks)]
+        return [
+            t
+            for t in range(1, PERIOD + 1)
+            if any(int(clock.start(t, phase, n)) < n for phase, n in stacks)
+        ]
 
 
 def cases(rank: int) -> list[Case]:
@@ -90,7 +111,10 @@ def cases(rank: int) -> list[Case]:
     common: dict[str, Any] = {"views": VIEWS}
     bases = lr.projectors
     stagger = {"clock": lr.clocks.staggered(period=PERIOD)} | common
-    galore: Callable[..., Any] = lambda projector, **options: lr.galore(1e-2, projector=projector, **options)  # noqa: E731
+
+    def galore(projector, **options) -> Any:
+        return lr.galore(1e-2, projector=projector, **options)
+
     dct = lambda kind, T: lr.dct_adamw(1e-3, rank=rank, refresh_every=T, kind=kind, **common)  # noqa: E731
     contrib = optax.contrib.galore(1e-2, rank, PERIOD, 0.25)
     return [
@@ -98,8 +122,18 @@ def cases(rank: int) -> list[Case]:
         Case(name="optax.sgd", tx=optax.sgd(1e-3)),
         Case(name="optax.contrib.galore", tx=contrib, refresh=PERIOD, unstacked=True),
         Case(name="galore (svd)", tx=galore(bases.svd(rank=rank), **common), refresh=PERIOD),
-        Case(name="galore (power)", tx=galore(bases.power(rank=rank), **common), refresh=PERIOD, aim=True),
-        Case(name="galore (randomized)", tx=galore(bases.randomized(rank=rank), **common), refresh=PERIOD, aim=True),
+        Case(
+            name="galore (power)",
+            tx=galore(bases.power(rank=rank), **common),
+            refresh=PERIOD,
+            aim=True,
+        ),
+        Case(
+            name="galore (randomized)",
+            tx=galore(bases.randomized(rank=rank), **common),
+            refresh=PERIOD,
+            aim=True,
+        ),
         Case(name="galore (svd, staggered)", tx=galore(bases.svd(rank=rank), **stagger)),
         Case(name="galore (power, staggered)", tx=galore(bases.power(rank=rank), **stagger)),
         Case(name="dct_adamw (dct3, T=1)", tx=dct(3, 1), every_step=True),
@@ -107,19 +141,28 @@ def cases(rank: int) -> list[Case]:
         Case(name="dct_adamw (dct2, T=1)", tx=dct(2, 1), every_step=True),
         Case(name="dct_adamw (dct2, T=200)", tx=dct(2, PERIOD), refresh=PERIOD - 1, aim=True),
         Case(name="frugal (svd)", tx=lr.frugal(1e-3, rank=rank, **common), refresh=PERIOD),
-        Case(name="frugal (columns)", tx=lr.frugal(1e-3, rank=rank, projection="columns", **common), refresh=PERIOD),
+        Case(
+            name="frugal (columns)",
+            tx=lr.frugal(1e-3, rank=rank, projection="columns", **common),
+            refresh=PERIOD,
+        ),
         Case(name="ldadam", tx=lr.ldadam(1e-3, rank=rank, **common), every_step=True),
         Case(name="apollo", tx=lr.apollo(1e-2, rank=rank, **common), refresh=PERIOD),
     ]
 
 
 def thin_products(shapes: Any, rank: int) -> tuple[Callable[[], Any], int]:
-    """A function that computes `PᵀG` and `P low` of every matrix, in the layout of the stacks, and its operations."""
+    """A function that computes `PᵀG` and `P low` of every matrix, in the layout of the stacks, and
+    its operations."""
     report = lr.explain(lr.galore(1e-2, rank=rank, views=VIEWS), shapes)
     generator = np.random.default_rng(1)
     normal = lambda *shape: jnp.asarray(generator.standard_normal(shape, np.float32))  # noqa: E731
     operands = [
-        (normal(*view.batch, view.shrunk, view.rank), normal(*view.oriented), normal(*view.batch, view.rank, view.kept))
+        (
+            normal(*view.batch, view.shrunk, view.rank),
+            normal(*view.oriented),
+            normal(*view.batch, view.rank, view.kept),
+        )
         for view in report.projected
     ]
     operations = sum(4 * basis.size * gradient.shape[-1] for basis, gradient, _ in operands)
@@ -127,7 +170,10 @@ def thin_products(shapes: Any, rank: int) -> tuple[Callable[[], Any], int]:
     @jax.jit
     def both(operands):
         return [
-            (jnp.einsum("...sr,...sk->...rk", basis, gradient), jnp.einsum("...sr,...rk->...sk", basis, low))
+            (
+                jnp.einsum("...sr,...sk->...rk", basis, gradient),
+                jnp.einsum("...sr,...rk->...sk", basis, low),
+            )
             for basis, gradient, low in operands
         ]
 
@@ -142,7 +188,8 @@ def square_product(size: int = 2048) -> tuple[Callable[[], Any], int]:
 
 
 def adamw_traffic(shapes: Any) -> Callable[[], Any]:
-    """A function that moves what AdamW moves and computes nothing: reads p, g, m, v and writes p, m, v."""
+    """A function that moves what AdamW moves and computes nothing: reads p, g, m, v and writes p,
+    m, v."""
     gradient = gradients(shapes)
     holder = [jax.tree.map(jnp.zeros_like, (gradient, gradient, gradient))]
 

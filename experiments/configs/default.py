@@ -1,10 +1,12 @@
-"""What `make train` runs: 0.87 M parameters on the source of Python's standard library, with DCT-AdamW
-and projected backprop: a new subspace every 10 updates, low-rank gradients between two of them.
+"""What `make train` runs: 0.87 M parameters on the source of Python's standard library, with
+DCT-AdamW and projected backprop: a new subspace every 10 updates, low-rank gradients between two of
+them.
 
     python -m experiments.pretrain --config=experiments/configs/default.py --workdir=runs/default
 
-Expect 1.2 M tokens in one to four minutes on 2 cores, and at the end the validation loss beside that of a trigram model
-of the training text, which is 1.80 nats a byte on the first 262 144 validation tokens of Python 3.11.7's library.
+Expect 1.2 M tokens in one to four minutes on 2 cores, and at the end the validation loss beside
+that of a trigram model of the training text, which is 1.80 nats a byte on the first 262 144
+validation tokens of Python 3.11.7's library.
 """
 
 from experiments import configuration

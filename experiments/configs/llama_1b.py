@@ -1,9 +1,10 @@
-"""LLaMA-1B on C4 by GaLore's protocol: 100 000 updates of 512 padded documents of at most 256 tokens (13.1 B tokens).
+"""LLaMA-1B on C4 by GaLore's protocol: 100 000 updates of 512 padded documents of at most 256
+tokens (13.1 B tokens).
 
     python -m experiments.pretrain --config=experiments/configs/llama_1b.py --workdir=runs/llama_1b
 
-Needs what `llama_60m.py` needs. Expect a perplexity near the published 15.64 (AdamW: 15.56; arXiv:2403.03507, table 2).
-Not yet run by us.
+Needs what `llama_60m.py` needs. Expect a perplexity near the published 15.64 (AdamW: 15.56;
+arXiv:2403.03507, table 2). Not yet run by us.
 """
 
 from experiments.configs import llama_60m

@@ -1,9 +1,10 @@
-"""LLaMA-350M on C4 by GaLore's protocol: 60 000 updates of 512 padded documents of at most 256 tokens (7.8 B tokens).
+"""LLaMA-350M on C4 by GaLore's protocol: 60 000 updates of 512 padded documents of at most 256
+tokens (7.8 B tokens).
 
     python -m experiments.pretrain --config=experiments/configs/llama_350m.py --workdir=runs/llama_350m
 
-Needs what `llama_60m.py` needs. Expect a perplexity near the published 18.95 (AdamW: 18.80; arXiv:2403.03507, table 2).
-Not yet run by us.
+Needs what `llama_60m.py` needs. Expect a perplexity near the published 18.95 (AdamW: 18.80;
+arXiv:2403.03507, table 2). Not yet run by us.
 """
 
 from experiments.configs import llama_60m

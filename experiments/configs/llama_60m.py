@@ -1,10 +1,12 @@
-"""LLaMA-60M on C4 by GaLore's protocol: 10 000 updates of 512 padded documents of at most 256 tokens (1.3 B tokens).
+"""LLaMA-60M on C4 by GaLore's protocol: 10 000 updates of 512 padded documents of at most 256
+tokens (1.3 B tokens).
 
     python -m experiments.pretrain --config=experiments/configs/llama_60m.py --workdir=runs/llama_60m
 
-Needs C4 prepared as array_record (`python -m experiments.data.prepare c4/en`) and the SentencePiece model of t5-base at
-`config.data.tokenizer`. Expect a perplexity near the published 34.88 (AdamW: 34.06; GaLore, arXiv:2403.03507, table 2),
-which trained in bf16 throughout and printed `script_perplexity`; here parameters are float32. Not yet run by us.
+Needs C4 prepared as array_record (`python -m experiments.data.prepare c4/en`) and the SentencePiece
+model of t5-base at `config.data.tokenizer`. Expect a perplexity near the published 34.88 (AdamW:
+34.06; GaLore, arXiv:2403.03507, table 2), which trained in bf16 throughout and printed
+`script_perplexity`; here parameters are float32. Not yet run by us.
 """
 
 from experiments import configuration

@@ -1,9 +1,10 @@
-"""LLaMA-7B on C4 by GaLore's protocol: 150 000 updates of 512 padded documents of at most 256 tokens (19.7 B tokens).
+"""LLaMA-7B on C4 by GaLore's protocol: 150 000 updates of 512 padded documents of at most 256
+tokens (19.7 B tokens).
 
     python -m experiments.pretrain --config=experiments/configs/llama_7b.py --workdir=runs/llama_7b
 
-Needs what `llama_60m.py` needs. Expect a perplexity near the published 14.65 (AdamW: 14.61), both with
-8-bit states (APOLLO, arXiv:2412.05270).
+Needs what `llama_60m.py` needs. Expect a perplexity near the published 14.65 (AdamW: 14.61), both
+with 8-bit states (APOLLO, arXiv:2412.05270).
 Not yet run by us.
 """
 

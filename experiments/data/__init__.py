@@ -1,4 +1,5 @@
-"""Text for pre-training: sources, tokenizers, batches as a pure function of (seed, step), and a trigram baseline."""
+"""Text for pre-training: sources, tokenizers, batches as a pure function of (seed, step), and a
+trigram baseline."""
 
 from experiments.data.dataset import DataConfig, Dataset, load
 

@@ -1,10 +1,11 @@
 """Conversations as tokens: templates that delimit their turns, and which of the tokens have a loss.
 
-A reply has the loss of its own tokens and of what ends it, whichever turn it is; everything else is given. Text between
-two markers is encoded at once, but a reply apart from what stands before it, as when a model is asked for one.
+A reply has the loss of its own tokens and of what ends it, whichever turn it is; everything else is
+given. Text between two markers is encoded at once, but a reply apart from what stands before it, as
+when a model is asked for one.
 
-Templates are data. The Jinja programs of other people's `tokenizer_config.json` are not run: a tokenizer that has the
-markers of one of TEMPLATES chooses it.
+Templates are data. The Jinja programs of other people's `tokenizer_config.json` are not run: a
+tokenizer that has the markers of one of TEMPLATES chooses it.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from experiments.data.tokenizer import MARKERS, Tokenizer
 
 ROLES = ("system", "user", "context", "assistant")
 
-# "{bos}" and "{eos}" stand for these tokens, a marker for one token where the tokenizer has it, else for its letters.
+# "{bos}" and "{eos}" stand for these tokens, a marker for one token where the tokenizer has it,
+# else for its letters.
 _MARKED = re.compile("(" + "|".join(map(re.escape, ("{bos}", "{eos}", *MARKERS))) + ")")
 
 
@@ -44,7 +46,8 @@ class Template:
 
     Attributes:
       begin: before the first turn.
-      system, user, assistant: before and behind a turn; behind a reply that is what ends it and has a loss.
+      system, user, assistant: before and behind a turn; behind a reply that is what ends it and has
+        a loss.
       context: between a user's turn and what it is about.
       after_system: in place of `user` for the turn that follows a system's.
       after_reply: behind what ends a reply, where another turn follows.
@@ -70,7 +73,9 @@ class Template:
 TEMPLATES = {
     "plain": Template(),
     "alpaca": Template(
-        user=("### Instruction:\n", "\n\n"), assistant=("### Response:\n", "{eos}"), context="\n\n### Input:\n"
+        user=("### Instruction:\n", "\n\n"),
+        assistant=("### Response:\n", "{eos}"),
+        context="\n\n### Input:\n",
     ),
     "chatml": Template(
         system=("<|im_start|>system\n", "<|im_end|>\n"),
@@ -104,27 +109,34 @@ def chosen(name: str | None, tokenizer: Tokenizer) -> str:
     fitting = [
         name
         for name, template in TEMPLATES.items()
-        if template.markers and all(tokenizer.token(marker) is not None for marker in template.markers)
+        if template.markers
+        and all(tokenizer.token(marker) is not None for marker in template.markers)
     ]
     if len(fitting) != 1:
         raise ValueError(
             f"data.template=None: the tokenizer {tokenizer.identity} has the markers of "
-            f"{' and of '.join(fitting) or 'no template'} (a chat_template in Jinja is not run); choose one of "
-            f"{', '.join(TEMPLATES)}"
+            f"{' and of '.join(fitting) or 'no template'} (a chat_template in Jinja is not run); "
+            f"choose one of {', '.join(TEMPLATES)}"
         )
     return fitting[0]
 
 
 def spelled(template: str, tokenizer: Tokenizer) -> tuple[str, ...]:
     """The markers that the tokenizer does not have, which are spelled out."""
-    return tuple(marker for marker in TEMPLATES[template].markers if tokenizer.token(marker) is None)
+    return tuple(
+        marker for marker in TEMPLATES[template].markers if tokenizer.token(marker) is None
+    )
 
 
-def encoded(conversation: Conversation, template: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def encoded(
+    conversation: Conversation, template: str, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
     """Its tokens up to the end of the last reply, int32, and which of them have a loss, bool.
 
     >>> from experiments.data.tokenizer import ByteTokenizer
-    >>> tokens, counted = encoded(Conversation((("user", b"a"), ("assistant", b"b"))), "alpaca", ByteTokenizer())
+    >>> tokens, counted = encoded(
+    ...     Conversation((("user", b"a"), ("assistant", b"b"))), "alpaca", ByteTokenizer()
+    ... )
     >>> ByteTokenizer().decode(tokens), ByteTokenizer().decode(tokens[counted]), int(tokens[-1])
     ('### Instruction:\\na\\n\\n### Response:\\nb', 'b', 257)
     """
@@ -150,7 +162,9 @@ class _Piece(NamedTuple):
 def _pieces(turns, template: Template) -> Iterator[_Piece]:
     yield _Piece(template.begin.encode(), is_frame=True)
     for place, (role, content) in enumerate(turns):
-        before, following = ((turns[i][0] if 0 <= i < len(turns) else None) for i in (place - 1, place + 1))
+        before, following = (
+            (turns[i][0] if 0 <= i < len(turns) else None) for i in (place - 1, place + 1)
+        )
         if role == "context":
             first, last = template.context, template.user[1]
         elif role == "user" and before == "system" and template.after_system is not None:

@@ -1,8 +1,9 @@
-"""Handwritten digits in two domains: scikit-learn's 1797 images of 8 x 8 pixels, upright and turned by 90 degrees.
+"""Handwritten digits in two domains: scikit-learn's 1797 images of 8 x 8 pixels, upright and turned
+by 90 degrees.
 
-They come with scikit-learn (the test set of UCI's "Optical Recognition of Handwritten Digits"), so nothing is
-downloaded. One image in five, by the CRC-32 of its upright pixels, is for validation, in both domains: a model trained
-on one has met no validation image of the other.
+They come with scikit-learn (the test set of UCI's "Optical Recognition of Handwritten Digits"), so
+nothing is downloaded. One image in five, by the CRC-32 of its upright pixels, is for validation, in
+both domains: a model trained on one has met no validation image of the other.
 """
 
 import zlib
@@ -24,7 +25,11 @@ class Images(Numbered):
 
     def _read(self, examples):
         weights = np.ones(len(examples), np.float32)
-        return {"inputs": self.images[examples], "targets": self.labels[examples], "weights": weights}
+        return {
+            "inputs": self.images[examples],
+            "targets": self.labels[examples],
+            "weights": weights,
+        }
 
 
 def digits(name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -38,7 +43,9 @@ def digits(name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(f"data.name={name!r} needs scikit-learn: pip install 'lowrank_jax[experiments]'") from error
+        raise ImportError(
+            f"data.name={name!r} needs scikit-learn: pip install 'lowrank_jax[experiments]'"
+        ) from error
     found = load_digits()
     pixels = (found.images / 8 - 1).astype(np.float32)
     held_out = np.array([zlib.crc32(image.tobytes()) % 5 == 0 for image in pixels])
@@ -46,7 +53,8 @@ def digits(name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         pixels = np.rot90(pixels, axes=(1, 2))
     images, labels = np.ascontiguousarray(pixels)[..., None], found.target.astype(np.int32)
     return {
-        split: (images[chosen], labels[chosen]) for split, chosen in (("train", ~held_out), ("validation", held_out))
+        split: (images[chosen], labels[chosen])
+        for split, chosen in (("train", ~held_out), ("validation", held_out))
     }
 
 

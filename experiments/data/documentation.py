@@ -1,10 +1,12 @@
-"""The embedded dataset for fine-tuning: the documentation inside Python's standard library, prose about its code.
+"""The embedded dataset for fine-tuning: the documentation inside Python's standard library, prose
+about its code.
 
-One document per file, tests aside: the docstrings of the module, its classes and functions, in the order of the source,
-without their indentation, a blank line between two. A file is in the split that it has in the embedded pre-training
-data (`experiments.data.stdlib`), so that a model pre-trained there has met no docstring of the validation split. A
-docstring that occurs several times (copied methods) is kept where it occurs first, and the training split is read
-first: no text of the one split is in the other.
+One document per file, tests aside: the docstrings of the module, its classes and functions, in the
+order of the source, without their indentation, a blank line between two. A file is in the split
+that it has in the embedded pre-training data (`experiments.data.stdlib`), so that a model
+pre-trained there has met no docstring of the validation split. A docstring that occurs several
+times (copied methods) is kept where it occurs first, and the training split is read first: no text
+of the one split is in the other.
 """
 
 import ast
@@ -23,16 +25,22 @@ TESTS = {"test", "tests", "idle_test"}
 
 
 class PythonDocumentation(tfds.core.GeneratorBasedBuilder):
-    """One example per file that documents something, in order of path; the version is Python's own."""
+    """One example per file that documents something, in order of path; the version is Python's
+    own."""
 
-    url_infos: ClassVar[dict] = {}  # nothing is downloaded; the default look-up of checksums needs importlib_resources
+    url_infos: ClassVar[
+        dict
+    ] = {}  # nothing is downloaded; the default look-up of checksums needs importlib_resources
     VERSION = PythonStdlib.VERSION
 
     def _info(self):
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Docstrings of Python's standard library, installed with Python under the PSF licence.",
-            features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "path": tfds.features.Text()}),
+            description="Docstrings of Python's standard library, installed with Python under the "
+            "PSF licence.",
+            features=tfds.features.FeaturesDict(
+                {"text": tfds.features.Text(), "path": tfds.features.Text()}
+            ),
             disable_shuffling=True,
         )
 
@@ -47,9 +55,14 @@ class PythonDocumentation(tfds.core.GeneratorBasedBuilder):
 
 
 def docstrings(source: str) -> Iterator[str]:
-    """The docstrings of a module's source, in order; none when it does not parse (files for other versions).
+    """The docstrings of a module's source, in order; none when it does not parse (files for other
+    versions).
 
-    >>> list(docstrings('"About m."\\nclass A:\\n    "About A."\\n    def f(self):\\n        "About f."'))
+    >>> list(
+    ...     docstrings(
+    ...         '"About m."\\nclass A:\\n    "About A."\\n    def f(self):\\n        "About f."'
+    ...     )
+    ... )
     ['About m.', 'About A.', 'About f.']
     """
     try:
@@ -66,10 +79,14 @@ def docstrings(source: str) -> Iterator[str]:
         nodes.extend(reversed([*ast.iter_child_nodes(node)]))
 
 
-def documentation_texts(files: dict[str, list[tuple[str, str]]]) -> dict[str, list[tuple[str, str]]]:
+def documentation_texts(
+    files: dict[str, list[tuple[str, str]]],
+) -> dict[str, list[tuple[str, str]]]:
     r"""{split: [(relative path, documentation)]} of {split: [(relative path, source)]}.
 
-    >>> documentation_texts({"train": [("a.py", '"One."')], "validation": [("b.py", '"One."'), ("c.py", '"Two."')]})
+    >>> documentation_texts(
+    ...     {"train": [("a.py", '"One."')], "validation": [("b.py", '"One."'), ("c.py", '"Two."')]}
+    ... )
     {'train': [('a.py', 'One.\n')], 'validation': [('c.py', 'Two.\n')]}
     """
     seen: set[str] = set()
@@ -87,5 +104,6 @@ def documentation_texts(files: dict[str, list[tuple[str, str]]]) -> dict[str, li
 
 
 def documentation_source(directory: str) -> Source:
-    """Prepares the dataset under `directory` unless it is there, and reads it; safe in several processes at once."""
+    """Prepares the dataset under `directory` unless it is there, and reads it; safe in several
+    processes at once."""
     return prepared_here(PythonDocumentation, directory)

@@ -1,7 +1,9 @@
-"""Batches as a pure function of (seed, step): no iterator, so nothing to save and nothing to get wrong on resume.
+"""Batches as a pure function of (seed, step): no iterator, so nothing to save and nothing to get
+wrong on resume.
 
-Examples are numbered; epoch e visits them in the order of a permutation keyed by (seed, e). Batch t takes the global
-positions t B ... (t + 1) B - 1, and process p of P the p-th contiguous part of them.
+Examples are numbered; epoch e visits them in the order of a permutation keyed by (seed, e). Batch t
+takes the global positions t B ... (t + 1) B - 1, and process p of P the p-th contiguous part of
+them.
 """
 
 from collections.abc import Iterator
@@ -15,17 +17,19 @@ _ROUNDS = 6
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: a bijection of 64-bit words that looks random (Steele, Lea, Flood 2014)."""
+    """SplitMix64's finaliser: a bijection of 64-bit words that looks random (Steele, Lea, Flood
+    2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
-    """Where a pseudo-random permutation of range(size), one for each (seed, epoch), takes each index; O(1) memory.
+    """Where a pseudo-random permutation of range(size), one for each (seed, epoch), takes each
+    index; O(1) memory.
 
-    A Feistel network of six rounds on the smallest even number of bits that holds `size`, walked along its cycle until
-    it falls below `size` again, which keeps it a bijection.
+    A Feistel network of six rounds on the smallest even number of bits that holds `size`, walked
+    along its cycle until it falls below `size` again, which keeps it a bijection.
 
     >>> sorted(permute(np.arange(10), 10, seed=0, epoch=np.zeros(10, int)).tolist())
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -34,9 +38,12 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.nd
     mask = (np.uint64(1) << half) - np.uint64(1)
     with np.errstate(over="ignore"):
         key = _mix(
-            np.asarray(epoch, np.uint64) + _mix(np.full(np.shape(index), seed % 2**64, np.uint64) + np.uint64(1))
+            np.asarray(epoch, np.uint64)
+            + _mix(np.full(np.shape(index), seed % 2**64, np.uint64) + np.uint64(1))
         )
-        keys = [_mix(key + np.uint64(r + 1) * np.uint64(0x9E3779B97F4A7C15)) for r in range(_ROUNDS)]
+        keys = [
+            _mix(key + np.uint64(r + 1) * np.uint64(0x9E3779B97F4A7C15)) for r in range(_ROUNDS)
+        ]
         x = np.asarray(index, np.uint64)
         outside = np.ones(x.shape, bool)
         while outside.any():
@@ -58,24 +65,48 @@ class Numbered:
     """
 
     def __init__(self, count: int, evaluated: int, batch_size: int, seed: int, length: int = 1):
-        self.examples, self._all, self.batch_size, self.seed, self.length = count, evaluated, batch_size, seed, length
+        self.examples, self._all, self.batch_size, self.seed, self.length = (
+            count,
+            evaluated,
+            batch_size,
+            seed,
+            length,
+        )
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> dict[str, np.ndarray]:
-        """The part of batch `step` (from 0) that belongs to a process; joined, the parts do not depend on their number.
+    def batch(
+        self, step: int, process_index: int = 0, process_count: int = 1
+    ) -> dict[str, np.ndarray]:
+        """The part of batch `step` (from 0) that belongs to a process; joined, the parts do not
+        depend on their number.
 
-        Raises ValueError when the split has no example, or `process_count` does not divide the batch.
+        Raises ValueError when the split has no example, or `process_count` does not divide the
+        batch.
         """
-        positions = step * self.batch_size + self._slice(self.batch_size, process_index, process_count)
-        return self._read(permute(positions % self.examples, self.examples, self.seed, positions // self.examples))
+        positions = step * self.batch_size + self._slice(
+            self.batch_size, process_index, process_count
+        )
+        return self._read(
+            permute(positions % self.examples, self.examples, self.seed, positions // self.examples)
+        )
 
     def evaluated(self, limit_tokens: int | None = None) -> int:
-        """Examples of an evaluation: all, or with `limit_tokens` limit_tokens // length of them, at least one."""
-        return self._all if limit_tokens is None else min(self._all, max(1, limit_tokens // self.length))
+        """Examples of an evaluation: all, or with `limit_tokens` limit_tokens // length of them, at
+        least one."""
+        return (
+            self._all
+            if limit_tokens is None
+            else min(self._all, max(1, limit_tokens // self.length))
+        )
 
     def evaluation(
-        self, batch_size: int, limit_tokens: int | None = None, process_index: int = 0, process_count: int = 1
+        self,
+        batch_size: int,
+        limit_tokens: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The first `evaluated(limit_tokens)` examples once, in order; the last batch is filled up with weight 0."""
+        """The first `evaluated(limit_tokens)` examples once, in order; the last batch is filled up
+        with weight 0."""
         count = self.evaluated(limit_tokens)
         own = self._slice(batch_size, process_index, process_count)
         for first in range(0, count, batch_size):
@@ -86,7 +117,8 @@ class Numbered:
     def _slice(self, batch_size, process_index, process_count):
         if batch_size % process_count:
             raise ValueError(
-                f"data.batch_size={batch_size} is not a multiple of the {process_count} processes: make it one"
+                f"data.batch_size={batch_size} is not a multiple of the {process_count} processes: "
+                "make it one"
             )
         part = batch_size // process_count
         return np.arange(process_index * part, (process_index + 1) * part)
@@ -97,13 +129,16 @@ class Numbered:
 
 
 class Batches(Numbered):
-    """Fixed-shape batches of a tokenised split: {"inputs", "targets": (b, S) int32, "weights": (b, S) float32}.
+    """Fixed-shape batches of a tokenised split: {"inputs", "targets": (b, S) int32, "weights": (b,
+    S) float32}.
 
-    mode "pack": example i reads tokens[i S : i S + S + 1], so that every token but the first is the target of one
-    example; the remainder, shorter than S + 1, is not trained on but is evaluated. Documents are separated by eos.
+    mode "pack": example i reads tokens[i S : i S + S + 1], so that every token but the first is the
+    target of one example; the remainder, shorter than S + 1, is not trained on but is evaluated.
+    Documents are separated by eos.
 
-    mode "pad", the protocol of the GaLore-descended scripts: example i is document i, cut to S - 1 tokens, eos, and
-    padding with weight 0 (their labels are shifted inside the model, so that S inputs give at most S - 1 losses).
+    mode "pad", the protocol of the GaLore-descended scripts: example i is document i, cut to S - 1
+    tokens, eos, and padding with weight 0 (their labels are shifted inside the model, so that S
+    inputs give at most S - 1 losses).
 
     >>> tokens = np.arange(8, dtype=np.uint16)
     >>> split = TokenizedSplit(tokens=tokens, starts=np.array([0, 8]), eos=7, pad=9, fingerprint="")
@@ -112,12 +147,23 @@ class Batches(Numbered):
     [[1, 2, 3], [4, 5, 6]]
     """
 
-    def __init__(self, split: TokenizedSplit, batch_size: int, sequence_length: int, seed: int, mode: str = "pack"):
+    def __init__(
+        self,
+        split: TokenizedSplit,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        mode: str = "pack",
+    ):
         if mode not in MODES:
             raise ValueError(f"data.packing={mode!r}: choose one of {', '.join(MODES)}")
         self.split, self.sequence_length, self.mode = split, sequence_length, mode
         windows, documents = len(split.tokens) - 1, len(split.starts) - 1
-        counts = (windows // sequence_length, -(-windows // sequence_length)) if mode == "pack" else (documents,) * 2
+        counts = (
+            (windows // sequence_length, -(-windows // sequence_length))
+            if mode == "pack"
+            else (documents,) * 2
+        )
         super().__init__(*counts, batch_size, seed, sequence_length)
 
     @property
@@ -125,11 +171,13 @@ class Batches(Numbered):
         """All tokens of the split, flat."""
         return self.split.tokens
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> dict[str, np.ndarray]:
+    def batch(
+        self, step: int, process_index: int = 0, process_count: int = 1
+    ) -> dict[str, np.ndarray]:
         if self.examples == 0:
             raise ValueError(
-                f"data.sequence_length={self.sequence_length}: the split has only {len(self.tokens)} tokens; "
-                "shorten the sequences"
+                f"data.sequence_length={self.sequence_length}: the split has only "
+                f"{len(self.tokens)} tokens; shorten the sequences"
             )
         return super().batch(step, process_index, process_count)
 
@@ -149,4 +197,8 @@ class Batches(Numbered):
             window[np.arange(len(window)), length - 1] = self.split.eos
         window[offset >= length[:, None]] = self.split.pad
         weights = (offset[1:] < length[:, None]).astype(np.float32)
-        return {"inputs": window[:, :-1].copy(), "targets": window[:, 1:].copy(), "weights": weights}
+        return {
+            "inputs": window[:, :-1].copy(),
+            "targets": window[:, 1:].copy(),
+            "weights": weights,
+        }

@@ -2,11 +2,15 @@
 
 Layout of a cached split, a folder made under a temporary name and renamed when whole:
 
-    tokens.bin    all documents, each followed by eos; uint16, or int32 when the vocabulary is larger than 65536
-    starts.npy    (documents + 1,) int64: document i is tokens[starts[i]:starts[i + 1]], eos included
-    marks.npy     (documents,) int64: of a pair, the number of tokens of its prompt, or of its class; absent for text.
-                  Of a conversation, the number of tokens before its first reply
-    counted.bin   uint8, 1 for each token that has a loss; absent where they are all those behind the marks
+    tokens.bin    all documents, each followed by eos; uint16, or int32 when the vocabulary is
+                  larger than 65536
+    starts.npy    (documents + 1,) int64: document i is tokens[starts[i]:starts[i + 1]], eos
+                  included
+    marks.npy     (documents,) int64: of a pair, the number of tokens of its prompt, or of its
+                  class; absent for text. Of a conversation, the number of tokens before its first
+                  reply
+    counted.bin   uint8, 1 for each token that has a loss; absent where they are all those behind
+                  the marks
     info.json     number of tokens, CRC-32 of tokens.bin (and marks), and what they were made from
 """
 
@@ -31,7 +35,8 @@ _INFO = {"tokens": int, "crc32": str, "dtype": str}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizedSplit:
-    """tokens: (N,) memory map; starts: (documents + 1,) int64; eos, pad: ids; fingerprint: equal for equal tokens.
+    """tokens: (N,) memory map; starts: (documents + 1,) int64; eos, pad: ids; fingerprint: equal
+    for equal tokens.
 
     marks: (documents,) int64 of documents that are pairs or conversations, see above, else None.
     counted: (N,) memory map of uint8, see above, else None.
@@ -47,20 +52,27 @@ class TokenizedSplit:
 
 
 def tokenized(
-    source: Source, split: str, tokenizer, directory: str, *, bos: bool = False, template: str = "plain"
+    source: Source,
+    split: str,
+    tokenizer,
+    directory: str,
+    *,
+    bos: bool = False,
+    template: str = "plain",
 ) -> TokenizedSplit:
-    """The tokens of `split`, from `directory/tokens/` or made there now; safe in several processes and to interrupt.
+    """The tokens of `split`, from `directory/tokens/` or made there now; safe in several processes
+    and to interrupt.
 
-    With `bos`, every document begins with the tokenizer's bos. Pairs and conversations are put into a template of
-    `experiments.data.chat`.
+    With `bos`, every document begins with the tokenizer's bos. Pairs and conversations are put into
+    a template of `experiments.data.chat`.
 
     Raises ValueError when the source has no such split, or the split has fewer than two tokens.
     """
     if split.split("[")[0] not in source.splits:
         have = ", ".join(f"{name!r}" for name in source.splits)
         raise ValueError(
-            f"split {split!r}: {source.name} has the splits {have}; set data.train_split and data.validation_split "
-            "among them, or to a slice such as 'train[:99%]'"
+            f"split {split!r}: {source.name} has the splits {have}; set data.train_split and "
+            "data.validation_split among them, or to a slice such as 'train[:99%]'"
         )
     content = [source.identity, tokenizer.identity, split, *["bos"] * bos]
     content += [] if template == "plain" else [f"template {template}"]
@@ -73,17 +85,30 @@ def tokenized(
                 for leftover in glob.glob(glob.escape(folder) + ".*.incomplete"):
                     shutil.rmtree(leftover)
             if not os.path.isdir(folder):
-                _write(source, split, folder, lambda document: _encode(document, tokenizer, bos, template), tokenizer)
-    info = documents.read(os.path.join(folder, "info.json"), _INFO, remedy=f"delete the folder {folder}")
+                _write(
+                    source,
+                    split,
+                    folder,
+                    lambda document: _encode(document, tokenizer, bos, template),
+                    tokenizer,
+                )
+    info = documents.read(
+        os.path.join(folder, "info.json"), _INFO, remedy=f"delete the folder {folder}"
+    )
     if info["dtype"] not in ("uint16", "int32"):
         raise ValueError(f"{folder} holds tokens of type {info['dtype']!r}: delete the folder")
     tokens = np.memmap(os.path.join(folder, "tokens.bin"), dtype=info["dtype"], mode="r")
     if tokens.size != info["tokens"]:
-        raise ValueError(f"{folder} holds {tokens.size} tokens in place of {info['tokens']}: delete the folder")
+        raise ValueError(
+            f"{folder} holds {tokens.size} tokens in place of {info['tokens']}: delete the folder"
+        )
     starts = np.load(os.path.join(folder, "starts.npy"))
     marks, counted = (os.path.join(folder, name) for name in ("marks.npy", "counted.bin"))
     if os.path.exists(counted) and os.path.getsize(counted) != tokens.size:
-        raise ValueError(f"{counted} says which of {os.path.getsize(counted)} tokens have a loss: delete the folder")
+        raise ValueError(
+            f"{counted} says which of {os.path.getsize(counted)} tokens have a loss: delete the "
+            "folder"
+        )
     return TokenizedSplit(
         tokens=tokens,
         starts=starts,
@@ -96,7 +121,8 @@ def tokenized(
 
 
 def _write(source, split, folder, encode, tokenizer):
-    """The folder of a split; `encode(document)` gives its ids, its mark and which ids have a loss."""
+    """The folder of a split; `encode(document)` gives its ids, its mark and which ids have a
+    loss."""
     temporary = f"{folder}.{os.getpid()}.incomplete"
     os.makedirs(temporary)
     try:
@@ -114,19 +140,25 @@ def _write(source, split, folder, encode, tokenizer):
 
 
 def _write_tokens(source, split, folder, encode, vocabulary_size: int) -> dict:
-    """tokens.bin, starts.npy and, where they say anything, marks.npy and counted.bin; what info.json says of them."""
+    """tokens.bin, starts.npy and, where they say anything, marks.npy and counted.bin; what
+    info.json says of them."""
     dtype = np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.int32)
     starts, marks, checksum, has_gaps = [0], [], 0, False
     names = [os.path.join(folder, name) for name in ("tokens.bin", "counted.bin")]
     with open(names[0], "wb") as file, open(names[1], "wb") as losses:
         documents = tqdm(
-            source.documents(split), total=source.splits.get(split), desc=f"tokens of {split}", unit="doc"
+            source.documents(split),
+            total=source.splits.get(split),
+            desc=f"tokens of {split}",
+            unit="doc",
         )
         for number, document in enumerate(documents, 1):
             try:
                 ids, mark, counted = encode(document)
             except ValueError as error:
-                raise ValueError(f"document {number} of the split {split!r} of {source.name}: {error}") from error
+                raise ValueError(
+                    f"document {number} of the split {split!r} of {source.name}: {error}"
+                ) from error
             block = ids.astype(dtype).tobytes()
             checksum = zlib.crc32(block, checksum)
             file.write(block)
@@ -137,7 +169,8 @@ def _write_tokens(source, split, folder, encode, vocabulary_size: int) -> dict:
             marks.append(mark)
     if starts[-1] < 2:
         raise ValueError(
-            f"split {split!r} of {source.name} has {starts[-1]} tokens: too few to predict one from another"
+            f"split {split!r} of {source.name} has {starts[-1]} tokens: too few to predict one "
+            "from another"
         )
     np.save(os.path.join(folder, "starts.npy"), np.asarray(starts, np.int64))
     if None not in marks:
@@ -153,7 +186,8 @@ def _write_tokens(source, split, folder, encode, vocabulary_size: int) -> dict:
 
 
 def _encode(document, tokenizer, bos, template) -> tuple[np.ndarray, int | None, np.ndarray | None]:
-    """The ids of a document, its mark, and which ids have a loss; a text and what has a class end with eos."""
+    """The ids of a document, its mark, and which ids have a loss; a text and what has a class end
+    with eos."""
     first, second = document if isinstance(document, tuple) else (document, None)
     if isinstance(second, bytes):
         document = chat.Conversation((("user", first), ("assistant", second)))

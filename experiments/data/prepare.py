@@ -1,11 +1,13 @@
-"""Prepares a TFDS dataset as array_record, once, for machines that then need neither TensorFlow nor Beam to read it.
+"""Prepares a TFDS dataset as array_record, once, for machines that then need neither TensorFlow nor
+Beam to read it.
 
     pip install 'lowrank_jax[prepare]'
     python -m experiments.data.prepare c4/en --directory=/data
     python -m experiments.data.prepare wiki40b/en --directory=gs://bucket/data --beam=--runner=DataflowRunner --beam=...
 
 then train with `--config.data.name=<the printed directory>`. `c4/en` filters a crawl of
-several terabytes: give Beam a runner with many machines. `tiny_shakespeare` and `lm1b` are prepared the same way.
+several terabytes: give Beam a runner with many machines. `tiny_shakespeare` and `lm1b` are prepared
+the same way.
 """
 
 import argparse
@@ -18,7 +20,8 @@ from experiments.data.sources import builder_source, data_directory
 
 
 def prepare(name: str, directory: str, beam_options: list[str] | None = None) -> str:
-    """Downloads and prepares `name` under `directory` unless it is there; returns its version directory.
+    """Downloads and prepares `name` under `directory` unless it is there; returns its version
+    directory.
 
     Raises ImportError when the dataset's builder needs TensorFlow or Beam and they are missing.
     """
@@ -34,8 +37,9 @@ def prepare(name: str, directory: str, beam_options: list[str] | None = None) ->
         if _installed("tensorflow") and _installed("apache_beam"):
             raise
         raise ImportError(
-            f"{name!r} is unknown to TFDS here, or its builder needs TensorFlow and Apache Beam, which are missing: "
-            "pip install 'lowrank_jax[prepare]', here or on another machine, and copy the prepared directory"
+            f"{name!r} is unknown to TFDS here, or its builder needs TensorFlow and Apache Beam, "
+            "which are missing: pip install 'lowrank_jax[prepare]', here or on another machine, "
+            "and copy the prepared directory"
         ) from error
     return os.fspath(builder.data_path)
 
@@ -51,9 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", help="a TFDS name, such as c4/en")
     parser.add_argument(
-        "--directory", default="", help="default: $LOWRANK_JAX_DATA, else ~/.cache/lowrank_jax/datasets"
+        "--directory",
+        default="",
+        help="default: $LOWRANK_JAX_DATA, else ~/.cache/lowrank_jax/datasets",
     )
-    parser.add_argument("--beam", action="append", default=[], help="one option for Apache Beam; may be repeated")
+    parser.add_argument(
+        "--beam", action="append", default=[], help="one option for Apache Beam; may be repeated"
+    )
     options = parser.parse_args(arguments)
     try:
         path = prepare(options.name, data_directory(options.directory), options.beam)

@@ -1,4 +1,5 @@
-"""Batches of documents that are pairs, a prompt and its response or a text and its class, or conversations."""
+"""Batches of documents that are pairs, a prompt and its response or a text and its class, or
+conversations."""
 
 import numpy as np
 
@@ -30,18 +31,28 @@ class Rows(Numbered):
         """(b, width) tokens from `start`, padded after `length`."""
         offset = np.arange(width)
         index = np.minimum(start[:, None] + offset, len(self.tokens) - 1)
-        return np.where(offset < length[:, None], self.tokens[index].astype(np.int32), self.split.pad)
+        return np.where(
+            offset < length[:, None], self.tokens[index].astype(np.int32), self.split.pad
+        )
 
 
 class Instructions(Rows):
-    """{"inputs", "targets": (b, S) int32, "weights": (b, S) float32}, 1 on the tokens of the response and its eos.
+    """{"inputs", "targets": (b, S) int32, "weights": (b, S) float32}, 1 on the tokens of the
+    response and its eos.
 
-    Of a conversation, 1 on the tokens of every reply and of what ends it. A row holds at most S + 1 tokens. When prompt
-    and first response do not fit, the prompt loses its beginning, down to one token, and then the response its end;
-    later turns lose what is left over. So every row has a loss.
+    Of a conversation, 1 on the tokens of every reply and of what ends it. A row holds at most S + 1
+    tokens. When prompt and first response do not fit, the prompt loses its beginning, down to one
+    token, and then the response its end; later turns lose what is left over. So every row has a
+    loss.
 
-    >>> split = TokenizedSplit(tokens=np.array([1, 2, 3, 4, 9]), starts=np.array([0, 5]), eos=9, pad=0, fingerprint="",
-    ...                        marks=np.array([2]))
+    >>> split = TokenizedSplit(
+    ...     tokens=np.array([1, 2, 3, 4, 9]),
+    ...     starts=np.array([0, 5]),
+    ...     eos=9,
+    ...     pad=0,
+    ...     fingerprint="",
+    ...     marks=np.array([2]),
+    ... )
     >>> batch = Instructions(split, batch_size=1, sequence_length=5, seed=0).batch(0)
     >>> batch["inputs"].tolist(), batch["targets"].tolist(), batch["weights"].tolist()
     ([[1, 2, 3, 4, 9]], [[2, 3, 4, 9, 0]], [[0.0, 1.0, 1.0, 1.0, 0.0]])
@@ -72,8 +83,8 @@ class Instructions(Rows):
         }
 
     def _first_reply(self, start, after):
-        """Tokens of the first reply, which begins at `start` and is followed by `after` tokens, itself included; of a
-        longer one than a row as many as a row has."""
+        """Tokens of the first reply, which begins at `start` and is followed by `after` tokens,
+        itself included; of a longer one than a row as many as a row has."""
         if self.split.counted is None:
             return after
         offset = np.arange(self._room)
@@ -85,10 +96,17 @@ class Instructions(Rows):
 class Labelled(Rows):
     """{"inputs": (b, S) int32, "last", "targets": (b,) int32, "weights": (b,) float32}.
 
-    A row is a text, cut to S - 1 tokens, and eos, which is token number "last": there the class is read.
+    A row is a text, cut to S - 1 tokens, and eos, which is token number "last": there the class is
+    read.
 
-    >>> split = TokenizedSplit(tokens=np.array([1, 2, 3, 9]), starts=np.array([0, 4]), eos=9, pad=0, fingerprint="",
-    ...                        marks=np.array([5]))
+    >>> split = TokenizedSplit(
+    ...     tokens=np.array([1, 2, 3, 9]),
+    ...     starts=np.array([0, 4]),
+    ...     eos=9,
+    ...     pad=0,
+    ...     fingerprint="",
+    ...     marks=np.array([5]),
+    ... )
     >>> batch = Labelled(split, batch_size=1, sequence_length=3, seed=0).batch(0)
     >>> batch["inputs"].tolist(), batch["last"].tolist(), batch["targets"].tolist()
     ([[1, 2, 9]], [2], [5])
@@ -101,4 +119,9 @@ class Labelled(Rows):
         window[np.arange(len(window)), length - 1] = self.split.eos
         targets = self.marks[examples].astype(np.int32)
         weights = np.ones(len(examples), np.float32)
-        return {"inputs": window, "last": (length - 1).astype(np.int32), "targets": targets, "weights": weights}
+        return {
+            "inputs": window,
+            "last": (length - 1).astype(np.int32),
+            "targets": targets,
+            "weights": weights,
+        }

@@ -1,4 +1,5 @@
-"""The embedded dataset: the source of the running Python's standard library, 30 MB of real text and no download."""
+"""The embedded dataset: the source of the running Python's standard library, 30 MB of real text and
+no download."""
 
 import os
 import pathlib
@@ -14,16 +15,22 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
-    """One example per non-empty, UTF-8 `.py` file, in order of path, split by file; the version is Python's own."""
+    """One example per non-empty, UTF-8 `.py` file, in order of path, split by file; the version is
+    Python's own."""
 
-    url_infos: ClassVar[dict] = {}  # nothing is downloaded; the default look-up of checksums needs importlib_resources
+    url_infos: ClassVar[
+        dict
+    ] = {}  # nothing is downloaded; the default look-up of checksums needs importlib_resources
     VERSION = tfds.core.Version("{}.{}.{}".format(*sys.version_info[:3]))
 
     def _info(self):
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Source files of Python's standard library, installed with Python under the PSF licence.",
-            features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "path": tfds.features.Text()}),
+            description="Source files of Python's standard library, installed with Python under "
+            "the PSF licence.",
+            features=tfds.features.FeaturesDict(
+                {"text": tfds.features.Text(), "path": tfds.features.Text()}
+            ),
             disable_shuffling=True,
         )
 
@@ -38,7 +45,8 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def library_files(root: str | None = None) -> dict[str, list[tuple[str, str]]]:
-    """{split: [(relative path, text)]}; files that are not UTF-8 (fixtures of Python's own tests) are left out."""
+    """{split: [(relative path, text)]}; files that are not UTF-8 (fixtures of Python's own tests)
+    are left out."""
     base = pathlib.Path(root or sysconfig.get_path("stdlib"))
     files: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
     for path in sorted(base.rglob("*.py")):
@@ -52,25 +60,32 @@ def library_files(root: str | None = None) -> dict[str, list[tuple[str, str]]]:
                 files[split_of(relative.as_posix())].append((relative.as_posix(), text))
     if not files["train"] or not files["validation"]:
         raise FileNotFoundError(
-            f"no .py files under {base}: this Python comes without sources; give data.name another dataset"
+            f"no .py files under {base}: this Python comes without sources; give data.name another "
+            "dataset"
         )
     return files
 
 
 def stdlib_source(directory: str) -> Source:
-    """Prepares the dataset under `directory` unless it is there, and reads it; safe in several processes at once."""
+    """Prepares the dataset under `directory` unless it is there, and reads it; safe in several
+    processes at once."""
     return prepared_here(PythonStdlib, directory)
 
 
 def prepared_here(builder_of: type[tfds.core.GeneratorBasedBuilder], directory: str) -> Source:
-    """The dataset of a builder that downloads nothing, prepared under `directory` by whichever process is first."""
+    """The dataset of a builder that downloads nothing, prepared under `directory` by whichever
+    process is first."""
     builder = builder_of(data_dir=directory)
     if not builder.data_path.exists():
         with exclusive(os.path.join(directory, f".{builder.name}.lock")):
             builder = builder_of(data_dir=directory)
             try:
-                builder.download_and_prepare(file_format="array_record")  # does nothing when it was prepared meanwhile
+                builder.download_and_prepare(
+                    file_format="array_record"
+                )  # does nothing when it was prepared meanwhile
             except OSError:
-                if not builder.data_path.exists():  # else another process, unseen by the lock, was first
+                if (
+                    not builder.data_path.exists()
+                ):  # else another process, unseen by the lock, was first
                     raise
     return builder_source(builder_of(data_dir=directory))

@@ -1,8 +1,9 @@
-"""Text to token ids and back: bytes, a SentencePiece model, or a `tokenizer.json` of Hugging Face's tokenizers.
+"""Text to token ids and back: bytes, a SentencePiece model, or a `tokenizer.json` of Hugging Face's
+tokenizers.
 
-Text never becomes a control token. What a document, a prompt or a user of a chat writes as "</s>" or "<|im_end|>" is
-spelled out; the ids of control tokens come from `Tokenizer.token` alone, for who builds a conversation of them
-(`experiments.data.chat`).
+Text never becomes a control token. What a document, a prompt or a user of a chat writes as "</s>"
+or "<|im_end|>" is spelled out; the ids of control tokens come from `Tokenizer.token` alone, for who
+builds a conversation of them (`experiments.data.chat`).
 """
 
 import hashlib
@@ -16,11 +17,12 @@ import numpy as np
 
 from lowrank_jax.interop import documents
 
-# Tokens that delimit the turns of a conversation, under the names that models have given them. Some files declare them
-# as ordinary words, which text would turn into them.
+# Tokens that delimit the turns of a conversation, under the names that models have given them. Some
+# files declare them as ordinary words, which text would turn into them.
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-# File names in a folder that brings a tokenizer, in order: a tokenizer.json has the tokens that were added later, too.
+# File names in a folder that brings a tokenizer, in order: a tokenizer.json has the tokens that
+# were added later, too.
 FILES = ("tokenizer.json", "tokenizer.model")
 SETTINGS = "tokenizer_config.json"
 
@@ -96,7 +98,8 @@ class ByteTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model` file.
 
-    Raises FileNotFoundError for a missing file, ImportError without sentencepiece, ValueError without an eos.
+    Raises FileNotFoundError for a missing file, ImportError without sentencepiece, ValueError
+    without an eos.
     """
 
     def __init__(self, path: str):
@@ -105,24 +108,36 @@ class SentencePieceTokenizer(Tokenizer):
             import sentencepiece
             from sentencepiece import sentencepiece_model_pb2
         except ImportError as error:
-            message = f"data.tokenizer={path!r} needs the sentencepiece package: pip install 'lowrank_jax[experiments]'"
+            message = (
+                f"data.tokenizer={path!r} needs the sentencepiece package: pip install "
+                "'lowrank_jax[experiments]'"
+            )
             raise ImportError(message) from error
         self.files = {"tokenizer.model": model}
         try:
             kind: Any = sentencepiece_model_pb2
             proto, types = kind.ModelProto.FromString(model), kind.ModelProto.SentencePiece
-            declared = [piece for piece in proto.pieces if piece.type == types.USER_DEFINED and piece.piece in MARKERS]
+            declared = [
+                piece
+                for piece in proto.pieces
+                if piece.type == types.USER_DEFINED and piece.piece in MARKERS
+            ]
             for piece in declared:
                 piece.type = types.CONTROL
             model = proto.SerializeToString() if declared else model
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except Exception as error:  # protobuf's and SentencePiece's own have no common class
-            raise ValueError(f"data.tokenizer={path!r} is no SentencePiece model ({error}): copy it again") from error
+            raise ValueError(
+                f"data.tokenizer={path!r} is no SentencePiece model ({error}): copy it again"
+            ) from error
         self.identity = f"sentencepiece-{hashlib.sha256(model).hexdigest()[:16]}"
         self.vocabulary_size = self._processor.vocab_size()
         self.bos, self.eos = self._processor.bos_id(), self._processor.eos_id()
         if self.eos < 0:
-            raise ValueError(f"data.tokenizer={path!r} has no eos piece, which separates documents: train it with one")
+            raise ValueError(
+                f"data.tokenizer={path!r} has no eos piece, which separates documents: train it "
+                "with one"
+            )
         self.pad = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -143,22 +158,26 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A `tokenizer.json`, as Hugging Face's tokenizers and transformers write it.
 
-    Special tokens have the names that `tokenizer_config.json` beside it gives, else the usual ones. Truncation and
-    padding that the file asks for are left out, and so is its template of a sequence.
+    Special tokens have the names that `tokenizer_config.json` beside it gives, else the usual ones.
+    Truncation and padding that the file asks for are left out, and so is its template of a
+    sequence.
 
-    Raises FileNotFoundError for a missing file, ImportError without the tokenizers package, ValueError for a file that
-    it cannot read, or without an eos.
+    Raises FileNotFoundError for a missing file, ImportError without the tokenizers package,
+    ValueError for a file that it cannot read, or without an eos.
     """
 
     def __init__(self, path: str):
         raw = _read(path)
         settings = _settings(path)
-        model = documents.read(pathlib.Path(path).expanduser(), {"added_tokens?": [_ADDED]}, remedy="copy it again")
+        model = documents.read(
+            pathlib.Path(path).expanduser(), {"added_tokens?": [_ADDED]}, remedy="copy it again"
+        )
         try:
             import tokenizers
         except ImportError as error:
             raise ImportError(
-                f"data.tokenizer={path!r} needs the tokenizers package: pip install 'lowrank_jax[tokenizers]', or name "
+                f"data.tokenizer={path!r} needs the tokenizers package: pip install "
+                "'lowrank_jax[tokenizers]', or name "
                 'a SentencePiece .model file or "bytes"'
             ) from error
         added = {token["content"]: token for token in model.get("added_tokens", ())}
@@ -167,7 +186,9 @@ class JsonTokenizer(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(model))
         except Exception as error:  # the package raises Exception itself
-            raise ValueError(f"data.tokenizer={path!r} is no tokenizer.json ({error}): copy it again") from error
+            raise ValueError(
+                f"data.tokenizer={path!r} is no tokenizer.json ({error}): copy it again"
+            ) from error
         self._tokenizer.encode_special_tokens = True  # special tokens in text are text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -181,12 +202,16 @@ class JsonTokenizer(Tokenizer):
         if self.eos < 0:
             raise ValueError(
                 f'data.tokenizer={path!r} says no eos, which separates documents: write {{"eos_token": "..."}} into '
-                f"{SETTINGS} beside it, with one of its special tokens ({', '.join(self._special) or 'it has none'})"
+                f"{SETTINGS} beside it, with one of its special tokens "
+                f"({', '.join(self._special) or 'it has none'})"
             )
         self.pad = self.eos if self.pad < 0 else self.pad
         own = {f"{use}_token": name for use, name in names.items() if name is not None}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | own | settings
-        self.files = {"tokenizer.json": raw, SETTINGS: (json.dumps(settings, indent=1) + "\n").encode()}
+        self.files = {
+            "tokenizer.json": raw,
+            SETTINGS: (json.dumps(settings, indent=1) + "\n").encode(),
+        }
         whole = f"{json.dumps(model)} {self.bos} {self.eos} {self.pad}".encode()
         self.identity = f"tokenizers-{hashlib.sha256(whole).hexdigest()[:16]}"
 
@@ -195,13 +220,14 @@ class JsonTokenizer(Tokenizer):
         told = _spelled(settings.get(f"{use}_token"))
         if told is not None and told not in self._special:
             raise ValueError(
-                f"data.tokenizer={path!r}: {SETTINGS} says {use}_token={told!r}, which is none of its special tokens "
-                f"({', '.join(self._special) or 'it has none'}): correct it"
+                f"data.tokenizer={path!r}: {SETTINGS} says {use}_token={told!r}, which is none of "
+                f"its special tokens ({', '.join(self._special) or 'it has none'}): correct it"
             )
         usual = [name for name in _SPELLINGS[use] if name in self._special]
         if told is None and use == "eos" and len(usual) > 1:
             raise ValueError(
-                f"data.tokenizer={path!r} has {' and '.join(usual)}: write the one that ends a document into "
+                f"data.tokenizer={path!r} has {' and '.join(usual)}: write the one that ends a "
+                "document into "
                 f'{SETTINGS} beside it, as {{"eos_token": "..."}}'
             )
         return told if told is not None or not usual else usual[0]
@@ -210,11 +236,19 @@ class JsonTokenizer(Tokenizer):
         """Text to int32 ids, without bos and eos."""
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if not self._control.isdisjoint(ids):  # the vocabulary of words holds the name of a special token
-            pieces = [self._tokenizer.encode(piece, add_special_tokens=False) for piece in _cut(text, self._special)]
+        if not self._control.isdisjoint(
+            ids
+        ):  # the vocabulary of words holds the name of a special token
+            pieces = [
+                self._tokenizer.encode(piece, add_special_tokens=False)
+                for piece in _cut(text, self._special)
+            ]
             ids = [i for piece in pieces for i in piece.ids]
             for name in [name for name, i in self._special.items() if i in ids]:
-                raise ValueError(f"a text becomes the special token {name!r} of the tokenizer: remove it from the text")
+                raise ValueError(
+                    f"a text becomes the special token {name!r} of the tokenizer: remove it from "
+                    "the text"
+                )
         return np.asarray(ids, np.int32)
 
     def decode(self, ids) -> str:
@@ -238,7 +272,10 @@ def _cut(text: str, names: Iterable[str]) -> list[str]:
         for piece in whole:
             first, *others = piece.split(name)
             pieces += [first + name[0] if others else first]
-            pieces += [name[1:] + other + (name[0] if i + 1 < len(others) else "") for i, other in enumerate(others)]
+            pieces += [
+                name[1:] + other + (name[0] if i + 1 < len(others) else "")
+                for i, other in enumerate(others)
+            ]
     return [piece for piece in pieces if piece]
 
 
@@ -256,7 +293,10 @@ def _settings(path: str) -> dict[str, Any]:
 def _read(path: str) -> bytes:
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
-        remedy = 'give a SentencePiece .model file, a tokenizer.json, a folder that holds one of them, or "bytes"'
+        remedy = (
+            "give a SentencePiece .model file, a tokenizer.json, a folder that holds one of them, "
+            'or "bytes"'
+        )
         raise FileNotFoundError(f"data.tokenizer={path!r}: no such file; {remedy}")
     return file.read_bytes()
 
@@ -268,7 +308,8 @@ def found_in(folder: str | os.PathLike) -> str:
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that "bytes" or a path names: of a `.json` file, of a SentencePiece model, or of a folder."""
+    """The tokenizer that "bytes" or a path names: of a `.json` file, of a SentencePiece model, or
+    of a folder."""
     if name == "bytes":
         return ByteTokenizer()
     path = found_in(name) or name
@@ -276,7 +317,8 @@ def make_tokenizer(name: str) -> Tokenizer:
 
 
 def vocabulary_of(name: str) -> int | None:
-    """How many ids the tokenizer has, or None for "bytes", which nobody brought, and where its file is missing."""
+    """How many ids the tokenizer has, or None for "bytes", which nobody brought, and where its file
+    is missing."""
     if name == "bytes" or not (found_in(name) or pathlib.Path(name).expanduser().is_file()):
         return None
     return make_tokenizer(name).vocabulary_size

@@ -37,24 +37,27 @@ class TuningDataConfig:
 
     Attributes:
       task: one of TASKS. An instruction's loss is that of its response alone.
-      name: "documentation" (the embedded default: the docstrings of Python's library), "stdlib" (its source), "digits"
-        or "digits_rotated" (images, for a vision transformer); the path of a .jsonl file; a prepared TFDS dataset by
-        name or by its version directory; or a folder of text files.
-      validation: a second .jsonl file, for validation; "" holds out one line in twenty of the first.
-      directory: where datasets and cached tokens live; "" is $LOWRANK_JAX_DATA, else ~/.cache/lowrank_jax/datasets.
-      tokenizer: "bytes", the path of a SentencePiece model, of a tokenizer.json or of a folder with one of them, or ""
-        for the one that the base was trained with.
+      name: "documentation" (the embedded default: the docstrings of Python's library), "stdlib"
+        (its source), "digits" or "digits_rotated" (images, for a vision transformer); the path of a
+        .jsonl file; a prepared TFDS dataset by name or by its version directory; or a folder of
+        text files.
+      validation: a second .jsonl file, for validation; "" holds out one line in twenty of the
+        first.
+      directory: where datasets and cached tokens live; "" is $LOWRANK_JAX_DATA, else
+        ~/.cache/lowrank_jax/datasets.
+      tokenizer: "bytes", the path of a SentencePiece model, of a tokenizer.json or of a folder with
+        one of them, or "" for the one that the base was trained with.
       bos: begin every document with the tokenizer's bos, as LLaMA's own checkpoints expect.
-      template: what delimits prompts, responses and the turns of conversations: "plain" (nothing; a response ends with
-        eos), "alpaca", "chatml", "llama2" or "llama3" (experiments.data.chat); None is "plain", and for conversations
-        the one of which the tokenizer has the markers.
-      text_key, label_key, prompt_key, response_key: names in the JSON objects, or of TFDS features. As they are, prompt
-        and response stand for all usual keys of instructions in a .jsonl file, and for conversations ("messages"),
-        where an object does not have these two.
+      template: what delimits prompts, responses and the turns of conversations: "plain" (nothing; a
+        response ends with eos), "alpaca", "chatml", "llama2" or "llama3" (experiments.data.chat);
+        None is "plain", and for conversations the one of which the tokenizer has the markers.
+      text_key, label_key, prompt_key, response_key: names in the JSON objects, or of TFDS features.
+        As they are, prompt and response stand for all usual keys of instructions in a .jsonl file,
+        and for conversations ("messages"), where an object does not have these two.
       file_pattern: glob for the files of a folder.
       train_split, validation_split: of a TFDS dataset, names or slices ("train[:1%]").
-      packing: of language modelling: "pack" (contiguous windows of a stream of documents, the default) or "pad" (a
-        document per row).
+      packing: of language modelling: "pack" (contiguous windows of a stream of documents, the
+        default) or "pad" (a document per row).
       sequence_length: tokens per row (256); images have none.
       batch_size: rows of a global batch.
     """
@@ -83,7 +86,13 @@ class TuningDataConfig:
                 raise ValueError(f"data.{field}={getattr(self, field)!r}: {remedy}")
 
         require(self.task in TASKS, "task", f"choose one of {', '.join(TASKS)}")
-        for field in ("name", "file_pattern", "train_split", "validation_split", *sum(KEYS.values(), ())):
+        for field in (
+            "name",
+            "file_pattern",
+            "train_split",
+            "validation_split",
+            *sum(KEYS.values(), ()),
+        ):
             value = getattr(self, field)
             require(isinstance(value, str) and value, field, "give a non-empty string")
         whole = isinstance(self.batch_size, int) and not isinstance(self.batch_size, bool)
@@ -91,17 +100,45 @@ class TuningDataConfig:
         language = self.task == "language_modelling"
         if self.template is not None:
             one_of("data.template", self.template, chat.TEMPLATES)
-            require(self.task == "instruction", "template", f"{self.task} has no prompts; leave it None")
-        require(self.packing is None or self.packing in MODES, "packing", f"choose one of {', '.join(MODES)}")
-        require(self.packing is None or language, "packing", f"{self.task} has a document per row; leave it None")
-        require(self.train_split != self.validation_split, "validation_split", "is the training split: choose another")
-        require(not self.validation or self.is_jsonl, "validation", "goes with a .jsonl file as data.name; leave it ''")
+            require(
+                self.task == "instruction", "template", f"{self.task} has no prompts; leave it None"
+            )
+        require(
+            self.packing is None or self.packing in MODES,
+            "packing",
+            f"choose one of {', '.join(MODES)}",
+        )
+        require(
+            self.packing is None or language,
+            "packing",
+            f"{self.task} has a document per row; leave it None",
+        )
+        require(
+            self.train_split != self.validation_split,
+            "validation_split",
+            "is the training split: choose another",
+        )
+        require(
+            not self.validation or self.is_jsonl,
+            "validation",
+            "goes with a .jsonl file as data.name; leave it ''",
+        )
         for field in ("train_split", "validation_split") if self.is_jsonl else ():
             default = field.removesuffix("_split")
-            require(getattr(self, field) == default, field, f"slices are of TFDS datasets; leave it {default!r}")
+            require(
+                getattr(self, field) == default,
+                field,
+                f"slices are of TFDS datasets; leave it {default!r}",
+            )
         if self.has_images:
-            require(self.task == "classification", "task", f"{self.name} has classes; set data.task='classification'")
-            require(self.sequence_length is None, "sequence_length", "images have none; leave it None")
+            require(
+                self.task == "classification",
+                "task",
+                f"{self.name} has classes; set data.task='classification'",
+            )
+            require(
+                self.sequence_length is None, "sequence_length", "images have none; leave it None"
+            )
             require(not self.tokenizer, "tokenizer", "images have none; leave it ''")
             require(not self.bos, "bos", "images have no tokens; leave it False")
         else:
@@ -109,7 +146,11 @@ class TuningDataConfig:
             whole = isinstance(length, int) and not isinstance(length, bool)
             require(whole and length >= 2, "sequence_length", "give an integer of at least 2")
         text = self.name in ("documentation", "stdlib")
-        require(language or not text, "task", f"{self.name} is plain text; set data.task='language_modelling'")
+        require(
+            language or not text,
+            "task",
+            f"{self.name} is plain text; set data.task='language_modelling'",
+        )
 
     @property
     def is_jsonl(self) -> bool:
@@ -124,24 +165,31 @@ class TuningDataConfig:
     @property
     def length(self) -> int:
         """Tokens per row; 1 for images."""
-        return 1 if self.has_images else 256 if self.sequence_length is None else self.sequence_length
+        return (
+            1 if self.has_images else 256 if self.sequence_length is None else self.sequence_length
+        )
 
 
-def load_tuning(config: TuningDataConfig, tokenizer: str, seed: int = 0, *, trains: bool = True) -> Dataset:
+def load_tuning(
+    config: TuningDataConfig, tokenizer: str, seed: int = 0, *, trains: bool = True
+) -> Dataset:
     """Opens, and where needed prepares, a dataset; tokenises both splits once.
 
     Args:
       config: what is read.
       tokenizer: used when `config.tokenizer` is "".
       seed: of the order of the batches.
-      trains: otherwise it is only evaluated: the training split, which may be much larger, is neither read nor
-        tokenised.
+      trains: otherwise it is only evaluated: the training split, which may be much larger, is
+        neither read nor tokenised.
 
-    Raises FileNotFoundError, ImportError or ValueError, each naming field, value and remedy, or file and line.
+    Raises FileNotFoundError, ImportError or ValueError, each naming field, value and remedy, or
+    file and line.
     """
     if config.has_images:
         splits = digits(config.name)
-        train, validation = (Images(*splits[split], config.batch_size, seed) for split in ("train", "validation"))
+        train, validation = (
+            Images(*splits[split], config.batch_size, seed) for split in ("train", "validation")
+        )
         size = f"{train.examples} + {validation.examples} images (train + validation)"
         return Dataset(
             train=train,
@@ -154,14 +202,20 @@ def load_tuning(config: TuningDataConfig, tokenizer: str, seed: int = 0, *, trai
         )
     pieces = make_tokenizer(config.tokenizer or tokenizer)
     if config.bos and pieces.bos < 0:
-        raise ValueError(f"data.bos=True: the tokenizer {pieces.identity} has no bos piece; set it False")
+        raise ValueError(
+            f"data.bos=True: the tokenizer {pieces.identity} has no bos piece; set it False"
+        )
     directory = data_directory(config.directory)
     source = open_tuning_source(config, directory)
     names = {"train": config.train_split, "validation": config.validation_split}
     used = names if trains else {"validation": config.validation_split}
-    template = chat.chosen(config.template, pieces) if source.has_chats else config.template or "plain"
+    template = (
+        chat.chosen(config.template, pieces) if source.has_chats else config.template or "plain"
+    )
     options: dict[str, Any] = {"bos": config.bos, "template": template}
-    halves = {use: tokenized(source, name, pieces, directory, **options) for use, name in used.items()}
+    halves = {
+        use: tokenized(source, name, pieces, directory, **options) for use, name in used.items()
+    }
     parts = {use: _batches(config, split, seed) for use, split in halves.items()}
     first = parts["train" if trains else "validation"]
     if trains and first.examples == 0:
@@ -178,7 +232,8 @@ def load_tuning(config: TuningDataConfig, tokenizer: str, seed: int = 0, *, trai
         validation=parts["validation"],
         tokenizer=pieces,
         vocabulary_size=pieces.vocabulary_size,
-        description=f"{source.name}: {sizes} tokens ({' + '.join(halves)}), {pieces.identity}, {rows}",
+        description=f"{source.name}: {sizes} tokens ({' + '.join(halves)}), {pieces.identity}, "
+        f"{rows}",
         fingerprint="/".join(split.fingerprint for split in halves.values()),
         classes=source.classes,
     )
@@ -203,13 +258,15 @@ def open_tuning_source(config: TuningDataConfig, directory: str) -> Source:
 
         return stdlib_source(directory)
     if config.name.startswith(("/", ".", "~")) or "://" in config.name:
-        prepared = os.path.isfile(os.path.join(os.path.expanduser(config.name), "dataset_info.json"))
+        prepared = os.path.isfile(
+            os.path.join(os.path.expanduser(config.name), "dataset_info.json")
+        )
         if prepared or "://" in config.name:
             return builder_source(directory_builder(config.name), keys)
         if config.task != "language_modelling":
             raise ValueError(
-                f"data.name={config.name!r}: a folder holds plain text; give a .jsonl file or a prepared TFDS dataset "
-                f"for data.task={config.task!r}"
+                f"data.name={config.name!r}: a folder holds plain text; give a .jsonl file or a "
+                f"prepared TFDS dataset for data.task={config.task!r}"
             )
         return folder_source(config.name, config.file_pattern)
     return builder_source(named_builder(config.name, directory), keys)

@@ -2,18 +2,19 @@
 
     o_i = sum_j p_ij v_j,  p_ij = exp(s_ij - l_i),  s_ij = q_i k_j / sqrt(K),  l_i = log sum_j exp(s_ij)
 
-`attention` makes all scores of a sequence, in products with one batch axis `(B G)` of heads: on CPUs they take little
-over half the time of those of `jax.nn.dot_product_attention`, which have two. `chunked_attention`, whose sums are over
-j <= i, keeps no S x S scores, forward or backward: a row of chunks keeps a running maximum, sum and output, which give
-o and l exactly (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867). The backward pass keeps o and l and
-makes the probabilities of a chunk again, once (Dao et al. 2022, arXiv:2205.14135):
+`attention` makes all scores of a sequence, in products with one batch axis `(B G)` of heads: on
+CPUs they take little over half the time of those of `jax.nn.dot_product_attention`, which have two.
+`chunked_attention`, whose sums are over j <= i, keeps no S x S scores, forward or backward: a row
+of chunks keeps a running maximum, sum and output, which give o and l exactly (online softmax:
+Milakov and Gimelshein 2018, arXiv:1805.02867). The backward pass keeps o and l and makes the
+probabilities of a chunk again, once (Dao et al. 2022, arXiv:2205.14135):
 
     ds_ij = p_ij (do_i v_j - do_i o_i) / sqrt(K)
     dq_i = sum_j ds_ij k_j,   dk_j = sum_i ds_ij q_i,   dv_j = sum_i p_ij do_i
 
-Chunks above the diagonal are not visited, so the products are half of those of a masked square. Scores, softmax and
-every sum are float32, operands of products have the dtype of the inputs. Beside its arguments and results a step needs
-some B x H x C x C float32.
+Chunks above the diagonal are not visited, so the products are half of those of a masked square.
+Scores, softmax and every sum are float32, operands of products have the dtype of the inputs. Beside
+its arguments and results a step needs some B x H x C x C float32.
 
 Shapes are named by their suffix:
 
@@ -32,11 +33,15 @@ from lowrank_jax import sharding
 from lowrank_jax.meshes import divided
 
 
-def attention(q_BxSxHxK: jax.Array, k_BxTxGxK: jax.Array, v_BxTxGxK: jax.Array, *, causal: bool) -> jax.Array:
-    """`jax.nn.dot_product_attention(q, k, v, is_causal=causal)`, as products with one batch axis of all heads.
+def attention(
+    q_BxSxHxK: jax.Array, k_BxTxGxK: jax.Array, v_BxTxGxK: jax.Array, *, causal: bool
+) -> jax.Array:
+    """`jax.nn.dot_product_attention(q, k, v, is_causal=causal)`, as products with one batch axis of
+    all heads.
 
-    Query head h reads key/value head h // R. Scores and softmax are float32. An axis that the mesh of `lr.meshes.use`
-    divides (query heads, or the queries' positions) stays apart, so that nothing is gathered.
+    Query head h reads key/value head h // R. Scores and softmax are float32. An axis that the mesh
+    of `lr.meshes.use` divides (query heads, or the queries' positions) stays apart, so that nothing
+    is gathered.
 
     Args:
       q_BxSxHxK, k_BxTxGxK, v_BxTxGxK: of one floating dtype; G divides H.
@@ -69,14 +74,18 @@ def attention(q_BxSxHxK: jax.Array, k_BxTxGxK: jax.Array, v_BxTxGxK: jax.Array, 
 
 
 def _batched(x: jax.Array, y: jax.Array, *, axes: int, contract: int, **options: Any) -> jax.Array:
-    """The product over x's last axis and the axis `contract` of y; the first `axes` axes of both are batch axes."""
+    """The product over x's last axis and the axis `contract` of y; the first `axes` axes of both
+    are batch axes."""
     both = tuple(range(axes))
     numbers = (((x.ndim - 1,), (y.ndim + contract,)), (both, both))
     return jax.lax.dot_general(x, y, numbers, **options)
 
 
-def chunked_attention(q_BxSxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax.Array, *, chunk: int) -> jax.Array:
-    """`jax.nn.dot_product_attention(q, k, v, is_causal=True)`, in chunks; reverse-mode differentiable.
+def chunked_attention(
+    q_BxSxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax.Array, *, chunk: int
+) -> jax.Array:
+    """`jax.nn.dot_product_attention(q, k, v, is_causal=True)`, in chunks; reverse-mode
+    differentiable.
 
     Query head h reads key/value head h // R.
 
@@ -97,16 +106,21 @@ def chunked_attention(q_BxSxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax
     G = k_BxSxGxK.shape[2]
     if k_BxSxGxK.shape != (B, S, G, K) or v_BxSxGxK.shape != (B, S, G, K) or H % G:
         raise ValueError(
-            f"q {q_BxSxHxK.shape}, k {k_BxSxGxK.shape} and v {v_BxSxGxK.shape} must be (B, S, H, K), (B, S, G, K) and "
-            "(B, S, G, K), with G a divisor of H"
+            f"q {q_BxSxHxK.shape}, k {k_BxSxGxK.shape} and v {v_BxSxGxK.shape} must be (B, S, H, "
+            "K), (B, S, G, K) and (B, S, G, K), with G a divisor of H"
         )
     chunk = min(chunk, S)
-    # keys after the end lie above the diagonal of every query that counts, so padding needs no mask of its own
+    # keys after the end lie above the diagonal of every query that counts, so padding needs no mask
+    # of its own
     split = functools.partial(_split, chunk=chunk, groups=G)
-    parts = sharding.varying_alike(split(q_BxSxHxK), split(k_BxSxGxK)[..., 0, :], split(v_BxSxGxK)[..., 0, :])
+    parts = sharding.varying_alike(
+        split(q_BxSxHxK), split(k_BxSxGxK)[..., 0, :], split(v_BxSxGxK)[..., 0, :]
+    )
     out_NxBxCxGxRxK = _attention(*parts)
     chunks = len(out_NxBxCxGxRxK)
-    return sharding.reshape(jnp.moveaxis(out_NxBxCxGxRxK, 0, 1), (B, chunks * chunk, H, K), first=1)[:, :S]
+    return sharding.reshape(
+        jnp.moveaxis(out_NxBxCxGxRxK, 0, 1), (B, chunks * chunk, H, K), first=1
+    )[:, :S]
 
 
 def _split(x_BxSxHxK: jax.Array, chunk: int, groups: int) -> jax.Array:
@@ -135,7 +149,9 @@ def _scores(q_BxCxGxRxK: jax.Array, k_BxCxGxK: jax.Array, row: Any, column: Any)
 
 
 @jax.custom_vjp
-def _attention(q_NxBxCxGxRxK: jax.Array, k_NxBxCxGxK: jax.Array, v_NxBxCxGxK: jax.Array) -> jax.Array:
+def _attention(
+    q_NxBxCxGxRxK: jax.Array, k_NxBxCxGxK: jax.Array, v_NxBxCxGxK: jax.Array
+) -> jax.Array:
     return _forward(q_NxBxCxGxRxK, k_NxBxCxGxK, v_NxBxCxGxK)[0]
 
 
@@ -151,11 +167,18 @@ def _forward(q, k, v):
             new_BxGxRxC = jnp.maximum(most_BxGxRxC, jnp.max(s_BxGxRxCxC, axis=-1))
             p_BxGxRxCxC = jnp.exp(s_BxGxRxCxC - new_BxGxRxC[..., None])
             fade_BxGxRxC = jnp.exp(most_BxGxRxC - new_BxGxRxC)
-            part_BxGxRxCxK = _product("BGRqk,BkGK->BGRqK", p_BxGxRxCxC.astype(v.dtype), _take(v, column))
+            part_BxGxRxCxK = _product(
+                "BGRqk,BkGK->BGRqK", p_BxGxRxCxC.astype(v.dtype), _take(v, column)
+            )
             sum_BxGxRxC = fade_BxGxRxC * sum_BxGxRxC + jnp.sum(p_BxGxRxCxC, axis=-1)
-            return new_BxGxRxC, sum_BxGxRxC, fade_BxGxRxC[..., None] * out_BxGxRxCxK + part_BxGxRxCxK
+            return (
+                new_BxGxRxC,
+                sum_BxGxRxC,
+                fade_BxGxRxC[..., None] * out_BxGxRxCxK + part_BxGxRxCxK,
+            )
 
-        # column 0 holds a key for every query, so that the maximum is finite from the first chunk on
+        # column 0 holds a key for every query, so that the maximum is finite from the first chunk
+        # on
         start_BxGxRxCxK = jnp.zeros_like(jnp.moveaxis(q_BxCxGxRxK, 1, 3), jnp.float32)
         zero_BxGxRxC = start_BxGxRxCxK[..., 0]
         start = (zero_BxGxRxC - jnp.inf, zero_BxGxRxC, start_BxGxRxCxK)
@@ -181,7 +204,9 @@ def _backward(kept, d_out):
             s_BxGxRxCxC = _scores(q_BxCxGxRxK, k_BxCxGxK, row, number)
             p_BxGxRxCxC = jnp.exp(s_BxGxRxCxC - _take(l_NxBxGxRxC, row)[..., None])
             dp_BxGxRxCxC = _product("BqGRK,BkGK->BGRqk", do_BxCxGxRxK, v_BxCxGxK)
-            ds_BxGxRxCxC = scale * p_BxGxRxCxC * (dp_BxGxRxCxC - _take(inner_NxBxGxRxC, row)[..., None])
+            ds_BxGxRxCxC = (
+                scale * p_BxGxRxCxC * (dp_BxGxRxCxC - _take(inner_NxBxGxRxC, row)[..., None])
+            )
             p_BxGxRxCxC, ds_BxGxRxCxC = (x.astype(q.dtype) for x in (p_BxGxRxCxC, ds_BxGxRxCxC))
             dq_BxCxGxRxK = _take(dq, row) + _product("BGRqk,BkGK->BqGRK", ds_BxGxRxCxC, k_BxCxGxK)
             dq = jax.lax.dynamic_update_index_in_dim(dq, dq_BxCxGxRxK, row, 0)
@@ -190,7 +215,9 @@ def _backward(kept, d_out):
             return dq, dk_BxCxGxK, dv_BxCxGxK
 
         zero_BxCxGxK = jnp.zeros_like(k_BxCxGxK, jnp.float32)
-        dq, dk_BxCxGxK, dv_BxCxGxK = jax.lax.fori_loop(number, chunks, one, (dq, zero_BxCxGxK, zero_BxCxGxK))
+        dq, dk_BxCxGxK, dv_BxCxGxK = jax.lax.fori_loop(
+            number, chunks, one, (dq, zero_BxCxGxK, zero_BxCxGxK)
+        )
         return dq, (dk_BxCxGxK.astype(k.dtype), dv_BxCxGxK.astype(v.dtype))
 
     dq, (dk, dv) = jax.lax.scan(column, jnp.zeros_like(q, jnp.float32), jnp.arange(chunks))

@@ -1,11 +1,12 @@
-"""What layers of our models add for explicit meshes, where array types say how they lie; elsewhere nothing.
+"""What layers of our models add for explicit meshes, where array types say how they lie; elsewhere
+nothing.
 
-Kernels are gathered where they are multiplied, and sums over divided axes, look-ups and choices along them say where
-they go. All but the look-up are keywords of Flax's own layers and jax's own products, so that taps and adapters find
-what they know.
+Kernels are gathered where they are multiplied, and sums over divided axes, look-ups and choices
+along them say where they go. All but the look-up are keywords of Flax's own layers and jax's own
+products, so that taps and adapters find what they know.
 
-Shapes are named by their suffix: B batch, S sequence, D width, V vocabulary, H query heads, G key/value heads, K head
-size.
+Shapes are named by their suffix: B batch, S sequence, D width, V vocabulary, H query heads, G
+key/value heads, K head size.
 """
 
 import functools
@@ -21,21 +22,25 @@ from lowrank_jax.meshes import at_input, constrain, out_sharding
 
 
 def promoted(*arrays: jax.Array | None, dtype: Any = None, inexact: bool = True) -> list[Any]:
-    """Flax's `promote_dtype` of a layer, and its kernel as the product wants it on an explicit mesh."""
+    """Flax's `promote_dtype` of a layer, and its kernel as the product wants it on an explicit
+    mesh."""
     x, kernel, bias = promote_dtype(*arrays, dtype=dtype, inexact=inexact)
     return [x, at_input(kernel, x), bias]
 
 
 def summed(x, features):
-    """The product of x (B, S, ...) and a kernel whose rows may be divided, as those of o_proj and down_proj are."""
+    """The product of x (B, S, ...) and a kernel whose rows may be divided, as those of o_proj and
+    down_proj are."""
     place = out_sharding((*x.shape[:-1], features), "batch", "length", None)
     return functools.partial(dot_general, out_sharding=place)
 
 
 def rematerialised(block, config):
-    """The module that keeps for its backward pass what `config.remat` says, and on explicit meshes no gathered kernel.
+    """The module that keeps for its backward pass what `config.remat` says, and on explicit meshes
+    no gathered kernel.
 
-    Without, the gathered kernels of all layers would be kept, where the compiler of an auto mesh gathers them again.
+    Without, the gathered kernels of all layers would be kept, where the compiler of an auto mesh
+    gathers them again.
     """
     if config.remat:
         policy = None if config.remat is True else getattr(jax.checkpoint_policies, config.remat)
@@ -43,7 +48,8 @@ def rematerialised(block, config):
         policy = _all_but_reshards
     else:
         return block
-    # inside a scan XLA cannot merge the recomputation with the forward pass, so no barrier is needed
+    # inside a scan XLA cannot merge the recomputation with the forward pass, so no barrier is
+    # needed
     return nn.remat(block, policy=policy, prevent_cse=not config.scan)
 
 
@@ -52,19 +58,23 @@ def _all_but_reshards(primitive, *_, **__):
 
 
 def positions(chunk: int | None) -> str | None:
-    """The axis of queries' positions: on an explicit mesh every device goes through all chunks of a sequence."""
+    """The axis of queries' positions: on an explicit mesh every device goes through all chunks of a
+    sequence."""
     return "length" if chunk is None or out_sharding(()) is None else None
 
 
 def beside(k_BxSxGxK, q_BxSxHxK):
-    """Keys or values, repeated for each query head where an explicit mesh divides the query heads and not these."""
+    """Keys or values, repeated for each query head where an explicit mesh divides the query heads
+    and not these."""
     q_spec, k_spec = sharding.explicit_spec(q_BxSxHxK), sharding.explicit_spec(k_BxSxGxK)
     if q_spec is None or k_spec is None or q_spec[2] == k_spec[2]:
         return k_BxSxGxK
     B, S, G, K = k_BxSxGxK.shape
     H = q_BxSxHxK.shape[2]
     repeated = jnp.broadcast_to(k_BxSxGxK[:, :, :, None], (B, S, G, H // G, K))
-    return constrain(sharding.reshape(repeated, (B, S, H, K), first=2), "batch", None, "heads", None)
+    return constrain(
+        sharding.reshape(repeated, (B, S, H, K), first=2), "batch", None, "heads", None
+    )
 
 
 class Embed(nn.Embed):
@@ -84,7 +94,8 @@ class Embed(nn.Embed):
 
 
 def chosen(logits_BxSxV, targets_BxS):
-    """logits[target], (B, S); along a divided vocabulary a sum with one term, which needs no other device's logits."""
+    """logits[target], (B, S); along a divided vocabulary a sum with one term, which needs no other
+    device's logits."""
     spec = sharding.explicit_spec(logits_BxSxV)
     if spec is None or spec[-1] is None:
         return jnp.take_along_axis(logits_BxSxV, targets_BxS[..., None], axis=-1)[..., 0]

@@ -1,11 +1,13 @@
-"""Folders of Hugging Face's transformers as a `LlamaConfig` and parameters, and back: `load` and `save`.
+"""Folders of Hugging Face's transformers as a `LlamaConfig` and parameters, and back: `load` and
+`save`.
 
     config.json                                        hidden_size, num_hidden_layers, ...
     model.safetensors, or shards and their index       lowrank_jax.interop.safetensors
 
-Three families compute what `experiments.models.llama` computes: LLaMA (1 to 3), Mistral and Qwen2 (1.5 to 2.5).
-Mistral's sliding window is not implemented: sequences that fit into it do not meet it, longer ones are refused. What
-`config.json` says about dropout, tokens and generation is not read.
+Three families compute what `experiments.models.llama` computes: LLaMA (1 to 3), Mistral and Qwen2
+(1.5 to 2.5). Mistral's sliding window is not implemented: sequences that fit into it do not meet
+it, longer ones are refused. What `config.json` says about dropout, tokens and generation is not
+read.
 """
 
 import pathlib
@@ -20,14 +22,36 @@ from experiments.models import llama
 from lowrank_jax.interop import documents, safetensors
 from lowrank_jax.interop import llama as names
 
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
 _QKV, _ATTENTION, _MLP = llama.PROJECTIONS[:3], llama.PROJECTIONS[:4], llama.PROJECTIONS[4:]
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
-          "head_dim", "vocab_size", "max_position_embeddings", "sliding_window")  # fmt: skip
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "sliding_window",
+)
 _WORDS = ("model_type", "dtype", "torch_dtype", "hidden_act")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
-_ROPE = {f"{name}?": (float, None) for name in ("rope_theta", "partial_rotary_factor", "factor", "low_freq_factor",
-                                                "high_freq_factor", "original_max_position_embeddings")}  # fmt: skip
+_ROPE = {
+    f"{name}?": (float, None)
+    for name in (
+        "rope_theta",
+        "partial_rotary_factor",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    )
+}
 # Of the keys that are read; `documents` says what the words mean.
 SHAPE = {
     **{f"{name}?": (int, None) for name in _SIZES},
@@ -48,28 +72,33 @@ def load(folder, *, shardings: Any = None, **overrides) -> tuple[llama.LlamaConf
 
     Args:
       folder: with config.json and safetensors files.
-      shardings: where the leaves go: a tree of shardings like the parameters, one sharding for all, or None for the
-        default device.
-      **overrides: fields of `LlamaConfig` that the folder does not decide: `sequence_length` (a shorter one than
-        max_position_embeddings), `scan`, `remat`, `dtype` and `param_dtype`. The dtypes are those of the file, with
-        float16 read as float32.
+      shardings: where the leaves go: a tree of shardings like the parameters, one sharding for all,
+        or None for the default device.
+      **overrides: fields of `LlamaConfig` that the folder does not decide: `sequence_length` (a
+        shorter one than max_position_embeddings), `scan`, `remat`, `dtype` and `param_dtype`. The
+        dtypes are those of the file, with float16 read as float32.
 
     Raises:
       FileNotFoundError: config.json, the weights or a shard of them is missing.
-      ValueError: the model is none of FAMILIES, computes something `Llama` does not, or its tensors do not match its
-        configuration; the message names key or tensors.
+      ValueError: the model is none of FAMILIES, computes something `Llama` does not, or its tensors
+        do not match its configuration; the message names key or tensors.
       ImportError: the safetensors package is missing.
     """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a folder that transformers' save_pretrained wrote")
+        raise FileNotFoundError(
+            f"{path} does not exist: give a folder that transformers' save_pretrained wrote"
+        )
     config = config_from(read_config(path), **overrides)
     try:
         tensors = safetensors.read(folder)
     except FileNotFoundError as error:
         if any(folder.glob("pytorch_model*.bin")):
-            message = f"{folder} holds pickled weights only: save it again by transformers' save_pretrained"
+            message = (
+                f"{folder} holds pickled weights only: save it again by transformers' "
+                "save_pretrained"
+            )
             raise FileNotFoundError(message) from error
         raise
     like = shapes(config)
@@ -96,8 +125,8 @@ def save(
 ) -> list[pathlib.Path]:
     """Write a folder that transformers' `from_pretrained` and `load` read; returns its files.
 
-    Mistral has become LLaMA by then, which computes the same. Weights keep their dtype and are copied one tensor at a
-    time; config.json is written last.
+    Mistral has become LLaMA by then, which computes the same. Weights keep their dtype and are
+    copied one tensor at a time; config.json is written last.
 
     Args:
       overwrite: replace a model that the folder holds.
@@ -105,7 +134,8 @@ def save(
       max_shard_bytes: as in `safetensors.write`.
 
     Raises:
-      FileExistsError: the folder holds a model and `overwrite` is not set, or a config.json that is no model's.
+      FileExistsError: the folder holds a model and `overwrite` is not set, or a config.json that is
+        no model's.
       ValueError: `params` are not the parameters of `config`, or no family has such biases.
     """
     folder = pathlib.Path(folder)
@@ -117,11 +147,16 @@ def save(
 
 
 def check_folder(folder: pathlib.Path, *, overwrite: bool) -> pathlib.Path:
-    """The path of config.json in a folder that `save` may write to. Raises FileExistsError as `save` does."""
+    """The path of config.json in a folder that `save` may write to. Raises FileExistsError as
+    `save` does."""
     path = folder / "config.json"
-    present = [found.name for found in (path, *folder.glob("model*.safetensors*")) if found.exists()]
+    present = [
+        found.name for found in (path, *folder.glob("model*.safetensors*")) if found.exists()
+    ]
     if present and not overwrite:
-        raise FileExistsError(f"{folder} holds {', '.join(sorted(present))}: give another folder, or overwrite it")
+        raise FileExistsError(
+            f"{folder} holds {', '.join(sorted(present))}: give another folder, or overwrite it"
+        )
     if path.exists() and "model_type" not in read_config(path):
         raise FileExistsError(f"{path} is not that of a model of transformers: give another folder")
     return path
@@ -141,14 +176,23 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
 def config_from(values: Mapping[str, Any], **overrides) -> llama.LlamaConfig:
     """The configuration that a config.json describes, with fields replaced by `overrides`.
 
-    Both spellings of rotary positions are read, `rope_theta` with `rope_scaling` and transformers 5's
-    `rope_parameters`; of scalings, "default", "linear" and "llama3".
+    Both spellings of rotary positions are read, `rope_theta` with `rope_scaling` and transformers
+    5's `rope_parameters`; of scalings, "default", "linear" and "llama3".
 
     Raises:
-      ValueError: an unknown model_type, a missing key, or one that asks for what `Llama` does not compute.
+      ValueError: an unknown model_type, a missing key, or one that asks for what `Llama` does not
+        compute.
 
-    >>> values = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4,
-    ...           "num_hidden_layers": 2, "vocab_size": 259, "max_position_embeddings": 128, "head_dim": 32}
+    >>> values = {
+    ...     "model_type": "llama",
+    ...     "hidden_size": 64,
+    ...     "intermediate_size": 172,
+    ...     "num_attention_heads": 4,
+    ...     "num_hidden_layers": 2,
+    ...     "vocab_size": 259,
+    ...     "max_position_embeddings": 128,
+    ...     "head_dim": 32,
+    ... }
     >>> config = config_from(values, sequence_length=64)
     >>> config.width, config.kv_heads, config.head_size, config.sequence_length, config.param_dtype
     (64, 4, 32, 64, 'float32')
@@ -188,8 +232,8 @@ def config_from(values: Mapping[str, Any], **overrides) -> llama.LlamaConfig:
     window, length = _window(values, family), fields["sequence_length"]
     if window is not None and length > window:
         raise ValueError(
-            f"sliding_window={window}: attention over more tokens is not implemented and sequences of {length} would "
-            f"meet it; give sequence_length={window} or less"
+            f"sliding_window={window}: attention over more tokens is not implemented and sequences "
+            f"of {length} would meet it; give sequence_length={window} or less"
         )
     return llama.LlamaConfig(**fields)
 
@@ -197,7 +241,8 @@ def config_from(values: Mapping[str, Any], **overrides) -> llama.LlamaConfig:
 def config_to(config: llama.LlamaConfig) -> dict[str, Any]:
     """config.json of a configuration, in the spelling that transformers 4 and 5 both read.
 
-    Raises ValueError for biases that neither LLaMA (attention_bias, mlp_bias) nor Qwen2 (q, k, v) has.
+    Raises ValueError for biases that neither LLaMA (attention_bias, mlp_bias) nor Qwen2 (q, k, v)
+    has.
 
     >>> config_to(llama.preset("60M"))["architectures"]
     ['LlamaForCausalLM']
@@ -205,7 +250,10 @@ def config_to(config: llama.LlamaConfig) -> dict[str, Any]:
     biases = tuple(name for name in llama.PROJECTIONS if name in (config.biases or ()))
     family = "qwen2" if biases == _QKV else "llama"
     if biases not in ((), _QKV, _ATTENTION, _MLP, _ATTENTION + _MLP):
-        known = "LLaMA has those of attention, of the MLP, or both, Qwen2 has those of q_proj, k_proj and v_proj"
+        known = (
+            "LLaMA has those of attention, of the MLP, or both, Qwen2 has those of q_proj, k_proj "
+            "and v_proj"
+        )
         raise ValueError(f"biases={config.biases!r}: no family has these; {known}")
     scaling: dict[str, Any] | None = None
     if config.rope_scaling is not None:
@@ -213,7 +261,11 @@ def config_to(config: llama.LlamaConfig) -> dict[str, Any]:
         scaling = {"rope_type": kind, **dict(zip(_LLAMA3, numbers, strict=False))}
         if kind == "llama3":
             scaling[_LLAMA3[-1]] = int(scaling[_LLAMA3[-1]])  # transformers warns of another type
-    own = {"attention_bias": "q_proj" in biases, "mlp_bias": "up_proj" in biases} if family == "llama" else {}
+    own = (
+        {"attention_bias": "q_proj" in biases, "mlp_bias": "up_proj" in biases}
+        if family == "llama"
+        else {}
+    )
     return {
         "architectures": [FAMILIES[family]],
         "model_type": family,
@@ -237,7 +289,9 @@ def config_to(config: llama.LlamaConfig) -> dict[str, Any]:
 
 def _required(values: Mapping[str, Any], key: str) -> int:
     if values.get(key) is None:
-        raise ValueError(f"config.json has no {key}, and its default differs between families: add it")
+        raise ValueError(
+            f"config.json has no {key}, and its default differs between families: add it"
+        )
     return int(values[key])
 
 
@@ -247,7 +301,9 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, tuple[str | float, ...] | N
     theta = float(stated.get("rope_theta") or values.get("rope_theta") or 10000.0)
     kind = stated.get("rope_type", stated.get("type", "default"))
     if any(isinstance(value, Mapping) for value in stated.values()):
-        raise ValueError(f"rope_parameters={stated!r}: rotary positions that differ by layer are not supported")
+        raise ValueError(
+            f"rope_parameters={stated!r}: rotary positions that differ by layer are not supported"
+        )
     share = stated.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if share not in (None, 1.0):
         raise ValueError(f"partial_rotary_factor={share}: only whole heads are rotated")
@@ -265,7 +321,9 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, tuple[str | float, ...] | N
 def _biases(values: Mapping[str, Any], family: str) -> tuple[str, ...] | None:
     if family == "qwen2":
         return _QKV
-    attention, mlp = (family == "llama" and bool(values.get(key)) for key in ("attention_bias", "mlp_bias"))
+    attention, mlp = (
+        family == "llama" and bool(values.get(key)) for key in ("attention_bias", "mlp_bias")
+    )
     return (_ATTENTION if attention else ()) + (_MLP if mlp else ()) or None
 
 
@@ -277,13 +335,20 @@ def _window(values: Mapping[str, Any], family: str) -> int | None:
 
 
 def _dtype_of(config: llama.LlamaConfig, params: Any) -> str:
-    """The dtype of the parameters, of which shapes and paths are compared with those of the model."""
+    """The dtype of the parameters, of which shapes and paths are compared with those of the
+    model."""
     found, expected = checkpoint.leaf_table(params), checkpoint.leaf_table(shapes(config))
     for path in [*expected, *found]:
         there, here = found.get(path, (None, ""))[0], expected.get(path, (None, ""))[0]
         if there != here:
-            raise ValueError(f"params[{path!r}] is of shape {there}, but the model of this configuration has {here}")
+            raise ValueError(
+                f"params[{path!r}] is of shape {there}, but the model of this configuration has "
+                f"{here}"
+            )
     dtypes = {dtype for _, dtype in found.values()}
     if len(dtypes) > 1 or not dtypes <= set(llama.DTYPES):
-        raise ValueError(f"params are of {', '.join(sorted(dtypes))}: give one of {', '.join(llama.DTYPES)} throughout")
+        raise ValueError(
+            f"params are of {', '.join(sorted(dtypes))}: give one of {', '.join(llama.DTYPES)} "
+            "throughout"
+        )
     return dtypes.pop()

@@ -1,7 +1,8 @@
 """A LLaMA-style decoder in Flax linen, the model every pre-training experiment uses.
 
-Pre-norm blocks of grouped-query attention and SwiGLU (Touvron et al. 2023, arXiv:2302.13971), RMSNorm, rotary positions
-in Hugging Face's half-split convention, biases only where `biases` names them. One block:
+Pre-norm blocks of grouped-query attention and SwiGLU (Touvron et al. 2023, arXiv:2302.13971),
+RMSNorm, rotary positions in Hugging Face's half-split convention, biases only where `biases` names
+them. One block:
 
     x = x + o_proj(softmax(rope(q) rope(k)^T / sqrt(K), causal) v),   q, k, v = {q,k,v}_proj(norm(x))
     x = x + down_proj(silu(gate_proj(h)) * up_proj(h)),               h = norm(x)
@@ -11,10 +12,11 @@ Shapes are named by their suffix:
     B batch   S sequence   D width   F hidden (feed-forward)   H query heads   G key/value heads
     K head size (D / H unless `head_dim` says else)   V vocabulary   L layers
 
-Every linear layer is a `nn.Dense` whose kernel is `(d_in, d_out)`, or `(L, d_in, d_out)` when the layers are scanned:
-`embed/embedding`, `layers/attention/{q,k,v,o}_proj/kernel`, `layers/attention_norm/scale`,
-`layers/mlp/{gate,up,down}_proj/kernel`, `layers/mlp_norm/scale`, `norm/scale`, `lm_head/kernel`. Unscanned layers are
-named `layer_0`, `layer_1`, ... in place of `layers`. A bias is `bias` beside its `kernel`.
+Every linear layer is a `nn.Dense` whose kernel is `(d_in, d_out)`, or `(L, d_in, d_out)` when the
+layers are scanned: `embed/embedding`, `layers/attention/{q,k,v,o}_proj/kernel`,
+`layers/attention_norm/scale`, `layers/mlp/{gate,up,down}_proj/kernel`, `layers/mlp_norm/scale`,
+`norm/scale`, `lm_head/kernel`. Unscanned layers are named `layer_0`, `layer_1`, ... in place of
+`layers`. A bias is `bias` beside its `kernel`.
 """
 
 import dataclasses
@@ -26,7 +28,15 @@ import jax
 import jax.numpy as jnp
 
 from experiments.models.attention import attention, chunked_attention
-from experiments.models.divided import Embed, beside, chosen, positions, promoted, rematerialised, summed
+from experiments.models.divided import (
+    Embed,
+    beside,
+    chosen,
+    positions,
+    promoted,
+    rematerialised,
+    summed,
+)
 from experiments.sections import check, choice, number
 from lowrank_jax import dot_general, sharding
 from lowrank_jax.adapters import attend
@@ -46,23 +56,26 @@ class LlamaConfig:
       vocabulary_size: number of token ids, V.
       width: residual stream, D.
       hidden: inner width of the SwiGLU layer, F.
-      heads, kv_heads: query heads H and key/value heads G; G divides H, H divides D unless `head_dim` is set.
+      heads, kv_heads: query heads H and key/value heads G; G divides H, H divides D unless
+        `head_dim` is set.
       layers: number of blocks, L.
       sequence_length: longest sequence the model accepts.
       rope_theta: base of the rotary frequencies (10000: Su et al. 2021, arXiv:2104.09864).
       norm_eps: added to the mean square (1e-6: LLaMA).
       tied_head: use the embedding transposed as the output layer.
-      dtype, param_dtype: of the matrix products and of the parameters, "float32" or "bfloat16". Norms, rotations,
-        softmax and logits are float32 in either case.
-      remat: False, True (keep only the input of each block), or the name of a `jax.checkpoint_policies` member.
+      dtype, param_dtype: of the matrix products and of the parameters, "float32" or "bfloat16".
+        Norms, rotations, softmax and logits are float32 in either case.
+      remat: False, True (keep only the input of each block), or the name of a
+        `jax.checkpoint_policies` member.
       scan: compile one block and scan it over stacked parameters.
       init_std: standard deviation of the normal initialiser of all matrices (0.02: LLaMA, GaLore).
-      attention_chunk: positions that attention takes at once, so that no S x S scores are kept (`models.attention`);
-        None makes all scores of a sequence.
+      attention_chunk: positions that attention takes at once, so that no S x S scores are kept
+        (`models.attention`); None makes all scores of a sequence.
       head_dim: size of a head, K; None is D / H.
-      rope_scaling: stretches the rotary frequencies (`rope_frequencies`): None, ("linear", factor), or
-        ("llama3", factor, low, high, length) as in LLaMA 3.1.
-      biases: which of PROJECTIONS add a bias, as Qwen2's q_proj, k_proj and v_proj do; None is none.
+      rope_scaling: stretches the rotary frequencies (`rope_frequencies`): None, ("linear", factor),
+        or ("llama3", factor, low, high, length) as in LLaMA 3.1.
+      biases: which of PROJECTIONS add a bias, as Qwen2's q_proj, k_proj and v_proj do; None is
+        none.
     """
 
     vocabulary_size: int = number(at_least=1)
@@ -88,14 +101,24 @@ class LlamaConfig:
     def __post_init__(self):
         check(type(self), "", vars(self))
         if self.head_dim is None and self.width % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide width={self.width}: choose a divisor of the width")
+            raise ValueError(
+                f"heads={self.heads} does not divide width={self.width}: choose a divisor of the "
+                "width"
+            )
         if self.head_size % 2:
             name = "width / heads = " if self.head_dim is None else "head_dim="
-            raise ValueError(f"{name}{self.head_size} is odd: rotary positions need an even head size")
+            raise ValueError(
+                f"{name}{self.head_size} is odd: rotary positions need an even head size"
+            )
         if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}: choose a divisor of heads")
+            raise ValueError(
+                f"kv_heads={self.kv_heads} does not divide heads={self.heads}: choose a divisor of "
+                "heads"
+            )
         if not isinstance(self.remat, bool) and self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat={self.remat!r}: choose False, True, or one of {', '.join(REMAT_POLICIES)}")
+            raise ValueError(
+                f"remat={self.remat!r}: choose False, True, or one of {', '.join(REMAT_POLICIES)}"
+            )
         for name in self.biases or ():
             if name not in PROJECTIONS:
                 raise ValueError(f"biases={self.biases!r}: choose among {', '.join(PROJECTIONS)}")
@@ -109,8 +132,8 @@ class LlamaConfig:
         complete = len(positive) == len(numbers) == _SCALINGS.get(kind)
         if not complete or (kind == "llama3" and positive[1] >= positive[2]):
             raise ValueError(
-                f"rope_scaling={self.rope_scaling!r}: give None, ('linear', factor) or ('llama3', factor, low, high, "
-                "length) with positive numbers and low < high"
+                f"rope_scaling={self.rope_scaling!r}: give None, ('linear', factor) or ('llama3', "
+                "factor, low, high, length) with positive numbers and low < high"
             )
 
     @property
@@ -120,12 +143,19 @@ class LlamaConfig:
 
 
 def _shape(width, hidden, heads, layers, vocabulary_size=32000):
-    return LlamaConfig(vocabulary_size=vocabulary_size, width=width, hidden=hidden, heads=heads, kv_heads=heads,
-                       layers=layers, sequence_length=256)  # fmt: skip
+    return LlamaConfig(
+        vocabulary_size=vocabulary_size,
+        width=width,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=heads,
+        layers=layers,
+        sequence_length=256,
+    )
 
 
-# GaLore's configs (github.com/jiaweizzhao/GaLore, configs/llama_*.json), trained at 256 tokens; vocabulary 32000.
-# nano is the 9M shape with the byte tokenizer's vocabulary: 0.86 M parameters.
+# GaLore's configs (github.com/jiaweizzhao/GaLore, configs/llama_*.json), trained at 256 tokens;
+# vocabulary 32000. nano is the 9M shape with the byte tokenizer's vocabulary: 0.86 M parameters.
 PRESETS = {
     "nano": _shape(128, 352, 4, 4, vocabulary_size=259),
     "9M": _shape(128, 352, 4, 4),
@@ -157,39 +187,59 @@ def preset(name: str, **overrides) -> LlamaConfig:
 
 def layer_matrix_parameters(config: LlamaConfig) -> int:
     """Parameters of one block's matrices: 2 D H K + 2 D G K + 3 D F."""
-    return config.width * (2 * (config.heads + config.kv_heads) * config.head_size + 3 * config.hidden)
+    return config.width * (
+        2 * (config.heads + config.kv_heads) * config.head_size + 3 * config.hidden
+    )
 
 
 def layer_bias_parameters(config: LlamaConfig) -> int:
     """Parameters of one block's biases: the widths of what the projections in `biases` give."""
     K = config.head_size
-    attention, mlp = [config.heads * K, config.kv_heads * K, config.kv_heads * K, config.width], [config.hidden] * 2
+    attention, mlp = (
+        [config.heads * K, config.kv_heads * K, config.kv_heads * K, config.width],
+        [config.hidden] * 2,
+    )
     widths = [*attention, *mlp, config.width]
-    return sum(width for name, width in zip(PROJECTIONS, widths, strict=True) if name in (config.biases or ()))
+    return sum(
+        width
+        for name, width in zip(PROJECTIONS, widths, strict=True)
+        if name in (config.biases or ())
+    )
 
 
 def parameter_count(config: LlamaConfig) -> int:
-    """Number of parameters: L (2 D H K + 2 D G K + 3 D F + 2 D) + D + V D (2 V D when the head is not tied) + biases.
+    """Number of parameters: L (2 D H K + 2 D G K + 3 D F + 2 D) + D + V D (2 V D when the head is
+    not tied) + biases.
 
     >>> f"{parameter_count(preset('60M')) / 1e6:.2f} M"
     '58.07 M'
     """
-    blocks = config.layers * (layer_matrix_parameters(config) + layer_bias_parameters(config) + 2 * config.width)
-    return blocks + config.width + config.vocabulary_size * config.width * (1 if config.tied_head else 2)
+    blocks = config.layers * (
+        layer_matrix_parameters(config) + layer_bias_parameters(config) + 2 * config.width
+    )
+    return (
+        blocks
+        + config.width
+        + config.vocabulary_size * config.width * (1 if config.tied_head else 2)
+    )
 
 
 def flops_per_token(config: LlamaConfig, sequence_length: int | None = None) -> int:
-    """Floating-point operations of one forward and backward pass, per token of a sequence of length S.
+    """Floating-point operations of one forward and backward pass, per token of a sequence of length
+    S.
 
-    6 (L (2 D H K + 2 D G K + 3 D F) + V D) + 12 L H K S: six per weight that meets the token in a matrix product (the
-    head, tied or not, but not the embedding look-up) and, as in PaLM (arXiv:2204.02311, appendix B), the two S x S
-    attention products counted whole, without the saving of the causal mask. Rematerialisation is not counted.
+    6 (L (2 D H K + 2 D G K + 3 D F) + V D) + 12 L H K S: six per weight that meets the token in a
+    matrix product (the head, tied or not, but not the embedding look-up) and, as in PaLM
+    (arXiv:2204.02311, appendix B), the two S x S attention products counted whole, without the
+    saving of the causal mask. Rematerialisation is not counted.
 
     >>> flops_per_token(preset("nano"))
     6588672
     """
     sequence_length = sequence_length or config.sequence_length
-    weights = config.layers * layer_matrix_parameters(config) + config.vocabulary_size * config.width
+    weights = (
+        config.layers * layer_matrix_parameters(config) + config.vocabulary_size * config.width
+    )
     return 6 * weights + 12 * config.layers * config.heads * config.head_size * sequence_length
 
 
@@ -201,18 +251,22 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Of x (..., D) in any dtype; the result is in the compute dtype."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), DTYPES[self.config.param_dtype])
+        scale = self.param(
+            "scale", nn.initializers.ones, (x.shape[-1],), DTYPES[self.config.param_dtype]
+        )
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
         return (x * scale).astype(DTYPES[self.config.dtype])
 
 
 def rope_frequencies(K, theta, scaling=None):
-    """The angles by which the K / 2 pairs turn per position, float32: f_i = theta^(-2 i / K), stretched by `scaling`.
+    """The angles by which the K / 2 pairs turn per position, float32: f_i = theta^(-2 i / K),
+    stretched by `scaling`.
 
     ("linear", factor): f / factor (Chen et al. 2023, arXiv:2306.15595).
-    ("llama3", factor, low, high, length): f / factor where a pair turns less than `low` times in `length` positions,
-    f where it turns more than `high` times, and between them, as LLaMA 3.1's code has it,
+    ("llama3", factor, low, high, length): f / factor where a pair turns less than `low` times in
+    `length` positions, f where it turns more than `high` times, and between them, as LLaMA 3.1's
+    code has it,
 
         f ((1 - s) / factor + s),   s = (f length / (2 pi) - low) / (high - low)
 
@@ -231,7 +285,8 @@ def rope_frequencies(K, theta, scaling=None):
 
 
 def rotate(x_BxSxHxK, theta, scaling=None):
-    """Rotary positions, half-split: the pair (x_i, x_{i + K/2}) turns by position * rope_frequencies(K, ...)[i].
+    """Rotary positions, half-split: the pair (x_i, x_{i + K/2}) turns by position *
+    rope_frequencies(K, ...)[i].
 
     >>> float(rotate(jnp.ones((1, 2, 1, 2)), 1e4)[0, 1, 0, 0])  # cos 1 - sin 1
     -0.30116...
@@ -271,21 +326,29 @@ class Attention(nn.Module):
         K = config.head_size
         B, S, _ = x_BxSxD.shape
         q_BxSxHxK, k_BxSxGxK, v_BxSxGxK = (
-            sharding.reshape(_dense(config, heads * K, f"{name}_proj")(x_BxSxD), (B, S, heads, K), first=2)
+            sharding.reshape(
+                _dense(config, heads * K, f"{name}_proj")(x_BxSxD), (B, S, heads, K), first=2
+            )
             for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads))
         )
         # over a divided sequence every position reads the keys and values of all
         q_BxSxHxK = constrain(q_BxSxHxK, "batch", positions(config.attention_chunk), "heads", None)
-        k_BxSxGxK, v_BxSxGxK = (constrain(x, "batch", None, "kv", None) for x in (k_BxSxGxK, v_BxSxGxK))
+        k_BxSxGxK, v_BxSxGxK = (
+            constrain(x, "batch", None, "kv", None) for x in (k_BxSxGxK, v_BxSxGxK)
+        )
         k_BxSxGxK, v_BxSxGxK = (beside(x, q_BxSxHxK) for x in (k_BxSxGxK, v_BxSxGxK))
-        q_BxSxHxK, k_BxSxGxK = (rotate(x, config.rope_theta, config.rope_scaling) for x in (q_BxSxHxK, k_BxSxGxK))
+        q_BxSxHxK, k_BxSxGxK = (
+            rotate(x, config.rope_theta, config.rope_scaling) for x in (q_BxSxHxK, k_BxSxGxK)
+        )
         # scores and softmax are float32 inside
         product = functools.partial(attention, causal=True)
         if config.attention_chunk is not None:
             product = functools.partial(chunked_attention, chunk=config.attention_chunk)
         out_BxSxHxK = product(q_BxSxHxK, k_BxSxGxK, v_BxSxGxK)
         out_BxSxF = out_BxSxHxK.reshape(B, S, config.heads * K)
-        return _dense(config, config.width, "o_proj", dot_general=summed(out_BxSxF, config.width))(out_BxSxF)
+        return _dense(config, config.width, "o_proj", dot_general=summed(out_BxSxF, config.width))(
+            out_BxSxF
+        )
 
 
 class MLP(nn.Module):
@@ -297,9 +360,13 @@ class MLP(nn.Module):
     def __call__(self, x_BxSxD):
         """Of normed x, without the residual connection."""
         config = self.config
-        gate_BxSxF, up_BxSxF = (_dense(config, config.hidden, name)(x_BxSxD) for name in ("gate_proj", "up_proj"))
+        gate_BxSxF, up_BxSxF = (
+            _dense(config, config.hidden, name)(x_BxSxD) for name in ("gate_proj", "up_proj")
+        )
         h_BxSxF = constrain(nn.silu(gate_BxSxF) * up_BxSxF, "batch", "length", "mlp")
-        return _dense(config, config.width, "down_proj", dot_general=summed(h_BxSxF, config.width))(h_BxSxF)
+        return _dense(config, config.width, "down_proj", dot_general=summed(h_BxSxF, config.width))(
+            h_BxSxF
+        )
 
 
 class Block(nn.Module):
@@ -315,7 +382,9 @@ class Block(nn.Module):
             RMSNorm(self.config, name="attention_norm")(x_BxSxD)
         )
         x_BxSxD = constrain(x_BxSxD, "batch", "length", None)
-        x_BxSxD = x_BxSxD + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x_BxSxD))
+        x_BxSxD = x_BxSxD + MLP(self.config, name="mlp")(
+            RMSNorm(self.config, name="mlp_norm")(x_BxSxD)
+        )
         return constrain(x_BxSxD, "batch", "length", None), None
 
 
@@ -326,7 +395,9 @@ class Llama(nn.Module):
 
     >>> model = Llama(preset("nano", layers=1))
     >>> tokens = jnp.zeros((2, 8), jnp.int32)
-    >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)  # shapes of {"params": ...}
+    >>> variables = jax.eval_shape(
+    ...     model.init, jax.random.key(0), tokens
+    ... )  # shapes of {"params": ...}
     >>> jax.eval_shape(model.apply, variables, tokens).shape
     (2, 8, 259)
     """
@@ -339,7 +410,9 @@ class Llama(nn.Module):
         config = self.config
         if tokens_BxS.shape[1] > config.sequence_length:
             limit = f"sequence_length={config.sequence_length}"
-            raise ValueError(f"{tokens_BxS.shape[1]} tokens exceed {limit}: shorten them, or raise it")
+            raise ValueError(
+                f"{tokens_BxS.shape[1]} tokens exceed {limit}: shorten them, or raise it"
+            )
         embed = Embed(
             config.vocabulary_size,
             config.width,
@@ -351,7 +424,12 @@ class Llama(nn.Module):
         x_BxSxD = embed(tokens_BxS)
         block = rematerialised(Block, config)
         if config.scan:
-            stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.layers)
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=config.layers,
+            )
             x_BxSxD, _ = stack(config, name="layers")(x_BxSxD, None)
         else:
             for layer in range(config.layers):
@@ -366,7 +444,9 @@ class Llama(nn.Module):
 
             logits_BxSxV = attend(x_BxSxD, embed.embedding, head)  # the table may have adapters
         else:
-            logits_BxSxV = _dense(config, config.vocabulary_size, "lm_head", dot_general=product)(x_BxSxD)
+            logits_BxSxV = _dense(config, config.vocabulary_size, "lm_head", dot_general=product)(
+                x_BxSxD
+            )
         return constrain(logits_BxSxV, "batch", "length", "vocabulary")
 
 
@@ -378,14 +458,20 @@ def token_losses(logits_BxSxV, targets_BxS):
 
 
 def loss_and_metrics(logits_BxSxV, targets_BxS, weights_BxS):
-    """The exact token mean sum(w * loss) / sum(w), and its parts {"loss_sum", "weight_sum"} for averaging over batches.
+    """The exact token mean sum(w * loss) / sum(w), and its parts {"loss_sum", "weight_sum"} for
+    averaging over batches.
 
     A batch without weight has loss 0.
 
-    >>> loss, parts = loss_and_metrics(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2), jnp.int32), jnp.array([[1.0, 0.0]]))
+    >>> loss, parts = loss_and_metrics(
+    ...     jnp.zeros((1, 2, 4)), jnp.zeros((1, 2), jnp.int32), jnp.array([[1.0, 0.0]])
+    ... )
     >>> round(float(loss), 4), float(parts["weight_sum"])  # log 4
     (1.3863, 1.0)
     """
     weights_BxS = weights_BxS.astype(jnp.float32)
-    loss_sum, weight_sum = jnp.sum(token_losses(logits_BxSxV, targets_BxS) * weights_BxS), jnp.sum(weights_BxS)
+    loss_sum, weight_sum = (
+        jnp.sum(token_losses(logits_BxSxV, targets_BxS) * weights_BxS),
+        jnp.sum(weights_BxS),
+    )
     return loss_sum / jnp.maximum(weight_sum, 1.0), {"loss_sum": loss_sum, "weight_sum": weight_sum}

@@ -1,4 +1,5 @@
-"""Text from a trained model, by recomputing a window: slow per token, but one small program and no cache."""
+"""Text from a trained model, by recomputing a window: slow per token, but one small program and no
+cache."""
 
 import functools
 
@@ -10,11 +11,13 @@ import jax.numpy as jnp
 def sample(model, params, prompt_tokens, length, key, temperature=1.0):
     """`length` tokens that follow `prompt_tokens`.
 
-    Each token is drawn from softmax(logits / temperature), or is the argmax when temperature is 0. The window holds the
-    last `model.config.sequence_length` tokens at most; causality makes what lies behind the last token irrelevant.
+    Each token is drawn from softmax(logits / temperature), or is the argmax when temperature is 0.
+    The window holds the last `model.config.sequence_length` tokens at most; causality makes what
+    lies behind the last token irrelevant.
 
     Args:
-      model: a module with `.config.sequence_length` and `.apply({"params": params}, tokens) -> logits`.
+      model: a module with `.config.sequence_length` and `.apply({"params": params}, tokens) ->
+        logits`.
       prompt_tokens: (B, N) int32, 1 <= N <= sequence_length.
       length: number of new tokens.
 
@@ -24,14 +27,19 @@ def sample(model, params, prompt_tokens, length, key, temperature=1.0):
     >>> from experiments.models.llama import Llama, preset
     >>> model, prompt = Llama(preset("nano", layers=1)), jnp.zeros((1, 4), jnp.int32)
     >>> params = jax.eval_shape(model.init, jax.random.key(0), prompt)["params"]
-    >>> jax.eval_shape(lambda params: sample(model, params, prompt, 3, jax.random.key(1)), params).shape
+    >>> jax.eval_shape(
+    ...     lambda params: sample(model, params, prompt, 3, jax.random.key(1)), params
+    ... ).shape
     (1, 3)
     """
     B, N = prompt_tokens.shape
     if temperature < 0:
         raise ValueError(f"temperature={temperature}: give 0 (argmax) or a positive number")
     if not 1 <= N <= model.config.sequence_length:
-        raise ValueError(f"prompt of {N} tokens: give between 1 and sequence_length={model.config.sequence_length}")
+        raise ValueError(
+            f"prompt of {N} tokens: give between 1 and "
+            f"sequence_length={model.config.sequence_length}"
+        )
     window = min(model.config.sequence_length, N + length)
     tokens = jnp.zeros((B, window), jnp.int32).at[:, :N].set(prompt_tokens)
 

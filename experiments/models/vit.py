@@ -1,7 +1,7 @@
 """A vision transformer in Flax linen, for fine-tuning experiments on images.
 
-ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): square patches, a class token, learned positions, pre-norm blocks of
-attention and a GELU network, the head on the normed class token. One block:
+ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): square patches, a class token, learned positions,
+pre-norm blocks of attention and a GELU network, the head on the normed class token. One block:
 
     x = x + o_proj(softmax(q k^T / sqrt(K)) v),   q, k, v = {q,k,v}_proj(norm(x))
     x = x + down_proj(gelu(up_proj(norm(x))))
@@ -11,10 +11,11 @@ Shapes are named by their suffix:
     B batch   I image side   C channels   P patch side   N = (I / P)² patches   S = N + 1 sequence   D width
     F hidden (feed-forward)   H heads   K = D / H   L layers   Y classes
 
-Patches are embedded by a `nn.Conv` of stride P, every other product is a `nn.Dense`; all have biases:
-`patch_embed/kernel (P, P, C, D)`, `class_token (1, D)`, `positions (S, D)`, `layers/attention/{q,k,v,o}_proj/kernel`,
-`layers/attention_norm/{scale,bias}`, `layers/mlp/{up,down}_proj/kernel`, `layers/mlp_norm/{scale,bias}`,
-`norm/{scale,bias}`, `head/kernel (D, Y)`. Leaves under `layers` have a leading axis L when the layers are scanned;
+Patches are embedded by a `nn.Conv` of stride P, every other product is a `nn.Dense`; all have
+biases: `patch_embed/kernel (P, P, C, D)`, `class_token (1, D)`, `positions (S, D)`,
+`layers/attention/{q,k,v,o}_proj/kernel`, `layers/attention_norm/{scale,bias}`,
+`layers/mlp/{up,down}_proj/kernel`, `layers/mlp_norm/{scale,bias}`, `norm/{scale,bias}`,
+`head/kernel (D, Y)`. Leaves under `layers` have a leading axis L when the layers are scanned;
 unscanned layers are named `layer_0`, `layer_1`, ... as in `experiments.models.llama`.
 """
 
@@ -41,9 +42,10 @@ class VitConfig:
       image, patch, channels: side of the square images, I; side of a patch, P, which divides it; C.
       width, hidden, heads, layers: D, F, H, which divides D, and L.
       classes: outputs of the head, Y.
-      dtype, param_dtype: of the matrix products and of the parameters, "float32" or "bfloat16". Statistics of norms,
-        softmax and logits are float32 in either case.
-      remat: False, True (keep only the input of each block), or the name of a `jax.checkpoint_policies` member.
+      dtype, param_dtype: of the matrix products and of the parameters, "float32" or "bfloat16".
+        Statistics of norms, softmax and logits are float32 in either case.
+      remat: False, True (keep only the input of each block), or the name of a
+        `jax.checkpoint_policies` member.
       scan: compile one block and scan it over stacked parameters.
     """
 
@@ -66,14 +68,24 @@ class VitConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a positive integer")
         if self.image % self.patch:
-            raise ValueError(f"patch={self.patch} does not divide image={self.image}: choose a divisor of the side")
+            raise ValueError(
+                f"patch={self.patch} does not divide image={self.image}: choose a divisor of the "
+                "side"
+            )
         if self.width % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide width={self.width}: choose a divisor of the width")
+            raise ValueError(
+                f"heads={self.heads} does not divide width={self.width}: choose a divisor of the "
+                "width"
+            )
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in DTYPES:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(DTYPES)}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(DTYPES)}"
+                )
         if not isinstance(self.remat, bool) and self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat={self.remat!r}: choose False, True, or one of {', '.join(REMAT_POLICIES)}")
+            raise ValueError(
+                f"remat={self.remat!r}: choose False, True, or one of {', '.join(REMAT_POLICIES)}"
+            )
 
     @property
     def patches(self) -> int:
@@ -82,13 +94,24 @@ class VitConfig:
 
 
 def _shape(width, hidden, heads, layers):
-    return VitConfig(image=224, patch=16, channels=3, width=width, hidden=hidden, heads=heads, layers=layers,
-                     classes=1000)  # fmt: skip
+    return VitConfig(
+        image=224,
+        patch=16,
+        channels=3,
+        width=width,
+        hidden=hidden,
+        heads=heads,
+        layers=layers,
+        classes=1000,
+    )
 
 
-# S/16: Touvron et al. 2021 (arXiv:2012.12877); B/16 and L/16: Dosovitskiy et al., table 1. digits is for 8 x 8 images.
+# S/16: Touvron et al. 2021 (arXiv:2012.12877); B/16 and L/16: Dosovitskiy et al., table 1. digits
+# is for 8 x 8 images.
 PRESETS = {
-    "digits": VitConfig(image=8, patch=2, channels=1, width=64, hidden=128, heads=4, layers=4, classes=10),
+    "digits": VitConfig(
+        image=8, patch=2, channels=1, width=64, hidden=128, heads=4, layers=4, classes=10
+    ),
     "S/16": _shape(384, 1536, 6, 12),
     "B/16": _shape(768, 3072, 12, 12),
     "L/16": _shape(1024, 4096, 16, 24),
@@ -113,20 +136,28 @@ def preset(name: str, **overrides) -> VitConfig:
 def parameter_count(config: VitConfig) -> int:
     """L (4 D² + 2 D F + 9 D + F) + P² C D + D + (N + 2) D + 2 D + (D + 1) Y.
 
-    A block has four D x D products, two D x F ones, their biases (5 D + F) and two norms (4 D); before and after the
-    blocks stand the patches with their bias, class token and positions, a norm, and the head.
+    A block has four D x D products, two D x F ones, their biases (5 D + F) and two norms (4 D);
+    before and after the blocks stand the patches with their bias, class token and positions, a
+    norm, and the head.
 
     >>> f"{parameter_count(preset('B/16')):,}"  # as torchvision counts its vit_b_16
     '86,567,656'
     """
     D, F = config.width, config.hidden
     blocks = config.layers * (4 * D**2 + 2 * D * F + 9 * D + F)
-    ends = config.patch**2 * config.channels * D + D + (config.patches + 2) * D + 2 * D + (D + 1) * config.classes
+    ends = (
+        config.patch**2 * config.channels * D
+        + D
+        + (config.patches + 2) * D
+        + 2 * D
+        + (D + 1) * config.classes
+    )
     return blocks + ends
 
 
 def flops_per_image(config: VitConfig) -> int:
-    """Floating-point operations of one forward and backward pass, per image, counted as `llama.flops_per_token` counts.
+    """Floating-point operations of one forward and backward pass, per image, counted as
+    `llama.flops_per_token` counts.
 
     6 (S L (4 D² + 2 D F) + N P² C D + D Y) + 12 L D S².
 
@@ -148,7 +179,10 @@ def _dense(config, features, name, **kwargs):
 
 def _norm(config, name):
     return nn.LayerNorm(
-        epsilon=NORM_EPS, dtype=DTYPES[config.dtype], param_dtype=DTYPES[config.param_dtype], name=name
+        epsilon=NORM_EPS,
+        dtype=DTYPES[config.dtype],
+        param_dtype=DTYPES[config.param_dtype],
+        name=name,
     )
 
 
@@ -164,10 +198,13 @@ class Attention(nn.Module):
         B, S, D = x_BxSxD.shape
         heads = (B, S, config.heads, D // config.heads)
         q_BxSxHxK, k_BxSxHxK, v_BxSxHxK = (
-            sharding.reshape(_dense(config, D, f"{name}_proj")(x_BxSxD), heads, first=2) for name in ("q", "k", "v")
+            sharding.reshape(_dense(config, D, f"{name}_proj")(x_BxSxD), heads, first=2)
+            for name in ("q", "k", "v")
         )
         q_BxSxHxK = constrain(q_BxSxHxK, "batch", "length", "heads", None)
-        k_BxSxHxK, v_BxSxHxK = (constrain(x, "batch", None, "heads", None) for x in (k_BxSxHxK, v_BxSxHxK))
+        k_BxSxHxK, v_BxSxHxK = (
+            constrain(x, "batch", None, "heads", None) for x in (k_BxSxHxK, v_BxSxHxK)
+        )
         # scores and softmax are float32 inside
         out_BxSxHxK = attention(q_BxSxHxK, k_BxSxHxK, v_BxSxHxK, causal=False)
         out_BxSxD = out_BxSxHxK.reshape(B, S, D)
@@ -183,7 +220,9 @@ class MLP(nn.Module):
     def __call__(self, x_BxSxD):
         """Of normed x, without the residual connection."""
         D = self.config.width
-        h_BxSxF = nn.gelu(_dense(self.config, self.config.hidden, "up_proj")(x_BxSxD), approximate=False)
+        h_BxSxF = nn.gelu(
+            _dense(self.config, self.config.hidden, "up_proj")(x_BxSxD), approximate=False
+        )
         h_BxSxF = constrain(h_BxSxF, "batch", "length", "mlp")
         return _dense(self.config, D, "down_proj", dot_general=summed(h_BxSxF, D))(h_BxSxF)
 
@@ -198,7 +237,9 @@ class Block(nn.Module):
         """Of (x, nothing to scan over), giving (x, nothing to stack)."""
         config = self.config
         x_BxSxD = constrain(x_BxSxD, "batch", "length", None)
-        x_BxSxD = x_BxSxD + Attention(config, name="attention")(_norm(config, "attention_norm")(x_BxSxD))
+        x_BxSxD = x_BxSxD + Attention(config, name="attention")(
+            _norm(config, "attention_norm")(x_BxSxD)
+        )
         x_BxSxD = constrain(x_BxSxD, "batch", "length", None)
         x_BxSxD = x_BxSxD + MLP(config, name="mlp")(_norm(config, "mlp_norm")(x_BxSxD))
         return constrain(x_BxSxD, "batch", "length", None), None
@@ -212,7 +253,9 @@ class Vit(nn.Module):
     >>> import jax
     >>> model = Vit(preset("digits", layers=1))
     >>> images = jnp.zeros((2, 8, 8, 1))
-    >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)  # shapes of {"params": ...}
+    >>> variables = jax.eval_shape(
+    ...     model.init, jax.random.key(0), images
+    ... )  # shapes of {"params": ...}
     >>> jax.eval_shape(model.apply, variables, images).shape
     (2, 10)
     """
@@ -225,7 +268,9 @@ class Vit(nn.Module):
         config = self.config
         expected = (config.image, config.image, config.channels)
         if images_BxIxIxC.shape[1:] != expected:
-            raise ValueError(f"images of shape {images_BxIxIxC.shape[1:]}: the model takes {expected}")
+            raise ValueError(
+                f"images of shape {images_BxIxIxC.shape[1:]}: the model takes {expected}"
+            )
         dtype, param_dtype = DTYPES[config.dtype], DTYPES[config.param_dtype]
         patches = nn.Conv(
             config.width,
@@ -239,13 +284,24 @@ class Vit(nn.Module):
         )(images_BxIxIxC)
         B, D = len(images_BxIxIxC), config.width
         class_token = self.param("class_token", nn.initializers.zeros, (1, D), param_dtype)
-        positions_SxD = self.param("positions", nn.initializers.normal(0.02), (config.patches + 1, D), param_dtype)
-        first = constrain(jnp.broadcast_to(class_token.astype(dtype), (B, 1, D)), "batch", None, None)
-        x_BxSxD = jnp.concatenate([first, patches.reshape(B, -1, D)], axis=1) + positions_SxD.astype(dtype)
+        positions_SxD = self.param(
+            "positions", nn.initializers.normal(0.02), (config.patches + 1, D), param_dtype
+        )
+        first = constrain(
+            jnp.broadcast_to(class_token.astype(dtype), (B, 1, D)), "batch", None, None
+        )
+        x_BxSxD = jnp.concatenate(
+            [first, patches.reshape(B, -1, D)], axis=1
+        ) + positions_SxD.astype(dtype)
         x_BxSxD = constrain(x_BxSxD, "batch", "length", None)
         block = rematerialised(Block, config)
         if config.scan:
-            stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=config.layers)
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=config.layers,
+            )
             x_BxSxD, _ = stack(config, name="layers")(x_BxSxD, None)
         else:
             for layer in range(config.layers):

@@ -1,8 +1,10 @@
-"""When a case does not fit: the smallest change that makes it fit, found by compiling the candidates.
+"""When a case does not fit: the smallest change that makes it fit, found by compiling the
+candidates.
 
-Changes are tried in an order that costs least of the run first: rematerialisation (a third more forward work), more
-microbatches, projected backprop, another optimizer, and at last a mesh that divides the parameters. Each is added to
-the ones before it; of the first combination that fits, every change that it can do without is taken back.
+Changes are tried in an order that costs least of the run first: rematerialisation (a third more
+forward work), more microbatches, projected backprop, another optimizer, and at last a mesh that
+divides the parameters. Each is added to the ones before it; of the first combination that fits,
+every change that it can do without is taken back.
 """
 
 import dataclasses
@@ -36,7 +38,9 @@ class Advice:
 def flags(before: RunConfig, after: RunConfig) -> tuple[str, ...]:
     """The command-line flags that lead from one configuration to another.
 
-    >>> after = dataclasses.replace(RunConfig(), schedule=configuration.ScheduleConfig(accumulation=4))
+    >>> after = dataclasses.replace(
+    ...     RunConfig(), schedule=configuration.ScheduleConfig(accumulation=4)
+    ... )
     >>> flags(RunConfig(), after)
     ('--config.schedule.accumulation=4',)
     """
@@ -51,7 +55,9 @@ def flags(before: RunConfig, after: RunConfig) -> tuple[str, ...]:
 
 
 def _replaced(config: RunConfig, section: str, **values: Any) -> RunConfig:
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **values)}
+    )
 
 
 def _accumulations(case: Case) -> Iterator[int]:
@@ -75,15 +81,16 @@ def _optimizers(case: Case) -> Iterator[Change]:
         if name != "apollo_mini":
             text += "" if own.rank is not None and own.name != "apollo_mini" else f":rank={RANK}"
         if name == "galore":
-            text += ":projector=alternating"  # no full gradient at a refresh, and no decomposition on a TPU
+            # no full gradient at a refresh, and no decomposition on a TPU
+            text += ":projector=alternating"
         yield lambda config, text=text: with_optimizer(config, text)  # type: ignore[misc]
 
 
 def candidates(case: Case, row: dict[str, Any]) -> Iterator[dict[str, Change]]:
     """Combinations of named changes, in the order in which they are tried.
 
-    Where what the step keeps is already more than the chip has, only optimizer and mesh can help: the others are not
-    tried alone.
+    Where what the step keeps is already more than the chip has, only optimizer and mesh can help:
+    the others are not tried alone.
     """
     kept: dict[str, Change] = {}
     hopeless = row["argument_bytes"] > row["limit_bytes"]
@@ -93,7 +100,9 @@ def candidates(case: Case, row: dict[str, Any]) -> Iterator[dict[str, Change]]:
             yield kept
     largest = None
     for parts in _accumulations(case):
-        largest = {"parts": lambda config, parts=parts: _replaced(config, "schedule", accumulation=parts)}
+        largest = {
+            "parts": lambda config, parts=parts: _replaced(config, "schedule", accumulation=parts)
+        }
         if not hopeless:
             yield kept | largest
     kept |= largest or {}

@@ -1,4 +1,5 @@
-"""Cases of a plan: one configuration compiled for one target, and the product of what a command line lists."""
+"""Cases of a plan: one configuration compiled for one target, and the product of what a command
+line lists."""
 
 import ast
 import dataclasses
@@ -48,21 +49,30 @@ class Case:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Case":
         """The case that `to_json` wrote."""
-        return cls(config=configuration.from_dict(values["config"]), topology=values["topology"],
-                   execute=values["execute"])  # fmt: skip
+        return cls(
+            config=configuration.from_dict(values["config"]),
+            topology=values["topology"],
+            execute=values["execute"],
+        )
 
     @property
     def key(self) -> str:
         """Equal for equal programs: a digest of all that decides them."""
         values = self.to_json()
-        decisive = {name: values["config"][name] for name in ("model", "data", "optimizer", "schedule", "mesh")}
+        decisive = {
+            name: values["config"][name]
+            for name in ("model", "data", "optimizer", "schedule", "mesh")
+        }
         text = json.dumps([decisive, values["topology"], values["execute"]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def label(self) -> str:
         """A few words: preset, target, mesh, optimizer."""
-        mesh = ",".join(f"{name}={size}" for name, size in self.mesh_sizes().items() if size > 1) or "one device"
+        mesh = (
+            ",".join(f"{name}={size}" for name, size in self.mesh_sizes().items() if size > 1)
+            or "one device"
+        )
         return f"{self.config.preset} {self.topology} {mesh} {self.name}"
 
     @property
@@ -89,8 +99,12 @@ class Case:
         for size in sizes.values():
             product *= size
         text = ",".join(f"{name}={size}" for name, size in self.config.mesh.sizes.items())
-        require(product == chips and min(sizes.values()) > 0, "mesh", text,
-                f"{self.topology} has {chips} devices; choose sizes whose product that is")  # fmt: skip
+        require(
+            product == chips and min(sizes.values()) > 0,
+            "mesh",
+            text,
+            f"{self.topology} has {chips} devices; choose sizes whose product that is",
+        )
         return sizes
 
     def check(self) -> None:
@@ -99,27 +113,37 @@ class Case:
         parts, batch = self.config.schedule.accumulation, self.config.data.batch_size
         shares = sizes["data"] * sizes["fsdp"]
         remedy = (
-            f"does not divide over data * fsdp = {shares} with schedule.accumulation={parts}; choose a multiple of "
-            f"{shares * parts}, or --config.schedule.accumulation={max(1, batch // shares)} or a divisor of it"
+            f"does not divide over data * fsdp = {shares} with schedule.accumulation={parts}; "
+            f"choose a multiple of {shares * parts}, or "
+            f"--config.schedule.accumulation={max(1, batch // shares)} or a divisor of it"
         )
         require(batch % (shares * parts) == 0, "data.batch_size", batch, remedy)
-        require(not self.execute or self.target.kind == "cpu", "execute", True, "only cpu targets are run; use cpu:N")
+        require(
+            not self.execute or self.target.kind == "cpu",
+            "execute",
+            True,
+            "only cpu targets are run; use cpu:N",
+        )
         if self.target.kind == "tpu" and self.config.optimizer.name in LOWRANK:
             exact = decomposes(optimizer_of(self.config).projection.projector)
             remedy = (
-                f"{self.config.optimizer.name} would take an exact SVD, whose program takes minutes to compile and "
-                "hundreds of MiB on a TPU; give --config.optimizer.projector=power or alternating"
+                f"{self.config.optimizer.name} would take an exact SVD, whose program takes "
+                "minutes to compile and hundreds of MiB on a TPU; give "
+                "--config.optimizer.projector=power or alternating"
             )
             require(not exact, "optimizer.projector", self.config.optimizer.projector, remedy)
 
 
 def decomposes(projector: Any) -> bool:
     """Whether a projector takes exact singular vectors."""
-    return isinstance(projector, Svd | TwoSidedSvd) or (isinstance(projector, Power) and projector.first == "svd")
+    return isinstance(projector, Svd | TwoSidedSvd) or (
+        isinstance(projector, Power) and projector.first == "svd"
+    )
 
 
 def optimizer_of(config: RunConfig) -> Any:
-    """The configured optimizer without clipping in front, so that its projection shows, and without a mesh's sides."""
+    """The configured optimizer without clipping in front, so that its projection shows, and without
+    a mesh's sides."""
     rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
     side = None if config.optimizer.side == "sharding" else config.optimizer.side
     settings = dataclasses.replace(config.optimizer, clip_norm=None, side=side)
@@ -136,8 +160,8 @@ def gradients_of(config: RunConfig) -> str:
 def with_optimizer(config: RunConfig, text: str) -> RunConfig:
     """The configuration with another optimizer, spelled `name:field=value:...`.
 
-    Another method takes over learning rate, clipping, rank and period, where it has them; the configuration's own
-    method keeps everything.
+    Another method takes over learning rate, clipping, rank and period, where it has them; the
+    configuration's own method keeps everything.
 
     >>> config = with_optimizer(RunConfig(), "galore:rank=32:projector=power")
     >>> config.optimizer.name, config.optimizer.rank, config.optimizer.projector
@@ -156,20 +180,32 @@ def with_optimizer(config: RunConfig, text: str) -> RunConfig:
     own = dataclasses.asdict(config.optimizer)
     if name != own["name"]:
         low = name in LOWRANK
-        kept = SHARED[:2] if not low else SHARED if name != "apollo_mini" else (*SHARED[:2], "refresh_every")
+        kept = (
+            SHARED[:2]
+            if not low
+            else SHARED
+            if name != "apollo_mini"
+            else (*SHARED[:2], "refresh_every")
+        )
         own = {field: own[field] for field in kept} | {"backprop": own["backprop"] if low else None}
-    return dataclasses.replace(config, optimizer=build(configuration.OptimizerConfig, "optimizer", own | given))
+    return dataclasses.replace(
+        config, optimizer=build(configuration.OptimizerConfig, "optimizer", own | given)
+    )
 
 
 def with_backprop(config: RunConfig, text: str) -> RunConfig:
-    """The configuration with another form of the step: "optax" is the optax form, see `OptimizerConfig.backprop`."""
+    """The configuration with another form of the step: "optax" is the optax form, see
+    `OptimizerConfig.backprop`."""
     one_of("backprop", text, PLANS)
     value = None if text == "optax" or config.optimizer.name not in LOWRANK else text
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, backprop=value))
+    return dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, backprop=value)
+    )
 
 
 def with_mesh(config: RunConfig, text: str) -> RunConfig:
-    """The configuration with another mesh, spelled "fsdp=8,tensor=2"; data takes what the others leave.
+    """The configuration with another mesh, spelled "fsdp=8,tensor=2"; data takes what the others
+    leave.
 
     >>> with_mesh(RunConfig(), "fsdp=8").mesh.sizes
     {'data': -1, 'fsdp': 8, 'sequence': 1, 'tensor': 1}
@@ -177,7 +213,12 @@ def with_mesh(config: RunConfig, text: str) -> RunConfig:
     sizes: dict[str, Any] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        require(re.fullmatch("-?[0-9]+", size), "meshes", text, "write them as 'data=16;fsdp=8,tensor=2'")
+        require(
+            re.fullmatch("-?[0-9]+", size),
+            "meshes",
+            text,
+            "write them as 'data=16;fsdp=8,tensor=2'",
+        )
         sizes[axis] = int(size)
     own = {"spread": config.mesh.spread, "explicit": config.mesh.explicit} | sizes
     return dataclasses.replace(config, mesh=build(configuration.MeshConfig, "mesh", own))
@@ -197,8 +238,8 @@ def product(
     Args:
       config: what is not listed comes from here.
       topologies: names of targets.
-      meshes, optimizers, backprops: as for `with_mesh`, `with_optimizer`, `with_backprop`; empty keeps the
-        configuration's own.
+      meshes, optimizers, backprops: as for `with_mesh`, `with_optimizer`, `with_backprop`; empty
+        keeps the configuration's own.
       execute: see `Case`.
 
     Raises:
@@ -206,8 +247,14 @@ def product(
     """
     found: dict[str, Case] = {}
     notes: list[str] = []
-    lists: tuple[Sequence[str | None], ...] = (meshes or [None], optimizers or [None], backprops or [None])
-    for topology, (mesh, optimizer, backprop) in itertools.product(topologies, [*itertools.product(*lists)]):
+    lists: tuple[Sequence[str | None], ...] = (
+        meshes or [None],
+        optimizers or [None],
+        backprops or [None],
+    )
+    for topology, (mesh, optimizer, backprop) in itertools.product(
+        topologies, [*itertools.product(*lists)]
+    ):
         try:
             own = config if mesh is None else with_mesh(config, mesh)
             own = own if optimizer is None else with_optimizer(own, optimizer)
@@ -218,11 +265,20 @@ def product(
             words = " ".join(word for word in (topology, mesh, optimizer, backprop) if word)
             notes.append(f"left out: {words}: {error}")
             continue
-        if own.optimizer.backprop == "projected" and len(backprops) > 1 and gradients_of(own) == "full":
-            note = f"{case.name}: needs full gradients at every step, so that its program is that of backprop=full"
+        if (
+            own.optimizer.backprop == "projected"
+            and len(backprops) > 1
+            and gradients_of(own) == "full"
+        ):
+            note = (
+                f"{case.name}: needs full gradients at every step, so that its program is that of "
+                "backprop=full"
+            )
             notes += [] if note in notes else [note]
             continue
         found.setdefault(case.key, case)
     if not found:
-        raise ConfigurationError(notes[0].removeprefix("left out: ") if notes else "nothing to plan")
+        raise ConfigurationError(
+            notes[0].removeprefix("left out: ") if notes else "nothing to plan"
+        )
     return list(found.values()), notes

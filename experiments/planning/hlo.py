@@ -1,7 +1,8 @@
-"""A compiled program's text made ready for `experiments.collectives.read`, which knows loops and branches by name only.
+"""A compiled program's text made ready for `experiments.collectives.read`, which knows loops and
+branches by name only.
 
-XLA:TPU does not write the trips of a loop, and writes a collective that it overlaps with computation into several fused
-computations, all with one channel.
+XLA:TPU does not write the trips of a loop, and writes a collective that it overlaps with
+computation into several fused computations, all with one channel.
 """
 
 import re
@@ -24,7 +25,8 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def with_trips(text: str) -> str:
-    """The text with the trips of every loop that counts from zero to a constant, where it does not say them.
+    """The text with the trips of every loop that counts from zero to a constant, where it does not
+    say them.
 
     >>> text = '''%cond.1 (p: (s32[])) -> pred[] {
     ...   %n = s32[]{:T(128)} constant(24)
@@ -60,9 +62,15 @@ def once(text: str) -> str:
     """
     seen, lines = set(), []
     for line in text.splitlines():
-        found = re.search(rf"= (.*?) ({'|'.join(collectives.KINDS)})(?:-start)?\(.*channel_id=(\d+)", line)
+        found = re.search(
+            rf"= (.*?) ({'|'.join(collectives.KINDS)})(?:-start)?\(.*channel_id=(\d+)", line
+        )
         if found:
-            key = (found.group(2), found.group(3), tuple(re.findall(r"\w+\[[\d,]*\]", found.group(1))))
+            key = (
+                found.group(2),
+                found.group(3),
+                tuple(re.findall(r"\w+\[[\d,]*\]", found.group(1))),
+            )
             if key in seen:
                 continue
             seen.add(key)
@@ -84,12 +92,16 @@ def without_refresh(text: str) -> str:
             continue
         reached.add(name)
         for line in bodies.get(name, ()):
-            found = re.findall(r"\b(?:body|condition|to_apply|calls|false_computation)=%?([\w.\-]+)", line)
+            found = re.findall(
+                r"\b(?:body|condition|to_apply|calls|false_computation)=%?([\w.\-]+)", line
+            )
             for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 listed = re.findall(r"%?([\w.\-]+)", branches)
                 found += listed[:1] if len(listed) == 2 else listed
             waiting += found
-    return "\n".join(line for name, lines in bodies.items() if name in reached or not name for line in lines)
+    return "\n".join(
+        line for name, lines in bodies.items() if name in reached or not name for line in lines
+    )
 
 
 def moved(text: str, head: int, vectors: tuple[int, int] = (1, 0)) -> dict[str, Any]:
@@ -101,9 +113,10 @@ def moved(text: str, head: int, vectors: tuple[int, int] = (1, 0)) -> dict[str, 
       vectors: layers and width, by which the stack of a norm's scales is known.
 
     Returns:
-      "normal": bytes by kind of an update between two refreshes; "with_refresh": with the refresh's branch beside the
-      normal one, where the step has branches; "block_reduced_bytes": of "normal", sums over replicas of matrices other
-      than embedding and head; "largest": the largest tensors of "normal".
+      "normal": bytes by kind of an update between two refreshes; "with_refresh": with the refresh's
+      branch beside the normal one, where the step has branches; "block_reduced_bytes": of "normal",
+      sums over replicas of matrices other than embedding and head; "largest": the largest tensors
+      of "normal".
     """
     text = once(with_trips(text))
     everything, normal = collectives.read(text), collectives.read(without_refresh(text))
@@ -116,7 +129,13 @@ def moved(text: str, head: int, vectors: tuple[int, int] = (1, 0)) -> dict[str, 
         and one.shape[-2:] not in (vectors, (1, vectors[1]))
     ]
     largest = [
-        {"kind": one.kind, "dtype": one.dtype, "shape": list(one.shape), "times": one.times, "bytes": one.bytes}
+        {
+            "kind": one.kind,
+            "dtype": one.dtype,
+            "shape": list(one.shape),
+            "times": one.times,
+            "bytes": one.bytes,
+        }
         for one in normal[:12]
     ]
     return {

@@ -1,9 +1,10 @@
 """What a compiled program takes when it runs on the CPU, which keeps no statistics of its devices.
 
-Arguments are counted exactly: the shards of the arrays that are alive. Temporaries are the rise of the process's
-resident memory to its peak during one call (`VmHWM`, reset before it, less `VmRSS`), on a heap that gives freed memory
-back at once. The rise while a program without temporaries runs is the error of that figure; what the matrix products
-of XLA's CPU runtime pack outside of the program's own buffers is in it too.
+Arguments are counted exactly: the shards of the arrays that are alive. Temporaries are the rise of
+the process's resident memory to its peak during one call (`VmHWM`, reset before it, less `VmRSS`),
+on a heap that gives freed memory back at once. The rise while a program without temporaries runs is
+the error of that figure; what the matrix products of XLA's CPU runtime pack outside of the
+program's own buffers is in it too.
 """
 
 import ctypes
@@ -36,15 +37,17 @@ def rise(call: Callable[[], Any]) -> int:
 
 def held(tree: Any) -> int:
     """Bytes of the arrays' shards, on all devices together."""
-    return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
+    return sum(
+        shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards
+    )
 
 
 def run(task: Any, compiled: Any, calls: int = 2) -> dict[str, Any]:
     """Measures calls of the step on real arrays, after one that is not measured.
 
     Returns:
-      argument_bytes and temporary_bytes of all devices together; error_bytes, what the method shows where there are no
-      temporaries; loss, so that it is seen that it ran.
+      argument_bytes and temporary_bytes of all devices together; error_bytes, what the method shows
+      where there are no temporaries; loss, so that it is seen that it ran.
     """
     place = lambda x: jax.jit(lambda: jnp.ones(x.shape, x.dtype), out_shardings=x.sharding)()  # noqa: E731
     batch = jax.tree.map(place, task.batch_shapes())

@@ -1,8 +1,9 @@
-"""Compiles one case and prints its row as JSON: `python -m experiments.planning.program < case.json`.
+"""Compiles one case and prints its row as JSON: `python -m experiments.planning.program <
+case.json`.
 
-It runs in a process of its own, with the environment and the compiler of the target. The step is the one that
-`experiments.pretrain` would run, on the same mesh with the same shardings and donation; its state is abstract, no data
-set is opened and no device is needed.
+It runs in a process of its own, with the environment and the compiler of the target. The step is
+the one that `experiments.pretrain` would run, on the same mesh with the same shardings and
+donation; its state is abstract, no data set is opened and no device is needed.
 """
 
 import contextlib
@@ -39,13 +40,20 @@ class Planned(Pretraining):
     def projected(self) -> list[Any]:
         """Views of the projected leaves; empty for an optimizer that projects nothing."""
         bare = self.optimizer_of(dataclasses.replace(self.config.optimizer, clip_norm=None))
-        return [*lr.explain(bare, self.abstract["params"]).projected] if hasattr(bare, "projection") else []
+        return (
+            [*lr.explain(bare, self.abstract["params"]).projected]
+            if hasattr(bare, "projection")
+            else []
+        )
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of one global batch."""
         shape = (self.config.data.batch_size, self.config.data.sequence_length)
         types = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.rows) for name, dtype in types.items()}
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.rows)
+            for name, dtype in types.items()
+        }
 
     def lowered(self) -> jax.stages.Lowered:
         """The update as `experiments.training` compiles it."""
@@ -64,7 +72,8 @@ def chip_bytes(tree: Any) -> int:
 
 
 def components(abstract: dict[str, Any], chips: int) -> list[dict[str, Any]]:
-    """Rows `{"component", "bytes", "share_bytes"}` of what stays: on one chip, and the whole over the chips."""
+    """Rows `{"component", "bytes", "share_bytes"}` of what stays: on one chip, and the whole over
+    the chips."""
     parts = {"parameters": abstract["params"]} | state_parts(abstract["opt_state"])
     return [
         {"component": name, "bytes": chip_bytes(tree), "share_bytes": whole_bytes(tree) / chips}
@@ -91,16 +100,24 @@ def temporaries(task: Planned) -> dict[str, int]:
     itemsize = jnp.dtype(config.model.dtype).itemsize
     return {
         "gradients": round(gradients),
-        "layer_inputs": config.model.layers * positions * config.model.width * itemsize if config.model.remat else 0,
-        "logits": 4 * rows * config.data.sequence_length * config.model.vocabulary_size // sizes["tensor"],
+        "layer_inputs": config.model.layers * positions * config.model.width * itemsize
+        if config.model.remat
+        else 0,
+        "logits": 4
+        * rows
+        * config.data.sequence_length
+        * config.model.vocabulary_size
+        // sizes["tensor"],
     }
 
 
 def operations(task: Planned) -> int:
-    """Floating-point operations of one update by formula, of all chips; recomputation is not counted.
+    """Floating-point operations of one update by formula, of all chips; recomputation is not
+    counted.
 
-    `llama.flops_per_token`, and for each projected (m, n) at rank r: 2 m n r for down and up each; where its gradient
-    is projected, down costs nothing, and the 2 N m n of the weight gradient of N tokens become 2 N r (m + n).
+    `llama.flops_per_token`, and for each projected (m, n) at rank r: 2 m n r for down and up each;
+    where its gradient is projected, down costs nothing, and the 2 N m n of the weight gradient of N
+    tokens become 2 N r (m + n).
     """
     config = task.config
     tokens = config.data.batch_size * config.data.sequence_length
@@ -116,11 +133,14 @@ def operations(task: Planned) -> int:
 
 
 def exhausted(message: str) -> dict[str, int] | None:
-    """What XLA:TPU says of a program that it does not place: bytes needed and usable; None for another error.
+    """What XLA:TPU says of a program that it does not place: bytes needed and usable; None for
+    another error.
 
     >>> exhausted("Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm.")
     {'peak_bytes': 23085449216, 'usable_bytes': 16911433728}
-    >>> exhausted("the total memory required for HLO temporaries (62.48G) exceeds available HBM (15.75G).")
+    >>> exhausted(
+    ...     "the total memory required for HLO temporaries (62.48G) exceeds available HBM (15.75G)."
+    ... )
     {'peak_bytes': 67087389164, 'usable_bytes': 16911433728}
     """
     size = r"([\d.]+)([KMG]?)"
@@ -130,7 +150,10 @@ def exhausted(message: str) -> dict[str, int] | None:
     if not found:
         return None
     used, unit, usable, of = found.groups()
-    return {"peak_bytes": round(float(used) * UNITS[unit]), "usable_bytes": round(float(usable) * UNITS[of])}
+    return {
+        "peak_bytes": round(float(used) * UNITS[unit]),
+        "usable_bytes": round(float(usable) * UNITS[of]),
+    }
 
 
 def row(case: Case) -> dict[str, Any]:
@@ -138,7 +161,9 @@ def row(case: Case) -> dict[str, Any]:
     config, begin = case.config, time.perf_counter()
     devices = case.target.devices()
     if len(devices) != case.target.chips:
-        raise ValueError(f"topology={case.topology!r}: has {len(devices)} devices, not {case.target.chips}")
+        raise ValueError(
+            f"topology={case.topology!r}: has {len(devices)} devices, not {case.target.chips}"
+        )
     task = Planned(config, devices)
     found: dict[str, Any] = {
         "gradients_by": gradients_of(config),
@@ -170,7 +195,9 @@ def row(case: Case) -> dict[str, Any]:
         "compiler_flops": (compiled.cost_analysis() or {}).get("flops"),
     }
     model = config.model
-    found["collectives"] = hlo.moved(compiled.as_text() or "", model.vocabulary_size, (model.layers, model.width))
+    found["collectives"] = hlo.moved(
+        compiled.as_text() or "", model.vocabulary_size, (model.layers, model.width)
+    )
     if case.execute:
         found["measured"] = measured.run(task, compiled)
     return found

@@ -1,4 +1,5 @@
-"""Runs cases one after another, each in a process of its own, and keeps every finished row in a cache file."""
+"""Runs cases one after another, each in a process of its own, and keeps every finished row in a
+cache file."""
 
 import dataclasses
 import hashlib
@@ -21,8 +22,15 @@ from lowrank_jax.interop import documents
 from lowrank_jax.version import __version__
 
 # What a row depends on besides its case.
-SOURCES = ("lowrank_jax", "experiments/models", "experiments/planning", "experiments/updates.py",
-           "experiments/tasks.py", "experiments/optimizers.py", "experiments/collectives.py")  # fmt: skip
+SOURCES = (
+    "lowrank_jax",
+    "experiments/models",
+    "experiments/planning",
+    "experiments/updates.py",
+    "experiments/tasks.py",
+    "experiments/optimizers.py",
+    "experiments/collectives.py",
+)
 
 _ENTRY = {"key": str, "source": str, "row": dict, "digest": str}
 
@@ -54,7 +62,9 @@ class Cache:
         if self.path is None or not self.path.exists():
             return
         say = lambda error: print(error, file=sys.stderr)  # noqa: E731
-        entries = documents.lines(self.path, _ENTRY, remedy="it is compiled anew", torn=True, passed_over=say)
+        entries = documents.lines(
+            self.path, _ENTRY, remedy="it is compiled anew", torn=True, passed_over=say
+        )
         for number, entry in entries:
             sealed = entry.pop("digest")
             if entry["source"] != self.source:
@@ -91,7 +101,9 @@ class CompileError(RuntimeError):
     """A case whose process failed; the message is its last line."""
 
 
-def compile_case(case: Case, python: str | None = None, tick: Callable[[float], None] | None = None) -> dict[str, Any]:
+def compile_case(
+    case: Case, python: str | None = None, tick: Callable[[float], None] | None = None
+) -> dict[str, Any]:
     """The row of one case, from a process of its own, which ends when this call is interrupted.
 
     Args:
@@ -108,7 +120,13 @@ def compile_case(case: Case, python: str | None = None, tick: Callable[[float], 
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env=environment, cwd=targets.ROOT
+            command,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=err,
+            text=True,
+            env=environment,
+            cwd=targets.ROOT,
         )
         try:
             assert process.stdin is not None
@@ -144,12 +162,17 @@ def describe(case: Case) -> dict[str, Any]:
         "mesh": {name: size for name, size in sizes.items() if size > 1},
         "optimizer": own.name,
         "name": case.name,
-        "rank": None if own.name in ("adamw", "sgd") else 1 if own.name == "apollo_mini" and not own.rank else own.rank,
+        "rank": None
+        if own.name in ("adamw", "sgd")
+        else 1
+        if own.name == "apollo_mini" and not own.rank
+        else own.rank,
         "backprop": own.backprop,
         "batch": config.data.batch_size,
         "length": config.data.sequence_length,
         "accumulation": config.schedule.accumulation,
-        "rows_per_chip": config.data.batch_size // (sizes["data"] * sizes["fsdp"] * config.schedule.accumulation),
+        "rows_per_chip": config.data.batch_size
+        // (sizes["data"] * sizes["fsdp"] * config.schedule.accumulation),
         "remat": config.model.remat,
         "dtype": config.model.dtype,
         "param_dtype": config.model.param_dtype,
@@ -157,7 +180,8 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def judged(row: dict[str, Any], memory: int | None = None) -> dict[str, Any]:
-    """The row with `limit_bytes`, `fits` and the least seconds of a step; None where the target has no figures.
+    """The row with `limit_bytes`, `fits` and the least seconds of a step; None where the target has
+    no figures.
 
     Args:
       row: of `describe` and a process.
@@ -180,7 +204,8 @@ def run(
     memory: int | None = None,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> list[dict[str, Any]]:
-    """Rows of all cases, in order; a case that fails is a row with "error", Ctrl-C ends the list early.
+    """Rows of all cases, in order; a case that fails is a row with "error", Ctrl-C ends the list
+    early.
 
     Args:
       cases: what is compiled.
@@ -216,7 +241,10 @@ def summary(row: dict[str, Any]) -> str:
     verdict = {True: "fits", False: "DOES NOT FIT", None: "no limit known"}[row["fits"]]
     limit = "" if row["limit_bytes"] is None else f" of {format_bytes(row['limit_bytes'])}"
     more = "at least " if not row["placed"] else ""
-    return f"{verdict}, {more}{format_bytes(row['peak_bytes'])}{limit} a chip, {row['compile_seconds']:.0f} s"
+    return (
+        f"{verdict}, {more}{format_bytes(row['peak_bytes'])}{limit} a chip, "
+        f"{row['compile_seconds']:.0f} s"
+    )
 
 
 def _ticker(head: str) -> Callable[[float], None] | None:

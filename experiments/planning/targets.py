@@ -1,6 +1,8 @@
-"""What a plan compiles for: chips with the vendors' figures, names of targets, and Pythons that have their compilers.
+"""What a plan compiles for: chips with the vendors' figures, names of targets, and Pythons that
+have their compilers.
 
-A target is a TPU slice as libtpu names it ("v5e:4x4"), one GPU ("h200"), or fake CPU devices ("cpu:8").
+A target is a TPU slice as libtpu names it ("v5e:4x4"), one GPU ("h200"), or fake CPU devices
+("cpu:8").
 """
 
 import dataclasses
@@ -42,10 +44,14 @@ CHIPS = {
     "v5p": Chip(hbm_bytes=95 * GIB, peak_flops=PEAK_FLOPS["TPU v5p"], source=f"{_CLOUD} TPU v5p"),
     "v6e": Chip(hbm_bytes=32 * GIB, peak_flops=PEAK_FLOPS["TPU v6e"], source=f"{_CLOUD} TPU v6e"),
     "h100": Chip(
-        hbm_bytes=80 * 10**9, peak_flops=PEAK_FLOPS["NVIDIA H100"], source="NVIDIA H100 Tensor Core GPU data sheet, SXM"
+        hbm_bytes=80 * 10**9,
+        peak_flops=PEAK_FLOPS["NVIDIA H100"],
+        source="NVIDIA H100 Tensor Core GPU data sheet, SXM",
     ),
     "h200": Chip(
-        hbm_bytes=141 * 10**9, peak_flops=PEAK_FLOPS["NVIDIA H200"], source="NVIDIA H200 Tensor Core GPU data sheet"
+        hbm_bytes=141 * 10**9,
+        peak_flops=PEAK_FLOPS["NVIDIA H200"],
+        source="NVIDIA H200 Tensor Core GPU data sheet",
     ),
     "rtx4090": Chip(
         hbm_bytes=25393692672,  # 24 GB less what the driver reports as not usable
@@ -91,12 +97,16 @@ TPU_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 COMPILERS = {
-    "tpu": ("libtpu", ".venv-tpu", "`make test-tpu` makes .venv-tpu, which has it (pip install 'lowrank_jax[tpu]')"),
+    "tpu": (
+        "libtpu",
+        ".venv-tpu",
+        "`make test-tpu` makes .venv-tpu, which has it (pip install 'lowrank_jax[tpu]')",
+    ),
     "cuda": (
         "jax_cuda13_plugin",
         ".venv-cuda",
-        "python -m venv .venv-cuda; .venv-cuda/bin/pip install -e '.[experiments]' jax-cuda13-plugin=={jax} "
-        "jax-cuda13-pjrt=={jax}",
+        "python -m venv .venv-cuda; .venv-cuda/bin/pip install -e '.[experiments]' "
+        "jax-cuda13-plugin=={jax} jax-cuda13-pjrt=={jax}",
     ),
 }
 
@@ -139,7 +149,9 @@ class Target:
         if self.kind == "cpu":
             return jax.devices()
         if self.kind == "tpu":
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=self.name).devices)
+            return list(
+                topologies.get_topology_desc(platform="tpu", topology_name=self.name).devices
+            )
         return list(
             topologies.get_topology_desc(
                 platform="cuda", topology_name="x", target_config=GPUS[self.name], topology="1x1x1"
@@ -171,7 +183,8 @@ def parse(name: str) -> Target:
 
 
 def interpreter(target: Target, python: str | None = None) -> str:
-    """A Python whose environment has the target's compiler: `python`, else this one, else the workspace's own.
+    """A Python whose environment has the target's compiler: `python`, else this one, else the
+    workspace's own.
 
     Raises:
       ConfigurationError: if there is none; says how to make one.
@@ -188,7 +201,9 @@ def interpreter(target: Target, python: str | None = None) -> str:
 
         remedy = remedy.format(jax=jax.__version__)
     where = f"python={python!r}" if python else f"topology={target.name!r}"
-    raise ConfigurationError(f"{where}: no {module} there, which has the compiler for {target.name}; {remedy}")
+    raise ConfigurationError(
+        f"{where}: no {module} there, which has the compiler for {target.name}; {remedy}"
+    )
 
 
 @functools.cache

@@ -21,7 +21,13 @@ from lowrank_jax.adapters.lora import gaussian, kaiming, lora, olora, orthogonal
 from lowrank_jax.adapters.miss import miss
 from lowrank_jax.adapters.named import candidate_ids, candidates, hot_swap, padded, weighted
 from lowrank_jax.adapters.oft import oft
-from lowrank_jax.adapters.pair_optimizers import altlora, altlora_plus, lora_plus, precondition_pairs, scaled_adamw
+from lowrank_jax.adapters.pair_optimizers import (
+    altlora,
+    altlora_plus,
+    lora_plus,
+    precondition_pairs,
+    scaled_adamw,
+)
 from lowrank_jax.adapters.partition import join, partition
 from lowrank_jax.adapters.rules import ALL_LINEAR, Plan
 from lowrank_jax.adapters.shira import shira

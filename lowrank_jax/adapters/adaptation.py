@@ -20,16 +20,24 @@ class Adaptation:
     """One set of adapters on one tree of parameters.
 
     Attributes:
-      train: `{"shared": {group: arrays}, "sites": {path: arrays}, "whole": {path: leaf}}`, what trains.
+      train: `{"shared": {group: arrays}, "sites": {path: arrays}, "whole": {path: leaf}}`, what
+        trains.
       fixed: `{"shared": ..., "sites": ...}` of the same layout: scales, index maps, banks, offsets.
       plan: static.
       matrices: static; the ranks and alphas it was made with, by path, for reports and files.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
-    >>> params = {"layers": {"q": {"kernel": jnp.ones((2, 8, 8))}}, "head": {"kernel": jnp.ones((8, 3))}}
+    >>> params = {
+    ...     "layers": {"q": {"kernel": jnp.ones((2, 8, 8))}},
+    ...     "head": {"kernel": jnp.ones((8, 3))},
+    ... }
     >>> views = lr.Views(stacked=("layers/.*",))
-    >>> print(lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0), views=views, whole="head/.*"))
+    >>> print(
+    ...     lr.adapt(
+    ...         params, lr.adapters.lora(rank=2), jax.random.key(0), views=views, whole="head/.*"
+    ...     )
+    ... )
     leaf             shape      adapter  rank  trained
     layers/q/kernel  (2, 8, 8)  lora     2     64
     head/kernel      (8, 3)     whole    -     24
@@ -39,7 +47,9 @@ class Adaptation:
     train: dict[str, Any]
     fixed: dict[str, Any]
     plan: Plan = dataclasses.field(metadata={"static": True})
-    matrices: tuple[tuple[str, Matrices], ...] = dataclasses.field(metadata={"static": True}, repr=False)
+    matrices: tuple[tuple[str, Matrices], ...] = dataclasses.field(
+        metadata={"static": True}, repr=False
+    )
 
     def replace(self, **fields: Any) -> Adaptation:
         """A copy with other arrays: `adaptation.replace(train=train)`."""
@@ -49,7 +59,11 @@ class Adaptation:
         """All arrays of one site, those of its group under "shared"."""
         _, site = self.plan.by_path[path]
         shared = self.fixed["shared"].get(site.group, {}) | self.train["shared"].get(site.group, {})
-        return self.fixed["sites"].get(path, {}) | self.train["sites"].get(path, {}) | {"shared": shared}
+        return (
+            self.fixed["sites"].get(path, {})
+            | self.train["sites"].get(path, {})
+            | {"shared": shared}
+        )
 
     @property
     def trained(self) -> int:
@@ -58,7 +72,9 @@ class Adaptation:
         sites = sum(own.trained(*found[path]) for path, own in self.matrices)
         shared = sum(adapter.shared_count(group) for adapter, group in self.plan.groups.values())
         shared *= max(len(self.plan.candidates), 1)
-        return sites + shared + sum(int(np.prod(leaf.shape)) for leaf in self.train["whole"].values())
+        return (
+            sites + shared + sum(int(np.prod(leaf.shape)) for leaf in self.train["whole"].values())
+        )
 
     def __str__(self) -> str:
         rows = [("leaf", "shape", "adapter", "rank", "trained")]
@@ -68,20 +84,35 @@ class Adaptation:
             rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
             rank = rank if hasattr(adapter, "rank") else "-"
             kind = f"{adapter.kind} at {', '.join(site.uses)}" if site.uses else adapter.kind
-            rows.append((path, str(site.shape), kind, rank, f"{own[path].trained(adapter, site):,}"))
+            rows.append(
+                (path, str(site.shape), kind, rank, f"{own[path].trained(adapter, site):,}")
+            )
         for name, (adapter, group) in self.plan.groups.items():
             if adapter.shared_count(group):
-                rows.append((f"(shared by {len(group.sites)})", "", name, "-", f"{adapter.shared_count(group):,}"))
+                rows.append(
+                    (
+                        f"(shared by {len(group.sites)})",
+                        "",
+                        name,
+                        "-",
+                        f"{adapter.shared_count(group):,}",
+                    )
+                )
         whole = self.train["whole"]
         for path, leaf in whole.items():
-            rows.append((path, str(tuple(leaf.shape)), "whole", "-", f"{int(np.prod(leaf.shape)):,}"))
+            rows.append(
+                (path, str(tuple(leaf.shape)), "whole", "-", f"{int(np.prod(leaf.shape)):,}")
+            )
         widths = [max(len(row[i]) for row in rows) + 2 for i in range(4)]
-        lines = ["".join(c.ljust(w) for c, w in zip(row, widths, strict=False)) + row[4] for row in rows]
+        lines = [
+            "".join(c.ljust(w) for c, w in zip(row, widths, strict=False)) + row[4] for row in rows
+        ]
         frozen = self.plan.total - sum(int(np.prod(leaf.shape)) for leaf in whole.values())
         count, sites = self.trained, len(self.plan.sites)
         lines.append(
-            f"{sites} {'leaf' if sites == 1 else 'leaves'} adapted, {len(whole)} trained whole: {count:,} trained, "
-            f"{frozen:,} frozen of the model's {self.plan.total:,} parameters ({100 * count / self.plan.total:.3g} %)"
+            f"{sites} {'leaf' if sites == 1 else 'leaves'} adapted, {len(whole)} trained whole: "
+            f"{count:,} trained, {frozen:,} frozen of the model's {self.plan.total:,} parameters "
+            f"({100 * count / self.plan.total:.3g} %)"
         )
         return "\n".join(line.rstrip() for line in lines)
 

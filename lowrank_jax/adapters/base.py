@@ -1,17 +1,20 @@
 """What an adapter is: a map from a linear operator to a linear operator.
 
-An `Op` is what a host (dense, embedding, attend, convolution) does to its input, without bias, seen as one matrix
-`K (n, m)`. An `Adapter` is a frozen description of pure functions of arrays; what it trains and what it keeps frozen
-are dicts of arrays, one for each `Site` (a leaf of the parameter tree, one matrix or a stack of them) and one for each
-group of sites that share. It works on three levels, of which only the first is compulsory:
+An `Op` is what a host (dense, embedding, attend, convolution) does to its input, without bias, seen
+as one matrix `K (n, m)`. An `Adapter` is a frozen description of pure functions of arrays; what it
+trains and what it keeps frozen are dicts of arrays, one for each `Site` (a leaf of the parameter
+tree, one matrix or a stack of them) and one for each group of sites that share. It works on three
+levels, of which only the first is compulsory:
 
-1. `effective(site, kernel, p)`, the adapted matrix; for additive adapters its delta, `delta(site, p)`;
-2. `factors(site, p) -> Factors(a (n, q), scale (q,), b (q, m), rank_of (q,))`, whose thin products replace the dense
-   delta on every host;
+1. `effective(site, kernel, p)`, the adapted matrix; for additive adapters its delta,
+   `delta(site, p)`;
+2. `factors(site, p) -> Factors(a (n, q), scale (q,), b (q, m), rank_of (q,))`, whose thin products
+   replace the dense delta on every host;
 3. `wrap(op, site, p, key)`, for adapters that do better still (DoRA, OFT, MiSS).
 
-`p` holds the arrays of one matrix by name, trained and frozen alike, `p["scale"]` among them, and those of its group
-under `p["shared"]`. The kernel is asked for lazily: factors never read it, so a quantised one stays quantised.
+`p` holds the arrays of one matrix by name, trained and frozen alike, `p["scale"]` among them, and
+those of its group under `p["shared"]`. The kernel is asked for lazily: factors never read it, so a
+quantised one stays quantised.
 """
 
 from __future__ import annotations
@@ -32,7 +35,11 @@ from lowrank_jax.rows import over_rows
 
 Arrays = dict[str, Any]
 INPUTS = ("features", "indices", "windows", "transposed")
-USES = ("gather", "dot_general", "conv_general_dilated")  # what multiplies by a kernel, in the words of jaxprs
+USES = (
+    "gather",
+    "dot_general",
+    "conv_general_dilated",
+)  # what multiplies by a kernel, in the words of jaxprs
 
 
 class Factors(NamedTuple):
@@ -42,9 +49,10 @@ class Factors(NamedTuple):
       a: `(n, q)`.
       scale: `(q,)`.
       b: `(q, m)`.
-      rank_of: `(q,)` integers, known without any array: which entry of the rank's axis, 0 .. r-1, a component belongs
-        to. A matrix of a smaller rank r' in a padded stack has the components with `rank_of < r'`. None where the
-        family has no rank (`ranked` is False): then all components are every matrix's.
+      rank_of: `(q,)` integers, known without any array: which entry of the rank's axis, 0 .. r-1, a
+        component belongs to. A matrix of a smaller rank r' in a padded stack has the components
+        with `rank_of < r'`. None where the family has no rank (`ranked` is False): then all
+        components are every matrix's.
     """
 
     a: jax.Array
@@ -59,14 +67,15 @@ class Op:
 
     Attributes:
       shape: (n, m).
-      contract: `(x, M (n, q)) -> (..., q)`, the host's input times another matrix, the host's way: `x @ M`, `M[ids]`, a
-        convolution. Products are counted in the dtype of x and summed in float32. Where `input` is "transposed" the
-        host computes `x Kᵀ`, and M has m rows.
+      contract: `(x, M (n, q)) -> (..., q)`, the host's input times another matrix, the host's way:
+        `x @ M`, `M[ids]`, a convolution. Products are counted in the dtype of x and summed in
+        float32. Where `input` is "transposed" the host computes `x Kᵀ`, and M has m rows.
       kernel: `() -> K (n, m)`; asked for only where it is needed.
       product: `x -> (..., m)`, the operator itself.
-      input: what x is: "features" (contract is `x @ M`), "indices", "windows" of a convolution, or "transposed".
-      plain: `product` is `x @ K` with nothing of the host's own about it (precision, dtype, another product, adapters),
-        so that a kernel may make it.
+      input: what x is: "features" (contract is `x @ M`), "indices", "windows" of a convolution, or
+        "transposed".
+      plain: `product` is `x @ K` with nothing of the host's own about it (precision, dtype, another
+        product, adapters), so that a kernel may make it.
 
     >>> import jax.numpy as jnp
     >>> op = matrix_op(jnp.ones((3, 4)))
@@ -85,7 +94,8 @@ class Op:
         return self.product(x)
 
     def thin(self, x: Any, factors: Factors) -> jax.Array:
-        """`x a diag(scale) b`, or `x bᵀ diag(scale) aᵀ` for a transposed host; no dense delta is formed."""
+        """`x a diag(scale) b`, or `x bᵀ diag(scale) aᵀ` for a transposed host; no dense delta is
+        formed."""
         a, scale, b, _ = factors
         if self.input == "transposed":
             a, b = b.T, a.T
@@ -100,10 +110,13 @@ class Op:
             y = self(x)
             return y + sharding.beside(forward(x), y)
 
-        return dataclasses.replace(self, product=product, kernel=lambda: self.kernel() + delta(), plain=False)
+        return dataclasses.replace(
+            self, product=product, kernel=lambda: self.kernel() + delta(), plain=False
+        )
 
     def replaced(self, kernel: Callable[[], jax.Array]) -> Op:
-        """The host's product with another kernel, which is formed again in the backward pass rather than kept."""
+        """The host's product with another kernel, which is formed again in the backward pass rather
+        than kept."""
 
         def product(x):
             return jax.checkpoint(lambda x: self.contract(x, self.as_factor(kernel())))(x)
@@ -116,14 +129,17 @@ class Op:
 
 
 def product(x: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array:
-    """`x (..., n) @ matrix (n, q)`, counted in the dtype of x and summed in float32 (float64 where x is)."""
+    """`x (..., n) @ matrix (n, q)`, counted in the dtype of x and summed in float32 (float64 where
+    x is)."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     matrix = matrix.astype(x.dtype)
 
     def rows(x):
         axes, spec = (((x.ndim - 1,), (0,)), ((), ())), sharding.product_spec(x, matrix)
         options = {} if spec is None else {"out_sharding": jax.sharding.PartitionSpec(*spec)}
-        return jax.lax.dot_general(x, matrix, axes, precision=precision, preferred_element_type=wide, **options)
+        return jax.lax.dot_general(
+            x, matrix, axes, precision=precision, preferred_element_type=wide, **options
+        )
 
     return over_rows(rows, x)
 
@@ -141,13 +157,20 @@ class Site:
       path: "/"-joined path of the leaf.
       shape: its shape.
       view: which axes are rows (inputs), columns (outputs) and batch.
-      rank: r; of several ranks in a stack the largest, the others are padded and masked by `scale`. 0 without rank.
+      rank: r; of several ranks in a stack the largest, the others are padded and masked by `scale`.
+        0 without rank.
       lookup: the leaf is an embedding `(V, d)`, whose rows are looked up.
-      uses: the products that see the adapter, out of `USES`; () is all. ("gather",) leaves a tied output layer alone.
+      uses: the products that see the adapter, out of `USES`; () is all. ("gather",) leaves a tied
+        output layer alone.
       group: name of the sites that share what is shared.
       bank: the largest (n, m) of the group.
 
-    >>> site = Site(path="q/kernel", shape=(3, 16, 4, 8), view=MatrixView(batch=(0,), rows=(1,), cols=(2, 3)), rank=2)
+    >>> site = Site(
+    ...     path="q/kernel",
+    ...     shape=(3, 16, 4, 8),
+    ...     view=MatrixView(batch=(0,), rows=(1,), cols=(2, 3)),
+    ...     rank=2,
+    ... )
     >>> site.lead, site.n, site.m, site.count
     ((3,), 16, 32, 3)
     """
@@ -198,14 +221,19 @@ class Group:
 
     @property
     def matrices(self) -> tuple[tuple[str, int, Site], ...]:
-        """`((path, index, site with the matrix's own rank), ...)` in order, without those that are left out."""
+        """`((path, index, site with the matrix's own rank), ...)` in order, without those that are
+        left out."""
         found = [(*entry, self.ranks.get(entry, self.sites[entry[0]].rank)) for entry in self.order]
-        return tuple((path, i, dataclasses.replace(self.sites[path], rank=r)) for path, i, r in found if r)
+        return tuple(
+            (path, i, dataclasses.replace(self.sites[path], rank=r)) for path, i, r in found if r
+        )
 
     @property
     def bank(self) -> tuple[int, int]:
         """The largest n and m."""
-        return max(site.n for site in self.sites.values()), max(site.m for site in self.sites.values())
+        return max(site.n for site in self.sites.values()), max(
+            site.m for site in self.sites.values()
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,11 +244,15 @@ class Adapter:
       ranked: it has a rank, and its `scale` is a vector (r,); else a scalar ().
       reads_kernel: `init_site` wants the kernel.
       reads_bank: its product depends on the largest matrix of the group (`Site.bank`).
-      stochastic: `wrap` draws from its key, and every entry point gives it one of its own for each site and layer. A
-        property where it depends on the options; by default it is whether there is a rate of `dropout`, which the
-        `wrap` of this class knows. A family with another random mechanism sets it.
-      axes: of each array, what its own axes lie along: "rows" or "cols" of the kernel, the "rank", or None. Shardings
-        follow the first two, padding of ranks the third; axes of arrays that are not named here are none of them.
+      stochastic: `wrap` draws from its key, and every entry point gives it one of its own for each
+      site and layer. A
+        property where it depends on the options; by default it is whether there is a rate of
+        `dropout`, which the `wrap` of this class knows. A family with another random mechanism sets
+        it.
+      axes: of each array, what its own axes lie along: "rows" or "cols" of the kernel, the "rank",
+      or None. Shardings
+        follow the first two, padding of ranks the third; axes of arrays that are not named here are
+        none of them.
 
     Attributes:
       group: sites whose adapters are equal share what is shared; different groups keep it apart.
@@ -252,17 +284,21 @@ class Adapter:
         """ValueError, naming path, value and remedy, where a site does not fit."""
 
     def largest_rank(self, site: Site) -> int | None:
-        """The rank beyond which a matrix of a site gains nothing: of a pair of factors min(n, m). None without rank."""
+        """The rank beyond which a matrix of a site gains nothing: of a pair of factors min(n, m).
+        None without rank."""
         return min(site.n, site.m) if hasattr(self, "rank") else None
 
     def check_rank(self, site: Site) -> None:
-        """ValueError where the rank exceeds the largest; files of others may hold such ranks, and are loaded."""
+        """ValueError where the rank exceeds the largest; files of others may hold such ranks, and
+        are loaded."""
         bound, rank = self.largest_rank(site), getattr(self, "rank", 0)
         if bound is not None and rank > bound:
-            smaller = f"use at most {bound}, for this leaf alone by ranks=, or " if bound > 0 else ""
+            smaller = (
+                f"use at most {bound}, for this leaf alone by ranks=, or " if bound > 0 else ""
+            )
             raise ValueError(
-                f"{site.path!r}: rank={rank} exceeds {bound}, the largest of {self.kind} on a {site.n} x {site.m} "
-                f"kernel; {smaller}leave it out by exclude="
+                f"{site.path!r}: rank={rank} exceeds {bound}, the largest of {self.kind} on a "
+                f"{site.n} x {site.m} kernel; {smaller}leave it out by exclude="
             )
 
     def scaling(self, rank: int) -> float:
@@ -271,18 +307,22 @@ class Adapter:
         return 1.0
 
     def init_shared(self, key: jax.Array, group: Group) -> tuple[Arrays, Arrays, dict[str, Arrays]]:
-        """`(trained, frozen, {path: frozen arrays of that site, batch axes in front})` of a group."""
+        """`(trained, frozen, {path: frozen arrays of that site, batch axes in front})` of a
+        group."""
         del key, group
         return {}, {}, {}
 
-    def init_site(self, key: jax.Array, site: Site, kernel: jax.Array | None, given: Arrays) -> tuple[Arrays, Arrays]:
+    def init_site(
+        self, key: jax.Array, site: Site, kernel: jax.Array | None, given: Arrays
+    ) -> tuple[Arrays, Arrays]:
         """`(trained, frozen)` arrays of one matrix.
 
         Args:
           key: of this matrix.
           site: which.
           kernel: `(n, m)` float32 where `reads_kernel`, else None.
-          given: `scale`, `shared`, what `init_shared` made for this matrix, and statistics under "stats".
+          given: `scale`, `shared`, what `init_shared` made for this matrix, and statistics under
+            "stats".
         """
         raise NotImplementedError(f"{type(self).__name__} must say how its arrays start")
 
@@ -292,20 +332,24 @@ class Adapter:
         return None
 
     def checked_factors(self, site: Site, p: Arrays) -> Any:
-        """The `Factors` or None of `factors`, for all who use them; TypeError where a family gives anything else."""
+        """The `Factors` or None of `factors`, for all who use them; TypeError where a family gives
+        anything else."""
         found = self.factors(site, p)
         if found is None or isinstance(found, Factors):
             return found
         raise TypeError(
             f"{type(self).__name__}.factors gives a {type(found).__name__}; return None or "
-            "lr.adapters.Factors(a, scale, b, rank_of), rank_of np.arange(r) for r components in the order of the rank"
+            "lr.adapters.Factors(a, scale, b, rank_of), rank_of np.arange(r) for r components in "
+            "the order of the rank"
         )
 
     def delta(self, site: Site, p: Arrays) -> jax.Array:
         """`(n, m)`, what is added to the kernel; by default the product of the factors."""
         found = self.checked_factors(site, p)
         if found is None:
-            raise TypeError(f"{type(self).__name__} has no additive delta; effective() gives the whole matrix")
+            raise TypeError(
+                f"{type(self).__name__} has no additive delta; effective() gives the whole matrix"
+            )
         return (found.a * found.scale) @ found.b
 
     def effective(self, site: Site, kernel: jax.Array, p: Arrays) -> jax.Array:
@@ -316,25 +360,33 @@ class Adapter:
         """The inverse of `effective`: the kernel from the adapted matrix, up to rounding."""
         if type(self).effective is not Adapter.effective:
             raise ValueError(
-                f"{site.path!r}: {type(self).__name__} cannot be taken out of a merged kernel by arithmetic; pass the "
-                "parameters from before the merge as base="
+                f"{site.path!r}: {type(self).__name__} cannot be taken out of a merged kernel by "
+                "arithmetic; pass the parameters from before the merge as base="
             )
         return kernel - self.delta(site, p)
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
-        """The adapted operator. `key` draws what is random, here dropout of the input; None is deterministic."""
+        """The adapted operator. `key` draws what is random, here dropout of the input; None is
+        deterministic."""
         found, rate = self.checked_factors(site, p), self.dropout_rate
         if found is None:
             return op.replaced(lambda: self.effective(site, op.kernel(), p))
         return op.plus(lambda x: op.thin(dropout(x, rate, key), found), lambda: self.delta(site, p))
 
-    def apply(self, x: jax.Array, kernel: jax.Array, p: Arrays, key: jax.Array | None = None) -> jax.Array:
+    def apply(
+        self, x: jax.Array, kernel: jax.Array, p: Arrays, key: jax.Array | None = None
+    ) -> jax.Array:
         """`x (..., n)` times the adapted `kernel (n, m)`, for one bare matrix."""
         return self.wrap(matrix_op(kernel), self.site(kernel.shape), p, key)(x)
 
     def site(self, shape: Shape, path: str = "") -> Site:
         """The site of a bare `(n, m)` matrix."""
-        return Site(shape=tuple(shape), path=path, rank=getattr(self, "rank", 0), bank=(shape[-2], shape[-1]))
+        return Site(
+            shape=tuple(shape),
+            path=path,
+            rank=getattr(self, "rank", 0),
+            bank=(shape[-2], shape[-1]),
+        )
 
     def start(self, key: jax.Array, kernel: jax.Array, **stats: Any) -> Arrays:
         """All arrays of one bare `kernel (n, m)` as `apply` and `effective` want them, in one dict.
@@ -351,9 +403,13 @@ class Adapter:
         self.check_rank(site)
         keys = jax.random.split(key)
         train, fixed, sites = self.init_shared(keys[0], Group(sites={"": site}, order=(("", 0),)))
-        scale = jnp.full((site.rank,) if self.ranked else (), self.scaling(site.rank or 1), jnp.float32)
+        scale = jnp.full(
+            (site.rank,) if self.ranked else (), self.scaling(site.rank or 1), jnp.float32
+        )
         given = {"scale": scale, "shared": train | fixed, **sites.get("", {})}
-        train, fixed = self.init_site(keys[1], site, kernel.astype(jnp.float32), given | {"stats": stats})
+        train, fixed = self.init_site(
+            keys[1], site, kernel.astype(jnp.float32), given | {"stats": stats}
+        )
         return given | fixed | train
 
     def count(self, site: Site) -> int:
@@ -383,4 +439,6 @@ def check_rate(rate: float, field: str = "dropout") -> None:
 def check_positive(field: str, value: Any) -> None:
     """ValueError unless a positive integer."""
     if not is_integer(value) or value < 1:
-        raise ValueError(f"{field}={value!r} must be a positive integer (put it in static_args under tracing)")
+        raise ValueError(
+            f"{field}={value!r} must be a positive integer (put it in static_args under tracing)"
+        )

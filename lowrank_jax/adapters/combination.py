@@ -2,21 +2,27 @@
 
 With delta_i = a_i diag(s_i) b_i and weights w_i, a new pair of scale 1:
 
-    cat                  [w_1 s_1 a_1, ...], [b_1; ...]: exactly sum_i w_i delta_i, of rank sum_i r_i
+    cat                  [w_1 s_1 a_1, ...], [b_1; ...]: exactly sum_i w_i delta_i, of rank sum_i
+                         r_i
     svd                  its best approximation of a smaller rank, from the factors (LoRA-Squeeze)
-    linear               (sum_i g_i v_i a_i) (sum_i v_i b_i), v_i = sqrt |w_i s_i|, g_i the sign of w_i s_i
+    linear               (sum_i g_i v_i a_i) (sum_i v_i b_i), v_i = sqrt |w_i s_i|, g_i the sign of
+                         w_i s_i
     magnitude_prune      linear, of factors that keep their largest entries
-    ties                 the same with signs elected: entries of the losing sign count neither in sum nor in number
-    dare_linear, _ties   linear or ties, of factors with random entries dropped and the others divided by the density
+    ties                 the same with signs elected: entries of the losing sign count neither in
+                         sum nor in number
+    dare_linear, _ties   linear or ties, of factors with random entries dropped and the others
+                         divided by the density
     *_svd                the same of the dense deltas with weights w_i, then a truncated SVD
 
-The methods without svd work on a and b apart, as in PEFT: their product has cross terms a_i b_j that no task trained,
-and only with one adaptation, or equal ones, is `linear` the sum of the deltas. `cat` and `svd` have none: prefer them.
+The methods without svd work on a and b apart, as in PEFT: their product has cross terms a_i b_j
+that no task trained, and only with one adaptation, or equal ones, is `linear` the sum of the
+deltas. `cat` and `svd` have none: prefer them.
 
-Also PEFT's, and kept: signs are elected before weights, so a subtracted task votes as if it were added; a vote of 0 is
-positive (TIES' own code takes the majority of all entries); entries are counted for each tensor (TIES: over the whole
-model). Not kept: one adaptation alone is always taken as `linear` there, and `svd_clamp`, which depends on how the SVD
-is split. Up to 0.20 its dense methods multiplied by s_i twice.
+Also PEFT's, and kept: signs are elected before weights, so a subtracted task votes as if it were
+added; a vote of 0 is positive (TIES' own code takes the majority of all entries); entries are
+counted for each tensor (TIES: over the whole model). Not kept: one adaptation alone is always taken
+as `linear` there, and `svd_clamp`, which depends on how the SVD is split. Up to 0.20 its dense
+methods multiplied by s_i twice.
 """
 
 from __future__ import annotations
@@ -33,7 +39,13 @@ import numpy as np
 from lowrank_jax import linalg
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Site, check_positive
-from lowrank_jax.adapters.conversion import SiteFactors, factors_of, lora_of, over_matrices, truncated
+from lowrank_jax.adapters.conversion import (
+    SiteFactors,
+    factors_of,
+    lora_of,
+    over_matrices,
+    truncated,
+)
 from lowrank_jax.adapters.rules import chosen_rows
 
 PRUNED = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
@@ -54,7 +66,9 @@ class Rule:
     density: float
     majority_sign: str
 
-    def __call__(self, tasks: jax.Array, weights: jax.Array, own: np.ndarray | bool, keys: Any) -> jax.Array:
+    def __call__(
+        self, tasks: jax.Array, weights: jax.Array, own: np.ndarray | bool, keys: Any
+    ) -> jax.Array:
         """`(..., rows, cols)`.
 
         Args:
@@ -68,7 +82,9 @@ class Rule:
         if self.density < 1 and self.method in ("magnitude_prune", "ties"):
             tasks = jax.vmap(lambda x: largest(x, self.density, own))(tasks)
         elif self.density < 1 and self.method.startswith("dare"):
-            kept = jax.vmap(lambda key: jax.random.bernoulli(key, self.density, tasks.shape[1:]))(keys)
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, self.density, tasks.shape[1:]))(
+                keys
+            )
             tasks = jnp.where(kept, tasks / self.density, 0)
         if self.method not in ("ties", "dare_ties"):
             return jnp.sum(tasks * weights, axis=0)
@@ -78,7 +94,8 @@ class Rule:
 
 
 def largest(x: jax.Array, density: float, own: np.ndarray) -> jax.Array:
-    """`x (..., rows, cols)` with the `int(density * count)` largest entries of each matrix, the first of equal ones.
+    """`x (..., rows, cols)` with the `int(density * count)` largest entries of each matrix, the
+    first of equal ones.
 
     >>> import jax.numpy as jnp, numpy as np
     >>> largest(jnp.array([[3.0, -4.0], [1.0, 0.0]]), 0.5, np.ones((2, 2), bool)).tolist()
@@ -104,30 +121,36 @@ def combine(
     key: jax.Array | None = None,
     name: str = "combined",
 ) -> Adaptation:
-    """A plain LoRA with scale 1 out of several adaptations that have factors; negative weights subtract.
+    """A plain LoRA with scale 1 out of several adaptations that have factors; negative weights
+    subtract.
 
-    Leaves that only some adapt take what those have. Leaves trained whole go along where one adaptation trains them.
+    Leaves that only some adapt take what those have. Leaves trained whole go along where one
+    adaptation trains them.
 
     Args:
       adaptations: by name; families without factors go through `lr.to_lora` first.
       weights: `{name: weight}`, or one for each in the order of the dict.
       method: see the module; "cat" is the sum itself (PEFT's default is "svd").
       rank: of methods with svd; by default the largest of the given ones.
-      energy: of methods with svd: the smallest rank of each matrix that keeps this share of its squared singular
-        values, at most `rank` if both are given. Outside jit.
+      energy: of methods with svd: the smallest rank of each matrix that keeps this share of its
+        squared singular values, at most `rank` if both are given. Outside jit.
       density: share of entries that ties, dare and magnitude_prune keep, in (0, 1].
-      majority_sign: what elects the sign in ties: "total", the sum of the entries, or "frequency", of their signs.
+      majority_sign: what elects the sign in ties: "total", the sum of the entries, or "frequency",
+        of their signs.
       key: draws what dare drops, of its own for each name, site, layer and factor.
       name: of the result.
 
     Raises:
-      ValueError: for an option that the method lacks or does not use; for ranks that differ, where factors are added
-        entry by entry; for adapters without factors; for a leaf that two adaptations train whole.
+      ValueError: for an option that the method lacks or does not use; for ranks that differ, where
+        factors are added entry by entry; for adapters without factors; for a leaf that two
+        adaptations train whole.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
     >>> params = {"kernel": jnp.ones((8, 6))}
-    >>> start = lambda seed: lr.adapt(params, lr.adapters.lora(rank=2, init="orthogonal"), jax.random.key(seed))
+    >>> start = lambda seed: lr.adapt(
+    ...     params, lr.adapters.lora(rank=2, init="orthogonal"), jax.random.key(seed)
+    ... )
     >>> one, two = start(0), start(1)
     >>> print(combine({"one": one, "two": two}, {"one": 1.0, "two": -0.5}))
     leaf    shape   adapter  rank  trained
@@ -146,7 +169,9 @@ def combine(
         weight = [values[n] for n in having]
         keys = None
         if key is not None:
-            keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(f"{n}/{path}".encode())) for n in having])
+            keys = jnp.stack(
+                [jax.random.fold_in(key, zlib.crc32(f"{n}/{path}".encode())) for n in having]
+            )
         if method == "cat" or method.endswith("svd"):
             a, b, ranks = _sum(site, list(thin.values()), weight, method, rule, keys, rank, energy)
         else:
@@ -161,10 +186,15 @@ def _weights(adaptations: Mapping[str, Adaptation], weights: Any) -> dict[str, A
     if not isinstance(weights, Mapping):
         weights = list(weights)
         if len(weights) != len(adaptations):
-            raise ValueError(f"weights: {len(weights)} for the {len(adaptations)} adaptations {list(adaptations)}")
+            raise ValueError(
+                f"weights: {len(weights)} for the {len(adaptations)} adaptations "
+                f"{list(adaptations)}"
+            )
         return dict(zip(adaptations, weights, strict=True))
     if set(weights) != set(adaptations):
-        raise ValueError(f"weights: given for {sorted(weights)}, the adaptations are {sorted(adaptations)}")
+        raise ValueError(
+            f"weights: given for {sorted(weights)}, the adaptations are {sorted(adaptations)}"
+        )
     return dict(weights)
 
 
@@ -181,9 +211,13 @@ def _rule(method: str, rank: Any, energy: Any, density: Any, majority_sign: str,
         "key": key is not None and not bare.startswith("dare"),
     }
     if any(unused.values()):
-        raise ValueError(f"method={method!r} does not use {[name for name, wrong in unused.items() if wrong]}")
+        raise ValueError(
+            f"method={method!r} does not use {[name for name, wrong in unused.items() if wrong]}"
+        )
     if bare in PRUNED and (density is None or not 0 < density <= 1):
-        raise ValueError(f"density={density} must lie in (0, 1] for method={method!r}: the share of entries kept")
+        raise ValueError(
+            f"density={density} must lie in (0, 1] for method={method!r}: the share of entries kept"
+        )
     if bare.startswith("dare") and key is None:
         raise ValueError(f"method={method!r} drops entries at random: pass key=")
     if majority_sign not in ("total", "frequency"):
@@ -200,8 +234,9 @@ def _site(having: Mapping[str, Adaptation], path: str) -> Site:
         seen, others = ((one.shape, one.view, one.lookup, one.uses) for one in (first, site))
         if seen != others:
             raise ValueError(
-                f"{path!r}: {name!r} sees {first.shape} with {first.view} at {first.uses or 'all uses'}, {other!r} "
-                f"{site.shape} with {site.view} at {site.uses or 'all uses'}"
+                f"{path!r}: {name!r} sees {first.shape} with {first.view} at "
+                f"{first.uses or 'all uses'}, {other!r} {site.shape} with {site.view} at "
+                f"{site.uses or 'all uses'}"
             )
     return first
 
@@ -210,7 +245,10 @@ def _thin(adaptation: Adaptation, path: str, name: str) -> SiteFactors:
     thin = factors_of(adaptation, path)
     if thin is None:
         kind = type(adaptation.plan.by_path[path][0]).__name__
-        raise ValueError(f"{name!r}: {kind} at {path!r} has no factors; lr.to_lora(params, adaptation, rank=) first")
+        raise ValueError(
+            f"{name!r}: {kind} at {path!r} has no factors; lr.to_lora(params, adaptation, rank=) "
+            "first"
+        )
     return thin.compact()
 
 
@@ -220,20 +258,31 @@ def _with_whole(adaptations: Mapping[str, Adaptation]) -> Adaptation:
     for one in adaptations.values():
         twice = sorted(set(whole) & set(one.plan.whole))
         if twice:
-            raise ValueError(f"leaves {twice} are trained whole by two adaptations, and whole leaves are not combined")
+            raise ValueError(
+                f"leaves {twice} are trained whole by two adaptations, and whole leaves are not "
+                "combined"
+            )
         whole |= one.train["whole"]
     first = next(iter(adaptations.values()))
     return first.replace(train=first.train | {"whole": whole})
 
 
-def _by_factor(site: Site, thin: Mapping[str, SiteFactors], weights: list[Any], method: str, rule: Rule, keys: Any):
-    """`(a, b, ranks)` of a rule that works on factors: `(k, batch..., n, q)` and `(k, batch..., q, m)` apart."""
+def _by_factor(
+    site: Site,
+    thin: Mapping[str, SiteFactors],
+    weights: list[Any],
+    method: str,
+    rule: Rule,
+    keys: Any,
+):
+    """`(a, b, ranks)` of a rule that works on factors: `(k, batch..., n, q)` and
+    `(k, batch..., q, m)` apart."""
     first, *rest = thin.values()
     if any(other.own.shape != first.own.shape or (other.own != first.own).any() for other in rest):
         ranks = {name: sorted(set(one.ranks.reshape(-1).tolist())) for name, one in thin.items()}
         raise ValueError(
-            f"method={method!r} adds factors entry by entry, and at {site.path!r} the ranks are {ranks}; take 'cat' or "
-            "'svd', or bring them to one rank by lr.to_lora"
+            f"method={method!r} adds factors entry by entry, and at {site.path!r} the ranks are "
+            f"{ranks}; take 'cat' or 'svd', or bring them to one rank by lr.to_lora"
         )
     strength = jnp.stack([_times(w, one) for w, one in zip(weights, thin.values(), strict=True)])
     root = jnp.sqrt(jnp.abs(strength))
@@ -246,14 +295,24 @@ def _by_factor(site: Site, thin: Mapping[str, SiteFactors], weights: list[Any], 
 
 
 def _sum(
-    site: Site, thin: list[SiteFactors], weights: list[Any], method: str, rule: Rule, keys: Any, rank: Any, energy: Any
+    site: Site,
+    thin: list[SiteFactors],
+    weights: list[Any],
+    method: str,
+    rule: Rule,
+    keys: Any,
+    rank: Any,
+    energy: Any,
 ) -> tuple[jax.Array, jax.Array, np.ndarray]:
     """`(a, b, ranks)` of the weighted sum of deltas, or of what a rule makes of them."""
     own = np.concatenate([one.own for one in thin], axis=-1)
     top = max(one.own.shape[-1] for one in thin) if rank is None else rank
     if method in ("cat", "svd"):
         scale = jnp.concatenate([_times(w, one) for w, one in zip(weights, thin, strict=True)], -1)
-        a, b = jnp.concatenate([one.a for one in thin], -1), jnp.concatenate([one.b for one in thin], -2)
+        a, b = (
+            jnp.concatenate([one.a for one in thin], -1),
+            jnp.concatenate([one.b for one in thin], -2),
+        )
         every = SiteFactors(a, scale, b, own).compact()
         a, b = every.scaled()
         if method == "cat":
@@ -270,7 +329,11 @@ def _sum(
     pairs = [(x.a, _times(1, x)[..., None] * x.b) for x in thin]
     each = None
     if keys is not None:
-        each = jax.vmap(lambda k: jax.random.split(k, site.lead), out_axes=-1)(keys) if site.lead else keys
+        each = (
+            jax.vmap(lambda k: jax.random.split(k, site.lead), out_axes=-1)(keys)
+            if site.lead
+            else keys
+        )
     svd = over_matrices(one, site, (pairs, each))
     return truncated(svd, np.where(own.any(axis=-1), top, 0), energy)
 

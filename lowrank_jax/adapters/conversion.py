@@ -1,11 +1,13 @@
 """From any adapter to plain LoRA: exactly where it has factors, else by the SVD of what it adds.
 
-Families with `factors` are pairs already (LoRA, Uni-LoRA, VeRA, ...); starts from the kernel (PiSSA, OLoRA) have the
-offset as further factors, so they are pairs of rank 2 r against the kernel as it was. All others change the kernel by a
-full matrix `effective(K) - K`, of which a truncated SVD is kept. To a smaller rank a pair goes by LoRA-Squeeze (two QR
-factorisations and the SVD of the core), without their product; the reported errors form it, one matrix at a time.
+Families with `factors` are pairs already (LoRA, Uni-LoRA, VeRA, ...); starts from the kernel
+(PiSSA, OLoRA) have the offset as further factors, so they are pairs of rank 2 r against the kernel
+as it was. All others change the kernel by a full matrix `effective(K) - K`, of which a truncated
+SVD is kept. To a smaller rank a pair goes by LoRA-Squeeze (two QR factorisations and the SVD of the
+core), without their product; the reported errors form it, one matrix at a time.
 
-The singular values are split evenly over both factors; PEFT puts them on B, which is the same product.
+The singular values are split evenly over both factors; PEFT puts them on B, which is the same
+product.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ HOW = ("as it is", "SVD of the product", "SVD of the difference")
 
 @dataclasses.dataclass(frozen=True)
 class SiteFactors:
-    """Factors of the matrices of a site, `a diag(scale) b`, and which of their q components are of a matrix's own rank.
+    """Factors of the matrices of a site, `a diag(scale) b`, and which of their q components are of
+    a matrix's own rank.
 
     Attributes:
       a, scale, b: `(batch..., n, q)`, `(batch..., q)`, `(batch..., q, m)`.
@@ -54,11 +57,14 @@ class SiteFactors:
         return self.a, self.scale[..., None] * self.b
 
     def compact(self) -> SiteFactors:
-        """The components of a matrix's own rank in front, and no more of the others than the largest rank wants."""
+        """The components of a matrix's own rank in front, and no more of the others than the
+        largest rank wants."""
         cut = max(int(self.ranks.max()), 1)
         order = np.argsort(~self.own, axis=-1, kind="stable")[..., :cut]
         if (order == np.arange(cut)).all():
-            return SiteFactors(self.a[..., :cut], self.scale[..., :cut], self.b[..., :cut, :], self.own[..., :cut])
+            return SiteFactors(
+                self.a[..., :cut], self.scale[..., :cut], self.b[..., :cut, :], self.own[..., :cut]
+            )
         return SiteFactors(
             jnp.take_along_axis(self.a, order[..., None, :], axis=-1),
             jnp.take_along_axis(self.scale, order, axis=-1),
@@ -94,21 +100,26 @@ def factors_of(adaptation: Adaptation, path: str) -> SiteFactors | None:
 
 
 def _checked_ranks(adapter: Adapter, site: Site, rank_of: Any, q: int) -> np.ndarray:
-    """The rank that each of q components belongs to; all are of rank 0 where the family has none."""
+    """The rank that each of q components belongs to; all are of rank 0 where the family has
+    none."""
     if rank_of is None and not adapter.ranked:
         return np.zeros(q, int)
     if rank_of is None or np.shape(rank_of) != (q,):
         raise ValueError(
-            f"{site.path!r}: {type(adapter).__name__}.factors gives {q} components and rank_of={rank_of!r}; say for "
-            f"each of them to which of the ranks 0 .. {site.rank - 1} it belongs"
+            f"{site.path!r}: {type(adapter).__name__}.factors gives {q} components and "
+            f"rank_of={rank_of!r}; say for each of them to which of the ranks 0 .. {site.rank - 1} "
+            "it belongs"
         )
     return np.asarray(rank_of)
 
 
 def lora_of(
-    like: Adaptation, parts: Mapping[str, tuple[Site, jax.Array, jax.Array, np.ndarray, float]], name: str
+    like: Adaptation,
+    parts: Mapping[str, tuple[Site, jax.Array, jax.Array, np.ndarray, float]],
+    name: str,
 ) -> Adaptation:
-    """Plain LoRA with scale 1 from `{path: (site, a (batch..., n, r), b (batch..., r, m), own ranks, dropout)}`."""
+    """Plain LoRA with scale 1 from `{path: (site, a (batch..., n, r), b (batch..., r, m), own
+    ranks, dropout)}`."""
     sites, adapters, matrices = [], [], {}
     groups: dict[Lora, str] = {}
     train: dict[str, Any] = {"shared": {}, "sites": {}, "whole": dict(like.train["whole"])}
@@ -127,9 +138,14 @@ def lora_of(
     order = tuple((site.path, index) for site in sites for index in range(site.count))
     given = [entry for entry in like.plan.order if entry in set(order)]
     plan = dataclasses.replace(
-        like.plan, name=name, sites=tuple(sites), adapters=tuple(adapters), whole=tuple(train["whole"]),
-        order=tuple(given + [entry for entry in order if entry not in set(given)]), candidates=(),
-    )  # fmt: skip
+        like.plan,
+        name=name,
+        sites=tuple(sites),
+        adapters=tuple(adapters),
+        whole=tuple(train["whole"]),
+        order=tuple(given + [entry for entry in order if entry not in set(given)]),
+        candidates=(),
+    )
     return Adaptation(train, fixed, plan.banked(), tuple(matrices.items()))
 
 
@@ -147,7 +163,10 @@ def truncated(
     ranks = np.minimum(limit, s.shape[-1])
     if energy is not None:
         if isinstance(s, jax.core.Tracer):
-            raise ValueError("energy: the ranks depend on values and fix shapes; call this outside jit, or give rank=")
+            raise ValueError(
+                "energy: the ranks depend on values and fix shapes; call this outside jit, or give "
+                "rank="
+            )
         ranks = np.minimum(ranks, np.asarray(linalg.rank_for_energy(s, energy)))
     size = max(int(ranks.max()), 1)
     kept = np.arange(s.shape[-1]) < ranks[..., None]
@@ -157,9 +176,11 @@ def truncated(
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What `to_lora` did to each site: how, to which ranks, and the relative Frobenius error of each matrix's delta.
+    """What `to_lora` did to each site: how, to which ranks, and the relative Frobenius error of
+    each matrix's delta.
 
-    Errors are measured: the product of the new factors is compared with the dense delta, one matrix at a time.
+    Errors are measured: the product of the new factors is compared with the dense delta, one matrix
+    at a time.
 
     Attributes:
       how: by path, one of "as it is", "SVD of the product", "SVD of the difference".
@@ -178,7 +199,9 @@ class Conversion:
             rank = str(low) if low == high else f"{low} to {high}"
             rows.append((path, how, rank, f"{float(jnp.max(self.errors[path])):.3g}"))
         widths = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
-        lines = ["".join(c.ljust(w) for c, w in zip(row, widths, strict=False)) + row[3] for row in rows]
+        lines = [
+            "".join(c.ljust(w) for c, w in zip(row, widths, strict=False)) + row[3] for row in rows
+        ]
         return "\n".join(lines)
 
 
@@ -187,20 +210,21 @@ def to_lora(
 ) -> tuple[Adaptation, Conversion]:
     """The adaptation as plain LoRA on the same `params`, with alpha = r, and what that cost.
 
-    Adapters with factors are taken as they are, exactly, unless a smaller rank or an energy is asked for; the others by
-    a truncated SVD of `effective(K) - K`. Starts from the kernel give rank 2 r, against the kernel as it was. Weights
-    and masks are worked in; leaves trained whole and a rate of dropout go along, other random mechanisms do not.
+    Adapters with factors are taken as they are, exactly, unless a smaller rank or an energy is
+    asked for; the others by a truncated SVD of `effective(K) - K`. Starts from the kernel give rank
+    2 r, against the kernel as it was. Weights and masks are worked in; leaves trained whole and a
+    rate of dropout go along, other random mechanisms do not.
 
     Args:
       params: the tree that the adaptation belongs to; read where an adapter has no factors.
       adaptation: of any families.
       rank: at most this; a matrix whose delta has fewer components keeps those.
-      energy: the smallest rank of each matrix that keeps this share of its squared singular values; ranks differ, and
-        are padded within a stack. With `rank` the smaller counts.
+      energy: the smallest rank of each matrix that keeps this share of its squared singular values;
+        ranks differ, and are padded within a stack. With `rank` the smaller counts.
 
     Raises:
-      ValueError: for an adapter without factors when neither is given; for an energy outside (0, 1] or under tracing;
-        for a leaf that is not there.
+      ValueError: for an adapter without factors when neither is given; for an energy outside (0, 1]
+        or under tracing; for a leaf that is not there.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -219,14 +243,22 @@ def to_lora(
     for path, (adapter, site) in adaptation.plan.by_path.items():
         found = factors_of(adaptation, path)
         delta, arrays = _delta_of(nodes, adaptation, path, found is not None)
-        a, b, ranks[path], how[path] = _pair_of(adaptation, path, found, delta, arrays, rank, energy)
+        a, b, ranks[path], how[path] = _pair_of(
+            adaptation, path, found, delta, arrays, rank, energy
+        )
         errors[path] = _measured(site, a, b, ranks[path], delta, arrays)
         parts[path] = (site, a, b, ranks[path], adapter.dropout_rate)
     return lora_of(adaptation, parts, adaptation.plan.name), Conversion(how, ranks, errors)
 
 
 def _pair_of(
-    adaptation: Adaptation, path: str, found: SiteFactors | None, delta: Callable, arrays: Any, rank: Any, energy: Any
+    adaptation: Adaptation,
+    path: str,
+    found: SiteFactors | None,
+    delta: Callable,
+    arrays: Any,
+    rank: Any,
+    energy: Any,
 ) -> tuple[jax.Array, jax.Array, np.ndarray, str]:
     """`(a, b, ranks, how)` of one site."""
     adapter, site = adaptation.plan.by_path[path]
@@ -240,8 +272,8 @@ def _pair_of(
         return (*truncated(linalg.svd_of_product(a, b), limit, energy), HOW[1])
     if rank is None and energy is None:
         raise ValueError(
-            f"{site.path!r}: {type(adapter).__name__} has no factors, so its delta has no rank of its own; give rank= "
-            "or energy="
+            f"{site.path!r}: {type(adapter).__name__} has no factors, so its delta has no rank of "
+            "its own; give rank= or energy="
         )
 
     def decomposed(one):
@@ -255,8 +287,11 @@ def _pair_of(
     return (*truncated(svd, np.where(own, full, 0), energy), HOW[2])
 
 
-def _delta_of(nodes: Mapping[str, Any], adaptation: Adaptation, path: str, additive: bool) -> tuple[Callable, Any]:
-    """`(function, trees)`: what the adapter adds to one matrix is `function(trees of one matrix)`, dense.
+def _delta_of(
+    nodes: Mapping[str, Any], adaptation: Adaptation, path: str, additive: bool
+) -> tuple[Callable, Any]:
+    """`(function, trees)`: what the adapter adds to one matrix is `function(trees of one matrix)`,
+    dense.
 
     Of an adapter with factors the kernel is not read.
     """
@@ -266,7 +301,9 @@ def _delta_of(nodes: Mapping[str, Any], adaptation: Adaptation, path: str, addit
     if additive:
         return lambda own: adapter.delta(site, own | {"shared": shared}), arrays
     if path not in nodes or tuple(nodes[path].shape) != site.shape:
-        raise ValueError(f"adapted leaf {path!r}, {site.shape}, is not in params; give the tree that adapt saw")
+        raise ValueError(
+            f"adapted leaf {path!r}, {site.shape}, is not in params; give the tree that adapt saw"
+        )
 
     def difference(one):
         kernel, own = one
@@ -275,8 +312,11 @@ def _delta_of(nodes: Mapping[str, Any], adaptation: Adaptation, path: str, addit
     return difference, (matrices_of(nodes[path], site), arrays)
 
 
-def _measured(site: Site, a: jax.Array, b: jax.Array, ranks: np.ndarray, delta: Callable, arrays: Any) -> jax.Array:
-    """`|a b - delta| / |delta|` of each matrix, Frobenius norms; a difference within the product's rounding is 0.
+def _measured(
+    site: Site, a: jax.Array, b: jax.Array, ranks: np.ndarray, delta: Callable, arrays: Any
+) -> jax.Array:
+    """`|a b - delta| / |delta|` of each matrix, Frobenius norms; a difference within the product's
+    rounding is 0.
 
     Rounding: a product of q components in float32 is within `q eps |a| |b|` of the exact one.
     """
@@ -295,7 +335,8 @@ def _measured(site: Site, a: jax.Array, b: jax.Array, ranks: np.ndarray, delta: 
 
 
 def over_matrices(function: Callable, site: Site, trees: Any) -> Any:
-    """`function(trees of one matrix)` of every matrix of a site, one after the other, so that a large stack fits.
+    """`function(trees of one matrix)` of every matrix of a site, one after the other, so that a
+    large stack fits.
 
     A stack that an explicit mesh divides along its layers is gathered along them.
     """
@@ -313,14 +354,17 @@ def over_matrices(function: Callable, site: Site, trees: Any) -> Any:
 
 
 def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
-    """Writes the offsets of PiSSA-like starts into the kernels, `K - s a0 b0`, as the papers do, and drops them.
+    """Writes the offsets of PiSSA-like starts into the kernels, `K - s a0 b0`, as the papers do,
+    and drops them.
 
-    The function stays as it was, and the adapter is then plain LoRA on *another* base: `merge`, `to_lora` and files
-    made from the result refer to the parameters returned here, and `s` must be what it was (a weight of 0 is the base
-    without its principal part). Computed in float32 and rounded to the leaf's dtype: a bfloat16 kernel loses what the
-    offset kept as data, up to 2**-9 of each entry, and int8 or NF4 kernels are quantised anew. The way back is the
-    adaptation that was given here, which has the same layout: `before.replace(train=after.train)` is the trained state
-    against the original parameters, and `to_lora` of that is the LoRA of rank 2 r that others can load.
+    The function stays as it was, and the adapter is then plain LoRA on *another* base: `merge`,
+    `to_lora` and files made from the result refer to the parameters returned here, and `s` must be
+    what it was (a weight of 0 is the base without its principal part). Computed in float32 and
+    rounded to the leaf's dtype: a bfloat16 kernel loses what the offset kept as data, up to 2**-9
+    of each entry, and int8 or NF4 kernels are quantised anew. The way back is the adaptation that
+    was given here, which has the same layout: `before.replace(train=after.train)` is the trained
+    state against the original parameters, and `to_lora` of that is the LoRA of rank 2 r that others
+    can load.
 
     Raises:
       ValueError: if there is no offset; for a quantised leaf that cannot be requantised.
@@ -338,7 +382,10 @@ def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
     sites = adaptation.fixed["sites"]
     offsets = {path: arrays for path, arrays in sites.items() if {"a0", "b0"} <= set(arrays)}
     if not offsets:
-        raise ValueError(f"{adaptation.plan.name!r} has no offset a0, b0: there is nothing that could be absorbed")
+        raise ValueError(
+            f"{adaptation.plan.name!r} has no offset a0, b0: there is nothing that could be "
+            "absorbed"
+        )
 
     def place(path, node):
         if path not in offsets:
@@ -346,14 +393,26 @@ def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
         site, own = adaptation.plan.by_path[path][1], offsets[path]
         array = meta.unbox(node)
         if hasattr(array, "dequantize") and not hasattr(array, "requantize"):
-            raise ValueError(f"{path!r}: {type(array).__name__} has no requantize; keep the offset as data beside it")
-        rest = matrices_of(array, site) - jnp.matmul(own["a0"] * own["scale"][..., None, :], own["b0"])
+            raise ValueError(
+                f"{path!r}: {type(array).__name__} has no requantize; keep the offset as data "
+                "beside it"
+            )
+        rest = matrices_of(array, site) - jnp.matmul(
+            own["a0"] * own["scale"][..., None, :], own["b0"]
+        )
         whole = site.view.from_matrices(rest, tuple(array.shape))
-        whole = array.requantize(whole) if hasattr(array, "requantize") else whole.astype(array.dtype)
+        whole = (
+            array.requantize(whole) if hasattr(array, "requantize") else whole.astype(array.dtype)
+        )
         return node.replace_boxed(whole) if isinstance(node, meta.AxisMetadata) else whole
 
     missing = set(offsets) - {path for path, _, _ in leaves_with_metadata(params)}
     if missing:
-        raise ValueError(f"adapted leaves {sorted(missing)} are not in params; give the tree that adapt saw")
-    left = {path: {name: x for name, x in own.items() if name not in ("a0", "b0")} for path, own in sites.items()}
+        raise ValueError(
+            f"adapted leaves {sorted(missing)} are not in params; give the tree that adapt saw"
+        )
+    left = {
+        path: {name: x for name, x in own.items() if name not in ("a0", "b0")}
+        for path, own in sites.items()
+    }
     return map_nodes(place, params), adaptation.replace(fixed=adaptation.fixed | {"sites": left})

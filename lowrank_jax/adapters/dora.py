@@ -1,13 +1,16 @@
-"""DoRA: a direction by LoRA and a trained magnitude for each output (Liu et al. 2024, arXiv:2402.09353).
+"""DoRA: a direction by LoRA and a trained magnitude for each output (Liu et al. 2024,
+arXiv:2402.09353).
 
-    K' = (K + s a b) diag(magnitude / |K + s a b|),   |.| the norm of each column, magnitude = |K| at the start
+    K' = (K + s a b) diag(magnitude / |K + s a b|),   |.| the norm of each column, magnitude = |K|
+                                                      at the start
 
-The norm is a constant of the backward pass, as in section 4.3 of the paper and in PEFT. It is found without the dense
-delta, by one thin product with the kernel a step:
+The norm is a constant of the backward pass, as in section 4.3 of the paper and in PEFT. It is found
+without the dense delta, by one thin product with the kernel a step:
 
     |K + s a b|² = |K|² + 2 s Σ (Kᵀa ⊙ bᵀ) + s² Σ (bᵀ(aᵀa) ⊙ bᵀ)
 
-Biases are not scaled. Convolutions take the norm over the window and input channels, embeddings over the vocabulary.
+Biases are not scaled. Convolutions take the norm over the window and input channels, embeddings
+over the vocabulary.
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ from lowrank_jax.adapters.lora import Lora
 class Dora(Lora):
     """DoRA.
 
-    Args: those of `lora`, except starts from the kernel, with an offset that would change the norm's meaning.
+    Args: those of `lora`, except starts from the kernel, with an offset that would change the
+    norm's meaning.
 
-    Trains `r (n + m) + m` numbers. A matrix whose `scale` is all zero (a layer left out, a weight of 0) is the kernel
-    as it was. With dropout the base term sees the dropped input too, as in PEFT.
+    Trains `r (n + m) + m` numbers. A matrix whose `scale` is all zero (a layer left out, a weight
+    of 0) is the kernel as it was. With dropout the base term sees the dropped input too, as in
+    PEFT.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -47,7 +52,10 @@ class Dora(Lora):
     def __post_init__(self):
         super().__post_init__()
         if self.start_of.offset:
-            raise ValueError(f"init={self.init!r} subtracts an offset from the kernel; DoRA starts from 'kaiming'")
+            raise ValueError(
+                f"init={self.init!r} subtracts an offset from the kernel; DoRA starts from "
+                "'kaiming'"
+            )
 
     def init_site(self, key, site, kernel, given):
         train, fixed = super().init_site(key, site, kernel, given)
@@ -58,7 +66,8 @@ class Dora(Lora):
         return None
 
     def gain(self, kernel: jax.Array, p: Arrays) -> jax.Array:
-        """`magnitude / |K + s a b|` of each column, with a constant norm; 1 where the adapter is off."""
+        """`magnitude / |K + s a b|` of each column, with a constant norm; 1 where the adapter is
+        off."""
         a, b, scale = (jax.lax.stop_gradient(p[name]) for name in ("a", "b", "scale"))
         kernel, a = jax.lax.stop_gradient(kernel).astype(jnp.float32), a * scale
         cross = jnp.sum(product(kernel.T, a) * b.T, axis=1)

@@ -1,10 +1,12 @@
-"""FourierFT: a few trained coefficients of the spectrum of the delta (Gao et al. 2024, arXiv:2405.03003).
+"""FourierFT: a few trained coefficients of the spectrum of the delta (Gao et al. 2024,
+arXiv:2405.03003).
 
-    delta = alpha Re(ifft2(S)),   S (n, m) = 0 but for spectrum (k,) at k fixed positions (rows, cols)
+    delta = alpha Re(ifft2(S)),   S (n, m) = 0 but for spectrum (k,) at k fixed positions (rows,
+                                  cols)
 
-The dense n x m matrix is formed at each use and again in the backward pass. The positions are those of PEFT: the first
-k of `torch.randperm(n m)` by a seed, the same for all kernels of one shape, counted through the torch weight `(m, n)`.
-They are data, so that others can be put in their place.
+The dense n x m matrix is formed at each use and again in the backward pass. The positions are those
+of PEFT: the first k of `torch.randperm(n m)` by a seed, the same for all kernels of one shape,
+counted through the torch weight `(m, n)`. They are data, so that others can be put in their place.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ class FourierFT(Adapter):
     Args:
       frequencies: k (1000: PEFT and the paper).
       alpha: what PEFT calls `scaling` (150: PEFT; the paper takes 300 for LLaMA and ViT).
-      init: "zeros", or "normal": PEFT's and the authors' default, whose delta is large, changes the model before the
-        first step and learned nothing in PEFT's own benchmark. Hence "zeros" here; every coefficient has a gradient.
+      init: "zeros", or "normal": PEFT's and the authors' default, whose delta is large, changes the
+        model before the first step and learned nothing in PEFT's own benchmark. Hence "zeros" here;
+        every coefficient has a gradient.
       seed: of the positions (777: PEFT).
 
     Trains k numbers.
@@ -38,7 +41,12 @@ class FourierFT(Adapter):
     >>> import lowrank_jax as lr
     >>> fourierft, kernel = lr.adapters.fourierft(frequencies=5), jnp.ones((4, 6))
     >>> p = fourierft.start(jax.random.key(0), kernel)
-    >>> p["spectrum"].shape, p["rows"].shape, bool(jnp.all(p["rows"] < 4)), bool(jnp.all(p["cols"] < 6))
+    >>> (
+    ...     p["spectrum"].shape,
+    ...     p["rows"].shape,
+    ...     bool(jnp.all(p["rows"] < 4)),
+    ...     bool(jnp.all(p["cols"] < 6)),
+    ... )
     ((5,), (5,), True, True)
     """
 
@@ -47,7 +55,11 @@ class FourierFT(Adapter):
     init: str = "zeros"
     seed: int = 777
 
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"spectrum": (None,), "rows": (None,), "cols": (None,)}
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "spectrum": (None,),
+        "rows": (None,),
+        "cols": (None,),
+    }
 
     def __post_init__(self):
         check_positive("frequencies", self.frequencies)
@@ -58,8 +70,8 @@ class FourierFT(Adapter):
     def validate(self, site):
         if self.frequencies > site.n * site.m:
             raise ValueError(
-                f"{site.path!r}: frequencies={self.frequencies} exceeds the {site.n * site.m} entries of a "
-                f"{site.n} x {site.m} spectrum; choose fewer"
+                f"{site.path!r}: frequencies={self.frequencies} exceeds the {site.n * site.m} "
+                f"entries of a {site.n} x {site.m} spectrum; choose fewer"
             )
 
     def scaling(self, rank):
@@ -75,7 +87,9 @@ class FourierFT(Adapter):
         return {"spectrum": spectrum}, {"rows": rows, "cols": cols}
 
     def delta(self, site, p):
-        spectrum = jnp.zeros((site.n, site.m)).at[p["rows"], p["cols"]].set(p["spectrum"] * p["scale"])
+        spectrum = (
+            jnp.zeros((site.n, site.m)).at[p["rows"], p["cols"]].set(p["spectrum"] * p["scale"])
+        )
         return _rows_first(jnp.fft.ifft2(_rows_first(spectrum)).real)
 
     def count(self, site):
@@ -86,7 +100,8 @@ class FourierFT(Adapter):
 def _rows_first(x: jax.Array) -> jax.Array:
     """`x (n, m)`, its rows one after the other in memory.
 
-    XLA's FFT on CPUs refuses columns first, which it would take over from LAPACK or from a mesh's blocks beside it.
+    XLA's FFT on CPUs refuses columns first, which it would take over from LAPACK or from a mesh's
+    blocks beside it.
     """
     return with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
 

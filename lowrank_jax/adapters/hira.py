@@ -2,8 +2,9 @@
 
     K' = K ⊙ (1 + scale a b)
 
-a and b start as LoRA's. The update has rank up to r rank(K); a dense n x m matrix is formed at each use and again in
-the backward pass. The paper and PEFT have no alpha; `scale` is 1 but for weights and padding.
+a and b start as LoRA's. The update has rank up to r rank(K); a dense n x m matrix is formed at each
+use and again in the backward pass. The paper and PEFT have no alpha; `scale` is 1 but for weights
+and padding.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class Hira(Adapter):
 
     rank: int = 32
     ranked: ClassVar[bool] = True
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"a": ("rows", "rank"), "b": ("rank", "cols")}
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "a": ("rows", "rank"),
+        "b": ("rank", "cols"),
+    }
 
     def __post_init__(self):
         check_positive("rank", self.rank)

@@ -1,8 +1,8 @@
 """Kernels with adapters, and the hosts that multiply by them.
 
-`attach(params, adaptation)` puts an `AdaptedKernel` in the place of each adapted leaf. `lr.matmul`, `lr.einsum` and
-`lr.dot_general` take it as they take an array; `embed`, `attend` and `conv` here are the other hosts. The Flax skins
-call the same functions from inside a model.
+`attach(params, adaptation)` puts an `AdaptedKernel` in the place of each adapted leaf. `lr.matmul`,
+`lr.einsum` and `lr.dot_general` take it as they take an array; `embed`, `attend` and `conv` here
+are the other hosts. The Flax skins call the same functions from inside a model.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ class RawKernelError(ValueError, AttributeError):
 @jax.tree_util.register_static
 @dataclasses.dataclass(eq=False)
 class Outside:
-    """A value that goes into a model beside its parameters: without batch axes, a scan over a leaf must not slice it.
+    """A value that goes into a model beside its parameters: without batch axes, a scan over a leaf
+    must not slice it.
 
-    It is static, and equal to itself alone, so that what a nested jit traced with one value is not used for another.
+    It is static, and equal to itself alone, so that what a nested jit traced with one value is not
+    used for another.
     """
 
     value: Any
@@ -44,8 +46,8 @@ class Bound:
     """One adapter of one leaf, with its arrays.
 
     Attributes:
-      arrays: of the site, trained and frozen, with the leaf's batch axes in front; behind those an axis of candidates,
-        where rows choose among several adapters.
+      arrays: of the site, trained and frozen, with the leaf's batch axes in front; behind those an
+        axis of candidates, where rows choose among several adapters.
       shared: of the group, without batch axes; within a Flax model an `Outside` of them.
       keys: random keys `(batch...)` of a stochastic adapter, or None.
       ids: None, or which candidate each row of the input takes, `(batch..., rows)`; -1 is none.
@@ -73,13 +75,17 @@ class Bound:
         return self.adapter.effective(self.site, kernel, self.arrays | {"shared": self.group})
 
     def boxed(self, box: Any) -> Bound:
-        """This adapter with its arrays in boxes like that of its leaf, if that is in one that names its axes."""
+        """This adapter with its arrays in boxes like that of its leaf, if that is in one that names
+        its axes."""
         names = getattr(box, "names", None) if isinstance(box, meta.AxisMetadata) else None
         if names is None:
             return self
         own = lambda name, x: axis_names(self.adapter, self.site, name, len(x.shape), names)  # noqa: E731
         return dataclasses.replace(
-            self, arrays={name: box.replace(value=x, names=own(name, x)) for name, x in self.arrays.items()}
+            self,
+            arrays={
+                name: box.replace(value=x, names=own(name, x)) for name, x in self.arrays.items()
+            },
         )
 
     def of_row(self, number: jax.Array, row: jax.Array) -> Bound:
@@ -92,17 +98,27 @@ class Bound:
         # a number that no candidate has would silently be the last one
         weight = jnp.where(number < self.arrays["scale"].shape[0], number >= 0, jnp.nan)
         return dataclasses.replace(
-            self, arrays=arrays | {"scale": arrays["scale"] * weight}, shared=shared, keys=keys, ids=None
+            self,
+            arrays=arrays | {"scale": arrays["scale"] * weight},
+            shared=shared,
+            keys=keys,
+            ids=None,
         )
 
 
-def axis_names(adapter: Adapter, site: Site, array: str, ndim: int, names: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Names or partition entries of the axes of one array of a site, from those of its leaf: `a (in, None)`.
+def axis_names(
+    adapter: Adapter, site: Site, array: str, ndim: int, names: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Names or partition entries of the axes of one array of a site, from those of its leaf:
+    `a (in, None)`.
 
     A side folded from several axes is named as the first of them.
     """
     names = (*names, *[None] * (len(site.shape) - len(names)))
-    along: dict[str | None, Any] = {"rows": names[site.view.rows[0]], "cols": names[site.view.cols[0]]}
+    along: dict[str | None, Any] = {
+        "rows": names[site.view.rows[0]],
+        "cols": names[site.view.cols[0]],
+    }
     lead, own = [names[axis] for axis in site.view.batch], adapter.axes.get(array, ())
     return (*lead, *[None] * (ndim - len(lead) - len(own)), *(along.get(axis) for axis in own))
 
@@ -148,7 +164,8 @@ class AdaptedKernel:
         raise self.raw(f"is asked for .{name}")
 
     def at(self, use: str) -> Any:
-        """What a product of one kind multiplies by: this kernel with the adapters that act there, or the bare one."""
+        """What a product of one kind multiplies by: this kernel with the adapters that act there,
+        or the bare one."""
         bound = tuple(one for one in self.bound if not one.site.uses or use in one.site.uses)
         if len(bound) == len(self.bound):
             return self
@@ -157,14 +174,16 @@ class AdaptedKernel:
     def raw(self, what: str) -> RawKernelError:
         """The error of a use that would pass the adapters by."""
         return RawKernelError(
-            f"adapters of {self.bound[0].site.path!r}: the kernel {what}, by a layer or a product that knows no "
-            "adapters, which would pass them by. Multiply by lr.matmul, lr.einsum, lr.adapters.embed, attend or conv, "
-            "wrap a function of a linen model as lr.linen.adapted(function), merge an nnx model by lr.nnx.merge, or "
-            "give the model lr.effective(params, adaptations) in place of lr.attach(...)"
+            f"adapters of {self.bound[0].site.path!r}: the kernel {what}, by a layer or a product "
+            "that knows no adapters, which would pass them by. Multiply by lr.matmul, lr.einsum, "
+            "lr.adapters.embed, attend or conv, wrap a function of a linen model as "
+            "lr.linen.adapted(function), merge an nnx model by lr.nnx.merge, or give the model "
+            "lr.effective(params, adaptations) in place of lr.attach(...)"
         )
 
     def carried(self) -> AdaptedKernel:
-        """This kernel as a Flax model carries it, whose scans slice it: what its adapters share is `Outside`."""
+        """This kernel as a Flax model carries it, whose scans slice it: what its adapters share is
+        `Outside`."""
         put = lambda shared: Outside(shared) if shared else shared  # noqa: E731
         bound = (dataclasses.replace(one, shared=put(one.shared)) for one in self.bound)
         return dataclasses.replace(self, bound=tuple(bound))
@@ -173,13 +192,19 @@ class AdaptedKernel:
         """The view of the slice that is here: leading axes that a scan took apart are gone."""
         site = self.bound[0].site
         view, taken = site.view, len(site.shape) - self.ndim
-        if taken < 0 or tuple(site.shape[taken:]) != tuple(self.shape) or view.batch[:taken] != tuple(range(taken)):
+        if (
+            taken < 0
+            or tuple(site.shape[taken:]) != tuple(self.shape)
+            or view.batch[:taken] != tuple(range(taken))
+        ):
             raise ValueError(
-                f"adapters of {site.path!r}: a product uses a slice of shape {tuple(self.shape)} of the kernel of "
-                f"shape {site.shape}; only leading batch axes may be taken apart"
+                f"adapters of {site.path!r}: a product uses a slice of shape {tuple(self.shape)} "
+                f"of the kernel of shape {site.shape}; only leading batch axes may be taken apart"
             )
         shift = lambda axes: tuple(axis - taken for axis in axes)  # noqa: E731
-        return MatrixView(batch=shift(view.batch[taken:]), rows=shift(view.rows), cols=shift(view.cols))
+        return MatrixView(
+            batch=shift(view.batch[taken:]), rows=shift(view.rows), cols=shift(view.cols)
+        )
 
     def dot_general(
         self,
@@ -190,7 +215,8 @@ class AdaptedKernel:
         product: Callable[..., jax.Array] | None = None,
         **options: Any,
     ) -> jax.Array:
-        """`lr.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes its batch axes.
+        """`lr.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes
+        its batch axes.
 
         `product` stands in for `lr.dot_general` in the base product.
         """
@@ -205,9 +231,9 @@ class AdaptedKernel:
         (_, contract), (_, batch) = (tuple(map(tuple, axes)) for axes in dimension_numbers)
         if set(contract) != set(view.rows) or set(batch) != set(view.batch):
             raise ValueError(
-                f"adapters of {self.bound[0].site.path!r}: the product contracts axes {contract} and batches axes "
-                f"{batch} of the kernel, but its view has rows {view.rows} and batch {view.batch}; give it another "
-                "MatrixView in views="
+                f"adapters of {self.bound[0].site.path!r}: the product contracts axes {contract} "
+                f"and batches axes {batch} of the kernel, but its view has rows {view.rows} and "
+                f"batch {view.batch}; give it another MatrixView in views="
             )
         layout = Layout.of(x.ndim, self.ndim, view, dimension_numbers)
 
@@ -215,10 +241,16 @@ class AdaptedKernel:
             return own(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), **options)
 
         site = self.bound[0].site
-        plain = own in (jax.lax.dot_general, dot_general) and not any(options.values()) and view.rows == (0,)
+        plain = (
+            own in (jax.lax.dot_general, dot_general)
+            and not any(options.values())
+            and view.rows == (0,)
+        )
 
         def whole(x, kernel, bound):
-            direct = undecoded(kernel, sharding.matrix_spec(site.path, site.view)) if plain else None
+            direct = (
+                undecoded(kernel, sharding.matrix_spec(site.path, site.view)) if plain else None
+            )
             bare = plain and direct is None and getattr(kernel, "dtype", None) == x.dtype
 
             def run(x, matrix, bound):
@@ -226,9 +258,13 @@ class AdaptedKernel:
                 return fold(dense_op(matrix, precision, own, bare), bound)(x)
 
             kernel = dense(kernel, x.dtype, site.path)
-            outputs = over_batch(run, layout.batch)(layout.inputs(x), view.to_matrices(kernel), bound)
+            outputs = over_batch(run, layout.batch)(
+                layout.inputs(x), view.to_matrices(kernel), bound
+            )
             outputs = layout.result(outputs, [self.shape[axis] for axis in view.cols])
-            return _as_host(outputs, lambda x, k: own(x, k, dimension_numbers, **options), x, kernel)
+            return _as_host(
+                outputs, lambda x, k: own(x, k, dimension_numbers, **options), x, kernel
+            )
 
         return decoding(whole, self.kernel)(x, self.kernel, node.bound)
 
@@ -242,31 +278,36 @@ def over_batch(function: Callable, axes: int) -> Callable:
 
 def _mapped(function: Callable) -> Callable:
     def run(x, matrix, bound):
-        axes = tuple(dataclasses.replace(one, arrays=0, shared=None, keys=0, ids=0) for one in bound)
+        axes = tuple(
+            dataclasses.replace(one, arrays=0, shared=None, keys=0, ids=0) for one in bound
+        )
         return jax.vmap(function, in_axes=(0, 0, axes))(x, matrix, bound)
 
     return run
 
 
 def fold(op: Op, bound: tuple[Bound, ...]) -> Op:
-    """The operator with every adapter in turn; rows that choose among candidates are mapped one by one."""
+    """The operator with every adapter in turn; rows that choose among candidates are mapped one by
+    one."""
     if all(one.ids is None for one in bound):
         for one in bound:
             op = one.wrap(op)
         return op
-    ids = next(one.ids for one in bound if one.ids is not None)  # one call of attach: the same for all
+    ids = next(
+        one.ids for one in bound if one.ids is not None
+    )  # one call of attach: the same for all
 
     def product(x):
         if x.ndim < 1 or x.shape[0] != ids.shape[0]:
             raise ValueError(
-                f"adapters of {bound[0].site.path!r}: ids choose for {ids.shape[0]} rows, the input of this host has "
-                f"shape {x.shape}; its first axis must be those rows"
+                f"adapters of {bound[0].site.path!r}: ids choose for {ids.shape[0]} rows, the "
+                f"input of this host has shape {x.shape}; its first axis must be those rows"
             )
 
         if any((sharding.explicit_spec(x) or ())[:1]):
             raise ValueError(
-                f"adapters of {bound[0].site.path!r}: ids choose for rows that an explicit mesh divides, which is "
-                "not implemented; make the mesh with explicit=False"
+                f"adapters of {bound[0].site.path!r}: ids choose for rows that an explicit mesh "
+                "divides, which is not implemented; make the mesh with explicit=False"
             )
 
         def row(x, number, index):
@@ -277,8 +318,11 @@ def fold(op: Op, bound: tuple[Bound, ...]) -> Op:
     return dataclasses.replace(op, product=product)
 
 
-def dense_op(matrix: jax.Array, precision: Any = None, base: Callable | None = None, plain: bool = False) -> Op:
-    """The operator `x @ matrix`; `base(x, matrix)` is the host's own product, `plain` where it is no more than that."""
+def dense_op(
+    matrix: jax.Array, precision: Any = None, base: Callable | None = None, plain: bool = False
+) -> Op:
+    """The operator `x @ matrix`; `base(x, matrix)` is the host's own product, `plain` where it is
+    no more than that."""
     contract = lambda x, factor: product(x, factor, precision)  # noqa: E731
     own = contract if base is None else base
     return Op(matrix.shape, contract, lambda: matrix, lambda x: own(x, matrix), plain=plain)
@@ -322,7 +366,9 @@ def _rows_of(indices: jax.Array, factor: jax.Array) -> jax.Array:
     left, right = sharding.explicit_spec(indices), sharding.explicit_spec(factor)
     if left is None or right is None:
         return factor[indices]
-    return factor.at[indices].get(out_sharding=jax.sharding.PartitionSpec(*left, *(None for _ in right[1:])))
+    return factor.at[indices].get(
+        out_sharding=jax.sharding.PartitionSpec(*left, *(None for _ in right[1:]))
+    )
 
 
 def attend(x: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
@@ -348,12 +394,15 @@ def attend(x: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
 def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.Array:
     """`convolve(x, kernel)` for a kernel `(window..., c_in, c_out)` that may have adapters.
 
-    A factor `a (window... c_in, r)` is a convolution with r channels, `b (r, c_out)` one without a window.
+    A factor `a (window... c_in, r)` is a convolution with r channels, `b (r, c_out)` one without a
+    window.
 
     Args:
       x: the input.
-      kernel: an array or an adapted kernel, whose view folds all axes but the last into rows, in their order.
-      convolve: `(x, kernel of any number of output channels) -> (..., channels)`; strides, padding and so on are its.
+      kernel: an array or an adapted kernel, whose view folds all axes but the last into rows, in
+        their order.
+      convolve: `(x, kernel of any number of output channels) -> (..., channels)`; strides, padding
+        and so on are its.
 
     Raises:
       ValueError: for a kernel whose view is another, and for a convolution in groups.
@@ -361,11 +410,15 @@ def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.A
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
     >>> layout = ("NWC", "WIO", "NWC")
-    >>> convolve = lambda x, k: jax.lax.conv_general_dilated(x, k, (1,), "SAME", dimension_numbers=layout)
+    >>> convolve = lambda x, k: jax.lax.conv_general_dilated(
+    ...     x, k, (1,), "SAME", dimension_numbers=layout
+    ... )
     >>> params = {"kernel": jnp.ones((3, 4, 6))}
     >>> views = lr.Views(rules={"kernel": lr.MatrixView(rows=(0, 1), cols=(2,))})
     >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0), views=views)
-    >>> lr.adapters.conv(jnp.ones((1, 5, 4)), lr.attach(params, adaptation)["kernel"], convolve).shape
+    >>> lr.adapters.conv(
+    ...     jnp.ones((1, 5, 4)), lr.attach(params, adaptation)["kernel"], convolve
+    ... ).shape
     (1, 5, 6)
     """
     kernel = _at(kernel, "conv_general_dilated")
@@ -374,17 +427,19 @@ def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.A
     view, last = kernel.view(), kernel.ndim - 1
     if view != MatrixView(rows=tuple(range(last)), cols=(last,)):
         raise ValueError(
-            f"adapters of {kernel.bound[0].site.path!r}: a convolution's kernel {tuple(kernel.shape)} wants the view "
-            f"MatrixView(rows={tuple(range(last))}, cols=({last},)), not rows={view.rows}, cols={view.cols}"
+            f"adapters of {kernel.bound[0].site.path!r}: a convolution's kernel "
+            f"{tuple(kernel.shape)} wants the view MatrixView(rows={tuple(range(last))}, "
+            f"cols=({last},)), not rows={view.rows}, cols={view.cols}"
         )
     window = kernel.shape[:-1]
     try:
         jax.eval_shape(convolve, x, jax.ShapeDtypeStruct((*window, 1), x.dtype))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"adapters of {kernel.bound[0].site.path!r}: convolve must take a kernel of any number of output channels, "
-            "and cannot take one of a single channel: a convolution in groups is no product of its whole input with "
-            "factors. Give it the kernel of lr.effective(params, adaptations)"
+            f"adapters of {kernel.bound[0].site.path!r}: convolve must take a kernel of any number "
+            "of output channels, and cannot take one of a single channel: a convolution in groups "
+            "is no product of its whole input with factors. Give it the kernel of "
+            "lr.effective(params, adaptations)"
         ) from error
 
     def contract(x, factor):

@@ -1,7 +1,8 @@
 """Layers of Flax whose kernel is more than an array: what the skins for linen and nnx share.
 
-Such a kernel is a `Tapped`, an `AdaptedKernel`, or a quantised array. Flax's own code promotes dtypes and adds biases;
-these functions stand in for its product. They are given the array that Flax promoted, which replaces the one inside.
+Such a kernel is a `Tapped`, an `AdaptedKernel`, or a quantised array. Flax's own code promotes
+dtypes and adds biases; these functions stand in for its product. They are given the array that Flax
+promoted, which replaces the one inside.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def with_base(value: Any, array: Any) -> Any:
 
 
 def array_of(value: Any, dtype: Any) -> jax.Array:
-    """What Flax checks and promotes; of a quantised kernel it has the shape and dtype, and no product reads it."""
+    """What Flax checks and promotes; of a quantised kernel it has the shape and dtype, and no
+    product reads it."""
     if not is_quantised(value):
         return base(value)
     own = getattr(base(value), "dtype", dtype)
@@ -59,8 +61,11 @@ def table(value: Any, dtype: Any) -> Any:
     return dataclasses.replace(value, kernel=array) if isinstance(value, NODES) else array
 
 
-def keyword_options(value: Any, own: Callable[..., Any], default: Callable[..., Any], where: str) -> dict[str, Any]:
-    """The options of a product that is `default` but for keywords; ValueError, naming the layer, for any other.
+def keyword_options(
+    value: Any, own: Callable[..., Any], default: Callable[..., Any], where: str
+) -> dict[str, Any]:
+    """The options of a product that is `default` but for keywords; ValueError, naming the layer,
+    for any other.
 
     `lr.dot_general` is `jax.lax.dot_general` on rows.
     """
@@ -73,8 +78,8 @@ def keyword_options(value: Any, own: Callable[..., Any], default: Callable[..., 
     if isinstance(value, Tapped):
         done, remedy = "tapped", "Views(rules=((path, None),))"
     raise ValueError(
-        f"{where} has its own {default.__name__}, {own!r}, which cannot be {done}; jax's own can, also as "
-        f"functools.partial(..., keyword=...). Leave its kernel out with {remedy}"
+        f"{where} has its own {default.__name__}, {own!r}, which cannot be {done}; jax's own can, "
+        f"also as functools.partial(..., keyword=...). Leave its kernel out with {remedy}"
     )
 
 
@@ -105,24 +110,39 @@ def einsum_of(value: Any, own: Callable[..., Any], where: str) -> Callable[..., 
     return product
 
 
-def convolution_of(value: Any, own: Callable[..., Any], where: str, module: Any) -> Callable[..., jax.Array]:
+def convolution_of(
+    value: Any, own: Callable[..., Any], where: str, module: Any
+) -> Callable[..., jax.Array]:
     """The `conv_general_dilated(x, given, ...)` of a layer whose own one is `own`.
 
     Raises:
-      ValueError: for a tap, and where the kernel is not the whole of one matrix: groups, a mask, unshared weights.
+      ValueError: for a tap, and where the kernel is not the whole of one matrix: groups, a mask,
+        unshared weights.
     """
     what = next(
-        (text for text, found in (
-            ("taps", isinstance(value, Tapped)),
-            (f"feature_group_count={module.feature_group_count}", module.feature_group_count != 1),
-            ("a mask", module.mask is not None),
-            ("weights that differ from place to place", not getattr(module, "shared_weights", True)),
-        ) if found), None,
-    )  # fmt: skip
+        (
+            text
+            for text, found in (
+                ("taps", isinstance(value, Tapped)),
+                (
+                    f"feature_group_count={module.feature_group_count}",
+                    module.feature_group_count != 1,
+                ),
+                ("a mask", module.mask is not None),
+                (
+                    "weights that differ from place to place",
+                    not getattr(module, "shared_weights", True),
+                ),
+            )
+            if found
+        ),
+        None,
+    )
     if what is not None:
         raise ValueError(
-            f"{where}: a convolution with {what} cannot have a tapped, adapted or quantised kernel; leave it out, or "
-            "give the model lr.effective(params, adaptations) in place of lr.attach(...)"
+            f"{where}: a convolution with {what} cannot have a tapped, adapted or quantised "
+            "kernel; leave it out, or give the model lr.effective(params, adaptations) in place of "
+            "lr.attach(...)"
         )
 
     def convolve(x: jax.Array, given: Any, *rest: Any, **call: Any) -> jax.Array:
@@ -132,5 +152,10 @@ def convolution_of(value: Any, own: Callable[..., Any], where: str, module: Any)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Options without those that say nothing, which a product of one's own need not know; precision always is one."""
-    return {name: option for name, option in options.items() if option is not None or name == "precision"}
+    """Options without those that say nothing, which a product of one's own need not know; precision
+    always is one."""
+    return {
+        name: option
+        for name, option in options.items()
+        if option is not None or name == "precision"
+    }

@@ -1,10 +1,12 @@
-"""LoHa: a Hadamard product of two low-rank matrices (FedPara, Hyeon-Woo et al. 2022, arXiv:2108.06098; LyCORIS).
+"""LoHa: a Hadamard product of two low-rank matrices (FedPara, Hyeon-Woo et al. 2022,
+arXiv:2108.06098; LyCORIS).
 
     delta = s (a1 b1) ⊙ (a2 b2),   a1, a2 (n, r), b1, b2 (r, m),   s = alpha / r
 
-The rank reaches r². a1 is uniform in ±1 / sqrt(n), b1 and b2 in ±1 / sqrt(r), a2 = 0: PEFT's start (kaiming_uniform
-with a = sqrt(5) of torch's `w1_b`, `w1_a`, `w2_a`; LyCORIS draws normals). The dense n x m matrix is formed at each use
-and again in the backward pass. `hira` multiplies the kernel instead of a second pair, with half of the numbers.
+The rank reaches r². a1 is uniform in ±1 / sqrt(n), b1 and b2 in ±1 / sqrt(r), a2 = 0: PEFT's start
+(kaiming_uniform with a = sqrt(5) of torch's `w1_b`, `w1_a`, `w2_a`; LyCORIS draws normals). The
+dense n x m matrix is formed at each use and again in the backward pass. `hira` multiplies the
+kernel instead of a second pair, with half of the numbers.
 """
 
 from __future__ import annotations
@@ -42,8 +44,11 @@ class Loha(Adapter):
 
     ranked: ClassVar[bool] = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "a1": ("rows", "rank"), "b1": ("rank", "cols"), "a2": ("rows", "rank"), "b2": ("rank", "cols"),
-    }  # fmt: skip
+        "a1": ("rows", "rank"),
+        "b1": ("rank", "cols"),
+        "a2": ("rows", "rank"),
+        "b2": ("rank", "cols"),
+    }
 
     def __post_init__(self):
         check_positive("rank", self.rank)
@@ -54,9 +59,14 @@ class Loha(Adapter):
 
     def init_site(self, key, site, kernel, given):
         del kernel
-        own = jnp.maximum(jnp.sum(given["scale"] != 0), 1)  # a matrix's own rank, without its padding
+        own = jnp.maximum(
+            jnp.sum(given["scale"] != 0), 1
+        )  # a matrix's own rank, without its padding
         keys = jax.random.split(key, 3)
-        uniform = lambda key, shape, size: jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(size)  # noqa: E731
+
+        def uniform(key, shape, size):
+            return jax.random.uniform(key, shape, minval=-1.0) / jnp.sqrt(size)
+
         return {
             "a1": uniform(keys[0], (site.n, site.rank), site.n),
             "b1": uniform(keys[1], (site.rank, site.m), own),

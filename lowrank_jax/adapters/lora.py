@@ -2,10 +2,11 @@
 
     delta = s a b,   a (n, r), b (r, m),   s = alpha / r (LoRA) or alpha / sqrt(r) (rsLoRA)
 
-Hu et al. 2021 (arXiv:2106.09685), Kalajdzievski 2023 (arXiv:2312.03732). Initialisers are objects of their own: an
-ordinary start (`kaiming`, `gaussian`, `orthogonal`) has delta 0; one from the kernel (`pissa`, `milora`, `olora`) does
-too, by frozen factors `a0`, `b0` that are subtracted. Their offset stays data beside the kernel, exact in low
-precision, until `lr.absorb` writes it into the kernel as the papers do.
+Hu et al. 2021 (arXiv:2106.09685), Kalajdzievski 2023 (arXiv:2312.03732). Initialisers are objects
+of their own: an ordinary start (`kaiming`, `gaussian`, `orthogonal`) has delta 0; one from the
+kernel (`pissa`, `milora`, `olora`) does too, by frozen factors `a0`, `b0` that are subtracted.
+Their offset stays data beside the kernel, exact in low precision, until `lr.absorb` writes it into
+the kernel as the papers do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax import kernels, linalg, sharding
-from lowrank_jax.adapters.base import Adapter, Arrays, Factors, Op, Site, check_positive, check_rate, dropout
+from lowrank_jax.adapters.base import (
+    Adapter,
+    Arrays,
+    Factors,
+    Op,
+    Site,
+    check_positive,
+    check_rate,
+    dropout,
+)
 from lowrank_jax.checks import check_number
 
 
@@ -33,14 +43,18 @@ class Init:
     def validate(self, site: Site) -> None:
         """ValueError, naming path, value and remedy, where a site does not fit."""
 
-    def __call__(self, key: jax.Array, site: Site, kernel: jax.Array | None, scale: jax.Array) -> tuple[Any, Any]:
-        """`(a (n, r), b (r, m))`; entries beyond a matrix's own rank are masked by `scale`, not here."""
+    def __call__(
+        self, key: jax.Array, site: Site, kernel: jax.Array | None, scale: jax.Array
+    ) -> tuple[Any, Any]:
+        """`(a (n, r), b (r, m))`; entries beyond a matrix's own rank are masked by `scale`, not
+        here."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kaiming(Init):
-    """`a` uniform in ±1 / sqrt(n), b = 0: the start of Hu et al.'s code (kaiming_uniform with a = sqrt(5)) and of PEFT.
+    """`a` uniform in ±1 / sqrt(n), b = 0: the start of Hu et al.'s code (kaiming_uniform with a =
+    sqrt(5)) and of PEFT.
 
     Of an embedding `a` is 0 and b standard normal, as in both.
     """
@@ -49,12 +63,15 @@ class Kaiming(Init):
         if site.lookup:
             return jnp.zeros((site.n, site.rank)), jax.random.normal(key, (site.rank, site.m))
         bound = 1 / math.sqrt(site.n)
-        return jax.random.uniform(key, (site.n, site.rank), minval=-bound, maxval=bound), jnp.zeros((site.rank, site.m))
+        return jax.random.uniform(key, (site.n, site.rank), minval=-bound, maxval=bound), jnp.zeros(
+            (site.rank, site.m)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gaussian(Init):
-    """`a` normal with standard deviation 1 / r, b = 0: PEFT's "gaussian". r is the matrix's own rank.
+    """`a` normal with standard deviation 1 / r, b = 0: PEFT's "gaussian". r is the matrix's own
+    rank.
 
     Embeddings start as in `Kaiming`.
     """
@@ -68,9 +85,11 @@ class Gaussian(Init):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Orthogonal(Init):
-    """Neither factor is 0, their product is: alternate rows of one orthogonal r x r matrix, as PEFT's "orthogonal".
+    """Neither factor is 0, their product is: alternate rows of one orthogonal r x r matrix, as
+    PEFT's "orthogonal".
 
-    `a = (G_n Q_odd) / 10`, `b = (G_m Q_even)ᵀ / 10` with standard normal `G (., r / 2)`. r must be even.
+    `a = (G_n Q_odd) / 10`, `b = (G_m Q_even)ᵀ / 10` with standard normal `G (., r / 2)`. r must be
+    even.
     """
 
     def validate(self, site):
@@ -79,8 +98,13 @@ class Orthogonal(Init):
 
     def __call__(self, key, site, kernel, scale):
         keys, own = jax.random.split(key, 3), scale != 0
-        # of a rank smaller than the stack's a smaller matrix, beside which the padding is the identity
-        square = jnp.where(own[:, None] & own, jax.random.normal(keys[0], (site.rank, site.rank)), jnp.eye(site.rank))
+        # of a rank smaller than the stack's a smaller matrix, beside which the padding is the
+        # identity
+        square = jnp.where(
+            own[:, None] & own,
+            jax.random.normal(keys[0], (site.rank, site.rank)),
+            jnp.eye(site.rank),
+        )
         q = linalg.qr_orthonormal(square)
         half = site.rank // 2
         a = jax.random.normal(keys[1], (site.n, half)) @ q[1::2]
@@ -90,13 +114,15 @@ class Orthogonal(Init):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pissa(Init):
-    """The r largest singular triplets, split evenly: `a0 = U sqrt(S / s)`, `b0 = sqrt(S / s) Vᵀ` of `K = U S Vᵀ`.
+    """The r largest singular triplets, split evenly: `a0 = U sqrt(S / s)`, `b0 = sqrt(S / s) Vᵀ` of
+    `K = U S Vᵀ`.
 
-    Meng et al. 2024 (arXiv:2404.02948); `s a0 b0` is the best rank-r part of K. MiLoRA (arXiv:2406.09044) takes the
-    smallest triplets.
+    Meng et al. 2024 (arXiv:2404.02948); `s a0 b0` is the best rank-r part of K. MiLoRA
+    (arXiv:2406.09044) takes the smallest triplets.
 
     Args:
-      iterations: of randomized SVD by subspace iteration; None is an exact SVD. The paper's fast variant uses 2 to 16.
+      iterations: of randomized SVD by subspace iteration; None is an exact SVD. The paper's fast
+        variant uses 2 to 16.
       part: "largest" (PiSSA) or "smallest" (MiLoRA, exact only).
     """
 
@@ -113,7 +139,9 @@ class Pissa(Init):
 
     def __call__(self, key, site, kernel, scale):
         if self.iterations is not None:
-            u, s, vt = linalg.randomized_svd(kernel, site.rank, key, power_iterations=self.iterations)
+            u, s, vt = linalg.randomized_svd(
+                kernel, site.rank, key, power_iterations=self.iterations
+            )
         elif self.part == "largest":
             u, s, vt = linalg.truncated_svd(kernel, site.rank)
         else:
@@ -126,10 +154,11 @@ class Pissa(Init):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Olora(Init):
-    """The first r columns of the QR factorisation: PEFT's "olora" (Büyükakyüz 2024, arXiv:2406.01775).
+    """The first r columns of the QR factorisation: PEFT's "olora" (Büyükakyüz 2024,
+    arXiv:2406.01775).
 
-    The paper factors the torch weight `W = Kᵀ = Q R`: `b0 = Q[:, :r]ᵀ`, `a0 = R[:r]ᵀ`; what is subtracted is
-    `s a0 b0`, with factors not divided by s, as in PEFT.
+    The paper factors the torch weight `W = Kᵀ = Q R`: `b0 = Q[:, :r]ᵀ`, `a0 = R[:r]ᵀ`; what is
+    subtracted is `s a0 b0`, with factors not divided by s, as in PEFT.
     """
 
     reads_kernel: ClassVar[bool] = True
@@ -159,13 +188,15 @@ class Lora(Adapter):
       alpha: of `s = alpha / r`. Defaults to 8, as PEFT's, whatever the rank.
       rank_stabilized: `s = alpha / sqrt(r)` (rsLoRA).
       dropout: rate, on the input of the low-rank branch (not of embeddings).
-      init: an `Init`, or one of "kaiming" (PEFT's default), "gaussian", "orthogonal", "pissa", "milora", "olora".
+      init: an `Init`, or one of "kaiming" (PEFT's default), "gaussian", "orthogonal", "pissa",
+        "milora", "olora".
       trains: "both" factors, or only "a" or "b": LoRA-FA (arXiv:2308.03303) trains "b".
-      products: "xla", or "kernel": `lr.kernels.thin_linear` makes both products of a dense host in one pass over x,
-        on a TPU or GPU. It takes float32 and bfloat16, x and kernel alike; where the host's product has a precision, a
-        result dtype or a function of its own, or other adapters stand before, XLA makes them; so it does on a mesh of
-        explicit axes, and inside `lr.meshes.use` of several devices where its `parameters` do not name the kernel. No
-        device has timed it.
+      products: "xla", or "kernel": `lr.kernels.thin_linear` makes both products of a dense host in
+        one pass over x, on a TPU or GPU. It takes float32 and bfloat16, x and kernel alike; where
+        the host's product has a precision, a result dtype or a function of its own, or other
+        adapters stand before, XLA makes them; so it does on a mesh of explicit axes, and inside
+        `lr.meshes.use` of several devices where its `parameters` do not name the kernel. No device
+        has timed it.
 
     Trains `r (n + m)` numbers; a frozen factor does not count.
 
@@ -187,8 +218,11 @@ class Lora(Adapter):
 
     ranked: ClassVar[bool] = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "a": ("rows", "rank"), "b": ("rank", "cols"), "a0": ("rows", "rank"), "b0": ("rank", "cols"),
-    }  # fmt: skip
+        "a": ("rows", "rank"),
+        "b": ("rank", "cols"),
+        "a0": ("rows", "rank"),
+        "b0": ("rank", "cols"),
+    }
 
     def __post_init__(self):
         check_positive("rank", self.rank)
@@ -200,7 +234,8 @@ class Lora(Adapter):
             raise ValueError(f"products={self.products!r} must be 'xla' or 'kernel'")
         if self.products == "kernel" and self.dropout:
             raise ValueError(
-                f"products='kernel' reads one x, and dropout={self.dropout} makes two; set dropout=0 or products='xla'"
+                f"products='kernel' reads one x, and dropout={self.dropout} makes two; set "
+                "dropout=0 or products='xla'"
             )
         if not isinstance(self.init, Init) and self.init not in INITS:
             raise ValueError(f"init={self.init!r} must be one of {tuple(INITS)} or an Init object")
@@ -218,8 +253,9 @@ class Lora(Adapter):
         limit = min(site.n, site.m)
         if self.start_of.reads_kernel and self.rank > limit:
             raise ValueError(
-                f"{site.path!r}: rank={self.rank} exceeds the {limit} singular values of a {site.n} x {site.m} kernel, "
-                f"from which init={self.init!r} starts; choose a smaller rank or init='kaiming'"
+                f"{site.path!r}: rank={self.rank} exceeds the {limit} singular values of a "
+                f"{site.n} x {site.m} kernel, from which init={self.init!r} starts; choose a "
+                "smaller rank or init='kaiming'"
             )
         self.start_of.validate(site)
 
@@ -230,13 +266,18 @@ class Lora(Adapter):
         dead = {"a": "b", "b": "a"}.get(self.trains)
         if isinstance(self.start_of, (Kaiming, Gaussian)) and dead == ("a" if site.lookup else "b"):
             raise ValueError(
-                f"{site.path!r}: trains={self.trains!r} freezes {dead!r}, which starts at 0, so no gradient would ever "
-                f"differ from 0; train {dead!r} or both, or choose an init that starts otherwise, such as 'pissa'"
+                f"{site.path!r}: trains={self.trains!r} freezes {dead!r}, which starts at 0, so no "
+                f"gradient would ever differ from 0; train {dead!r} or both, or choose an init "
+                "that starts otherwise, such as 'pissa'"
             )
         a, b = self.start_of(key, site, kernel, given["scale"])
         factors = {"a": a.astype(jnp.float32), "b": b.astype(jnp.float32)}
         train = {name: factors.pop(name) for name in ("a", "b") if self.trains in ("both", name)}
-        offset = {"a0": a.astype(jnp.float32), "b0": b.astype(jnp.float32)} if self.start_of.offset else {}
+        offset = (
+            {"a0": a.astype(jnp.float32), "b0": b.astype(jnp.float32)}
+            if self.start_of.offset
+            else {}
+        )
         return train, factors | offset
 
     def factors(self, site: Site, p: Arrays) -> Factors:
@@ -244,7 +285,9 @@ class Lora(Adapter):
             return self.pair(p)
         a, b = jnp.concatenate([p["a"], p["a0"]], axis=1), jnp.concatenate([p["b"], p["b0"]])
         ranks = np.arange(p["scale"].size)
-        return Factors(a, jnp.concatenate([p["scale"], -p["scale"]]), b, np.concatenate([ranks, ranks]))
+        return Factors(
+            a, jnp.concatenate([p["scale"], -p["scale"]]), b, np.concatenate([ranks, ranks])
+        )
 
     def pair(self, p: Arrays) -> Factors:
         """The factors that train, without an offset."""

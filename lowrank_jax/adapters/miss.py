@@ -6,10 +6,11 @@ With r rows of the kernel a shard, and i mod r the place of input i in its shard
     "mini":  the same with D = [D₀, D₀, ...],      D₀ (r, mini_rank)
     "bat":   K'_ij = K_ij + E_j K_ij + E_j,        E_j = block_jᵀ (r, r), for the r x r blocks i, j of the kernel (Bone)
 
-All start at 0, and nothing is scaled. The product of "miss" and "mini" adds the shards of x, n additions, then costs
-one thin product; the backward pass keeps r numbers of a token, not n. A last short shard is padded with zeros. On
-embeddings, convolutions and tied outputs the first factor is the matrix of ones at `(i, i mod r)`. "bat" forms the
-kernel at each use and again in the backward pass.
+All start at 0, and nothing is scaled. The product of "miss" and "mini" adds the shards of x, n
+additions, then costs one thin product; the backward pass keeps r numbers of a token, not n. A last
+short shard is padded with zeros. On embeddings, convolutions and tied outputs the first factor is
+the matrix of ones at `(i, i mod r)`. "bat" forms the kernel at each use and again in the backward
+pass.
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.adapters.base import Adapter, Arrays, Factors, Op, Site, check_positive, check_rate, dropout, product
+from lowrank_jax.adapters.base import (
+    Adapter,
+    Arrays,
+    Factors,
+    Op,
+    Site,
+    check_positive,
+    check_rate,
+    dropout,
+    product,
+)
 
 MODES = ("miss", "mini", "bat")
 
@@ -40,7 +51,9 @@ class Miss(Adapter):
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
     >>> miss, kernel = lr.adapters.miss(rank=2), jnp.zeros((5, 3))
-    >>> p = miss.start(jax.random.key(0), kernel) | {"block": jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])}
+    >>> p = miss.start(jax.random.key(0), kernel) | {
+    ...     "block": jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    ... }
     >>> miss.effective(miss.site(kernel.shape), kernel, p).tolist()
     [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [1.0, 2.0, 3.0]]
     """
@@ -56,24 +69,35 @@ class Miss(Adapter):
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} must be one of {MODES}")
         if (self.mini_rank is not None) != (self.mode == "mini"):
-            raise ValueError(f"mini_rank={self.mini_rank} belongs to mode='mini', and only there; mode={self.mode!r}")
+            raise ValueError(
+                f"mini_rank={self.mini_rank} belongs to mode='mini', and only there; "
+                f"mode={self.mode!r}"
+            )
         if self.mini_rank is not None:
             check_positive("mini_rank", self.mini_rank)
         if self.mode == "bat" and self.dropout:
-            raise ValueError(f"dropout={self.dropout}: mode='bat' has no branch of its own; leave it 0")
+            raise ValueError(
+                f"dropout={self.dropout}: mode='bat' has no branch of its own; leave it 0"
+            )
 
     @property
     def axes(self) -> dict[str, tuple[str | None, ...]]:
-        return {"block": {"miss": (None, "cols"), "mini": (None, None), "bat": ("cols", None, None)}[self.mode]}
+        return {
+            "block": {"miss": (None, "cols"), "mini": (None, None), "bat": ("cols", None, None)}[
+                self.mode
+            ]
+        }
 
     def validate(self, site):
         if self.mode == "bat" and (site.n % self.rank or site.m % self.rank):
             raise ValueError(
-                f"{site.path!r}: rank={self.rank} does not divide its {site.n} x {site.m} kernel into square blocks; "
-                "choose a common divisor, or mode='miss'"
+                f"{site.path!r}: rank={self.rank} does not divide its {site.n} x {site.m} kernel "
+                "into square blocks; choose a common divisor, or mode='miss'"
             )
         if self.mini_rank is not None and site.m % self.mini_rank:
-            raise ValueError(f"{site.path!r}: mini_rank={self.mini_rank} does not divide its {site.m} outputs")
+            raise ValueError(
+                f"{site.path!r}: mini_rank={self.mini_rank} does not divide its {site.m} outputs"
+            )
 
     def largest_rank(self, site):
         """A shard has at most all rows."""
@@ -82,7 +106,9 @@ class Miss(Adapter):
     def block_shape(self, site: Site) -> tuple[int, ...]:
         """The shape of what trains."""
         r = self.rank
-        return {"miss": (r, site.m), "mini": (r, self.mini_rank or 0), "bat": (site.m // r, r, r)}[self.mode]
+        return {"miss": (r, site.m), "mini": (r, self.mini_rank or 0), "bat": (site.m // r, r, r)}[
+            self.mode
+        ]
 
     def init_site(self, key, site, kernel, given):
         del key, kernel, given
@@ -92,7 +118,9 @@ class Miss(Adapter):
         if self.mode == "bat":
             return None
         ones = jax.nn.one_hot(jnp.arange(site.n) % self.rank, self.rank)
-        return Factors(ones, jnp.broadcast_to(p["scale"], (self.rank,)), self._tiled(p["block"], site), None)
+        return Factors(
+            ones, jnp.broadcast_to(p["scale"], (self.rank,)), self._tiled(p["block"], site), None
+        )
 
     def _tiled(self, block: jax.Array, site: Site) -> jax.Array:
         """Along the outputs, as often as "mini" wants."""
@@ -115,9 +143,13 @@ class Miss(Adapter):
         if self.mode != "bat":
             return kernel - self.delta(site, p)
         e = p["scale"] * p["block"]
-        rest = jnp.transpose(self._blocks(kernel) - jnp.moveaxis(e, 2, 0), (2, 0, 1, 3))  # (j, i, a, c)
+        rest = jnp.transpose(
+            self._blocks(kernel) - jnp.moveaxis(e, 2, 0), (2, 0, 1, 3)
+        )  # (j, i, a, c)
         mixing = jnp.eye(self.rank) + jnp.swapaxes(e, 1, 2)
-        return jnp.transpose(jnp.linalg.solve(mixing[:, None], rest), (1, 2, 0, 3)).reshape(kernel.shape)
+        return jnp.transpose(jnp.linalg.solve(mixing[:, None], rest), (1, 2, 0, 3)).reshape(
+            kernel.shape
+        )
 
     def _blocks(self, kernel: jax.Array) -> jax.Array:
         """`(i, row, j, column)` of the r x r blocks i, j."""

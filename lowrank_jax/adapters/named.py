@@ -1,11 +1,13 @@
 """Several adaptations of one base, by name: weights, padded ranks, a choice for each row, hot-swap.
 
-An ordinary dict is the store: `{"alice": adaptation, ...}` goes to `lr.attach`, whose `active=` orders it; to rename or
-delete an entry is what it is for any dict. Everything here is a pure function from adaptations to an adaptation and
-changes arrays, not shapes, wherever a compiled program could depend on them.
+An ordinary dict is the store: `{"alice": adaptation, ...}` goes to `lr.attach`, whose `active=`
+orders it; to rename or delete an entry is what it is for any dict. Everything here is a pure
+function from adaptations to an adaptation and changes arrays, not shapes, wherever a compiled
+program could depend on them.
 
-What must be equal for adaptations to stand in one program: leaves, views, families and their options. What need not be,
-because it is in the arrays alone: rank (`scale` masks what is padded), alpha and its rule, and how the factors started.
+What must be equal for adaptations to stand in one program: leaves, views, families and their
+options. What need not be, because it is in the arrays alone: rank (`scale` masks what is padded),
+alpha and its rule, and how the factors started.
 """
 
 from __future__ import annotations
@@ -26,22 +28,29 @@ TREES = ("train", "fixed")
 
 
 def weighted(adaptation: Adaptation, weight: Any) -> Adaptation:
-    """The adaptation with its `scale` times `weight`: 0 is the base, -1 the opposite of an additive adaptation.
+    """The adaptation with its `scale` times `weight`: 0 is the base, -1 the opposite of an additive
+    adaptation.
 
-    The weight may be traced, so one compiled program serves every weight. Multiplicative families (OFT) scale their
-    generator. Leaves that are trained whole have no scale and stay as they are; leave the name out of `active=`.
+    The weight may be traced, so one compiled program serves every weight. Multiplicative families
+    (OFT) scale their generator. Leaves that are trained whole have no scale and stay as they are;
+    leave the name out of `active=`.
 
     Raises:
       ValueError: if the weight is not a number.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
-    >>> adaptation = lr.adapt({"kernel": jnp.ones((4, 6))}, lr.adapters.lora(rank=2, alpha=4), jax.random.key(0))
+    >>> adaptation = lr.adapt(
+    ...     {"kernel": jnp.ones((4, 6))}, lr.adapters.lora(rank=2, alpha=4), jax.random.key(0)
+    ... )
     >>> weighted(adaptation, 0.5).fixed["sites"]["kernel"]["scale"].tolist()
     [1.0, 1.0]
     """
     if jnp.ndim(weight):
-        raise ValueError(f"weight: an array of shape {jnp.shape(weight)}; give one number for the whole adaptation")
+        raise ValueError(
+            f"weight: an array of shape {jnp.shape(weight)}; give one number for the whole "
+            "adaptation"
+        )
     sites = {
         path: arrays | {"scale": arrays["scale"] * jnp.asarray(weight, arrays["scale"].dtype)}
         for path, arrays in adaptation.fixed["sites"].items()
@@ -52,22 +61,28 @@ def weighted(adaptation: Adaptation, weight: Any) -> Adaptation:
 def padded(adaptation: Adaptation, rank: int) -> Adaptation:
     """The same adaptation in arrays of a larger rank: what is added is zero, and masked by `scale`.
 
-    For a program that is compiled once for all ranks up to `rank`: see `hot_swap` and `candidates`. Families without a
-    rank that `scale` masks stay as they are. The report still counts the ranks that train.
+    For a program that is compiled once for all ranks up to `rank`: see `hot_swap` and `candidates`.
+    Families without a rank that `scale` masks stay as they are. The report still counts the ranks
+    that train.
 
     Raises:
       ValueError: if a site has a larger rank, or its family does not say which axes are its rank.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
-    >>> adaptation = lr.adapt({"kernel": jnp.ones((4, 6))}, lr.adapters.lora(rank=2), jax.random.key(0))
+    >>> adaptation = lr.adapt(
+    ...     {"kernel": jnp.ones((4, 6))}, lr.adapters.lora(rank=2), jax.random.key(0)
+    ... )
     >>> padded(adaptation, 3).train["sites"]["kernel"]["a"].shape, padded(adaptation, 3).trained
     ((4, 3), 20)
     """
     check_positive("rank", rank)
     larger = [f"{site.path!r} ({site.rank})" for site in adaptation.plan.sites if site.rank > rank]
     if larger:
-        raise ValueError(f"rank={rank} is smaller than that of {', '.join(larger)}; lr.to_lora(..., rank=) compresses")
+        raise ValueError(
+            f"rank={rank} is smaller than that of {', '.join(larger)}; lr.to_lora(..., rank=) "
+            "compresses"
+        )
     ranked = {site.path for adapter, site in adaptation.plan.by_path.values() if adapter.ranked}
     return _padded(adaptation, dict.fromkeys(ranked, rank))
 
@@ -86,11 +101,15 @@ def _padded(adaptation: Adaptation, ranks: Mapping[str, int]) -> Adaptation:
         axes = adapter.axes | {"scale": ("rank",)}
         if not any("rank" in own for own in adapter.axes.values()):
             raise ValueError(
-                f"{site.path!r}: {type(adapter).__name__} names no axis 'rank' in its `axes`, so its rank {site.rank} "
-                f"cannot be padded to {rank}; give every adaptation the same rank"
+                f"{site.path!r}: {type(adapter).__name__} names no axis 'rank' in its `axes`, so "
+                f"its rank {site.rank} cannot be padded to {rank}; give every adaptation the same "
+                "rank"
             )
         for tree in trees.values():
-            pad = {key: _pad_rank(x, axes.get(key, ()), rank) for key, x in tree["sites"].get(site.path, {}).items()}
+            pad = {
+                key: _pad_rank(x, axes.get(key, ()), rank)
+                for key, x in tree["sites"].get(site.path, {}).items()
+            }
             tree["sites"] = tree["sites"] | ({site.path: pad} if pad else {})
             shared = tree["shared"].get(site.group, {})
             pad = {key: _pad_rank(x, axes.get(key, ()), rank) for key, x in shared.items()}
@@ -101,25 +120,29 @@ def _padded(adaptation: Adaptation, ranks: Mapping[str, int]) -> Adaptation:
 
 def _pad_rank(x: jax.Array, axes: tuple[str | None, ...], rank: int) -> jax.Array:
     """`x (..., axes)` with zeros up to `rank` along the axes that are the rank."""
-    widths = [(0, 0)] * (x.ndim - len(axes)) + [(0, rank - x.shape[i - len(axes)]) if axis == "rank" else (0, 0)
-                                                for i, axis in enumerate(axes)]  # fmt: skip
+    widths = [(0, 0)] * (x.ndim - len(axes)) + [
+        (0, rank - x.shape[i - len(axes)]) if axis == "rank" else (0, 0)
+        for i, axis in enumerate(axes)
+    ]
     return jnp.pad(x, widths) if any(width != (0, 0) for width in widths) else x
 
 
 def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
-    """Adaptations among which each row of a batch chooses, by `ids=` of `lr.attach`; PEFT's `adapter_names=`.
+    """Adaptations among which each row of a batch chooses, by `ids=` of `lr.attach`; PEFT's
+    `adapter_names=`.
 
-    Their arrays are stacked along an axis behind the batch axes of a leaf (in front, where a group shares), their ranks
-    padded to the largest. They may adapt different leaves: where one adapts none, its arrays are zeros and its rows see
-    the base. Row i of the host's input takes candidate `ids[i]`, and the base alone where that is -1. All candidates
-    can train at once: `train` holds them all.
+    Their arrays are stacked along an axis behind the batch axes of a leaf (in front, where a group
+    shares), their ranks padded to the largest. They may adapt different leaves: where one adapts
+    none, its arrays are zeros and its rows see the base. Row i of the host's input takes candidate
+    `ids[i]`, and the base alone where that is -1. All candidates can train at once: `train` holds
+    them all.
 
     Args:
       adaptations: by name; the order of the dict is the order of the numbers, see `candidate_ids`.
 
     Raises:
-      ValueError: without any; naming everything that differs but what is in the arrays alone (rank, alpha, start); for
-        leaves trained whole, of which there is one for all rows.
+      ValueError: without any; naming everything that differs but what is in the arrays alone (rank,
+        alpha, start); for leaves trained whole, of which there is one for all rows.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -136,14 +159,21 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
         raise ValueError("candidates: there is no adaptation to choose from")
     for name, one in adaptations.items():
         if one.plan.whole or one.plan.candidates:
-            what = f"leaves {one.plan.whole} are trained whole" if one.plan.whole else "it holds candidates itself"
+            what = (
+                f"leaves {one.plan.whole} are trained whole"
+                if one.plan.whole
+                else "it holds candidates itself"
+            )
             raise ValueError(f"candidates: {name!r} cannot be chosen by rows: {what}")
     adaptations = _united(adaptations)
     (head, first), *rest = adaptations.items()
     for name, one in rest:
         problems = _differences(first, one, head, name)
         if problems:
-            raise ValueError(f"candidates: {head!r} and {name!r} do not stand in one program: " + "; ".join(problems))
+            raise ValueError(
+                f"candidates: {head!r} and {name!r} do not stand in one program: "
+                + "; ".join(problems)
+            )
     largest: dict[str, int] = {}
     for one in adaptations.values():
         for site in one.plan.sites:
@@ -152,18 +182,23 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
     ranks = {site.path: largest[site.group] for site in first.plan.sites}
     even = [_padded(one, ranks) for one in adaptations.values()]
     lead = {site.path: len(site.lead) for site in first.plan.sites}
-    shapes = {str(jax.tree.map(jnp.shape, (one.train["shared"], one.fixed["shared"]))) for one in even}
+    shapes = {
+        str(jax.tree.map(jnp.shape, (one.train["shared"], one.fixed["shared"]))) for one in even
+    }
     if len(shapes) > 1:
         raise ValueError(
-            f"candidates: what their groups share has shapes {' and '.join(sorted(shapes))}; adapt the same leaves, or "
-            "give leaves that only some adapt a group= of their own"
+            f"candidates: what their groups share has shapes {' and '.join(sorted(shapes))}; adapt "
+            "the same leaves, or give leaves that only some adapt a group= of their own"
         )
 
     def stacked(name: str) -> dict[str, Any]:
         trees = [getattr(one, name) for one in even]
         shared = jax.tree.map(lambda *xs: jnp.stack(xs), *(tree["shared"] for tree in trees))
         sites = {
-            path: {key: jnp.stack([tree["sites"][path][key] for tree in trees], axis=lead[path]) for key in arrays}
+            path: {
+                key: jnp.stack([tree["sites"][path][key] for tree in trees], axis=lead[path])
+                for key in arrays
+            }
             for path, arrays in trees[0]["sites"].items()
         }
         return {"shared": shared, "sites": sites} | ({"whole": {}} if name == "train" else {})
@@ -171,17 +206,29 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
     plan = dataclasses.replace(even[0].plan, name="candidates", candidates=tuple(adaptations))
     own = [dict(one.matrices) for one in adaptations.values()]
     matrices = tuple(
-        (path, Matrices(
-            ranks=tuple(rank for both in zip(*(each[path].ranks for each in own), strict=True) for rank in both),
-            alphas=tuple(alpha for both in zip(*(each[path].alphas for each in own), strict=True) for alpha in both),
-        ))
+        (
+            path,
+            Matrices(
+                ranks=tuple(
+                    rank
+                    for both in zip(*(each[path].ranks for each in own), strict=True)
+                    for rank in both
+                ),
+                alphas=tuple(
+                    alpha
+                    for both in zip(*(each[path].alphas for each in own), strict=True)
+                    for alpha in both
+                ),
+            ),
+        )
         for path in own[0]
-    )  # fmt: skip
+    )
     return Adaptation(stacked("train"), stacked("fixed"), plan, matrices)
 
 
 def _united(adaptations: Mapping[str, Adaptation]) -> dict[str, Adaptation]:
-    """The adaptations on the leaves of all of them: zeros, and a scale of 0, where one did not adapt a leaf."""
+    """The adaptations on the leaves of all of them: zeros, and a scale of 0, where one did not
+    adapt a leaf."""
     donors: dict[str, Adaptation] = {}
     for one in adaptations.values():
         donors |= {path: one for path in one.plan.by_path if path not in donors}
@@ -190,7 +237,10 @@ def _united(adaptations: Mapping[str, Adaptation]) -> dict[str, Adaptation]:
 
 def _widened(one: Adaptation, donors: Mapping[str, Adaptation]) -> Adaptation:
     """The adaptation with leaves of others, off."""
-    found = {path: one.plan.by_path.get(path) or donor.plan.by_path[path] for path, donor in donors.items()}
+    found = {
+        path: one.plan.by_path.get(path) or donor.plan.by_path[path]
+        for path, donor in donors.items()
+    }
     trees = {name: {part: dict(own) for part, own in getattr(one, name).items()} for name in TREES}
     matrices = dict(one.matrices)
     for path, donor in donors.items():
@@ -203,8 +253,16 @@ def _widened(one: Adaptation, donors: Mapping[str, Adaptation]) -> Adaptation:
             for part, key in (("sites", path), ("shared", group)):
                 if key in given[part]:
                     tree[part].setdefault(key, jax.tree.map(jnp.zeros_like, given[part][key]))
-    order = [*one.plan.order, *(entry for path, donor in donors.items() if path not in one.plan.by_path
-                                for entry in donor.plan.order if entry[0] == path)]  # fmt: skip
+    order = [
+        *one.plan.order,
+        *(
+            entry
+            for path, donor in donors.items()
+            if path not in one.plan.by_path
+            for entry in donor.plan.order
+            if entry[0] == path
+        ),
+    ]
     adapters, sites = zip(*found.values(), strict=True)
     plan = dataclasses.replace(one.plan, adapters=adapters, sites=sites, order=tuple(order))
     return one.replace(plan=plan, matrices=tuple((path, matrices[path]) for path in found), **trees)
@@ -230,33 +288,41 @@ def candidate_ids(adaptation: Adaptation, names: Any) -> jax.Array:
 
 
 def hot_swap(old: Adaptation, new: Adaptation) -> Adaptation:
-    """`new` in the place of `old` without recompiling: its arrays, in the static plan, the dtypes and places of `old`.
+    """`new` in the place of `old` without recompiling: its arrays, in the static plan, the dtypes
+    and places of `old`.
 
-    Ranks are padded to those of `old`, alphas are in `scale`; sites that `new` does not adapt are off. Attached, the
-    result is `new`; its printed report is that of `old`, which is part of the compiled program.
+    Ranks are padded to those of `old`, alphas are in `scale`; sites that `new` does not adapt are
+    off. Attached, the result is `new`; its printed report is that of `old`, which is part of the
+    compiled program.
 
     Raises:
-      ValueError: listing all that does not fit: sites or whole leaves that only one of them has, larger ranks, other
-        views, families, options or arrays.
+      ValueError: listing all that does not fit: sites or whole leaves that only one of them has,
+        larger ranks, other views, families, options or arrays.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
     >>> params = {"kernel": jnp.ones((4, 6))}
     >>> room = padded(lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0)), 8)
-    >>> swapped = hot_swap(room, lr.adapt(params, lr.adapters.lora(rank=4, alpha=16), jax.random.key(1)))
+    >>> swapped = hot_swap(
+    ...     room, lr.adapt(params, lr.adapters.lora(rank=4, alpha=16), jax.random.key(1))
+    ... )
     >>> swapped.plan == room.plan, swapped.fixed["sites"]["kernel"]["scale"].tolist()
     (True, [4.0, 4.0, 4.0, 4.0, 0.0, 0.0, 0.0, 0.0])
     """
     problems = _differences(old, new, "old", "new", fewer=True)
     mine, theirs = set(old.plan.whole), set(new.plan.whole)
     if mine != theirs:
-        problems.append(f"leaves {sorted(mine ^ theirs)} are trained whole by one of them alone; name them for both")
+        problems.append(
+            f"leaves {sorted(mine ^ theirs)} are trained whole by one of them alone; name them for "
+            "both"
+        )
     room = {site.path: site.rank for site in old.plan.sites}
     for site in new.plan.sites:
         if site.rank > room.get(site.path, site.rank):
             problems.append(
                 f"{site.path!r}: rank {site.rank} exceeds {room[site.path]}; pad the old one by "
-                f"lr.adapters.padded(old, {site.rank}) before it is compiled, or compress the new one by lr.to_lora"
+                f"lr.adapters.padded(old, {site.rank}) before it is compiled, or compress the new "
+                "one by lr.to_lora"
             )
     if problems:
         raise ValueError("hot_swap: the new adaptation does not fit: " + "; ".join(problems))
@@ -265,10 +331,14 @@ def hot_swap(old: Adaptation, new: Adaptation) -> Adaptation:
     for name in TREES:
         mine, theirs = getattr(old, name), getattr(even, name)
         sites = {
-            path: {key: _like(theirs["sites"].get(path, {}).get(key, 0), x) for key, x in own.items()}
+            path: {
+                key: _like(theirs["sites"].get(path, {}).get(key, 0), x) for key, x in own.items()
+            }
             for path, own in mine["sites"].items()
         }
-        rest = {part: jax.tree.map(_like, theirs[part], mine[part]) for part in mine if part != "sites"}
+        rest = {
+            part: jax.tree.map(_like, theirs[part], mine[part]) for part in mine if part != "sites"
+        }
         trees[name] = rest | {"sites": sites}
     return old.replace(**trees)
 
@@ -280,12 +350,17 @@ def _like(x: Any, old: jax.Array) -> jax.Array:
     return jax.device_put(x, old.sharding) if concrete and old.committed else x
 
 
-def _differences(one: Adaptation, other: Adaptation, first: str, second: str, fewer: bool = False) -> list[str]:
-    """What keeps two adaptations out of one program; with `fewer` the second may adapt fewer leaves."""
+def _differences(
+    one: Adaptation, other: Adaptation, first: str, second: str, fewer: bool = False
+) -> list[str]:
+    """What keeps two adaptations out of one program; with `fewer` the second may adapt fewer
+    leaves."""
     mine, theirs = one.plan.by_path, other.plan.by_path
     lacking = [(first, [path for path in theirs if path not in mine])]
     lacking += [] if fewer else [(second, [path for path in mine if path not in theirs])]
-    found = [f"{name!r} does not adapt {paths}; give it these sites" for name, paths in lacking if paths]
+    found = [
+        f"{name!r} does not adapt {paths}; give it these sites" for name, paths in lacking if paths
+    ]
     if one.plan.candidates != other.plan.candidates:
         found.append(f"their candidates are {one.plan.candidates} and {other.plan.candidates}")
     for path in mine:
@@ -294,7 +369,9 @@ def _differences(one: Adaptation, other: Adaptation, first: str, second: str, fe
         (adapter, site), (with_adapter, with_site) = mine[path], theirs[path]
         for field in ("shape", "view", "lookup", "uses"):
             if getattr(site, field) != getattr(with_site, field):
-                found.append(f"{path!r}: {field} is {getattr(site, field)} and {getattr(with_site, field)}")
+                found.append(
+                    f"{path!r}: {field} is {getattr(site, field)} and {getattr(with_site, field)}"
+                )
         if adapter.reads_bank and site.bank != with_site.bank:
             banks = f"{site.bank} and {with_site.bank}"
             found.append(f"{path!r}: the group's largest matrix is {banks}; adapt the same leaves")
@@ -302,12 +379,20 @@ def _differences(one: Adaptation, other: Adaptation, first: str, second: str, fe
         for tree in TREES:
             parts = [getattr(each, tree) for each in (one, other)]
             names = [sorted(part["sites"].get(path, {})) for part in parts]
-            shared = [{site.group: sorted(part["shared"].get(site.group, {}))} for part, site in
-                      zip(parts, (site, with_site), strict=True)]  # fmt: skip
+            shared = [
+                {site.group: sorted(part["shared"].get(site.group, {}))}
+                for part, site in zip(parts, (site, with_site), strict=True)
+            ]
             if names[0] != names[1]:
-                found.append(f"{path!r}: arrays are {names[0]} and {names[1]}; lr.to_lora makes plain pairs of both")
+                found.append(
+                    f"{path!r}: arrays are {names[0]} and {names[1]}; lr.to_lora makes plain pairs "
+                    "of both"
+                )
             if shared[0] != shared[1] and any(any(each.values()) for each in shared):
-                found.append(f"{path!r}: shared arrays are {shared[0]} and {shared[1]}; share in the same groups")
+                found.append(
+                    f"{path!r}: shared arrays are {shared[0]} and {shared[1]}; share in the same "
+                    "groups"
+                )
     return found
 
 
@@ -316,6 +401,14 @@ def _other_options(one: Adapter, other: Adapter) -> list[str]:
     if type(one) is not type(other):
         return [f"the adapter is {type(one).__name__} and {type(other).__name__}"]
     fields = [field.name for field in dataclasses.fields(one) if field.name != "group"]
-    alike = IN_ARRAYS if one.ranked else IN_ARRAYS[1:]  # a rank that `scale` does not mask fixes shapes
-    values = [(name, getattr(one, name), getattr(other, name)) for name in fields if name not in alike]
-    return [f"{name} is {value!r} and {with_value!r}" for name, value, with_value in values if value != with_value]
+    alike = (
+        IN_ARRAYS if one.ranked else IN_ARRAYS[1:]
+    )  # a rank that `scale` does not mask fixes shapes
+    values = [
+        (name, getattr(one, name), getattr(other, name)) for name in fields if name not in alike
+    ]
+    return [
+        f"{name} is {value!r} and {with_value!r}"
+        for name, value, with_value in values
+        if value != with_value
+    ]

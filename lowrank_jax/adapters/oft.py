@@ -2,9 +2,9 @@
 
     y = (x R) K,   R = blockdiag(R_1, ..., R_{n/β}),   R_i of a skew-symmetric Q_i (β x β)
 
-Exact: the Cayley transform `R = (I - Q)(I + Q)^-1`. PEFT's default is a Neumann series of five terms,
-`I + 2 Q + 2 Q² + 2 Q³ + Q⁴`, which approximates `(I + Q)(I - Q)^-1`: the transpose of the exact map. A checkpoint
-belongs to one of the two, so `cayley` is part of it.
+Exact: the Cayley transform `R = (I - Q)(I + Q)^-1`. PEFT's default is a Neumann series of five
+terms, `I + 2 Q + 2 Q² + 2 Q³ + Q⁴`, which approximates `(I + Q)(I - Q)^-1`: the transpose of the
+exact map. A checkpoint belongs to one of the two, so `cayley` is part of it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Oft(Adapter):
       block: β; it must divide the input dimension n (32: PEFT).
       cayley: "exact", or "neumann", PEFT's five-term series, which is not quite orthogonal.
 
-    Trains `n (β - 1) / 2` numbers: of each block the upper triangle, row by row. `scale` multiplies Q, so a weight of
-    0 is the identity.
+    Trains `n (β - 1) / 2` numbers: of each block the upper triangle, row by row. `scale` multiplies
+    Q, so a weight of 0 is the identity.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -47,13 +47,18 @@ class Oft(Adapter):
     def __post_init__(self):
         check_positive("block", self.block)
         if self.block < 2:
-            raise ValueError(f"block={self.block} must be at least 2: a block of one input has nothing to rotate")
+            raise ValueError(
+                f"block={self.block} must be at least 2: a block of one input has nothing to rotate"
+            )
         if self.cayley not in ("exact", "neumann"):
             raise ValueError(f"cayley={self.cayley!r} must be 'exact' or 'neumann'")
 
     def validate(self, site):
         if site.n % self.block:
-            raise ValueError(f"{site.path!r}: block={self.block} does not divide its {site.n} inputs; choose a divisor")
+            raise ValueError(
+                f"{site.path!r}: block={self.block} does not divide its {site.n} inputs; choose a "
+                "divisor"
+            )
 
     def init_site(self, key, site, kernel, given):
         del key, kernel, given
@@ -62,7 +67,11 @@ class Oft(Adapter):
     def rotation(self, p: Arrays) -> jax.Array:
         """`R (n / β, β, β)`, float32; `x R` rotates the inputs of each block."""
         rows, cols = np.triu_indices(self.block, 1)
-        half = jnp.zeros((p["skew"].shape[0], self.block, self.block)).at[:, rows, cols].set(p["skew"] * p["scale"])
+        half = (
+            jnp.zeros((p["skew"].shape[0], self.block, self.block))
+            .at[:, rows, cols]
+            .set(p["skew"] * p["scale"])
+        )
         q = half - jnp.swapaxes(half, 1, 2)
         if self.cayley == "exact":
             return linalg.cayley(q)
@@ -80,9 +89,13 @@ class Oft(Adapter):
 
         def turned(kernel, skew, scale):
             blocks = kernel.reshape(-1, self.block, kernel.shape[-1])
-            return function(self.rotation({"skew": skew, "scale": scale}), blocks).reshape(kernel.shape)
+            return function(self.rotation({"skew": skew, "scale": scale}), blocks).reshape(
+                kernel.shape
+            )
 
-        return sharding.placing(turned, sharding.explicit_spec(kernel))(kernel, p["skew"], p["scale"])
+        return sharding.placing(turned, sharding.explicit_spec(kernel))(
+            kernel, p["skew"], p["scale"]
+        )
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
         kernel = lambda: self.effective(site, op.kernel(), p)  # noqa: E731

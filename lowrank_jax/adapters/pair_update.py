@@ -1,15 +1,18 @@
-"""One update of a tree of factor pairs, of which every optimizer on pairs is a choice; `pairs` has the algebra.
+"""One update of a tree of factor pairs, of which every optimizer on pairs is a choice; `pairs` has
+the algebra.
 
 For a and then for b, unless they alternate:
 
-    g <- ∇a (b̂ b̂ᵀ + damping I)⁻¹        likewise (âᵀâ + damping I)⁻¹ ∇b; LoRA+ leaves the gradient as it is
-    m <- m T                            momentum moves to the new row space of b̂: T = b̂_old b̂ᵀ (b̂ b̂ᵀ + damping I)⁻¹
+    g <- ∇a (b̂ b̂ᵀ + damping I)⁻¹        likewise (âᵀâ + damping I)⁻¹ ∇b; LoRA+ leaves the gradient
+                                          as it is
+    m <- m T                            momentum moves to the new row space of b̂: T = b̂_old b̂ᵀ
+                                        (b̂ b̂ᵀ + damping I)⁻¹
     u  = inner(g)                       Adam, or momentum alone
     a <- a - lr (u + weight_decay a)
 
-A step whose gradients, updates or moments are not finite changes nothing but a counter, and the schedule waits. So does
-one whose gradients, as they are or preconditioned, have a norm above 2^40: factors and momentum that it made would
-overflow in the products of the steps after it.
+A step whose gradients, updates or moments are not finite changes nothing but a counter, and the
+schedule waits. So does one whose gradients, as they are or preconditioned, have a norm above 2^40:
+factors and momentum that it made would overflow in the products of the steps after it.
 """
 
 from __future__ import annotations
@@ -35,19 +38,24 @@ FORMAT_VERSION = 1
 
 
 class PairsState(NamedTuple):
-    """State of an optimizer on pairs; every tree in it is like the parameters, with `optax.MaskedNode` elsewhere.
+    """State of an optimizer on pairs; every tree in it is like the parameters, with
+    `optax.MaskedNode` elsewhere.
 
     Attributes:
       format_version: int32 (), the layout of this state; raised when it changes.
       step: int32 (), accepted steps, which drive schedule and alternation.
       skipped: int32 (), steps that were not finite.
-      a, b: state of the inner transformation of the factors a, and of the factors b, each with a count of its own.
+      a, b: state of the inner transformation of the factors a, and of the factors b, each with a
+        count of its own.
       plain: state of the inner transformation of the other leaves.
-      bases: float32 `â` and `b̂` by which the partner's momentum was preconditioned last; () where momentum stays.
+      bases: float32 `â` and `b̂` by which the partner's momentum was preconditioned last; () where
+        momentum stays.
 
     >>> import jax.numpy as jnp
     >>> from lowrank_jax.adapters.pair_optimizers import altlora
-    >>> state = altlora(1e-3, scale=2.0).init({"q": {"a": jnp.ones((4, 2)), "b": jnp.zeros((2, 6))}})
+    >>> state = altlora(1e-3, scale=2.0).init(
+    ...     {"q": {"a": jnp.ones((4, 2)), "b": jnp.zeros((2, 6))}}
+    ... )
     >>> state.a.mu["q"]["a"].shape, state.bases["q"]["b"].shape, int(state.skipped)
     ((4, 2), (2, 6), 0)
     """
@@ -70,7 +78,8 @@ class MomentumState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Momentum:
-    """`m <- b1 m + (1 - b1) g`: Adam's first moment alone, its bias correction `1 / (1 - b1^t)` in the scale."""
+    """`m <- b1 m + (1 - b1) g`: Adam's first moment alone, its bias correction `1 / (1 - b1^t)` in
+    the scale."""
 
     b1: Any = 0.9
     splits = True
@@ -79,7 +88,9 @@ class Momentum:
         inner_lib.Adam(b1=self.b1)  # which checks b1
 
     def init(self, tree):
-        return MomentumState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tree))
+        return MomentumState(
+            jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tree)
+        )
 
     def update(self, grads, state, params=None, **extra):
         del params, extra
@@ -103,7 +114,8 @@ _TRANSPORTS = (None, "kept", "step")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairOptimizer:
-    """The choices that make a method; validated, and pure functions of it. The named optimizers fill it.
+    """The choices that make a method; validated, and pure functions of it. The named optimizers
+    fill it.
 
     Attributes:
       method: name, for messages.
@@ -113,12 +125,15 @@ class PairOptimizer:
       bias_correction: of the factors' moments: "none", "first" (momentum alone) or "both" (Adam's).
       damping: of the preconditioner; None for none.
       scale: of the pairs, see `pairs.scale_of`.
-      transport: None; "kept", momentum moves to the new space and stays there; "step", it moves for the step alone.
+      transport: None; "kept", momentum moves to the new space and stays there; "step", it moves for
+        the step alone.
       alternate: steps on a factor before its partner's turn; None for both at every step.
-      sequential: of two factors in one step, b is preconditioned by the a that this step made, not by the old one.
-      ratio, ratios: learning rate of b over that of a; `((pattern, factor of the learning rate), ...)` by path, first.
-      weight_decay, when, mask: decay, before ("pre") or after ("post") the step, see `lr.apply_learning_rate`. A
-        factor that waits for its turn does not decay.
+      sequential: of two factors in one step, b is preconditioned by the a that this step made, not
+        by the old one.
+      ratio, ratios: learning rate of b over that of a; `((pattern, factor of the learning rate),
+        ...)` by path, first.
+      weight_decay, when, mask: decay, before ("pre") or after ("post") the step, see
+        `lr.apply_learning_rate`. A factor that waits for its turn does not decay.
       guard: skip, and count, steps that are not finite.
     """
 
@@ -140,19 +155,30 @@ class PairOptimizer:
     guard: bool = True
 
     def __post_init__(self):
-        choices = {"bias_correction": _CORRECTIONS, "transport": _TRANSPORTS, "when": ("pre", "post")}
+        choices = {
+            "bias_correction": _CORRECTIONS,
+            "transport": _TRANSPORTS,
+            "when": ("pre", "post"),
+        }
         if isinstance(self.inner, Momentum):
             choices["bias_correction"] = _CORRECTIONS[:2]
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{self.method}: {name}={getattr(self, name)!r} must be one of {allowed}")
+                raise ValueError(
+                    f"{self.method}: {name}={getattr(self, name)!r} must be one of {allowed}"
+                )
         for name in ("damping", "weight_decay", "ratio"):
             check_number(f"{self.method}: {name}", getattr(self, name), at_least=0)
         for name in ("learning_rate", "scale"):
             check_number(f"{self.method}: {name}", getattr(self, name))
         for pattern, ratio in self.ratios:
             check_number(f"{self.method}: ratios: {pattern!r}", ratio, at_least=0)
-        check_integer(f"{self.method}: alternate", self.alternate, at_least=1, otherwise="None for both factors")
+        check_integer(
+            f"{self.method}: alternate",
+            self.alternate,
+            at_least=1,
+            otherwise="None for both factors",
+        )
         plain = self.inner if self.plain is None else self.plain
         object.__setattr__(self, "inner", inner_lib.as_inner(self.inner))
         object.__setattr__(self, "plain", inner_lib.as_inner(plain))
@@ -168,7 +194,9 @@ class PairOptimizer:
         tree, bases = _Tree(params), ()
         leaves = [as_float32(leaf) for leaf in tree.leaves]
         if self.transport is not None:  # whatever they are, a momentum of zero moves to zero
-            bases = tree.of({i: jnp.zeros_like(leaves[i]) for side in SIDES for i in factors.of(side)})
+            bases = tree.of(
+                {i: jnp.zeros_like(leaves[i]) for side in SIDES for i in factors.of(side)}
+            )
         groups = [tree.of({i: leaves[i] for i in factors.of(side)}) for side in (*SIDES, None)]
         return PairsState(
             format_version=jnp.asarray(FORMAT_VERSION, jnp.int32),
@@ -180,15 +208,28 @@ class PairOptimizer:
             bases=bases,
         )
 
-    def update(self, updates: Any, state: PairsState, params: Any = None, *, scale: Any = None, **extra: Any):
-        """`(updates, state)`; the extra argument `scale` stands in for the optimizer's own, for ranks that change."""
+    def update(
+        self,
+        updates: Any,
+        state: PairsState,
+        params: Any = None,
+        *,
+        scale: Any = None,
+        **extra: Any,
+    ):
+        """`(updates, state)`; the extra argument `scale` stands in for the optimizer's own, for
+        ranks that change."""
         if params is None and (self.damping is not None or not is_zero(self.weight_decay)):
             raise ValueError(f"{self.method}: needs params; call update(grads, state, params)")
         check_floating(updates, f"{self.method}: gradients")
         with sharding.mesh_of((updates, params)):
-            return self._update(updates, state, params, self.scale if scale is None else scale, extra)
+            return self._update(
+                updates, state, params, self.scale if scale is None else scale, extra
+            )
 
-    def _update(self, updates: Any, state: PairsState, params: Any, scale: Any, extra: dict[str, Any]):
+    def _update(
+        self, updates: Any, state: PairsState, params: Any, scale: Any, extra: dict[str, Any]
+    ):
         step = _Step(self, updates, state, params, scale, extra)
         new = state._replace(step=state.step + 1, plain=step.plain(state.plain))
         for number, side in enumerate(SIDES):
@@ -205,7 +246,9 @@ class PairOptimizer:
             new = new._replace(bases=step.tree.of(step.bases))
         given = list(step.updates.values())
         if self.guard:
-            made = [x for x in jax.tree.leaves((given, new)) if jnp.issubdtype(x.dtype, jnp.floating)]
+            made = [
+                x for x in jax.tree.leaves((given, new)) if jnp.issubdtype(x.dtype, jnp.floating)
+            ]
             finite = [jnp.all(jnp.isfinite(x)) for x in made]
             ok = all_finite(step.grads) & step.fine & jnp.all(jnp.asarray(finite, bool))
             given = [jnp.where(ok, x, jnp.zeros_like(x)) for x in given]
@@ -217,12 +260,17 @@ class PairOptimizer:
         rates: list[Any] = []
         used: set[str] = set()
         for path, side in zip(factors.paths, factors.sides, strict=True):
-            found = [(pattern, rate) for pattern, rate in self.ratios if re.fullmatch(pattern, path)]
+            found = [
+                (pattern, rate) for pattern, rate in self.ratios if re.fullmatch(pattern, path)
+            ]
             used.update(pattern for pattern, _ in found[:1])
             rates.append(found[0][1] if found else self.ratio if side == "b" else 1.0)
         for pattern, _ in self.ratios if factors.paths else ():  # all may be masked
             if pattern not in used:
-                raise ValueError(f"{self.method}: ratios: {pattern!r} is the first match of no leaf in {factors.paths}")
+                raise ValueError(
+                    f"{self.method}: ratios: {pattern!r} is the first match of no leaf in "
+                    f"{factors.paths}"
+                )
         return rates
 
 
@@ -234,14 +282,17 @@ class _Tree:
 
     def of(self, leaves: dict[int, Any]) -> Any:
         """`optax.MaskedNode` elsewhere; without nnx Variables, as states are."""
-        return pure(self.like({i: leaves.get(i, optax.MaskedNode()) for i in range(len(self.leaves))}))
+        return pure(
+            self.like({i: leaves.get(i, optax.MaskedNode()) for i in range(len(self.leaves))})
+        )
 
     def like(self, leaves: dict[int, Any]) -> Any:
         return jax.tree.unflatten(self.structure, [leaves[i] for i in range(len(self.leaves))])
 
 
 class Turn(NamedTuple):
-    """What a step makes of one side: updates by leaf, inner state, bases by leaf, and whether it may be accepted."""
+    """What a step makes of one side: updates by leaf, inner state, bases by leaf, and whether it
+    may be accepted."""
 
     updates: dict[int, jax.Array]
     inner: Any
@@ -250,7 +301,8 @@ class Turn(NamedTuple):
 
 
 class _Step:
-    """A mutable record of one update, so that `PairOptimizer._update` reads as the steps of the method.
+    """A mutable record of one update, so that `PairOptimizer._update` reads as the steps of the
+    method.
 
     Attributes:
       leaves: parameters, with the updates made so far where the method is sequential.
@@ -260,7 +312,15 @@ class _Step:
       fine: whether what every side's inner transformation was given is within `LARGEST`.
     """
 
-    def __init__(self, config: PairOptimizer, updates: Any, state: PairsState, params: Any, scale: Any, extra: Any):
+    def __init__(
+        self,
+        config: PairOptimizer,
+        updates: Any,
+        state: PairsState,
+        params: Any,
+        scale: Any,
+        extra: Any,
+    ):
         self.config, self.extra = config, extra
         self.tree = _Tree(updates if params is None else params)
         self.leaves = list(self.tree.leaves)
@@ -269,15 +329,22 @@ class _Step:
             updates if params is None else params, config.method, both=config.damping is not None
         )
         if len(self.grads) != len(self.leaves):
-            raise ValueError(f"updates have {len(self.grads)} leaves, params {len(self.leaves)}: give one structure")
-        rate, decay = at_step(config.learning_rate, state.step), at_step(config.weight_decay, state.step)
+            raise ValueError(
+                f"updates have {len(self.grads)} leaves, params {len(self.leaves)}: give one "
+                "structure"
+            )
+        rate, decay = (
+            at_step(config.learning_rate, state.step),
+            at_step(config.weight_decay, state.step),
+        )
         self.rates = [rate * factor for factor in config._rates(self.factors)]
         decays = selected_for_decay(updates, params, config.weight_decay, config.mask)
         self.decays = [decay if flag else 0 for flag in jax.tree.leaves(decays)]
         self.scales = []
         if config.damping is not None:
             self.scales = [
-                pairs.scale_of(scale, pair, self.leaves[pair.leaf["a"]].shape) for pair in self.factors.pairs
+                pairs.scale_of(scale, pair, self.leaves[pair.leaf["a"]].shape)
+                for pair in self.factors.pairs
             ]
         owners = sorted(i for side in SIDES for i in self.factors.of(side))
         self.bases = dict(zip(owners, jax.tree.leaves(state.bases), strict=False))
@@ -286,13 +353,19 @@ class _Step:
         self.fine: jax.Array = jnp.asarray(True)
 
     def _given(self, inner: Any, own: list[int]) -> Any:
-        return self.tree.of({i: self.leaves[i] for i in own}) if getattr(inner, "params", False) else None
+        return (
+            self.tree.of({i: self.leaves[i] for i in own})
+            if getattr(inner, "params", False)
+            else None
+        )
 
     def _moved(self, own: list[int], directions: list[jax.Array]) -> dict[int, jax.Array]:
         """The updates, in the parameters' dtypes."""
         made = {}
         for i, u in zip(own, directions, strict=True):
-            change = decayed_step(u, self.leaves[i], self.rates[i], self.decays[i], self.config.when, True)
+            change = decayed_step(
+                u, self.leaves[i], self.rates[i], self.decays[i], self.config.when, True
+            )
             made[i] = change.astype(self.leaves[i].dtype)
         return made
 
@@ -319,9 +392,13 @@ class _Step:
         grads, carried = self.tree.of(low), state
         if changes:
             carried = state._replace(
-                mu=jax.tree.map(lambda m, t: pairs.times(side, m, t), state.mu, self.tree.of(changes))
+                mu=jax.tree.map(
+                    lambda m, t: pairs.times(side, m, t), state.mu, self.tree.of(changes)
+                )
             )
-        direction, both, new = config.inner.update(grads, carried, self._given(config.inner, own), **self.extra)
+        direction, both, new = config.inner.update(
+            grads, carried, self._given(config.inner, own), **self.extra
+        )
         if config.transport == "step":
             new = new._replace(mu=_average(state.mu, grads, config.inner.b1))
         correction: Any = {"none": 1.0, "both": both}.get(config.bias_correction)

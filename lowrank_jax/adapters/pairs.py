@@ -1,14 +1,16 @@
 """Pairs of factors in a tree of trained adapter parameters, and the algebra of one pair.
 
-A pair is a mapping with leaves `a (..., n, r)` and `b (..., r, m)`; the delta of its kernel is `a diag(scale) b`, and
-leading axes are layers or experts. The kernel sees `â = a diag(scale)` and `b̂ = diag(scale) b`: with `G` the gradient
-of the kernel, the factors have gradients `G b̂ᵀ` and `âᵀ G`. The step of one factor that comes nearest to `-G` while the
-other stays is a least-squares problem whose solution needs no `G`:
+A pair is a mapping with leaves `a (..., n, r)` and `b (..., r, m)`; the delta of its kernel is
+`a diag(scale) b`, and leading axes are layers or experts. The kernel sees `â = a diag(scale)` and
+`b̂ = diag(scale) b`: with `G` the gradient of the kernel, the factors have gradients `G b̂ᵀ` and
+`âᵀ G`. The step of one factor that comes nearest to `-G` while the other stays is a least-squares
+problem whose solution needs no `G`:
 
     argmin_X |X b̂ - G|² + damping |X|² = (G b̂ᵀ) (b̂ b̂ᵀ + damping I)⁻¹        likewise (âᵀâ + damping I)⁻¹ (âᵀ G)
 
-For one number s as scale and no damping these are `s⁻² ∇a (b bᵀ)⁻¹` and `s⁻² (aᵀa)⁻¹ ∇b`. A vector may hold zeros,
-which mask the ranks that a shorter adapter of a stack does not have: nothing moves there, and nothing is seen of it.
+For one number s as scale and no damping these are `s⁻² ∇a (b bᵀ)⁻¹` and `s⁻² (aᵀa)⁻¹ ∇b`. A vector
+may hold zeros, which mask the ranks that a shorter adapter of a stack does not have: nothing moves
+there, and nothing is seen of it.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def find_factors(tree: Any, method: str, *, both: bool = True) -> FactorLeaves:
       both: whether a factor without its partner is an error.
 
     Raises:
-      ValueError: if there is none, if one stands alone where `both` are wanted, or if two do not fit together.
+      ValueError: if there is none, if one stands alone where `both` are wanted, or if two do not
+        fit together.
 
     >>> import jax.numpy as jnp
     >>> tree = {"q": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 6)), "magnitude": jnp.ones(6)}}
@@ -101,8 +104,9 @@ def find_factors(tree: Any, method: str, *, both: bool = True) -> FactorLeaves:
             nodes.setdefault(names[:-1], {})[side] = number
     if paths and not nodes:
         raise ValueError(
-            f"{method}: none of the {len(paths)} leaves ({', '.join(paths[:3])}, ...) is a factor a (..., n, r) or "
-            "b (..., r, m) inside a mapping; give the tree of trained adapter parameters, or take optax.adamw"
+            f"{method}: none of the {len(paths)} leaves ({', '.join(paths[:3])}, ...) is a factor "
+            "a (..., n, r) or b (..., r, m) inside a mapping; give the tree of trained adapter "
+            "parameters, or take optax.adamw"
         )
     pairs = tuple(Pair(names, leaf) for names, leaf in nodes.items() if len(leaf) == 2)
     for pair in pairs:
@@ -111,9 +115,10 @@ def find_factors(tree: Any, method: str, *, both: bool = True) -> FactorLeaves:
         if both and len(leaf) == 1:
             (have,) = leaf
             raise ValueError(
-                f"{method}: {'/'.join(names)!r} holds {have!r} and no {OTHER[have]!r}, by which its gradient is "
-                f"preconditioned. Train both factors, or give this site another optimizer with optax.partition; "
-                "lr.lora_plus takes a factor whose partner is frozen, as in LoRA-FA"
+                f"{method}: {'/'.join(names)!r} holds {have!r} and no {OTHER[have]!r}, by which "
+                "its gradient is preconditioned. Train both factors, or give this site another "
+                "optimizer with optax.partition; lr.lora_plus takes a factor whose partner is "
+                "frozen, as in LoRA-FA"
             )
     return FactorLeaves(tuple(paths), tuple(sides), pairs)
 
@@ -121,8 +126,8 @@ def find_factors(tree: Any, method: str, *, both: bool = True) -> FactorLeaves:
 def _check_fit(method: str, pair: Pair, a: Shape, b: Shape) -> None:
     if a[:-2] != b[:-2] or a[-1] != b[-2]:
         raise ValueError(
-            f"{method}: {pair.path!r} holds a of shape {a} and b of shape {b}, which are no pair (..., n, r), "
-            "(..., r, m); give this site another optimizer with optax.partition"
+            f"{method}: {pair.path!r} holds a of shape {a} and b of shape {b}, which are no pair "
+            "(..., n, r), (..., r, m); give this site another optimizer with optax.partition"
         )
 
 
@@ -130,8 +135,9 @@ def scale_of(scale: Any, pair: Pair, shape: Shape) -> jax.Array:
     """The scale of one pair, `()` or broadcastable to `(..., r)`, float32.
 
     Args:
-      scale: a number or array for all pairs; or a tree of mappings along the pairs' own paths, which ends in the value
-        or in a mapping that holds it as "scale", such as the frozen tree of the adapters.
+      scale: a number or array for all pairs; or a tree of mappings along the pairs' own paths,
+        which ends in the value or in a mapping that holds it as "scale", such as the frozen tree of
+        the adapters.
       pair: which.
       shape: of its factor a.
 
@@ -149,14 +155,19 @@ def scale_of(scale: Any, pair: Pair, shape: Shape) -> jax.Array:
             break
         if name not in value:
             raise ValueError(
-                f"scale: the tree has no {name!r} on the way to the pair {pair.path!r}; give a number, or a tree that "
-                "holds 'scale' at the path of every pair, such as the frozen tree of the adapters"
+                f"scale: the tree has no {name!r} on the way to the pair {pair.path!r}; give a "
+                "number, or a tree that holds 'scale' at the path of every pair, such as the "
+                "frozen tree of the adapters"
             )
         value = value[name]
     value = jnp.asarray(value, jnp.float32)
     want = (*shape[:-2], shape[-1])
-    if value.ndim > len(want) or any(x not in (1, y) for x, y in zip(value.shape[::-1], want[::-1], strict=False)):
-        raise ValueError(f"scale: shape {value.shape} at the pair {pair.path!r} does not fit (..., r) = {want}")
+    if value.ndim > len(want) or any(
+        x not in (1, y) for x, y in zip(value.shape[::-1], want[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"scale: shape {value.shape} at the pair {pair.path!r} does not fit (..., r) = {want}"
+        )
     return value
 
 
@@ -168,7 +179,8 @@ def effective(side: str, factor: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def cross(side: str, old: jax.Array, new: jax.Array) -> jax.Array:
-    """`oldᵀ new` of two factors a, `old newᵀ` of two factors b: `(..., r, r)`, with whole matrices."""
+    """`oldᵀ new` of two factors a, `old newᵀ` of two factors b: `(..., r, r)`, with whole
+    matrices."""
     spec = sharding.whole_spec(sharding.explicit_spec(new))
     place = None if spec is None else PartitionSpec(*spec)
     equation = "...nr,...ns->...rs" if side == "a" else "...rm,...sm->...rs"
@@ -183,11 +195,13 @@ def times(side: str, factor: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def damped_inverse(gram: jax.Array, damping: Any) -> jax.Array:
-    """`(gram + damping I)⁻¹` of Gram matrices `(..., r, r)`, and 0 on the directions that the factor does not have.
+    """`(gram + damping I)⁻¹` of Gram matrices `(..., r, r)`, and 0 on the directions that the
+    factor does not have.
 
-    Those are eigenvalues below `10 r eps` of the largest, as in `jnp.linalg.pinv`: the gradient of the other factor
-    has nothing but rounding there, which the inverse would magnify. So without damping this is the pseudo-inverse,
-    and of a zero factor it is zero. Rows and columns of ranks that are masked are exactly zero.
+    Those are eigenvalues below `10 r eps` of the largest, as in `jnp.linalg.pinv`: the gradient of
+    the other factor has nothing but rounding there, which the inverse would magnify. So without
+    damping this is the pseudo-inverse, and of a zero factor it is zero. Rows and columns of ranks
+    that are masked are exactly zero.
 
     >>> import jax.numpy as jnp
     >>> damped_inverse(jnp.diag(jnp.array([4.0, 0.0])), 0.0).tolist()
@@ -208,18 +222,26 @@ def _whole(x: jax.Array) -> jax.Array:
 def partners(
     side: str, pairs: tuple[Pair, ...], leaves: list[Any], scales: list[jax.Array], damping: Any
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """What preconditions one side of every pair: the other factor as the kernel sees it, its damped inverse Gram.
+    """What preconditions one side of every pair: the other factor as the kernel sees it, its damped
+    inverse Gram.
 
-    Gram matrices of one rank are decomposed by one call: a TPU compiler takes longer over one call of `eigh` than over
-    the rest of the program.
+    Gram matrices of one rank are decomposed by one call: a TPU compiler takes longer over one call
+    of `eigh` than over the rest of the program.
     """
-    bases = [effective(OTHER[side], leaves[p.leaf[OTHER[side]]], s) for p, s in zip(pairs, scales, strict=True)]
+    bases = [
+        effective(OTHER[side], leaves[p.leaf[OTHER[side]]], s)
+        for p, s in zip(pairs, scales, strict=True)
+    ]
     grams = [cross(OTHER[side], basis, basis) for basis in bases]
     inverses: dict[int, jax.Array] = {}
     for rank in sorted({gram.shape[-1] for gram in grams}):
         own = [i for i, gram in enumerate(grams) if gram.shape[-1] == rank]
         flat = [_whole(grams[i]).reshape(-1, rank, rank) for i in own]
         made = damped_inverse(jnp.concatenate(flat), damping)
-        for i, part in zip(own, jnp.split(made, np.cumsum([len(x) for x in flat])[:-1]), strict=True):
-            inverses[i] = sharding.reshard(part.reshape(grams[i].shape), sharding.explicit_spec(grams[i]))
+        for i, part in zip(
+            own, jnp.split(made, np.cumsum([len(x) for x in flat])[:-1]), strict=True
+        ):
+            inverses[i] = sharding.reshard(
+                part.reshape(grams[i].shape), sharding.explicit_spec(grams[i])
+            )
     return [(basis, inverses[i]) for i, basis in enumerate(bases)]

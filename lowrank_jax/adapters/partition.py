@@ -1,10 +1,12 @@
-"""A tree of parameters in two: what trains as it is, and the rest; for partial fine-tuning without adapters.
+"""A tree of parameters in two: what trains as it is, and the rest; for partial fine-tuning without
+adapters.
 
     selected, rest = lr.partition(params, (r"head/.*", r".*/norm/scale"))
     gradients = jax.grad(lambda selected: objective(lr.join(selected, rest), batch))(selected)
 
-Both trees have the structure of the whole, with `optax.MaskedNode` where a leaf is in the other: a node without leaves,
-so that jit, grad and every optax transformation see what is there and nothing else.
+Both trees have the structure of the whole, with `optax.MaskedNode` where a leaf is in the other: a
+node without leaves, so that jit, grad and every optax transformation see what is there and nothing
+else.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def partition(params: Any, patterns: str | Iterable[str]) -> tuple[Any, Any]:
       ValueError: for a pattern that matches nothing, with suggestions, or none at all.
 
     >>> import jax.numpy as jnp
-    >>> selected, rest = partition({"body": {"kernel": jnp.ones(2)}, "head": {"kernel": jnp.ones(3)}}, "head/.*")
+    >>> selected, rest = partition(
+    ...     {"body": {"kernel": jnp.ones(2)}, "head": {"kernel": jnp.ones(3)}}, "head/.*"
+    ... )
     >>> selected
     {'body': {'kernel': MaskedNode()}, 'head': {'kernel': Array([1., 1., 1.], dtype=float32)}}
     >>> rest["head"]
@@ -39,8 +43,14 @@ def partition(params: Any, patterns: str | Iterable[str]) -> tuple[Any, Any]:
     """
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     if not patterns:
-        raise ValueError("patterns: there is none; name the leaves to select, for instance 'head/.*'")
-    paths = [path for path, node, _ in leaves_with_metadata(params) if not isinstance(node, optax.MaskedNode)]
+        raise ValueError(
+            "patterns: there is none; name the leaves to select, for instance 'head/.*'"
+        )
+    paths = [
+        path
+        for path, node, _ in leaves_with_metadata(params)
+        if not isinstance(node, optax.MaskedNode)
+    ]
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in paths):
             raise no_match("patterns", pattern, paths)
@@ -59,7 +69,8 @@ def join(*parts: Any) -> Any:
     """The tree that `partition` took apart; also of more parts than two.
 
     Raises:
-      ValueError: if the parts are not of one structure; naming a leaf that no part has, or two have.
+      ValueError: if the parts are not of one structure; naming a leaf that no part has, or two
+        have.
 
     >>> import jax.numpy as jnp
     >>> params = {"body": jnp.ones(2), "head": jnp.ones(3)}
@@ -69,12 +80,17 @@ def join(*parts: Any) -> Any:
     flat = [nodes_with_keys(part) for part in parts]
     treedefs: set[Any] = {jax.tree.structure(part, is_leaf=is_node) for part in parts}
     if len(treedefs) != 1:
-        raise ValueError("join: the parts are not of one structure; give what partition returned, or trees like it")
+        raise ValueError(
+            "join: the parts are not of one structure; give what partition returned, or trees like "
+            "it"
+        )
     leaves = []
     for nodes in zip(*flat, strict=True):
         there = [node for _, node in nodes if not isinstance(node, optax.MaskedNode)]
         if len(there) != 1:
             which = "no part has" if not there else f"{len(there)} parts have"
-            raise ValueError(f"join: {which} the leaf {path_of(nodes[0][0])!r}; each must be in one part")
+            raise ValueError(
+                f"join: {which} the leaf {path_of(nodes[0][0])!r}; each must be in one part"
+            )
         leaves.append(there[0])
     return jax.tree.unflatten(treedefs.pop(), leaves)

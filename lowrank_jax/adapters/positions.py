@@ -1,6 +1,7 @@
 """Random positions in a matrix: PyTorch's, by a seed and without PyTorch, and from a JAX key.
 
-A flat position counts through PyTorch's weight `(m, n)` row by row: `flat = column * n + row` of a kernel `(n, m)`.
+A flat position counts through PyTorch's weight `(m, n)` row by row: `flat = column * n + row` of a
+kernel `(n, m)`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ TORCH_LIMIT = (2**32 - 1) // 20  # from this size on, torch.randperm draws other
 
 
 def torch_uint32(seed: int, count: int) -> np.ndarray:
-    """The first numbers of `torch.Generator().manual_seed(seed)` on the CPU: MT19937, as NumPy's older generator."""
+    """The first numbers of `torch.Generator().manual_seed(seed)` on the CPU: MT19937, as NumPy's
+    older generator."""
     return np.random.RandomState(seed).randint(0, 2**32, count, dtype=np.uint32)
 
 
 @functools.lru_cache(maxsize=64)
 def torch_permutation(size: int, count: int, seed: int) -> np.ndarray:
-    """The first `count` entries of `torch.randperm(size, generator=torch.Generator().manual_seed(seed))`.
+    """The first `count` entries of
+    `torch.randperm(size, generator=torch.Generator().manual_seed(seed))`.
 
-    The shuffle swaps entry i with one behind it, so the first entries need no others. Sizes from 214,748,364 on are
-    shuffled alike, in which PyTorch draws 64 bits in another order.
+    The shuffle swaps entry i with one behind it, so the first entries need no others. Sizes from
+    214,748,364 on are shuffled alike, in which PyTorch draws 64 bits in another order.
 
     >>> torch_permutation(10, 4, seed=777).shape
     (4,)
@@ -39,9 +42,11 @@ def torch_permutation(size: int, count: int, seed: int) -> np.ndarray:
 
 
 def keyed_positions(key: jax.Array, size: int, count: int) -> jax.Array:
-    """`count` different numbers below `size`, uint32, ascending, in time and memory proportional to `count`.
+    """`count` different numbers below `size`, uint32, ascending, in time and memory proportional to
+    `count`.
 
-    A Feistel network permutes the numbers below a power of four; what falls out of range is permuted again.
+    A Feistel network permutes the numbers below a power of four; what falls out of range is
+    permuted again.
 
     >>> import jax
     >>> keyed_positions(jax.random.key(0), 9, 9).tolist()

@@ -33,9 +33,11 @@ class Plan:
       sites: the adapted leaves.
       adapters: of each site, with its own rank.
       whole: paths of leaves that are trained as they are.
-      order: `((path, index), ...)` of all matrices; part of a checkpoint where adapters share (Uni-LoRA).
+      order: `((path, index), ...)` of all matrices; part of a checkpoint where adapters share
+        (Uni-LoRA).
       total: parameters of the tree.
-      candidates: names of the adaptations among which rows choose, in their order; () where there is no choice.
+      candidates: names of the adaptations among which rows choose, in their order; () where there
+        is no choice.
     """
 
     name: str
@@ -49,7 +51,10 @@ class Plan:
     @property
     def by_path(self) -> dict[str, tuple[Adapter, Site]]:
         """`{path: (adapter, site)}`."""
-        return {site.path: (adapter, site) for adapter, site in zip(self.adapters, self.sites, strict=True)}
+        return {
+            site.path: (adapter, site)
+            for adapter, site in zip(self.adapters, self.sites, strict=True)
+        }
 
     @property
     def groups(self) -> dict[str, tuple[Adapter, Group]]:
@@ -58,7 +63,10 @@ class Plan:
         for adapter, site in zip(self.adapters, self.sites, strict=True):
             found.setdefault(site.group, (adapter, {}))[1][site.path] = site
         return {
-            name: (adapter, Group(sites=sites, order=tuple(entry for entry in self.order if entry[0] in sites)))
+            name: (
+                adapter,
+                Group(sites=sites, order=tuple(entry for entry in self.order if entry[0] in sites)),
+            )
             for name, (adapter, sites) in found.items()
         }
 
@@ -67,17 +75,19 @@ class Plan:
         limited = {site.path: site.uses for site in self.sites if site.uses}
         if limited:
             raise ValueError(
-                f"{self.name!r} adapts leaves at some of their uses only, {limited}, and {reason}: attach it instead, "
-                "or give the other use a leaf of its own (a model whose output layer is not tied, its kernel a copy of "
-                "the transposed table) and adapt that tree without uses; of a PEFT file for a model whose output layer "
-                "shares no table, read it by lr.interop.peft.load(..., head=None)"
+                f"{self.name!r} adapts leaves at some of their uses only, {limited}, and {reason}: "
+                "attach it instead, or give the other use a leaf of its own (a model whose output "
+                "layer is not tied, its kernel a copy of the transposed table) and adapt that tree "
+                "without uses; of a PEFT file for a model whose output layer shares no table, read "
+                "it by lr.interop.peft.load(..., head=None)"
             )
 
     def banked(self) -> Plan:
         """The plan, its sites told the largest matrix of their group."""
         banks = {group: of.bank for group, (_, of) in self.groups.items()}
         return dataclasses.replace(
-            self, sites=tuple(dataclasses.replace(site, bank=banks[site.group]) for site in self.sites)
+            self,
+            sites=tuple(dataclasses.replace(site, bank=banks[site.group]) for site in self.sites),
         )
 
 
@@ -89,17 +99,22 @@ class Matrices:
     alphas: tuple[float | None, ...]
 
     def scale(self, adapter: Adapter, site: Site) -> jax.Array:
-        """The frozen `scale` of a site: of each matrix its scaling, over the r entries of its own rank and 0 beyond."""
+        """The frozen `scale` of a site: of each matrix its scaling, over the r entries of its own
+        rank and 0 beyond."""
         rows = []
         for rank, alpha in zip(self.ranks, self.alphas, strict=True):
             own = adapter if alpha is None else dataclasses.replace(adapter, alpha=alpha)  # type: ignore[call-arg]
             value = own.scaling(rank) if rank else 0.0
             rows.append([value] * rank + [0.0] * (site.rank - rank) if adapter.ranked else value)
-        return jnp.asarray(rows, jnp.float32).reshape(*site.lead, *((site.rank,) if adapter.ranked else ()))
+        return jnp.asarray(rows, jnp.float32).reshape(
+            *site.lead, *((site.rank,) if adapter.ranked else ())
+        )
 
     def trained(self, adapter: Adapter, site: Site) -> int:
         """Trained numbers of the site, padding and what is shared aside."""
-        return sum(adapter.count(dataclasses.replace(site, rank=rank)) for rank in self.ranks if rank)
+        return sum(
+            adapter.count(dataclasses.replace(site, rank=rank)) for rank in self.ranks if rank
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,31 +152,49 @@ class Selection:
             raise ValueError(f"bias={self.bias!r} must be one of {BIASES}")
         rules = ((ALL_LINEAR, self.rules),) if isinstance(self.rules, Adapter) else self.rules
         for field, value in (
-            ("rules", rules), ("ranks", self.ranks), ("alphas", self.alphas), ("uses", self.uses),
-        ):  # fmt: skip
-            object.__setattr__(self, field, tuple(value.items()) if isinstance(value, Mapping) else tuple(value))
+            ("rules", rules),
+            ("ranks", self.ranks),
+            ("alphas", self.alphas),
+            ("uses", self.uses),
+        ):
+            object.__setattr__(
+                self, field, tuple(value.items()) if isinstance(value, Mapping) else tuple(value)
+            )
         for field in ("exclude", "whole"):
             value = getattr(self, field)
             object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
         for pattern, adapter in self.rules:
             if adapter is not None and not isinstance(adapter, Adapter):
-                raise ValueError(f"rule {pattern!r}: {adapter!r} is neither an adapter such as lora(rank=8) nor None")
+                raise ValueError(
+                    f"rule {pattern!r}: {adapter!r} is neither an adapter such as lora(rank=8) nor "
+                    "None"
+                )
         for pattern, products in self.uses:
             if isinstance(products, str) or not products or set(products) - set(USES):
-                raise ValueError(f"uses: {pattern!r} names {products!r}; give a tuple out of {USES}")
+                raise ValueError(
+                    f"uses: {pattern!r} names {products!r}; give a tuple out of {USES}"
+                )
         mappings = ("rules", "ranks", "alphas", "uses")
         named = [(field, pattern) for field in mappings for pattern, _ in getattr(self, field)]
-        named += [(field, pattern) for field in ("exclude", "whole") for pattern in getattr(self, field)]
+        named += [
+            (field, pattern) for field in ("exclude", "whole") for pattern in getattr(self, field)
+        ]
         for field, pattern in [*named, ("layers_pattern", self.layers_pattern)]:
             try:
                 groups = re.compile(pattern).groups
             except re.error as error:
-                raise ValueError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
+                raise ValueError(
+                    f"{field}: {pattern!r} is not a regular expression: {error}"
+                ) from None
             if field == "layers_pattern" and not groups:
-                raise ValueError(f"layers_pattern={pattern!r} has no group; put the layer's number in one, as (\\d+)")
+                raise ValueError(
+                    f"layers_pattern={pattern!r} has no group; put the layer's number in one, as "
+                    "(\\d+)"
+                )
 
     def plan(self, params: Any, name: str) -> tuple[Plan, dict[str, Matrices]]:
-        """The plan, and what the ranks of each site are; ValueError for rules that do not fit the tree."""
+        """The plan, and what the ranks of each site are; ValueError for rules that do not fit the
+        tree."""
         found = leaves_with_metadata(params)
         leaves = [Leaf(*entry) for entry in found if not isinstance(entry[1], optax.MaskedNode)]
         used: set[str] = set()
@@ -189,12 +222,21 @@ class Selection:
         if not sites and not whole:
             paths = _listed([leaf.path for leaf in leaves])
             raise ValueError(f"nothing is adapted and nothing trained whole. Paths here: {paths}")
-        plan = Plan(name=name, sites=tuple(sites), adapters=tuple(adapters), whole=whole,
-                    order=self._order(sites), total=sum(leaf.size for leaf in leaves))  # fmt: skip
+        plan = Plan(
+            name=name,
+            sites=tuple(sites),
+            adapters=tuple(adapters),
+            whole=whole,
+            order=self._order(sites),
+            total=sum(leaf.size for leaf in leaves),
+        )
         plan = plan.banked()
         for adapter, site in zip(plan.adapters, plan.sites, strict=True):
             for rank in sorted(set(matrices[site.path].ranks) - {0}):
-                one, at_rank = _at_rank(adapter, rank), dataclasses.replace(site, rank=rank if adapter.ranked else 0)
+                one, at_rank = (
+                    _at_rank(adapter, rank),
+                    dataclasses.replace(site, rank=rank if adapter.ranked else 0),
+                )
                 one.validate(at_rank)
                 if self.bounded:
                     one.check_rank(at_rank)
@@ -207,7 +249,11 @@ class Selection:
             return None
         ndim = len(leaf.node.shape) - is_stacked(leaf.path, leaf.names, self.views)
         for pattern, adapter in self.rules:
-            if is_linear(leaf.path, ndim)[0] if pattern == ALL_LINEAR else re.fullmatch(pattern, leaf.path):
+            if (
+                is_linear(leaf.path, ndim)[0]
+                if pattern == ALL_LINEAR
+                else re.fullmatch(pattern, leaf.path)
+            ):
                 used.add(pattern)
                 return adapter
         return None
@@ -216,8 +262,8 @@ class Selection:
         def take(path: str, ndim: int) -> tuple[bool, str]:
             if ndim < 2:
                 raise ValueError(
-                    f"a rule matches {path!r} of shape {tuple(leaf.node.shape)}, which is no matrix; write the pattern "
-                    "of the kernel alone, or name the leaf in whole="
+                    f"a rule matches {path!r} of shape {tuple(leaf.node.shape)}, which is no "
+                    "matrix; write the pattern of the kernel alone, or name the leaf in whole="
                 )
             return True, "rule"
 
@@ -230,20 +276,29 @@ class Selection:
                 used.add(f"uses {pattern}")
                 uses = tuple(products)
                 break
-        return Site(path=leaf.path, shape=tuple(leaf.node.shape), view=view, lookup=lookup, uses=uses)
+        return Site(
+            path=leaf.path, shape=tuple(leaf.node.shape), view=view, lookup=lookup, uses=uses
+        )
 
     def _matrices_of(self, adapter: Adapter, site: Site, leaf: Leaf, used: set[str]) -> Matrices:
-        """The ranks and alphas of the matrices of a leaf, 0 where the filter of layers leaves one out."""
+        """The ranks and alphas of the matrices of a leaf, 0 where the filter of layers leaves one
+        out."""
 
         def chosen(rules: Any, field: str, default: Any) -> tuple[Any, ...]:
             for pattern, value in rules:
                 if re.fullmatch(pattern, site.path):
                     used.add(f"{field} {pattern}")
                     if not hasattr(adapter, field):
-                        raise ValueError(f"{field}s: {pattern!r} matches {site.path!r}; {adapter.kind} has no {field}")
+                        raise ValueError(
+                            f"{field}s: {pattern!r} matches {site.path!r}; {adapter.kind} has no "
+                            f"{field}"
+                        )
                     values = value if isinstance(value, (tuple, list)) else [value] * site.count
                     if len(values) != site.count:
-                        raise ValueError(f"{field}s: {pattern!r} gives {len(values)} for {site.count} of {site.path!r}")
+                        raise ValueError(
+                            f"{field}s: {pattern!r} gives {len(values)} for {site.count} of "
+                            f"{site.path!r}"
+                        )
                     return tuple(values)
             return (default,) * site.count
 
@@ -251,8 +306,8 @@ class Selection:
         alphas = tuple(map(as_python, chosen(self.alphas, "alpha", None)))
         if not adapter.ranked and len(set(ranks) - {0}) > 1:
             raise ValueError(
-                f"ranks: {ranks} for {site.path!r}; those of {adapter.kind} cannot be padded, so the matrices of one "
-                "stack have one rank"
+                f"ranks: {ranks} for {site.path!r}; those of {adapter.kind} cannot be padded, so "
+                "the matrices of one stack have one rank"
             )
         if self.layers is None:
             return Matrices(ranks, alphas)
@@ -263,27 +318,41 @@ class Selection:
             match = re.fullmatch(self.layers_pattern, site.path)
             numbers = [int(match.group(1)) if match else -1] * site.count
         used.update(f"layer {number}" for number in numbers)
-        return Matrices(tuple(r if n in self.layers else 0 for r, n in zip(ranks, numbers, strict=True)), alphas)
+        return Matrices(
+            tuple(r if n in self.layers else 0 for r, n in zip(ranks, numbers, strict=True)), alphas
+        )
 
     def _whole(self, leaves: list[Leaf], adapted: set[str]) -> tuple[str, ...]:
         found = []
         for leaf in leaves:
             is_bias = leaf.path.rsplit("/", 1)[-1] == "bias"
-            beside = any(path.rpartition("/")[0] == leaf.path.rpartition("/")[0] for path in adapted)
+            beside = any(
+                path.rpartition("/")[0] == leaf.path.rpartition("/")[0] for path in adapted
+            )
             trained = is_bias and (self.bias == "all" or (self.bias == "adapted" and beside))
             if not trained and not any(re.fullmatch(pattern, leaf.path) for pattern in self.whole):
                 continue
             if leaf.path in adapted:
-                raise ValueError(f"{leaf.path!r} is adapted and trained whole; choose one, or leave it out by exclude=")
+                raise ValueError(
+                    f"{leaf.path!r} is adapted and trained whole; choose one, or leave it out by "
+                    "exclude="
+                )
             if hasattr(leaf.node, "dequantize"):
-                raise ValueError(f"whole: {leaf.path!r} is quantised, and codes do not train; give it an adapter")
+                raise ValueError(
+                    f"whole: {leaf.path!r} is quantised, and codes do not train; give it an adapter"
+                )
             found.append(leaf.path)
         return tuple(found)
 
     def _check_used(self, used: set[str], leaves: list[Leaf]) -> None:
         """ValueError for a pattern that matches nothing, with what it may have meant."""
-        views = [*self.views.stacked, *(pattern for pattern, _ in self.views.rules)]  # may be those of the whole model
-        here = {p for p in (*self.whole, *views) if any(re.fullmatch(p, leaf.path) for leaf in leaves)}
+        views = [
+            *self.views.stacked,
+            *(pattern for pattern, _ in self.views.rules),
+        ]  # may be those of the whole model
+        here = {
+            p for p in (*self.whole, *views) if any(re.fullmatch(p, leaf.path) for leaf in leaves)
+        }
         fields = [
             ("rules", [pattern for pattern, _ in self.rules], used),
             ("exclude", self.exclude, used),
@@ -298,21 +367,28 @@ class Selection:
             for pattern in patterns:
                 if pattern not in matched:
                     raise no_match(field, pattern, paths)
-        layers = {entry.removeprefix("layer ") for entry in used if entry.startswith("layer ")} - {"-1"}
+        layers = {entry.removeprefix("layer ") for entry in used if entry.startswith("layer ")} - {
+            "-1"
+        }
         missing = [number for number in self.layers or () if str(number) not in layers]
         if missing:
             raise ValueError(
-                f"layers: no adapted leaf is of layer {missing}, only of {sorted(layers, key=int)}; name stacked ones "
-                f"in Views(stacked=...); of others layers_pattern={self.layers_pattern!r} finds the number in the path"
+                f"layers: no adapted leaf is of layer {missing}, only of "
+                f"{sorted(layers, key=int)}; name stacked ones in Views(stacked=...); of others "
+                f"layers_pattern={self.layers_pattern!r} finds the number in the path"
             )
 
     def _order(self, sites: list[Site]) -> tuple[tuple[str, int], ...]:
-        """Layer by layer, in each the sites in the order of the tree; or the order that was given."""
+        """Layer by layer, in each the sites in the order of the tree; or the order that was
+        given."""
         every = {(site.path, index): site for site in sites for index in range(site.count)}
         if self.order is not None:
             given = tuple((path, index) for path, index in self.order)
             if sorted(given) != sorted(every):
-                raise ValueError(f"order: names {len(given)} matrices, the adapted ones are {sorted(every)[:6]}, ...")
+                raise ValueError(
+                    f"order: names {len(given)} matrices, the adapted ones are "
+                    f"{sorted(every)[:6]}, ..."
+                )
             return given
 
         def layer(entry: tuple[str, int]) -> tuple[int, int]:
@@ -332,30 +408,37 @@ def _at_rank(adapter: Any, rank: int) -> Any:
 
 
 def _group_of(adapter: Adapter, groups: Mapping[Adapter, str]) -> str:
-    """The name of the group of an adapter that is new; ValueError where its name is that of another kind of adapter."""
+    """The name of the group of an adapter that is new; ValueError where its name is that of another
+    kind of adapter."""
     if not adapter.group:
         taken = sum(type(other) is type(adapter) for other in groups)
         return adapter.kind + (f"_{taken}" if taken else "")
     plain = lambda one: dataclasses.replace(_at_rank(one, 1), group="")  # noqa: E731
     for other, name in groups.items():
-        if name == adapter.group and (type(other) is not type(adapter) or plain(other) != plain(adapter)):
+        if name == adapter.group and (
+            type(other) is not type(adapter) or plain(other) != plain(adapter)
+        ):
             raise ValueError(
-                f"group={name!r} holds {other}, with which {adapter} cannot share: within a group only ranks differ; "
-                "give one of them another group"
+                f"group={name!r} holds {other}, with which {adapter} cannot share: within a group "
+                "only ranks differ; give one of them another group"
             )
     return adapter.group
 
 
 def chosen_rows(plans: Iterable[Plan], ids: Any) -> jax.Array | None:
-    """`ids` as an array; ValueError where rows must choose among candidates and do not, or where there are none."""
+    """`ids` as an array; ValueError where rows must choose among candidates and do not, or where
+    there are none."""
     names = [name for plan in plans for name in plan.candidates]
     if names and ids is None:
         raise ValueError(
-            f"each row of a batch chooses among the candidates {names}: pass ids= to attach; where there is no batch, "
-            "give one of the adaptations that they were made of"
+            f"each row of a batch chooses among the candidates {names}: pass ids= to attach; where "
+            "there is no batch, give one of the adaptations that they were made of"
         )
     if ids is not None and not names:
-        raise ValueError("ids choose among candidates, and no active adaptation has any; see lr.adapters.candidates")
+        raise ValueError(
+            "ids choose among candidates, and no active adaptation has any; see "
+            "lr.adapters.candidates"
+        )
     return None if ids is None else jnp.asarray(ids)
 
 
@@ -364,8 +447,8 @@ def no_match(field: str, pattern: str, paths: list[str]) -> ValueError:
     near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.4)
     hint = f" Did you mean {near}?" if near else ""
     return ValueError(
-        f"{field}: {pattern!r} matches no leaf that it could apply to (patterns must match the whole path, and the "
-        f"first rule wins).{hint} Paths here: {_listed(paths)}"
+        f"{field}: {pattern!r} matches no leaf that it could apply to (patterns must match the "
+        f"whole path, and the first rule wins).{hint} Paths here: {_listed(paths)}"
     )
 
 

@@ -1,16 +1,19 @@
-"""SHiRA: a few entries of the kernel train, at fixed positions (Bhardwaj et al. 2024, arXiv:2406.13175).
+"""SHiRA: a few entries of the kernel train, at fixed positions (Bhardwaj et al. 2024,
+arXiv:2406.13175).
 
-    K' = K + scale scatter(values at (rows, cols)),   p = r (n + m) positions, as many numbers as LoRA of rank r
+    K' = K + scale scatter(values at (rows, cols)),   p = r (n + m) positions, as many numbers as
+                                                      LoRA of rank r
 
-values = 0 at the start; there is no alpha. Positions are random, as PEFT's default, and data: masks by magnitude,
-gradient or structure are other positions in their place. They are sorted through the torch weight `(m, n)` row by row,
-as PEFT's are.
+values = 0 at the start; there is no alpha. Positions are random, as PEFT's default, and data: masks
+by magnitude, gradient or structure are other positions in their place. They are sorted through the
+torch weight `(m, n)` row by row, as PEFT's are.
 
-The product takes the kernel in at most 8 blocks of rows, so that neither the changed kernel nor its gradient `xᵀ dy` is
-ever whole: a block of K' is scattered, multiplied and forgotten, made again in the backward pass, and of a block of
-`xᵀ dy` the entries that train are gathered. That is the arithmetic of training the kernel itself. A sparse product
-would count `2 T p` operations, but gathers T numbers for each: on a CPU it was slower than the dense one at a density
-of 2 %. On embeddings, convolutions and tied outputs K' is formed whole.
+The product takes the kernel in at most 8 blocks of rows, so that neither the changed kernel nor its
+gradient `xᵀ dy` is ever whole: a block of K' is scattered, multiplied and forgotten, made again in
+the backward pass, and of a block of `xᵀ dy` the entries that train are gathered. That is the
+arithmetic of training the kernel itself. A sparse product would count `2 T p` operations, but
+gathers T numbers for each: on a CPU it was slower than the dense one at a density of 2 %. On
+embeddings, convolutions and tied outputs K' is formed whole.
 """
 
 from __future__ import annotations
@@ -36,9 +39,11 @@ class Shira(Adapter):
     """SHiRA.
 
     Args:
-      rank: r of the number of entries `r (n + m)` (32: PEFT). The matrices of one stack have the same.
-      seed: None draws the positions of each matrix from its key (PEFT's default is random, too). A number takes those
-        that PEFT draws with it as `random_seed`, the same for all kernels of one shape.
+      rank: r of the number of entries `r (n + m)` (32: PEFT). The matrices of one stack have the
+        same.
+      seed: None draws the positions of each matrix from its key (PEFT's default is random, too). A
+        number takes those that PEFT draws with it as `random_seed`, the same for all kernels of one
+        shape.
 
     Trains `r (n + m)` numbers.
 
@@ -53,7 +58,11 @@ class Shira(Adapter):
     rank: int = 32
     seed: int | None = None
 
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"values": (None,), "rows": (None,), "cols": (None,)}
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "values": (None,),
+        "rows": (None,),
+        "cols": (None,),
+    }
 
     def __post_init__(self):
         check_positive("rank", self.rank)
@@ -64,7 +73,10 @@ class Shira(Adapter):
 
     def validate(self, site):
         if site.n * site.m >= 2**32:
-            raise ValueError(f"{site.path!r}: its {site.n} x {site.m} kernel has 2^32 entries or more; leave it out")
+            raise ValueError(
+                f"{site.path!r}: its {site.n} x {site.m} kernel has 2^32 entries or more; leave it "
+                "out"
+            )
 
     def init_site(self, key, site, kernel, given):
         del kernel, given
@@ -74,14 +86,19 @@ class Shira(Adapter):
         else:
             flat = np.sort(torch_permutation(size, count, self.seed))
         positions = {"rows": flat % site.n, "cols": flat // site.n}
-        return {"values": jnp.zeros(count)}, {name: jnp.asarray(x).astype(jnp.int32) for name, x in positions.items()}
+        return {"values": jnp.zeros(count)}, {
+            name: jnp.asarray(x).astype(jnp.int32) for name, x in positions.items()
+        }
 
     def delta(self, site, p):
         return jnp.zeros((site.n, site.m)).at[p["rows"], p["cols"]].add(p["values"] * p["scale"])
 
     def effective(self, site, kernel, p):
         del site
-        add = lambda kernel, values, rows, cols: kernel.at[rows, cols].add(values.astype(kernel.dtype))  # noqa: E731
+
+        def add(kernel, values, rows, cols):
+            return kernel.at[rows, cols].add(values.astype(kernel.dtype))
+
         place = sharding.placing(add, sharding.explicit_spec(kernel))
         return place(kernel, p["values"] * p["scale"], p["rows"], p["cols"])
 
@@ -95,7 +112,9 @@ class Shira(Adapter):
 
         def product(x):
             matrix = op.kernel()
-            place = sharding.placing(functools.partial(_product, op.contract), sharding.product_spec(x, matrix))
+            place = sharding.placing(
+                functools.partial(_product, op.contract), sharding.product_spec(x, matrix)
+            )
             values = p["values"] * p["scale"]
             return place(*sharding.varying_alike(x, matrix, values, p["rows"], p["cols"]))
 
@@ -106,7 +125,9 @@ class Shira(Adapter):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(contract: Callable, x: jax.Array, kernel: jax.Array, values: jax.Array, rows: Any, cols: Any) -> jax.Array:
+def _product(
+    contract: Callable, x: jax.Array, kernel: jax.Array, values: jax.Array, rows: Any, cols: Any
+) -> jax.Array:
     """`contract(x, K')`, summed over blocks of rows."""
     starts, width = _blocks(kernel.shape[0])
 
@@ -144,14 +165,19 @@ def _backward(contract, residuals, dy):
     x, kernel, values, rows, cols = residuals
     (starts, width), wide = _blocks(kernel.shape[0]), jnp.promote_types(x.dtype, jnp.float32)
     flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).astype(x.dtype)
-    outer = lambda x: jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=wide)  # noqa: E731
+
+    def outer(x):
+        return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=wide)
 
     def block(carry, start):
         dx, dvalues = carry
         part = contract(dy, _changed(kernel, values, rows, cols, start, width).T).astype(x.dtype)
         gradient = outer(jax.lax.dynamic_slice_in_dim(flat, start, width, 1))
         found = gradient.at[_inside(rows, start, width), cols].get(mode="fill", fill_value=0)
-        return (jax.lax.dynamic_update_slice_in_dim(dx, part, start, 1), dvalues + found.astype(dvalues.dtype)), None
+        return (
+            jax.lax.dynamic_update_slice_in_dim(dx, part, start, 1),
+            dvalues + found.astype(dvalues.dtype),
+        ), None
 
     (dx, dvalues), _ = jax.lax.scan(block, (jnp.zeros_like(flat), jnp.zeros_like(values)), starts)
     # the last two are no numbers that train; the kernel's is dead code unless somebody asks for it

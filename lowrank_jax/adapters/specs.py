@@ -1,8 +1,9 @@
 """Where the arrays of adapters lie on a mesh: it follows from where their kernels lie.
 
-Of a pair, `a (n, r)` is sharded along its rows as the kernel's rows are, `b (r, m)` along its columns as the kernel's
-columns are, and the rank is whole; so the base product and the thin products meet the same collectives. Batch axes keep
-the sharding of the leaf's, axes folded into rows or columns that of their first axis (`sharding.fold_spec`).
+Of a pair, `a (n, r)` is sharded along its rows as the kernel's rows are, `b (r, m)` along its
+columns as the kernel's columns are, and the rank is whole; so the base product and the thin
+products meet the same collectives. Batch axes keep the sharding of the leaf's, axes folded into
+rows or columns that of their first axis (`sharding.fold_spec`).
 """
 
 from __future__ import annotations
@@ -19,23 +20,27 @@ from lowrank_jax.trees import nodes_with_keys, path_of
 
 
 def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Trees like `adaptation.train` and `adaptation.fixed` of PartitionSpecs, from those of the parameters.
+    """Trees like `adaptation.train` and `adaptation.fixed` of PartitionSpecs, from those of the
+    parameters.
 
-    Each array of a site follows its kernel along the axes that its family names in `axes`; along others, and of arrays
-    that are not named there, it is whole. Shared arrays are replicated, leaves trained whole lie as before. What is cut
-    into blocks (OFT's) needs a number of blocks that the mesh axis divides.
+    Each array of a site follows its kernel along the axes that its family names in `axes`; along
+    others, and of arrays that are not named there, it is whole. Shared arrays are replicated,
+    leaves trained whole lie as before. What is cut into blocks (OFT's) needs a number of blocks
+    that the mesh axis divides.
 
     Args:
       adaptation: arrays or ShapeDtypeStructs.
-      param_specs: a tree like the parameters of PartitionSpecs; None is replicated. Of a quantised parameter, its
-        matrix's, or what `lr.meshes.specs` makes.
+      param_specs: a tree like the parameters of PartitionSpecs; None is replicated. Of a quantised
+        parameter, its matrix's, or what `lr.meshes.specs` makes.
 
     Raises:
       ValueError: for an adapted leaf without a spec, or with one of more axes than it has.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
-    >>> adaptation = lr.adapt({"kernel": jnp.ones((8, 6))}, lr.adapters.lora(rank=2), jax.random.key(0))
+    >>> adaptation = lr.adapt(
+    ...     {"kernel": jnp.ones((8, 6))}, lr.adapters.lora(rank=2), jax.random.key(0)
+    ... )
     >>> train, fixed = specs(adaptation, {"kernel": jax.P("fsdp", "tensor")})
     >>> train["sites"]["kernel"]
     {'a': P('fsdp', None), 'b': P(None, 'tensor')}
@@ -43,28 +48,38 @@ def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dic
     is_spec = lambda x: x is None or isinstance(x, PartitionSpec) or hasattr(x, "dequantize")  # noqa: E731
     flat = nodes_with_keys(param_specs, is_spec)
     given = {path_of(keys): sharding.codes_of(spec) or PartitionSpec() for keys, spec in flat}
-    missing = [path for path in [*adaptation.plan.by_path, *adaptation.plan.whole] if path not in given]
+    missing = [
+        path for path in [*adaptation.plan.by_path, *adaptation.plan.whole] if path not in given
+    ]
     if missing:
         raise ValueError(f"param_specs: no spec for {missing}; give a tree like the parameters")
     choice = (None,) * bool(adaptation.plan.candidates)
     trees = []
     for tree in (adaptation.train, adaptation.fixed):
-        placed: dict[str, Any] = {"shared": jax.tree.map(lambda _: PartitionSpec(), tree["shared"]), "sites": {}}
+        placed: dict[str, Any] = {
+            "shared": jax.tree.map(lambda _: PartitionSpec(), tree["shared"]),
+            "sites": {},
+        }
         for path, arrays in tree["sites"].items():
             adapter, site = adaptation.plan.by_path[path]
             placed["sites"][path] = {
-                name: _spec_of(adapter, site, given[path], name, len(x.shape), choice) for name, x in arrays.items()
+                name: _spec_of(adapter, site, given[path], name, len(x.shape), choice)
+                for name, x in arrays.items()
             }
         if "whole" in tree:
             placed["whole"] = {
-                path: jax.tree.map(lambda _, own=given[path]: own, node) for path, node in tree["whole"].items()
+                path: jax.tree.map(lambda _, own=given[path]: own, node)
+                for path, node in tree["whole"].items()
             }
         trees.append(placed)
     return trees[0], trees[1]
 
 
-def shardings(adaptation: Adaptation, param_shardings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `specs`, but NamedShardings of NamedShardings; an axis that the mesh does not divide evenly stays whole.
+def shardings(
+    adaptation: Adaptation, param_shardings: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `specs`, but NamedShardings of NamedShardings; an axis that the mesh does not divide
+    evenly stays whole.
 
     Args:
       adaptation: arrays or ShapeDtypeStructs.
@@ -77,18 +92,22 @@ def shardings(adaptation: Adaptation, param_shardings: Any) -> tuple[dict[str, A
     >>> import lowrank_jax as lr
     >>> params, mesh = {"kernel": jnp.ones((8, 6))}, lr.meshes.make_mesh(data=-1)
     >>> placed = lr.meshes.shardings(params, [("kernel", ("embed", "mlp"))], mesh)
-    >>> train, fixed = shardings(lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0)), placed)
+    >>> train, fixed = shardings(
+    ...     lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0)), placed
+    ... )
     >>> train["sites"]["kernel"]["b"].spec
     P(None, 'tensor')
     """
     is_one = lambda x: x is None or hasattr(x, "dequantize")  # noqa: E731
     treedef = jax.tree.structure(param_shardings, is_leaf=is_one)
-    flat = [(keys, sharding.codes_of(own)) for keys, own in nodes_with_keys(param_shardings, is_one)]
+    flat = [
+        (keys, sharding.codes_of(own)) for keys, own in nodes_with_keys(param_shardings, is_one)
+    ]
     for keys, own in flat:
         if not isinstance(own, NamedSharding):
             raise ValueError(
-                f"param_shardings: {own!r} at {path_of(keys)!r} is no NamedSharding; give lr.meshes.shardings(params, "
-                "table, mesh)"
+                f"param_shardings: {own!r} at {path_of(keys)!r} is no NamedSharding; give "
+                "lr.meshes.shardings(params, table, mesh)"
             )
     mesh = flat[0][1].mesh
 
@@ -96,22 +115,32 @@ def shardings(adaptation: Adaptation, param_shardings: Any) -> tuple[dict[str, A
         return NamedSharding(mesh, sharding.even(mesh, leaf.shape, spec))
 
     train, fixed = specs(adaptation, jax.tree.unflatten(treedef, [own.spec for _, own in flat]))
-    return jax.tree.map(place, adaptation.train, train), jax.tree.map(place, adaptation.fixed, fixed)
+    return jax.tree.map(place, adaptation.train, train), jax.tree.map(
+        place, adaptation.fixed, fixed
+    )
 
 
 def _spec_of(
-    adapter: Adapter, site: Site, spec: PartitionSpec, name: str, ndim: int, choice: tuple[None, ...]
+    adapter: Adapter,
+    site: Site,
+    spec: PartitionSpec,
+    name: str,
+    ndim: int,
+    choice: tuple[None, ...],
 ) -> PartitionSpec:
     """The spec of one array `(batch..., candidates, own axes)` of a site."""
     if len(spec) > len(site.shape):
-        raise ValueError(f"param_specs: {site.path!r} of shape {site.shape} has fewer axes than its spec {spec}")
+        raise ValueError(
+            f"param_specs: {site.path!r} of shape {site.shape} has fewer axes than its spec {spec}"
+        )
     whole = tuple(spec) + (None,) * (len(site.shape) - len(spec))
     *batch, rows, cols = sharding.fold_spec(whole, site.view.batch, site.view.rows, site.view.cols)
     own = ndim - len(batch) - len(choice)
     axes = adapter.axes.get(name, (None,) * own)
     if len(axes) != own:
         raise ValueError(
-            f"{site.path!r}: {type(adapter).__name__} names {len(axes)} axes of {name!r}, which has {own} of its own"
+            f"{site.path!r}: {type(adapter).__name__} names {len(axes)} axes of {name!r}, which "
+            f"has {own} of its own"
         )
     along: dict[str | None, Any] = {"rows": rows, "cols": cols}
     return PartitionSpec(*batch, *choice, *(along.get(axis) for axis in axes))

@@ -6,7 +6,8 @@
     grads = jax.grad(loss)(adaptation.train)                            only what trains
     merged = lr.merge(params, adaptation)                               plain parameters again
 
-`adaptation.train` goes straight into any optax optimizer; the parameters of the model are never in it.
+`adaptation.train` goes straight into any optax optimizer; the parameters of the model are never in
+it.
 """
 
 from __future__ import annotations
@@ -52,52 +53,73 @@ def adapt(
     Patterns are regular expressions that must match the whole "/"-joined path of a leaf.
 
     Args:
-      params: arrays, `nn.Partitioned` boxes, quantised arrays; under `jax.eval_shape` also abstract ones.
-      rules: ordered `{pattern: adapter}` or pairs, first match wins, None leaves a leaf out; or one adapter for all
-        linear layers, like the pattern "all-linear": leaves named `kernel` outside embeddings, heads and norms.
+      params: arrays, `nn.Partitioned` boxes, quantised arrays; under `jax.eval_shape` also abstract
+        ones.
+      rules: ordered `{pattern: adapter}` or pairs, first match wins, None leaves a leaf out; or one
+        adapter for all linear layers, like the pattern "all-linear": leaves named `kernel` outside
+        embeddings, heads and norms.
       key: of the initialisers; each site and layer draws its own from its name.
       views: which axes are rows, columns, layers; as for `lr.resolve`.
       exclude: patterns of leaves that no rule takes.
-      layers: numbers of the layers that are adapted. In a stack the others keep their place with scale 0 and train
-        nothing; elsewhere the number is in the path.
+      layers: numbers of the layers that are adapted. In a stack the others keep their place with
+        scale 0 and train nothing; elsewhere the number is in the path.
       layers_pattern: finds that number, its first group.
-      ranks, alphas: `{pattern: number, or one number for each matrix of a stack}`, first match wins. Smaller ranks in a
-        stack are padded.
+      ranks, alphas: `{pattern: number, or one number for each matrix of a stack}`, first match
+        wins. Smaller ranks in a stack are padded.
       whole: patterns of leaves that train as they are (a new head, norms).
-      uses: `{pattern: products}` of adapted leaves that are used in several ways: ("gather",) adapts the look-up of a
-        table and leaves the output layer that shares it as it is, as PEFT does; ("dot_general",) the reverse. By
-        default every product sees the adapter. `effective` and `merge` cannot say it, and refuse.
-      bias: "none"; "adapted" trains the biases beside adapted kernels; "all" every leaf named `bias`.
+      uses: `{pattern: products}` of adapted leaves that are used in several ways: ("gather",)
+        adapts the look-up of a table and leaves the output layer that shares it as it is, as PEFT
+        does; ("dot_general",) the reverse. By default every product sees the adapter. `effective`
+        and `merge` cannot say it, and refuse.
+      bias: "none"; "adapted" trains the biases beside adapted kernels; "all" every leaf named
+        `bias`.
       order: `((path, index), ...)` of all adapted matrices, where an adapter shares along an order.
       stats: `{path: {name: array, batch axes in front}}`, what initialisers read beside the kernel.
       name: of the adaptation.
 
     Raises:
-      ValueError: a pattern that matches nothing (with suggestions), a leaf that is no matrix, an axis nobody claimed,
-        an adapter that does not fit a shape, a rank larger than a matrix can have, a leaf both adapted and trained
-        whole.
+      ValueError: a pattern that matches nothing (with suggestions), a leaf that is no matrix, an
+        axis nobody claimed, an adapter that does not fit a shape, a rank larger than a matrix can
+        have, a leaf both adapted and trained whole.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
     >>> params = {"dense": {"kernel": jnp.ones((8, 16)), "bias": jnp.zeros(16)}}
-    >>> adaptation = lr.adapt(params, {".*/kernel": lr.adapters.lora(rank=4)}, jax.random.key(0), bias="adapted")
+    >>> adaptation = lr.adapt(
+    ...     params, {".*/kernel": lr.adapters.lora(rank=4)}, jax.random.key(0), bias="adapted"
+    ... )
     >>> sorted(adaptation.train["sites"]), sorted(adaptation.train["whole"]), adaptation.trained
     (['dense/kernel'], ['dense/bias'], 112)
     """
     selection = Selection(
-        rules=rules, exclude=exclude, layers=layers, layers_pattern=layers_pattern, ranks=ranks, alphas=alphas,
-        whole=whole, bias=bias, uses=uses, views=Views() if views is None else views, order=order,
-    )  # fmt: skip
+        rules=rules,
+        exclude=exclude,
+        layers=layers,
+        layers_pattern=layers_pattern,
+        ranks=ranks,
+        alphas=alphas,
+        whole=whole,
+        bias=bias,
+        uses=uses,
+        views=Views() if views is None else views,
+        order=order,
+    )
     plan, matrices = selection.plan(params, name)
     nodes = {path: node for path, node, _ in leaves_with_metadata(params)}
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    train: dict[str, Any] = {"shared": {}, "sites": {}, "whole": {path: nodes[path] for path in plan.whole}}
+    train: dict[str, Any] = {
+        "shared": {},
+        "sites": {},
+        "whole": {path: nodes[path] for path in plan.whole},
+    }
     fixed: dict[str, Any] = {"shared": {}, "sites": {}}
     given: dict[str, Any] = {}
     ranks = {(path, i): rank for path, own in matrices.items() for i, rank in enumerate(own.ranks)}
     for group, (adapter, sites) in plan.groups.items():
         own = jax.random.fold_in(key, zlib.crc32(f"shared {group}".encode()))
-        trained, frozen, per_site = adapter.init_shared(own, dataclasses.replace(sites, ranks=ranks))
+        trained, frozen, per_site = adapter.init_shared(
+            own, dataclasses.replace(sites, ranks=ranks)
+        )
         train["shared"] |= {group: trained} if trained else {}
         fixed["shared"] |= {group: frozen} if frozen else {}
         given |= per_site
@@ -112,8 +134,11 @@ def adapt(
     return Adaptation(train, fixed, plan, tuple(matrices.items()))
 
 
-def _initialised(adapter: Adapter, site: Site, key: jax.Array, node: Any, given: Any, shared: Any) -> Any:
-    """`init_site` of every matrix, one after the other so that an SVD of a large stack fits; explicit meshes: whole."""
+def _initialised(
+    adapter: Adapter, site: Site, key: jax.Array, node: Any, given: Any, shared: Any
+) -> Any:
+    """`init_site` of every matrix, one after the other so that an SVD of a large stack fits;
+    explicit meshes: whole."""
 
     def one(of):
         key, kernel, given = of
@@ -126,20 +151,28 @@ def _initialised(adapter: Adapter, site: Site, key: jax.Array, node: Any, given:
         if not site.lead:
             return one((key, kernel, given))
         flat = lambda x: x.reshape(site.count, *x.shape[len(site.lead) :])  # noqa: E731
-        made = jax.lax.map(one, jax.tree.map(flat, (jax.random.split(key, site.lead), kernel, given)))
+        made = jax.lax.map(
+            one, jax.tree.map(flat, (jax.random.split(key, site.lead), kernel, given))
+        )
         return jax.tree.map(lambda x: x.reshape(*site.lead, *x.shape[1:]), made)
 
 
 def matrices_of(node: Any, site: Site) -> jax.Array:
     """A leaf as `(batch..., n, m)` in float32; boxes are opened, quantised arrays decoded."""
     node = meta.unbox(node)
-    array = node.dequantize(jnp.float32) if hasattr(node, "dequantize") else node.astype(jnp.float32)
+    array = (
+        node.dequantize(jnp.float32) if hasattr(node, "dequantize") else node.astype(jnp.float32)
+    )
     return site.view.to_matrices(array)
 
 
 def named(adaptations: Adaptations, active: tuple[str, ...] | None) -> dict[str, Adaptation]:
     """The active adaptations in their order; ValueError for a name that is not there."""
-    found = {adaptations.plan.name: adaptations} if isinstance(adaptations, Adaptation) else dict(adaptations)
+    found = (
+        {adaptations.plan.name: adaptations}
+        if isinstance(adaptations, Adaptation)
+        else dict(adaptations)
+    )
     if active is None:
         return found
     missing = [name for name in active if name not in found]
@@ -156,30 +189,37 @@ def attach(
     key: jax.Array | None = None,
     ids: jax.Array | None = None,
 ) -> Any:
-    """The tree with an `AdaptedKernel` in place of each adapted leaf, and the trained leaves in place of theirs.
+    """The tree with an `AdaptedKernel` in place of each adapted leaf, and the trained leaves in
+    place of theirs.
 
-    Where a leaf is in a box that names its axes (`nn.Partitioned`), the arrays of its adapters are in boxes like it.
+    Where a leaf is in a box that names its axes (`nn.Partitioned`), the arrays of its adapters are
+    in boxes like it.
 
-    Bare functions multiply by `lr.matmul`, `lr.einsum`, `lr.dot_general`, `lr.adapters.embed`, `attend` and `conv`;
-    `lr.linen.adapted(loss)` and, inside a loss, `lr.nnx.merge` do that for Flax models.
+    Bare functions multiply by `lr.matmul`, `lr.einsum`, `lr.dot_general`, `lr.adapters.embed`,
+    `attend` and `conv`; `lr.linen.adapted(loss)` and, inside a loss, `lr.nnx.merge` do that for
+    Flax models.
 
     Args:
       params: the tree that `adapt` saw.
-      adaptations: one, or several by name. They act in the order of `active`; additive ones commute.
+      adaptations: one, or several by name. They act in the order of `active`; additive ones
+        commute.
       active: names in that order; None takes all, () none.
-      key: draws dropout, and whatever else is random in a family (`stochastic`), of its own for each site and layer;
-        None is deterministic.
-      ids: for adaptations of `lr.adapters.candidates`: which one each row of the batch takes, -1 for none (a number
-        that no candidate has gives NaN).
+      key: draws dropout, and whatever else is random in a family (`stochastic`), of its own for
+        each site and layer; None is deterministic.
+      ids: for adaptations of `lr.adapters.candidates`: which one each row of the batch takes, -1
+        for none (a number that no candidate has gives NaN).
 
     Raises:
-      ValueError: an unknown name, a leaf that is missing or has another shape, two adaptations that train one leaf.
+      ValueError: an unknown name, a leaf that is missing or has another shape, two adaptations that
+        train one leaf.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
     >>> params = {"kernel": jnp.ones((4, 6))}
     >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
-    >>> loss = lambda train: lr.matmul(jnp.ones(4), lr.attach(params, adaptation.replace(train=train))["kernel"]).sum()
+    >>> loss = lambda train: lr.matmul(
+    ...     jnp.ones(4), lr.attach(params, adaptation.replace(train=train))["kernel"]
+    ... ).sum()
     >>> jax.grad(loss)(adaptation.train)["sites"]["kernel"]["b"].shape
     (2, 6)
     """
@@ -197,7 +237,11 @@ def attach(
             bound.setdefault(path, []).append(Bound(arrays, shared, keys, rows, adapter, site))
 
     def place(path: str, node: Any) -> Any:
-        return AdaptedKernel(node, tuple(one.boxed(node) for one in bound[path])) if path in bound else node
+        return (
+            AdaptedKernel(node, tuple(one.boxed(node) for one in bound[path]))
+            if path in bound
+            else node
+        )
 
     return _placed(params, chosen, set(bound), place)
 
@@ -208,13 +252,17 @@ def site_keys(key: jax.Array, name: str, site: Site) -> jax.Array:
     return jax.random.split(keys, site.lead) if site.lead else keys
 
 
-def effective(params: Any, adaptations: Adaptations, *, active: tuple[str, ...] | None = None) -> Any:
-    """Plain parameters with the adapters worked in: `K'` of every site, computed in float32, in the leaf's dtype.
+def effective(
+    params: Any, adaptations: Adaptations, *, active: tuple[str, ...] | None = None
+) -> Any:
+    """Plain parameters with the adapters worked in: `K'` of every site, computed in float32, in the
+    leaf's dtype.
 
     Differentiable in both arguments, and right for every model; the dense matrices are formed.
 
     Raises:
-      ValueError: as `attach`; for an adapter that only some products see (`uses`), which no plain leaf can say.
+      ValueError: as `attach`; for an adapter that only some products see (`uses`), which no plain
+        leaf can say.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -232,9 +280,11 @@ def effective(params: Any, adaptations: Adaptations, *, active: tuple[str, ...] 
 
 
 def merge(params: Any, adaptations: Adaptations, *, active: tuple[str, ...] | None = None) -> Any:
-    """`effective`, matrix by matrix, and only if everything is finite; the given tree stays as it is.
+    """`effective`, matrix by matrix, and only if everything is finite; the given tree stays as it
+    is.
 
-    Keep `params` to unmerge exactly: float32 arithmetic restores a kernel to about 1e-6, bfloat16 does not.
+    Keep `params` to unmerge exactly: float32 arithmetic restores a kernel to about 1e-6, bfloat16
+    does not.
 
     Raises:
       ValueError: as `attach`; and naming the leaf, where a merged matrix is not finite.
@@ -252,18 +302,27 @@ def merge(params: Any, adaptations: Adaptations, *, active: tuple[str, ...] | No
     return merged
 
 
-def unmerge(merged: Any, adaptations: Adaptations, *, base: Any = None, active: tuple[str, ...] | None = None) -> Any:
+def unmerge(
+    merged: Any,
+    adaptations: Adaptations,
+    *,
+    base: Any = None,
+    active: tuple[str, ...] | None = None,
+) -> Any:
     """The parameters before `merge`: bit for bit from `base`, else by arithmetic, up to rounding.
 
     Raises:
-      ValueError: as `attach`; without a base, an adapter that has no inverse (DoRA), or leaves trained whole.
+      ValueError: as `attach`; without a base, an adapter that has no inverse (DoRA), or leaves
+        trained whole.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
     >>> params = {"kernel": jnp.ones((4, 6))}
     >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
     >>> merged = lr.merge(params, adaptation)
-    >>> bool(jnp.array_equal(lr.unmerge(merged, adaptation, base=params)["kernel"], params["kernel"]))
+    >>> bool(
+    ...     jnp.array_equal(lr.unmerge(merged, adaptation, base=params)["kernel"], params["kernel"])
+    ... )
     True
     """
     chosen = named(adaptations, active)
@@ -272,11 +331,17 @@ def unmerge(merged: Any, adaptations: Adaptations, *, base: Any = None, active: 
         kept = {path: node for path, node, _ in leaves_with_metadata(base)}
         missing = sorted(paths - set(kept))
         if missing:
-            raise ValueError(f"base: leaves {missing} are missing; give the parameters from before the merge")
-        return map_nodes(lambda path, node: _boxed_as(node, kept[path]) if path in paths else node, merged)
+            raise ValueError(
+                f"base: leaves {missing} are missing; give the parameters from before the merge"
+            )
+        return map_nodes(
+            lambda path, node: _boxed_as(node, kept[path]) if path in paths else node, merged
+        )
     whole = [path for one in chosen.values() for path in one.plan.whole]
     if whole:
-        raise ValueError(f"leaves {whole} were trained whole; only base= brings back what they were")
+        raise ValueError(
+            f"leaves {whole} were trained whole; only base= brings back what they were"
+        )
     backwards = dict(reversed(list(chosen.items())))
     return _worked(merged, backwards, lambda adapter, *rest: adapter.remove(*rest), _mapped)
 
@@ -287,12 +352,15 @@ def _mapped(function: Callable) -> Callable:
 
 
 def _worked(params: Any, chosen: dict[str, Adaptation], work: Callable, over: Callable) -> Any:
-    """The tree with `work(adapter, site, kernel, arrays)` of every active adapter on every matrix."""
+    """The tree with `work(adapter, site, kernel, arrays)` of every active adapter on every
+    matrix."""
     with sharding.mesh_of(params):
         return _worked_there(params, chosen, work, over)
 
 
-def _worked_there(params: Any, chosen: dict[str, Adaptation], work: Callable, over: Callable) -> Any:
+def _worked_there(
+    params: Any, chosen: dict[str, Adaptation], work: Callable, over: Callable
+) -> Any:
     paths = {path for adaptation in chosen.values() for path in adaptation.plan.by_path}
     for adaptation in chosen.values():
         adaptation.plan.check_uses("a plain leaf serves all of them")
@@ -317,14 +385,19 @@ def _worked_there(params: Any, chosen: dict[str, Adaptation], work: Callable, ov
                 one = over(one)
             matrices = one(matrices, arrays)
         whole = view.from_matrices(matrices, tuple(array.shape))
-        whole = array.requantize(whole) if hasattr(array, "requantize") else whole.astype(array.dtype)
+        whole = (
+            array.requantize(whole) if hasattr(array, "requantize") else whole.astype(array.dtype)
+        )
         return _boxed_as(box, whole)
 
-    return _placed(params, chosen, paths, lambda path, node: place(path, node) if path in paths else node)
+    return _placed(
+        params, chosen, paths, lambda path, node: place(path, node) if path in paths else node
+    )
 
 
 def _placed(params: Any, chosen: dict[str, Adaptation], paths: set[str], place: Callable) -> Any:
-    """The tree with `place(path, node)` at adapted paths and trained leaves at theirs, after checking both."""
+    """The tree with `place(path, node)` at adapted paths and trained leaves at theirs, after
+    checking both."""
     nodes = {path: node for path, node, _ in leaves_with_metadata(params)}
     trained: dict[str, Any] = {}
     views: dict[str, Any] = {}
@@ -332,19 +405,25 @@ def _placed(params: Any, chosen: dict[str, Adaptation], paths: set[str], place: 
         for path, (_, site) in adaptation.plan.by_path.items():
             if path not in nodes or tuple(nodes[path].shape) != site.shape:
                 found = "missing" if path not in nodes else f"of shape {tuple(nodes[path].shape)}"
-                raise ValueError(f"adapted leaf {path!r}, {site.shape}, is {found}; give the tree that adapt saw")
+                raise ValueError(
+                    f"adapted leaf {path!r}, {site.shape}, is {found}; give the tree that adapt saw"
+                )
             if views.setdefault(path, site.view) != site.view:
                 raise ValueError(
-                    f"{path!r} is seen as {views[path]} by one active adaptation and as {site.view} by another; give "
-                    "both the same views="
+                    f"{path!r} is seen as {views[path]} by one active adaptation and as "
+                    f"{site.view} by another; give both the same views="
                 )
         twice = [path for path in adaptation.plan.whole if path in trained]
         if twice:
-            raise ValueError(f"leaves {twice} are trained whole by two active adaptations; activate one of them")
+            raise ValueError(
+                f"leaves {twice} are trained whole by two active adaptations; activate one of them"
+            )
         trained |= adaptation.train["whole"]
     missing = [path for path in trained if path not in nodes]
     if missing:
-        raise ValueError(f"leaves {missing}, trained whole, are missing in params; give the tree that adapt saw")
+        raise ValueError(
+            f"leaves {missing}, trained whole, are missing in params; give the tree that adapt saw"
+        )
 
     # a leaf that one adaptation trains whole may be adapted by another
     now = lambda path, node: _boxed_as(node, trained[path]) if path in trained else node  # noqa: E731
@@ -361,8 +440,13 @@ def _check_finite(tree: Any, paths: set[str]) -> None:
     for path, node, _ in leaves_with_metadata(tree):
         if path not in paths or isinstance(node, jax.core.Tracer):
             continue
-        leaves = [leaf for leaf in jax.tree.leaves(node) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        leaves = [
+            leaf for leaf in jax.tree.leaves(node) if jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
             wrong.append(path)
     if wrong:
-        raise ValueError(f"merged kernels {wrong} are not finite; the adapters or the base hold a NaN or an infinity")
+        raise ValueError(
+            f"merged kernels {wrong} are not finite; the adapters or the base hold a NaN or an "
+            "infinity"
+        )

@@ -2,12 +2,14 @@
 
     a = (θ / sqrt(c))[ia],   b = (θ / sqrt(c))[ib],   delta = a b
 
-Every entry of every factor reads one of the d entries of θ; c counts the uses of each, so that the map from θ to all
-D = Σ r (n + m) entries is an isometry. There is no alpha. θ starts uniform in ±0.02: the delta is small but not 0.
+Every entry of every factor reads one of the d entries of θ; c counts the uses of each, so that the
+map from θ to all D = Σ r (n + m) entries is an isometry. There is no alpha. θ starts uniform in
+±0.02: the delta is small but not 0.
 
-The indices are PEFT's: 0 .. d-1, each repeated D // d times, D % d distinct ones drawn without replacement, all
-shuffled, by NumPy's default generator; then cut site after site in the order of the adaptation, `aᵀ (r, n)` before
-`bᵀ (m, r)`, row by row. So the order is part of a checkpoint; the authors' own code draws from an unseeded generator.
+The indices are PEFT's: 0 .. d-1, each repeated D // d times, D % d distinct ones drawn without
+replacement, all shuffled, by NumPy's default generator; then cut site after site in the order of
+the adaptation, `aᵀ (r, n)` before `bᵀ (m, r)`, row by row. So the order is part of a checkpoint;
+the authors' own code draws from an unseeded generator.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ class UniLora(Adapter):
 
     Args:
       rank: r (4: PEFT and the authors).
-      size: d, the length of θ. 23040 is the authors' for RoBERTa-large; with PEFT's default of 256 the method hardly
-        learns.
+      size: d, the length of θ. 23040 is the authors' for RoBERTa-large; with PEFT's default of 256
+        the method hardly learns.
       seed: of the indices (42: PEFT).
       bound: θ starts uniform in ±bound.
 
@@ -49,36 +51,55 @@ class UniLora(Adapter):
     bound: float = 0.02
 
     ranked: ClassVar[bool] = True
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"ia": ("rows", "rank"), "ib": ("rank", "cols")}
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "ia": ("rows", "rank"),
+        "ib": ("rank", "cols"),
+    }
 
     def __post_init__(self):
         check_positive("rank", self.rank)
         check_positive("size", self.size)
         if not self.bound > 0:
-            raise ValueError(f"bound={self.bound} must be positive: at 0 both factors and every gradient are 0")
+            raise ValueError(
+                f"bound={self.bound} must be positive: at 0 both factors and every gradient are 0"
+            )
 
     def init_shared(self, key, group: Group):
         total = sum(site.rank * (site.n + site.m) for _, _, site in group.matrices)
         if total < self.size:
             raise ValueError(
-                f"size={self.size} exceeds the {total} entries of all factors; choose a smaller size or more sites"
+                f"size={self.size} exceeds the {total} entries of all factors; choose a smaller "
+                "size or more sites"
             )
         indices = draw_indices(self.size, total, self.seed)
         counts = np.bincount(indices, minlength=self.size)
         # what is left out, and the padding of smaller ranks, reads entry 0, which `scale` masks
-        shapes = {path: {"ia": (site.n, site.rank), "ib": (site.rank, site.m)} for path, site in group.sites.items()}
+        shapes = {
+            path: {"ia": (site.n, site.rank), "ib": (site.rank, site.m)}
+            for path, site in group.sites.items()
+        }
         parts = {
-            path: {name: np.zeros((group.sites[path].count, *shape), np.int32) for name, shape in own.items()}
+            path: {
+                name: np.zeros((group.sites[path].count, *shape), np.int32)
+                for name, shape in own.items()
+            }
             for path, own in shapes.items()
         }
         start = 0
         for path, number, site in group.matrices:
             middle, end = start + site.rank * site.n, start + site.rank * (site.n + site.m)
-            parts[path]["ia"][number, :, : site.rank] = indices[start:middle].reshape(site.rank, site.n).T
-            parts[path]["ib"][number, : site.rank] = indices[middle:end].reshape(site.m, site.rank).T
+            parts[path]["ia"][number, :, : site.rank] = (
+                indices[start:middle].reshape(site.rank, site.n).T
+            )
+            parts[path]["ib"][number, : site.rank] = (
+                indices[middle:end].reshape(site.m, site.rank).T
+            )
             start = end
         frozen: dict[str, Arrays] = {
-            path: {name: jnp.asarray(x.reshape(*group.sites[path].lead, *x.shape[1:])) for name, x in own.items()}
+            path: {
+                name: jnp.asarray(x.reshape(*group.sites[path].lead, *x.shape[1:]))
+                for name, x in own.items()
+            }
             for path, own in parts.items()
         }
         theta = jax.random.uniform(key, (self.size,), minval=-self.bound, maxval=self.bound)
@@ -90,7 +111,10 @@ class UniLora(Adapter):
 
     def factors(self, site, p) -> Factors:
         values = p["shared"]["theta"] * p["shared"]["norm"]
-        a, b = (values.at[p[name]].get(out_sharding=jax.typeof(p[name]).sharding) for name in ("ia", "ib"))
+        a, b = (
+            values.at[p[name]].get(out_sharding=jax.typeof(p[name]).sharding)
+            for name in ("ia", "ib")
+        )
         return Factors(a, p["scale"], b, np.arange(site.rank))
 
     def count(self, site):

@@ -1,13 +1,16 @@
-"""VeRA: two frozen random matrices for all sites, two trained vectors for each (Kopiczko et al., arXiv:2310.11454).
+"""VeRA: two frozen random matrices for all sites, two trained vectors for each (Kopiczko et al.,
+arXiv:2310.11454).
 
     delta = scale bank_a[:n] diag(lambda_d) bank_b[:, :m] diag(lambda_b)
 
-bank_a (n_max, r) is uniform in ±sqrt(6 / n_max), bank_b (r, m_max) in ±sqrt(6 / r) (kaiming_uniform with a = 0 of the
-largest n and m of the group); lambda_d starts at 0.1 and lambda_b at 0, so that the delta does. As in PEFT, a site
-takes the first rows of bank_a and the first columns of bank_b, and there is no alpha.
+bank_a (n_max, r) is uniform in ±sqrt(6 / n_max), bank_b (r, m_max) in ±sqrt(6 / r) (kaiming_uniform
+with a = 0 of the largest n and m of the group); lambda_d starts at 0.1 and lambda_b at 0, so that
+the delta does. As in PEFT, a site takes the first rows of bank_a and the first columns of bank_b,
+and there is no alpha.
 
-The banks are data, r (n_max + m_max) numbers once in a group, or regenerated at each use from a key of two numbers.
-Stored banks are PEFT's own for the same seed (`projection_prng_key`), so that its files need not hold them.
+The banks are data, r (n_max + m_max) numbers once in a group, or regenerated at each use from a key
+of two numbers. Stored banks are PEFT's own for the same seed (`projection_prng_key`), so that its
+files need not hold them.
 """
 
 from __future__ import annotations
@@ -19,7 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.adapters.base import Adapter, Arrays, Factors, Group, Site, check_positive, check_rate
+from lowrank_jax.adapters.base import (
+    Adapter,
+    Arrays,
+    Factors,
+    Group,
+    Site,
+    check_positive,
+    check_rate,
+)
 from lowrank_jax.adapters.positions import torch_uint32
 from lowrank_jax.checks import check_number
 
@@ -34,7 +45,8 @@ class Vera(Adapter):
       rank: r (256: PEFT; the paper takes 256 to 1024).
       initial: what lambda_d starts from (0.1: PEFT; the paper advises at most 0.1).
       seed: of the banks (0: PEFT).
-      stored: keep the banks; else make them anew at each use, which costs `r (n + m)` random numbers a use.
+      stored: keep the banks; else make them anew at each use, which costs `r (n + m)` random
+        numbers a use.
       dropout: rate, on the input of the low-rank branch.
 
     Trains `r + m` numbers.
@@ -43,7 +55,10 @@ class Vera(Adapter):
     >>> import lowrank_jax as lr
     >>> params = {"q": {"kernel": jnp.ones((8, 6))}, "v": {"kernel": jnp.ones((6, 4))}}
     >>> adaptation = lr.adapt(params, lr.adapters.vera(rank=5), jax.random.key(0))
-    >>> {name: bank.shape for name, bank in adaptation.fixed["shared"]["vera"].items()}, adaptation.trained
+    >>> (
+    ...     {name: bank.shape for name, bank in adaptation.fixed["shared"]["vera"].items()},
+    ...     adaptation.trained,
+    ... )
     ({'bank_a': (8, 5), 'bank_b': (5, 6)}, 20)
     """
 
@@ -56,36 +71,52 @@ class Vera(Adapter):
     ranked: ClassVar[bool] = True
     reads_bank: ClassVar[bool] = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "lambda_d": ("rank",), "lambda_b": ("cols",), "bank_a": (None, "rank"), "bank_b": ("rank", None),
-    }  # fmt: skip
+        "lambda_d": ("rank",),
+        "lambda_b": ("cols",),
+        "bank_a": (None, "rank"),
+        "bank_b": ("rank", None),
+    }
 
     def __post_init__(self):
         check_positive("rank", self.rank)
         check_rate(self.dropout)
         check_number("initial", self.initial)
         if self.initial == 0:
-            raise ValueError("initial=0 leaves both vectors 0, and every gradient; choose another number, such as 0.1")
+            raise ValueError(
+                "initial=0 leaves both vectors 0, and every gradient; choose another number, such "
+                "as 0.1"
+            )
 
     def largest_rank(self, site):
-        """Each rank is one random matrix with one weight, and n m of them are linearly independent."""
+        """Each rank is one random matrix with one weight, and n m of them are linearly
+        independent."""
         return site.n * site.m
 
     def init_shared(self, key, group: Group):
         del key
         (n, m), rank = group.bank, max(site.rank for site in group.sites.values())
-        bounds = np.sqrt([6 / n, 6 / rank]).astype(np.float32).astype(np.float64)  # of torch: float32
+        bounds = (
+            np.sqrt([6 / n, 6 / rank]).astype(np.float32).astype(np.float64)
+        )  # of torch: float32
         if not self.stored:
             data = jax.random.key_data(jax.random.key(self.seed, impl=KEY_IMPLEMENTATION))
             return {}, {"key": data, "bounds": jnp.asarray(bounds, jnp.float32)}, {}
-        # torch's uniform_ keeps 24 of 32 bits and rounds once; vera_A (r, n) is drawn before vera_B (m, r)
+        # torch's uniform_ keeps 24 of 32 bits and rounds once; vera_A (r, n) is drawn before vera_B
+        # (m, r)
         unit = (torch_uint32(self.seed, rank * (n + m)) & 0xFFFFFF) / 2.0**24
         parts = unit[: rank * n].reshape(rank, n), unit[rank * n :].reshape(m, rank)
-        a, b = ((2 * bound * x - bound).astype(np.float32).T for bound, x in zip(bounds, parts, strict=True))
+        a, b = (
+            (2 * bound * x - bound).astype(np.float32).T
+            for bound, x in zip(bounds, parts, strict=True)
+        )
         return {}, {"bank_a": jnp.asarray(a), "bank_b": jnp.asarray(b)}, {}
 
     def init_site(self, key, site, kernel, given):
         del key, kernel, given
-        return {"lambda_d": jnp.full((site.rank,), self.initial), "lambda_b": jnp.zeros((site.m,))}, {}
+        return {
+            "lambda_d": jnp.full((site.rank,), self.initial),
+            "lambda_b": jnp.zeros((site.m,)),
+        }, {}
 
     def banks(self, site: Site, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """`(n, r)` and `(r, m)`, the part of the banks that a site takes."""

@@ -1,4 +1,5 @@
-"""Files of other libraries: safetensors folders, the weights of Hugging Face's LLaMA family, adapters of its PEFT."""
+"""Files of other libraries: safetensors folders, the weights of Hugging Face's LLaMA family,
+adapters of its PEFT."""
 
 from lowrank_jax.interop import llama, peft, safetensors
 

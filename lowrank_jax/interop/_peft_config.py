@@ -1,8 +1,8 @@
 """`adapter_config.json`: which torch modules it names, and what in it is understood.
 
-A field that a family reads is read; one that only says where a run came from or how arrays started is free; one that
-changes training alone is passed over with a warning; any other must be off (null, false, zero, empty), as an unknown
-one that a newer PEFT wrote, or it is refused.
+A field that a family reads is read; one that only says where a run came from or how arrays started
+is free; one that changes training alone is passed over with a warning; any other must be off (null,
+false, zero, empty), as an unknown one that a newer PEFT wrote, or it is refused.
 """
 
 from __future__ import annotations
@@ -20,17 +20,38 @@ PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
 HEADS = ("lm_head", "score", "classifier")
 INFORMATION = frozenset(
-    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+    }
 )
 # what draws or saves memory while it trains, and is nothing in the function of a trained adapter
 TRAINING = frozenset(
     {
-        "hira_dropout", "loftq_config", "megatron_config", "module_dropout", "rank_dropout", "rank_dropout_scale",
-        "runtime_config", "unilora_dropout",
+        "hira_dropout",
+        "loftq_config",
+        "megatron_config",
+        "module_dropout",
+        "rank_dropout",
+        "rank_dropout_scale",
+        "runtime_config",
+        "unilora_dropout",
     }
 )
 TARGETING = frozenset(
-    {"bias", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules"}
+    {
+        "bias",
+        "exclude_modules",
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+        "target_modules",
+    }
 )
 _NAMES = (str, [str], None)
 _FLAG = (bool, None)
@@ -49,11 +70,20 @@ SHAPE = {
     "n_frequency_pattern?": ({str: int}, None),
     "peft_version?": (str, None),
     "bias?": (str, None),
-    **{f"{name}?": _FLAG for name in ("use_dora", "use_rslora", "fan_in_fan_out", "use_cayley_neumann")},
+    **{
+        f"{name}?": _FLAG
+        for name in ("use_dora", "use_rslora", "fan_in_fan_out", "use_cayley_neumann")
+    },
     **{f"{name}?": _FLAG for name in ("save_indices", "save_projection")},
-    **{f"{name}?": _NUMBER for name in ("lora_alpha", "alpha", "scaling", "lora_dropout", "vera_dropout")},
+    **{
+        f"{name}?": _NUMBER
+        for name in ("lora_alpha", "alpha", "scaling", "lora_dropout", "vera_dropout")
+    },
     **{f"{name}?": _NUMBER for name in ("miss_dropout", "d_initial", "init_theta_d_bound")},
-    **{f"{name}?": _SIZE for name in ("r", "mini_r", "oft_block_size", "theta_d_length", "n_frequency")},
+    **{
+        f"{name}?": _SIZE
+        for name in ("r", "mini_r", "oft_block_size", "theta_d_length", "n_frequency")
+    },
     **{f"{name}?": _SIZE for name in ("proj_seed", "projection_prng_key", "random_loc_seed")},
 }
 
@@ -63,29 +93,44 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is none.
-      documents.DocumentError: it is no JSON object with a `peft_type`, or a field is of another type.
+      documents.DocumentError: it is no JSON object with a `peft_type`, or a field is of another
+        type.
     """
     file = folder / NAME
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: give the folder that PEFT's save_pretrained wrote")
+        raise FileNotFoundError(
+            f"{file} does not exist: give the folder that PEFT's save_pretrained wrote"
+        )
     return documents.read(file, SHAPE, remedy="give the folder that PEFT's save_pretrained wrote")
 
 
 def unsupported(config: Mapping[str, Any], understood: Collection[str]) -> list[str]:
     """`field=value` of every field that is set and not understood."""
     known = INFORMATION | TARGETING | TRAINING | set(understood)
-    return [f"{field}={value!r}" for field, value in sorted(config.items()) if value and field not in known]
+    return [
+        f"{field}={value!r}"
+        for field, value in sorted(config.items())
+        if value and field not in known
+    ]
 
 
 def of_training(config: Mapping[str, Any]) -> list[str]:
     """`field=value` of every field that is set, is not understood, and changes training alone."""
-    return [f"{field}={value!r}" for field, value in sorted(config.items()) if value and field in TRAINING]
+    return [
+        f"{field}={value!r}"
+        for field, value in sorted(config.items())
+        if value and field in TRAINING
+    ]
 
 
 def matches(targets: Any, module: str) -> bool:
     """Whether a list of names and suffixes, or one regular expression, takes a module: PEFT's rule.
 
-    >>> matches(["q_proj"], "layers.0.q_proj"), matches(["q_proj"], "xq_proj"), matches(r".*\\.[qv]", "layers.0.v")
+    >>> (
+    ...     matches(["q_proj"], "layers.0.q_proj"),
+    ...     matches(["q_proj"], "xq_proj"),
+    ...     matches(r".*\\.[qv]", "layers.0.v"),
+    ... )
     (True, False, True)
     """
     if isinstance(targets, str):
@@ -97,7 +142,9 @@ def is_whole(config: Mapping[str, Any], module: str) -> bool:
     """Whether `modules_to_save` takes a module, by itself or by one that it is part of."""
     parts = module.split(".")
     above = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(name.endswith(target) for target in config.get("modules_to_save") or () for name in above)
+    return any(
+        name.endswith(target) for target in config.get("modules_to_save") or () for name in above
+    )
 
 
 def is_targeted(config: Mapping[str, Any], module: str, is_linear: bool) -> bool:
@@ -110,7 +157,9 @@ def is_targeted(config: Mapping[str, Any], module: str, is_linear: bool) -> bool
     if not matches(targets, module):
         return False
     layers = config.get("layers_to_transform")
-    if layers is None or layers == [] or module in targets:  # PEFT takes a module named in full whatever its layer
+    if (
+        layers is None or layers == [] or module in targets
+    ):  # PEFT takes a module named in full whatever its layer
         return True
     patterns = config.get("layers_pattern")
     if patterns:  # also at the root, where PEFT looks for no pattern of its own
@@ -122,24 +171,37 @@ def is_targeted(config: Mapping[str, Any], module: str, is_linear: bool) -> bool
     return bool(numbers) and numbers[0] in ([layers] if isinstance(layers, int) else layers)
 
 
-def targeted(config: Mapping[str, Any], modules: Mapping[str, bool], present: Collection[str]) -> list[str]:
+def targeted(
+    config: Mapping[str, Any], modules: Mapping[str, bool], present: Collection[str]
+) -> list[str]:
     """The modules with an adapter, out of `{module: whether it is linear}`.
 
-    Of "all-linear" PEFT leaves out the output layer, which it knows and we do not: a head without tensors is no target.
+    Of "all-linear" PEFT leaves out the output layer, which it knows and we do not: a head without
+    tensors is no target.
 
     Raises:
       ValueError: `target_modules` is empty or takes none of them, with the nearest.
     """
     targets = config.get("target_modules")
     if not targets:
-        raise ValueError(f"target_modules={targets!r} in {NAME}: write the names of the adapted modules there")
-    found = [module for module, is_linear in modules.items() if is_targeted(config, module, is_linear)]
+        raise ValueError(
+            f"target_modules={targets!r} in {NAME}: write the names of the adapted modules there"
+        )
+    found = [
+        module for module, is_linear in modules.items() if is_targeted(config, module, is_linear)
+    ]
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        found = [module for module in found if module in present or module.rsplit(".", 1)[-1] not in HEADS]
+        found = [
+            module
+            for module in found
+            if module in present or module.rsplit(".", 1)[-1] not in HEADS
+        ]
     if not found:
         wanted = [targets] if isinstance(targets, str) else sorted(targets)
         ends = [*dict.fromkeys(module.rsplit(".", 1)[-1] for module in modules), *modules]
-        near = dict.fromkeys(name for target in wanted for name in difflib.get_close_matches(target, ends, n=1))
+        near = dict.fromkeys(
+            name for target in wanted for name in difflib.get_close_matches(target, ends, n=1)
+        )
         raise ValueError(
             f"target_modules={wanted} takes none of the modules that names= gives"
             + (f" (near: {', '.join(near)})" if near else "")
@@ -149,7 +211,8 @@ def targeted(config: Mapping[str, Any], modules: Mapping[str, bool], present: Co
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches a module, as PEFT reads `rank_pattern` and its like.
+    """The value of the first pattern that matches a module, as PEFT reads `rank_pattern` and its
+    like.
 
     >>> by_pattern({"layers.0.q": 4, "v": 2}, "model.layers.0.q", 8), by_pattern({"v": 2}, "k", 8)
     (4, 8)
@@ -161,15 +224,19 @@ def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
 
 
 def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """`{pattern: value}` for the modules that differ from the default, read back by `by_pattern`."""
+    """`{pattern: value}` for the modules that differ from the default, read back by
+    `by_pattern`."""
     found = {f"^{module}": value for module, value in values.items() if value != default}
     if any(by_pattern(found, module, default) != value for module, value in values.items()):
-        found = {f"^{re.escape(module)}": value for module, value in values.items() if value != default}
+        found = {
+            f"^{re.escape(module)}": value for module, value in values.items() if value != default
+        }
     return found
 
 
 def target_modules(adapted: Sequence[str], modules: Iterable[str]) -> list[str] | str:
-    """A `target_modules` that takes just the adapted ones: last names, whole names, or a regular expression.
+    """A `target_modules` that takes just the adapted ones: last names, whole names, or a regular
+    expression.
 
     >>> target_modules(["layers.0.q", "layers.1.q"], ["layers.0.q", "layers.1.q", "head"])
     ['q']

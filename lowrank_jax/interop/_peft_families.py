@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from lowrank_jax.interop._peft_family import Family
 from lowrank_jax.interop._peft_low_rank import HiraFamily, LoraFamily, UniLoraFamily
-from lowrank_jax.interop._peft_other import FourierFamily, LohaFamily, MissFamily, OftFamily, ShiraFamily, VeraFamily
+from lowrank_jax.interop._peft_other import (
+    FourierFamily,
+    LohaFamily,
+    MissFamily,
+    OftFamily,
+    ShiraFamily,
+    VeraFamily,
+)
 
 FAMILIES: dict[str, Family] = {
     family.peft_type: family

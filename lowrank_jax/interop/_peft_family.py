@@ -1,7 +1,9 @@
-"""What differs from one PEFT method to the next: its tensors, its configuration, and which of our adapters it is.
+"""What differs from one PEFT method to the next: its tensors, its configuration, and which of our
+adapters it is.
 
-A `Family` speaks of one matrix at a time, at that matrix's own rank; tensors are NumPy arrays as torch stores them.
-`lowrank_jax.interop.peft` does the rest: which modules, which keys, stacks, leaves trained whole.
+A `Family` speaks of one matrix at a time, at that matrix's own rank; tensors are NumPy arrays as
+torch stores them. `lowrank_jax.interop.peft` does the rest: which modules, which keys, stacks,
+leaves trained whole.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ Tensors = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What the modules of a file share: trained and frozen arrays, and frozen ones of single modules."""
+    """What the modules of a file share: trained and frozen arrays, and frozen ones of single
+    modules."""
 
     train: Arrays = dataclasses.field(default_factory=dict)
     fixed: Arrays = dataclasses.field(default_factory=dict)
@@ -36,8 +39,8 @@ class Family:
     Class attributes:
       peft_type: its name.
       adapters: ours, just these types.
-      bias: the value of `bias` that trains biases beside adapted modules; "" where the method has none.
-      hosts: kinds of torch modules that it sits on in PEFT.
+      bias: the value of `bias` that trains biases beside adapted modules; "" where the method has
+      none. hosts: kinds of torch modules that it sits on in PEFT.
       required: fields of the configuration that must be there.
       reads: those that it understands beside.
       free: fields of any value: how arrays started, and what torch calls the base.
@@ -69,7 +72,8 @@ class Family:
         return by_pattern(config.get("rank_pattern"), module, config["r"])
 
     def stored_size(self, config: Config, module: str, shapes: Mapping[str, Any]) -> int:
-        """As `size_of`, by the shapes of the file's tensors where PEFT does not keep to the configuration."""
+        """As `size_of`, by the shapes of the file's tensors where PEFT does not keep to the
+        configuration."""
         del shapes
         return self.size_of(config, module)
 
@@ -86,8 +90,11 @@ class Family:
         """`{end of the key: shape}` of one module."""
         raise NotImplementedError
 
-    def read(self, adapter: Adapter, host: Host, tensors: Tensors, kernel: Callable) -> tuple[Arrays, Arrays]:
-        """`(trained, frozen)` arrays of one module, at its own rank, which `adapter` has; `kernel()` is `K (n, m)`."""
+    def read(
+        self, adapter: Adapter, host: Host, tensors: Tensors, kernel: Callable
+    ) -> tuple[Arrays, Arrays]:
+        """`(trained, frozen)` arrays of one module, at its own rank, which `adapter` has;
+        `kernel()` is `K (n, m)`."""
         raise NotImplementedError
 
     def shared_shapes(self, config: Config, hosts: Mapping[str, Host]) -> dict[str, Shape]:
@@ -95,20 +102,27 @@ class Family:
         del config, hosts
         return {}
 
-    def shared(self, config: Config, hosts: Mapping[str, Host], tensors: Tensors, order: Callable) -> Shared:
+    def shared(
+        self, config: Config, hosts: Mapping[str, Host], tensors: Tensors, order: Callable
+    ) -> Shared:
         """What the modules share. `order()` gives the modules in the order of torch's traversal."""
         del config, hosts, tensors, order
         return Shared()
 
     # writing
 
-    def fields(self, made: Sequence[tuple[Adapter, Host]], options: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of the configuration beside ranks and alphas; `common` refuses what PEFT has once for all modules."""
+    def fields(
+        self, made: Sequence[tuple[Adapter, Host]], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Fields of the configuration beside ranks and alphas; `common` refuses what PEFT has once
+        for all modules."""
         raise NotImplementedError
 
-    def write(self, adapter: Adapter, host: Host, p: Arrays, rank: int, fold: Any) -> dict[str, np.ndarray]:
-        """`{end of the key: tensor}` of one module. `fold` (r,) or () is what `scale` holds beyond the adapter's own
-        scaling, which the tensors take up; None where it holds nothing else."""
+    def write(
+        self, adapter: Adapter, host: Host, p: Arrays, rank: int, fold: Any
+    ) -> dict[str, np.ndarray]:
+        """`{end of the key: tensor}` of one module. `fold` (r,) or () is what `scale` holds beyond
+        the adapter's own scaling, which the tensors take up; None where it holds nothing else."""
         raise NotImplementedError
 
     def written(self, adapter: Adapter, p: Arrays, rank: int, alpha: Any) -> tuple[int, Any]:
@@ -121,15 +135,22 @@ class Family:
         del alphas
         return {"r": common("rank", sizes.values())}
 
-    def evened(self, tensors: dict[str, np.ndarray], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    def evened(
+        self, tensors: dict[str, np.ndarray], sizes: Mapping[str, int]
+    ) -> dict[str, np.ndarray]:
         """`{key: tensor}` of all modules as PEFT loads them, where it has one size for all."""
         del sizes
         return tensors
 
     def write_shared(
-        self, adapter: Adapter, hosts: Mapping[str, Host], p: Mapping[str, Arrays], shared: Arrays,
-        options: Mapping[str, Any], order: Callable,
-    ) -> dict[str, np.ndarray]:  # fmt: skip
+        self,
+        adapter: Adapter,
+        hosts: Mapping[str, Host],
+        p: Mapping[str, Arrays],
+        shared: Arrays,
+        options: Mapping[str, Any],
+        order: Callable,
+    ) -> dict[str, np.ndarray]:
         """`{key: tensor}` of what the modules share; `p` holds the arrays of each module."""
         del adapter, hosts, p, shared, options, order
         return {}
@@ -139,7 +160,10 @@ def common(field: str, values: Any) -> Any:
     """The one value; ValueError if there are several."""
     found = list(dict.fromkeys(values))
     if len(found) != 1:
-        raise ValueError(f"{field}: the adapters have {found}, a PEFT file has one; save them as several adaptations")
+        raise ValueError(
+            f"{field}: the adapters have {found}, a PEFT file has one; save them as several "
+            "adaptations"
+        )
     return found[0]
 
 
@@ -153,4 +177,7 @@ def folded(array: np.ndarray, fold: Any) -> np.ndarray:
 def unfoldable(fold: Any, family: Family) -> None:
     """ValueError where a scale cannot be written."""
     if fold is not None:
-        raise ValueError(f"scale: a {family.peft_type} file holds no weights; set the scale back to 1 before saving")
+        raise ValueError(
+            f"scale: a {family.peft_type} file holds no weights; set the scale back to 1 before "
+            "saving"
+        )

@@ -29,27 +29,46 @@ _LOST = {
 
 
 class LoraFamily(Family):
-    """LoRA, rsLoRA, DoRA; PiSSA and OLoRA with their offset, or, as written here, converted to rank 2r."""
+    """LoRA, rsLoRA, DoRA; PiSSA and OLoRA with their offset, or, as written here, converted to rank
+    2r."""
 
     peft_type, adapters, bias, hosts = "LORA", (Lora, Dora), "lora_only", EVERY_HOST
     required = ("r", "lora_alpha")
     reads = frozenset(
         {
-            "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+            "lora_dropout",
+            "use_rslora",
+            "use_dora",
+            "rank_pattern",
+            "alpha_pattern",
+            "init_lora_weights",
             "ensure_weight_tying",
         }
     )
     free = frozenset(
-        {"fan_in_fan_out", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core"}
+        {
+            "fan_in_fan_out",
+            "eva_config",
+            "corda_config",
+            "lora_ga_config",
+            "qalora_group_size",
+            "megatron_core",
+        }
     )
 
     def problems(self, config):
         init = config.get("init_lora_weights", True)
         if init in _LOST or str(init).startswith("pissa_niter"):
             reason = _LOST.get(init, "the base it belongs to was changed by a randomised SVD")
-            return [f"init_lora_weights={init!r} ({reason}: convert it with path_initial_model_for_weight_conversion)"]
+            return [
+                f"init_lora_weights={init!r} ({reason}: convert it with "
+                "path_initial_model_for_weight_conversion)"
+            ]
         if init in ("pissa", "olora") and config.get("use_dora"):
-            return [f"init_lora_weights={init!r} with use_dora=True (the norm would be that of a changed base)"]
+            return [
+                f"init_lora_weights={init!r} with use_dora=True (the norm would be that of a "
+                "changed base)"
+            ]
         return []
 
     def alpha(self, config, module):
@@ -59,17 +78,25 @@ class LoraFamily(Family):
         init = config.get("init_lora_weights", True)
         family = Dora if config.get("use_dora") else Lora
         return family(
-            rank=size, alpha=config["lora_alpha"], rank_stabilized=bool(config.get("use_rslora")),
-            dropout=config.get("lora_dropout", 0.0), trains="a" if init == "mica" else "both",
+            rank=size,
+            alpha=config["lora_alpha"],
+            rank_stabilized=bool(config.get("use_rslora")),
+            dropout=config.get("lora_dropout", 0.0),
+            trains="a" if init == "mica" else "both",
             init=init if init in ("pissa", "olora") and host.kind == "linear" else "kaiming",
-        )  # fmt: skip
+        )
 
     def shapes(self, config, host, size):
         if host.kind == "embedding":
-            found = {"lora_embedding_A": host.down_shape(size), "lora_embedding_B": host.up_shape(size)}
+            found = {
+                "lora_embedding_A": host.down_shape(size),
+                "lora_embedding_B": host.up_shape(size),
+            }
         else:
             found = {"lora_A.weight": host.down_shape(size), "lora_B.weight": host.up_shape(size)}
-        return found | ({"lora_magnitude_vector": host.vector_shape} if config.get("use_dora") else {})
+        return found | (
+            {"lora_magnitude_vector": host.vector_shape} if config.get("use_dora") else {}
+        )
 
     def read(self, adapter, host, tensors, kernel):
         down, up = (tensors[key] for key in ends(host, "lora"))
@@ -81,14 +108,18 @@ class LoraFamily(Family):
             return train, factors
         # PEFT starts again from the base when it loads such a file, and then replaces the factors
         scale = jnp.full((adapter.rank,), adapter.scaling(adapter.rank), jnp.float32)
-        a0, b0 = INITS[adapter.init](jax.random.key(0), adapter.site((host.n, host.m)), jnp.asarray(kernel()), scale)
+        a0, b0 = INITS[adapter.init](
+            jax.random.key(0), adapter.site((host.n, host.m)), jnp.asarray(kernel()), scale
+        )
         return train, factors | {"a0": np.asarray(a0), "b0": np.asarray(b0)}
 
     def fields(self, made, options):
         del options
         return {
             "lora_dropout": common("dropout", (adapter.dropout for adapter, _ in made)),
-            "use_rslora": common("rank_stabilized", (adapter.rank_stabilized for adapter, _ in made)),
+            "use_rslora": common(
+                "rank_stabilized", (adapter.rank_stabilized for adapter, _ in made)
+            ),
             "use_dora": common("use_dora", (isinstance(adapter, Dora) for adapter, _ in made)),
             "init_lora_weights": True,
         }
@@ -96,9 +127,11 @@ class LoraFamily(Family):
     def sizes(self, sizes, alphas):
         size, alpha = most(sizes.values()), most(alphas.values())
         return {
-            "r": size, "rank_pattern": pattern_of(sizes, size),
-            "lora_alpha": alpha, "alpha_pattern": pattern_of(alphas, alpha),
-        }  # fmt: skip
+            "r": size,
+            "rank_pattern": pattern_of(sizes, size),
+            "lora_alpha": alpha,
+            "alpha_pattern": pattern_of(alphas, alpha),
+        }
 
     def write(self, adapter, host, p, rank, fold):
         a, b = p["a"][:, :rank], folded(p["b"][:rank], fold)
@@ -118,7 +151,8 @@ class LoraFamily(Family):
 
 
 class HiraFamily(Family):
-    """HiRA. PEFT 0.21 gives every module rank r whatever `rank_pattern` says: smaller ranks are padded with zeros."""
+    """HiRA. PEFT 0.21 gives every module rank r whatever `rank_pattern` says: smaller ranks are
+    padded with zeros."""
 
     peft_type, adapters, hosts = "HIRA", (Hira,), EVERY_HOST
     reads = frozenset({"rank_pattern"})
@@ -133,7 +167,9 @@ class HiraFamily(Family):
         return Hira(rank=size)
 
     def shapes(self, config, host, size):
-        return dict(zip(ends(host, "hira", ""), (host.down_shape(size), host.up_shape(size)), strict=True))
+        return dict(
+            zip(ends(host, "hira", ""), (host.down_shape(size), host.up_shape(size)), strict=True)
+        )
 
     def read(self, adapter, host, tensors, kernel):
         down, up = (tensors[key] for key in ends(host, "hira", ""))
@@ -149,7 +185,10 @@ class HiraFamily(Family):
         found = {}
         for key, x in tensors.items():
             axis = 0 if key.endswith("_A") else 1
-            widths = [(0, max(sizes.values()) - size if i == axis else 0) for i, size in enumerate(x.shape)]
+            widths = [
+                (0, max(sizes.values()) - size if i == axis else 0)
+                for i, size in enumerate(x.shape)
+            ]
             found[key] = np.pad(x, widths)
         return found
 
@@ -159,7 +198,8 @@ class HiraFamily(Family):
 
 
 class UniLoraFamily(Family):
-    """Uni-LoRA: one vector, and for each module the indices of its factors, or the seed they are drawn from."""
+    """Uni-LoRA: one vector, and for each module the indices of its factors, or the seed they are
+    drawn from."""
 
     peft_type, adapters, bias = "UNILORA", (UniLora,), "unilora_only"
     required = ("r", "theta_d_length")
@@ -168,14 +208,22 @@ class UniLoraFamily(Family):
     vector = "base_model.unilora_theta_d"
 
     def make(self, config, host, size):
-        return UniLora(rank=size, size=config["theta_d_length"], seed=config.get("proj_seed", 42),
-                       bound=config.get("init_theta_d_bound", 0.02))  # fmt: skip
+        return UniLora(
+            rank=size,
+            size=config["theta_d_length"],
+            seed=config.get("proj_seed", 42),
+            bound=config.get("init_theta_d_bound", 0.02),
+        )
 
     def shapes(self, config, host, size):
         if not config.get("save_indices"):
             return {}
         a, b = (size, host.n), (host.m, size)
-        return {f"unilora_{x}_{side}": shape for x in ("indices", "scales") for side, shape in (("A", a), ("B", b))}
+        return {
+            f"unilora_{x}_{side}": shape
+            for x in ("indices", "scales")
+            for side, shape in (("A", a), ("B", b))
+        }
 
     def read(self, adapter, host, tensors, kernel):
         return {}, {}
@@ -185,7 +233,10 @@ class UniLoraFamily(Family):
 
     def shared(self, config, hosts, tensors, order):
         if config.get("save_indices"):
-            sides = {m: tuple(tensors[f"{PREFIX}{m}.unilora_indices_{side}"] for side in "AB") for m in hosts}
+            sides = {
+                m: tuple(tensors[f"{PREFIX}{m}.unilora_indices_{side}"] for side in "AB")
+                for m in hosts
+            }
         else:
             sides = drawn(self.make(config, None, config["r"]), hosts, order())
         counts = np.zeros(config["theta_d_length"], np.int64)
@@ -196,15 +247,20 @@ class UniLoraFamily(Family):
         norm = np.where(counts > 0, 1 / np.sqrt(np.maximum(counts, 1)), 0)
         if config.get("save_indices"):
             check_scales(norm, sides, tensors)
-        modules = {m: {"ia": a.T.astype(np.int32), "ib": b.T.astype(np.int32)} for m, (a, b) in sides.items()}
+        modules = {
+            m: {"ia": a.T.astype(np.int32), "ib": b.T.astype(np.int32)}
+            for m, (a, b) in sides.items()
+        }
         return Shared({"theta": tensors[self.vector]}, {"norm": norm.astype(np.float32)}, modules)
 
     def fields(self, made, options):
         first = common("adapters", (adapter for adapter, _ in made))
         return {
-            "theta_d_length": first.size, "proj_seed": first.seed, "init_theta_d_bound": first.bound,
+            "theta_d_length": first.size,
+            "proj_seed": first.seed,
+            "init_theta_d_bound": first.bound,
             "save_indices": bool(options.get("save_indices", True)),
-        }  # fmt: skip
+        }
 
     def write(self, adapter, host, p, rank, fold):
         unfoldable(fold, self)
@@ -214,12 +270,19 @@ class UniLoraFamily(Family):
         found = {self.vector: shared["theta"]}
         if not options.get("save_indices", True):
             wanted = drawn(adapter, hosts, order())
-            wrong = [m for m, pair in wanted.items() if any(not np.array_equal(*x) for x in zip(
-                pair, (p[m]["ia"].T, p[m]["ib"].T), strict=True))]  # fmt: skip
+            wrong = [
+                m
+                for m, pair in wanted.items()
+                if any(
+                    not np.array_equal(*x)
+                    for x in zip(pair, (p[m]["ia"].T, p[m]["ib"].T), strict=True)
+                )
+            ]
             if wrong:
                 raise ValueError(
-                    f"save_indices=False: PEFT would draw other indices for {wrong[:4]}{' ...' * (len(wrong) > 4)}; "
-                    "adapt in torch's order (order=), or leave the indices in the file"
+                    "save_indices=False: PEFT would draw other indices for "
+                    f"{wrong[:4]}{' ...' * (len(wrong) > 4)}; adapt in torch's order (order=), or "
+                    "leave the indices in the file"
                 )
             return found
         for m in hosts:
@@ -236,13 +299,19 @@ def check_scales(norm, sides, tensors) -> None:
         for side, indices in zip("AB", pair, strict=True):
             scales = tensors[f"{PREFIX}{module}.unilora_scales_{side}"].astype(np.float32)
             if not np.allclose(scales, norm[indices], rtol=2**-7, atol=0):
-                raise ValueError(f"{module}.unilora_scales_{side} is not 1 / sqrt(uses) of the indices in the file")
+                raise ValueError(
+                    f"{module}.unilora_scales_{side} is not 1 / sqrt(uses) of the indices in the "
+                    "file"
+                )
 
 
 def drawn(adapter: UniLora, hosts, order) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`{module: (indices of A (r, n), of B (m, r))}` that the seed draws for modules in this order."""
+    """`{module: (indices of A (r, n), of B (m, r))}` that the seed draws for modules in this
+    order."""
     sizes = [(m, (adapter.rank, hosts[m].n), (hosts[m].m, adapter.rank)) for m in order]
-    indices = draw_indices(adapter.size, sum(math.prod(a) + math.prod(b) for _, a, b in sizes), adapter.seed)
+    indices = draw_indices(
+        adapter.size, sum(math.prod(a) + math.prod(b) for _, a, b in sizes), adapter.seed
+    )
     start, found = 0, {}
     for module, *shapes in sizes:
         pair = []
@@ -258,4 +327,3 @@ def ends(host: Host, name: str, end: str = ".weight") -> tuple[str, str]:
     if host.kind == "embedding":
         return f"{name}_embedding_A", f"{name}_embedding_B"
     return f"{name}_A{end}", f"{name}_B{end}"
-

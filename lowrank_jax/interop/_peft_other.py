@@ -26,8 +26,12 @@ class VeraFamily(Family):
     banks = ("base_model.vera_A", "base_model.vera_B")
 
     def make(self, config, host, size):
-        return Vera(rank=size, seed=config.get("projection_prng_key") or 0, dropout=config.get("vera_dropout", 0.0),
-                    initial=config.get("d_initial") or 0.1)  # fmt: skip
+        return Vera(
+            rank=size,
+            seed=config.get("projection_prng_key") or 0,
+            dropout=config.get("vera_dropout", 0.0),
+            initial=config.get("d_initial") or 0.1,
+        )
 
     def shapes(self, config, host, size):
         return {"vera_lambda_d": (size,), "vera_lambda_b": (host.m,)}
@@ -43,16 +47,23 @@ class VeraFamily(Family):
 
     def shared(self, config, hosts, tensors, order):
         if config.get("save_projection", True):
-            return Shared(fixed={"bank_a": tensors[self.banks[0]].T, "bank_b": tensors[self.banks[1]].T})
-        adapter, site = self.make(config, None, config["r"]), Site(shape=largest(hosts), rank=config["r"])
+            return Shared(
+                fixed={"bank_a": tensors[self.banks[0]].T, "bank_b": tensors[self.banks[1]].T}
+            )
+        adapter, site = (
+            self.make(config, None, config["r"]),
+            Site(shape=largest(hosts), rank=config["r"]),
+        )
         return Shared(fixed=adapter.init_shared(None, Group(sites={"": site}, order=()))[1])
 
     def fields(self, made, options):
         first = common("adapters", (adapter for adapter, _ in made))
         return {
-            "vera_dropout": first.dropout, "projection_prng_key": first.seed, "d_initial": first.initial,
+            "vera_dropout": first.dropout,
+            "projection_prng_key": first.seed,
+            "d_initial": first.initial,
             "save_projection": True,
-        }  # fmt: skip
+        }
 
     def write(self, adapter, host, p, rank, fold):
         return {"vera_lambda_d": folded(p["lambda_d"], fold), "vera_lambda_b": p["lambda_b"]}
@@ -83,7 +94,11 @@ class LohaFamily(Family):
         return Loha(rank=size, alpha=config["alpha"])
 
     def shapes(self, config, host, size):
-        return {f"hada_w{i}_{s}": shape for i in (1, 2) for s, shape in (("a", (host.m, size)), ("b", (size, host.n)))}
+        return {
+            f"hada_w{i}_{s}": shape
+            for i in (1, 2)
+            for s, shape in (("a", (host.m, size)), ("b", (size, host.n)))
+        }
 
     def read(self, adapter, host, tensors, kernel):
         found = {}
@@ -98,9 +113,11 @@ class LohaFamily(Family):
     def sizes(self, sizes, alphas):
         size, alpha = most(sizes.values()), most(alphas.values())
         return {
-            "r": size, "rank_pattern": pattern_of(sizes, size),
-            "alpha": alpha, "alpha_pattern": pattern_of(alphas, alpha),
-        }  # fmt: skip
+            "r": size,
+            "rank_pattern": pattern_of(sizes, size),
+            "alpha": alpha,
+            "alpha_pattern": pattern_of(alphas, alpha),
+        }
 
     def write(self, adapter, host, p, rank, fold):
         found = {}
@@ -119,7 +136,8 @@ class OftFamily(Family):
     free = Family.free | {"eps"}
 
     def sits_on(self, host):
-        # with a larger window PEFT turns overlapping windows of the input and adds them up, which is no kernel
+        # with a larger window PEFT turns overlapping windows of the input and adds them up, which
+        # is no kernel
         return host.kind == "linear" or host.window == (1, 1)
 
     def problems(self, config):
@@ -127,10 +145,15 @@ class OftFamily(Family):
             return []
         found = []
         if config.get("num_cayley_neumann_terms", 5) != 5:
-            found.append(f"num_cayley_neumann_terms={config['num_cayley_neumann_terms']} (5 are supported)")
+            found.append(
+                f"num_cayley_neumann_terms={config['num_cayley_neumann_terms']} (5 are supported)"
+            )
         version = re.match(r"(\d+)\.(\d+)", config.get("peft_version") or "0.0")
         if version is None or (int(version[1]), int(version[2])) < (0, 18):
-            found.append("use_cayley_neumann=True without peft_version of at least 0.18, which changed the series")
+            found.append(
+                "use_cayley_neumann=True without peft_version of at least 0.18, which changed the "
+                "series"
+            )
         return found
 
     def size_of(self, config, module):
@@ -158,10 +181,17 @@ class OftFamily(Family):
             if all(nearest_divisor(n, size) == block for n, block in blocks):
                 break
         else:
-            raise ValueError(f"block: PEFT has one for all modules, and takes the nearest divisor of n; not {blocks}")
+            raise ValueError(
+                "block: PEFT has one for all modules, and takes the nearest divisor of n; not "
+                f"{blocks}"
+            )
         cayley = common("cayley", (adapter.cayley for adapter, _ in made))
         # the version says which series is meant
-        return {"oft_block_size": size, "use_cayley_neumann": cayley == "neumann", "peft_version": "0.18.0"}
+        return {
+            "oft_block_size": size,
+            "use_cayley_neumann": cayley == "neumann",
+            "peft_version": "0.18.0",
+        }
 
     def sizes(self, sizes, alphas):
         return {"r": 0}
@@ -184,11 +214,17 @@ class MissFamily(Family):
 
     def make(self, config, host, size):
         mode = self.mode(config)
-        return Miss(rank=size, mode=mode, mini_rank=config["mini_r"] if mode == "mini" else None,
-                    dropout=0.0 if mode == "bat" else config.get("miss_dropout", 0.0))  # fmt: skip
+        return Miss(
+            rank=size,
+            mode=mode,
+            mini_rank=config["mini_r"] if mode == "mini" else None,
+            dropout=0.0 if mode == "bat" else config.get("miss_dropout", 0.0),
+        )
 
     def shapes(self, config, host, size):
-        return {"miss_block": self.make(config, host, size).block_shape(Site(shape=(host.n, host.m)))}
+        return {
+            "miss_block": self.make(config, host, size).block_shape(Site(shape=(host.n, host.m)))
+        }
 
     def read(self, adapter, host, tensors, kernel):
         return {"block": tensors["miss_block"]}, {}
@@ -215,14 +251,18 @@ class FourierFamily(Family):
     def size_of(self, config, module):
         # not the rule of the other patterns: a name, or the end of a name after a dot
         patterns = config.get("n_frequency_pattern") or {}
-        ends = [value for pattern, value in patterns.items() if re.match(rf".*\.{pattern}$", module)]
+        ends = [
+            value for pattern, value in patterns.items() if re.match(rf".*\.{pattern}$", module)
+        ]
         return ends[0] if ends else patterns.get(module, config["n_frequency"])
 
     def alpha(self, config, module):
         return config["scaling"]
 
     def make(self, config, host, size):
-        return FourierFT(frequencies=size, alpha=config["scaling"], seed=config.get("random_loc_seed", 777))
+        return FourierFT(
+            frequencies=size, alpha=config["scaling"], seed=config.get("random_loc_seed", 777)
+        )
 
     def shapes(self, config, host, size):
         return {"fourierft_spectrum": (size,)}
@@ -238,16 +278,28 @@ class FourierFamily(Family):
         size = most(sizes.values())
         found = {"n_frequency": size, "scaling": common("alpha", alphas.values())}
         # longer names first: the end of one may be another
-        own = {module: sizes[module] for module in sorted(sizes, key=len, reverse=True) if sizes[module] != size}
+        own = {
+            module: sizes[module]
+            for module in sorted(sizes, key=len, reverse=True)
+            if sizes[module] != size
+        }
         config = found | {"n_frequency_pattern": own}
         wrong = [module for module in sizes if self.size_of(config, module) != sizes[module]]
         if wrong:
-            raise ValueError(f"frequencies: PEFT cannot tell {wrong} from modules whose names end alike; give them one")
+            raise ValueError(
+                f"frequencies: PEFT cannot tell {wrong} from modules whose names end alike; give "
+                "them one"
+            )
         return config
 
     def write(self, adapter, host, p, rank, fold):
-        if not all(np.array_equal(*pair) for pair in zip((p["rows"], p["cols"]), drawn(adapter, host), strict=True)):
-            raise ValueError(f"positions: PEFT files hold none, and these are not those of seed={adapter.seed}")
+        if not all(
+            np.array_equal(*pair)
+            for pair in zip((p["rows"], p["cols"]), drawn(adapter, host), strict=True)
+        ):
+            raise ValueError(
+                f"positions: PEFT files hold none, and these are not those of seed={adapter.seed}"
+            )
         return {"fourierft_spectrum": folded(p["spectrum"], fold)}
 
     def written(self, adapter, p, rank, alpha):
@@ -287,13 +339,17 @@ def largest(hosts) -> tuple[int, int]:
 def drawn(adapter: FourierFT, host) -> tuple[np.ndarray, np.ndarray]:
     """The rows and columns that PEFT draws."""
     if host.n * host.m >= TORCH_LIMIT:
-        raise ValueError(f"a kernel of {host.n} x {host.m} has too many entries for torch's draw to be repeated here")
+        raise ValueError(
+            f"a kernel of {host.n} x {host.m} has too many entries for torch's draw to be repeated "
+            "here"
+        )
     flat = torch_permutation(host.n * host.m, adapter.frequencies, adapter.seed)
     return (flat % host.n).astype(np.int32), (flat // host.n).astype(np.int32)
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    """The divisor of n that PEFT takes for a number that may be none: the nearest, the smaller of two.
+    """The divisor of n that PEFT takes for a number that may be none: the nearest, the smaller of
+    two.
 
     >>> nearest_divisor(48, 32), nearest_divisor(8, 32), nearest_divisor(12, 5)
     (24, 8, 4)

@@ -1,4 +1,5 @@
-"""From a PEFT folder to an adaptation: what is targeted, whether the tensors are those, and where they go."""
+"""From a PEFT folder to an adaptation: what is targeted, whether the tensors are those, and where
+they go."""
 
 from __future__ import annotations
 
@@ -48,19 +49,33 @@ class Source:
     tied: _peft_tied.Tied
 
     @classmethod
-    def open(cls, folder: pathlib.Path, tree: Tree, ignore: Collection[str], head: str | None) -> Source:
+    def open(
+        cls, folder: pathlib.Path, tree: Tree, ignore: Collection[str], head: str | None
+    ) -> Source:
         """With everything checked; the errors are those of `peft.load`."""
-        config = {field: value for field, value in _peft_config.read(folder).items() if field not in ignore}
+        config = {
+            field: value
+            for field, value in _peft_config.read(folder).items()
+            if field not in ignore
+        }
         family = _understood(config, folder / _peft_config.NAME)
-        training = [text for text in _peft_config.of_training(config) if text.partition("=")[0] not in family.reads]
+        training = [
+            text
+            for text in _peft_config.of_training(config)
+            if text.partition("=")[0] not in family.reads
+        ]
         if training:
             warnings.warn(
-                f"{folder / _peft_config.NAME}: {'; '.join(training)} change training alone and are passed over; "
-                "ignore= says that you know",
+                f"{folder / _peft_config.NAME}: {'; '.join(training)} change training alone and "
+                "are passed over; ignore= says that you know",
                 stacklevel=3,
             )
         if not (folder / TENSORS).is_file():
-            hint = "; convert adapter_model.bin to it" if (folder / "adapter_model.bin").is_file() else ""
+            hint = (
+                "; convert adapter_model.bin to it"
+                if (folder / "adapter_model.bin").is_file()
+                else ""
+            )
             raise FileNotFoundError(f"{folder / TENSORS} does not exist{hint}")
         tensors = safetensors.read(folder / TENSORS)
         tied = _peft_tied.find(config, family, tree, head, tensors)
@@ -86,44 +101,82 @@ class Source:
         """ValueError for missing, unexpected and misshapen tensors, and for another base."""
         expected: dict[str, Shape] = dict(self.family.shared_shapes(self.config, self.hosts))
         for module in self.hosts:
-            expected |= {f"{PREFIX}{module}.{end}": shape for end, shape in self.shapes(module).items()}
-        expected |= {key: self.tree.shape(self.tree.places[name]) for name, key in self.whole.keys.items()}
+            expected |= {
+                f"{PREFIX}{module}.{end}": shape for end, shape in self.shapes(module).items()
+            }
+        expected |= {
+            key: self.tree.shape(self.tree.places[name]) for name, key in self.whole.keys.items()
+        }
         extra = set(self.whole.copies) | self.whole.repeated | self.tied.keys
         found = [key for key in self.tensors if key not in extra]
         safetensors.check_names(found, list(expected), str(self.tensors.path))
         shapes = {key: tuple(self.tensors.shapes[key].shape) for key in expected}
-        wrong = [f"{key} is {shapes[key]}, not {shape}" for key, shape in expected.items() if shapes[key] != shape]
+        wrong = [
+            f"{key} is {shapes[key]}, not {shape}"
+            for key, shape in expected.items()
+            if shapes[key] != shape
+        ]
         if wrong:
             more = f", and {len(wrong) - 20} more" if len(wrong) > 20 else ""
             raise ValueError(f"{self.tensors.path}: {'; '.join(wrong[:20])}{more}")
         _peft_whole.check_copies(self.whole, self.tree, self.tensors)
 
-    def plan(self, views: Views, name: str, order: Sequence[str] | None) -> tuple[Plan, dict[str, Matrices]]:
-        """The plan, and the ranks and alphas of its matrices: 0 of layers of a stack that have no adapter."""
+    def plan(
+        self, views: Views, name: str, order: Sequence[str] | None
+    ) -> tuple[Plan, dict[str, Matrices]]:
+        """The plan, and the ranks and alphas of its matrices: 0 of layers of a stack that have no
+        adapter."""
         places, family = self.tree.matrices, self.family
         sizes: dict[str, list[int]] = {}
         for path in dict.fromkeys(places[module].path for module in self.hosts):
             sizes[path] = [self.size_of(place.module) for place in self.tree.at(path)]
-        rules = {path: family.make(self.config, self.tree.host(path), max(own)) for path, own in sizes.items()}
-        wrong = [path for path, own in sizes.items() if not rules[path].ranked and len({*own} - {0}) > 1]
+        rules = {
+            path: family.make(self.config, self.tree.host(path), max(own))
+            for path, own in sizes.items()
+        }
+        wrong = [
+            path for path, own in sizes.items() if not rules[path].ranked and len({*own} - {0}) > 1
+        ]
         if wrong:
-            raise ValueError(f"{wrong}: the layers of a stack have one size in {family.peft_type}; load single layers")
+            raise ValueError(
+                f"{wrong}: the layers of a stack have one size in {family.peft_type}; load single "
+                "layers"
+            )
         first = [places[module] for module in order or ()]
         every = [(path, number) for path, own in sizes.items() for number in range(len(own))]
         plan, matrices = Selection(
             rules={re.escape(path): adapter for path, adapter in rules.items()},
-            views=Views(rules=tuple(rule for rule in views.rules if any(re.fullmatch(rule[0], path) for path in sizes)),
-                        stacked=tuple(p for p in views.stacked if any(re.fullmatch(p, path) for path in sizes))),
+            views=Views(
+                rules=tuple(
+                    rule
+                    for rule in views.rules
+                    if any(re.fullmatch(rule[0], path) for path in sizes)
+                ),
+                stacked=tuple(
+                    p for p in views.stacked if any(re.fullmatch(p, path) for path in sizes)
+                ),
+            ),
             bounded=False,
-            uses={re.escape(places[module].path): ("gather",) for module in self.tied.uses(self.hosts)},
-            whole=tuple(re.escape(path) for path in {self.tree.places[key].path: None for key in self.whole.keys}),
-            order=tuple(dict.fromkeys([*((p.path, p.number) for p in first), *every])) if order else None,
-        ).plan(self.tree.params, name)  # fmt: skip
+            uses={
+                re.escape(places[module].path): ("gather",) for module in self.tied.uses(self.hosts)
+            },
+            whole=tuple(
+                re.escape(path)
+                for path in {self.tree.places[key].path: None for key in self.whole.keys}
+            ),
+            order=tuple(dict.fromkeys([*((p.path, p.number) for p in first), *every]))
+            if order
+            else None,
+        ).plan(self.tree.params, name)
         for path, own in sizes.items():
             adapter = plan.by_path[path][0]
-            ranks = tuple(size if adapter.ranked else getattr(adapter, "rank", 1) * (size > 0) for size in own)
+            ranks = tuple(
+                size if adapter.ranked else getattr(adapter, "rank", 1) * (size > 0) for size in own
+            )
             alphas = (family.alpha(self.config, place.module) for place in self.tree.at(path))
-            matrices[path] = Matrices(ranks, tuple(None if a == getattr(adapter, "alpha", None) else a for a in alphas))
+            matrices[path] = Matrices(
+                ranks, tuple(None if a == getattr(adapter, "alpha", None) else a for a in alphas)
+            )
         return plan, matrices
 
     def arrays(self, site: Site, shared: Shared) -> tuple[Arrays, Arrays]:
@@ -138,53 +191,73 @@ class Source:
             adapter = self.family.make(self.config, host, self.size_of(module))
             if alpha is not None:
                 adapter = dataclasses.replace(adapter, alpha=alpha)  # type: ignore[call-arg]
-            tensors = {end: as_float(self.tensors[f"{PREFIX}{module}.{end}"]) for end in self.shapes(module)}
+            tensors = {
+                end: as_float(self.tensors[f"{PREFIX}{module}.{end}"])
+                for end in self.shapes(module)
+            }
 
             def kernel(host=host, number=number):
-                return matrices_of(self.tree.leaves[site.path], site).reshape(-1, host.n, host.m)[number]
+                return matrices_of(self.tree.leaves[site.path], site).reshape(-1, host.n, host.m)[
+                    number
+                ]
 
             train, fixed = self.family.read(adapter, host, tensors, kernel)
             found.append((train, fixed | dict(shared.modules.get(module, {}))))
-        return _stacked([train for train, _ in found], site), _stacked([fixed for _, fixed in found], site)
+        return _stacked([train for train, _ in found], site), _stacked(
+            [fixed for _, fixed in found], site
+        )
 
     def leaf(self, path: str) -> Any:
         """A leaf that is trained whole."""
-        return self.tree.whole(path, [self.tensors[self.whole.keys[place.name]] for place in self.tree.at(path)])
+        return self.tree.whole(
+            path, [self.tensors[self.whole.keys[place.name]] for place in self.tree.at(path)]
+        )
 
 
 def _understood(config: Mapping[str, Any], file: pathlib.Path) -> Family:
     """The family of a configuration; ValueError unless every field is understood."""
     kind = config["peft_type"]
     if kind not in FAMILIES:
-        raise ValueError(f"{file}: peft_type={kind!r} is not supported; known are {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{file}: peft_type={kind!r} is not supported; known are {', '.join(FAMILIES)}"
+        )
     family = FAMILIES[kind]
     missing = [field for field in family.required if field not in config]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
-    wrong = family.problems(config) + _peft_config.unsupported(config, {*family.required, *family.reads, *family.free})
+    wrong = family.problems(config) + _peft_config.unsupported(
+        config, {*family.required, *family.reads, *family.free}
+    )
     if wrong:
         raise ValueError(
-            f"{file} sets what is not supported here: {'; '.join(wrong)}. ignore= passes over fields of which you know "
-            "that they do not matter"
+            f"{file} sets what is not supported here: {'; '.join(wrong)}. ignore= passes over "
+            "fields of which you know that they do not matter"
         )
     return family
 
 
-def _targets(family: Family, config: Mapping[str, Any], tree: Tree, tensors: Mapping[str, Any]) -> dict[str, Host]:
+def _targets(
+    family: Family, config: Mapping[str, Any], tree: Tree, tensors: Mapping[str, Any]
+) -> dict[str, Host]:
     """`{module: its kind}` of the adapted modules, in the order of the tree."""
     places = tree.matrices
     linear = {module: tree.is_linear(place.path) for module, place in places.items()}
     parts = [key.removeprefix(PREFIX).split(".") for key in tensors]
     present = {".".join(part[:end]) for part in parts for end in range(1, len(part))}
     hosts = {m: tree.host(places[m].path) for m in _peft_config.targeted(config, linear, present)}
-    wrong = [f"{module} ({host.kind})" for module, host in hosts.items() if not family.sits_on(host)]
+    wrong = [
+        f"{module} ({host.kind})" for module, host in hosts.items() if not family.sits_on(host)
+    ]
     if wrong:
-        raise ValueError(f"{family.peft_type} does not adapt modules of this kind: {', '.join(wrong)}")
+        raise ValueError(
+            f"{family.peft_type} does not adapt modules of this kind: {', '.join(wrong)}"
+        )
     return hosts
 
 
 def _stacked(matrices: Sequence[Arrays], site: Site) -> Arrays:
-    """Arrays with the batch axes of a leaf in front; smaller ranks are padded with zeros, as are layers left out."""
+    """Arrays with the batch axes of a leaf in front; smaller ranks are padded with zeros, as are
+    layers left out."""
     stacked: Arrays = {}
     for name in next((own for own in matrices if own), {}):
         arrays = [np.asarray(own[name]) for own in matrices if own]

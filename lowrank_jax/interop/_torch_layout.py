@@ -1,10 +1,12 @@
-"""How torch names and stores what stands in a Flax tree: one torch parameter for each matrix or vector of a leaf.
+"""How torch names and stores what stands in a Flax tree: one torch parameter for each matrix or
+vector of a leaf.
 
     Linear      W (m, n) = Kᵀ, inputs in the order of the view's row axes
     Embedding   W (V, d) = K
     Conv        W (c_out, c_in, window...) of K (window..., c_in, c_out)
 
-A view folds the window and the input channels of a convolution into rows with the channels last; torch has them first.
+A view folds the window and the input channels of a convolution into rows with the channels last;
+torch has them first.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ MATRICES = ("kernel", "embedding")
 
 
 def linen_name(path: str, index: int | None = None) -> str:
-    """The torch name of a leaf of a plain linen tree: dots for slashes; kernel, embedding and scale become weight.
+    """The torch name of a leaf of a plain linen tree: dots for slashes; kernel, embedding and scale
+    become weight.
 
     Raises:
       ValueError: for a stack, whose layers have no names here.
@@ -39,7 +42,10 @@ def linen_name(path: str, index: int | None = None) -> str:
     ('encoder.dense_0.weight', 'head.bias')
     """
     if index is not None:
-        raise ValueError(f"{path!r} is a stack, and torch has a module for each of its matrices: say which in names=")
+        raise ValueError(
+            f"{path!r} is a stack, and torch has a module for each of its matrices: say which in "
+            "names="
+        )
     *module, leaf = path.split("/")
     return ".".join([*module, WEIGHTS.get(leaf, leaf)])
 
@@ -92,13 +98,16 @@ class Host:
 
     @classmethod
     def of(cls, site: Site, convolutions: Sequence[str]) -> Host:
-        """Of a site. A view that folds all axes but the last into rows is that of a convolution; with one window axis
-        it is also that of a projection from heads, so `convolutions` names those."""
+        """Of a site. A view that folds all axes but the last into rows is that of a convolution;
+        with one window axis it is also that of a projection from heads, so `convolutions` names
+        those."""
         rows, taken = site.view.rows, len(site.view.batch)
         if site.lookup:
             return cls("embedding", site.n, site.m)
         folded = rows == tuple(range(taken, len(site.shape) - 1)) and len(rows) > 1
-        if folded and (len(rows) > 2 or any(re.fullmatch(pattern, site.path) for pattern in convolutions)):
+        if folded and (
+            len(rows) > 2 or any(re.fullmatch(pattern, site.path) for pattern in convolutions)
+        ):
             return cls("conv", site.n, site.m, tuple(site.shape[axis] for axis in rows[:-1]))
         return cls("linear", site.n, site.m)
 
@@ -184,7 +193,11 @@ class Tree:
         tree = cls(params, {}, {}, {}, {}, tuple(convolutions))
         for path, node, axes in leaves_with_metadata(params):
             shape, layered = tuple(node.shape), is_stacked(path, axes, views)
-            rules = [view for pattern, view in views.rules if view is not None and re.fullmatch(pattern, path)]
+            rules = [
+                view
+                for pattern, view in views.rules
+                if view is not None and re.fullmatch(pattern, path)
+            ]
             view = rules[0] if rules else DENSE if len(shape) - layered == 2 else None
             view = view.stacked() if view is not None and layered else view
             lead = shape[:1] if layered else ()
@@ -194,7 +207,9 @@ class Tree:
             for index in range(math.prod(lead)) if lead else [None]:
                 name = names(path, index)
                 if name in tree.places:
-                    raise ValueError(f"names: {tree.places[name].path!r} and {path!r} are both {name!r}")
+                    raise ValueError(
+                        f"names: {tree.places[name].path!r} and {path!r} are both {name!r}"
+                    )
                 tree.places[name] = Place(name, path, index)
         unused = [p for p in convolutions if not any(re.fullmatch(p, path) for path in tree.leaves)]
         if unused:
@@ -210,7 +225,9 @@ class Tree:
     def modules(self) -> list[str]:
         """Every torch module, and those that they are parts of."""
         parts = [place.module.split(".") for place in self.places.values()]
-        return list(dict.fromkeys(".".join(part[: i + 1]) for part in parts for i in range(len(part))))
+        return list(
+            dict.fromkeys(".".join(part[: i + 1]) for part in parts for i in range(len(part)))
+        )
 
     def at(self, path: str) -> list[Place]:
         """The places of a leaf, along its batch axes."""
@@ -220,8 +237,13 @@ class Tree:
         """The site of a kernel or embedding; ValueError where its axes are not claimed."""
         view, shape = self.views[path], tuple(self.leaves[path].shape)
         if view is None:
-            raise ValueError(f"{path!r} of shape {shape}: say in views= which axes are inputs, outputs and layers")
-        return Site(path=path, shape=shape, view=view, lookup=path.rsplit("/", 1)[-1] == "embedding")
+            raise ValueError(
+                f"{path!r} of shape {shape}: say in views= which axes are inputs, outputs and "
+                "layers"
+            )
+        return Site(
+            path=path, shape=shape, view=view, lookup=path.rsplit("/", 1)[-1] == "embedding"
+        )
 
     def host(self, path: str) -> Host:
         """The kind of torch module of a kernel or embedding."""
@@ -233,7 +255,10 @@ class Tree:
 
     def is_matrix(self, place: Place) -> bool:
         """Whether the parameter is one that an adapter may sit on."""
-        return place.leaf in MATRICES and len(self.leaves[place.path].shape) > len(self.leads[place.path]) + 1
+        return (
+            place.leaf in MATRICES
+            and len(self.leaves[place.path].shape) > len(self.leads[place.path]) + 1
+        )
 
     def shape(self, place: Place) -> Shape:
         """Of the torch parameter."""

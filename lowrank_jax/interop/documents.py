@@ -1,20 +1,26 @@
-"""JSON documents from disk, read so that nothing but what was asked for gets through; and files written whole.
+"""JSON documents from disk, read so that nothing but what was asked for gets through; and files
+written whole.
 
-A file that another program wrote, that was cut short, or that somebody edited is one of three things:
+A file that another program wrote, that was cut short, or that somebody edited is one of three
+things:
 
     Missing      there is no such file, or it cannot be opened
-    Malformed    its bytes are no JSON in UTF-8: encoding, syntax, nesting, NaN, a key that stands twice
+    Malformed    its bytes are no JSON in UTF-8: encoding, syntax, nesting, NaN, a key that stands
+                 twice
     Unexpected   sound JSON of another shape: another type, a missing key, a value out of its type
 
-Each is a `DocumentError` whose message names the file, the line or key, the value and the remedy. Whoever reads a
-document turns it into the error of its own program. What a document must hold is said by a shape:
+Each is a `DocumentError` whose message names the file, the line or key, the value and the remedy.
+Whoever reads a document turns it into the error of its own program. What a document must hold is
+said by a shape:
 
-    int, float, str, bool, None     a number (an integer is also a float; true and false are neither, nor is an integer
-                                    beyond the largest float), ...
+    int, float, str, bool, None     a number (an integer is also a float; true and false are
+                                    neither, nor is an integer beyond the largest float), ...
     dict, list, object              any object, any array, anything
     [shape]                         an array of it
-    {"key": shape, "other?": shape} an object with these keys; one that ends in "?" may be absent; others are let be
-    {str: shape}                    an object whose values are of it, those of keys that are named beside it aside
+    {"key": shape, "other?": shape} an object with these keys; one that ends in "?" may be absent;
+    others are let be
+    {str: shape}                    an object whose values are of it, those of keys that are named
+                                    beside it aside
     (shape, ...)                    any one of them
 """
 
@@ -28,7 +34,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-# Bytes of the largest document: an index of a model of a hundred thousand tensors takes a tenth of it.
+# Bytes of the largest document: an index of a model of a hundred thousand tensors takes a tenth of
+# it.
 LARGEST = 2**28
 _DEEPEST = 100
 _AGAIN = "restore it, or make it again"
@@ -91,7 +98,8 @@ def lines(
     Args:
       path, shape, remedy: as of `read`.
       torn: leave out a last line without an end: a writer that was killed leaves one.
-      passed_over: receives what is wrong with a line, which is then left out; by default it is raised.
+      passed_over: receives what is wrong with a line, which is then left out; by default it is
+        raised.
 
     >>> import tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp(), "rows.jsonl")
@@ -111,7 +119,9 @@ def lines(
                 if len(line) > LARGEST:
                     raise Malformed(f"{where}: is longer than {LARGEST} bytes; {remedy}")
                 # only the file begins with a byte order mark
-                words = (_decoded if number == 1 else _decoded_part)(line.rstrip(b"\r\n"), where, remedy)
+                words = (_decoded if number == 1 else _decoded_part)(
+                    line.rstrip(b"\r\n"), where, remedy
+                )
                 value = parse(words, shape, where=where, remedy=remedy)
             except DocumentError as error:
                 if passed_over is None:
@@ -135,7 +145,9 @@ def parse(words: str, shape: Any = object, *, where: str, remedy: str = _AGAIN) 
     lowrank_jax.interop.documents.Malformed: x.json is not JSON: NaN is no number of JSON; restore it, or make it again
     """
     try:
-        value = json.loads(words, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_once)
+        value = json.loads(
+            words, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_once
+        )
         depth = _depth(value)
         if "\\ud" in words.lower():
             json.dumps(value, ensure_ascii=False).encode()
@@ -144,7 +156,9 @@ def parse(words: str, shape: Any = object, *, where: str, remedy: str = _AGAIN) 
         place = f"{line}column {error.colno}"
         raise Malformed(f"{where} is not JSON: {error.msg} ({place}); {remedy}") from error
     except UnicodeEncodeError as error:
-        raise Malformed(f"{where} holds half of a surrogate pair, which is no character; {remedy}") from error
+        raise Malformed(
+            f"{where} holds half of a surrogate pair, which is no character; {remedy}"
+        ) from error
     except ValueError as error:  # of the hooks, and of an integer with thousands of digits
         raise Malformed(f"{where} is not JSON: {str(error).split(';')[0]}; {remedy}") from error
     except RecursionError:
@@ -155,7 +169,8 @@ def parse(words: str, shape: Any = object, *, where: str, remedy: str = _AGAIN) 
 
 
 def check(value: Any, shape: Any, *, where: str, remedy: str = _AGAIN) -> Any:
-    """The value, if it is of the given shape. Raises Unexpected, which names the first key that is not.
+    """The value, if it is of the given shape. Raises Unexpected, which names the first key that is
+    not.
 
     >>> check({"rows": [{"name": "a"}, {"name": True}]}, {"rows": [{"name": str}]}, where="x.json")
     Traceback (most recent call last):
@@ -168,7 +183,8 @@ def check(value: Any, shape: Any, *, where: str, remedy: str = _AGAIN) -> Any:
 
 
 def write(path: str | os.PathLike, data: bytes) -> pathlib.Path:
-    """Write a file so that it holds either what it held or all of the data, whenever the process dies; returns it.
+    """Write a file so that it holds either what it held or all of the data, whenever the process
+    dies; returns it.
 
     Folders above it are made. What a failed write leaves behind is removed.
 
@@ -222,7 +238,9 @@ def _bytes(path: pathlib.Path, remedy: str) -> bytes:
     with _opened(path, remedy) as file:
         size = os.fstat(file.fileno()).st_size
         if size > LARGEST:
-            raise Malformed(f"{path} has {size} bytes, where at most {LARGEST} are expected; {remedy}")
+            raise Malformed(
+                f"{path} has {size} bytes, where at most {LARGEST} are expected; {remedy}"
+            )
         try:
             return file.read()
         except OSError as error:
@@ -242,7 +260,10 @@ def _decoded_part(raw: bytes, where: str, remedy: str) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         place = "" if ", line " in where else f", line {line},"
-        message = f"{where}{place} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; {remedy}"
+        message = (
+            f"{where}{place} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; "
+            f"{remedy}"
+        )
         raise Malformed(message) from error
 
 
@@ -270,7 +291,11 @@ def _depth(value: Any) -> int:
     """How deep arrays and objects are nested, at most one more than is allowed."""
     level, depth = [value], 0
     while level and depth <= _DEEPEST:
-        inside = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
+        inside = [
+            node.values() if isinstance(node, dict) else node
+            for node in level
+            if isinstance(node, (dict, list))
+        ]
         level, depth = [child for children in inside for child in children], depth + 1
     return depth
 
@@ -309,7 +334,8 @@ def _is_of(value: Any, shape: Any) -> bool:
 
 
 def _problem(value: Any, shape: Any, key: str) -> str | None:
-    """What is wrong with a value, as the rest of a sentence that begins with the file; None when nothing is."""
+    """What is wrong with a value, as the rest of a sentence that begins with the file; None when
+    nothing is."""
     choices = shape if isinstance(shape, tuple) else (shape,)
     fitting = [choice for choice in choices if _is_of(value, choice)]
     if not fitting:
@@ -322,7 +348,9 @@ def _problem(value: Any, shape: Any, key: str) -> str | None:
 def _inside(value: Any, shape: Any, key: str) -> str | None:
     """As `_problem`, of the elements of an array or an object."""
     if isinstance(shape, list):
-        found = (_problem(element, shape[0], f"{key}[{number}]") for number, element in enumerate(value))
+        found = (
+            _problem(element, shape[0], f"{key}[{number}]") for number, element in enumerate(value)
+        )
         return next((problem for problem in found if problem is not None), None)
     if not isinstance(shape, Mapping):
         return None

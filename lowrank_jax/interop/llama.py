@@ -1,4 +1,5 @@
-"""Parameters of LLaMA-family models (LLaMA, Mistral, Qwen2), from Hugging Face's names and layouts to Flax and back.
+"""Parameters of LLaMA-family models (LLaMA, Mistral, Qwen2), from Hugging Face's names and layouts
+to Flax and back.
 
     torch                                           Flax, scanned                      Flax, unscanned
     model.embed_tokens.weight            (V, D)     embed/embedding          (V, D)    the same
@@ -11,7 +12,8 @@
     model.norm.weight                      (D,)     norm/scale
     lm_head.weight                       (V, D)     lm_head/kernel           (D, V)    absent when the head is tied
 
-Kernels are transposed, everything else is kept as it is: both sides split rotary pairs in halves and order heads alike.
+Kernels are transposed, everything else is kept as it is: both sides split rotary pairs in halves
+and order heads alike.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from lowrank_jax.interop import safetensors
 _OUTSIDE = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "lm_head"}
 _INSIDE = {
     "input_layernorm": "attention_norm",
-    **{f"self_attn.{name}": f"attention/{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{
+        f"self_attn.{name}": f"attention/{name}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    },
     "post_attention_layernorm": "mlp_norm",
     **{f"mlp.{name}": f"mlp/{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
@@ -47,7 +52,8 @@ def torch_name(path: str, layer: int | None = None) -> str:
     """Hugging Face's name of a Flax path, of one layer where the path is that of a stack.
 
     Raises:
-      ValueError: for a path that no LLaMA has, with the nearest one it has, or a stack without a layer.
+      ValueError: for a path that no LLaMA has, with the nearest one it has, or a stack without a
+        layer.
 
     >>> torch_name("layers/attention/q_proj/kernel", 3), torch_name("layer_0/mlp_norm/scale")
     ('model.layers.3.self_attn.q_proj.weight', 'model.layers.0.post_attention_layernorm.weight')
@@ -59,10 +65,18 @@ def torch_name(path: str, layer: int | None = None) -> str:
     module, _, leaf = (rest if inside else path).rpartition("/")
     table = _INSIDE if inside else _OUTSIDE
     if _TO_TORCH.get(module) not in table or leaf not in _leaves(module):
-        known = [f"{root}/{m}/{leaf}" for m in _INSIDE.values() for leaf in _leaves(m)] if inside else []
+        known = (
+            [f"{root}/{m}/{leaf}" for m in _INSIDE.values() for leaf in _leaves(m)]
+            if inside
+            else []
+        )
         known += [f"{m}/{leaf}" for m in _OUTSIDE.values() for leaf in _leaves(m)]
         near = difflib.get_close_matches(path, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "paths begin with embed, layers, layer_<i>, norm or lm_head"
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else "paths begin with embed, layers, layer_<i>, norm or lm_head"
+        )
         raise ValueError(f"{path!r} is no parameter of a LLaMA: {hint}")
     if inside and layer is None:
         raise ValueError(f"{path!r} is a stack: say which layer")
@@ -71,7 +85,8 @@ def torch_name(path: str, layer: int | None = None) -> str:
 
 
 def flax_path(name: str, *, stacked: bool = True) -> tuple[str, int | None]:
-    """The Flax path of one of Hugging Face's names, and the layer it has there (None where the path says all).
+    """The Flax path of one of Hugging Face's names, and the layer it has there (None where the path
+    says all).
 
     Args:
       stacked: layers are scanned, "layers/..." with a leading axis; else "layer_<i>/...".
@@ -111,24 +126,33 @@ def _leaves(module: str) -> tuple[str, ...]:
 def from_torch(tensors: Mapping[str, Any], like: Any) -> Any:
     """Parameters in the structure of `like`, read from `tensors` one by one and one leaf at a time.
 
-    A layer's tensor goes straight to its place in the stacked leaf, in the dtype of `like`; beyond `tensors` and the
-    finished leaves only one leaf and one tensor are in memory.
+    A layer's tensor goes straight to its place in the stacked leaf, in the dtype of `like`; beyond
+    `tensors` and the finished leaves only one leaf and one tensor are in memory.
 
     Args:
-      tensors: {Hugging Face's name: array}, such as a `safetensors.Reader`. Rotary buffers are passed over, and so is
-        an `lm_head.weight` that equals the embedding where `like` has no head of its own.
+      tensors: {Hugging Face's name: array}, such as a `safetensors.Reader`. Rotary buffers are
+        passed over, and so is an `lm_head.weight` that equals the embedding where `like` has no
+        head of its own.
       like: nested dictionaries of `jax.ShapeDtypeStruct` or arrays, scanned or not, such as
         `jax.eval_shape(model.init, ...)["params"]`; leaves with a sharding are put there.
 
     Raises:
-      ValueError: names are missing or not expected (listed, with the nearest), or a tensor has another shape, is not
-        of floating point, or is a head that differs from the embedding it should be tied to.
+      ValueError: names are missing or not expected (listed, with the nearest), or a tensor has
+        another shape, is not of floating point, or is a head that differs from the embedding it
+        should be tied to.
 
-    >>> like = {"embed": {"embedding": jax.ShapeDtypeStruct((7, 2), jnp.bfloat16)},
-    ...         "layers": {"mlp": {"up_proj": {"kernel": jax.ShapeDtypeStruct((2, 2, 3), jnp.float32)}}}}
+    >>> like = {
+    ...     "embed": {"embedding": jax.ShapeDtypeStruct((7, 2), jnp.bfloat16)},
+    ...     "layers": {
+    ...         "mlp": {"up_proj": {"kernel": jax.ShapeDtypeStruct((2, 2, 3), jnp.float32)}}
+    ...     },
+    ... }
     >>> up = np.arange(6.0).reshape(3, 2)
-    >>> tensors = {"model.embed_tokens.weight": np.ones((7, 2)), "model.layers.0.mlp.up_proj.weight": up,
-    ...            "model.layers.1.mlp.up_proj.weight": -up}
+    >>> tensors = {
+    ...     "model.embed_tokens.weight": np.ones((7, 2)),
+    ...     "model.layers.0.mlp.up_proj.weight": up,
+    ...     "model.layers.1.mlp.up_proj.weight": -up,
+    ... }
     >>> params = from_torch(tensors, like)
     >>> params["embed"]["embedding"].dtype, params["layers"]["mlp"]["up_proj"]["kernel"][1]
     (dtype(bfloat16), Array([[-0., -2., -4.],
@@ -142,10 +166,15 @@ def from_torch(tensors: Mapping[str, Any], like: Any) -> Any:
     found = [name for name in tensors if not _BUFFERS.fullmatch(name)]
     if _HEAD in found and _HEAD not in expected and _EMBEDDING in found:
         if not np.array_equal(tensors[_HEAD], tensors[_EMBEDDING]):
-            raise ValueError(f"{where}: the head is tied, but {_HEAD} differs from {_EMBEDDING}: untie the head")
+            raise ValueError(
+                f"{where}: the head is tied, but {_HEAD} differs from {_EMBEDDING}: untie the head"
+            )
         found.remove(_HEAD)
     safetensors.check_names(found, expected, where)
-    filled = [_fill(tensors, group, path, leaf) for path, group, (_, leaf) in zip(paths, names, leaves, strict=True)]
+    filled = [
+        _fill(tensors, group, path, leaf)
+        for path, group, (_, leaf) in zip(paths, names, leaves, strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(like), filled)
 
 
@@ -157,11 +186,15 @@ def _names(path: str, leaf: Any) -> list[str]:
 
 def _fill(tensors: Mapping[str, Any], names: list[str], path: str, leaf: Any) -> jax.Array:
     buffer = np.empty(leaf.shape, leaf.dtype)
-    for place, name in zip(buffer if path.startswith("layers/") else buffer[None], names, strict=True):
+    for place, name in zip(
+        buffer if path.startswith("layers/") else buffer[None], names, strict=True
+    ):
         value = np.asarray(tensors[name])
         shape = place.shape[::-1] if path.endswith("/kernel") else place.shape
         if value.shape != shape:
-            raise ValueError(f"{name} is {value.shape}, but {path} of shape {leaf.shape} needs {shape}")
+            raise ValueError(
+                f"{name} is {value.shape}, but {path} of shape {leaf.shape} needs {shape}"
+            )
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"{name} is of dtype {value.dtype}: dequantise it first")
         place[...] = value.T if path.endswith("/kernel") else value
@@ -170,7 +203,8 @@ def _fill(tensors: Mapping[str, Any], names: list[str], path: str, leaf: Any) ->
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TorchTensor:
-    """A Flax leaf, or one layer of it, in torch's layout; `np.asarray` fetches and transposes it."""
+    """A Flax leaf, or one layer of it, in torch's layout; `np.asarray` fetches and transposes
+    it."""
 
     leaf: Any
     layer: int | None
@@ -193,8 +227,8 @@ class TorchTensor:
 def to_torch(params: Any) -> dict[str, TorchTensor]:
     """{Hugging Face's name: tensor} of a Flax tree, scanned or not, in Hugging Face's order.
 
-    Nothing is computed or copied until a tensor is asked for as a NumPy array, which `safetensors.write` does one by
-    one.
+    Nothing is computed or copied until a tensor is asked for as a NumPy array, which
+    `safetensors.write` does one by one.
 
     Args:
       params: nested dictionaries of arrays, every one whole or addressable from this process.

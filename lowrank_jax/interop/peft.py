@@ -1,4 +1,5 @@
-"""Adapters in the files of Hugging Face PEFT: a folder with `adapter_model.safetensors` and `adapter_config.json`.
+"""Adapters in the files of Hugging Face PEFT: a folder with `adapter_model.safetensors` and
+`adapter_config.json`.
 
     adaptation = lr.interop.peft.load(folder, params, lr.interop.llama.torch_name, views=views)
     lr.interop.peft.save(folder, adaptation, params, lr.interop.llama.torch_name, views=views)
@@ -16,16 +17,19 @@
     FOURIERFT   fourierft       fourierft_spectrum                           (k,)
     SHIRA       shira           shira_weight, shira_indices                  (r (n + m),), (2, r (n + m))
 
-Convolutions have `lora_A (r, c_in, window...)` and `lora_B (c_out, r, 1, ...)`. A stack of layers is one leaf here and
-a module for each layer there. What PEFT trains whole (`modules_to_save`, `bias`) is what `lr.adapt` trains whole.
+Convolutions have `lora_A (r, c_in, window...)` and `lora_B (c_out, r, 1, ...)`. A stack of layers
+is one leaf here and a module for each layer there. What PEFT trains whole (`modules_to_save`,
+`bias`) is what `lr.adapt` trains whole.
 
-Of a table that the output layer shares (no leaf of its own here, `head` there) PEFT adapts the look-up alone, which is
-`uses=("gather",)`; only LoRA with `ensure_weight_tying` adapts both, which is an adapter that all products see. `load`
-and `save` keep them apart, the printed adaptation says which, and what one leaf cannot say is refused.
+Of a table that the output layer shares (no leaf of its own here, `head` there) PEFT adapts the
+look-up alone, which is `uses=("gather",)`; only LoRA with `ensure_weight_tying` adapts both, which
+is an adapter that all products see. `load` and `save` keep them apart, the printed adaptation says
+which, and what one leaf cannot say is refused.
 
-Nothing is passed over: a tensor that is missing, unexpected or of another shape, and a field of the configuration that
-would change the function and is not understood, is an error that lists all of them. One that changes training alone, as
-a dropout that we do not have, is passed over with a warning.
+Nothing is passed over: a tensor that is missing, unexpected or of another shape, and a field of the
+configuration that would change the function and is not understood, is an error that lists all of
+them. One that changes training alone, as a dropout that we do not have, is passed over with a
+warning.
 """
 
 from __future__ import annotations
@@ -42,7 +46,15 @@ import numpy as np
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Arrays
 from lowrank_jax.checks import as_python
-from lowrank_jax.interop import _peft_config, _peft_tied, _peft_whole, _peft_writing, documents, llama, safetensors
+from lowrank_jax.interop import (
+    _peft_config,
+    _peft_tied,
+    _peft_whole,
+    _peft_writing,
+    documents,
+    llama,
+    safetensors,
+)
 from lowrank_jax.interop._peft_config import PREFIX
 from lowrank_jax.interop._peft_reading import TENSORS, Source, as_float
 from lowrank_jax.interop._torch_layout import Host, Names, Tree, linen_name
@@ -65,31 +77,34 @@ def load(
 ) -> Adaptation:
     """The adaptation of `params` that a folder of PEFT holds.
 
-    Factors come as float32, leaves trained whole in their own dtype. The base is not changed: of a PiSSA or OLoRA that
-    was saved without conversion the offset is found again from `params`, as PEFT does it.
+    Factors come as float32, leaves trained whole in their own dtype. The base is not changed: of a
+    PiSSA or OLoRA that was saved without conversion the offset is found again from `params`, as
+    PEFT does it.
 
     Args:
       folder: what PEFT's `save_pretrained` wrote.
       params: the base, as for `lr.adapt`.
-      names: `(path, index) -> torch's name` of a leaf's parameter, "model.layers.3.self_attn.q_proj.weight"; the index
-        counts along the batch axes of a stack and is None for other leaves. `lr.interop.llama.torch_name` for the LLaMA
-        family, scanned or not; by default that of a linen tree, with dots for slashes.
+      names: `(path, index) -> torch's name` of a leaf's parameter,
+        "model.layers.3.self_attn.q_proj.weight"; the index counts along the batch axes of a stack
+        and is None for other leaves. `lr.interop.llama.torch_name` for the LLaMA family, scanned or
+        not; by default that of a linen tree, with dots for slashes.
       views: which axes are inputs, outputs and layers, as for `lr.adapt`.
-      convolutions: patterns of kernels `(window, c_in, c_out)` of one-dimensional convolutions, which look like a
-        projection `(heads, head_dim, d)`. Those with more window axes need no word.
-      order: for a Uni-LoRA without saved indices, the adapted modules in the order of torch's `named_modules()`; known
-        where names is that of the LLaMA family.
+      convolutions: patterns of kernels `(window, c_in, c_out)` of one-dimensional convolutions,
+        which look like a projection `(heads, head_dim, d)`. Those with more window axes need no
+        word.
+      order: for a Uni-LoRA without saved indices, the adapted modules in the order of torch's
+        `named_modules()`; known where names is that of the LLaMA family.
       ignore: fields of the configuration to pass over, such as a dropout that we do not have.
-      head: torch's name of the output layer. A tree with a table and no kernel of that name, nor of one called score,
-        classifier or head, is one whose table the output layer shares, but for tables of positions and of token types;
-        None if no output layer shares it, as of an encoder.
+      head: torch's name of the output layer. A tree with a table and no kernel of that name, nor of
+        one called score, classifier or head, is one whose table the output layer shares, but for
+        tables of positions and of token types; None if no output layer shares it, as of an encoder.
       name: of the adaptation.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: an unknown method; fields that are not understood; targets that take no module; missing, unexpected or
-        misshapen tensors (all of a kind are listed); an output layer that shares a table and is adapted by itself, or a
-        copy of the table that only the look-up reads.
+      ValueError: an unknown method; fields that are not understood; targets that take no module;
+        missing, unexpected or misshapen tensors (all of a kind are listed); an output layer that
+        shares a table and is adapted by itself, or a copy of the table that only the look-up reads.
 
     >>> import jax, jax.numpy as jnp, tempfile
     >>> import lowrank_jax as lr
@@ -98,7 +113,12 @@ def load(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     files = save(folder, adaptation, params)
     ...     back = load(folder, params)
-    >>> bool(jnp.array_equal(back.train["sites"]["dense/kernel"]["a"], adaptation.train["sites"]["dense/kernel"]["a"]))
+    >>> bool(
+    ...     jnp.array_equal(
+    ...         back.train["sites"]["dense/kernel"]["a"],
+    ...         adaptation.train["sites"]["dense/kernel"]["a"],
+    ...     )
+    ... )
     True
     """
     tree = Tree.of(params, names, views or Views(), convolutions)
@@ -107,11 +127,17 @@ def load(
     shared = source.family.shared(source.config, source.hosts, source.tensors, in_order)
     known = order is not None or names is llama.torch_name
     plan, matrices = source.plan(views or Views(), name, in_order() if known else None)
-    train: dict[str, Any] = {"shared": {}, "sites": {}, "whole": {path: source.leaf(path) for path in plan.whole}}
+    train: dict[str, Any] = {
+        "shared": {},
+        "sites": {},
+        "whole": {path: source.leaf(path) for path in plan.whole},
+    }
     fixed: dict[str, Any] = {"shared": {}, "sites": {}}
     for group in plan.groups:
         for arrays, tree_of in ((shared.train, train), (shared.fixed, fixed)):
-            tree_of["shared"] |= {group: {k: jnp.asarray(as_float(x)) for k, x in arrays.items()}} if arrays else {}
+            tree_of["shared"] |= (
+                {group: {k: jnp.asarray(as_float(x)) for k, x in arrays.items()}} if arrays else {}
+            )
     for path, (adapter, site) in plan.by_path.items():
         trained, frozen = source.arrays(site, shared)
         train["sites"] |= {path: trained} if trained else {}
@@ -133,9 +159,10 @@ def save(
 ) -> list[pathlib.Path]:
     """Writes an adaptation as PEFT loads it onto the same base, and returns the files.
 
-    Scales other than alpha / r (weights, masked ranks) are worked into the tensors. Starts with an offset (PiSSA,
-    OLoRA) are written as LoRA of rank 2 r, which is exact; after `lr.adapters.absorb` there is no offset, the rank
-    stays, and the file belongs to the absorbed base. Which factor trains is not written.
+    Scales other than alpha / r (weights, masked ranks) are worked into the tensors. Starts with an
+    offset (PiSSA, OLoRA) are written as LoRA of rank 2 r, which is exact; after
+    `lr.adapters.absorb` there is no offset, the rank stays, and the file belongs to the absorbed
+    base. Which factor trains is not written.
 
     Args:
       folder: made when missing.
@@ -143,21 +170,25 @@ def save(
       params: the base; of its values only those of modules that are trained in part are read.
       names, views, convolutions: as for `load`.
       order: with `save_indices=False`, as for `load`.
-      head: as for `load`. A table that the output layer shares, with an adapter that both see, or trained whole, is
-        written with `ensure_weight_tying` and the tensors of both.
-      config: further fields: base_model_name_or_path, revision, task_type, inference_mode, peft_version, auto_mapping;
-        fan_in_fan_out=True where torch's base has transposed Conv1D modules (GPT-2); of Uni-LoRA save_indices=False,
-        which leaves the drawing of indices to PEFT.
+      head: as for `load`. A table that the output layer shares, with an adapter that both see, or
+        trained whole, is written with `ensure_weight_tying` and the tensors of both.
+      config: further fields: base_model_name_or_path, revision, task_type, inference_mode,
+        peft_version, auto_mapping; fan_in_fan_out=True where torch's base has transposed Conv1D
+        modules (GPT-2); of Uni-LoRA save_indices=False, which leaves the drawing of indices to
+        PEFT.
 
     Raises:
-      ValueError: several methods, or settings of which PEFT has one for all modules; a kind of module that PEFT does
-        not adapt so; candidates; an adapter that is switched off by its scale; a field that follows from the
-        adaptation, or that JSON cannot say; views that differ from the adaptation's.
+      ValueError: several methods, or settings of which PEFT has one for all modules; a kind of
+        module that PEFT does not adapt so; candidates; an adapter that is switched off by its
+        scale; a field that follows from the adaptation, or that JSON cannot say; views that differ
+        from the adaptation's.
 
     >>> import jax, jax.numpy as jnp, tempfile
     >>> import lowrank_jax as lr
     >>> params = {"table": {"embedding": jnp.ones((7, 4))}}
-    >>> adaptation = lr.adapt(params, {"table/embedding": lr.adapters.lora(rank=2)}, jax.random.key(0))
+    >>> adaptation = lr.adapt(
+    ...     params, {"table/embedding": lr.adapters.lora(rank=2)}, jax.random.key(0)
+    ... )
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tensors, config = save(folder, adaptation, params, head=None, task_type="CAUSAL_LM")
     ...     sorted(safetensors.read(tensors)), json.loads(config.read_text())["target_modules"]
@@ -179,7 +210,9 @@ def save(
             written = family.write(own, host, p, rank, fold)
             tensors |= {f"{PREFIX}{module}.{end}": x for end, x in written.items()}
             made[module], arrays[module] = (own, host), p
-            sizes[module], alphas[module] = family.written(own, p, rank, getattr(own, "alpha", None))
+            sizes[module], alphas[module] = family.written(
+                own, p, rank, getattr(own, "alpha", None)
+            )
             if shares is not None:
                 tied |= _peft_tied.pair_of(shares, module, own, written)
                 sizes[shares], alphas[shares] = sizes[module], alphas[module]
@@ -187,26 +220,36 @@ def save(
     tensors = family.evened(tensors, sizes)
     shared, first = _peft_writing.shared_arrays(adaptation), next(iter(made.values()))[0]
     fields = family.fields(list(made.values()), config) | family.sizes(sizes, alphas)
-    tensors |= family.write_shared(first, hosts, arrays, shared, config, lambda: _order(order, names, hosts))
+    tensors |= family.write_shared(
+        first, hosts, arrays, shared, config, lambda: _order(order, names, hosts)
+    )
     entries, whole = _peft_whole.write(adaptation.train["whole"], family.bias, tree, hosts, config)
     general = {"peft_type": family.peft_type, "base_model_name_or_path": None, "task_type": None}
     targets = _peft_config.target_modules(list(hosts), tree.modules)
     tied_whole = _peft_tied.write_whole(family, tree, adaptation.train["whole"], head)
     if tied or tied_whole:
-        targets, fields = _peft_tied.ties(targets) if tied else targets, fields | {_peft_tied.FIELD: True}
-    written = general | {"inference_mode": True, "target_modules": targets} | entries | fields | config
+        targets, fields = (
+            _peft_tied.ties(targets) if tied else targets,
+            fields | {_peft_tied.FIELD: True},
+        )
+    written = (
+        general | {"inference_mode": True, "target_modules": targets} | entries | fields | config
+    )
     text = _json(written)  # before any file is written
     files = safetensors.write(folder / TENSORS, tensors | whole | tied | tied_whole)
     return [*files, documents.write(folder / _peft_config.NAME, text.encode())]
 
 
 def _json(fields: Mapping[str, Any]) -> str:
-    """The text of a configuration, NumPy's numbers as Python's; ValueError for a field that JSON cannot say."""
+    """The text of a configuration, NumPy's numbers as Python's; ValueError for a field that JSON
+    cannot say."""
     for field, value in fields.items():
         try:
             json.dumps(value, default=_number)
         except TypeError as error:
-            raise ValueError(f"{field}={value!r} cannot be written as JSON: {error}; leave it out") from error
+            raise ValueError(
+                f"{field}={value!r} cannot be written as JSON: {error}; leave it out"
+            ) from error
     return json.dumps(fields, indent=2, sort_keys=True, default=_number) + "\n"
 
 
@@ -221,7 +264,12 @@ def _order(order: Sequence[str] | None, names: Names, hosts: Mapping[str, Host])
     if order is None and names is llama.torch_name:
         return sorted(hosts, key=lambda module: llama._order(f"{module}.weight"))
     if order is None:
-        raise ValueError("order: indices depend on the order of the modules: give their names as named_modules() does")
+        raise ValueError(
+            "order: indices depend on the order of the modules: give their names as "
+            "named_modules() does"
+        )
     if sorted(order) != sorted(hosts):
-        raise ValueError(f"order: names {sorted(order)[:8]}, the adapted modules are {sorted(hosts)[:8]}")
+        raise ValueError(
+            f"order: names {sorted(order)[:8]}, the adapted modules are {sorted(hosts)[:8]}"
+        )
     return list(order)

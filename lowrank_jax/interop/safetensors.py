@@ -1,13 +1,15 @@
-"""Folders of safetensors files: read tensor by tensor, and written so that no reader meets half of them.
+"""Folders of safetensors files: read tensor by tensor, and written so that no reader meets half of
+them.
 
     model.safetensors                                  one file, or
     model-00001-of-00003.safetensors, ...              several, and
     model.safetensors.index.json                       {"weight_map": {name: file}}
 
-A file is the length of a JSON header (eight bytes, little endian), the header {name: {"dtype", "shape",
-"data_offsets"}}, and the tensors' bytes one after the other. Headers are checked against their files by the
-`safetensors` package, and read by `documents`, which refuses a name that stands twice. The package's writer wants all
-tensors of a file in memory at once, so files are written here, one tensor at a time.
+A file is the length of a JSON header (eight bytes, little endian), the header {name: {"dtype",
+"shape", "data_offsets"}}, and the tensors' bytes one after the other. Headers are checked against
+their files by the `safetensors` package, and read by `documents`, which refuses a name that stands
+twice. The package's writer wants all tensors of a file in memory at once, so files are written
+here, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -49,14 +51,17 @@ _AGAIN = "copy or download it again"
 
 
 class Reader(Mapping[str, np.ndarray]):
-    """{name: array}: an array is read from its file each time it is asked for, and nothing stays open or in memory.
+    """{name: array}: an array is read from its file each time it is asked for, and nothing stays
+    open or in memory.
 
     Attributes:
       path: what `read` was given.
       shapes: {name: jax.ShapeDtypeStruct}, without reading a tensor.
     """
 
-    def __init__(self, path: pathlib.Path, files: Mapping[str, pathlib.Path], shapes: Mapping[str, Any]):
+    def __init__(
+        self, path: pathlib.Path, files: Mapping[str, pathlib.Path], shapes: Mapping[str, Any]
+    ):
         self.path, self.shapes = path, shapes
         self._files = files
 
@@ -64,7 +69,9 @@ class Reader(Mapping[str, np.ndarray]):
         """The array. KeyError for an unknown name, with the nearest known one."""
         if name not in self._files:
             near = difflib.get_close_matches(name, self._files, n=1)
-            raise KeyError(f"{self.path} holds no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise KeyError(
+                f"{self.path} holds no {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
         with _open(self._files[name]) as file:
             return file.get_tensor(name)
 
@@ -81,19 +88,27 @@ class Reader(Mapping[str, np.ndarray]):
 
 
 def read(path: str | os.PathLike) -> Reader:
-    """A reader of one file, or of a folder with `model.safetensors`, or with shards and their index.
+    """A reader of one file, or of a folder with `model.safetensors`, or with shards and their
+    index.
 
     All headers are read and checked at once, the tensors only when asked for.
 
     Raises:
-      FileNotFoundError: there is no such file, or a folder lacks its weights or a shard that the index names.
-      ValueError: a file is truncated or no safetensors file, a tensor has a dtype that NumPy does not know, or index
-        and shards disagree; the message lists the tensors.
+      FileNotFoundError: there is no such file, or a folder lacks its weights or a shard that the
+        index names.
+      ValueError: a file is truncated or no safetensors file, a tensor has a dtype that NumPy does
+        not know, or index and shards disagree; the message lists the tensors.
       ImportError: the safetensors package is missing.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = write(folder, {"norm.weight": np.ones(4, np.float32), "up.weight": np.zeros((8, 4), jnp.bfloat16)})
+    ...     _ = write(
+    ...         folder,
+    ...         {
+    ...             "norm.weight": np.ones(4, np.float32),
+    ...             "up.weight": np.zeros((8, 4), jnp.bfloat16),
+    ...         },
+    ...     )
     ...     reader = read(folder)
     ...     print(sorted(reader), reader["norm.weight"], reader.shapes["up.weight"])
     ['norm.weight', 'up.weight'] [1. 1. 1. 1.] ShapeDtypeStruct(shape=(8, 4), dtype=bfloat16)
@@ -106,29 +121,35 @@ def read(path: str | os.PathLike) -> Reader:
     shapes: dict[str, Any] = {}
     for shard in shards:
         if not shard.is_file():
-            raise FileNotFoundError(f"{shard} is missing, though {path / INDEX} names it: copy or download it again")
+            raise FileNotFoundError(
+                f"{shard} is missing, though {path / INDEX} names it: copy or download it again"
+            )
         for name, entry in _header(shard).items():
             files[name], shapes[name] = shard, _shape(shard, name, entry)
         if index is not None:
             named = [name for name, place in index.items() if place == shard]
-            check_names([name for name in files if files[name] == shard], named, f"{shard}, by {INDEX},")
+            check_names(
+                [name for name in files if files[name] == shard], named, f"{shard}, by {INDEX},"
+            )
     return Reader(path, files, shapes)
 
 
 def write(
     path: str | os.PathLike, tensors: Mapping[str, Any], *, max_shard_bytes: int = 5 * 10**9
 ) -> list[pathlib.Path]:
-    """Write `tensors` to one file (a path that ends in .safetensors) or to a folder, and return the files.
+    """Write `tensors` to one file (a path that ends in .safetensors) or to a folder, and return the
+    files.
 
-    In a folder, tensors are split into shards in the order given, and what `write` left there before is replaced.
-    Files get their names when all of them are complete, the index last: a crash leaves the old files, the new ones, or
-    a folder that `read` refuses, never a mixture.
+    In a folder, tensors are split into shards in the order given, and what `write` left there
+    before is replaced. Files get their names when all of them are complete, the index last: a crash
+    leaves the old files, the new ones, or a folder that `read` refuses, never a mixture.
 
     Args:
       path: made when missing.
-      tensors: {name: array}; NumPy and JAX arrays, and whatever else has `shape` and `dtype` and becomes an array by
-        `np.asarray`, which is called on one at a time.
-      max_shard_bytes: of a file of a folder, without its header (5 GB: transformers 4); a larger tensor stands alone.
+      tensors: {name: array}; NumPy and JAX arrays, and whatever else has `shape` and `dtype` and
+        becomes an array by `np.asarray`, which is called on one at a time.
+      max_shard_bytes: of a file of a folder, without its header (5 GB: transformers 4); a larger
+        tensor stands alone.
 
     Raises:
       ValueError: for a dtype that the format lacks, a `max_shard_bytes` below 1, or no tensors.
@@ -146,14 +167,24 @@ def write(
         raise ValueError(f"tensors={tensors!r}: nothing to write to {path}")
     for name, tensor in tensors.items():
         if np.dtype(tensor.dtype) not in _NAMES:
-            raise ValueError(f"{name} is of dtype {tensor.dtype}: convert it to one of {', '.join(map(str, _NAMES))}")
+            raise ValueError(
+                f"{name} is of dtype {tensor.dtype}: convert it to one of "
+                f"{', '.join(map(str, _NAMES))}"
+            )
     if path.suffix == ".safetensors":
         return _replace(path.parent, {path.name: tensors}, index=None, stale=())
     shards = _split(tensors, max_shard_bytes)
-    stale = [old for old in path.glob("model*") if old.name in (SINGLE, INDEX) or _SHARD.fullmatch(old.name)]
+    stale = [
+        old
+        for old in path.glob("model*")
+        if old.name in (SINGLE, INDEX) or _SHARD.fullmatch(old.name)
+    ]
     if len(shards) == 1:
         return _replace(path, {SINGLE: shards[0]}, index=None, stale=stale)
-    named = {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+    named = {
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard
+        for i, shard in enumerate(shards)
+    }
     index = {
         "metadata": {"total_size": sum(map(_bytes, tensors.values()))},
         "weight_map": {name: file for file, shard in named.items() for name in shard},
@@ -162,15 +193,21 @@ def write(
 
 
 def check_names(found: Collection[str], expected: Collection[str], where: str) -> None:
-    """Nothing when both hold the same names; else a ValueError that lists the missing and the unexpected ones.
+    """Nothing when both hold the same names; else a ValueError that lists the missing and the
+    unexpected ones.
 
-    >>> check_names(["q_proj.weight", "k.weight"], ["k.weight", "model.q_proj.weight"], "model.safetensors")
+    >>> check_names(
+    ...     ["q_proj.weight", "k.weight"], ["k.weight", "model.q_proj.weight"], "model.safetensors"
+    ... )
     Traceback (most recent call last):
     ValueError: model.safetensors lacks 1 tensor: model.q_proj.weight (near: q_proj.weight); 1 is not expected:
     q_proj.weight
     """
     present, wanted = set(found), set(expected)
-    missing, superfluous = [name for name in expected if name not in present], [n for n in found if n not in wanted]
+    missing, superfluous = (
+        [name for name in expected if name not in present],
+        [n for n in found if n not in wanted],
+    )
     if not missing and not superfluous:
         return
     parts = []
@@ -194,9 +231,13 @@ def _listed(names: Sequence[str], count: int) -> str:
 
 def _package() -> Any:
     try:
-        return importlib.import_module("safetensors")  # an extra's package: no import statement of the library names it
+        return importlib.import_module(
+            "safetensors"
+        )  # an extra's package: no import statement of the library names it
     except ImportError as error:
-        raise ImportError("this needs the safetensors package: pip install 'lowrank_jax[huggingface]'") from error
+        raise ImportError(
+            "this needs the safetensors package: pip install 'lowrank_jax[huggingface]'"
+        ) from error
 
 
 def _open(file: pathlib.Path) -> Any:
@@ -204,7 +245,9 @@ def _open(file: pathlib.Path) -> Any:
     try:
         return package.safe_open(file, framework="numpy")
     except (package.SafetensorError, ValueError) as error:
-        raise ValueError(f"{file} is truncated or no safetensors file ({error}): copy or download it again") from error
+        raise ValueError(
+            f"{file} is truncated or no safetensors file ({error}): copy or download it again"
+        ) from error
 
 
 def _header(file: pathlib.Path) -> dict[str, Any]:
@@ -221,7 +264,9 @@ def _header(file: pathlib.Path) -> dict[str, Any]:
 
 def _shape(file: pathlib.Path, name: str, entry: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
     if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"{file}: {name} is of type {entry['dtype']}; known are {', '.join(_DTYPES)}")
+        raise ValueError(
+            f"{file}: {name} is of type {entry['dtype']}; known are {', '.join(_DTYPES)}"
+        )
     return jax.ShapeDtypeStruct(tuple(entry["shape"]), _DTYPES[entry["dtype"]])
 
 
@@ -233,17 +278,23 @@ def _index(path: pathlib.Path) -> dict[str, pathlib.Path] | None:
         raise FileNotFoundError(f"{path} does not exist")
     single, index = path / SINGLE, path / INDEX
     if single.is_file() and index.is_file():
-        raise ValueError(f"{path} holds both {single.name} and {index.name}: remove the one that is out of date")
+        raise ValueError(
+            f"{path} holds both {single.name} and {index.name}: remove the one that is out of date"
+        )
     if single.is_file():
         return None
     if not index.is_file():
-        others = sorted(file.name for file in path.glob("*.safetensors") if not _SHARD.fullmatch(file.name))
+        others = sorted(
+            file.name for file in path.glob("*.safetensors") if not _SHARD.fullmatch(file.name)
+        )
         hint = f"; to read {others[0]}, give its own path" if others else ""
         raise FileNotFoundError(f"{path} holds neither {single.name} nor {index.name}{hint}")
     files = documents.read(index, {"weight_map": {str: str}}, remedy=_AGAIN)["weight_map"]
     for name, file in files.items():
         if pathlib.PurePath(file).name != file or not file:
-            raise ValueError(f"{index}: weight_map[{name!r}] is {file!r}, which leaves the folder; {_AGAIN}")
+            raise ValueError(
+                f"{index}: weight_map[{name!r}] is {file!r}, which leaves the folder; {_AGAIN}"
+            )
     return {name: path / file for name, file in files.items()}
 
 
@@ -264,7 +315,9 @@ def _split(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
     return shards
 
 
-def _replace(folder: pathlib.Path, files: Mapping[str, Mapping], index: Mapping | None, stale) -> list[pathlib.Path]:
+def _replace(
+    folder: pathlib.Path, files: Mapping[str, Mapping], index: Mapping | None, stale
+) -> list[pathlib.Path]:
     """Write under temporary names; then remove the stale, and rename, the index last."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [*files, *([] if index is None else [INDEX])]
@@ -274,7 +327,8 @@ def _replace(folder: pathlib.Path, files: Mapping[str, Mapping], index: Mapping 
             _write_file(temporary[name], tensors)
         if index is not None:
             _write_parts(temporary[INDEX], [json.dumps(index, indent=1).encode()])
-        # an old single file is replaced by its name; anything else goes first, so that no index names new shards
+        # an old single file is replaced by its name; anything else goes first, so that no index
+        # names new shards
         for old in sorted(stale, key=lambda file: file.name != INDEX):
             if old.name not in files:
                 old.unlink()
@@ -289,17 +343,24 @@ def _replace(folder: pathlib.Path, files: Mapping[str, Mapping], index: Mapping 
 def _write_file(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
     """Larger items first, as the package does, so that every tensor is aligned to its own items."""
     order = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt"}
+    }  # transformers refuses files without it
     offset = 0
     for name in order:
         end = offset + _bytes(tensors[name])
-        dtype, shape = _NAMES[np.dtype(tensors[name].dtype)], [int(size) for size in tensors[name].shape]
+        dtype, shape = (
+            _NAMES[np.dtype(tensors[name].dtype)],
+            [int(size) for size in tensors[name].shape],
+        )
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     # bfloat16 has no buffer interface of its own
-    bodies = (np.asarray(tensors[name], order="C").reshape(-1).view(np.uint8).data for name in order)
+    bodies = (
+        np.asarray(tensors[name], order="C").reshape(-1).view(np.uint8).data for name in order
+    )
     _write_parts(path, itertools.chain([len(text).to_bytes(8, "little"), text], bodies))
 
 

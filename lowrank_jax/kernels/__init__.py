@@ -1,8 +1,9 @@
 """Pallas kernels, each with a reference in jnp, a program for TPUs and one for NVIDIA GPUs.
 
-A kernel is here because its program moves fewer bytes than XLA's own fusions, or as many with fewer operations;
-`experiments/results/kernels.json` has both counts, and those of kernels that were tried and deleted or not written. No
-device has timed them, so every option that takes one is off by default.
+A kernel is here because its program moves fewer bytes than XLA's own fusions, or as many with fewer
+operations; `experiments/results/kernels.json` has both counts, and those of kernels that were tried
+and deleted or not written. No device has timed them, so every option that takes one is off by
+default.
 """
 
 from lowrank_jax.kernels._dct import dct_scores

@@ -1,4 +1,5 @@
-"""The random bits of `jax.random` and stochastic rounding by them, as arithmetic that a kernel can do on a tile."""
+"""The random bits of `jax.random` and stochastic rounding by them, as arithmetic that a kernel can
+do on a tile."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 
 
 def random_bits(key: tuple[jax.Array, jax.Array], index: jax.Array) -> jax.Array:
-    """uint32 `jax.random.bits(key, shape)` at flat indices, for threefry keys of two uint32 words (Salmon et al. 2011).
+    """uint32 `jax.random.bits(key, shape)` at flat indices, for threefry keys of two uint32 words
+    (Salmon et al. 2011).
 
     >>> words = jax.random.key_data(jax.random.key(3))
     >>> found = random_bits((words[0], words[1]), jnp.arange(6, dtype=jnp.uint32))
@@ -26,7 +28,8 @@ def random_bits(key: tuple[jax.Array, jax.Array], index: jax.Array) -> jax.Array
 
 
 def place(words: jax.Array, layer: jax.Array, rows: jax.Array, cols: jax.Array) -> jax.Array:
-    """Flat index of entries of matrix `layer`; words are `(L, 4)`: a key, the index of entry (0, 0), a row's length."""
+    """Flat index of entries of matrix `layer`; words are `(L, 4)`: a key, the index of entry (0,
+    0), a row's length."""
     return words[layer, 2] + rows * words[layer, 3] + cols
 
 
@@ -36,6 +39,8 @@ def round_stochastically(x: jax.Array, noise: jax.Array) -> jax.Array:
     upper = jnp.uint32(0xFFFF0000)
     rounded = (bits + (noise & jnp.uint32(0xFFFF))) & upper
     infinite = jnp.uint32(0x7F800000)
-    rounded = jnp.where(rounded & infinite == infinite, bits & upper, rounded)  # finite values stay finite
+    rounded = jnp.where(
+        rounded & infinite == infinite, bits & upper, rounded
+    )  # finite values stay finite
     rounded = jax.lax.bitcast_convert_type(rounded, jnp.float32)
     return jnp.where(bits & infinite == infinite, x, rounded).astype(jnp.bfloat16)

@@ -1,17 +1,20 @@
-"""Norms of the rows of a DCT in one pass over x: `|(Qᵀ x)_i|`, which rank the basis vectors of DCT-AdamW.
+"""Norms of the rows of a DCT in one pass over x: `|(Qᵀ x)_i|`, which rank the basis vectors of
+DCT-AdamW.
 
     x (..., d, k)   ->   scores (..., d), float32
 
-XLA multiplies by Q, which it makes inside the product, and sums there as well: x is read once and nothing else is
-moved, but at `2 d² k` operations in six passes of bfloat16, by far the most of a refresh on a TPU. The FFT that saves
-them has shuffles for which XLA writes arrays of the size of x. Here a tile of columns stays in VMEM and two thin stages
-of products take `4 (a + b) d k` operations, d = a b. With j = b j₁ + j₂ and i = 2a q ± p,
+XLA multiplies by Q, which it makes inside the product, and sums there as well: x is read once and
+nothing else is moved, but at `2 d² k` operations in six passes of bfloat16, by far the most of a
+refresh on a TPU. The FFT that saves them has shuffles for which XLA writes arrays of the size of x.
+Here a tile of columns stays in VMEM and two thin stages of products take `4 (a + b) d k`
+operations, d = a b. With j = b j₁ + j₂ and i = 2a q ± p,
 
     cos(π i (2j+1) / 2d) = cos(π p j₁ / a) cos β ∓ sin(π p j₁ / a) sin β        β = π i (2 j₂ + 1) / 2d
 
-since i j₁ counts modulo 2a: first all j₁ of a residue ("waves", 2a x a), then all j₂ of a p ("turns", b x 2b for each
-of a slots; slot 0 has p = 0 and p = a, which have no sine). Kind 2 runs so, kind 3 is the transpose. No reordering of
-x, no twiddle pass. Products are those of float32 (`Precision.HIGHEST`), as in `lr.linalg.dct`.
+since i j₁ counts modulo 2a: first all j₁ of a residue ("waves", 2a x a), then all j₂ of a p
+("turns", b x 2b for each of a slots; slot 0 has p = 0 and p = a, which have no sine). Kind 2 runs
+so, kind 3 is the transpose. No reordering of x, no twiddle pass. Products are those of float32
+(`Precision.HIGHEST`), as in `lr.linalg.dct`.
 """
 
 from __future__ import annotations
@@ -29,9 +32,14 @@ from jax.experimental.pallas import tpu as pltpu
 from lowrank_jax import linalg, sharding
 from lowrank_jax.kernels import _divided, _platform
 
-_SMALLEST = 2048  # at 1024 the compilers' schedules of both forms take about as long (v6e, whose products are wider)
-_UNROLL = 4  # slots that the compiler overlaps: a quarter to two fifths fewer cycles than one by one
-_LANES = 128  # columns of a tile: Mosaic reads rows at a stride only where the last axis has as many
+# at 1024 the compilers' schedules of both forms take about as long (v6e, whose products are wider)
+_SMALLEST = 2048
+_UNROLL = (
+    4  # slots that the compiler overlaps: a quarter to two fifths fewer cycles than one by one
+)
+_LANES = (
+    128  # columns of a tile: Mosaic reads rows at a stride only where the last axis has as many
+)
 
 
 def dct_scores(
@@ -44,16 +52,18 @@ def dct_scores(
     chip: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`lr.linalg.row_scores(lr.linalg.dct(x, kind), norm)` with the transform nowhere in device memory.
+    """`lr.linalg.row_scores(lr.linalg.dct(x, kind), norm)` with the transform nowhere in device
+    memory.
 
     Args:
       x: `(..., d, k)`, float32 or bfloat16, counted in float32; `(..., k, d)` with axis=-1.
-        Inside `lr.meshes.use` of several devices each takes the norms of its own share of k, where that is a multiple
-        of 128, and they are added up.
+        Inside `lr.meshes.use` of several devices each takes the norms of its own share of k, where
+        that is a multiple of 128, and they are added up.
       kind: 2 or 3, as in `lr.linalg.dct`. norm: "l1" or "l2". axis: of the transform, -2 or -1.
-      implementation: "tpu" (Mosaic), "reference" (jnp), or None for that of the device which the program is compiled
-        for: the reference on CPUs, on GPUs, whose FFT takes fewer operations, where d is no multiple of 128, and below
-        d = 2048, where the fewer operations come in products too thin to gain.
+      implementation: "tpu" (Mosaic), "reference" (jnp), or None for that of the device which the
+        program is compiled for: the reference on CPUs, on GPUs, whose FFT takes fewer operations,
+        where d is no multiple of 128, and below d = 2048, where the fewer operations come in
+        products too thin to gain.
       chip: key of `CHIPS`, whose VMEM bounds d; None for the smallest TPU.
       interpret: run the kernel as jnp operations, on any device.
 
@@ -61,8 +71,9 @@ def dct_scores(
       `(..., d)` float32.
 
     Raises:
-      ValueError: for another dtype, kind, norm or axis, fewer than two axes; where "tpu" was named for a d that is no
-        multiple of 128, or that does not fit VMEM; for "gpu", which has no program.
+      ValueError: for another dtype, kind, norm or axis, fewer than two axes; where "tpu" was named
+        for a d that is no multiple of 128, or that does not fit VMEM; for "gpu", which has no
+        program.
 
     >>> import jax.numpy as jnp
     >>> dct_scores(jnp.ones((4, 3)), kind=2).round(5).tolist()
@@ -71,7 +82,9 @@ def dct_scores(
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dct_scores: x of dtype {x.dtype} must be float32 or bfloat16; cast it")
     if x.ndim < 2 or axis not in (-2, -1):
-        raise ValueError(f"dct_scores: x {x.shape} must have two axes or more, and axis={axis} must be -2 or -1")
+        raise ValueError(
+            f"dct_scores: x {x.shape} must have two axes or more, and axis={axis} must be -2 or -1"
+        )
     for name, value, choices in (("kind", kind, (2, 3)), ("norm", norm, ("l1", "l2"))):
         if value not in choices:
             raise ValueError(f"dct_scores: {name}={value!r} must be one of {choices}")
@@ -100,7 +113,8 @@ def dct_scores(
 
 
 def _division(x, norm, axis, named) -> _divided.Division | None:
-    """Each device has a share of k, as `sharding.rows_whole` lays it out, and its part of every score."""
+    """Each device has a share of k, as `sharding.rows_whole` lays it out, and its part of every
+    score."""
     mesh = _divided.mesh()
     if mesh is None or x.shape[-3 - axis] % (mesh.size if named else mesh.size * _LANES):
         return None  # a device's share that is no multiple of 128 would be copied for the kernel
@@ -112,7 +126,11 @@ def _division(x, norm, axis, named) -> _divided.Division | None:
 
         def run(x):
             scores = program(x)
-            return jax.lax.psum(scores, over) if norm == "l1" else jnp.sqrt(jax.lax.psum(scores * scores, over))
+            return (
+                jax.lax.psum(scores, over)
+                if norm == "l1"
+                else jnp.sqrt(jax.lax.psum(scores * scores, over))
+            )
 
         return run
 
@@ -125,7 +143,9 @@ def _reference(x, *, kind, norm, axis):
 
 
 def _gpu(x):
-    raise _platform.Misfit("dct_scores: there is no program for GPUs, whose FFT wins; take implementation='reference'")
+    raise _platform.Misfit(
+        "dct_scores: there is no program for GPUs, whose FFT wins; take implementation='reference'"
+    )
 
 
 def split(d: int) -> tuple[int, int]:
@@ -139,7 +159,9 @@ def split(d: int) -> tuple[int, int]:
     """
     found = [(d // b, b) for b in range(16, d + 1, 16) if d % b == 0 and d // b % 8 == 0]
     if not found:
-        raise _platform.Misfit(f"dct_scores: d={d} is no multiple of 128; take implementation='reference'")
+        raise _platform.Misfit(
+            f"dct_scores: d={d} is no multiple of 128; take implementation='reference'"
+        )
     return min(found, key=lambda pair: (sum(pair), pair))
 
 
@@ -155,7 +177,8 @@ def _cos(turns: jax.Array, d: int) -> jax.Array:
 
 
 def frequencies(a: int, b: int) -> np.ndarray:
-    """i of row (p, l) of the turns, `(a, b)`: the first half of l counts 2a q + p, the second 2a q + 2a - p."""
+    """i of row (p, l) of the turns, `(a, b)`: the first half of l counts 2a q + p, the second 2a q
+    + 2a - p."""
     p, q = np.arange(a)[:, None], 2 * a * np.arange(b // 2)[None, :]
     return np.concatenate([q + p, q + np.where(p == 0, a, 2 * a - p)], axis=1)
 
@@ -173,12 +196,16 @@ def factors(a: int, b: int) -> tuple[jax.Array, jax.Array]:
     right = jnp.where(first, jnp.where(rows, 0, cos), sign * sin)
     p, j = jnp.arange(a, dtype=jnp.uint32)[:, None], 2 * jnp.arange(a, dtype=jnp.uint32)[None, :]
     alternating = jnp.where(jnp.arange(a) % 2 == 0, 1.0, -1.0)[None, :]
-    waves = jnp.stack([_cos(p * j, a), jnp.where(p == 0, alternating, _cos(p * j + 3 * a, a))], axis=1)
+    waves = jnp.stack(
+        [_cos(p * j, a), jnp.where(p == 0, alternating, _cos(p * j + 3 * a, a))], axis=1
+    )
     return jnp.concatenate([left, right], axis=-1), waves.reshape(2 * a, a)
 
 
 def _dot(left, right):
-    return jnp.dot(left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return jnp.dot(
+        left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
 
 
 def _add(out, start, size, values, limit, norm):
@@ -203,7 +230,9 @@ def _kernel(x, turns, waves, out, low, *own, sizes, kind, norm, swapped):
         @pl.loop(0, d // _LANES)
         def _(step):
             rows = pl.ds(pl.multiple_of(step * _LANES, _LANES), _LANES)
-            whole[rows, :] = x[:, rows].astype(jnp.float32).T if swapped else x[rows, :].astype(jnp.float32)
+            whole[rows, :] = (
+                x[:, rows].astype(jnp.float32).T if swapped else x[rows, :].astype(jnp.float32)
+            )
 
         x = whole
 
@@ -234,10 +263,13 @@ def _kernel(x, turns, waves, out, low, *own, sizes, kind, norm, swapped):
 
 
 def fast_bytes(d: int, itemsize: int, swapped: bool) -> int:
-    """VMEM of a tile: x and the sums twice, for the pipeline, both stages' factors and the first one's result once."""
+    """VMEM of a tile: x and the sums twice, for the pipeline, both stages' factors and the first
+    one's result once."""
     a, b = split(d)
     wide = lambda size: -(-size // _LANES) * _LANES  # noqa: E731  # a narrow array fills its lanes in part
-    factor_bytes = 4 * max(a * b * wide(2 * b) + 2 * a * wide(a), a * 2 * b * wide(b) + a * wide(2 * a))
+    factor_bytes = 4 * max(
+        a * b * wide(2 * b) + 2 * a * wide(a), a * 2 * b * wide(b) + a * wide(2 * a)
+    )
     own = 4 * d * _LANES if swapped or itemsize < 4 else 0
     return 2 * d * _LANES * (itemsize + 4) + 8 * d * _LANES + own + factor_bytes
 
@@ -247,17 +279,23 @@ def _tpu(x, *, kind, norm, swapped, named, chip, interpret):
     d, k = sizes[::-1] if swapped else sizes
     if not named and d < _SMALLEST:
         raise _platform.Misfit(f"dct_scores: below d={_SMALLEST} XLA's product takes as long")
-    if not swapped and k % _LANES:  # XLA lays such an array out with d last, and would copy it for the kernel
+    if (
+        not swapped and k % _LANES
+    ):  # XLA lays such an array out with d last, and would copy it for the kernel
         x, swapped = jnp.swapaxes(x, 1, 2), True
     a, b = split(d)
     costs = lambda *_: fast_bytes(d, itemsize, swapped)  # noqa: E731
-    _platform.largest(_platform.budget("tpu", chip), costs, (d,), (_LANES,), f"dct_scores of x ({d}, {k})")
+    _platform.largest(
+        _platform.budget("tpu", chip), costs, (d,), (_LANES,), f"dct_scores of x ({d}, {k})"
+    )
     turns, waves = factors(a, b)
     if kind == 3:
         turns, waves = jnp.swapaxes(turns, 1, 2), waves.T
     once = pl.Buffered(1)
     block, index = (
-        ((None, _LANES, d), lambda n, c: (n, c, 0)) if swapped else ((None, d, _LANES), lambda n, c: (n, 0, c))
+        ((None, _LANES, d), lambda n, c: (n, c, 0))
+        if swapped
+        else ((None, d, _LANES), lambda n, c: (n, 0, c))
     )
     scratch = [pltpu.VMEM((2 * d, _LANES), jnp.float32)]
     if swapped or itemsize < 4:
@@ -276,7 +314,8 @@ def _tpu(x, *, kind, norm, swapped, named, chip, interpret):
         ),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_platform.budget("tpu", chip) * 7 // 6
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=_platform.budget("tpu", chip) * 7 // 6,
         ),
         interpret=interpret,
         name="dct_scores",

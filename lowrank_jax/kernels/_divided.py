@@ -1,14 +1,18 @@
-"""A kernel in a program for several devices: each device runs it on its own block, inside one `shard_map`.
+"""A kernel in a program for several devices: each device runs it on its own block, inside one
+`shard_map`.
 
-The partitioner of an auto mesh cannot divide a kernel, and a traced array does not say where it lies there. What is
-known comes from `lr.meshes.use(mesh, rules, parameters=...)`: the mesh axes of parameters by their paths, and those of
-activations' rows by the rules. A `Division` says how operands and results lie; where none can be made, because nothing
-is known or the mathematics is not local, the reference runs, which the partitioner divides.
+The partitioner of an auto mesh cannot divide a kernel, and a traced array does not say where it
+lies there. What is known comes from `lr.meshes.use(mesh, rules, parameters=...)`: the mesh axes of
+parameters by their paths, and those of activations' rows by the rules. A `Division` says how
+operands and results lie; where none can be made, because nothing is known or the mathematics is not
+local, the reference runs, which the partitioner divides.
 
 A product `x W` divides so, where x has its rows over the mesh axes R:
 
-    W (n, m)    axes among R are gathered, as FSDP gathers them; N and M are what remains of each dimension's
-    x, y        (R, N) and (R, M); where N is not empty the devices' partial products are added up, in the dtype of y
+    W (n, m)    axes among R are gathered, as FSDP gathers them; N and M are what remains of each
+                dimension's
+    x, y        (R, N) and (R, M); where N is not empty the devices' partial products are added up,
+                in the dtype of y
 """
 
 from __future__ import annotations
@@ -31,10 +35,10 @@ class Division:
       mesh: of `lr.meshes.use`.
       operands: a PartitionSpec for each operand; of a tree for all of its leaves.
       results: likewise.
-      around: `(program, name of its implementation)` -> what each device runs, for instance a program that adds up the
-        devices' results.
-      falls_back: where the kernel does not fit, each device runs the reference on its own block; otherwise the
-        partitioner divides it.
+      around: `(program, name of its implementation)` -> what each device runs, for instance a
+        program that adds up the devices' results.
+      falls_back: where the kernel does not fit, each device runs the reference on its own block;
+        otherwise the partitioner divides it.
     """
 
     mesh: Any
@@ -46,25 +50,32 @@ class Division:
     def of(self, program: Callable[..., Any], name: str) -> Callable[..., Any]:
         """The program of implementation `name` on each device's own block."""
         own = program if self.around is None else self.around(program, name)
-        # nothing is differentiated through it, and a kernel does not say over which axes its results vary
-        return jax.shard_map(own, mesh=self.mesh, in_specs=self.operands, out_specs=self.results, check_vma=False)
+        # nothing is differentiated through it, and a kernel does not say over which axes its
+        # results vary
+        return jax.shard_map(
+            own, mesh=self.mesh, in_specs=self.operands, out_specs=self.results, check_vma=False
+        )
 
 
 def mesh() -> Any:
     """The auto mesh of several devices that a call may be divided over, or None."""
-    inside = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types  # of somebody's own shard_map
+    inside = (
+        AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    )  # of somebody's own shard_map
     return sharding.current_mesh.get() if sharding.divides() and not inside else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Mesh axes of a product `x (..., n) W (n, m)`; a backward pass, traced outside `lr.meshes.use`, finds them here.
+    """Mesh axes of a product `x (..., n) W (n, m)`; a backward pass, traced outside
+    `lr.meshes.use`, finds them here.
 
     Attributes:
       mesh: of `lr.meshes.use`.
       rows: of each leading axis of x.
       n, m: of the contracted dimension and of the columns.
-      gathers: whether W is divided over axes of the rows too, so that it is gathered for the product.
+      gathers: whether W is divided over axes of the rows too, so that it is gathered for the
+        product.
     """
 
     mesh: Any
@@ -75,17 +86,23 @@ class Product:
 
     @classmethod
     def of(cls, x: Any, shape: tuple[int, ...], spec: tuple[Any, Any] | None) -> Product | None:
-        """For `x (..., n)` and the partition entries of W; None where the reference has to serve."""
+        """For `x (..., n)` and the partition entries of W; None where the reference has to
+        serve."""
         rows, own = sharding.current_rows.get(), mesh()
         if spec is None or rows is None or own is None:
             return None
         lead = tuple(sharding.dividing(entry, own) for entry in rows)
         while lead and not lead[-1]:
             lead = lead[:-1]
-        if len(lead) >= x.ndim or any(x.shape[i] % sharding.parts(axes, own) for i, axes in enumerate(lead)):
+        if len(lead) >= x.ndim or any(
+            x.shape[i] % sharding.parts(axes, own) for i, axes in enumerate(lead)
+        ):
             return None
         taken = {name for axes in lead for name in axes}
-        n, m = (tuple(name for name in sharding.dividing(entry, own) if name not in taken) for entry in spec)
+        n, m = (
+            tuple(name for name in sharding.dividing(entry, own) if name not in taken)
+            for entry in spec
+        )
         if shape[0] % sharding.parts(n, own) or shape[1] % sharding.parts(m, own):
             return None
         gathers = any(name in taken for entry in spec for name in sharding.dividing(entry, own))

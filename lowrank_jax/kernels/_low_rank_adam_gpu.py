@@ -1,4 +1,5 @@
-"""`low_rank_adam` on NVIDIA GPUs: one program for the moments, one for the product that ends on W."""
+"""`low_rank_adam` on NVIDIA GPUs: one program for the moments, one for the product that ends on
+W."""
 
 from __future__ import annotations
 
@@ -39,13 +40,20 @@ def _moments_kernel(start, numbers, low, *refs, choice, sizes, tile):
             plgpu.store(ref.at[place], value.astype(ref.dtype), mask=inside)
         plgpu.store(d.at[own], direction, mask=inside)
         return
-    scale_place, real = (start[0] + layer, rows[:, None], jnp.full((1, 1), part)), (rows < r)[:, None]
+    scale_place, real = (
+        (start[0] + layer, rows[:, None], jnp.full((1, 1), part)),
+        (rows < r)[:, None],
+    )
     codes = [load(x).astype(jnp.int32) for x in before[::2]]
     scales = [plgpu.load(x.at[scale_place], mask=real, other=0) for x in before[1::2]]
-    mu, nu = (dynamic_code.decode(codes[number], number == 0) * scales[number] for number in range(2))
+    mu, nu = (
+        dynamic_code.decode(codes[number], number == 0) * scales[number] for number in range(2)
+    )
     *new, direction = parts.moved(load(low, own), mu, nu, n)
     for number, code in enumerate(("signed", "unsigned")):
-        kept, scale = parts.recoded(codes[number], scales[number], new[number], code, n["accepted"] > 0, inside)
+        kept, scale = parts.recoded(
+            codes[number], scales[number], new[number], code, n["accepted"] > 0, inside
+        )
         plgpu.store(after[2 * number].at[place], kept, mask=inside)
         plgpu.store(after[2 * number + 1].at[scale_place], scale, mask=real)
     plgpu.store(d.at[own], direction, mask=inside)
@@ -70,11 +78,15 @@ def _write_kernel(start, numbers, words, w, basis, d, out, *, choice, sizes, til
         return total + plgpu.dot(load(d, q, first, (r, k)).T, load(basis, last, q, (s, r)).T)
 
     product, shape = (body, (s, k)) if choice.side == "rows" else (turned, (k, s))
-    total = jax.lax.fori_loop(0, pl.cdiv(r, parts.GPU_DEPTH), product, jnp.zeros((i, j), jnp.float32))
+    total = jax.lax.fori_loop(
+        0, pl.cdiv(r, parts.GPU_DEPTH), product, jnp.zeros((i, j), jnp.float32)
+    )
     place, inside = _place(start[0] + layer, first, last, shape)
     noise = None
     if choice.stochastic:
-        index = _bits.place(words, layer, *(x.astype(jnp.uint32) for x in (first[:, None], last[None, :])))
+        index = _bits.place(
+            words, layer, *(x.astype(jnp.uint32) for x in (first[:, None], last[None, :]))
+        )
         noise = _bits.random_bits((words[layer, 0], words[layer, 1]), index)
     old = plgpu.load(w.at[place], mask=inside, other=0)
     plgpu.store(out.at[place], parts.written(old, total, n, noise), mask=inside)
@@ -83,7 +95,8 @@ def _write_kernel(start, numbers, words, w, basis, d, out, *, choice, sizes, til
 def gpu(numbers, words, w, basis, low, mu, nu, first=None, *, choice):
     """Both programs, one after the other; the direction takes the place of `low`.
 
-    The matrices of `basis`, which has numbers and words too, are those of the other stacks from `first` on.
+    The matrices of `basis`, which has numbers and words too, are those of the other stacks from
+    `first` on.
     """
     (count, s, r), k = basis.shape, low.shape[2]
     if first is not None:
@@ -112,7 +125,9 @@ def gpu(numbers, words, w, basis, low, mu, nu, first=None, *, choice):
         grid=(count, pl.cdiv(rows, i), pl.cdiv(cols, j)),
         out_shape=same(w),
         input_output_aliases={3: 0},
-        compiler_params=plgpu.CompilerParams(num_warps=8 if i * j >= 128 * 128 else 4, num_stages=parts.STAGES),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=8 if i * j >= 128 * 128 else 4, num_stages=parts.STAGES
+        ),
         interpret=choice.interpret,
         name="low_rank_adam_write",
     )(start, numbers, words, w, basis, d)

@@ -1,16 +1,18 @@
-"""A product and its thin companion in one pass over x: `y = x W + (x A) B`, the linear layer of LoRA.
+"""A product and its thin companion in one pass over x: `y = x W + (x A) B`, the linear layer of
+LoRA.
 
     x (N, n)   W (n, m)   A (n, r)   B (r, m)   ->   y (N, m), low = x A (N, r)
 
-Two programs of XLA read x twice, write `x W` and read it again for the sum. Here a tile of y is summed in fast memory
-and written once. The backward pass is the same kernel,
+Two programs of XLA read x twice, write `x W` and read it again for the sum. Here a tile of y is
+summed in fast memory and written once. The backward pass is the same kernel,
 
     dx = dy Wᵀ + (dy Bᵀ) Aᵀ          low' = dy Bᵀ
     dA = xᵀ low'    dB = lowᵀ dy      (thin products, left to XLA)
 
-and saves `low` in place of computing it again. W is frozen: its cotangent is taken only where it is asked for. Products
-are counted in the dtype of x and summed in float32, `low` is rounded to the dtype of x as `lr.adapters` round it; the
-sum of both parts is rounded once, where two programs round it twice.
+and saves `low` in place of computing it again. W is frozen: its cotangent is taken only where it is
+asked for. Products are counted in the dtype of x and summed in float32, `low` is rounded to the
+dtype of x as `lr.adapters` round it; the sum of both parts is rounded once, where two programs
+round it twice.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ _CHUNK = 256
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """What is static: whether W is given transposed, the mesh axes of `x W`, whether it is in a program for several
-    devices, and how it is made."""
+    """What is static: whether W is given transposed, the mesh axes of `x W`, whether it is in a
+    program for several devices, and how it is made."""
 
     transpose: bool
     over: _divided.Product | None
@@ -64,20 +66,24 @@ def thin_linear(
 
     Args:
       x: `(..., n)`, float32 or bfloat16; leading axes are rows.
-      w: `(n, m)`. a: `(n, r)`. b: `(r, m)`, the scale of the adapter inside a or b. They are cast to the dtype of x.
-      implementation: "tpu" (Mosaic), "gpu" (Triton), "reference" (jnp), or None for that of the device which the
-        program is compiled for: the reference on CPUs, where a kernel does not fit, and on TPUs where n or m is no
-        multiple of 128, since XLA lays such arrays out otherwise and would copy them for the kernel.
-      spec: partition entries of w's two axes on the mesh of `lr.meshes.use`. Each device then multiplies its own rows
-        of x, which lie as the rules say of "batch" and "length", by its own part of w. The reference runs there without
-        it, and where the mesh does not divide evenly; on TPUs also where w is divided over axes of the rows, since XLA
-        gathers it while it multiplies (FSDP), and where x, y and cotangents of a device fit VMEM, since XLA keeps them.
-      chip: key of `CHIPS`, whose fast memory sizes the tiles; None for the smallest of the platform.
+      w: `(n, m)`. a: `(n, r)`. b: `(r, m)`, the scale of the adapter inside a or b. They are cast
+        to the dtype of x.
+      implementation: "tpu" (Mosaic), "gpu" (Triton), "reference" (jnp), or None for that of the
+        device which the program is compiled for: the reference on CPUs, where a kernel does not
+        fit, and on TPUs where n or m is no multiple of 128, since XLA lays such arrays out
+        otherwise and would copy them for the kernel.
+      spec: partition entries of w's two axes on the mesh of `lr.meshes.use`. Each device then
+        multiplies its own rows of x, which lie as the rules say of "batch" and "length", by its own
+        part of w. The reference runs there without it, and where the mesh does not divide evenly;
+        on TPUs also where w is divided over axes of the rows, since XLA gathers it while it
+        multiplies (FSDP), and where x, y and cotangents of a device fit VMEM, since XLA keeps them.
+      chip: key of `CHIPS`, whose fast memory sizes the tiles; None for the smallest of the
+        platform.
       interpret: run the named kernel as jnp operations, on any device.
 
     Raises:
-      ValueError: for shapes that do not fit each other, or another dtype; where a kernel was named, for a rank above
-        128 on a GPU, and where no tile fits the chip's fast memory.
+      ValueError: for shapes that do not fit each other, or another dtype; where a kernel was named,
+        for a rank above 128 on a GPU, and where no tile fits the chip's fast memory.
 
     >>> import jax.numpy as jnp
     >>> thin_linear(jnp.ones((2, 8)), jnp.ones((8, 3)), jnp.ones((8, 1)), jnp.ones((1, 3))).tolist()
@@ -86,14 +92,25 @@ def thin_linear(
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"thin_linear: x of dtype {x.dtype} must be float32 or bfloat16; cast it")
     n, r = a.shape if a.ndim == 2 else (-1, -1)
-    if x.ndim < 1 or w.ndim != 2 or b.ndim != 2 or x.shape[-1] != n or w.shape[0] != n or b.shape != (r, w.shape[1]):
+    if (
+        x.ndim < 1
+        or w.ndim != 2
+        or b.ndim != 2
+        or x.shape[-1] != n
+        or w.shape[0] != n
+        or b.shape != (r, w.shape[1])
+    ):
         raise ValueError(
             f"thin_linear: shapes x {x.shape}, w {w.shape}, a {a.shape}, b {b.shape} must be "
             "(..., n), (n, m), (n, r), (r, m)"
         )
     over = _divided.Product.of(x, w.shape, spec)
-    choice = _Choice(False, over, sharding.divides(), _platform.settled(implementation, over), chip, interpret)
-    return _linear(choice, *sharding.varying_alike(x, *(leaf.astype(x.dtype) for leaf in (w, a, b))))
+    choice = _Choice(
+        False, over, sharding.divides(), _platform.settled(implementation, over), chip, interpret
+    )
+    return _linear(
+        choice, *sharding.varying_alike(x, *(leaf.astype(x.dtype) for leaf in (w, a, b)))
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -167,9 +184,13 @@ def _tpu_kernel(x, w, a, b, y, low, *, transpose):
         def _():
             low[rows, :] = _dot(x[rows, :], a[...]).astype(low.dtype)
 
-        y[rows, :] = (_dot(x[rows, :], w[...], transpose) + _dot(low[rows, :], b[...])).astype(y.dtype)
+        y[rows, :] = (_dot(x[rows, :], w[...], transpose) + _dot(low[rows, :], b[...])).astype(
+            y.dtype
+        )
 
-    whole, rest = divmod(x.shape[0], _CHUNK)  # a loop: Mosaic unrolls a product, and compiles a large one for minutes
+    whole, rest = divmod(
+        x.shape[0], _CHUNK
+    )  # a loop: Mosaic unrolls a product, and compiles a large one for minutes
 
     if whole:
 
@@ -181,12 +202,15 @@ def _tpu_kernel(x, w, a, b, y, low, *, transpose):
         some(whole * _CHUNK, rest)
 
 
-def fast_bytes(shape: tuple[int, int, int, int], itemsize: int, platform: str, i: int, j: int) -> int:
+def fast_bytes(
+    shape: tuple[int, int, int, int], itemsize: int, platform: str, i: int, j: int
+) -> int:
     """Fast memory of a tile `(i, j)` of y for `shape = (N, n, m, r)`.
 
-    TPU: a tile contracts all of n; W, B, y and low lie twice in VMEM, for the pipeline, x, A and two float32 sums once,
-    and a slice of W once more, which the backward pass turns there.
-    GPU: the slices of x, W and A of three stages lie in shared memory, and those of the last product.
+    TPU: a tile contracts all of n; W, B, y and low lie twice in VMEM, for the pipeline, x, A and
+    two float32 sums once, and a slice of W once more, which the backward pass turns there.
+    GPU: the slices of x, W and A of three stages lie in shared memory, and those of the last
+    product.
     """
     _, n, _, r = shape
     if platform == "gpu":
@@ -197,10 +221,16 @@ def fast_bytes(shape: tuple[int, int, int, int], itemsize: int, platform: str, i
     return itemsize * (once + 2 * twice) + 8 * min(i, _CHUNK) * wide(j)
 
 
-def tiles(shape: tuple[int, int, int, int], itemsize: int, platform: str, chip: str | None) -> tuple[int, int]:
-    """Rows and columns of a tile of y: as many rows as fit, since W is read once for each tile of rows.
+def tiles(
+    shape: tuple[int, int, int, int], itemsize: int, platform: str, chip: str | None
+) -> tuple[int, int]:
+    """Rows and columns of a tile of y: as many rows as fit, since W is read once for each tile of
+    rows.
 
-    >>> tiles((4096, 4096, 11008, 16), 2, "tpu", "v5e"), tiles((4096, 4096, 11008, 16), 2, "gpu", "h100")
+    >>> (
+    ...     tiles((4096, 4096, 11008, 16), 2, "tpu", "v5e"),
+    ...     tiles((4096, 4096, 11008, 16), 2, "gpu", "h100"),
+    ... )
     ((4096, 512), (128, 128))
     """
     rows, n, m, r = shape
@@ -210,7 +240,10 @@ def tiles(shape: tuple[int, int, int, int], itemsize: int, platform: str, chip: 
         fit = lambda sizes, size: tuple(s for s in sizes if s < 2 * size) or sizes[:1]  # noqa: E731
         choices = fit(_GPU_ROWS, rows), fit(_GPU_COLS, m)
     else:  # a tile is a multiple of Mosaic's, or all of an axis
-        fit = lambda sizes, size: tuple(s for s in sizes if s < size) + ((size,) if size <= sizes[-1] else ())  # noqa: E731
+
+        def fit(sizes, size):
+            return tuple(s for s in sizes if s < size) + ((size,) if size <= sizes[-1] else ())
+
         choices = fit(_TPU_ROWS, rows), fit(_TPU_COLS, m)
     return _platform.largest(_platform.budget(platform, chip), costs, *choices, what)
 
@@ -226,20 +259,35 @@ def _tpu(x, w, a, b, *, choice):
         raise _platform.Misfit(f"thin_linear: XLA would copy w ({n}, {m}) to the kernel's layout")
     if choice.implementation is None and choice.over is not None:
         if choice.over.gathers:
-            raise _platform.Misfit("thin_linear: XLA gathers w as it multiplies, and a kernel waits for all of it")
+            raise _platform.Misfit(
+                "thin_linear: XLA gathers w as it multiplies, and a kernel waits for all of it"
+            )
         if 2 * rows * (n + m) * x.dtype.itemsize <= _platform.vmem(choice.chip):
-            raise _platform.Misfit(f"thin_linear: XLA keeps {rows} rows of x, y and their cotangents in VMEM")
+            raise _platform.Misfit(
+                f"thin_linear: XLA keeps {rows} rows of x, y and their cotangents in VMEM"
+            )
     i, j = tiles((rows, n, m, r), x.dtype.itemsize, "tpu", choice.chip)
     return pl.pallas_call(
         functools.partial(_tpu_kernel, transpose=choice.transpose),
         grid=(pl.cdiv(rows, i), pl.cdiv(m, j)),
         in_specs=[
-            pl.BlockSpec((i, n), lambda p, q: (p, 0), pipeline_mode=pl.Buffered(1)),  # one wait for each tile of rows
-            pl.BlockSpec(*(((j, n), lambda p, q: (q, 0)) if choice.transpose else ((n, j), lambda p, q: (0, q)))),
+            pl.BlockSpec(
+                (i, n), lambda p, q: (p, 0), pipeline_mode=pl.Buffered(1)
+            ),  # one wait for each tile of rows
+            pl.BlockSpec(
+                *(
+                    ((j, n), lambda p, q: (q, 0))
+                    if choice.transpose
+                    else ((n, j), lambda p, q: (0, q))
+                )
+            ),
             pl.BlockSpec((n, r), lambda p, q: (0, 0), pipeline_mode=pl.Buffered(1)),
             pl.BlockSpec((r, j), lambda p, q: (0, q)),
         ],
-        out_specs=[pl.BlockSpec((i, j), lambda p, q: (p, q)), pl.BlockSpec((i, r), lambda p, q: (p, 0))],
+        out_specs=[
+            pl.BlockSpec((i, j), lambda p, q: (p, q)),
+            pl.BlockSpec((i, r), lambda p, q: (p, 0)),
+        ],
         out_shape=[_platform.output((rows, m), x), _platform.output((rows, r), x)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
@@ -280,8 +328,8 @@ def _gpu(x, w, a, b, *, choice):
     (rows, n), r, m = x.shape, a.shape[1], b.shape[1]
     if r > _LARGEST_GPU_RANK:
         raise _platform.Misfit(
-            f"thin_linear: rank {r} exceeds {_LARGEST_GPU_RANK}, which the registers of a GPU's block hold beside a "
-            "tile; take implementation='reference'"
+            f"thin_linear: rank {r} exceeds {_LARGEST_GPU_RANK}, which the registers of a GPU's "
+            "block hold beside a tile; take implementation='reference'"
         )
     sizes = rows, n, m, r
     tile = tiles(sizes, x.dtype.itemsize, "gpu", choice.chip)
@@ -289,7 +337,9 @@ def _gpu(x, w, a, b, *, choice):
         functools.partial(_gpu_kernel, transpose=choice.transpose, sizes=sizes, tile=tile),
         grid=(pl.cdiv(rows, tile[0]), pl.cdiv(m, tile[1])),
         out_shape=[_platform.output((rows, m), x), _platform.output((rows, r), x)],
-        compiler_params=plgpu.CompilerParams(num_warps=8 if tile[0] * tile[1] >= 128 * 128 else 4, num_stages=_STAGES),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=8 if tile[0] * tile[1] >= 128 * 128 else 4, num_stages=_STAGES
+        ),
         interpret=choice.interpret,
         name="thin_linear",
     )(x, w, a, b)

@@ -1,15 +1,18 @@
 """Matrices in, matrices out: orthogonalisation, decompositions, fast transforms, row selection,
 quantisation and spectra.
 
-Nothing here knows of trees, optimizers or Flax. Every function takes one matrix or a stack (..., rows, cols), treats
-leading axes as batch, and works in and out of jit, under vmap and ``jax.eval_shape``.
+Nothing here knows of trees, optimizers or Flax. Every function takes one matrix or a stack (...,
+rows, cols), treats leading axes as batch, and works in and out of jit, under vmap and
+``jax.eval_shape``.
 
-One dtype rule: arithmetic is done, and results are returned, in float32 (float64 for float64 input), whatever the
-input, so bfloat16 gradients give float32 factors. The exceptions say so: ``gather_rows`` and ``scatter_rows`` only
-move numbers and keep their dtype; functions that make a basis from integers take ``dtype=``; indices are int32.
+One dtype rule: arithmetic is done, and results are returned, in float32 (float64 for float64
+input), whatever the input, so bfloat16 gradients give float32 factors. The exceptions say so:
+``gather_rows`` and ``scatter_rows`` only move numbers and keep their dtype; functions that make a
+basis from integers take ``dtype=``; indices are int32.
 
-Ranks, sizes and choices are static and checked by name. Values are not checked: a non-finite input gives a non-finite
-result, a finite one (zero and rank-deficient included) a finite result unless its products overflow.
+Ranks, sizes and choices are static and checked by name. Values are not checked: a non-finite input
+gives a non-finite result, a finite one (zero and rank-deficient included) a finite result unless
+its products overflow.
 
 >>> import jax, jax.numpy as jnp
 >>> gradients = jax.random.normal(jax.random.key(0), (2, 8, 16), jnp.bfloat16)
@@ -29,9 +32,26 @@ from lowrank_jax.linalg.decompositions import (
     truncated_svd,
 )
 from lowrank_jax.linalg.normal_float import NormalFloat4, normal_float_book, quantize_nf4
-from lowrank_jax.linalg.orthogonal import cholesky_qr2, newton_schulz, orthonormalize, qr_orthonormal
-from lowrank_jax.linalg.quantization import QuantizedBlocks, dynamic_code_book, quantize_blocks, stochastic_round
-from lowrank_jax.linalg.selection import gather_rows, random_rows, row_scores, scatter_rows, top_rows, top_scores
+from lowrank_jax.linalg.orthogonal import (
+    cholesky_qr2,
+    newton_schulz,
+    orthonormalize,
+    qr_orthonormal,
+)
+from lowrank_jax.linalg.quantization import (
+    QuantizedBlocks,
+    dynamic_code_book,
+    quantize_blocks,
+    stochastic_round,
+)
+from lowrank_jax.linalg.selection import (
+    gather_rows,
+    random_rows,
+    row_scores,
+    scatter_rows,
+    top_rows,
+    top_scores,
+)
 from lowrank_jax.linalg.spectra import (
     effective_rank,
     explained_variance,

@@ -1,4 +1,5 @@
-"""What every file of this package shares: the dtype rule, precise products and the argument checks."""
+"""What every file of this package shares: the dtype rule, precise products and the argument
+checks."""
 
 from collections.abc import Collection
 from typing import Any
@@ -13,7 +14,10 @@ Array = jax.Array
 def working_dtype(dtype: Any) -> Any:
     """float64 stays float64; every other real dtype is computed, and returned, in float32."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"dtype {jnp.dtype(dtype).name} is complex; pass the real and imaginary parts separately")
+        raise TypeError(
+            f"dtype {jnp.dtype(dtype).name} is complex; pass the real and imaginary parts "
+            "separately"
+        )
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
@@ -27,7 +31,9 @@ def require_matrix(x: Any, name: str = "x") -> Array:
     """x as an array, refused by name unless it is a matrix or a stack of matrices."""
     x = jnp.asarray(x)
     if x.ndim < 2:
-        raise ValueError(f"{name} has shape {x.shape}; give a matrix (rows, cols) or a stack (..., rows, cols)")
+        raise ValueError(
+            f"{name} has shape {x.shape}; give a matrix (rows, cols) or a stack (..., rows, cols)"
+        )
     return x
 
 
@@ -41,10 +47,14 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def check_rank(rank: Any, limit: int, name: str = "rank", what: str = "the smaller matrix dimension") -> int:
+def check_rank(
+    rank: Any, limit: int, name: str = "rank", what: str = "the smaller matrix dimension"
+) -> int:
     """rank as an int in [1, limit]; it fixes shapes, so it must be static."""
     if not is_integer(rank):
-        raise TypeError(f"{name}={rank!r} must be a Python int: it fixes shapes, so make it static under jit")
+        raise TypeError(
+            f"{name}={rank!r} must be a Python int: it fixes shapes, so make it static under jit"
+        )
     if not 1 <= rank <= limit:
         raise ValueError(f"{name}={rank} must lie in [1, {limit}], where {limit} is {what}")
     return int(rank)
@@ -53,13 +63,18 @@ def check_rank(rank: Any, limit: int, name: str = "rank", what: str = "the small
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """Refuse a value that is not among the choices, naming both."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+        raise ValueError(
+            f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}"
+        )
 
 
 def check_axis(axis: int, ndim: int) -> int:
     """axis as a non-negative number."""
     if not -ndim <= axis < ndim:
-        raise ValueError(f"axis={axis} is out of range for an array of {ndim} axes; choose one in [{-ndim}, {ndim})")
+        raise ValueError(
+            f"axis={axis} is out of range for an array of {ndim} axes; choose one in [{-ndim}, "
+            f"{ndim})"
+        )
     return axis % ndim
 
 
@@ -69,7 +84,8 @@ def transpose(x: Array) -> Array:
 
 
 def product(a: Array, b: Array) -> Array:
-    """a @ b in full precision: the default of TPUs (bf16) and GPUs (TF32) would cost orthogonality three digits."""
+    """a @ b in full precision: the default of TPUs (bf16) and GPUs (TF32) would cost orthogonality
+    three digits."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 

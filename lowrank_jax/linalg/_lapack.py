@@ -1,8 +1,9 @@
 """Decompositions of stacks that cannot wait for each other for ever on a CPU.
 
-jaxlib's LAPACK calls split a stack over XLA's thread pool and wait for the parts. The calls themselves may run on that
-pool, so as many of them at once as it has threads (two matrices on two cores, or eight fake devices) block every thread
-and wait for parts that none is left to run. A call on one matrix uses no other thread.
+jaxlib's LAPACK calls split a stack over XLA's thread pool and wait for the parts. The calls
+themselves may run on that pool, so as many of them at once as it has threads (two matrices on two
+cores, or eight fake devices) block every thread and wait for parts that none is left to run. A call
+on one matrix uses no other thread.
 """
 
 import functools
@@ -16,18 +17,22 @@ from jax import lax
 
 from lowrank_jax import sharding
 
-# Calls of less work than this stay on their own thread. jaxlib splits from 2e5 operations on; a full SVD is the dearest
-# call, about 32 m n min(m, n).
+# Calls of less work than this stay on their own thread. jaxlib splits from 2e5 operations on; a
+# full SVD is the dearest call, about 32 m n min(m, n).
 _ON_ONE_THREAD = 2e5 / 32
 
 
 def matrix_by_matrix(decompose: Callable[..., Any]) -> Callable[..., Any]:
-    """`decompose` of stacks `(..., m, n)` with equal leading axes; on a CPU it is given one matrix at a time.
+    """`decompose` of stacks `(..., m, n)` with equal leading axes; on a CPU it is given one matrix
+    at a time.
 
-    A stack that lies in parts on an explicit mesh goes through in one call, as does every stack on other platforms.
+    A stack that lies in parts on an explicit mesh goes through in one call, as does every stack on
+    other platforms.
 
     >>> import jax.numpy as jnp
-    >>> matrix_by_matrix(jnp.linalg.cholesky)(jnp.broadcast_to(4 * jnp.eye(64), (3, 64, 64)))[2, 5, 5]
+    >>> matrix_by_matrix(jnp.linalg.cholesky)(jnp.broadcast_to(4 * jnp.eye(64), (3, 64, 64)))[
+    ...     2, 5, 5
+    ... ]
     Array(2., dtype=float32)
     """
 

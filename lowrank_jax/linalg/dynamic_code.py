@@ -1,13 +1,13 @@
 """The dynamic 8-bit code as arithmetic, for where a table is dear: a TPU, and a tile of a kernel.
 
-The values of the code are midpoints of equal cells of decades (`dynamic_code_book`), the i-th with n = 2^i cells
-(2^(i+1) when unsigned):
+The values of the code are midpoints of equal cells of decades (`dynamic_code_book`), the i-th with
+n = 2^i cells (2^(i+1) when unsigned):
 
     value(i, cell) = 10^(i-6) (0.1 + 0.9 (cell + 1/2) / n)
 
-and the place of a value among those from 0 on is n + cell (n - 1 + cell when unsigned), whose binary exponent tells i
-and whose mantissa tells cell / n. Both ways agree with the tables but for the last bit of a value, and for magnitudes
-that lie within rounding of the middle of two codes.
+and the place of a value among those from 0 on is n + cell (n - 1 + cell when unsigned), whose
+binary exponent tells i and whose mantissa tells cell / n. Both ways agree with the tables but for
+the last bit of a value, and for magnitudes that lie within rounding of the middle of two codes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def decode(codes: jax.Array, signed: bool) -> jax.Array:
     inverse = jax.lax.bitcast_convert_type((254 << 23) - exponent, jnp.float32)  # 1 / n
     size = place.astype(jnp.float32)
     first = 1 if signed else 2
-    powers = _steps(size, [first * 2**i - 0.5 for i in _DECADES[1:]], [10.0 ** (i - 6) for i in _DECADES])
+    powers = _steps(
+        size, [first * 2**i - 0.5 for i in _DECADES[1:]], [10.0 ** (i - 6) for i in _DECADES]
+    )
     value = powers * (0.1 + 0.9 * fraction + 0.45 * inverse)
     value = jnp.where(size < first, 0.0, jnp.where(size > first * 128 - 0.5, 1.0, value))
     return jnp.where(codes < 127, -value, value) if signed else value
@@ -48,7 +50,9 @@ def decode(codes: jax.Array, signed: bool) -> jax.Array:
 def encode(x: jax.Array, unit: jax.Array, signed: bool) -> jax.Array:
     """int32 codes of `unit`, float32 in [-1, 1] with the sign of x, which may have underflowed.
 
-    >>> encode(jnp.array([-1.0, 0.0, 1e-9, 1.0]), jnp.array([-1.0, 0.0, 1e-9, 1.0]), signed=True).tolist()
+    >>> encode(
+    ...     jnp.array([-1.0, 0.0, 1e-9, 1.0]), jnp.array([-1.0, 0.0, 1e-9, 1.0]), signed=True
+    ... ).tolist()
     [0, 127, 127, 255]
     """
     size = jnp.abs(unit)

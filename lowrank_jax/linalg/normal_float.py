@@ -1,9 +1,10 @@
-"""Matrices in 4 bits an entry: the NormalFloat code of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
+"""Matrices in 4 bits an entry: the NormalFloat code of QLoRA (Dettmers et al. 2023,
+arXiv:2305.14314).
 
-A block is 64 consecutive rows of one column, with its largest magnitude as scale: the blocks that bitsandbytes cuts
-from a torch weight, which is the transpose. A byte holds rows i (upper half) and i + 32 (lower half) of its block, so
-that half a block is decoded from 32 whole rows of bytes and no neighbours change places; bitsandbytes pairs
-neighbours, which is the same code in another order.
+A block is 64 consecutive rows of one column, with its largest magnitude as scale: the blocks that
+bitsandbytes cuts from a torch weight, which is the transpose. A byte holds rows i (upper half) and
+i + 32 (lower half) of its block, so that half a block is decoded from 32 whole rows of bytes and no
+neighbours change places; bitsandbytes pairs neighbours, which is the same code in another order.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from lowrank_jax.serialization import serializable
 
 BLOCK, HALF = 64, 32
 PRODUCTS = ("xla", "kernel")
-# Appendix E of the paper: quantiles of the normal distribution, of which the outermost are -1 and 1, and an exact 0.
+# Appendix E of the paper: quantiles of the normal distribution, of which the outermost are -1 and
+# 1, and an exact 0.
 _BOOK = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -45,12 +47,13 @@ def normal_float_book() -> np.ndarray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NormalFloat4:
-    """Matrices `(..., n, m)` in 4 bits an entry and a scale for 64 of them: 4.5 bits, 4.127 with doubly coded scales.
+    """Matrices `(..., n, m)` in 4 bits an entry and a scale for 64 of them: 4.5 bits, 4.127 with
+    doubly coded scales.
 
     Attributes:
       codes: uint8 `(..., 32 ceil(n / 64), m)`, two codes a byte; rows from n on are zeros.
-      absmax: float32 `(..., ceil(n / 64), m)`; or, doubly quantised, the signed 8-bit code of what is left of it
-        without `mean`, column after column, in blocks of 256.
+      absmax: float32 `(..., ceil(n / 64), m)`; or, doubly quantised, the signed 8-bit code of what
+        is left of it without `mean`, column after column, in blocks of 256.
       mean: float32 `(..., 1)`, of the scales of each matrix, or None.
       rows: n.
       products: "xla", or "kernel", see `quantize_nf4`.
@@ -87,20 +90,24 @@ class NormalFloat4:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """`(..., ceil(n / 64), m)`: the axes of a matrix in whole blocks, which no device divides."""
+        """`(..., ceil(n / 64), m)`: the axes of a matrix in whole blocks, which no device
+        divides."""
         return (*self.codes.shape[:-2], self.codes.shape[-2] // HALF, self.codes.shape[-1])
 
     def specs(self, spec: sharding.Spec) -> NormalFloat4:
-        """PartitionSpecs in the place of arrays, where the matrix lies as `spec` says, an entry for each axis.
+        """PartitionSpecs in the place of arrays, where the matrix lies as `spec` says, an entry for
+        each axis.
 
-        Codes and scales lie as the matrix does. Doubly quantised scales, column after column, are divided as far as it
-        is, columns first; their own scales and the mean are whole.
+        Codes and scales lie as the matrix does. Doubly quantised scales, column after column, are
+        divided as far as it is, columns first; their own scales and the mean are whole.
         """
         *lead, rows, cols = spec
         codes: Any = PartitionSpec(*spec)
         absmax: Any = codes
         if self.mean is not None:
-            flat = PartitionSpec(*lead, (*sharding.axis_names_of(cols), *sharding.axis_names_of(rows)) or None)
+            flat = PartitionSpec(
+                *lead, (*sharding.axis_names_of(cols), *sharding.axis_names_of(rows)) or None
+            )
             absmax = dataclasses.replace(self.absmax, codes=flat, scales=PartitionSpec(*lead, None))
         mean = None if self.mean is None else PartitionSpec(*lead, None)
         return dataclasses.replace(self, codes=codes, absmax=absmax, mean=mean)
@@ -110,14 +117,19 @@ class NormalFloat4:
         if self.mean is None:
             return self.absmax
         flat, lies = self.absmax.dequantize() + self.mean, sharding.explicit_spec(self.codes)
-        if lies is not None:  # on an explicit mesh columns of blocks are put together before they are divided anew
+        if (
+            lies is not None
+        ):  # on an explicit mesh columns of blocks are put together before they are divided anew
             flat = sharding.reshard(flat, (*lies[:-2], None))
-        return sharding.reshard(jnp.swapaxes(flat.reshape(*flat.shape[:-1], self.codes.shape[-1], -1), -1, -2), lies)
+        return sharding.reshard(
+            jnp.swapaxes(flat.reshape(*flat.shape[:-1], self.codes.shape[-1], -1), -1, -2), lies
+        )
 
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
         """The value; products in float32, then cast.
 
-        The barrier makes this one fusion: without it XLA spreads codes or scales over device memory for the product.
+        The barrier makes this one fusion: without it XLA spreads codes or scales over device memory
+        for the product.
         """
         lead, m = self.codes.shape[:-2], self.codes.shape[-1]
         bytes_ = self.codes.reshape(*lead, -1, HALF, m)
@@ -126,56 +138,73 @@ class NormalFloat4:
         whole = jax.lax.optimization_barrier(value).reshape(*lead, -1, m)
         lies = sharding.explicit_spec(whole)
         if lies is not None and whole.shape[-2] != self.rows:
-            whole = sharding.reshard(whole, (*lies[:-2], None, lies[-1]))  # the rest may be no multiple of the mesh
+            whole = sharding.reshard(
+                whole, (*lies[:-2], None, lies[-1])
+            )  # the rest may be no multiple of the mesh
         return whole[..., : self.rows, :]
 
     def requantize(self, value: Array, key: Array | None = None) -> NormalFloat4:
-        """Another value in the same form; ValueError with a key, since nothing here rounds stochastically."""
+        """Another value in the same form; ValueError with a key, since nothing here rounds
+        stochastically."""
         if key is not None:
-            raise ValueError("key: NF4 rounds to the nearest value, never stochastically; leave key=None")
+            raise ValueError(
+                "key: NF4 rounds to the nearest value, never stochastically; leave key=None"
+            )
         return quantize_nf4(value, double=self.mean is not None, products=self.products)
 
 
 def _level(code: Array) -> Array:
-    """The value of each code, by four levels of selects: they fuse, where XLA keeps a gather apart."""
+    """The value of each code, by four levels of selects: they fuse, where XLA keeps a gather
+    apart."""
     code, values = code.astype(jnp.int32), [jnp.float32(value) for value in _BOOK]
     for bit in range(4):
         upper = (code >> bit) & 1 == 1
-        values = [jnp.where(upper, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+        values = [
+            jnp.where(upper, high, low) for low, high in zip(values[::2], values[1::2], strict=True)
+        ]
     return values[0]
 
 
 def quantize_nf4(x: Any, *, double: bool = False, products: str = "xla") -> NormalFloat4:
-    """`x (..., n, m)` in NF4: the nearest value to each entry over its block's largest magnitude; halfway, the lower.
+    """`x (..., n, m)` in NF4: the nearest value to each entry over its block's largest magnitude;
+    halfway, the lower.
 
     Args:
-      x: floating, of at least two axes; leading axes are stacks. Other kernels are viewed as matrices first.
-      double: the scales, less their mean, in 8 bits (section 3 of the paper); codes are chosen by the exact scales.
-      products: "xla" decodes where the matrix is multiplied. "kernel": `lr.matmul(x, w)` of one matrix, with adapters
-        or without, takes `lr.kernels.nf4_linear`, which never forms it; x is float32 or bfloat16. Inside
-        `lr.meshes.use` of several devices only a matrix with adapters does, which its `parameters` name. Other products
-        decode. No device has timed it.
+      x: floating, of at least two axes; leading axes are stacks. Other kernels are viewed as
+        matrices first.
+      double: the scales, less their mean, in 8 bits (section 3 of the paper); codes are chosen by
+        the exact scales.
+      products: "xla" decodes where the matrix is multiplied. "kernel": `lr.matmul(x, w)` of one
+        matrix, with adapters or without, takes `lr.kernels.nf4_linear`, which never forms it; x is
+        float32 or bfloat16. Inside `lr.meshes.use` of several devices only a matrix with adapters
+        does, which its `parameters` name. Other products decode. No device has timed it.
 
-    A block of zeros gives exact zeros. A block with an entry that is not finite gives NaN; doubly quantised, where one
-    mean is taken of all scales, its whole matrix does.
+    A block of zeros gives exact zeros. A block with an entry that is not finite gives NaN; doubly
+    quantised, where one mean is taken of all scales, its whole matrix does.
 
     Raises:
       ValueError: for another dtype, fewer axes, or unknown products.
 
     >>> import jax.numpy as jnp
-    >>> quantize_nf4(jnp.array([[2.0, 1.0], [0.2, -0.7], [-0.1, 0.0]])).dequantize().round(3).tolist()
+    >>> quantize_nf4(jnp.array([[2.0, 1.0], [0.2, -0.7], [-0.1, 0.0]])).dequantize().round(
+    ...     3
+    ... ).tolist()
     [[2.0, 1.0], [0.159, -0.696], [-0.182, 0.0]]
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 2:
-        raise ValueError(f"x of dtype {x.dtype} and shape {x.shape} must be floating, with at least two axes")
+        raise ValueError(
+            f"x of dtype {x.dtype} and shape {x.shape} must be floating, with at least two axes"
+        )
     if products not in PRODUCTS:
         raise ValueError(f"products={products!r} must be one of {PRODUCTS}")
     *lead, n, m = x.shape
     padded = jnp.pad(x.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, -n % BLOCK), (0, 0)])
     blocks = padded.reshape(*lead, -1, BLOCK, m)
     absmax = jnp.max(jnp.abs(blocks), axis=-2)
-    absmax = jnp.where(jnp.isfinite(absmax), absmax, jnp.nan)  # an infinite one would make NaN of 0, -inf of inf
+    absmax = jnp.where(
+        jnp.isfinite(absmax), absmax, jnp.nan
+    )  # an infinite one would make NaN of 0, -inf of inf
     unit = blocks / jnp.where(absmax == 0, 1, absmax)[..., None, :]
     book = normal_float_book().astype(np.float64)
     above = (unit > jnp.float32(middle) for middle in (book[:-1] + book[1:]) / 2)

@@ -1,9 +1,10 @@
 """Orthonormal columns: Householder QR, Cholesky-QR2, their safe combination, and Newton-Schulz.
 
-Householder QR is unconditionally stable but slow in batches (LAPACK column by column on CPU, long programs on TPU).
-Cholesky-QR2 (Yamamoto et al. 2015) is two Gram matrices and two triangular inverses. Newton-Schulz (Muon, Jordan et
-al. 2024) is matrix products only and gives an approximate polar factor. Shapes: x (..., s, r) with s >= r; every QR
-here has diag(R) >= 0, which makes the factor of a full-rank x unique.
+Householder QR is unconditionally stable but slow in batches (LAPACK column by column on CPU, long
+programs on TPU). Cholesky-QR2 (Yamamoto et al. 2015) is two Gram matrices and two triangular
+inverses. Newton-Schulz (Muon, Jordan et al. 2024) is matrix products only and gives an approximate
+polar factor. Shapes: x (..., s, r) with s >= r; every QR here has diag(R) >= 0, which makes the
+factor of a full-rank x unique.
 """
 
 import math
@@ -23,7 +24,9 @@ def _as_tall(x: Any) -> Array:
     x = as_matrix(x)
     rows, cols = x.shape[-2:]
     if rows < cols:
-        raise ValueError(f"x has {rows} rows and {cols} cols; {cols} orthonormal columns need rows >= cols")
+        raise ValueError(
+            f"x has {rows} rows and {cols} cols; {cols} orthonormal columns need rows >= cols"
+        )
     return x
 
 
@@ -34,7 +37,8 @@ def _gram(x: Array) -> Array:
 def qr_orthonormal(x: Any) -> Array:
     """The Q (..., s, r) of the Householder QR x = Q R with diag(R) >= 0.
 
-    Orthonormal for every finite x, zero and rank-deficient ones included. Raises ValueError when s < r.
+    Orthonormal for every finite x, zero and rank-deficient ones included. Raises ValueError when s
+    < r.
 
     >>> import jax.numpy as jnp
     >>> (qr_orthonormal(jnp.array([[-3.0, 1.0], [0.0, 2.0]])).round(4) + 0).tolist()
@@ -46,19 +50,22 @@ def qr_orthonormal(x: Any) -> Array:
 
 
 def _cholesky_pass(x: Array, shift: float = 0.0) -> Array:
-    """x L^-T with L L^T = x^T x + shift I. The explicit inverse is a product, faster than a solve of s rows."""
+    """x L^-T with L L^T = x^T x + shift I. The explicit inverse is a product, faster than a solve
+    of s rows."""
     gram = _gram(x)
     identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=x.dtype), gram.shape)
     return product(x, transpose(_lapack.inverse_cholesky(gram + shift * identity)))
 
 
 def cholesky_qr2(x: Any) -> Array:
-    """The Q (..., s, r) of x = Q R, diag(R) > 0, by Cholesky-QR2; fast, and wrong or NaN on rank-deficient x.
+    """The Q (..., s, r) of x = Q R, diag(R) > 0, by Cholesky-QR2; fast, and wrong or NaN on
+    rank-deficient x.
 
-    Columns are first scaled to unit norm, which removes bad scaling (a warm power step's columns have the squared
-    singular values as norms). The first Gram matrix is shifted by r * machine epsilon, which keeps its factorisation
-    alive up to a condition number of about 1e4 in float32; both leave Q as it is in exact arithmetic, since scaling,
-    shift and second pass only change R. :func:`orthonormalize` checks the result. Raises ValueError when s < r.
+    Columns are first scaled to unit norm, which removes bad scaling (a warm power step's columns
+    have the squared singular values as norms). The first Gram matrix is shifted by r * machine
+    epsilon, which keeps its factorisation alive up to a condition number of about 1e4 in float32;
+    both leave Q as it is in exact arithmetic, since scaling, shift and second pass only change R.
+    :func:`orthonormalize` checks the result. Raises ValueError when s < r.
 
     >>> import jax.numpy as jnp
     >>> q = cholesky_qr2(jnp.array([[3.0, 1.0], [4.0, 1.0], [0.0, 1.0]]))
@@ -81,7 +88,9 @@ def _unit_columns(x: Array) -> Array:
 def _orthonormalize(x: Array) -> Array:
     if sharding.divides():
         return _checked_cholesky(x, _completed)
-    return lax.platform_dependent(x, tpu=qr_orthonormal, default=lambda x: _checked_cholesky(x, qr_orthonormal))
+    return lax.platform_dependent(
+        x, tpu=qr_orthonormal, default=lambda x: _checked_cholesky(x, qr_orthonormal)
+    )
 
 
 def _checked_cholesky(x: Array, otherwise: Callable[[Array], Array]) -> Array:
@@ -92,17 +101,20 @@ def _checked_cholesky(x: Array, otherwise: Callable[[Array], Array]) -> Array:
 
 
 def _completed(x: Array) -> Array:
-    """Orthonormal columns of any finite x by Gram matrices alone: its rows may be divided over devices.
+    """Orthonormal columns of any finite x by Gram matrices alone: its rows may be divided over
+    devices.
 
-    Noise of 10 machine epsilons in each entry stands in for what x does not span. The shift exceeds what rounding does
-    to a Gram matrix, and each shifted pass divides the condition number by up to 1 / sqrt(shift) (Fukaya et al. 2020,
-    whose shift bounds the worst case and is larger).
+    Noise of 10 machine epsilons in each entry stands in for what x does not span. The shift exceeds
+    what rounding does to a Gram matrix, and each shifted pass divides the condition number by up to
+    1 / sqrt(shift) (Fukaya et al. 2020, whose shift bounds the worst case and is larger).
     """
     eps = float(jnp.finfo(x.dtype).eps)
     q = _unit_columns(x)
     q = _unit_columns(q + 10 * eps * jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype))
     shift = (x.shape[-1] + 4 * math.sqrt(x.shape[-2])) * eps
-    return _cholesky_pass(lax.fori_loop(0, 4, lambda _, q: _unit_columns(_cholesky_pass(q, shift)), q))
+    return _cholesky_pass(
+        lax.fori_loop(0, 4, lambda _, q: _unit_columns(_cholesky_pass(q, shift)), q)
+    )
 
 
 @_orthonormalize.defjvp
@@ -117,15 +129,17 @@ def _orthonormalize_jvp(primals, tangents):
 
 
 def orthonormalize(x: Any) -> Array:
-    """Orthonormal columns (..., s, r) spanning those of x, x = Q R with diag(R) >= 0: Cholesky-QR2, QR when it fails.
+    """Orthonormal columns (..., s, r) spanning those of x, x = Q R with diag(R) >= 0: Cholesky-QR2,
+    QR when it fails.
 
-    One scalar test over the whole stack (everything finite and orthonormal to 1000 machine epsilons, 1e-4 in float32)
-    decides by ``lax.cond``, so a good stack never pays for Householder QR; under ``vmap`` the cond becomes a select
-    and both are paid: pass the stack itself. TPU programs hold Householder QR alone, which compiles to a third. Inside
-    ``lr.meshes.use`` of several devices the rows of x may be divided, and QR would gather them on every device: there
-    Gram matrices do all, and noise stands in for what x does not span. Zero and rank-deficient x give orthonormal
-    columns everywhere (the spare ones complete the basis). Non-finite x gives non-finite columns. Differentiable where
-    x has full rank. Raises ValueError when s < r.
+    One scalar test over the whole stack (everything finite and orthonormal to 1000 machine
+    epsilons, 1e-4 in float32) decides by ``lax.cond``, so a good stack never pays for Householder
+    QR; under ``vmap`` the cond becomes a select and both are paid: pass the stack itself. TPU
+    programs hold Householder QR alone, which compiles to a third. Inside ``lr.meshes.use`` of
+    several devices the rows of x may be divided, and QR would gather them on every device: there
+    Gram matrices do all, and noise stands in for what x does not span. Zero and rank-deficient x
+    give orthonormal columns everywhere (the spare ones complete the basis). Non-finite x gives
+    non-finite columns. Differentiable where x has full rank. Raises ValueError when s < r.
 
     >>> import jax.numpy as jnp
     >>> q = orthonormalize(jnp.ones((2, 4, 3)))  # rank one
@@ -142,16 +156,19 @@ def newton_schulz(
     eps: float = 1e-8,
     compute_dtype: Any = None,
 ) -> Array:
-    """Muon's Newton-Schulz iteration: singular values of x (..., m, n) moved towards 1, singular vectors kept.
+    """Muon's Newton-Schulz iteration: singular values of x (..., m, n) moved towards 1, singular
+    vectors kept.
 
-    Y = x / (||x||_F + eps), then ``steps`` times Y <- a Y + (b A + c A A) Y with A = Y Y^T, on the orientation with
-    fewer rows. Steps and coefficients are Muon's (Jordan et al. 2024): steep at 0, hence values end in about
-    [0.7, 1.2], not at 1; (1.5, -0.5, 0) converges to 1, slowly. ``compute_dtype`` (default: float32, float64 for a
-    float64 x) sets the dtype of the iteration, bfloat16 in the original; the result is cast back by the package's rule.
-    Zero x gives zeros.
+    Y = x / (||x||_F + eps), then ``steps`` times Y <- a Y + (b A + c A A) Y with A = Y Y^T, on the
+    orientation with fewer rows. Steps and coefficients are Muon's (Jordan et al. 2024): steep at 0,
+    hence values end in about [0.7, 1.2], not at 1; (1.5, -0.5, 0) converges to 1, slowly.
+    ``compute_dtype`` (default: float32, float64 for a float64 x) sets the dtype of the iteration,
+    bfloat16 in the original; the result is cast back by the package's rule. Zero x gives zeros.
 
     >>> import jax.numpy as jnp
-    >>> newton_schulz(jnp.diag(jnp.array([2.0, 1.0])), steps=20, coefficients=(1.5, -0.5, 0.0)).round(4).tolist()
+    >>> newton_schulz(
+    ...     jnp.diag(jnp.array([2.0, 1.0])), steps=20, coefficients=(1.5, -0.5, 0.0)
+    ... ).round(4).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
     x = as_matrix(x)

@@ -1,7 +1,8 @@
 """Block-wise 8-bit storage and stochastic rounding.
 
-A block is a run of consecutive entries of the last axis with one float32 scale, its largest magnitude; the last block
-of a row may be short. Codes keep the shape of the value, so that they slice and shard like it.
+A block is a run of consecutive entries of the last axis with one float32 scale, its largest
+magnitude; the last block of a row may be short. Codes keep the shape of the value, so that they
+slice and shard like it.
 """
 
 import dataclasses
@@ -20,15 +21,20 @@ from lowrank_jax.linalg._common import Array, is_integer
 from lowrank_jax.serialization import serializable
 
 CODES = ("signed", "unsigned", "linear")
-_FIRST, _LAST = 0x3400, 0x3F80  # the upper halves of the float32 2^-23, below every middle of two codes, and 1
+_FIRST, _LAST = (
+    0x3400,
+    0x3F80,
+)  # the upper halves of the float32 2^-23, below every middle of two codes, and 1
 
 
 @functools.cache
 def dynamic_code_book(signed: bool) -> np.ndarray:
-    """The 256 values of the dynamic 8-bit code, ascending, float32 (Dettmers et al. 2022, arXiv:2110.02861).
+    """The 256 values of the dynamic 8-bit code, ascending, float32 (Dettmers et al. 2022,
+    arXiv:2110.02861).
 
-    For each decade `10^(i-6)`, i = 0..6, the midpoints of `2^i` equal cells of [0.1, 1] (`2^(i+1)` when unsigned), with
-    both signs when signed; and 0 and 1. As in bitsandbytes -1 is not among them: the smallest value is -0.993.
+    For each decade `10^(i-6)`, i = 0..6, the midpoints of `2^i` equal cells of [0.1, 1] (`2^(i+1)`
+    when unsigned), with both signs when signed; and 0 and 1. As in bitsandbytes -1 is not among
+    them: the smallest value is -0.993.
 
     >>> book = dynamic_code_book(signed=True)
     >>> book.shape, float(book[127]), float(book[-1])
@@ -85,12 +91,14 @@ class QuantizedBlocks:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """The axes in whole blocks, which no device divides: `(..., ceil(n / block))`, 1 where one is not full."""
+        """The axes in whole blocks, which no device divides: `(..., ceil(n / block))`, 1 where one
+        is not full."""
         size = self.shape[-1]
         return (*self.shape[:-1], 1 if size % self.block else size // self.block)
 
     def specs(self, spec: sharding.Spec) -> "QuantizedBlocks":
-        """PartitionSpecs in the place of arrays: codes and scales lie as `spec` says, an entry for each axis."""
+        """PartitionSpecs in the place of arrays: codes and scales lie as `spec` says, an entry for
+        each axis."""
         own: Any = PartitionSpec(*spec)
         return dataclasses.replace(self, codes=own, scales=own)
 
@@ -109,13 +117,19 @@ class QuantizedBlocks:
 
 
 @functools.cache
-def _on_tpu(tables: Callable[..., Array], arithmetic: Callable[..., Array], signed: bool) -> Callable[..., Array]:
-    """`arithmetic(..., signed)` on TPUs, where XLA writes what it looks up to device memory, else `tables`.
+def _on_tpu(
+    tables: Callable[..., Array], arithmetic: Callable[..., Array], signed: bool
+) -> Callable[..., Array]:
+    """`arithmetic(..., signed)` on TPUs, where XLA writes what it looks up to device memory, else
+    `tables`.
 
-    For 1024 x 11008 entries XLA moves on v5e 237 MB to decode by a table and 57 by arithmetic, 1003 and 57
-    to encode; on an H100 there is no difference.
+    For 1024 x 11008 entries XLA moves on v5e 237 MB to decode by a table and 57 by arithmetic, 1003
+    and 57 to encode; on an H100 there is no difference.
     """
-    forms = {"tpu": functools.partial(arithmetic, signed=signed), "default": functools.partial(tables, signed=signed)}
+    forms = {
+        "tpu": functools.partial(arithmetic, signed=signed),
+        "default": functools.partial(tables, signed=signed),
+    }
     return lambda *operands: jax.lax.platform_dependent(*operands, **forms)
 
 
@@ -132,14 +146,22 @@ def _encode(x: Array, unit: Array, signed: bool) -> Array:
 
 def _lookup(table: np.ndarray, index: Array) -> Array:
     """table[index], sharded like index: on an explicit mesh a gather has to be told."""
-    return jnp.asarray(table).at[index].get(mode="promise_in_bounds", out_sharding=jax.typeof(index).sharding)
+    return (
+        jnp.asarray(table)
+        .at[index]
+        .get(mode="promise_in_bounds", out_sharding=jax.typeof(index).sharding)
+    )
 
 
 def _spread(scales: Array, size: int, block: int) -> Array:
     """Each block's scale at each of its entries."""
     spec = sharding.explicit_spec(scales)
     place = None if spec is None else PartitionSpec(*spec)
-    return scales if scales.shape[-1] == 1 else jnp.repeat(scales, block, axis=-1, out_sharding=place)[..., :size]
+    return (
+        scales
+        if scales.shape[-1] == 1
+        else jnp.repeat(scales, block, axis=-1, out_sharding=place)[..., :size]
+    )
 
 
 def _largest(x: Array, block: int) -> Array:
@@ -162,7 +184,9 @@ def _search_tables(signed: bool) -> tuple[np.ndarray, np.ndarray]:
     book = dynamic_code_book(signed)[127 if signed else 0 :].astype(np.float64)
     middles = (book[:-1] + book[1:]) / 2
     ends = middles.astype(np.float32)
-    ends = np.where(ends > middles, np.nextafter(ends, np.float32(0)), ends)  # the last float32 of the code
+    ends = np.where(
+        ends > middles, np.nextafter(ends, np.float32(0)), ends
+    )  # the last float32 of the code
     steps = (np.arange(_FIRST, _LAST + 1, dtype=np.uint32) << 16).view(np.float32)
     return np.searchsorted(ends, steps).astype(np.int32), np.append(ends, np.float32(np.inf))
 
@@ -175,21 +199,26 @@ def _nearest(magnitude: Array, signed: bool) -> Array:
     return code + (magnitude > _lookup(ends, code))
 
 
-def quantize_blocks(x: Any, code: str = "signed", block: int = 256, key: Array | None = None) -> QuantizedBlocks:
+def quantize_blocks(
+    x: Any, code: str = "signed", block: int = 256, key: Array | None = None
+) -> QuantizedBlocks:
     """`x` in blocks of 8-bit codes of `x / scale`, with the block's largest magnitude as scale.
 
     Args:
       x: floating, of at least one axis.
-      code: "signed" or "unsigned": the nearest value of the dynamic code book; a negative value never becomes zero or
-        positive (it takes the next code down, as bitsandbytes does; a tiny positive one may become zero). "linear":
-        `round(127 x / scale)`.
+      code: "signed" or "unsigned": the nearest value of the dynamic code book; a negative value
+        never becomes zero or positive (it takes the next code down, as bitsandbytes does; a tiny
+        positive one may become zero). "linear": `round(127 x / scale)`.
       block: entries of a block; 256 in current bitsandbytes, 2048 in older releases.
-      key: rounds "linear" stochastically, up with the probability of the fraction of `127 x / scale`, without bias.
+      key: rounds "linear" stochastically, up with the probability of the fraction of
+        `127 x / scale`, without bias.
 
-    A block of zeros has scale 0 and gives exact zeros. A block with an entry that is not finite gives NaN.
+    A block of zeros has scale 0 and gives exact zeros. A block with an entry that is not finite
+    gives NaN.
 
     Raises:
-      ValueError: for an unknown code, a block below 1, a value that is not floating, or a key with a dynamic code.
+      ValueError: for an unknown code, a block below 1, a value that is not floating, or a key with
+        a dynamic code.
 
     >>> import jax.numpy as jnp
     >>> quantize_blocks(jnp.array([1.0, -0.993, 0.0])).dequantize().round(3).tolist()
@@ -201,16 +230,22 @@ def quantize_blocks(x: Any, code: str = "signed", block: int = 256, key: Array |
         raise ValueError(f"block={block!r} must be a positive integer; 256 is the default")
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 1:
-        raise ValueError(f"x of dtype {x.dtype} and shape {x.shape} must be floating, with at least one axis")
+        raise ValueError(
+            f"x of dtype {x.dtype} and shape {x.shape} must be floating, with at least one axis"
+        )
     if key is not None and code != "linear":
-        raise ValueError(f"key: stochastic rounding is for code='linear', not {code!r}; leave key=None")
+        raise ValueError(
+            f"key: stochastic rounding is for code='linear', not {code!r}; leave key=None"
+        )
     x = x.astype(jnp.float32)
     scales = _largest(x, block)
     unit = x / _spread(jnp.where(scales > 0, scales, 1), x.shape[-1], block)
     if code == "linear":
         wide = 127 * unit
         whole = jnp.round(wide) if key is None else jnp.floor(wide)
-        if key is not None:  # a comparison, not floor(wide + u), which rounds up now and then when wide is whole
+        if (
+            key is not None
+        ):  # a comparison, not floor(wide + u), which rounds up now and then when wide is whole
             whole += jax.random.uniform(key, x.shape) < wide - whole
         return QuantizedBlocks(jnp.clip(whole, -127, 127).astype(jnp.int8), scales, code, block)
     codes = _on_tpu(_encode, dynamic_code.encode, code == "signed")(x, unit)
@@ -218,10 +253,11 @@ def quantize_blocks(x: Any, code: str = "signed", block: int = 256, key: Array |
 
 
 def stochastic_round(x: Array, dtype: Any, key: Array) -> Array:
-    """float32 `x` in bfloat16 (or as it is in float32), up or down with probabilities that make the mean x.
+    """float32 `x` in bfloat16 (or as it is in float32), up or down with probabilities that make the
+    mean x.
 
-    Adds 16 random bits below the cut of the mantissa and truncates. Values that bfloat16 holds stay; finite values stay
-    finite; infinities and NaN pass.
+    Adds 16 random bits below the cut of the mantissa and truncates. Values that bfloat16 holds
+    stay; finite values stay finite; infinities and NaN pass.
 
     Raises:
       ValueError: for another dtype.
@@ -237,7 +273,10 @@ def stochastic_round(x: Array, dtype: Any, key: Array) -> Array:
     if dtype != jnp.bfloat16:
         raise ValueError(f"dtype={dtype} must be bfloat16, or float32 for no rounding")
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    upper, noise = jnp.uint32(0xFFFF0000), jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    upper, noise = (
+        jnp.uint32(0xFFFF0000),
+        jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32),
+    )
     rounded = jax.lax.bitcast_convert_type((bits + noise) & upper, jnp.float32)
     cut = jax.lax.bitcast_convert_type(bits & upper, jnp.float32)
     rounded = jnp.where(jnp.isfinite(rounded), rounded, cut)

@@ -1,7 +1,8 @@
 """Choosing rows: scores, the best or random ones, and moving between all s rows and the r chosen.
 
-The subspace of r chosen rows of x (..., s, k) has columns of the identity as basis; its state is r integers. Index
-arrays are int32, sorted, (..., r). Gathers and scatters keep the dtype of what they move.
+The subspace of r chosen rows of x (..., s, k) has columns of the identity as basis; its state is r
+integers. Index arrays are int32, sorted, (..., r). Gathers and scatters keep the dtype of what they
+move.
 """
 
 from typing import Any
@@ -15,10 +16,14 @@ from lowrank_jax.linalg._common import Array, as_matrix, check_choice, check_ran
 def row_scores(x: Any, norm: str = "l1") -> Array:
     """The l1 or l2 norm of each row of x (..., s, k), as (..., s).
 
-    l1 is DCT-AdamW's default for ranking coefficients; choosing by l2 minimises the projection error.
+    l1 is DCT-AdamW's default for ranking coefficients; choosing by l2 minimises the projection
+    error.
 
     >>> import jax.numpy as jnp
-    >>> row_scores(jnp.array([[3.0, -4.0], [1.0, 0.0]])).tolist(), row_scores(jnp.array([[3.0, -4.0]]), "l2").tolist()
+    >>> (
+    ...     row_scores(jnp.array([[3.0, -4.0], [1.0, 0.0]])).tolist(),
+    ...     row_scores(jnp.array([[3.0, -4.0]]), "l2").tolist(),
+    ... )
     ([7.0, 1.0], [5.0])
     """
     check_choice("norm", norm, ("l1", "l2"))
@@ -27,9 +32,11 @@ def row_scores(x: Any, norm: str = "l1") -> Array:
 
 
 def top_rows(x: Any, rank: int, norm: str = "l1") -> Array:
-    """Sorted int32 indices (..., r) of the ``rank`` rows of x (..., s, k) with the largest norm; ties take the first.
+    """Sorted int32 indices (..., r) of the ``rank`` rows of x (..., s, k) with the largest norm;
+    ties take the first.
 
-    A row with NaN ranks first; indices are always valid and distinct. Raises ValueError unless 1 <= rank <= s.
+    A row with NaN ranks first; indices are always valid and distinct. Raises ValueError unless 1 <=
+    rank <= s.
 
     >>> import jax.numpy as jnp
     >>> top_rows(jnp.array([[1.0], [-3.0], [0.0], [2.0]]), rank=2).tolist()
@@ -39,7 +46,8 @@ def top_rows(x: Any, rank: int, norm: str = "l1") -> Array:
 
 
 def top_scores(scores: Any, rank: int) -> Array:
-    """Sorted int32 indices (..., r) of the ``rank`` largest of scores (..., s), as :func:`top_rows` of its own scores.
+    """Sorted int32 indices (..., r) of the ``rank`` largest of scores (..., s), as :func:`top_rows`
+    of its own scores.
 
     >>> import jax.numpy as jnp
     >>> top_scores(jnp.array([1.0, 3.0, 0.0, 2.0]), rank=2).tolist()
@@ -51,7 +59,8 @@ def top_scores(scores: Any, rank: int) -> Array:
 
 
 def random_rows(key: Array, s: int, rank: int, batch: tuple[int, ...] = ()) -> Array:
-    """Sorted int32 indices (*batch, r) of ``rank`` of s rows, uniform without replacement, independent over batch.
+    """Sorted int32 indices (*batch, r) of ``rank`` of s rows, uniform without replacement,
+    independent over batch.
 
     >>> import jax
     >>> random_rows(jax.random.key(0), s=3, rank=3).tolist()
@@ -69,7 +78,8 @@ def _batched(function: Any, axes: int) -> Any:
 
 
 def gather_rows(x: Any, indices: Any) -> Array:
-    """The rows ``indices`` (..., r) of x (..., s, k), as (..., r, k); indices without batch axes serve the stack.
+    """The rows ``indices`` (..., r) of x (..., s, k), as (..., r, k); indices without batch axes
+    serve the stack.
 
     >>> import jax.numpy as jnp
     >>> gather_rows(jnp.array([[1.0], [2.0], [3.0]]), jnp.array([0, 2])).tolist()
@@ -81,7 +91,8 @@ def gather_rows(x: Any, indices: Any) -> Array:
 
 
 def scatter_rows(low: Any, indices: Any, s: int) -> Array:
-    """Zeros (..., s, k) with rows ``indices`` (..., r), distinct, set to low (..., r, k): gather's transpose.
+    """Zeros (..., s, k) with rows ``indices`` (..., r), distinct, set to low (..., r, k): gather's
+    transpose.
 
     Raises ValueError when low has another number of rows than there are indices.
 
@@ -91,11 +102,18 @@ def scatter_rows(low: Any, indices: Any, s: int) -> Array:
     """
     low, indices = require_matrix(low, "low"), jnp.asarray(indices)
     if low.shape[-2] != indices.shape[-1]:
-        raise ValueError(f"low has {low.shape[-2]} rows but indices names {indices.shape[-1]}; give one index per row")
+        raise ValueError(
+            f"low has {low.shape[-2]} rows but indices names {indices.shape[-1]}; give one index "
+            "per row"
+        )
     indices = jnp.broadcast_to(indices, low.shape[:-1])
 
     def scatter(low, rows):  # a gather by the inverse index: columns of low may be sharded
-        slots = jnp.full((s,), -1, jnp.int32).at[rows].set(jnp.arange(rows.size, dtype=jnp.int32), unique_indices=True)
+        slots = (
+            jnp.full((s,), -1, jnp.int32)
+            .at[rows]
+            .set(jnp.arange(rows.size, dtype=jnp.int32), unique_indices=True)
+        )
         return jnp.where((slots >= 0)[:, None], low[jnp.maximum(slots, 0)], 0)
 
     return _batched(scatter, low.ndim - 2)(low, indices)

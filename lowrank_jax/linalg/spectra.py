@@ -1,4 +1,5 @@
-"""Numbers that say how low-rank a matrix is and how good a basis: for analysis, not for the training step."""
+"""Numbers that say how low-rank a matrix is and how good a basis: for analysis, not for the
+training step."""
 
 from typing import Any
 
@@ -9,7 +10,8 @@ from lowrank_jax.linalg._common import Array, as_array, as_matrix, divide, produ
 
 
 def effective_rank(s: Any) -> Array:
-    """exp of the entropy of the singular values s (..., n) divided by their sum (Roy & Vetterli 2007); in [1, n].
+    """exp of the entropy of the singular values s (..., n) divided by their sum (Roy & Vetterli
+    2007); in [1, n].
 
     Zero when every singular value is zero.
 
@@ -24,7 +26,8 @@ def effective_rank(s: Any) -> Array:
 
 
 def rank_for_energy(s: Any, energy: float) -> Array:
-    """The smallest k with s_1^2 + ... + s_k^2 >= energy * (s_1^2 + ... + s_n^2), s (..., n) descending; int32 (...).
+    """The smallest k with s_1^2 + ... + s_k^2 >= energy * (s_1^2 + ... + s_n^2), s (..., n)
+    descending; int32 (...).
 
     At least 1, also of zero singular values. Raises ValueError unless 0 < energy <= 1.
 
@@ -33,7 +36,10 @@ def rank_for_energy(s: Any, energy: float) -> Array:
     [2, 1]
     """
     if not 0 < energy <= 1:
-        raise ValueError(f"energy={energy} must lie in (0, 1]: the share of the squared singular values that is kept")
+        raise ValueError(
+            f"energy={energy} must lie in (0, 1]: the share of the squared singular values that is "
+            "kept"
+        )
     s = as_array(s)
     kept = jnp.cumsum(jnp.square(divide(s, jnp.max(s, axis=-1, keepdims=True))), axis=-1)
     return 1 + jnp.sum(kept[..., :-1] < energy * kept[..., -1:], axis=-1, dtype=jnp.int32)
@@ -45,7 +51,8 @@ def _unit_scale(x: Array) -> Array:
 
 
 def stable_rank(x: Any) -> Array:
-    """||x||_F^2 / ||x||_2^2 of x (..., m, n), in [1, min(m, n)]; zero for a zero matrix. Costs singular values.
+    """||x||_F^2 / ||x||_2^2 of x (..., m, n), in [1, min(m, n)]; zero for a zero matrix. Costs
+    singular values.
 
     >>> import jax.numpy as jnp
     >>> float(stable_rank(jnp.diag(jnp.array([2.0, 2.0, 1.0]))))
@@ -56,7 +63,8 @@ def stable_rank(x: Any) -> Array:
 
 
 def explained_variance(x: Any, basis: Any) -> Array:
-    """||P^T x||_F^2 / ||x||_F^2 for x (..., s, k) and an orthonormal basis P (..., s, r); 0/0 counts as 0.
+    """||P^T x||_F^2 / ||x||_F^2 for x (..., s, k) and an orthonormal basis P (..., s, r); 0/0
+    counts as 0.
 
     >>> import jax.numpy as jnp
     >>> float(explained_variance(jnp.array([[3.0], [3.0]]), jnp.array([[1.0], [0.0]])))
@@ -68,7 +76,8 @@ def explained_variance(x: Any, basis: Any) -> Array:
 
 
 def principal_angles(p: Any, q: Any) -> Array:
-    """Cosines (..., min(r, t)), descending, of the principal angles between orthonormal p (..., s, r), q (..., s, t).
+    """Cosines (..., min(r, t)), descending, of the principal angles between orthonormal p (..., s,
+    r), q (..., s, t).
 
     They are the singular values of p^T q, cut at 1: all ones when one subspace contains the other.
 
@@ -76,5 +85,7 @@ def principal_angles(p: Any, q: Any) -> Array:
     >>> principal_angles(jnp.eye(3)[:, :2], jnp.eye(3)[:, 1:]).tolist()
     [1.0, 0.0]
     """
-    cosines = jnp.linalg.svd(product(transpose(as_matrix(p, "p")), as_matrix(q, "q")), compute_uv=False)
+    cosines = jnp.linalg.svd(
+        product(transpose(as_matrix(p, "p")), as_matrix(q, "q")), compute_uv=False
+    )
     return jnp.minimum(cosines, 1)

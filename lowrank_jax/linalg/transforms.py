@@ -1,9 +1,11 @@
-"""Fixed orthonormal bases: DCT-II, DCT-III and Hadamard, as matrices, as fast transforms, and as chosen columns.
+"""Fixed orthonormal bases: DCT-II, DCT-III and Hadamard, as matrices, as fast transforms, and as
+chosen columns.
 
-With C[i, j] = sqrt(2/d) cos(i (2j+1) pi / (2d)), row 0 times sqrt(1/2), a *basis* Q (d, d) has the basis vectors as
-columns: kind 3 is Q = C and kind 2 is Q = C^T. The transform of x is Q^T x, hence kind 2 is the orthonormal DCT-II
-(``scipy.fft.dct(x, type=2, norm="ortho")``) and kind 3 the DCT-III, its inverse. DCT-AdamW (arXiv 2505.17967) writes
-Q = C for its matmul path ("dct3") and computes a DCT-II in its FFT path ("dct2"): two different bases.
+With C[i, j] = sqrt(2/d) cos(i (2j+1) pi / (2d)), row 0 times sqrt(1/2), a *basis* Q (d, d) has the
+basis vectors as columns: kind 3 is Q = C and kind 2 is Q = C^T. The transform of x is Q^T x, hence
+kind 2 is the orthonormal DCT-II (``scipy.fft.dct(x, type=2, norm="ortho")``) and kind 3 the
+DCT-III, its inverse. DCT-AdamW (arXiv 2505.17967) writes Q = C for its matmul path ("dct3") and
+computes a DCT-II in its FFT path ("dct2"): two different bases.
 """
 
 import functools
@@ -13,7 +15,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from lowrank_jax.linalg._common import Array, as_array, check_axis, check_choice, product, working_dtype
+from lowrank_jax.linalg._common import (
+    Array,
+    as_array,
+    check_axis,
+    check_choice,
+    product,
+    working_dtype,
+)
 
 _KINDS = (2, 3)
 # i (2j+1) < 2 d^2 must fit uint32, unless 4d divides 2^32 and wrapping is exact.
@@ -22,12 +31,14 @@ _LARGEST_DCT = math.isqrt(2**31)
 
 
 def dct_columns(indices: Any, d: int, kind: int, dtype: Any = jnp.float32) -> Array:
-    """The columns ``indices`` (..., r) of the DCT basis Q of size d, as (..., d, r), from r integers and no table.
+    """The columns ``indices`` (..., r) of the DCT basis Q of size d, as (..., d, r), from r
+    integers and no table.
 
-    i (2j+1) is reduced modulo 4d in uint32, folded by symmetry to an angle in [-pi/2, pi/2] and given to one sine, so
-    the error is about 1e-7 sqrt(2/d) for every d. (A lookup in a cosine table of length 4d is as fast on CPU, five
-    times less accurate, and needs a gather, which TPUs do slowly.) Indices must lie in [0, d). Raises ValueError for
-    another kind, for d < 1, and for d above 46340 that is no power of two, whose products overflow uint32.
+    i (2j+1) is reduced modulo 4d in uint32, folded by symmetry to an angle in [-pi/2, pi/2] and
+    given to one sine, so the error is about 1e-7 sqrt(2/d) for every d. (A lookup in a cosine table
+    of length 4d is as fast on CPU, five times less accurate, and needs a gather, which TPUs do
+    slowly.) Indices must lie in [0, d). Raises ValueError for another kind, for d < 1, and for d
+    above 46340 that is no power of two, whose products overflow uint32.
 
     >>> import jax.numpy as jnp
     >>> dct_columns(jnp.array([0, 2]), d=4, kind=2).round(3).tolist()
@@ -35,14 +46,18 @@ def dct_columns(indices: Any, d: int, kind: int, dtype: Any = jnp.float32) -> Ar
     """
     check_choice("kind", kind, _KINDS)
     if d < 1 or (d > _LARGEST_DCT and d & (d - 1)):
-        raise ValueError(f"d={d} must be in [1, {_LARGEST_DCT}] or a power of two; pad or split the dimension")
+        raise ValueError(
+            f"d={d} must be in [1, {_LARGEST_DCT}] or a power of two; pad or split the dimension"
+        )
     working = working_dtype(dtype)
     frequency = jnp.asarray(indices).astype(jnp.uint32)[..., None, :]
     position = lax.broadcasted_iota(jnp.uint32, (d, 1), 0)
     if kind == 3:
         frequency, position = position, frequency
     phase = ((frequency * (2 * position + 1)) % jnp.uint32(4 * d)).astype(jnp.int32)
-    quarter = jnp.abs(phase - 2 * d) - d  # cos(pi m / 2d) = sin(pi (|m - 2d| - d) / 2d) for m in [0, 4d)
+    quarter = (
+        jnp.abs(phase - 2 * d) - d
+    )  # cos(pi m / 2d) = sin(pi (|m - 2d| - d) / 2d) for m in [0, 4d)
     scale = jnp.where(frequency == 0, math.sqrt(1 / d), math.sqrt(2 / d)).astype(working)
     return (scale * jnp.sin(quarter.astype(working) * (math.pi / (2 * d)))).astype(dtype)
 
@@ -62,19 +77,23 @@ def _reals(turns: Array, d: int, dtype: Any) -> tuple[Array, Array]:
 
 
 def _fft_dct2(x: Array) -> Array:
-    # Makhoul 1980: with v = even entries, then odd ones reversed, and U_k = exp(-i pi k / 2d) FFT(v)_k, the
-    # unnormalised DCT-II is 2 Re U_k, and -2 Im U_k is its entry d - k: half a spectrum is enough.
+    # Makhoul 1980: with v = even entries, then odd ones reversed, and U_k = exp(-i pi k / 2d)
+    # FFT(v)_k, the unnormalised DCT-II is 2 Re U_k, and -2 Im U_k is its entry d - k: half a
+    # spectrum is enough.
     d = x.shape[-1]
     spectrum = jnp.fft.rfft(jnp.concatenate([x[..., ::2], x[..., 1::2][..., ::-1]], axis=-1))
     cos, sin = _reals(lax.iota(jnp.int32, d // 2 + 1), d, x.dtype)
     real = spectrum.real * cos + spectrum.imag * sin
     negative_imaginary = spectrum.real * sin - spectrum.imag * cos
     values = jnp.concatenate([real, negative_imaginary[..., 1 : (d + 1) // 2][..., ::-1]], axis=-1)
-    return values * jnp.where(lax.iota(jnp.int32, d) == 0, math.sqrt(1 / d), math.sqrt(2 / d)).astype(x.dtype)
+    return values * jnp.where(
+        lax.iota(jnp.int32, d) == 0, math.sqrt(1 / d), math.sqrt(2 / d)
+    ).astype(x.dtype)
 
 
 def _fft_dct3(x: Array) -> Array:
-    # The steps of _fft_dct2 undone in reverse order: FFT(v)_k = exp(i pi k / 2d) (y_k - i y_{d-k}) with y_d = 0.
+    # The steps of _fft_dct2 undone in reverse order: FFT(v)_k = exp(i pi k / 2d) (y_k - i y_{d-k})
+    # with y_d = 0.
     d = x.shape[-1]
     y = x * jnp.where(lax.iota(jnp.int32, d) == 0, math.sqrt(d), math.sqrt(d / 2)).astype(x.dtype)
     half = d // 2 + 1
@@ -90,10 +109,11 @@ def _fft_dct3(x: Array) -> Array:
 def dct(x: Any, kind: int, axis: int = -2, method: str = "auto") -> Array:
     """Q^T x along ``axis``: the coefficients of x in the DCT basis of that kind, all d of them.
 
-    ``method="fft"`` is O(d log d) (Makhoul's real FFT), ``"matmul"`` forms Q from its formula and multiplies;
-    ``"auto"`` is matmul on TPU, a matrix machine, and up to d = 512 on CPU, where it takes two thirds of the FFT's time
-    (measured on two cores); fft elsewhere.
-    Both agree to rounding and are linear, hence differentiable. Raises ValueError for an unknown kind, axis or method.
+    ``method="fft"`` is O(d log d) (Makhoul's real FFT), ``"matmul"`` forms Q from its formula and
+    multiplies; ``"auto"`` is matmul on TPU, a matrix machine, and up to d = 512 on CPU, where it
+    takes two thirds of the FFT's time (measured on two cores); fft elsewhere.
+    Both agree to rounding and are linear, hence differentiable. Raises ValueError for an unknown
+    kind, axis or method.
 
     >>> import jax.numpy as jnp
     >>> dct(jnp.ones((4, 1)), kind=2).round(5).tolist()
@@ -104,7 +124,10 @@ def dct(x: Any, kind: int, axis: int = -2, method: str = "auto") -> Array:
     x = as_array(x)
     axis = check_axis(axis, x.ndim)
     if method == "auto":
-        forms = {name: functools.partial(dct, kind=kind, axis=axis, method=name) for name in ("matmul", "fft")}
+        forms = {
+            name: functools.partial(dct, kind=kind, axis=axis, method=name)
+            for name in ("matmul", "fft")
+        }
         on_cpu = forms["matmul" if x.shape[axis] <= _SMALL_DCT else "fft"]
         return lax.platform_dependent(x, tpu=forms["matmul"], cpu=on_cpu, default=forms["fft"])
     if method == "fft":
@@ -117,7 +140,8 @@ def dct(x: Any, kind: int, axis: int = -2, method: str = "auto") -> Array:
 
 
 def idct(x: Any, kind: int, axis: int = -2, method: str = "auto") -> Array:
-    """Q x along ``axis``, the inverse of :func:`dct` of the same kind (which is the dct of the other kind).
+    """Q x along ``axis``, the inverse of :func:`dct` of the same kind (which is the dct of the
+    other kind).
 
     >>> import jax.numpy as jnp
     >>> idct(dct(jnp.arange(3.0), kind=3, axis=0), kind=3, axis=0).round(5).tolist()
@@ -130,11 +154,15 @@ def idct(x: Any, kind: int, axis: int = -2, method: str = "auto") -> Array:
 def _check_power_of_two(d: int, name: str) -> None:
     if d < 1 or d & (d - 1):
         larger = 1 << max(d, 1).bit_length()
-        raise ValueError(f"{name}={d} is no power of two, as Hadamard needs; zero-pad to {larger} or use a DCT basis")
+        raise ValueError(
+            f"{name}={d} is no power of two, as Hadamard needs; zero-pad to {larger} or use a DCT "
+            "basis"
+        )
 
 
 def hadamard_columns(indices: Any, d: int, dtype: Any = jnp.float32) -> Array:
-    """The columns ``indices`` (..., r) of the orthonormal Sylvester-Hadamard matrix, as (..., d, r).
+    """The columns ``indices`` (..., r) of the orthonormal Sylvester-Hadamard matrix, as (..., d,
+    r).
 
     H[i, j] = (-1)^popcount(i & j) / sqrt(d). Raises ValueError unless d is a power of two.
 
@@ -149,7 +177,8 @@ def hadamard_columns(indices: Any, d: int, dtype: Any = jnp.float32) -> Array:
 
 
 def hadamard_matrix(d: int, dtype: Any = jnp.float32) -> Array:
-    """The orthonormal Sylvester-Hadamard matrix (d, d), symmetric and its own inverse; d a power of two.
+    """The orthonormal Sylvester-Hadamard matrix (d, d), symmetric and its own inverse; d a power of
+    two.
 
     >>> hadamard_matrix(4)[:, 1].tolist()
     [0.5, -0.5, 0.5, -0.5]

@@ -28,32 +28,38 @@ _SLOT = r"(?P<leaf>(?:.*/)?(?:kernel|embedding))_[a-z0-9_]+"
 
 
 class WithAdapter(nn.Module):
-    """A layer whose adapter is part of the model: `WithAdapter(nn.Dense(64), lr.adapters.lora(rank=8))(x)`.
+    """A layer whose adapter is part of the model:
+    `WithAdapter(nn.Dense(64), lr.adapters.lora(rank=8))(x)`.
 
-    For authors of models whose surroundings know one tree of plain arrays, made by `model.init`: shardings from
-    `nn.get_partition_spec`, checkpoints, export, serving. To adapt a model that exists, leave it as it is and wrap the
-    function: `lr.linen.adapted`. There adapters can also share arrays (Uni-LoRA, VeRA), come by name, be chosen by row.
+    For authors of models whose surroundings know one tree of plain arrays, made by `model.init`:
+    shardings from `nn.get_partition_spec`, checkpoints, export, serving. To adapt a model that
+    exists, leave it as it is and wrap the function: `lr.linen.adapted`. There adapters can also
+    share arrays (Uni-LoRA, VeRA), come by name, be chosen by row.
 
-    The paths of the wrapped layer stay as they were, and beside its kernel stand the arrays of the adapter, trained
-    and frozen: `kernel`, `kernel_lora/a`, `kernel_lora/b`, `kernel_lora/scale`. Where the kernel is in a box that names
-    its axes (`nn.with_partitioning`), they are too. `init` makes them zeros, and zeros are off: the layer is the base
-    layer. So it is with the parameters of the base model, without these arrays. The only initialiser is `lr.adapt` on
-    the loaded parameters, with the adapters that the model names; `lr.linen.insert` puts its arrays in their places:
+    The paths of the wrapped layer stay as they were, and beside its kernel stand the arrays of the
+    adapter, trained and frozen: `kernel`, `kernel_lora/a`, `kernel_lora/b`, `kernel_lora/scale`.
+    Where the kernel is in a box that names its axes (`nn.with_partitioning`), they are too. `init`
+    makes them zeros, and zeros are off: the layer is the base layer. So it is with the parameters
+    of the base model, without these arrays. The only initialiser is `lr.adapt` on the loaded
+    parameters, with the adapters that the model names; `lr.linen.insert` puts its arrays in their
+    places:
 
         declared = jax.eval_shape(model.init, key, x)["params"]
         adaptation = lr.adapt(base, {".*/up/kernel": lr.adapters.lora(rank=8)}, key)
         params = lambda train: lr.linen.insert(declared, base, adaptation.replace(train=train))
         loss = lambda train: objective(model.apply({"params": params(train)}, x))
 
-    Dropout, and whatever else is random in the adapter, is drawn where `apply` is given `rngs={"dropout": key}`; a scan
-    over layers splits them (`split_rngs={"dropout": True}`).
+    Dropout, and whatever else is random in the adapter, is drawn where `apply` is given
+    `rngs={"dropout": key}`; a scan over layers splits them (`split_rngs={"dropout": True}`).
 
     Args:
-      wrapped: an `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv` or `nn.Embed`, or of a class derived from them.
+      wrapped: an `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv` or `nn.Embed`, or of a class
+        derived from them.
       adapter: such as `lr.adapters.lora(rank=8)`.
 
     Raises:
-      ValueError: when called: for another layer, an adapter that does not fit the kernel, or one that shares arrays.
+      ValueError: when called: for another layer, an adapter that does not fit the kernel, or one
+        that shares arrays.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -69,7 +75,10 @@ class WithAdapter(nn.Module):
     def setup(self):
         if not isinstance(self.wrapped, _HOSTS):
             names = ", ".join(f"nn.{host.__name__}" for host in _HOSTS)
-            raise ValueError(f"wrapped={type(self.wrapped).__name__}: an adapter belongs to one layer, of {names}")
+            raise ValueError(
+                f"wrapped={type(self.wrapped).__name__}: an adapter belongs to one layer, of "
+                f"{names}"
+            )
         nn.share_scope(self, self.wrapped)
 
     @nn.compact
@@ -137,11 +146,17 @@ class WithAdapter(nn.Module):
             return MatrixView(rows=tuple(range(last)), cols=(last,))
         if isinstance(layer, nn.Einsum):
             given = kwargs.get("einsum_str", args[1] if len(args) > 1 else None)
-            operands, _, out = nn.merge_param("einsum_str", layer.einsum_str, given).replace(" ", "").partition("->")
+            operands, _, out = (
+                nn.merge_param("einsum_str", layer.einsum_str, given)
+                .replace(" ", "")
+                .partition("->")
+            )
             left, right = operands.split(",")
             kinds = [(name in left, name in out) for name in right]
             axes = lambda kind: tuple(i for i, own in enumerate(kinds) if own == kind)  # noqa: E731
-            return MatrixView(batch=axes((True, True)), rows=axes((True, False)), cols=axes((False, True)))
+            return MatrixView(
+                batch=axes((True, True)), rows=axes((True, False)), cols=axes((False, True))
+            )
         return MatrixView()
 
 
@@ -149,16 +164,19 @@ class WithAdapter(nn.Module):
 def _declared(
     adapter: Adapter, path: str, shape: tuple[int, ...], view: MatrixView
 ) -> tuple[Adapter, Site, dict[str, Any]]:
-    """The adapter of one layer, its site, and the shapes of its arrays, as `lr.adapt` makes them."""
+    """The adapter of one layer, its site, and the shapes of its arrays, as `lr.adapt` makes
+    them."""
     views = Views(rules=((re.escape(path), view),))
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32)}
-    start = functools.partial(adapt, rules={re.escape(path): adapter}, key=jax.random.key(0), views=views)
+    start = functools.partial(
+        adapt, rules={re.escape(path): adapter}, key=jax.random.key(0), views=views
+    )
     made = jax.eval_shape(start, params)
     arrays = made.arrays(path)
     if arrays.pop("shared"):
         raise ValueError(
-            f"{path!r}: {adapter.kind} shares arrays between layers, which no layer can hold; leave the model as it is "
-            "and wrap the function, lr.linen.adapted(function)"
+            f"{path!r}: {adapter.kind} shares arrays between layers, which no layer can hold; "
+            "leave the model as it is and wrap the function, lr.linen.adapted(function)"
         )
     return *made.plan.by_path[path], arrays
 
@@ -167,28 +185,35 @@ def _declared(
 def _multiplying(layer: nn.Module, kernel: AdaptedKernel) -> Iterator[None]:
     """Within it the layer multiplies by the kernel."""
     used: list[bool] = []
-    with shadowed(layer, **{GIVEN: (kernel, used)}), nn.intercept_methods(functools.partial(intercept, set())):
+    with (
+        shadowed(layer, **{GIVEN: (kernel, used)}),
+        nn.intercept_methods(functools.partial(intercept, set())),
+    ):
         yield
     if not used:
         raise ValueError(
-            f"{kernel.bound[0].site.path!r}: {type(layer).__name__} did not run the product of the layer it derives "
-            "from; give WithAdapter the layer itself, and lift (nn.scan, nn.remat, ...) a module around both"
+            f"{kernel.bound[0].site.path!r}: {type(layer).__name__} did not run the product of the "
+            "layer it derives from; give WithAdapter the layer itself, and lift (nn.scan, "
+            "nn.remat, ...) a module around both"
         )
 
 
 def insert(declared: Any, base: Any, adaptation: Adaptation) -> Any:
-    """The parameters of a model with `WithAdapter` layers: those of the base model and the arrays of an adaptation.
+    """The parameters of a model with `WithAdapter` layers: those of the base model and the arrays
+    of an adaptation.
 
-    Differentiable in `base` and in the arrays. Layers that the adaptation leaves out stay off, with zeros.
+    Differentiable in `base` and in the arrays. Layers that the adaptation leaves out stay off, with
+    zeros.
 
     Args:
       declared: the parameters that `model.init` makes, or their shapes (`jax.eval_shape`).
-      base: those of the base model, for instance from its checkpoint; arrays of adapters in it do not count.
+      base: those of the base model, for instance from its checkpoint; arrays of adapters in it do
+        not count.
       adaptation: of `lr.adapt(base, ...)`, with the adapters that the model names.
 
     Raises:
-      ValueError: naming the path: a parameter that the base lacks, an array of another shape than the declared one, an
-        adapter that the model does not declare.
+      ValueError: naming the path: a parameter that the base lacks, an array of another shape than
+        the declared one, an adapter that the model does not declare.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -218,24 +243,31 @@ def insert(declared: Any, base: Any, adaptation: Adaptation) -> Any:
         elif path in given:
             found = given[path]
         else:
-            raise ValueError(f"base: {path!r}, which the model declares, is missing; give the tree of the base model")
+            raise ValueError(
+                f"base: {path!r}, which the model declares, is missing; give the tree of the base "
+                "model"
+            )
         shape, wanted = tuple(_inner(found).shape), tuple(_inner(node).shape)
         if shape != wanted:
-            raise ValueError(f"{path!r}: shape {shape}, and the model declares {wanted}; adapt with the same adapter")
+            raise ValueError(
+                f"{path!r}: shape {shape}, and the model declares {wanted}; adapt with the same "
+                "adapter"
+            )
         boxed = isinstance(node, meta.AxisMetadata) and not isinstance(found, meta.AxisMetadata)
         return node.replace_boxed(found) if boxed else found
 
     result = jax.tree_util.tree_map_with_path(place, declared, is_leaf=is_node)
     if arrays:
         raise ValueError(
-            f"the model declares no {sorted(arrays)}: wrap these layers, WithAdapter(layer, adapter), with the adapter "
-            "that the adaptation has, or leave them out with exclude="
+            f"the model declares no {sorted(arrays)}: wrap these layers, WithAdapter(layer, "
+            "adapter), with the adapter that the adaptation has, or leave them out with exclude="
         )
     return result
 
 
 def extract(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
-    """The inverse of `insert`: the parameters of the base model, and the adaptation with the arrays in `params`.
+    """The inverse of `insert`: the parameters of the base model, and the adaptation with the arrays
+    in `params`.
 
     For `lr.merge`, files, and another model. Leaves trained whole are in both.
 
@@ -254,7 +286,9 @@ def extract(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
 
     def read(path: str) -> Any:
         if path not in nodes:
-            raise ValueError(f"{path!r} is missing; give the parameters of a model with this adapter")
+            raise ValueError(
+                f"{path!r} is missing; give the parameters of a model with this adapter"
+            )
         return meta.unbox(nodes[path])
 
     def sites(tree: dict[str, Any]) -> dict[str, Any]:
@@ -268,18 +302,27 @@ def extract(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
     def without(node: Any) -> Any:
         if not isinstance(node, Mapping):
             return node
-        slot = lambda name: (match := re.fullmatch(_SLOT, name)) is not None and match["leaf"] in node  # noqa: E731
+
+        def slot(name):
+            return (match := re.fullmatch(_SLOT, name)) is not None and match["leaf"] in node
+
         return type(node)({name: without(value) for name, value in node.items() if not slot(name)})  # type: ignore[call-arg]
 
-    train = sites(adaptation.train) | {"whole": {path: read(path) for path in adaptation.plan.whole}}
+    train = sites(adaptation.train) | {
+        "whole": {path: read(path) for path in adaptation.plan.whole}
+    }
     return without(params), adaptation.replace(train=train, fixed=sites(adaptation.fixed))
 
 
 def _inner(node: Any) -> Any:
-    """The array or shape in a leaf; unboxing would constrain its sharding, which a shape does not have."""
+    """The array or shape in a leaf; unboxing would constrain its sharding, which a shape does not
+    have."""
     return jax.tree.leaves(node)[0]
 
 
 def _nodes(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by path; boxes stay."""
-    return {path_of(keys): node for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)[0]}
+    return {
+        path_of(keys): node
+        for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)[0]
+    }

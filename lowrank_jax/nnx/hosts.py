@@ -1,8 +1,9 @@
 """The layers of nnx that multiply by a kernel which is more than an array.
 
-A layer becomes one of these classes in place (`become_host`). Its own call then runs Flax's code on a stand-in for the
-layer, whose kernel is the array alone, which Flax promotes, and whose product knows the rest. Nothing is written to the
-layer itself, so that it stays as static as it was where a scan or a jit within the model splits and merges it.
+A layer becomes one of these classes in place (`become_host`). Its own call then runs Flax's code on
+a stand-in for the layer, whose kernel is the array alone, which Flax promotes, and whose product
+knows the rest. Nothing is written to the layer itself, so that it stays as static as it was where a
+scan or a jit within the model splits and merges it.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ class _StandIn:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """The value of a Variable that is no array: `variable[...]`, by which modules read it, gives the value."""
+    """The value of a Variable that is no array: `variable[...]`, by which modules read it, gives
+    the value."""
 
     value: Any
 
     def __getitem__(self, index: Any) -> Any:
         if index is not Ellipsis:
             raise TypeError(
-                f"a tapped, adapted or quantised parameter can be read as a whole only, [...], not [{index!r}]"
+                "a tapped, adapted or quantised parameter can be read as a whole only, [...], not "
+                f"[{index!r}]"
             )
         return self.value
 
@@ -72,7 +75,8 @@ def kernel_of(module: Any) -> Any:
 
 
 def product_fields(module: Any, value: Any, where: str) -> dict[str, Any]:
-    """The fields by which Flax's call of a layer multiplies by `value`; ValueError, naming the layer, if it cannot."""
+    """The fields by which Flax's call of a layer multiplies by `value`; ValueError, naming the
+    layer, if it cannot."""
     if isinstance(module, nnx.Embed):
         return {}
     if isinstance(module, nnx.Einsum):
@@ -135,7 +139,9 @@ class AdaptedEmbed(nnx.Embed):
         query, _ = self.promote_dtype((query, layers.base(value)), dtype=self.dtype)
         return attend(query, value, self._by(nnx.Embed.attend, out_sharding))
 
-    def _by(self, call: Callable[..., Any], out_sharding: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def _by(
+        self, call: Callable[..., Any], out_sharding: Any
+    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """Flax's method as a function of its input and any table."""
         return lambda x, table: call(_StandIn(self, embedding={...: table}), x, out_sharding)
 
@@ -159,16 +165,20 @@ def derived(name: str, cls: Any, *bases: type, **attributes: Any) -> Any:
 def host_class(cls: type) -> type:
     """The class to which a layer of this class changes; the same for all of them.
 
-    In the order of its bases ours stands directly before Flax's, so that a derived class keeps what it adds.
+    In the order of its bases ours stands directly before Flax's, so that a derived class keeps what
+    it adds.
     """
-    flax_class, ours = next((theirs, ours) for theirs, ours in HOSTS.items() if issubclass(cls, theirs))
+    flax_class, ours = next(
+        (theirs, ours) for theirs, ours in HOSTS.items() if issubclass(cls, theirs)
+    )
     if issubclass(cls, ours):
         return cls
     return ours if cls is flax_class else derived("Adapted", cls, ours)
 
 
 def become_host(module: nnx.Module) -> None:
-    """Changes the class of a layer in place, to one that multiplies by its kernel whatever that is."""
+    """Changes the class of a layer in place, to one that multiplies by its kernel whatever that
+    is."""
     set_class(module, host_class(type(module)))
 
 

@@ -27,13 +27,16 @@ class AdapterOfLayer(nnx.Module):
     Attributes:
       trained, frozen: its arrays, with the leading axes of the kernel.
       keys: of a stochastic adapter, or None before `seed_dropout`.
-      deterministic: no dropout; `model.train()` and `model.eval()` set it where the adapter is stochastic.
+      deterministic: no dropout; `model.train()` and `model.eval()` set it where the adapter is
+        stochastic.
       name: of the adaptation.
       adapter, site: static.
       shares: whether its group shares arrays, which live on the root.
     """
 
-    def __init__(self, name: str, adapter: Adapter, site: Site, trained: dict, frozen: dict, shares: bool):
+    def __init__(
+        self, name: str, adapter: Adapter, site: Site, trained: dict, frozen: dict, shares: bool
+    ):
         self.name, self.adapter, self.site, self.shares = name, adapter, site, shares
         self.trained, self.frozen = nnx.Dict(trained), nnx.Dict(frozen)
         self.shared: Outside | None = None
@@ -45,24 +48,30 @@ class AdapterOfLayer(nnx.Module):
         """It, as a kernel with adapters holds it."""
         if self.shares and self.shared is None:
             raise ValueError(
-                f"adapters of {self.site.path!r}: {self.adapter.kind} shares arrays that live on the model, and this "
-                "layer is called on its own; call the model, or write `with lr.nnx.sharing(model): ...` around the call"
+                f"adapters of {self.site.path!r}: {self.adapter.kind} shares arrays that live on "
+                "the model, and this layer is called on its own; call the model, or write "
+                "`with lr.nnx.sharing(model): ...` around the call"
             )
         keys = None
         if not getattr(self, "deterministic", True):
             if self.keys is None:
                 raise ValueError(
-                    f"adapters of {self.site.path!r}: the model trains with dropout that has no keys; call "
-                    "lr.nnx.seed_dropout(model, key) in each step, or model.eval()"
+                    f"adapters of {self.site.path!r}: the model trains with dropout that has no "
+                    "keys; call lr.nnx.seed_dropout(model, key) in each step, or model.eval()"
                 )
             keys = self.keys.get_value()
-        arrays = {name: value.get_value() for part in (self.trained, self.frozen) for name, value in part.items()}
+        arrays = {
+            name: value.get_value()
+            for part in (self.trained, self.frozen)
+            for name, value in part.items()
+        }
         return Bound(arrays, self.shared or {}, keys, None, self.adapter, self.site)
 
 
 @functools.cache
 def _lending(cls: type) -> type:
-    """The class to which a model changes whose adapters share: its call lends the layers what they share."""
+    """The class to which a model changes whose adapters share: its call lends the layers what they
+    share."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with sharing(self):
@@ -72,29 +81,34 @@ def _lending(cls: type) -> type:
 
 
 def insert(model: nnx.Module, adaptation: Adaptation) -> None:
-    """Gives the layers of a model the adapters of an adaptation, in place; again, for one more that acts after it.
+    """Gives the layers of a model the adapters of an adaptation, in place; again, for one more that
+    acts after it.
 
-    The adapted layers (`nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv`, `nnx.Embed` and derived ones)
-    change their class, everything keeps its path, and `nnx.split`, `nnx.jit`, `nnx.scan`, `nnx.grad` and their like
-    work as before. Of Variables there are then four types, which filters tell apart, and no `nnx.Param`:
+    The adapted layers (`nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv`, `nnx.Embed` and
+    derived ones) change their class, everything keeps its path, and `nnx.split`, `nnx.jit`,
+    `nnx.scan`, `nnx.grad` and their like work as before. Of Variables there are then four types,
+    which filters tell apart, and no `nnx.Param`:
 
-    - `AdapterParam`, what trains: `up/kernel_adapters/0/trained/a`, leaves trained whole in their places, and what a
-      group shares, `adapter_groups/default/unilora/trained/theta`;
+    - `AdapterParam`, what trains: `up/kernel_adapters/0/trained/a`, leaves trained whole in their
+      places, and what a group shares, `adapter_groups/default/unilora/trained/theta`;
     - `AdapterConstant`: frozen arrays of adapters;
-    - `FrozenParam`: the parameters of the base model; `AdaptedParam`, which derives from it, the adapted ones.
+    - `FrozenParam`: the parameters of the base model; `AdaptedParam`, which derives from it, the
+      adapted ones.
 
-    Make optimizers and references to Variables afterwards. What a group shares (Uni-LoRA, VeRA) lives on the model,
-    whose call lends it to its layers: call layers of such a model within `lr.nnx.sharing(model)`. A kernel that is used
-    otherwise than by its layer, such as the table of a tied head, is an error that names it. Choices by row
-    (`lr.adapters.candidates`) are for `lr.nnx.merge`.
+    Make optimizers and references to Variables afterwards. What a group shares (Uni-LoRA, VeRA)
+    lives on the model, whose call lends it to its layers: call layers of such a model within
+    `lr.nnx.sharing(model)`. A kernel that is used otherwise than by its layer, such as the table of
+    a tied head, is an error that names it. Choices by row (`lr.adapters.candidates`) are for
+    `lr.nnx.merge`.
 
     Args:
-      model: of which `lr.adapt(nnx.to_pure_dict(nnx.state(model, nnx.Param)), ...)` made the adaptation.
+      model: of which `lr.adapt(nnx.to_pure_dict(nnx.state(model, nnx.Param)), ...)` made the
+        adaptation.
       adaptation: one.
 
     Raises:
-      ValueError: naming the path: a leaf that is missing, of another shape, or of no such layer; parameters that no
-        module of nnx holds directly; a name that is already there; candidates.
+      ValueError: naming the path: a leaf that is missing, of another shape, or of no such layer;
+        parameters that no module of nnx holds directly; a name that is already there; candidates.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from flax import nnx
@@ -143,46 +157,66 @@ def _holders(model: nnx.Module) -> dict[str, list[tuple[nnx.Module, str]]]:
             continue
         for name, value in vars(node).items():
             if isinstance(value, nnx.Param | FrozenParam):
-                found.setdefault(id(value), []).append(("/".join(map(str, (*keys, name))), node, name))
-    paths = {"/".join(map(str, keys)) for keys, _ in nnx.to_flat_state(nnx.state(model, (nnx.Param, FrozenParam)))}
+                found.setdefault(id(value), []).append(
+                    ("/".join(map(str, (*keys, name))), node, name)
+                )
+    paths = {
+        "/".join(map(str, keys))
+        for keys, _ in nnx.to_flat_state(nnx.state(model, (nnx.Param, FrozenParam)))
+    }
     named = {}
     for places in found.values():
         (path,) = {path for path, *_ in places} & paths
         named[path] = [(node, name) for _, node, name in places]
     if paths - set(named):
         raise ValueError(
-            f"parameters {sorted(paths - set(named))} are in containers where they cannot be replaced; hold them in "
-            "modules, nnx.List or nnx.Dict"
+            f"parameters {sorted(paths - set(named))} are in containers where they cannot be "
+            "replaced; hold them in modules, nnx.List or nnx.Dict"
         )
     return named
 
 
-def _check(model: nnx.Module, adaptation: Adaptation, holders: dict[str, list[tuple[nnx.Module, str]]]) -> None:
+def _check(
+    model: nnx.Module, adaptation: Adaptation, holders: dict[str, list[tuple[nnx.Module, str]]]
+) -> None:
     """ValueError, before anything is changed, if the adaptation does not fit the model."""
     plan = adaptation.plan
     if plan.candidates:
-        raise ValueError(f"{plan.name!r} holds candidates {plan.candidates} for rows; attach it and call lr.nnx.merge")
+        raise ValueError(
+            f"{plan.name!r} holds candidates {plan.candidates} for rows; attach it and call "
+            "lr.nnx.merge"
+        )
     known = {one.name for _, one in nnx.iter_graph(model) if isinstance(one, AdapterOfLayer)}
     if plan.name in known:
-        raise ValueError(f"the model has an adaptation {plan.name!r} already; give lr.adapt another name=")
+        raise ValueError(
+            f"the model has an adaptation {plan.name!r} already; give lr.adapt another name="
+        )
     missing = [path for path in (*plan.by_path, *plan.whole) if path not in holders]
     if missing:
-        raise ValueError(f"leaves {missing} are no parameters of the model, which has {sorted(holders)[:12]}")
+        raise ValueError(
+            f"leaves {missing} are no parameters of the model, which has {sorted(holders)[:12]}"
+        )
     for path, (adapter, site) in plan.by_path.items():
         for module, name in holders[path]:
             value = vars(module)[name].get_value()
             if tuple(value.shape) != site.shape:
-                raise ValueError(f"adapted leaf {path!r}, {site.shape}, is of shape {tuple(value.shape)} in the model")
+                raise ValueError(
+                    f"adapted leaf {path!r}, {site.shape}, is of shape {tuple(value.shape)} in the "
+                    "model"
+                )
             if not hosts.is_host(module) or name != hosts.leaf_of(module):
                 raise ValueError(
-                    f"adapters of {path!r}: it belongs to {type(module).__name__}, which multiplies in its own way; "
-                    "leave it out with exclude=, or compute with lr.effective(params, adaptation)"
+                    f"adapters of {path!r}: it belongs to {type(module).__name__}, which "
+                    "multiplies in its own way; leave it out with exclude=, or compute with "
+                    "lr.effective(params, adaptation)"
                 )
             kernel = AdaptedKernel(value, (Bound({}, {}, None, None, adapter, site),))
             hosts.product_fields(module, kernel, path.rpartition("/")[0] or type(module).__name__)
 
 
-def _retyped(variable: nnx.Variable, path: str, adaptation: Adaptation) -> tuple[Any, Any, dict[str, Any]]:
+def _retyped(
+    variable: nnx.Variable, path: str, adaptation: Adaptation
+) -> tuple[Any, Any, dict[str, Any]]:
     """Type, value and metadata of what stands in the place of a parameter."""
     metadata, value = variable.get_metadata(), variable.get_raw_value()
     if path in adaptation.plan.by_path:
@@ -201,7 +235,11 @@ def _adapter_of(adaptation: Adaptation, path: str, kernel: nnx.Variable) -> Adap
     def variables(kind: type, arrays: dict[str, jax.Array]) -> dict[str, nnx.Variable]:
         made = {}
         for key, x in arrays.items():
-            own = {} if names is None else {"out_sharding": axis_names(adapter, site, key, x.ndim, tuple(names))}
+            own = (
+                {}
+                if names is None
+                else {"out_sharding": axis_names(adapter, site, key, x.ndim, tuple(names))}
+            )
             made[key] = kind(x, **placing, **own)
         return made
 
@@ -215,8 +253,12 @@ def _groups(adaptation: Adaptation) -> dict[str, nnx.Dict]:
     """What the groups of an adaptation share, as modules of the root."""
     found = {}
     for group in adaptation.plan.groups:
-        trained = {key: AdapterParam(x) for key, x in adaptation.train["shared"].get(group, {}).items()}
-        frozen = {key: AdapterConstant(x) for key, x in adaptation.fixed["shared"].get(group, {}).items()}
+        trained = {
+            key: AdapterParam(x) for key, x in adaptation.train["shared"].get(group, {}).items()
+        }
+        frozen = {
+            key: AdapterConstant(x) for key, x in adaptation.fixed["shared"].get(group, {}).items()
+        }
         if trained or frozen:
             found[group] = nnx.Dict(trained=nnx.Dict(trained), frozen=nnx.Dict(frozen))
     return found
@@ -228,23 +270,28 @@ def _adapters(model: nnx.Module) -> list[AdapterOfLayer]:
 
 @contextlib.contextmanager
 def sharing(model: Any) -> Iterator[None]:
-    """Within it the layers of a model have what their adapters share; the call of the model itself does this.
+    """Within it the layers of a model have what their adapters share; the call of the model itself
+    does this.
 
-    What is lent is static and equal to itself alone, so a `nnx.jit` within is compiled again for each such context;
-    jit from outside.
+    What is lent is static and equal to itself alone, so a `nnx.jit` within is compiled again for
+    each such context; jit from outside.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> import lowrank_jax as lr
     >>> model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
     >>> params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    >>> lr.nnx.insert(model, lr.adapt(params, lr.adapters.uni_lora(rank=2, size=8), jax.random.key(0)))
+    >>> lr.nnx.insert(
+    ...     model, lr.adapt(params, lr.adapters.uni_lora(rank=2, size=8), jax.random.key(0))
+    ... )
     >>> model(jnp.ones((3, 4))).shape
     (3, 6)
     """
     groups = getattr(model, GROUPS, {})
     lent = {
-        (name, group): Outside({key: value.get_value() for part in parts.values() for key, value in part.items()})
+        (name, group): Outside(
+            {key: value.get_value() for part in parts.values() for key, value in part.items()}
+        )
         for name, of_name in groups.items()
         for group, parts in of_name.items()
     }
@@ -260,10 +307,11 @@ def sharing(model: Any) -> Iterator[None]:
 
 
 def seed_dropout(model: nnx.Module, key: jax.Array) -> None:
-    """Writes the keys of all stochastic adapters (dropout), of its own for each layer; call it in each training step.
+    """Writes the keys of all stochastic adapters (dropout), of its own for each layer; call it in
+    each training step.
 
-    They draw while `model.train()` holds; `model.eval()` and a model as it is inserted are deterministic. The masks are
-    those of `lr.attach(params, adaptation, key=key)`.
+    They draw while `model.train()` holds; `model.eval()` and a model as it is inserted are
+    deterministic. The masks are those of `lr.attach(params, adaptation, key=key)`.
 
     Raises:
       ValueError: if no adapter is stochastic.
@@ -273,13 +321,18 @@ def seed_dropout(model: nnx.Module, key: jax.Array) -> None:
     >>> import lowrank_jax as lr
     >>> model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
     >>> params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    >>> lr.nnx.insert(model, lr.adapt(params, lr.adapters.lora(rank=2, dropout=0.5), jax.random.key(0)))
+    >>> lr.nnx.insert(
+    ...     model, lr.adapt(params, lr.adapters.lora(rank=2, dropout=0.5), jax.random.key(0))
+    ... )
     >>> model.train()
     >>> seed_dropout(model, jax.random.key(1))
     """
     found = [one for one in _adapters(model) if hasattr(one, "deterministic")]
     if not found:
-        raise ValueError("no adapter of the model has dropout; adapt with lora(rank=..., dropout=0.1), or leave it out")
+        raise ValueError(
+            "no adapter of the model has dropout; adapt with lora(rank=..., dropout=0.1), or leave "
+            "it out"
+        )
     for one in found:
         keys = site_keys(key, one.name, one.site)
         if one.keys is None:
@@ -289,7 +342,8 @@ def seed_dropout(model: nnx.Module, key: jax.Array) -> None:
 
 
 def extract(model: nnx.Module, adaptation: Adaptation) -> tuple[dict[str, Any], Adaptation]:
-    """The parameters of the base model as a pure dict, and the adaptation with the arrays that the model holds.
+    """The parameters of the base model as a pure dict, and the adaptation with the arrays that the
+    model holds.
 
     For `lr.merge`, files, and another model. Leaves trained whole are in both.
 
@@ -310,13 +364,19 @@ def extract(model: nnx.Module, adaptation: Adaptation) -> tuple[dict[str, Any], 
     found = {one.site.path: one for one in _adapters(model) if one.name == plan.name}
     missing = [path for path in plan.by_path if path not in found]
     if missing:
-        raise ValueError(f"adaptation {plan.name!r}: the model has no adapters of it at {missing}; insert it first")
+        raise ValueError(
+            f"adaptation {plan.name!r}: the model has no adapters of it at {missing}; insert it "
+            "first"
+        )
 
     def is_base(path: tuple[Any, ...], value: Any) -> bool:
         return isinstance(value, FrozenParam) or "/".join(map(str, path)) in plan.whole
 
     base = nnx.to_pure_dict(nnx.state(model, is_base))
-    flat = {"/".join(map(str, keys)): value for keys, value in nnx.to_flat_state(nnx.state(model, AdapterParam))}
+    flat = {
+        "/".join(map(str, keys)): value
+        for keys, value in nnx.to_flat_state(nnx.state(model, AdapterParam))
+    }
     groups = getattr(model, GROUPS, {}).get(plan.name, {})
     values = lambda variables: {key: value.get_value() for key, value in variables.items()}  # noqa: E731
     trees: dict[str, Any] = {"train": {}, "fixed": {}}

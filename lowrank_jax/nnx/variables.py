@@ -1,4 +1,5 @@
-"""Types of Variables in models with adapters. None is an `nnx.Param`, so nothing trains that is not named."""
+"""Types of Variables in models with adapters. None is an `nnx.Param`, so nothing trains that is not
+named."""
 
 from __future__ import annotations
 
@@ -9,7 +10,19 @@ from flax import nnx
 from lowrank_jax.adapters.hosts import RawKernelError
 
 _OPERATORS = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")
-_ARRAYS = ("T", "mT", "at", "astype", "reshape", "transpose", "swapaxes", "ravel", "flatten", "take", "dot")
+_ARRAYS = (
+    "T",
+    "mT",
+    "at",
+    "astype",
+    "reshape",
+    "transpose",
+    "swapaxes",
+    "ravel",
+    "flatten",
+    "take",
+    "dot",
+)
 
 
 class AdapterParam(nnx.Variable):
@@ -27,16 +40,18 @@ class FrozenParam(nnx.Variable):
 class AdaptedParam(FrozenParam):
     """A kernel whose layer multiplies by it with its adapters.
 
-    Any other use as an array would pass them by, and is an error that names it; `get_value()` gives the base array, as
-    `nnx.to_pure_dict`, checkpoints and optimizers need it, and it can be assigned as any Variable.
+    Any other use as an array would pass them by, and is an error that names it; `get_value()` gives
+    the base array, as `nnx.to_pure_dict`, checkpoints and optimizers need it, and it can be
+    assigned as any Variable.
     """
 
     def raw(self, what: str) -> RawKernelError:
         """The error of such a use."""
         return RawKernelError(
-            f"adapters of {self.get_metadata('adapted')!r}: the kernel {what}, outside of its layer, which would pass "
-            "its adapters by. Call the layer (nnx.Embed has attend), or compute with lr.effective(params, adaptation); "
-            "get_value() gives the array of the base model"
+            f"adapters of {self.get_metadata('adapted')!r}: the kernel {what}, outside of its "
+            "layer, which would pass its adapters by. Call the layer (nnx.Embed has attend), or "
+            "compute with lr.effective(params, adaptation); get_value() gives the array of the "
+            "base model"
         )
 
     def __getitem__(self, index: Any) -> Any:
@@ -59,5 +74,10 @@ def _refused(name: str) -> Any:
     return operator
 
 
-for _name in (*(f"__{name}__" for name in _OPERATORS), *(f"__r{name}__" for name in _OPERATORS), "__neg__", "__abs__"):
+for _name in (
+    *(f"__{name}__" for name in _OPERATORS),
+    *(f"__r{name}__" for name in _OPERATORS),
+    "__neg__",
+    "__abs__",
+):
     setattr(AdaptedParam, _name, _refused(_name))

@@ -1,1 +1,2 @@
-"""Projection optimizers as optax transformations: one transformation with slots, and named recipes."""
+"""Projection optimizers as optax transformations: one transformation with slots, and named
+recipes."""

@@ -1,4 +1,5 @@
-"""When does the basis move? One scalar decides for the whole tree, so that a refresh is one `cond` outside any vmap."""
+"""When does the basis move? One scalar decides for the whole tree, so that a refresh is one `cond`
+outside any vmap."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ class Clock:
     """Base of the clocks.
 
     Attributes:
-      when: "before" the update, as in the papers (the step that pays for the refresh uses it), or "after" it (the
-        new basis serves from the next step on).
+      when: "before" the update, as in the papers (the step that pays for the refresh uses it), or
+        "after" it (the new basis serves from the next step on).
     """
 
     when: str = "before"
@@ -27,7 +28,8 @@ class Clock:
             raise ValueError(f"when={self.when!r} must be 'before' or 'after' the update")
 
     def due(self, step: Any) -> Any:
-        """Scalar: does the basis move at this 0-based step? A Python bool where it is known without the step."""
+        """Scalar: does the basis move at this 0-based step? A Python bool where it is known without
+        the step."""
         raise TypeError(f"{type(self).__name__} has no scalar clock")
 
 
@@ -35,8 +37,8 @@ class Clock:
 class Every(Clock):
     """Due when `step mod period = phase`, and at step 0 if `first`.
 
-    GaLore, Fira, APOLLO and FRUGAL count from 0: `phase=0`. DCT-AdamW counts from 1 (steps 0, T-1, 2T-1, ...):
-    `phase=period - 1`.
+    GaLore, Fira, APOLLO and FRUGAL count from 0: `phase=0`. DCT-AdamW counts from 1 (steps 0, T-1,
+    2T-1, ...): `phase=period - 1`.
 
     Args:
       period: T, in accepted optimizer steps.
@@ -86,10 +88,12 @@ class Never(Clock):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Staggered(Clock):
-    """Every matrix moves once in a period, but not all at the same step, which takes the spike out of refreshes.
+    """Every matrix moves once in a period, but not all at the same step, which takes the spike out
+    of refreshes.
 
-    A stack of L layers refreshes `k = ceil(L / period)` layers a step, starting at `((step + phase) mod period) k` and
-    idle when that is past L; the phase is the CRC32 of the leaf's path. Step 0 refreshes everything.
+    A stack of L layers refreshes `k = ceil(L / period)` layers a step, starting at
+    `((step + phase) mod period) k` and idle when that is past L; the phase is the CRC32 of the
+    leaf's path. Step 0 refreshes everything.
 
     Args:
       period: T, a Python integer, since it fixes how many layers a step refreshes.
@@ -106,7 +110,9 @@ class Staggered(Clock):
     def __post_init__(self):
         super().__post_init__()
         if not is_integer(self.period):
-            raise ValueError(f"staggered: period={self.period} must be a Python integer (put it in static_args)")
+            raise ValueError(
+                f"staggered: period={self.period} must be a Python integer (put it in static_args)"
+            )
         _check_period(self.period)
 
     def layers_per_step(self, layers: int) -> int:

@@ -1,9 +1,11 @@
-"""The fused form of a named optimizer: `step(params, grads, state) -> (params, state)`, layer by layer.
+"""The fused form of a named optimizer: `step(params, grads, state) -> (params, state)`, layer by
+layer.
 
-The optax form makes an update as large as the parameters and leaves its addition to the caller. Here each layer of a
-stack is back-projected, decayed and written in place, one after the other, so that no full-size update exists: beside
-donated parameters and state a step needs the scratch of one matrix. Both forms have the same state and, in float32,
-the same result; the fused one adds in float32 and rounds once, to nearest or stochastically.
+The optax form makes an update as large as the parameters and leaves its addition to the caller.
+Here each layer of a stack is back-projected, decayed and written in place, one after the other, so
+that no full-size update exists: beside donated parameters and state a step needs the scratch of one
+matrix. Both forms have the same state and, in float32, the same result; the fused one adds in
+float32 and rounds once, to nearest or stochastically.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from lowrank_jax.checks import check_number, is_integer
 from lowrank_jax.projection import fused_kernel
 from lowrank_jax.projection import inner as inner_lib
 from lowrank_jax.projection import step as step_lib
-from lowrank_jax.projection.learning_rate import LearningRateState, at_step, decayed_step, selected_for_decay
+from lowrank_jax.projection.learning_rate import (
+    LearningRateState,
+    at_step,
+    decayed_step,
+    selected_for_decay,
+)
 from lowrank_jax.projection.matrix_step import MatrixStep, finish, select
 
 if TYPE_CHECKING:
@@ -39,7 +46,8 @@ class Fused:
 
     Attributes:
       recipe: projection, learning rate and decay.
-      rounding: of parameters stored in bfloat16 or as "linear" quantised blocks: "nearest" or "stochastic".
+      rounding: of parameters stored in bfloat16 or as "linear" quantised blocks: "nearest" or
+        "stochastic".
       plain_block: entries of a plain leaf that are updated at once, or None for all of it.
       products: "xla" or "kernel", see `lr.fused`.
 
@@ -62,11 +70,13 @@ class Fused:
             raise ValueError(f"rounding={self.rounding!r} must be one of {ROUNDING}")
         block, plain = self.plain_block, self.recipe.projection.plain
         if block is not None and not (is_integer(block) and block >= 1):
-            raise ValueError(f"plain_block={block!r} must be a positive integer, or None for whole leaves")
+            raise ValueError(
+                f"plain_block={block!r} must be a positive integer, or None for whole leaves"
+            )
         if block is not None and not getattr(plain, "elementwise", False):
             raise ValueError(
-                f"plain_block={block}: {type(plain).__name__} may couple the entries of a leaf; leave it None, or give "
-                "plain=lr.inner.adam(...), stored8 or not"
+                f"plain_block={block}: {type(plain).__name__} may couple the entries of a leaf; "
+                "leave it None, or give plain=lr.inner.adam(...), stored8 or not"
             )
 
     def init(self, params: Any) -> RecipeState:
@@ -99,24 +109,35 @@ class Fused:
             return self._step(params, grads, state, learning_rate, taps, rebased, extra)
 
     def rebase(self, params: Any, grads: Any, state: RecipeState) -> tuple[Any, RecipeState]:
-        """`(projected gradients, state)` at a due refresh: the part of a step that reads full gradients.
+        """`(projected gradients, state)` at a due refresh: the part of a step that reads full
+        gradients.
 
-        What remains, `step(..., taps=lr.taps(state), rebased=True)`, is the same at a refresh and between two.
+        What remains, `step(..., taps=lr.taps(state), rebased=True)`, is the same at a refresh and
+        between two.
         """
         with sharding.mesh_of((params, grads)):
-            grads, projection = step_lib.rebase(self.recipe.projection, grads, state.projection, params)
+            grads, projection = step_lib.rebase(
+                self.recipe.projection, grads, state.projection, params
+            )
         return grads, state._replace(projection=projection)
 
     def _step(self, params, grads, state, learning_rate, taps, rebased, extra):
         config, recipe = self.recipe.projection, self.recipe
         prepared = step_lib.prepare(config, grads, state.projection, params, taps, rebased)
         check_number("learning_rate", learning_rate)
-        rate = at_step(recipe.learning_rate if learning_rate is None else learning_rate, state.schedule.count)
+        rate = at_step(
+            recipe.learning_rate if learning_rate is None else learning_rate, state.schedule.count
+        )
         accepted = True if prepared.ok is None else prepared.ok
         whole = jax.tree.unflatten(prepared.treedef, prepared.references)
-        decays = jax.tree.leaves(selected_for_decay(
-            jax.tree.unflatten(prepared.treedef, [0] * len(prepared.views)), whole, recipe.weight_decay, recipe.mask
-        ))  # fmt: skip
+        decays = jax.tree.leaves(
+            selected_for_decay(
+                jax.tree.unflatten(prepared.treedef, [0] * len(prepared.views)),
+                whole,
+                recipe.weight_decay,
+                recipe.mask,
+            )
+        )
         outputs = list(prepared.references)
         by_kernel = fused_kernel.local(prepared.steps, outputs) if self.products == "kernel" else ()
         for i, step in prepared.steps.items():
@@ -152,24 +173,34 @@ class Write:
     path: str
 
     @classmethod
-    def of(cls, form: Fused, rate: Any, decays: bool, accepted: Any, step: jax.Array, path: str) -> Write:
-        """The writer of one leaf; its random numbers follow from the seed, the step and the path."""
+    def of(
+        cls, form: Fused, rate: Any, decays: bool, accepted: Any, step: jax.Array, path: str
+    ) -> Write:
+        """The writer of one leaf; its random numbers follow from the seed, the step and the
+        path."""
         recipe = form.recipe
-        key = jax.random.fold_in(jax.random.key(jnp.asarray(recipe.projection.seed, jnp.int32)), step)
+        key = jax.random.fold_in(
+            jax.random.key(jnp.asarray(recipe.projection.seed, jnp.int32)), step
+        )
         key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         decay = at_step(recipe.weight_decay, step) if decays else 0
         return cls(form.rounding, rate, decay, recipe.when, accepted, key, path)
 
     def __call__(self, param: Any, update: jax.Array, layer: Any) -> Any:
         old = param.dequantize() if hasattr(param, "dequantize") else param.astype(jnp.float32)
-        value = old + decayed_step(update, old, self.rate, self.weight_decay, self.when, self.accepted)
+        value = old + decayed_step(
+            update, old, self.rate, self.weight_decay, self.when, self.accepted
+        )
         key = jax.random.fold_in(self.key, layer) if self.rounding == "stochastic" else None
         if hasattr(param, "requantize"):
             if key is not None and not getattr(param, "rounds_stochastically", True):
-                kind = type(param).__name__ + (f"(code={param.code!r})" if hasattr(param, "code") else "")
+                kind = type(param).__name__ + (
+                    f"(code={param.code!r})" if hasattr(param, "code") else ""
+                )
                 raise ValueError(
-                    f"leaf {self.path!r}: rounding='stochastic' cannot write {kind}, which rounds to the nearest value "
-                    "alone; give rounding='nearest', or store the leaf by lr.linalg.quantize_blocks(w, code='linear')"
+                    f"leaf {self.path!r}: rounding='stochastic' cannot write {kind}, which rounds "
+                    "to the nearest value alone; give rounding='nearest', or store the leaf by "
+                    "lr.linalg.quantize_blocks(w, code='linear')"
                 )
             return select(self.accepted, param.requantize(value, key), param)
         if key is None or param.dtype == jnp.float32:
@@ -178,17 +209,30 @@ class Write:
 
 
 def write_plain(
-    form: Fused, prepared: step_lib.Prepared, state: Any, params: Any, extra: dict[str, Any], writers: dict[int, Write]
+    form: Fused,
+    prepared: step_lib.Prepared,
+    state: Any,
+    params: Any,
+    extra: dict[str, Any],
+    writers: dict[int, Write],
 ) -> tuple[dict[int, Any], Any]:
-    """`({number: new plain leaf}, new state)`; `writers` has a `Write` by the number of each plain leaf.
+    """`({number: new plain leaf}, new state)`; `writers` has a `Write` by the number of each plain
+    leaf.
 
-    With `plain_block` a leaf is taken in blocks of rows, one after the other and in place: decoded moments, direction
-    and float32 update exist for one block at a time. Those of a whole leaf in bfloat16 are several times its size.
+    With `plain_block` a leaf is taken in blocks of rows, one after the other and in place: decoded
+    moments, direction and float32 update exist for one block at a time. Those of a whole leaf in
+    bfloat16 are several times its size.
     """
-    config, leaves, ok = form.recipe.projection, {i: prepared.references[i] for i in writers}, prepared.ok
+    config, leaves, ok = (
+        form.recipe.projection,
+        {i: prepared.references[i] for i in writers},
+        prepared.ok,
+    )
     if form.plain_block is None:
         updates, state = step_lib.update_plain(config, prepared, state, params, extra)
-        return {i: writers[i](leaves[i], u, 0) for i, u in zip(writers, updates, strict=True)}, state
+        return {
+            i: writers[i](leaves[i], u, 0) for i, u in zip(writers, updates, strict=True)
+        }, state
     new, parts = {}, []
     for (i, write), own in zip(writers.items(), inner_lib.by_leaf(state), strict=True):
 
@@ -198,19 +242,28 @@ def write_plain(
             update = jnp.asarray(scale * direction)
             return write(param, update if ok is None else jnp.where(ok, update, 0), number), own
 
-        new[i], moved = _by_rows(one, form.plain_block, prepared.paths[i], prepared.gradients[i], leaves[i], own)
+        new[i], moved = _by_rows(
+            one, form.plain_block, prepared.paths[i], prepared.gradients[i], leaves[i], own
+        )
         parts.append(moved)
     return new, inner_lib.of_leaves(config.plain, state, parts, ok, extra)
 
 
-def _by_rows(function: Callable[..., Any], block: int, path: str, grad: jax.Array, param: Any, own: Any):
-    """`function(number, grad, param, own) -> (param, own)` on blocks of rows, in place; scalars in `own` stay."""
-    rows, size = param.shape[0] if param.ndim > 1 else 1, max(1, block // math.prod(param.shape[1:]))
+def _by_rows(
+    function: Callable[..., Any], block: int, path: str, grad: jax.Array, param: Any, own: Any
+):
+    """`function(number, grad, param, own) -> (param, own)` on blocks of rows, in place; scalars in
+    `own` stay."""
+    rows, size = (
+        param.shape[0] if param.ndim > 1 else 1,
+        max(1, block // math.prod(param.shape[1:])),
+    )
     if size >= rows:
         return function(0, grad, param, own)
     if (sharding.explicit_spec(param) or (None,))[0] is not None:
         raise ValueError(
-            f"plain_block={block}: leaf {path!r} is sharded along its rows, which blocks would gather; leave it None"
+            f"plain_block={block}: leaf {path!r} is sharded along its rows, which blocks would "
+            "gather; leave it None"
         )
 
     def take(x, number):
@@ -231,7 +284,9 @@ def _by_rows(function: Callable[..., Any], block: int, path: str, grad: jax.Arra
     return jax.tree.map(lambda x, y: put(x, y.astype(x.dtype), rows // size), new, tail)
 
 
-def _finish_leaf(step: MatrixStep, param: Any, prepared: step_lib.Prepared, extra: dict[str, Any], write: Write):
+def _finish_leaf(
+    step: MatrixStep, param: Any, prepared: step_lib.Prepared, extra: dict[str, Any], write: Write
+):
     """The new parameter; leaves the new states in `step`."""
     view, factor, ok = step.view, prepared.factor, prepared.ok
     if not view.layered or (view.spec is not None and view.spec[0] is not None):
@@ -251,12 +306,16 @@ def _finish_leaf(step: MatrixStep, param: Any, prepared: step_lib.Prepared, extr
     return param
 
 
-def in_place(function: Callable, count: int, take: Callable, put: Callable, param: Any, state: Any) -> tuple[Any, Any]:
-    """`(param, state)` after `function(number, param, state)` on each of `count` parts `take(x, number)` of both.
+def in_place(
+    function: Callable, count: int, take: Callable, put: Callable, param: Any, state: Any
+) -> tuple[Any, Any]:
+    """`(param, state)` after `function(number, param, state)` on each of `count` parts
+    `take(x, number)` of both.
 
-    A part of the state travels with the loop from the end of the step before. If it were taken where it is used, every
-    operation that uses it would read the whole state for itself, some of them after it was written, and XLA would copy
-    the whole state for each part. Parameters are read once, by what writes them.
+    A part of the state travels with the loop from the end of the step before. If it were taken
+    where it is used, every operation that uses it would read the whole state for itself, some of
+    them after it was written, and XLA would copy the whole state for each part. Parameters are read
+    once, by what writes them.
     """
 
     def of(tree, number):
@@ -265,35 +324,45 @@ def in_place(function: Callable, count: int, take: Callable, put: Callable, para
     def body(number, carry):
         param, state, own = carry
         new = function(number, of(param, number), own)
-        param, state = jax.tree.map(lambda x, y: put(x, y.astype(x.dtype), number), (param, state), new)
+        param, state = jax.tree.map(
+            lambda x, y: put(x, y.astype(x.dtype), number), (param, state), new
+        )
         return param, state, of(state, number + 1)
 
     return jax.lax.fori_loop(0, count, body, (param, state, of(state, 0)))[:2]
 
 
 def fused(
-    transformation: Any, *, rounding: str = "nearest", plain_block: int | None = None, products: str = "xla"
+    transformation: Any,
+    *,
+    rounding: str = "nearest",
+    plain_block: int | None = None,
+    products: str = "xla",
 ) -> Fused:
     """The fused form of a named optimizer of this library.
 
     Args:
       transformation: `lr.galore(...)` or another named optimizer.
-      rounding: "nearest", or "stochastic" for parameters in bfloat16 or "linear" quantised blocks, so that updates
-        below half a unit in the last place are not lost but made with the right probability.
-      plain_block: entries of leaves that are not projected that are updated at once, in blocks of rows; None for whole
-        leaves. On one device a block of some millions saves the float32 scratch of embedding and head.
-      products: "xla", or "kernel": `lr.kernels.low_rank_adam` makes moments, product and weight of a stack in one
-        program on a TPU and two on a GPU. It is for Adam, stored in 8 bits or not, with a stored basis in float32 or
-        bfloat16, which drops the rest of the gradient. Inside `lr.meshes.use(mesh, parameters=...)` of an auto mesh
-        each writes its own block of leaves whose shrunk dimension is whole (`side=lr.sides_for(...)`), and XLA's form
-        serves the others; a warning says where it serves all. No device has timed it.
+      rounding: "nearest", or "stochastic" for parameters in bfloat16 or "linear" quantised blocks,
+        so that updates below half a unit in the last place are not lost but made with the right
+        probability.
+      plain_block: entries of leaves that are not projected that are updated at once, in blocks of
+        rows; None for whole leaves. On one device a block of some millions saves the float32
+        scratch of embedding and head.
+      products: "xla", or "kernel": `lr.kernels.low_rank_adam` makes moments, product and weight of
+        a stack in one program on a TPU and two on a GPU. It is for Adam, stored in 8 bits or not,
+        with a stored basis in float32 or bfloat16, which drops the rest of the gradient. Inside
+        `lr.meshes.use(mesh, parameters=...)` of an auto mesh each writes its own block of leaves
+        whose shrunk dimension is whole (`side=lr.sides_for(...)`), and XLA's form serves the
+        others; a warning says where it serves all. No device has timed it.
 
     Raises:
       TypeError: for an optax chain or any transformation without a recipe.
-      ValueError: for an unknown rounding or products; at the first step for stochastic rounding of a leaf in NF4 or in
-        a dynamic code, which have none; for a `plain_block` where the inner transformation of plain
-        leaves may couple the entries of a leaf, or where a leaf is sharded along its rows; for products="kernel" where
-        inner, residual, projector, or at the first step a leaf, is one that the kernel does not take.
+      ValueError: for an unknown rounding or products; at the first step for stochastic rounding of
+        a leaf in NF4 or in a dynamic code, which have none; for a `plain_block` where the inner
+        transformation of plain leaves may couple the entries of a leaf, or where a leaf is sharded
+        along its rows; for products="kernel" where inner, residual, projector, or at the first step
+        a leaf, is one that the kernel does not take.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -307,9 +376,9 @@ def fused(
     recipe = getattr(transformation, "recipe", None)
     if recipe is None:
         raise TypeError(
-            f"{type(transformation).__name__} has no fused form: nothing can look inside optax.chain or "
-            "inject_hyperparams, and scale_by_projection has no learning rate. Pass a named optimizer such as "
-            "lr.galore(...), with clip_norm= in place of a chained clip and learning_rate= of step in place of an "
-            "injected one"
+            f"{type(transformation).__name__} has no fused form: nothing can look inside "
+            "optax.chain or inject_hyperparams, and scale_by_projection has no learning rate. Pass "
+            "a named optimizer such as lr.galore(...), with clip_norm= in place of a chained clip "
+            "and learning_rate= of step in place of an injected one"
         )
     return Fused(recipe=recipe, rounding=rounding, plain_block=plain_block, products=products)

@@ -1,4 +1,5 @@
-"""The fused step of a projected leaf by `lowrank_jax.kernels.low_rank_adam`, all matrices of a stack in one call."""
+"""The fused step of a projected leaf by `lowrank_jax.kernels.low_rank_adam`, all matrices of a
+stack in one call."""
 
 from __future__ import annotations
 
@@ -29,22 +30,28 @@ def check(config: Projection) -> None:
     core, kind = inner_lib.core(config.inner), config.projector.structure()
     if type(core) is not inner_lib.Adam:
         raise ValueError(
-            f"products='kernel' runs Adam, and inner={core!r} is another; give lr.inner.adam(...), stored8 or not, or "
-            "products='xla'"
+            f"products='kernel' runs Adam, and inner={core!r} is another; give lr.inner.adam(...), "
+            "stored8 or not, or products='xla'"
         )
     for name in ("mu_dtype", "nu_dtype"):
         own = getattr(core, name)
         if own is not None and jnp.dtype(own) not in (jnp.float32, jnp.bfloat16):
-            raise ValueError(f"products='kernel' keeps moments in float32 or bfloat16, not {name}={own}; change it")
+            raise ValueError(
+                f"products='kernel' keeps moments in float32 or bfloat16, not {name}={own}; change "
+                "it"
+            )
     if type(config.residual) is not Discard:
         raise ValueError(
-            f"products='kernel' drops the rest of the gradient, and residual={config.residual!r} does not; give "
-            "products='xla'"
+            f"products='kernel' drops the rest of the gradient, and residual={config.residual!r} "
+            "does not; give products='xla'"
         )
-    if type(kind) is not StoredProjector or jnp.dtype(kind.dtype) not in (jnp.float32, jnp.bfloat16):
+    if type(kind) is not StoredProjector or jnp.dtype(kind.dtype) not in (
+        jnp.float32,
+        jnp.bfloat16,
+    ):
         raise ValueError(
-            f"products='kernel' reads a stored basis in float32 or bfloat16, which projector={config.projector!r} does "
-            "not keep; give products='xla'"
+            "products='kernel' reads a stored basis in float32 or bfloat16, which "
+            f"projector={config.projector!r} does not keep; give products='xla'"
         )
 
 
@@ -52,39 +59,45 @@ def _check_leaf(view: ResolvedView, param: Any) -> None:
     if hasattr(param, "dequantize") or param.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
             f"leaf {view.path!r}: products='kernel' writes float32 or bfloat16, not "
-            f"{type(param).__name__ if hasattr(param, 'dequantize') else param.dtype}; give products='xla'"
+            f"{type(param).__name__ if hasattr(param, 'dequantize') else param.dtype}; give "
+            "products='xla'"
         )
     if view.spec is not None:
         raise ValueError(
-            f"leaf {view.path!r}: products='kernel' is not for a mesh of explicit axes; make the mesh with "
-            "explicit=False, or give products='xla'"
+            f"leaf {view.path!r}: products='kernel' is not for a mesh of explicit axes; make the "
+            "mesh with explicit=False, or give products='xla'"
         )
     if view.view.permutation != tuple(range(len(view.shape))):
         raise ValueError(
-            f"leaf {view.path!r}: products='kernel' writes leaves with batch axes, rows and columns in this order, and "
-            f"the view takes axes {view.view.permutation}; give products='xla'"
+            f"leaf {view.path!r}: products='kernel' writes leaves with batch axes, rows and "
+            f"columns in this order, and the view takes axes {view.view.permutation}; give "
+            "products='xla'"
         )
 
 
 def local(steps: dict[int, MatrixStep], params: list[Any]) -> frozenset[int]:
-    """The leaves that the kernel writes; ValueError for one that it cannot, and a warning where it writes none."""
+    """The leaves that the kernel writes; ValueError for one that it cannot, and a warning where it
+    writes none."""
     for i, step in steps.items():
         _check_leaf(step.view, params[i])
     found = frozenset(i for i, step in steps.items() if _is_local(step))
     if steps and not found:
         warnings.warn(
-            "lr.fused(products='kernel'): on this mesh no leaf is written by the kernel; name the parameters in "
-            "lr.meshes.use(mesh, parameters=...), and keep the dimension whole that is shrunk (side=lr.sides_for(...))",
+            "lr.fused(products='kernel'): on this mesh no leaf is written by the kernel; name the "
+            "parameters in lr.meshes.use(mesh, parameters=...), and keep the dimension whole that "
+            "is shrunk (side=lr.sides_for(...))",
             stacklevel=2,
         )
     return found
 
 
 def _is_local(step: MatrixStep) -> bool:
-    """Whether each device can write its own block of the leaf: everywhere but on an auto mesh that divides more than k.
+    """Whether each device can write its own block of the leaf: everywhere but on an auto mesh that
+    divides more than k.
 
-    There the layout must be known, s whole, and no block of moments cut; of several batch axes the first may be
-    divided. XLA's form serves elsewhere: it adds up and gathers low-rank objects, layer by layer.
+    There the layout must be known, s whole, and no block of moments cut; of several batch axes the
+    first may be divided. XLA's form serves elsewhere: it adds up and gathers low-rank objects,
+    layer by layer.
     """
     if not sharding.divides():
         return True

@@ -1,11 +1,13 @@
 """What runs inside the subspace, and how others reach the moments it keeps.
 
-An inner transformation works on one matrix (or on the group of plain leaves, as a tree) and returns a direction and a
-scale apart: the step is `scale * direction`. `adam` keeps its bias correction in the scale, because rules that rescale
-gradients by the inner direction need the uncorrected one. Any optax transformation serves too, with scale 1.
+An inner transformation works on one matrix (or on the group of plain leaves, as a tree) and returns
+a direction and a scale apart: the step is `scale * direction`. `adam` keeps its bias correction in
+the scale, because rules that rescale gradients by the inner direction need the uncorrected one. Any
+optax transformation serves too, with scale 1.
 
-The moments protocol lets transports and error feedback reach the state of any inner transformation without knowing its
-fields: `moments(inner, state)` lists `Moment(path, kind, decay, count)`, registered by state type.
+The moments protocol lets transports and error feedback reach the state of any inner transformation
+without knowing its fields: `moments(inner, state)` lists `Moment(path, kind, decay, count)`,
+registered by state type.
 """
 
 from __future__ import annotations
@@ -43,19 +45,23 @@ class Moment(NamedTuple):
 class Inner(Protocol):
     """An inner transformation: pure functions on one matrix, or on a tree of plain leaves.
 
-    Optional attributes: `guards`, see `guarded`; `elementwise`, where an entry moves by its own gradients alone and all
-    state but registered moments is shared, so that a leaf may be updated in parts.
+    Optional attributes: `guards`, see `guarded`; `elementwise`, where an entry moves by its own
+    gradients alone and all state but registered moments is shared, so that a leaf may be updated in
+    parts.
     """
 
     splits: bool
 
     def init(self, tree: Any) -> Any: ...
 
-    def update(self, grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any, Any]: ...
+    def update(
+        self, grads: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Any, Any]: ...
 
 
 def debias(decay: Any, count: jax.Array) -> jax.Array:
-    """`1 - decay^count` in float32, without the cancellation that rounding the decay first would bring."""
+    """`1 - decay^count` in float32, without the cancellation that rounding the decay first would
+    bring."""
     if is_number(decay):
         log: Any = math.log(decay) if decay > 0 else -math.inf
     else:
@@ -84,8 +90,9 @@ class Adam:
 
     `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g²`, `scale = sqrt(1 - b2^t) / (1 - b1^t)`, and
 
-    * `convention="torch"`: `direction = m / (sqrt(v) + eps sqrt(1 - b2^t))`, so that `scale * direction` is
-      `m̂ / (sqrt(v̂) + eps)` (torch, optax; FRUGAL, LDAdam, DCT-AdamW; eps 1e-8);
+    * `convention="torch"`: `direction = m / (sqrt(v) + eps sqrt(1 - b2^t))`, so that
+      `scale * direction` is `m̂ / (sqrt(v̂) + eps)` (torch, optax; FRUGAL, LDAdam, DCT-AdamW; eps
+      1e-8);
     * `convention="hf"`: `direction = m / (sqrt(v) + eps)` (GaLore, Fira, APOLLO; eps 1e-6).
 
     Args:
@@ -135,7 +142,9 @@ class Adam:
 
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda m, g: average(m, g.astype(jnp.float32), self.b1), state.mu, grads)
-        nu = jax.tree.map(lambda v, g: average(v, jnp.square(g.astype(jnp.float32)), self.b2), state.nu, grads)
+        nu = jax.tree.map(
+            lambda v, g: average(v, jnp.square(g.astype(jnp.float32)), self.b2), state.nu, grads
+        )
         eps, scale = self.corrections(count)
         direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
         mu = jax.tree.map(lambda m: m.astype(self.mu_dtype), mu)
@@ -146,11 +155,15 @@ class Adam:
     def corrections(self, count: jax.Array) -> tuple[Any, jax.Array]:
         """`(eps, scale)` of the update that makes the count this one."""
         correction = jnp.sqrt(debias(self.b2, count))
-        return self.eps * (correction if self.convention == "torch" else 1), correction / debias(self.b1, count)
+        return self.eps * (correction if self.convention == "torch" else 1), correction / debias(
+            self.b1, count
+        )
 
     def state_bytes(self, sizes: list[int]) -> int:
         """Formula: 4 bytes of count, and each element once in `mu_dtype` and once in `nu_dtype`."""
-        return 4 + sum(sizes) * (jnp.dtype(self.mu_dtype).itemsize + jnp.dtype(self.nu_dtype).itemsize)
+        return 4 + sum(sizes) * (
+            jnp.dtype(self.mu_dtype).itemsize + jnp.dtype(self.nu_dtype).itemsize
+        )
 
     def decays(self) -> dict[str, Any]:
         return {"first": self.b1, "second": self.b2}
@@ -161,9 +174,11 @@ class FromOptax:
     """Any optax transformation as an inner one: scale 1, state as optax made it.
 
     Args:
-      transformation: gradient-only, or told `params=True`. It is initialised for each matrix and may not couple leaves.
+      transformation: gradient-only, or told `params=True`. It is initialised for each matrix and
+        may not couple leaves.
       params: hand it the parameter, projected as the gradient is (`PᵀW`).
-      decay: decay rates by kind of moment, for transports that need them, for instance `(("first", 0.9),)`.
+      decay: decay rates by kind of moment, for transports that need them, for instance
+        `(("first", 0.9),)`.
 
     >>> import optax, jax.numpy as jnp
     >>> lion = FromOptax(optax.scale_by_lion())
@@ -189,8 +204,9 @@ class FromOptax:
         except ValueError as error:
             if "params" in str(error) and not self.params:
                 raise ValueError(
-                    "inner: this optax transformation demands params; wrap it as lr.inner.from_optax(tx, params=True), "
-                    "which hands it the projected parameter, or chain it outside scale_by_projection"
+                    "inner: this optax transformation demands params; wrap it as "
+                    "lr.inner.from_optax(tx, params=True), which hands it the projected parameter, "
+                    "or chain it outside scale_by_projection"
                 ) from error
             raise
         return direction, jnp.ones((), jnp.float32), state
@@ -202,8 +218,9 @@ class FromOptax:
 def guarded(inner: Inner, grads: Any, state: Any, params: Any, ok: Any, extra: dict[str, Any]):
     """`inner.update`, whose state stays where not `ok`.
 
-    An inner that `guards` takes `ok` itself and derives its direction from the moments that it keeps: each moment is
-    then read and written by one pass, in place, where a selection afterwards would need a copy of the old ones.
+    An inner that `guards` takes `ok` itself and derives its direction from the moments that it
+    keeps: each moment is then read and written by one pass, in place, where a selection afterwards
+    would need a copy of the old ones.
     """
     if ok is None:
         return inner.update(grads, state, params, **extra)
@@ -218,7 +235,9 @@ def as_inner(inner: Any) -> Inner:
     if isinstance(inner, optax.GradientTransformation):
         return FromOptax(inner)
     if not isinstance(inner, Inner):
-        raise ValueError(f"inner={inner!r} must be lr.inner.adam(...) or an optax GradientTransformation")
+        raise ValueError(
+            f"inner={inner!r} must be lr.inner.adam(...) or an optax GradientTransformation"
+        )
     return inner
 
 
@@ -232,9 +251,11 @@ def _stored_like(old: Any, new: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stored8:
-    """An inner transformation whose moments are stored in blocks of 8 bits, and computed in float32 (8-bit Adam).
+    """An inner transformation whose moments are stored in blocks of 8 bits, and computed in float32
+    (8-bit Adam).
 
-    First moments take the signed dynamic code, second and maximal ones the unsigned one; other leaves stay.
+    First moments take the signed dynamic code, second and maximal ones the unsigned one; other
+    leaves stay.
 
     Args:
       inner: what is stored, `lr.inner.adam(...)` or another with registered moments.
@@ -259,7 +280,9 @@ class Stored8:
         for name, least in (("block", 1), ("minimum", 0)):
             value = getattr(self, name)
             if not is_integer(value) or value < least:
-                raise ValueError(f"stored8: {name}={value!r} must be an integer of at least {least}")
+                raise ValueError(
+                    f"stored8: {name}={value!r} must be an integer of at least {least}"
+                )
 
     @property
     def splits(self) -> bool:
@@ -288,13 +311,17 @@ class Stored8:
         def one(path, value):
             code = codes.get(kinds.get(tuple(path), ""))
             small = math.prod(value.shape[-2:]) < self.minimum
-            return value if code is None or small else linalg.quantize_blocks(value, code, self.block)
+            return (
+                value if code is None or small else linalg.quantize_blocks(value, code, self.block)
+            )
 
         return jax.tree_util.tree_map_with_path(one, state)
 
     def decode(self, state: Any) -> Any:
         """The state of `inner`."""
-        return jax.tree.map(lambda x: x.dequantize() if _quantized(x) else x, state, is_leaf=_quantized)
+        return jax.tree.map(
+            lambda x: x.dequantize() if _quantized(x) else x, state, is_leaf=_quantized
+        )
 
 
 def core(inner: Any) -> Inner:
@@ -322,11 +349,15 @@ def register_moments(state_type: type, kinds: dict[str, str], count: str | None 
 
 register_moments(AdamState, {"mu": "first", "nu": "second"}, "count")
 register_moments(optax.ScaleByAdamState, {"mu": "first", "nu": "second"}, "count")
-register_moments(optax.ScaleByAmsgradState, {"mu": "first", "nu": "second", "nu_max": "max"}, "count")
+register_moments(
+    optax.ScaleByAmsgradState, {"mu": "first", "nu": "second", "nu_max": "max"}, "count"
+)
 register_moments(optax.ScaleByLionState, {"mu": "first"}, "count")
 register_moments(optax.TraceState, {"trace": "first"})
 register_moments(optax.ScaleByRmsState, {"nu": "second"})
-register_moments(optax.FactoredState, {"v_row": "factored", "v_col": "factored", "v": "second"}, "count")
+register_moments(
+    optax.FactoredState, {"v_row": "factored", "v_col": "factored", "v": "second"}, "count"
+)
 
 
 def moments(inner: Inner, state: Any) -> list[Moment]:
@@ -341,7 +372,11 @@ def moments(inner: Inner, state: Any) -> list[Moment]:
             for field, kind in kinds.items():
                 for inner_path, _ in jax.tree_util.tree_flatten_with_path(getattr(node, field))[0]:
                     where = (*path, jax.tree_util.GetAttrKey(field), *inner_path)
-                    found.append(Moment(where, kind, decays.get(kind), getattr(node, count) if count else None))
+                    found.append(
+                        Moment(
+                            where, kind, decays.get(kind), getattr(node, count) if count else None
+                        )
+                    )
             return
         children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
         for child_path, child in children:
@@ -353,23 +388,34 @@ def moments(inner: Inner, state: Any) -> list[Moment]:
 
 
 def by_leaf(state: Any) -> list[Any]:
-    """The states of the single leaves of a tree, from the state of an `elementwise` inner transformation."""
+    """The states of the single leaves of a tree, from the state of an `elementwise` inner
+    transformation."""
     fields = tuple(_REGISTRY[type(state)][0])
     columns = [jax.tree.leaves(getattr(state, field), is_leaf=_quantized) for field in fields]
-    return [state._replace(**dict(zip(fields, row, strict=True))) for row in zip(*columns, strict=True)]
+    return [
+        state._replace(**dict(zip(fields, row, strict=True))) for row in zip(*columns, strict=True)
+    ]
 
 
 def of_leaves(inner: Inner, state: Any, parts: list[Any], ok: Any, extra: dict[str, Any]) -> Any:
-    """State whose leaves moved to `parts`: the inverse of `by_leaf`. What they share, such as a count, moves too."""
+    """State whose leaves moved to `parts`: the inverse of `by_leaf`. What they share, such as a
+    count, moves too."""
     fields = _REGISTRY[type(state)][0]
     shared = guarded(inner, (), state._replace(**dict.fromkeys(fields, ())), None, ok, extra)[2]
-    trees = {field: jax.tree.structure(getattr(state, field), is_leaf=_quantized) for field in fields}
+    trees = {
+        field: jax.tree.structure(getattr(state, field), is_leaf=_quantized) for field in fields
+    }
     return shared._replace(
-        **{field: jax.tree.unflatten(tree, [getattr(part, field) for part in parts]) for field, tree in trees.items()}
+        **{
+            field: jax.tree.unflatten(tree, [getattr(part, field) for part in parts])
+            for field, tree in trees.items()
+        }
     )
 
 
-def map_moments(inner: Inner, state: Any, function: Callable[[Moment, jax.Array], jax.Array]) -> Any:
+def map_moments(
+    inner: Inner, state: Any, function: Callable[[Moment, jax.Array], jax.Array]
+) -> Any:
     """`state` with every registered moment replaced by `function(moment, value)`."""
     by_path = {moment.path: moment for moment in moments(inner, state)}
 
@@ -381,12 +427,14 @@ def map_moments(inner: Inner, state: Any, function: Callable[[Moment, jax.Array]
 
 
 def first_moment(inner: Inner, state: Any) -> tuple[Moment, jax.Array]:
-    """The one first moment inside a state, for rules that need it; ValueError where there is none, or no count."""
+    """The one first moment inside a state, for rules that need it; ValueError where there is none,
+    or no count."""
     firsts = [moment for moment in moments(inner, state) if moment.kind == "first"]
     if len(firsts) != 1 or firsts[0].decay is None:
         raise ValueError(
-            f"inner {type(inner).__name__} has {len(firsts)} registered first moments with a known decay; this rule "
-            "needs exactly one: use lr.inner.adam, or from_optax(tx, decay=(('first', 0.9),)) and register_moments"
+            f"inner {type(inner).__name__} has {len(firsts)} registered first moments with a known "
+            "decay; this rule needs exactly one: use lr.inner.adam, or from_optax(tx, "
+            "decay=(('first', 0.9),)) and register_moments"
         )
     values = {tuple(p): v for p, v in jax.tree_util.tree_flatten_with_path(state)[0]}
     return firsts[0], values[firsts[0].path]

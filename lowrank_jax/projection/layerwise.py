@@ -1,30 +1,32 @@
-"""The layer-wise step: each layer of a scanned stack is updated inside the backward pass, as soon as it can be.
+"""The layer-wise step: each layer of a scanned stack is updated inside the backward pass, as soon
+as it can be.
 
     x_0 = before(rest, batch)         embedding
     x_{l+1} = layer(W_l, x_l)         the stack; only the inputs x_l are kept
     value = after(rest, x_L, batch)   norm, head and loss
 
-The backward pass goes down the stack, takes the gradient of one layer (low-rank through taps, or full where the method
-reads it), moves its basis if that is due, and writes its parameters and state in place. No gradient of the stack
-exists, low-rank or full, at any time. Of the parameters outside the stack and of the stack's vectors the gradients are
-kept, and updated at the end as one group.
+The backward pass goes down the stack, takes the gradient of one layer (low-rank through taps, or
+full where the method reads it), moves its basis if that is due, and writes its parameters and state
+in place. No gradient of the stack exists, low-rank or full, at any time. Of the parameters outside
+the stack and of the stack's vectors the gradients are kept, and updated at the end as one group.
 
 What the published layer-wise codes get wrong is kept right:
 
-* accumulation: the inputs of all k microbatches are kept, and a layer's gradients are summed over them before its one
-  update; a hook after each microbatch would make k updates;
-* clipping: `clip_norm` is the global norm over all layers, which a first backward pass measures (a second one then
-  updates), where clipping layer by layer would change the direction of the step;
+* accumulation: the inputs of all k microbatches are kept, and a layer's gradients are summed over
+  them before its one update; a hook after each microbatch would make k updates;
+* clipping: `clip_norm` is the global norm over all layers, which a first backward pass measures (a
+  second one then updates), where clipping layer by layer would change the direction of the step;
 * counting: one step for each call, whatever the number of layers.
 
-Guard: a step is skipped, and counted, where a gradient is not finite. What moves at such a step depends on when that is
-known:
+Guard: a step is skipped, and counted, where a gradient is not finite. What moves at such a step
+depends on when that is known:
 
-* a first backward pass, which `clip_norm` brings and `exact_skip=True` asks for, sees all gradients before anything is
-  written: nothing moves, as in `train_step`;
-* without one, nothing moves where the value or the gradient at the top of the stack is not finite, which is where most
-  bad batches show. If a gradient is first not finite further down, that layer, those below it and everything outside
-  the stack stay as they are, and the layers above have moved already: their kernels, moments and bases.
+* a first backward pass, which `clip_norm` brings and `exact_skip=True` asks for, sees all gradients
+  before anything is written: nothing moves, as in `train_step`;
+* without one, nothing moves where the value or the gradient at the top of the stack is not finite,
+  which is where most bad batches show. If a gradient is first not finite further down, that layer,
+  those below it and everything outside the stack stay as they are, and the layers above have moved
+  already: their kernels, moments and bases.
 """
 
 from __future__ import annotations
@@ -50,25 +52,30 @@ from lowrank_jax.projection.training import plan
 def layerwise_step(
     stack: Stack, optimizer: Any, *, accumulate: int = 1, exact_skip: bool = False
 ) -> Callable[..., Any]:
-    """`step(params, opt_state, *args) -> (params, opt_state, value)`, which never holds a gradient of the stack.
+    """`step(params, opt_state, *args) -> (params, opt_state, value)`, which never holds a gradient
+    of the stack.
 
-    Equal to `train_step(stack.loss, optimizer)` where gradients are finite. Jit it and donate the first two arguments.
+    Equal to `train_step(stack.loss, optimizer)` where gradients are finite. Jit it and donate the
+    first two arguments.
 
-    Where a gradient inside the stack is not finite, the layers above it have moved when that is found: kernels, moments
-    and bases. The rest stays, and the step counts as skipped. With `exact_skip`, and with a `clip_norm` always, a
-    skipped step changes nothing but its counter.
+    Where a gradient inside the stack is not finite, the layers above it have moved when that is
+    found: kernels, moments and bases. The rest stays, and the step counts as skipped. With
+    `exact_skip`, and with a `clip_norm` always, a skipped step changes nothing but its counter.
 
     Args:
-      stack: the model in three parts; `params` is a dict whose entry `stack.name` has the layers on a leading axis.
+      stack: the model in three parts; `params` is a dict whose entry `stack.name` has the layers on
+        a leading axis.
       optimizer: a named optimizer, or its fused form.
-      accumulate: k microbatches along a leading axis of every argument; their values and gradients are averaged.
-      exact_skip: know that all gradients are finite before anything is written, by a first backward pass: about
-        1.7 times the arithmetic of a step, and hardly more memory. With `clip_norm` that pass is made anyway.
+      accumulate: k microbatches along a leading axis of every argument; their values and gradients
+        are averaged.
+      exact_skip: know that all gradients are finite before anything is written, by a first backward
+        pass: about 1.7 times the arithmetic of a step, and hardly more memory. With `clip_norm`
+        that pass is made anyway.
 
     Raises:
       TypeError: for an optimizer without a fused form.
-      ValueError: for a projected leaf outside the stack, one whose layers are not its first axis, a form with
-        products="kernel", or `exact_skip` of an optimizer with guard=False.
+      ValueError: for a projected leaf outside the stack, one whose layers are not its first axis, a
+        form with products="kernel", or `exact_skip` of an optimizer with guard=False.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -88,10 +95,14 @@ def layerwise_step(
         raise ValueError(f"accumulate={accumulate} must be at least 1 microbatch")
     form = optimizer if isinstance(optimizer, Fused) else fused(optimizer)
     if form.products != "xla":
-        raise ValueError(f"products={form.products!r} writes whole stacks, not single layers; give products='xla'")
+        raise ValueError(
+            f"products={form.products!r} writes whole stacks, not single layers; give "
+            "products='xla'"
+        )
     if exact_skip and not form.recipe.projection.guard:
         raise ValueError(
-            "exact_skip=True: an optimizer with guard=False skips no step; give guard=True, or leave it out"
+            "exact_skip=True: an optimizer with guard=False skips no step; give guard=True, or "
+            "leave it out"
         )
 
     def step(params, state, *args):
@@ -110,10 +121,13 @@ def _arrays(node: Any) -> dict[str, Any]:
 class _Layerwise:
     """One call: the trees that its passes share. Microbatches lie on a leading axis everywhere.
 
-    `measured` says that a first backward pass judges the step, so that the second one asks no layer any more.
+    `measured` says that a first backward pass judges the step, so that the second one asks no layer
+    any more.
     """
 
-    def __init__(self, stack: Stack, form: Fused, params: Any, state: Any, args: Any, exact_skip: bool):
+    def __init__(
+        self, stack: Stack, form: Fused, params: Any, state: Any, args: Any, exact_skip: bool
+    ):
         self.stack, self.form, self.params, self.state, self.args = stack, form, params, state, args
         self.config = form.recipe.projection
         self.measured = exact_skip or self.config.clip_norm is not None
@@ -125,20 +139,26 @@ class _Layerwise:
         outside = [view.path for view in report.projected if view not in self.views]
         if outside or any(view is not None and not view.layered for view in self.views):
             raise ValueError(
-                f"layerwise: {outside or [v.path for v in self.views if v is not None and not v.layered]} cannot be "
-                f"updated layer by layer; stack it under params[{stack.name!r}], or leave it out with Views(rules=...)"
+                "layerwise: "
+                f"{outside or [v.path for v in self.views if v is not None and not v.layered]} "
+                f"cannot be updated layer by layer; stack it under params[{stack.name!r}], or "
+                "leave it out with Views(rules=...)"
             )
         by_path = {matrix.view.path: matrix for matrix in matrix_states(state.projection)}
         self.leaves = leaves
         self.matrices = [None if view is None else by_path[view.path] for view in self.views]
         self.microbatches = jax.tree.leaves(args)[0].shape[0]
         self.due = step_lib.due_any(self.config, state.projection.step, list(report.projected))
-        self.own_due = True if hasattr(self.config.clock, "start") else self.due  # staggered clocks ask layer by layer
+        self.own_due = (
+            True if hasattr(self.config.clock, "start") else self.due
+        )  # staggered clocks ask layer by layer
 
     def run(self):
         inputs, value, d_rest, d_top = self._forward()
         ok = jnp.isfinite(value) & all_finite([d_top]) if self.config.guard else jnp.asarray(True)
-        ok = sharding.everywhere(ok, self.params, self.state)  # rows of a batch may lie on several devices
+        ok = sharding.everywhere(
+            ok, self.params, self.state
+        )  # rows of a batch may lie on several devices
         factor = None
         if self.measured:
             ok, factor = self._measure(inputs, d_rest, d_top, ok)
@@ -149,7 +169,8 @@ class _Layerwise:
         return self._finish(value, d_rest, vectors, moved, ok, factor)
 
     def _measure(self, inputs, d_rest, d_top, ok):
-        """`(whether the step is accepted, factor of clipping or None)`, by a backward pass that writes nothing."""
+        """`(whether the step is accepted, factor of clipping or None)`, by a backward pass that
+        writes nothing."""
         fine, square, vectors, d_bottom, _ = self._backward(inputs, d_top, ok, None, update=False)
         plain = self._plain(self._all_rest(d_rest, d_bottom), vectors)
         square = square + sum((energy(leaf) for leaf in plain), jnp.zeros(()))
@@ -175,13 +196,24 @@ class _Layerwise:
 
         def one(total, part):
             x, args = part
-            value, (rest, dx) = jax.value_and_grad(lambda rest, x: stack.after(rest, x, *args), (0, 1))(self.rest, x)
-            wide = jax.tree.map(lambda g: g.astype(jnp.float32), rest) if self.microbatches > 1 else rest
-            total = (wide if total[0] is None else jax.tree.map(jnp.add, total[0], wide), total[1] + value)
+            value, (rest, dx) = jax.value_and_grad(
+                lambda rest, x: stack.after(rest, x, *args), (0, 1)
+            )(self.rest, x)
+            wide = (
+                jax.tree.map(lambda g: g.astype(jnp.float32), rest)
+                if self.microbatches > 1
+                else rest
+            )
+            total = (
+                wide if total[0] is None else jax.tree.map(jnp.add, total[0], wide),
+                total[1] + value,
+            )
             return total, dx
 
         if self.microbatches == 1:
-            (rest, value), dx = one((None, jnp.zeros(())), jax.tree.map(lambda x: x[0], (top, self.args)))
+            (rest, value), dx = one(
+                (None, jnp.zeros(())), jax.tree.map(lambda x: x[0], (top, self.args))
+            )
             return inputs, value, rest, dx[None]
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), self.rest)
         (rest, value), dx = sharding.scan(one, (zeros, jnp.zeros(())), (top, self.args))
@@ -199,13 +231,18 @@ class _Layerwise:
         return jax.lax.scan(one, d_rest, (self.args, d_bottom))[0]
 
     def _backward(self, inputs, d_top, ok, factor, *, update: bool):
-        """Down the stack: `(whether all was finite, sum of squares, vectors' gradients, the bottom's, moved)`."""
+        """Down the stack: `(whether all was finite, sum of squares, vectors' gradients, the
+        bottom's, moved)`."""
         layers = jax.tree.leaves(inputs)[0].shape[0]
-        kernels = [leaf for leaf, view in zip(self.leaves, self.views, strict=True) if view is not None]
+        kernels = [
+            leaf for leaf, view in zip(self.leaves, self.views, strict=True) if view is not None
+        ]
         states = [_arrays(m) for m in self.matrices if m is not None]
         vectors = [leaf for leaf, view in zip(self.leaves, self.views, strict=True) if view is None]
         gathered = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in vectors]
-        take = lambda tree, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)  # noqa: E731
+
+        def take(tree, i):
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
         def put(tree, i, new):
             change = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0)  # noqa: E731
@@ -222,20 +259,33 @@ class _Layerwise:
             gathered = put(gathered, number, d_vectors)
             following = jnp.maximum(number - 1, 0)
             energies = sum((energy(step.kept) for step in steps), jnp.zeros(()))
-            fine = fine & read & all_finite([step.judged for step in steps]) & jnp.isfinite(energies)
+            fine = (
+                fine & read & all_finite([step.judged for step in steps]) & jnp.isfinite(energies)
+            )
             square = square + energies
             if not update:
                 return dx, kernels, states, take(states, following), gathered, fine, square
             # from the first layer on that is not finite, none below it is written either
             write = ok & fine if guarded else ok
             written = [
-                self._write(step, kernel, write, factor, number) for step, kernel in zip(steps, own, strict=True)
+                self._write(step, kernel, write, factor, number)
+                for step, kernel in zip(steps, own, strict=True)
             ]
             states = put(states, number, [_arrays(step) for step in steps])
-            return dx, put(kernels, number, written), states, take(states, following), gathered, fine, square
+            return (
+                dx,
+                put(kernels, number, written),
+                states,
+                take(states, following),
+                gathered,
+                fine,
+                square,
+            )
 
         # states travel with the loop, see `in_place`; kernels would be held twice
-        sums = sharding.vary((jnp.asarray(True), jnp.zeros(())), sharding.varying(self.params, self.state))
+        sums = sharding.vary(
+            (jnp.asarray(True), jnp.zeros(())), sharding.varying(self.params, self.state)
+        )
         start = (d_top, kernels, states, take(states, layers - 1), gathered, *sums)
         dx, kernels, states, _, gathered, fine, square = jax.lax.fori_loop(0, layers, body, start)
         placed = iter(gathered)
@@ -243,8 +293,8 @@ class _Layerwise:
         return fine, square, vectors, dx, (kernels, states)
 
     def _layer(self, kernels, states, vectors, inputs, dx, number, ok):
-        """`(steps of the matrices, refreshed and projected; whether what a refresh reads is finite; gradients of the
-        vectors; gradient of the inputs)`."""
+        """`(steps of the matrices, refreshed and projected; whether what a refresh reads is finite;
+        gradients of the vectors; gradient of the inputs)`."""
         matrices = [matrix for matrix in self.matrices if matrix is not None]
         views = [view.layer() for view in self.views if view is not None]
         states = [dataclasses.replace(m, **own) for own, m in zip(states, matrices, strict=True)]
@@ -261,7 +311,9 @@ class _Layerwise:
             for view, state, matrix in zip(views, states, matrices, strict=True):
                 basis = None
                 if sketched:
-                    basis = sketch_basis(self.config, view, state, self.state.projection.step, number)
+                    basis = sketch_basis(
+                        self.config, view, state, self.state.projection.step, number
+                    )
                 taps.append(Tap(state.basis, None, basis, None, view, matrix.projector))
             return layer_gradients(self._apply, kernels, taps, vectors, inputs, dx)
 
@@ -277,14 +329,18 @@ class _Layerwise:
             def unsketched():
                 grads, *others = low(False)
                 zeros = [jnp.zeros(shape.sketch.shape, shape.sketch.dtype) for shape in shapes]
-                return [Projected(grad.low, zero) for grad, zero in zip(grads, zeros, strict=True)], *others
+                return [
+                    Projected(grad.low, zero) for grad, zero in zip(grads, zeros, strict=True)
+                ], *others
 
             grads, d_vectors, dx = jax.lax.cond(self.due, lambda: low(True), unsketched)
             return *steps_of(grads), d_vectors, dx
 
         # full at a refresh: bases move inside the branch, and what leaves it is low-rank
         def refreshed():
-            grads, d_vectors, d_inputs = layer_gradients(self._apply, kernels, None, vectors, inputs, dx)
+            grads, d_vectors, d_inputs = layer_gradients(
+                self._apply, kernels, None, vectors, inputs, dx
+            )
             steps, read = steps_of(grads)
             return [(step.low, _arrays(step)) for step in steps], read, d_vectors, d_inputs
 
@@ -297,12 +353,17 @@ class _Layerwise:
         steps = []
         for (lows, moved), view, state, kernel in zip(own, views, states, kernels, strict=True):
             step = MatrixStep(self.config, view, state, Projected(lows), kernel, number)
-            step.basis, step.inner, step.residual = moved["basis"], moved["inner"], moved["residual"]
+            step.basis, step.inner, step.residual = (
+                moved["basis"],
+                moved["inner"],
+                moved["residual"],
+            )
             steps.append(step)
         return steps, read, d_vectors, dx
 
     def _projected(self, steps: list[MatrixStep], ok) -> jax.Array:
-        """Refreshes and projects the matrices of a layer; whether what a refresh reads is finite."""
+        """Refreshes and projects the matrices of a layer; whether what a refresh reads is
+        finite."""
         now, read = self.state.projection.step, jnp.asarray(True)
         refreshes = self.config.clock.when == "before" and self.own_due is not False
         if refreshes and self.config.guard:
@@ -321,7 +382,8 @@ class _Layerwise:
         return self.stack.layer(jax.tree.unflatten(self.treedef, leaves), x)
 
     def _write(self, step: MatrixStep, kernel, ok, factor, number):
-        """The new kernel of one layer; leaves the new states in `step`, the old ones where not ok."""
+        """The new kernel of one layer; leaves the new states in `step`, the old ones where not
+        ok."""
         update, inner, residual = finish(self.config, step.view, step.arrays(), factor, ok, {})
         step.inner, step.residual = inner, residual
         if self.config.clock.when == "after":
@@ -335,9 +397,14 @@ class _Layerwise:
         report = self.config.report(self.params)
         flags = selected_for_decay(
             jax.tree.map(lambda _: 0, self.params, is_leaf=lambda x: hasattr(x, "dequantize")),
-            self.params, recipe.weight_decay, recipe.mask,
-        )  # fmt: skip
-        return {leaf.path: flag for leaf, flag in zip(report.leaves, jax.tree.leaves(flags), strict=True)}
+            self.params,
+            recipe.weight_decay,
+            recipe.mask,
+        )
+        return {
+            leaf.path: flag
+            for leaf, flag in zip(report.leaves, jax.tree.leaves(flags), strict=True)
+        }
 
     def _writer(self, ok, path: str, *, decays: bool) -> Write:
         recipe, schedule = self.form.recipe, self.state.schedule
@@ -348,19 +415,29 @@ class _Layerwise:
         """The plain leaves as one group, and the new trees."""
         kernels, states = moved
         own, moving = iter(kernels), iter(states)
-        stacked = [leaf if view is None else next(own) for leaf, view in zip(self.leaves, self.views, strict=True)]
+        stacked = [
+            leaf if view is None else next(own)
+            for leaf, view in zip(self.leaves, self.views, strict=True)
+        ]
         params = self.rest | {self.stack.name: jax.tree.unflatten(self.treedef, stacked)}
-        grads = d_rest | {self.stack.name: jax.tree.unflatten(self.treedef, [
-            kernel if view is not None else vector
-            for kernel, vector, view in zip(self.leaves, vectors, self.views, strict=True)
-        ])}  # fmt: skip
+        grads = d_rest | {
+            self.stack.name: jax.tree.unflatten(
+                self.treedef,
+                [
+                    kernel if view is not None else vector
+                    for kernel, vector, view in zip(self.leaves, vectors, self.views, strict=True)
+                ],
+            )
+        }
         projection = self.state.projection
         report = self.config.report(self.params)
         leaves, treedef = step_lib.flatten(params)
         gradients = step_lib.flatten(grads)[0]
         views = [leaf.view for leaf in report.leaves]
         paths = [leaf.path for leaf in report.leaves]
-        prepared = step_lib.Prepared(treedef, leaves, gradients, views, paths, {}, False, False, ok, factor)
+        prepared = step_lib.Prepared(
+            treedef, leaves, gradients, views, paths, {}, False, False, ok, factor
+        )
         decays = self._decays()
         numbers = [i for i, view in enumerate(views) if view is None]
         writers = {i: self._writer(ok, paths[i], decays=decays[paths[i]]) for i in numbers}

@@ -1,4 +1,5 @@
-"""Where the low-rank state of a projected leaf lies on an auto mesh: between its uses, and where it is used.
+"""Where the low-rank state of a projected leaf lies on an auto mesh: between its uses, and where it
+is used.
 
 Of a matrix `(s, k)` whose s is divided over the mesh axes A and k over B:
 
@@ -6,8 +7,9 @@ Of a matrix `(s, k)` whose s is divided over the mesh axes A and k over B:
     bases            (s, r)       s over A and B       s over A
     low-rank objects (r, k)       r over A, k over B   k over B
 
-each as far as it divides; where A does not divide the rank, it divides k. A device so holds its share of all state and
-works on it there; only what enters a product with a matrix's share is gathered over A, for one layer at a time.
+each as far as it divides; where A does not divide the rank, it divides k. A device so holds its
+share of all state and works on it there; only what enters a product with a matrix's share is
+gathered over A, for one layer at a time.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Layout:
         """From the partition entries of the leaf, one for each axis."""
         axes = view.view
         *batch, rows, cols = sharding.fold_spec(tuple(entries), axes.batch, axes.rows, axes.cols)
-        return cls(mesh, view, tuple(batch), *((rows, cols) if view.side == "rows" else (cols, rows)))
+        return cls(
+            mesh, view, tuple(batch), *((rows, cols) if view.side == "rows" else (cols, rows))
+        )
 
     @property
     def low(self) -> PartitionSpec:
@@ -75,21 +79,23 @@ class Layout:
 
 
 def current(view: ResolvedView) -> Layout | None:
-    """The layout of a leaf, or of a layer of it, inside `meshes.use(mesh, parameters=...)`; None elsewhere."""
+    """The layout of a leaf, or of a layer of it, inside `meshes.use(mesh, parameters=...)`; None
+    elsewhere."""
     specs = sharding.current_specs.get()
     if specs is None or view.path not in specs:
         return None
     entries = specs[view.path]
     if len(entries) < len(view.shape):
         raise ValueError(
-            f"leaf {view.path!r} of shape {view.shape}: lr.meshes.use(parameters=) has {len(entries)} axes there; "
-            "give it the parameters that this optimizer updates"
+            f"leaf {view.path!r} of shape {view.shape}: lr.meshes.use(parameters=) has "
+            f"{len(entries)} axes there; give it the parameters that this optimizer updates"
         )
     return Layout.of(view, sharding.current_mesh.get(), entries[len(entries) - len(view.shape) :])
 
 
 def placed(view: ResolvedView, tree: Any, role: str) -> Any:
-    """`tree` with its arrays of the role's shape laid out so; the tree itself where no layout is known.
+    """`tree` with its arrays of the role's shape laid out so; the tree itself where no layout is
+    known.
 
     Args:
       role: "low", "low_at_use", "basis" or "basis_at_use".
@@ -114,23 +120,36 @@ def rows(view: ResolvedView, x: jax.Array, *, pad: bool = False) -> jax.Array:
 
 
 def divided(view: ResolvedView, x: jax.Array, axis: int) -> jax.Array:
-    """`x` divided along `axis`, -1 or -2, over the whole mesh, where a layout is known: Gram matrices do the rest."""
+    """`x` divided along `axis`, -1 or -2, over the whole mesh, where a layout is known: Gram
+    matrices do the rest."""
     if current(view) is None:
         return x
-    return sharding.rows_whole(x) if axis == -1 else jnp.swapaxes(sharding.rows_whole(jnp.swapaxes(x, -1, -2)), -1, -2)
+    return (
+        sharding.rows_whole(x)
+        if axis == -1
+        else jnp.swapaxes(sharding.rows_whole(jnp.swapaxes(x, -1, -2)), -1, -2)
+    )
 
 
 def mixed(view: ResolvedView, tree: Any) -> Any:
-    """`tree` with its low-rank arrays whole along the rank, which a transport mixes, and divided along k instead."""
+    """`tree` with its low-rank arrays whole along the rank, which a transport mixes, and divided
+    along k instead."""
     if current(view) is None:
         return tree
-    return jax.tree.map(lambda x: sharding.rows_whole(x) if x.shape[-2:] == (view.rank, view.kept) else x, tree)
+    return jax.tree.map(
+        lambda x: sharding.rows_whole(x) if x.shape[-2:] == (view.rank, view.kept) else x, tree
+    )
 
 
 def as_parameter(path: str, gradient: Any) -> Any:
     """A full gradient laid out as its parameter is, so that no device holds all of it."""
     specs = sharding.current_specs.get()
-    if specs is None or path not in specs or not isinstance(gradient, jax.Array) or len(specs[path]) != gradient.ndim:
+    if (
+        specs is None
+        or path not in specs
+        or not isinstance(gradient, jax.Array)
+        or len(specs[path]) != gradient.ndim
+    ):
         return gradient
     place = NamedSharding(sharding.current_mesh.get(), PartitionSpec(*specs[path]))
     return jax.lax.with_sharding_constraint(gradient, place)

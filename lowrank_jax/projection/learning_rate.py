@@ -38,12 +38,15 @@ def selected_for_decay(updates: Any, params: Any, weight_decay: Any, mask: Any) 
         return jax.tree.map(spread, pure(selected), updates)
     except ValueError as error:
         raise ValueError(
-            f"mask: {jax.tree.structure(selected)} is neither the structure of the parameters nor a prefix of it; give "
-            "a boolean for each leaf or for whole subtrees, or a function that makes such a tree of the parameters"
+            f"mask: {jax.tree.structure(selected)} is neither the structure of the parameters nor "
+            "a prefix of it; give a boolean for each leaf or for whole subtrees, or a function "
+            "that makes such a tree of the parameters"
         ) from error
 
 
-def decayed_step(u: jax.Array, p: jax.Array, rate: Any, weight_decay: Any, when: str, accepted: Any) -> jax.Array:
+def decayed_step(
+    u: jax.Array, p: jax.Array, rate: Any, weight_decay: Any, when: str, accepted: Any
+) -> jax.Array:
     """The float32 change of one leaf: `-lr u` with decoupled decay before or after it."""
     u = u.astype(jnp.float32)
     if is_zero(weight_decay):
@@ -57,21 +60,25 @@ def apply_learning_rate(
 ) -> optax.GradientTransformationExtraArgs:
     """`W <- W - lr u` with decoupled decay before or after the step.
 
-    * `when="pre"`: `W <- (1 - lr wd) W`, then `W <- W - lr u`; update `-lr (u + wd W)` (torch; FRUGAL, LDAdam, DCT).
-    * `when="post"`: `W <- W - lr u`, then `W <- (1 - lr wd) W`; update `-lr (1 - lr wd) u - lr wd W` (GaLore, APOLLO).
+    * `when="pre"`: `W <- (1 - lr wd) W`, then `W <- W - lr u`; update `-lr (u + wd W)` (torch;
+      FRUGAL, LDAdam, DCT).
+    * `when="post"`: `W <- W - lr u`, then `W <- (1 - lr wd) W`; update
+      `-lr (1 - lr wd) u - lr wd W` (GaLore, APOLLO).
 
     Args:
       learning_rate: a number or an optax schedule of the 0-based step.
-      weight_decay: wd, a number or a schedule, applied to every leaf that `mask` selects (all by default).
+      weight_decay: wd, a number or a schedule, applied to every leaf that `mask` selects (all by
+        default).
       when: "pre" or "post".
-      mask: a tree of booleans like the parameters or a prefix of it, or a function from parameters to one.
+      mask: a tree of booleans like the parameters or a prefix of it, or a function from parameters
+        to one.
 
-    The extra argument `accepted` of `update` (a boolean scalar, True by default) makes a skipped step leave parameters
-    and schedule untouched; the named optimizers pass it.
+    The extra argument `accepted` of `update` (a boolean scalar, True by default) makes a skipped
+    step leave parameters and schedule untouched; the named optimizers pass it.
 
     Raises:
-      ValueError: for an unknown `when`, a rate that is not finite, a negative decay, decay without params, or leaves
-        that are not real.
+      ValueError: for an unknown `when`, a rate that is not finite, a negative decay, decay without
+        params, or leaves that are not real.
 
     >>> import jax.numpy as jnp
     >>> tx = apply_learning_rate(0.1, 0.5, when="post")
@@ -93,7 +100,9 @@ def apply_learning_rate(
         del extra
         rate, decay = at_step(learning_rate, state.count), at_step(weight_decay, state.count)
         if decays and params is None:
-            raise ValueError(f"weight_decay={weight_decay} needs params; call update(grads, state, params)")
+            raise ValueError(
+                f"weight_decay={weight_decay} needs params; call update(grads, state, params)"
+            )
         check_floating(updates, "apply_learning_rate")
 
         def apply(u, p, decayed):

@@ -33,10 +33,11 @@ def energy(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(x.astype(jnp.float32)))
 
 
-# The largest sum of squares of gradients that a step accepts. A norm of 2^40, about 1e12, leaves room for what a state
-# makes of an accepted gradient later: a product of three such numbers, as of a moment and the two factors that move it,
-# and the square of fed-back errors that add up to many gradients are finite in float32. Beyond it a step could be
-# accepted after which none ever is again.
+# The largest sum of squares of gradients that a step accepts. A norm of 2^40, about 1e12, leaves
+# room for what a state makes of an accepted gradient later: a product of three such numbers, as of
+# a moment and the two factors that move it, and the square of fed-back errors that add up to many
+# gradients are finite in float32. Beyond it a step could be accepted after which none ever is
+# again.
 LARGEST = 2.0**80
 
 
@@ -60,11 +61,15 @@ def layer_numbers(view: ResolvedView) -> jax.Array:
     return jnp.arange(count(view), dtype=jnp.int32).reshape(view.batch)
 
 
-def on_own_matrices(function: Callable, config: Projection, view: ResolvedView, trees: Any, *shared: Any) -> Any:
-    """`function(config, view, trees, *shared)`, on each device's own matrices where a batch axis is sharded.
+def on_own_matrices(
+    function: Callable, config: Projection, view: ResolvedView, trees: Any, *shared: Any
+) -> Any:
+    """`function(config, view, trees, *shared)`, on each device's own matrices where a batch axis is
+    sharded.
 
-    The leaves of `trees` and of the result have the batch axes in front. There the view's batch is the local one, and
-    every array that the function uses must come through its arguments: `shared`, or numbers inside `config`.
+    The leaves of `trees` and of the result have the batch axes in front. There the view's batch is
+    the local one, and every array that the function uses must come through its arguments: `shared`,
+    or numbers inside `config`.
     """
     axes, whole = len(view.batch), view.spec or ()
     if not sharding.batch_axes(whole, axes):
@@ -74,7 +79,9 @@ def on_own_matrices(function: Callable, config: Projection, view: ResolvedView, 
 
     def own(trees, traced):
         traced = iter(traced)
-        filled = [next(traced) if array else leaf for leaf, array in zip(leaves, arrays, strict=True)]
+        filled = [
+            next(traced) if array else leaf for leaf, array in zip(leaves, arrays, strict=True)
+        ]
         numbers, shared = jax.tree.unflatten(treedef, filled)
         spec = (*[None] * axes, *whole[axes:])
         local = dataclasses.replace(
@@ -87,12 +94,15 @@ def on_own_matrices(function: Callable, config: Projection, view: ResolvedView, 
 
 
 def _numbers(config: Any) -> list[jax.Array]:
-    """The scalar arrays in the fields of nested dataclasses: hyper-parameters that somebody injected."""
+    """The scalar arrays in the fields of nested dataclasses: hyper-parameters that somebody
+    injected."""
     if isinstance(config, jax.Array):
         return [config] if config.ndim == 0 else []
     if not dataclasses.is_dataclass(config):
         return []
-    return [x for field in dataclasses.fields(config) for x in _numbers(getattr(config, field.name))]
+    return [
+        x for field in dataclasses.fields(config) for x in _numbers(getattr(config, field.name))
+    ]
 
 
 def _with_numbers(config: Any, numbers: Iterator[jax.Array]) -> Any:
@@ -101,12 +111,16 @@ def _with_numbers(config: Any, numbers: Iterator[jax.Array]) -> Any:
         return next(numbers) if config.ndim == 0 else config
     if not _numbers(config):
         return config
-    new = {field.name: _with_numbers(getattr(config, field.name), numbers) for field in dataclasses.fields(config)}
+    new = {
+        field.name: _with_numbers(getattr(config, field.name), numbers)
+        for field in dataclasses.fields(config)
+    }
     return dataclasses.replace(config, **new)
 
 
 class MatrixStep:
-    """A mutable record of one leaf's update, so that an update of the tree reads as the steps of the method.
+    """A mutable record of one leaf's update, so that an update of the tree reads as the steps of
+    the method.
 
     Attributes:
       gradient: `(batch..., s, k)` float32; None where it came projected.
@@ -117,7 +131,13 @@ class MatrixStep:
     """
 
     def __init__(
-        self, config: Projection, view: ResolvedView, state: MatrixState, grad: Any, param: Any, layer: Any = None
+        self,
+        config: Projection,
+        view: ResolvedView,
+        state: MatrixState,
+        grad: Any,
+        param: Any,
+        layer: Any = None,
     ):
         self.config, self.view, self.old = config, view, state
         # the numbers and the count of the leaf's matrices, of which a layer-wise step has one
@@ -138,7 +158,9 @@ class MatrixStep:
     def can_refresh(self) -> bool:
         """Whether a refresh finds what it reads: a gradient, or the sketch that serves instead."""
         needs = self.config.projector.needs
-        return self.target is not None or not ("grad" in needs or ("sketch" in needs and self.sketch is None))
+        return self.target is not None or not (
+            "grad" in needs or ("sketch" in needs and self.sketch is None)
+        )
 
     def look(self, due: Any, step: jax.Array) -> None:
         """Takes the sketch of a full gradient, where a refresh after the update will need it."""
@@ -155,13 +177,21 @@ class MatrixStep:
     def refresh(self, due: Any, step: jax.Array) -> None:
         """Moves basis, moments and residual where `due`: one `cond` on an unbatched scalar.
 
-        What a refresh does not change stays outside the condition, so that a normal step does not copy it.
+        What a refresh does not change stays outside the condition, so that a normal step does not
+        copy it.
         """
         if due is False or not self.can_refresh:
             return
         state = {"basis": self.basis, "inner": self.inner, "residual": self.residual}
-        seen = {"target": self.target, "sketch": self.sketch, "param": self.param, "layers": self.layers}
-        state |= on_own_matrices(_refresh, self.config, self.view, state | seen, due, step, self.total)
+        seen = {
+            "target": self.target,
+            "sketch": self.sketch,
+            "param": self.param,
+            "layers": self.layers,
+        }
+        state |= on_own_matrices(
+            _refresh, self.config, self.view, state | seen, due, step, self.total
+        )
         self.basis, self.inner, self.residual = state["basis"], state["inner"], state["residual"]
 
     def project(self) -> None:
@@ -171,11 +201,14 @@ class MatrixStep:
             return layout.placed(view, layout.placed(view, low, "low_at_use"), "low")
 
         if self.target is not None:
-            self.low = on_own_matrices(down, self.config, self.view, {"x": self.target, "basis": self.basis})
+            self.low = on_own_matrices(
+                down, self.config, self.view, {"x": self.target, "basis": self.basis}
+            )
 
     @property
     def kept(self) -> Any:
-        """What the step keeps of the gradient: all of it where the residual rule reads it, else its projection."""
+        """What the step keeps of the gradient: all of it where the residual rule reads it, else its
+        projection."""
         return self.target if self.config.residual.sees_gradient else self.low
 
     @property
@@ -185,14 +218,22 @@ class MatrixStep:
 
     def arrays(self) -> dict[str, Any]:
         """What `finish` reads, batch axes in front; what it does not read is left out."""
-        own = {"low": self.low, "target": self.target if self.config.residual.sees_gradient else None,
-               "param": self.param if getattr(self.config.inner, "params", False) else None,
-               "basis": self.basis, "inner": self.inner, "residual": self.residual}  # fmt: skip
+        own = {
+            "low": self.low,
+            "target": self.target if self.config.residual.sees_gradient else None,
+            "param": self.param if getattr(self.config.inner, "params", False) else None,
+            "basis": self.basis,
+            "inner": self.inner,
+            "residual": self.residual,
+        }
         moved = {"inner": self.old.inner, "residual": self.old.residual}
         return own | {"old": {name: tree for name, tree in moved.items() if own[name] is not tree}}
 
-    def finish(self, factor: jax.Array | None, ok: jax.Array | None, extra: dict[str, Any]) -> jax.Array:
-        """The oriented update; leaves the new inner and residual states in place, or the old ones where not ok."""
+    def finish(
+        self, factor: jax.Array | None, ok: jax.Array | None, extra: dict[str, Any]
+    ) -> jax.Array:
+        """The oriented update; leaves the new inner and residual states in place, or the old ones
+        where not ok."""
         update, self.inner, self.residual = on_own_matrices(
             finish, self.config, self.view, self.arrays(), factor, ok, extra
         )
@@ -202,27 +243,34 @@ class MatrixStep:
         return MatrixState(self.basis, self.inner, self.residual, self.old.view, self.old.projector)
 
 
-def _checked(config: Projection, view: ResolvedView, grad: Projected) -> tuple[jax.Array, jax.Array | None]:
+def _checked(
+    config: Projection, view: ResolvedView, grad: Projected
+) -> tuple[jax.Array, jax.Array | None]:
     """`(low, sketch)` of a projected gradient; ValueError where it cannot serve."""
     if config.residual.sees_gradient:
         raise ValueError(
-            f"leaf {view.path!r}: residual {type(config.residual).__name__} reads the full gradient, and this one is "
-            "projected; take jax.value_and_grad(loss) for this optimizer, or residual=lr.residuals.discard()"
+            f"leaf {view.path!r}: residual {type(config.residual).__name__} reads the full "
+            "gradient, and this one is projected; take jax.value_and_grad(loss) for this "
+            "optimizer, or residual=lr.residuals.discard()"
         )
     shape = (*view.batch, *config.projector.low_shape(view))
     if tuple(grad.low.shape) != shape:
         raise ValueError(
-            f"leaf {view.path!r}: the projected gradient has shape {tuple(grad.low.shape)}, not {shape}; something "
-            "between lr.projected_value_and_grad and update broadcast or stacked it. Accumulate with "
-            "projected_value_and_grad(..., accumulate=k), not optax.MultiSteps"
+            f"leaf {view.path!r}: the projected gradient has shape {tuple(grad.low.shape)}, not "
+            f"{shape}; something between lr.projected_value_and_grad and update broadcast or "
+            "stacked it. Accumulate with projected_value_and_grad(..., accumulate=k), not "
+            "optax.MultiSteps"
         )
-    return layout.placed(view, grad.low, "low").astype(jnp.float32), layout.placed(view, grad.sketch, "basis")
+    return layout.placed(view, grad.low, "low").astype(jnp.float32), layout.placed(
+        view, grad.sketch, "basis"
+    )
 
 
 def sketch_basis(
     config: Projection, view: ResolvedView, state: MatrixState, step: jax.Array, layers: jax.Array
 ) -> jax.Array:
-    """`(batch..., k, q)`: what a refresh by a sketch contracts the kept side of the gradient with."""
+    """`(batch..., k, q)`: what a refresh by a sketch contracts the kept side of the gradient
+    with."""
     evidence = Evidence(
         moments=layout.divided(view, _debiased(config, state.inner), -1)
         if "moments" in config.projector.needs
@@ -233,7 +281,9 @@ def sketch_basis(
     return config.projector.sketch_basis(view, evidence)
 
 
-def _refresh(config: Projection, view: ResolvedView, trees: Any, due: Any, step: jax.Array, total: int) -> Any:
+def _refresh(
+    config: Projection, view: ResolvedView, trees: Any, due: Any, step: jax.Array, total: int
+) -> Any:
     stay = _movable(config, trees)
     if isinstance(config.clock, Staggered):
         return _refresh_staggered(config, view, trees, due, step, total)
@@ -244,19 +294,29 @@ def _refresh(config: Projection, view: ResolvedView, trees: Any, due: Any, step:
 
 def _movable(config: Projection, trees: dict[str, Any]) -> dict[str, Any]:
     """The part of the state that a refresh may change."""
-    moving = {"basis": True, "inner": config.transport.moves, "residual": config.residual.follows_basis}
+    moving = {
+        "basis": True,
+        "inner": config.transport.moves,
+        "residual": config.residual.follows_basis,
+    }
     return {name: trees[name] for name, moves in moving.items() if moves}
 
 
-def _refreshed(config: Projection, view: ResolvedView, trees: dict[str, Any], step: jax.Array) -> dict[str, Any]:
+def _refreshed(
+    config: Projection, view: ResolvedView, trees: dict[str, Any], step: jax.Array
+) -> dict[str, Any]:
     """The state after a refresh of all matrices in `trees`."""
     needs, basis, inner = config.projector.needs, trees["basis"], trees["inner"]
     whole = sharding.whole_spec(view.spec)
     evidence = Evidence(
-        grad=layout.rows(view, sharding.reshard(trees["target"], whole), pad=config.projector.of_rows)
+        grad=layout.rows(
+            view, sharding.reshard(trees["target"], whole), pad=config.projector.of_rows
+        )
         if "grad" in needs
         else None,
-        sketch=layout.divided(view, sharding.reshard(trees["sketch"], whole), -2) if "sketch" in needs else None,
+        sketch=layout.divided(view, sharding.reshard(trees["sketch"], whole), -2)
+        if "sketch" in needs
+        else None,
         param=sharding.reshard(trees["param"], whole) if "param" in needs else None,
         moments=layout.divided(view, _debiased(config, inner), -1) if "moments" in needs else None,
         step=step,
@@ -272,7 +332,9 @@ def _refreshed(config: Projection, view: ResolvedView, trees: dict[str, Any], st
         _, fresh = inner_lib.decoded(config.inner, config.fresh_inner(view))
         after = jax.tree.map(sharding.like, config.transport(core, before, fresh, change), before)
     if config.residual.follows_basis:
-        moved = config.residual.moved(config.projector, view, basis, new, core, before, after, residual)
+        moved = config.residual.moved(
+            config.projector, view, basis, new, core, before, after, residual
+        )
         residual = jax.tree.map(sharding.like, moved, residual)
     after = layout.placed(view, inner_lib.encoded(config.inner, after), "low")
     return _movable(config, {"basis": new, "inner": after, "residual": residual})
@@ -286,10 +348,14 @@ def _debiased(config: Projection, inner: Any) -> jax.Array:
     return sharding.reshard(value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen), whole)
 
 
-def _refresh_staggered(config: Projection, view: ResolvedView, trees: Any, due: Any, step: jax.Array, total: int):
-    """All layers at step 0, else layers `start .. start + size` of the `total`, of which a device may own none.
+def _refresh_staggered(
+    config: Projection, view: ResolvedView, trees: Any, due: Any, step: jax.Array, total: int
+):
+    """All layers at step 0, else layers `start .. start + size` of the `total`, of which a device
+    may own none.
 
-    Layer numbers ascend, so those that are due lie next to each other; what else a clamped slice holds stays.
+    Layer numbers ascend, so those that are due lie next to each other; what else a clamped slice
+    holds stays.
     """
     axes, layers = len(view.batch), trees["layers"].reshape(-1)
     clock: Any = config.clock
@@ -318,12 +384,23 @@ def _refresh_staggered(config: Projection, view: ResolvedView, trees: Any, due: 
 
     stay = _movable(config, trees)
     branch = jnp.where(step == 0, 2, jnp.where(jnp.any(fresh), 1, 0)) * jnp.asarray(due, jnp.int32)
-    return jax.lax.switch(branch, [lambda: stay, some, lambda: _refreshed(config, view, trees, step)])
+    return jax.lax.switch(
+        branch, [lambda: stay, some, lambda: _refreshed(config, view, trees, step)]
+    )
 
 
-def finish(config: Projection, view: ResolvedView, trees: dict[str, Any], factor: Any, ok: Any, extra: dict[str, Any]):
+def finish(
+    config: Projection,
+    view: ResolvedView,
+    trees: dict[str, Any],
+    factor: Any,
+    ok: Any,
+    extra: dict[str, Any],
+):
     """Oriented update, inner state, residual state, from `MatrixStep.arrays`."""
-    low, target = (x if factor is None or x is None else x * factor for x in (trees["low"], trees["target"]))
+    low, target = (
+        x if factor is None or x is None else x * factor for x in (trees["low"], trees["target"])
+    )
     low = layout.placed(view, low, "low")
     basis, param = layout.placed(view, trees["basis"], "basis_at_use"), None
     if getattr(config.inner, "params", False):

@@ -15,7 +15,8 @@ from lowrank_jax.projection.transformation import Projection, ProjectionTransfor
 
 
 class RecipeState(NamedTuple):
-    """State of a named optimizer; no field has the name of a hyper-parameter, which `optax.tree_get` looks up."""
+    """State of a named optimizer; no field has the name of a hyper-parameter, which
+    `optax.tree_get` looks up."""
 
     projection: ProjectionState
     schedule: LearningRateState
@@ -42,12 +43,17 @@ class Recipe:
     mask: Any = None
 
     def optax(self) -> ProjectionTransformation:
-        """`scale_by_projection`, then `apply_learning_rate`, which a skipped step leaves untouched too."""
-        final = apply_learning_rate(self.learning_rate, self.weight_decay, when=self.when, mask=self.mask)
+        """`scale_by_projection`, then `apply_learning_rate`, which a skipped step leaves untouched
+        too."""
+        final = apply_learning_rate(
+            self.learning_rate, self.weight_decay, when=self.when, mask=self.mask
+        )
 
         def init(params):
             with sharding.mesh_of(params):
-                return RecipeState(self.projection.init(params), sharding.settled(final.init(params)))
+                return RecipeState(
+                    self.projection.init(params), sharding.settled(final.init(params))
+                )
 
         def update(updates, state, params=None, **extra):
             updates, projection = self.projection.update(updates, state.projection, params, **extra)
@@ -76,29 +82,42 @@ def _recipe(
         slots = {"own_clock": own_clock, "mask": mask} | slots | common
         return _recipe(learning_rate, weight_decay, when, **slots)
     if "clock" not in slots:
-        slots["clock"] = _sparing(own_clock, slots["projector"], slots.get("residual", residuals.discard()))
+        slots["clock"] = _sparing(
+            own_clock, slots["projector"], slots.get("residual", residuals.discard())
+        )
     return Recipe(
-        projection=Projection(**slots), learning_rate=learning_rate, weight_decay=weight_decay, when=when, mask=mask
+        projection=Projection(**slots),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        when=when,
+        mask=mask,
     ).optax()
 
 
 def _sparing(clock: clocks.Clock, projector: Any, residual: Any) -> clocks.Clock:
-    """The clock, after the update where projected backprop then never takes a full gradient (see `lr.plan`).
+    """The clock, after the update where projected backprop then never takes a full gradient (see
+    `lr.plan`).
 
-    That is where a refresh reads a thin product of the gradient or none of it, and nothing else reads all of it.
+    That is where a refresh reads a thin product of the gradient or none of it, and nothing else
+    reads all of it.
     """
     reads_gradient = not projector.moves or "grad" in projector.needs or residual.sees_gradient
     return clock if reads_gradient else dataclasses.replace(clock, when="after")
 
 
 def _projector(default: Callable, rank: Any, projector: Any, **options: Any) -> Any:
-    """`projector`, or the method's own at this rank; ValueError unless exactly one of the two is given."""
+    """`projector`, or the method's own at this rank; ValueError unless exactly one of the two is
+    given."""
     if projector is not None:
         if rank is not None:
-            raise ValueError(f"rank={rank} and projector={projector} both fix the rank; give one of them")
+            raise ValueError(
+                f"rank={rank} and projector={projector} both fix the rank; give one of them"
+            )
         return projector
     if rank is None:
-        raise ValueError("rank=None: give rank as an integer, a fraction, or by path, or give a projector")
+        raise ValueError(
+            "rank=None: give rank as an integer, a fraction, or by path, or give a projector"
+        )
     return default(rank=rank, **options)
 
 
@@ -125,28 +144,32 @@ def galore(
     projector: Any = None,
     **common: Any,
 ) -> ProjectionTransformation:
-    """GaLore (Zhao et al., ICML 2024): Adam on `R = PᵀG`, with P the leading singular vectors of G every T steps.
+    """GaLore (Zhao et al., ICML 2024): Adam on `R = PᵀG`, with P the leading singular vectors of G
+    every T steps.
 
-    `W <- W - lr scale up(N)`, then `W <- (1 - lr wd) W`; Adam in its "hf" convention, moments kept at a refresh.
-    State of a leaf that shrinks s, keeps k: `s r` basis and `2 r k` moments, float32.
+    `W <- W - lr scale up(N)`, then `W <- (1 - lr wd) W`; Adam in its "hf" convention, moments kept
+    at a refresh. State of a leaf that shrinks s, keeps k: `s r` basis and `2 r k` moments, float32.
 
     Args:
-      learning_rate: number or schedule; the paper tunes {.01, .005, .001, 5e-4, 1e-4} and uses .01 up to 1B.
+      learning_rate: number or schedule; the paper tunes {.01, .005, .001, 5e-4, 1e-4} and uses .01
+        up to 1B.
       rank: integer, fraction, or by path. Paper: 128/256/256/512/1024 for 60M/130M/350M/1B/7B.
       refresh_every: T, 200 in the paper and scripts (the official command line defaults to 50).
       scale: the paper's alpha, .25 for pre-training in paper and scripts.
-      proj_type: as in the official code: "std" shrinks the smaller dimension (of squares the inputs), "reverse_std"
-        the larger, "left" the outputs and "right" the inputs of a layer, "full" both (state r x r).
+      proj_type: as in the official code: "std" shrinks the smaller dimension (of squares the
+        inputs), "reverse_std" the larger, "left" the outputs and "right" the inputs of a layer,
+        "full" both (state r x r).
       b1, b2, eps: of Adam. The paper says eps 1e-8, its code 1e-6; we follow the code.
       weight_decay: after the step, as in the official code.
-      projector: in place of `svd(rank=rank)`, for instance `lr.projectors.power(rank=128)`. One that reads a thin
-        product (`alternating`, `randomized(iterations=0)`) or a key (`random`) moves after the update, not before it
-        as in the paper, so that projected backprop takes no full gradient; give a `clock` for another choice.
-      **common: `mask` of `apply_learning_rate`; `views`, `plain`, `clip_norm`, `guard`, `seed`, `clock`, `transport`,
-        `residual` of `scale_by_projection`.
+      projector: in place of `svd(rank=rank)`, for instance `lr.projectors.power(rank=128)`. One
+        that reads a thin product (`alternating`, `randomized(iterations=0)`) or a key (`random`)
+        moves after the update, not before it as in the paper, so that projected backprop takes no
+        full gradient; give a `clock` for another choice.
+      **common: `mask` of `apply_learning_rate`; `views`, `plain`, `clip_norm`, `guard`, `seed`,
+        `clock`, `transport`, `residual` of `scale_by_projection`.
 
-    The official code infers the side from the low-rank tensor's shape when it projects back and fails for
-    "reverse_std" at large ranks; here the side is fixed at `init`.
+    The official code infers the side from the low-rank tensor's shape when it projects back and
+    fails for "reverse_std" at large ranks; here the side is fixed at `init`.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -189,21 +212,26 @@ def dct_adamw(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     **common: Any,
 ) -> ProjectionTransformation:
-    """DCT-AdamW (arXiv 2505.17967, ICLR 2026): AdamW on the r DCT vectors on which the gradient is largest.
+    """DCT-AdamW (arXiv 2505.17967, ICLR 2026): AdamW on the r DCT vectors on which the gradient is
+    largest.
 
-    `W <- (1 - lr wd) W - lr up(N)`, Adam in its "torch" convention. The basis is r integers: no SVD, no stored matrix.
-    State of a leaf that shrinks s, keeps k: `r` int32 and `2 r k` moments; error feedback adds `s k`.
+    `W <- (1 - lr wd) W - lr up(N)`, Adam in its "torch" convention. The basis is r integers: no
+    SVD, no stored matrix. State of a leaf that shrinks s, keeps k: `r` int32 and `2 r k` moments;
+    error feedback adds `s k`.
 
     Args:
       learning_rate: number or schedule.
       rank: integer, fraction, or by path.
-      refresh_every: T; as in the official code the steps 0, T-1, 2T-1, ... refresh. Its default is 1.
+      refresh_every: T; as in the official code the steps 0, T-1, 2T-1, ... refresh. Its default is
+        1.
       kind: 3 ("dct3", the official matmul path) or 2 ("dct2", its Makhoul path): different bases.
       norm: "l1" (official default) or "l2" (which minimises the projection error).
-      rotate: a slot keeps its moments if its index survives and starts at zero otherwise. The official default is
-        False: there slot j is reused for whatever index lands in it, in an order that depends on the backend; with
-        False our indices are sorted, so that slots at least keep their order.
-      error_feedback: project gradient plus the part that was dropped before (official default False).
+      rotate: a slot keeps its moments if its index survives and starts at zero otherwise. The
+        official default is False: there slot j is reused for whatever index lands in it, in an
+        order that depends on the backend; with False our indices are sorted, so that slots at least
+        keep their order.
+      error_feedback: project gradient plus the part that was dropped before (official default
+        False).
       b1, b2, eps, weight_decay: AdamW's, decay before the step.
       **common: see `galore`.
 
@@ -241,21 +269,26 @@ def frugal(
     projector: Any = None,
     **common: Any,
 ) -> ProjectionTransformation:
-    """FRUGAL (arXiv 2411.07837): AdamW in a subspace, stateless signSGD (or SGD) on everything left over.
+    """FRUGAL (arXiv 2411.07837): AdamW in a subspace, stateless signSGD (or SGD) on everything left
+    over.
 
-    `W <- (1 - lr wd) W - lr s_p [up(N) + s_i sign(G - up(PᵀG))]`. State of a leaf that shrinks s, keeps k: the basis
-    and `2 r k` moments.
+    `W <- (1 - lr wd) W - lr s_p [up(N) + s_i sign(G - up(PᵀG))]`. State of a leaf that shrinks s,
+    keeps k: the basis and `2 r k` moments.
 
     Args:
       learning_rate: number or schedule; the scripts use 1e-3.
-      rank: the density rho as a fraction (default .25), an integer, or by path. `svd` and `random` round rho s half to
-        even, `columns` rounds down, as the official code does. 0 gives rho = 0: no state, the rule on every matrix.
+      rank: the density rho as a fraction (default .25), an integer, or by path. `svd` and `random`
+        round rho s half to even, `columns` rounds down, as the official code does. 0 gives rho = 0:
+        no state, the rule on every matrix.
       refresh_every: T, 200.
-      projection: "svd" (side as GaLore), "random" (orthonormal, as GaLore) or "columns" (random input features).
+      projection: "svd" (side as GaLore), "random" (orthonormal, as GaLore) or "columns" (random
+        input features).
       rule: "sign", "sgd" or "discard" for the rest.
-      active_scale, inactive_scale: s_p and s_i; official defaults 1 and, for pre-training, 1 (fine-tuning .1).
+      active_scale, inactive_scale: s_p and s_i; official defaults 1 and, for pre-training, 1
+        (fine-tuning .1).
       reset: moments and step count start again at a refresh (official default).
-      b1, b2, eps, weight_decay: torch AdamW's; decay .01 is the class default, the pre-training scripts use 0.
+      b1, b2, eps, weight_decay: torch AdamW's; decay .01 is the class default, the pre-training
+        scripts use 0.
       projector: in place of `projection`.
       **common: see `galore`; `inner=` replaces AdamW (the official code offers Lion and SGD).
 
@@ -266,10 +299,16 @@ def frugal(
     check_number("frugal: active_scale", active_scale)
     check_number("frugal: inactive_scale", inactive_scale)
     rest = active_scale * inactive_scale
-    rules = {"sign": residuals.sign(scale=rest), "sgd": residuals.sgd(scale=rest), "discard": residuals.discard()}
+    rules = {
+        "sign": residuals.sign(scale=rest),
+        "sgd": residuals.sgd(scale=rest),
+        "discard": residuals.discard(),
+    }
     bases = {"svd": projectors.svd, "columns": projectors.columns, "random": projectors.random}
     if rule not in rules or projection not in bases:
-        raise ValueError(f"frugal: rule={rule!r}, projection={projection!r} must be in {[*rules]} and {[*bases]}")
+        raise ValueError(
+            f"frugal: rule={rule!r}, projection={projection!r} must be in {[*rules]} and {[*bases]}"
+        )
     slots = {
         "inner": inner.adam(b1=b1, b2=b2, eps=eps),
         "own_clock": clocks.every(period=refresh_every),
@@ -279,13 +318,24 @@ def frugal(
         "side": "rows" if projection == "columns" else "paper",
     }
     if is_zero(rank):
-        stateless = {"sign": optax.scale_by_sign(), "sgd": optax.identity(), "discard": optax.set_to_zero()}[rule]
-        slots |= {"projector": projectors.identity(), "plain": slots["inner"], "inner": inner.from_optax(stateless),
-                  "residual": residuals.discard(), "transport": transports.keep(),
-                  "scale": rest}  # fmt: skip
+        stateless = {
+            "sign": optax.scale_by_sign(),
+            "sgd": optax.identity(),
+            "discard": optax.set_to_zero(),
+        }[rule]
+        slots |= {
+            "projector": projectors.identity(),
+            "plain": slots["inner"],
+            "inner": inner.from_optax(stateless),
+            "residual": residuals.discard(),
+            "transport": transports.keep(),
+            "scale": rest,
+        }
         return _recipe(learning_rate, weight_decay, "pre", **(slots | common))
     options = {"kind": "orthonormal"} if projection == "random" else {}
-    slots["projector"] = _projector(bases[projection], None if projector is not None else rank, projector, **options)
+    slots["projector"] = _projector(
+        bases[projection], None if projector is not None else rank, projector, **options
+    )
     return _recipe(learning_rate, weight_decay, "pre", **(slots | common))
 
 
@@ -305,9 +355,10 @@ def ldadam(
 ) -> ProjectionTransformation:
     """LDAdam (ICLR 2025): a new subspace at every step, moments transported, errors fed back.
 
-    With `K = G + E`: `P = qr(B Bᵀ P_old)`, `B = mix up_old(m̂) + (1 - mix) K`; the moments move by LDAdam's rule;
-    `E <- K - up(g) + b1 / (1 - b1) [up_old(m) - up(C m)]`; AdamW on `g = PᵀK`. State of a leaf that shrinks s, keeps
-    k: `s r` basis, `2 r k` moments and `s k` error, which the official code hides in the gradient buffer.
+    With `K = G + E`: `P = qr(B Bᵀ P_old)`, `B = mix up_old(m̂) + (1 - mix) K`; the moments move by
+    LDAdam's rule; `E <- K - up(g) + b1 / (1 - b1) [up_old(m) - up(C m)]`; AdamW on `g = PᵀK`. State
+    of a leaf that shrinks s, keeps k: `s r` basis, `2 r k` moments and `s k` error, which the
+    official code hides in the gradient buffer.
 
     Args:
       learning_rate: number or schedule; official default 1e-3.
@@ -315,7 +366,8 @@ def ldadam(
       mix: rho, .908.
       error_feedback: on by default.
       b1, b2, eps, weight_decay: (.908, .99), 1e-8; decay before the step.
-      first: the basis of the first step, "svd" as in the official code or "range" (no SVD in the program).
+      first: the basis of the first step, "svd" as in the official code or "range" (no SVD in the
+        program).
       projector: in place of the power iteration.
       **common: see `galore`.
 
@@ -353,11 +405,13 @@ def apollo(
     projector: Any = None,
     **common: Any,
 ) -> ProjectionTransformation:
-    """APOLLO (Zhu et al., MLSys 2025): a low-rank Adam only estimates how far to go along the raw gradient.
+    """APOLLO (Zhu et al., MLSys 2025): a low-rank Adam only estimates how far to go along the raw
+    gradient.
 
-    `R = PᵀG` with Gaussian P, N Adam's uncorrected direction on R, `S = sqrt(scale) G |N| / (|R| + 1e-8)` for each
-    channel, norm growth limited, `W <- W - lr c_t S`, then decay. State of a leaf that keeps k: `2 r k` moments, one
-    norm and an 8-byte key (the official code stores P).
+    `R = PᵀG` with Gaussian P, N Adam's uncorrected direction on R,
+    `S = sqrt(scale) G |N| / (|R| + 1e-8)` for each channel, norm growth limited,
+    `W <- W - lr c_t S`, then decay. State of a leaf that keeps k: `2 r k` moments, one norm and an
+    8-byte key (the official code stores P).
 
     Args:
       learning_rate: number or schedule; .01 in the paper.
@@ -370,8 +424,8 @@ def apollo(
       projector: in place of `random(kind="gaussian")`, for instance `lr.projectors.svd(rank=128)`.
       **common: see `galore`.
 
-    P is not orthonormal, as in the paper. Defaults are facts from the official code, whose licence (CC-BY-NC) allows no
-    more; nothing else of it is used.
+    P is not orthonormal, as in the paper. Defaults are facts from the official code, whose licence
+    (CC-BY-NC) allows no more; nothing else of it is used.
 
     >>> import lowrank_jax as lr
     >>> lr.apollo(1e-2, rank=1, axis="tensor", scale=4.0).projection.residual
@@ -388,9 +442,15 @@ def apollo(
 
 
 def apollo_mini(
-    learning_rate: optax.ScalarOrSchedule, *, rank: Any = 1, scale: Any = 128.0, axis: str = "tensor", **common: Any
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Any = 1,
+    scale: Any = 128.0,
+    axis: str = "tensor",
+    **common: Any,
 ):
-    """APOLLO-Mini: `apollo` at rank 1 with one factor for each matrix and scale 128 (paper; lr .01, .02 is better).
+    """APOLLO-Mini: `apollo` at rank 1 with one factor for each matrix and scale 128 (paper; lr .01,
+    .02 is better).
 
     >>> import lowrank_jax as lr
     >>> lr.apollo_mini(1e-2).projection.projector

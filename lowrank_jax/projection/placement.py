@@ -1,8 +1,10 @@
-"""Shardings of optimizer state from outside: for `jax.jit` on auto meshes, for checkpoints, and for choosing sides.
+"""Shardings of optimizer state from outside: for `jax.jit` on auto meshes, for checkpoints, and for
+choosing sides.
 
-On an explicit mesh every array's type carries its sharding, so `init` itself says where each leaf of the state lives.
-`state_shardings` asks it: it traces `init`, without running it, on a twin of the mesh whose axes are all explicit. So
-the answer is the same on both kinds of mesh, and covers whatever is chained around our transformations.
+On an explicit mesh every array's type carries its sharding, so `init` itself says where each leaf
+of the state lives. `state_shardings` asks it: it traces `init`, without running it, on a twin of
+the mesh whose axes are all explicit. So the answer is the same on both kinds of mesh, and covers
+whatever is chained around our transformations.
 """
 
 from __future__ import annotations
@@ -20,28 +22,35 @@ from lowrank_jax.resolution import Views, resolve
 from lowrank_jax.trees import leaves_with_metadata, nodes_with_keys, path_of
 
 
-def state_shardings(transformation: Any, params: Any, shardings: Any = None, *, spread: bool = False) -> Any:
-    """NamedShardings of the whole state of any optax transformation, as a tree like `transformation.init(params)`.
+def state_shardings(
+    transformation: Any, params: Any, shardings: Any = None, *, spread: bool = False
+) -> Any:
+    """NamedShardings of the whole state of any optax transformation, as a tree like
+    `transformation.init(params)`.
 
-    Of a projected leaf, batch axes keep their sharding, the kept dimension keeps its own, the rank and the shrunk
-    dimension of a basis are whole; error feedback lies like the parameter. State shaped like a parameter (moments of
-    plain leaves, of `optax.adamw`, accumulated gradients) lies like that parameter; all else is replicated.
+    Of a projected leaf, batch axes keep their sharding, the kept dimension keeps its own, the rank
+    and the shrunk dimension of a basis are whole; error feedback lies like the parameter. State
+    shaped like a parameter (moments of plain leaves, of `optax.adamw`, accumulated gradients) lies
+    like that parameter; all else is replicated.
 
     Args:
       transformation: ours, or optax's, or any pipeline of both.
       params: arrays or ShapeDtypeStructs.
       shardings: a tree like `params` of NamedShardings; by default what the leaves carry.
-      spread: divide the low-rank state too over every axis that its matrix is divided over, so that each device holds
-        its share of all of it; `projection.layout` says how. An update on an auto mesh then needs to know where the
-        parameters lie, `with lr.meshes.use(mesh, parameters=...)`: without, the partitioner may gather whole matrices
-        (`tests/multi_device/test_mesh_training.py`).
+      spread: divide the low-rank state too over every axis that its matrix is divided over, so that
+        each device holds its share of all of it; `projection.layout` says how. An update on an auto
+        mesh then needs to know where the parameters lie,
+        `with lr.meshes.use(mesh, parameters=...)`: without, the partitioner may gather whole
+        matrices (`tests/multi_device/test_mesh_training.py`).
 
     Raises:
       ValueError: if a leaf has no NamedSharding, or the leaves lie on different meshes.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
-    >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    >>> mesh = jax.make_mesh(
+    ...     (1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    ... )
     >>> params = {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}
     >>> shardings = {"kernel": jax.NamedSharding(mesh, jax.P("data", "model"))}
     >>> state = state_shardings(lr.dct_adamw(1e-3, rank=4), params, shardings)
@@ -64,7 +73,11 @@ def state_shardings(transformation: Any, params: Any, shardings: Any = None, *, 
         if leaf.sharding is not None and any(leaf.sharding.spec):
             return NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec))
         path = path_of(keys)
-        for name, shape, kind in by_shape:  # made without the parameter's sharding, for instance by jnp.zeros(p.shape)
+        for (
+            name,
+            shape,
+            kind,
+        ) in by_shape:  # made without the parameter's sharding, for instance by jnp.zeros(p.shape)
             if shape == leaf.shape and name and (path == name or path.endswith("/" + name)):
                 return kind
         return NamedSharding(mesh, PartitionSpec())
@@ -86,7 +99,8 @@ def _spec_of(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
 
 
 def _spread(node: MatrixState, kind: NamedSharding) -> MatrixState:
-    """The shardings of one matrix's state with bases and low-rank objects divided as far as the matrix is."""
+    """The shardings of one matrix's state with bases and low-rank objects divided as far as the
+    matrix is."""
     view = node.view
     own_layout = Layout.of(view, kind.mesh, sharding.spec_of(kind, len(view.shape)))
 
@@ -108,39 +122,54 @@ def _spread(node: MatrixState, kind: NamedSharding) -> MatrixState:
 
 
 def _given(params: Any, leaves: list[Any], shardings: Any) -> list[tuple[str, NamedSharding]]:
-    """`[(path, NamedSharding), ...]` of the parameters, all on one mesh; of a quantised one, codes come first."""
+    """`[(path, NamedSharding), ...]` of the parameters, all on one mesh; of a quantised one, codes
+    come first."""
     paths = [path for path, leaf, _ in leaves_with_metadata(params) for _ in jax.tree.leaves(leaf)]
     if shardings is None:
         kinds: list[Any] = [getattr(leaf, "sharding", None) for leaf in leaves]
     else:
         kinds = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
     if len(kinds) != len(leaves):
-        raise ValueError(f"shardings has {len(kinds)} leaves, params {len(leaves)}: give one sharding for each leaf")
+        raise ValueError(
+            f"shardings has {len(kinds)} leaves, params {len(leaves)}: give one sharding for each "
+            "leaf"
+        )
     for path, kind in zip(paths, kinds, strict=True):
         if not isinstance(kind, NamedSharding):
             raise ValueError(
-                f"shardings: leaf {path!r} has {kind!r}, not a NamedSharding; place the parameters on a mesh first, or "
-                "pass shardings= as a tree like params"
+                f"shardings: leaf {path!r} has {kind!r}, not a NamedSharding; place the parameters "
+                "on a mesh first, or pass shardings= as a tree like params"
             )
         if kind.mesh.abstract_mesh != kinds[0].mesh.abstract_mesh:
-            raise ValueError(f"shardings: leaf {path!r} lies on another mesh than {paths[0]!r}; use one mesh")
+            raise ValueError(
+                f"shardings: leaf {path!r} lies on another mesh than {paths[0]!r}; use one mesh"
+            )
     return list(zip(paths, kinds, strict=True))
 
 
 def _dividing(kind: NamedSharding) -> NamedSharding:
     """The same sharding without axes of size 1."""
-    names = [[name for name in sharding.axis_names_of(entry) if kind.mesh.shape[name] > 1] for entry in kind.spec]
+    names = [
+        [name for name in sharding.axis_names_of(entry) if kind.mesh.shape[name] > 1]
+        for entry in kind.spec
+    ]
     return NamedSharding(kind.mesh, PartitionSpec(*(tuple(entry) or None for entry in names)))
 
 
 def sides_for(
-    params: Any, shardings: Any = None, *, views: Views | None = None, side: Any = "sharding", tie: str = "rows"
+    params: Any,
+    shardings: Any = None,
+    *,
+    views: Views | None = None,
+    side: Any = "sharding",
+    tie: str = "rows",
 ) -> tuple[tuple[str, str], ...]:
-    """`((path, side), ...)` to be passed as `side=`: which dimension each projected leaf shrinks, known before tracing.
+    """`((path, side), ...)` to be passed as `side=`: which dimension each projected leaf shrinks,
+    known before tracing.
 
-    With "sharding" the unsharded dimension of a matrix is shrunk, so that projecting and lifting need no communication
-    along the sharded one; where both or neither are sharded, the smaller ("paper"). An axis of the mesh of size 1
-    divides nothing.
+    With "sharding" the unsharded dimension of a matrix is shrunk, so that projecting and lifting
+    need no communication along the sharded one; where both or neither are sharded, the smaller
+    ("paper"). An axis of the mesh of size 1 divides nothing.
 
     Args:
       params: arrays or ShapeDtypeStructs.
@@ -162,7 +191,8 @@ def sides_for(
 
 
 def resolved_sides(transformation: Any, params: Any) -> tuple[tuple[str, str], ...]:
-    """`((path, side), ...)` of every projected leaf of any pipeline, for a checkpoint's manifest; () if there is none.
+    """`((path, side), ...)` of every projected leaf of any pipeline, for a checkpoint's manifest;
+    () if there is none.
 
     >>> import jax.numpy as jnp, optax
     >>> import lowrank_jax as lr
@@ -172,4 +202,6 @@ def resolved_sides(transformation: Any, params: Any) -> tuple[tuple[str, str], .
     """
     state = jax.eval_shape(transformation.init, params)
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, MatrixState))
-    return tuple((node.view.path, node.view.side) for node in nodes if isinstance(node, MatrixState))
+    return tuple(
+        (node.view.path, node.view.side) for node in nodes if isinstance(node, MatrixState)
+    )

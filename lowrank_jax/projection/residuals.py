@@ -1,13 +1,13 @@
 """What becomes of the part of the gradient that the basis does not see.
 
-A residual rule is a combiner: it sees the gradient, the low-rank gradient, and the inner direction with its scale, and
-decides whether `up` is called at all. All functions take batched arrays: gradient `(batch..., s, k)`, low-rank
-`(batch..., r, k)`, scale `(batch...)`.
+A residual rule is a combiner: it sees the gradient, the low-rank gradient, and the inner direction
+with its scale, and decides whether `up` is called at all. All functions take batched arrays:
+gradient `(batch..., s, k)`, low-rank `(batch..., r, k)`, scale `(batch...)`.
 
-`target(state, grad)` gives what is projected and what a refresh may add to; `moved` is the hook at a refresh; `combine`
-gives the oriented update. `follows_basis` says that `moved` does something, `sees_gradient` that `combine` reads the
-full gradient, `splits` that it needs the direction without its bias correction, which only inner transformations that
-keep the two apart can give.
+`target(state, grad)` gives what is projected and what a refresh may add to; `moved` is the hook at
+a refresh; `combine` gives the oriented update. `follows_basis` says that `moved` does something,
+`sees_gradient` that `combine` reads the full gradient, `splits` that it needs the direction without
+its bias correction, which only inner transformations that keep the two apart can give.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Residual:
         """Refuses inner transformations and low-rank shapes that the rule cannot work with."""
         if self.splits and not inner.splits:
             raise ValueError(
-                f"residual {type(self).__name__} needs the inner direction without bias correction, which "
-                f"{type(inner).__name__} cannot give; use lr.inner.adam(...)"
+                f"residual {type(self).__name__} needs the inner direction without bias "
+                f"correction, which {type(inner).__name__} cannot give; use lr.inner.adam(...)"
             )
 
     def target(self, state, grad):
@@ -71,11 +71,12 @@ class Discard(Residual):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sign(Residual):
-    """`up(u) + scale sign(G - up(g))`: signSGD on the rest (FRUGAL; scale 1 for pre-training, .1 for fine-tuning).
+    """`up(u) + scale sign(G - up(g))`: signSGD on the rest (FRUGAL; scale 1 for pre-training, .1
+    for fine-tuning).
 
-    The rest is the projector's own (`Projector.rest`): exactly zero where a coordinate basis sees the gradient. What
-    lies below the rounding of the two products has no sign either, as at full rank, or where a gradient lies in the
-    subspace whole.
+    The rest is the projector's own (`Projector.rest`): exactly zero where a coordinate basis sees
+    the gradient. What lies below the rounding of the two products has no sign either, as at full
+    rank, or where a gradient lies in the subspace whole.
     """
 
     scale: Any = 1.0
@@ -103,7 +104,8 @@ class Sgd(Sign):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ErrorFeedback(Residual):
-    """Projects `K = G + E` and keeps `E <- K - up(g)`, so that `sum up(g_t) + E_T = sum G_t` (DCT-AdamW).
+    """Projects `K = G + E` and keeps `E <- K - up(g)`, so that `sum up(g_t) + E_T = sum G_t`
+    (DCT-AdamW).
 
     Args:
       dtype: of the stored error, `(batch..., s, k)` elements.
@@ -142,24 +144,30 @@ class LDAdamErrorFeedback(ErrorFeedback):
     def moved(self, projector, view, old, new, inner, before, after, state):
         first, m_old = inner_lib.first_moment(inner, before)
         _, m_new = inner_lib.first_moment(inner, after)
-        lost = projector.up(view, old, m_old.astype(jnp.float32)) - projector.up(view, new, m_new.astype(jnp.float32))
+        lost = projector.up(view, old, m_old.astype(jnp.float32)) - projector.up(
+            view, new, m_new.astype(jnp.float32)
+        )
         return (state + first.decay / (1 - first.decay) * lost).astype(state.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientRescale(Residual):
-    """The gradient itself, rescaled by what the inner transformation did in the subspace; no back-projection (APOLLO).
+    """The gradient itself, rescaled by what the inner transformation did in the subspace; no
+    back-projection (APOLLO).
 
-    With the uncorrected direction `N` and the low-rank gradient `R`, `f = |N| / (|R| + 1e-8)` for each index of the
-    kept dimension ("channel") or one for the matrix ("tensor"), `S = scale G f`. The norm-growth limiter then shrinks
-    `S` so that `|S| <= limiter |S_previous|`, and the update is `S` times the inner scale.
+    With the uncorrected direction `N` and the low-rank gradient `R`, `f = |N| / (|R| + 1e-8)` for
+    each index of the kept dimension ("channel") or one for the matrix ("tensor"), `S = scale G f`.
+    The norm-growth limiter then shrinks `S` so that `|S| <= limiter |S_previous|`, and the update
+    is `S` times the inner scale.
 
     Args:
       axis: "channel" or "tensor".
-      scale: factor on `S`. APOLLO writes it as the square root of its `scale` option (1; Mini: sqrt(128)).
+      scale: factor on `S`. APOLLO writes it as the square root of its `scale` option (1; Mini:
+        sqrt(128)).
       limiter: largest growth of the norm in a step, or None. 1.01 in Fira and APOLLO.
 
-    A previous norm of zero does not limit, so that one zero gradient at the start does not silence a matrix.
+    A previous norm of zero does not limit, so that one zero gradient at the start does not silence
+    a matrix.
     """
 
     axis: str = "channel"
@@ -172,7 +180,9 @@ class GradientRescale(Residual):
         if self.axis not in ("channel", "tensor"):
             raise ValueError(f"gradient_rescale: axis={self.axis!r} must be 'channel' or 'tensor'")
         check_number("gradient_rescale: scale", self.scale, at_least=0)
-        check_number("gradient_rescale: limiter", self.limiter, at_least=1, otherwise="None for no limit")
+        check_number(
+            "gradient_rescale: limiter", self.limiter, at_least=1, otherwise="None for no limit"
+        )
 
     def init(self, view):
         return () if self.limiter is None else jnp.zeros(view.batch, jnp.float32)
@@ -181,8 +191,9 @@ class GradientRescale(Residual):
         super().check(inner, state, view, low_shape)
         if self.axis == "channel" and low_shape[-1] != view.kept:
             raise ValueError(
-                f"gradient_rescale: axis='channel' needs a projector that keeps the {view.kept} channels of "
-                f"{view.path!r}, not one onto {low_shape}; use axis='tensor' or a one-sided projector"
+                f"gradient_rescale: axis='channel' needs a projector that keeps the {view.kept} "
+                f"channels of {view.path!r}, not one onto {low_shape}; use axis='tensor' or a "
+                "one-sided projector"
             )
 
     def combine(self, projector, view, basis, state, grad, low, direction, scale):
@@ -195,7 +206,10 @@ class GradientRescale(Residual):
             growth = jnp.where(state > 0, growth, 1.0)
             # a norm that overflows limits nothing that comes later
             limited = norm / growth
-            update, state = update / growth[..., None, None], jnp.where(jnp.isfinite(limited), limited, state)
+            update, state = (
+                update / growth[..., None, None],
+                jnp.where(jnp.isfinite(limited), limited, state),
+            )
         return _times(scale, update), state
 
     def state_bytes(self, view):

@@ -43,11 +43,17 @@ class Stack:
     def loss(self, params: Any, *args: Any) -> jax.Array:
         """The same model as one function, for evaluation and for `train_step`."""
         rest = {name: tree for name, tree in params.items() if name != self.name}
-        x, _ = jax.lax.scan(lambda x, layer: (self.layer(layer, x), None), self.before(rest, *args), params[self.name])
+        x, _ = jax.lax.scan(
+            lambda x, layer: (self.layer(layer, x), None),
+            self.before(rest, *args),
+            params[self.name],
+        )
         return self.after(rest, x, *args)
 
 
-def layer_gradients(function: Callable[..., Any], kernels: Any, taps: Any, vectors: Any, inputs: Any, dx: Any) -> Any:
+def layer_gradients(
+    function: Callable[..., Any], kernels: Any, taps: Any, vectors: Any, inputs: Any, dx: Any
+) -> Any:
     """Gradients of one layer, summed over the microbatches: `(kernels', vectors', inputs')`.
 
     Args:
@@ -56,10 +62,15 @@ def layer_gradients(function: Callable[..., Any], kernels: Any, taps: Any, vecto
       taps: of its kernels, or None for full gradients.
       inputs, dx: `(k, ...)`, what came into the layer, and the gradient of what left it.
     """
-    zeros = None if taps is None else [tap.zeros(own) for tap, own in zip(taps, kernels, strict=True)]
+    zeros = (
+        None if taps is None else [tap.zeros(own) for tap, own in zip(taps, kernels, strict=True)]
+    )
     if taps is None:  # codes have no gradient, their values do
         dtype = jax.tree.leaves(inputs)[0].dtype
-        kernels = [kernel.dequantize(dtype) if hasattr(kernel, "dequantize") else kernel for kernel in kernels]
+        kernels = [
+            kernel.dequantize(dtype) if hasattr(kernel, "dequantize") else kernel
+            for kernel in kernels
+        ]
 
     def apply(free, x):
         places, vectors = free

@@ -1,4 +1,5 @@
-"""What a projection optimizer remembers, and what a projector may look at when it moves its basis."""
+"""What a projection optimizer remembers, and what a projector may look at when it moves its
+basis."""
 
 from __future__ import annotations
 
@@ -19,9 +20,12 @@ class ProjectionState(NamedTuple):
     Attributes:
       format_version: int32 (), the layout of this state; raised when it changes.
       step: int32 (), accepted steps. The clock of the whole tree; a skipped step does not count.
-      skipped: int32 (), steps whose gradients were not finite, or were projected on a basis that is not this one.
-      refreshes: int32 (), steps at which a basis moved; taps carry it, so that stale ones are noticed.
-      matrices: like the parameters, a `MatrixState` where a leaf is projected and `optax.MaskedNode` elsewhere.
+      skipped: int32 (), steps whose gradients were not finite, or were projected on a basis that is
+        not this one.
+      refreshes: int32 (), steps at which a basis moved; taps carry it, so that stale ones are
+        noticed.
+      matrices: like the parameters, a `MatrixState` where a leaf is projected and
+        `optax.MaskedNode` elsewhere.
       plain: state of the inner transformation of the leaves that are not projected.
 
     >>> import jax.numpy as jnp
@@ -46,7 +50,8 @@ class MatrixState:
     """State of one projected leaf; every array has the leaf's batch axes in front.
 
     Attributes:
-      basis: the projector's basis, for instance `(batch..., s, r)` or int32 indices `(batch..., r)`.
+      basis: the projector's basis, for instance `(batch..., s, r)` or int32 indices
+        `(batch..., r)`.
       inner: state of the inner transformation, one for each matrix, on `(r, k)`.
       residual: state of the residual rule; `()` for rules without one.
       view: static; path, shape, axes, side and rank.
@@ -68,9 +73,14 @@ class MatrixState:
     def __repr__(self) -> str:
         leaves = jax.tree.leaves((self.basis, self.inner, self.residual))
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if hasattr(leaf, "dtype"))
-        shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(self.basis) if hasattr(leaf, "shape")]
+        shapes = [
+            tuple(leaf.shape) for leaf in jax.tree.leaves(self.basis) if hasattr(leaf, "shape")
+        ]
         view = self.view
-        return f"MatrixState({view.path!r}, rank={view.rank}, shrinks={view.side}, basis={shapes}, {total:,} bytes)"
+        return (
+            f"MatrixState({view.path!r}, rank={view.rank}, shrinks={view.side}, basis={shapes}, "
+            f"{total:,} bytes)"
+        )
 
 
 def matrix_states(state: ProjectionState) -> list[MatrixState]:
@@ -103,9 +113,11 @@ class Evidence(NamedTuple):
     """What a projector may use at a refresh; what it did not ask for in `needs` is None.
 
     Attributes:
-      grad: `(batch..., s, k)` float32, the oriented target (gradient plus any fed-back error), whole.
+      grad: `(batch..., s, k)` float32, the oriented target (gradient plus any fed-back error),
+        whole.
       param: `(batch..., s, k)`, the oriented parameter.
-      moments: `(batch..., r, k)`, debiased first moment in the old basis, before this step's update.
+      moments: `(batch..., r, k)`, debiased first moment in the old basis, before this step's
+        update.
       sketch: `(batch..., s, q)`, the target times the projector's `sketch_basis (batch..., k, q)`.
       step: int32 (), 0 at the first refresh.
       key: typed random keys `(batch...)`, one for each matrix, new at every step.
@@ -117,7 +129,9 @@ class Evidence(NamedTuple):
     >>> x = jnp.outer(jnp.arange(1.0, 5.0), jnp.ones(8))
     >>> projector = lr.projectors.svd(rank=1)
     >>> view = lr.resolve(x, rank=projector.rank_for).projected[0]
-    >>> basis = projector.refresh(view, projector.init(view, jax.random.key(0)), lr.Evidence(grad=view.orient(x)))
+    >>> basis = projector.refresh(
+    ...     view, projector.init(view, jax.random.key(0)), lr.Evidence(grad=view.orient(x))
+    ... )
     >>> print(projector.measure(view, basis, view.orient(x)))
     1.0
     """

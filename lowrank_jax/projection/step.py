@@ -1,8 +1,9 @@
 """One update of a whole tree: what the optax form and the fused form share.
 
-`Prepared` holds the leaves after the decisions that concern all of them: is a refresh due, is everything finite, do
-projected gradients belong to the bases of this state, which factor clips. What remains is to finish leaf by leaf,
-which the optax form does to updates and the fused form to parameters.
+`Prepared` holds the leaves after the decisions that concern all of them: is a refresh due, is
+everything finite, do projected gradients belong to the bases of this state, which factor clips.
+What remains is to finish leaf by leaf, which the optax form does to updates and the fused form to
+parameters.
 """
 
 from __future__ import annotations
@@ -31,12 +32,18 @@ if TYPE_CHECKING:
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Leaves and structure, with projected gradients and quantised arrays as one leaf each."""
-    return jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Projected) or hasattr(x, "dequantize"))
+    return jax.tree.flatten(
+        tree, is_leaf=lambda x: isinstance(x, Projected) or hasattr(x, "dequantize")
+    )
 
 
 def only_plain(treedef: Any, leaves: list[Any], views: list[ResolvedView | None]) -> Any:
-    """The tree with `optax.MaskedNode` in place of the projected leaves, without nnx Variables, as states are."""
-    left = [leaf if view is None else optax.MaskedNode() for leaf, view in zip(leaves, views, strict=True)]
+    """The tree with `optax.MaskedNode` in place of the projected leaves, without nnx Variables, as
+    states are."""
+    left = [
+        leaf if view is None else optax.MaskedNode()
+        for leaf, view in zip(leaves, views, strict=True)
+    ]
     return pure(jax.tree.unflatten(treedef, left))
 
 
@@ -45,8 +52,8 @@ class Prepared:
     """An update before it is finished.
 
     Attributes:
-      treedef, references: structure of the parameters and their leaves (of the gradients, where there are no
-        parameters).
+      treedef, references: structure of the parameters and their leaves (of the gradients, where
+        there are no parameters).
       gradients: leaves.
       views: of each leaf, or None.
       paths: of each leaf.
@@ -73,9 +80,15 @@ class Prepared:
 
 
 def prepare(
-    config: Projection, updates: Any, state: ProjectionState, params: Any, taps: Any, rebased: bool = False
+    config: Projection,
+    updates: Any,
+    state: ProjectionState,
+    params: Any,
+    taps: Any,
+    rebased: bool = False,
 ) -> Prepared:
-    """Projects, moves the bases that move before the update (unless `rebased`), and decides for the whole tree."""
+    """Projects, moves the bases that move before the update (unless `rebased`), and decides for the
+    whole tree."""
     leaves, treedef = flatten(updates)
     references = leaves
     if params is not None:
@@ -84,7 +97,9 @@ def prepare(
     check_floating(updates, "gradients")
     report = config.report(updates if params is None else params)
     views = [leaf.view for leaf in report.leaves]
-    leaves = [layout.as_parameter(own.path, leaf) for own, leaf in zip(report.leaves, leaves, strict=True)]
+    leaves = [
+        layout.as_parameter(own.path, leaf) for own, leaf in zip(report.leaves, leaves, strict=True)
+    ]
     matrices = _leaves_of(state.matrices, views)
     _check_state(config, leaves, views, matrices)
     steps = {
@@ -92,7 +107,9 @@ def prepare(
         for i, view in enumerate(views)
         if view is not None
     }
-    due, whole = _due(config, state.step, [leaf for leaf in leaves if not isinstance(leaf, Projected)])
+    due, whole = _due(
+        config, state.step, [leaf for leaf in leaves if not isinstance(leaf, Projected)]
+    )
     moved = due_any(config, state.step, [view for view in views if view is not None])
     fits: Any = True
     if taps is not None:
@@ -112,26 +129,38 @@ def prepare(
     kept = [step.kept for step in steps.values()] + plain
     ok: Any = None if taps is None else fits
     if config.guard:
-        ok = all_finite([step.judged for step in steps.values()] + plain) & fits & (True if whole is None else whole)
+        ok = (
+            all_finite([step.judged for step in steps.values()] + plain)
+            & fits
+            & (True if whole is None else whole)
+        )
         ok = ok & jnp.isfinite(sum((energy(x) for x in kept), jnp.zeros(())))
     factor = None if config.clip_norm is None else _clip_factor(config, kept)
     paths = [leaf.path for leaf in report.leaves]
     return Prepared(treedef, references, leaves, views, paths, steps, due, moved, ok, factor)
 
 
-def rebase(config: Projection, updates: Any, state: ProjectionState, params: Any) -> tuple[Any, ProjectionState]:
-    """`(projected gradients, state)`: the part of an update that reads full gradients, for bases that move before it.
+def rebase(
+    config: Projection, updates: Any, state: ProjectionState, params: Any
+) -> tuple[Any, ProjectionState]:
+    """`(projected gradients, state)`: the part of an update that reads full gradients, for bases
+    that move before it.
 
-    The rest of the update is `prepare(..., rebased=True)`. Where a gradient is not finite nothing moves, and projected
-    gradients of NaN tell the rest.
+    The rest of the update is `prepare(..., rebased=True)`. Where a gradient is not finite nothing
+    moves, and projected gradients of NaN tell the rest.
     """
     if config.clock.when == "after":
-        raise ValueError(f"clock={config.clock!r} moves bases after the update; rebase serves those that move before")
+        raise ValueError(
+            f"clock={config.clock!r} moves bases after the update; rebase serves those that move "
+            "before"
+        )
     prepared = prepare(config, updates, state, params, None)
     leaves = list(prepared.gradients)
     for i, step in prepared.steps.items():
         # what was not accepted here must not be there, though its projection may be finite
-        leaves[i] = Projected(step.low if prepared.ok is None else jnp.where(prepared.ok, step.low, jnp.nan))
+        leaves[i] = Projected(
+            step.low if prepared.ok is None else jnp.where(prepared.ok, step.low, jnp.nan)
+        )
     matrices = [step.state() for step in prepared.steps.values()]
     return (
         jax.tree.unflatten(prepared.treedef, leaves),
@@ -139,7 +168,9 @@ def rebase(config: Projection, updates: Any, state: ProjectionState, params: Any
     )
 
 
-def finished(config: Projection, prepared: Prepared, state: ProjectionState, plain: Any) -> ProjectionState:
+def finished(
+    config: Projection, prepared: Prepared, state: ProjectionState, plain: Any
+) -> ProjectionState:
     """The new state, after every leaf was finished: bases that move after the update move here."""
     ok, due = prepared.ok, prepared.due
     for step in prepared.steps.values():
@@ -150,12 +181,16 @@ def finished(config: Projection, prepared: Prepared, state: ProjectionState, pla
         step=state.step + accepted,
         skipped=state.skipped + 1 - accepted,
         refreshes=state.refreshes + accepted * jnp.asarray(prepared.moved, jnp.int32),
-        matrices=replace_matrices(state.matrices, [step.state() for step in prepared.steps.values()]),
+        matrices=replace_matrices(
+            state.matrices, [step.state() for step in prepared.steps.values()]
+        ),
         plain=plain,
     )
 
 
-def update_plain(config: Projection, prepared: Prepared, state: Any, params: Any, extra: dict[str, Any]):
+def update_plain(
+    config: Projection, prepared: Prepared, state: Any, params: Any, extra: dict[str, Any]
+):
     """`([update of each plain leaf], new state)`."""
     grads, factor, ok = prepared.plain(prepared.gradients), prepared.factor, prepared.ok
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) if factor is None else g * factor, grads)
@@ -167,25 +202,36 @@ def update_plain(config: Projection, prepared: Prepared, state: Any, params: Any
     return updates if ok is None else [jnp.where(ok, x, 0) for x in updates], new
 
 
-def update(config: Projection, updates: Any, state: ProjectionState, params: Any, extra: dict[str, Any]):
+def update(
+    config: Projection, updates: Any, state: ProjectionState, params: Any, extra: dict[str, Any]
+):
     """The optax form: `(updates, state)`."""
     prepared = prepare(config, updates, state, params, extra.pop("taps", None))
     references = prepared.references
     if any(hasattr(leaf, "dequantize") for leaf in references):
-        raise ValueError("params: quantised leaves cannot take an update by addition; use lr.fused(tx).step")
+        raise ValueError(
+            "params: quantised leaves cannot take an update by addition; use lr.fused(tx).step"
+        )
     outputs: list[Any] = list(references)
     for i, step in prepared.steps.items():
-        value = step.view.restore(step.finish(prepared.factor, prepared.ok, extra)).astype(references[i].dtype)
-        like = references[i] if isinstance(prepared.gradients[i], Projected) else prepared.gradients[i]
+        value = step.view.restore(step.finish(prepared.factor, prepared.ok, extra)).astype(
+            references[i].dtype
+        )
+        like = (
+            references[i] if isinstance(prepared.gradients[i], Projected) else prepared.gradients[i]
+        )
         outputs[i] = sharding.reshard(value, sharding.explicit_spec(like))
     plain_updates, plain = update_plain(config, prepared, state.plain, params, extra)
-    for i, value in zip([i for i, v in enumerate(prepared.views) if v is None], plain_updates, strict=True):
+    for i, value in zip(
+        [i for i, v in enumerate(prepared.views) if v is None], plain_updates, strict=True
+    ):
         outputs[i] = value.astype(references[i].dtype)
     return jax.tree.unflatten(prepared.treedef, outputs), finished(config, prepared, state, plain)
 
 
 def due_any(config: Projection, step: jax.Array, views: list[ResolvedView]) -> Any:
-    """Scalar: does any basis move at this step? A Python bool where that does not depend on the step."""
+    """Scalar: does any basis move at this step? A Python bool where that does not depend on the
+    step."""
     if not config.projector.moves or not views:
         return False
     clock = config.clock
@@ -203,15 +249,16 @@ def _lacks(config: Projection, steps: Any, moved: Any) -> jax.Array:
         return jnp.asarray(False)
     if moved is True:
         raise ValueError(
-            f"clock={config.clock!r} moves {type(config.projector).__name__} at every step by full gradients: "
-            "take jax.value_and_grad(loss), or a projector that refreshes through taps (alternating, "
-            "randomized(iterations=0)) with when='after' and its sketch"
+            f"clock={config.clock!r} moves {type(config.projector).__name__} at every step by full "
+            "gradients: take jax.value_and_grad(loss), or a projector that refreshes through taps "
+            "(alternating, randomized(iterations=0)) with when='after' and its sketch"
         )
     return jnp.asarray(moved)
 
 
 def _due(config: Projection, step: jax.Array, grads: list[jax.Array]) -> tuple[Any, Any]:
-    """The clock's scalar, and whether the gradients at a due refresh are finite (None where that is not tested).
+    """The clock's scalar, and whether the gradients at a due refresh are finite (None where that is
+    not tested).
 
     A Python bool means that the answer does not depend on the step.
     """
@@ -228,7 +275,8 @@ def _due(config: Projection, step: jax.Array, grads: list[jax.Array]) -> tuple[A
 
 
 def _clip_factor(config: Projection, kept: list[jax.Array]) -> jax.Array:
-    """`min(1, clip_norm / |kept|)`, over what is kept of projected leaves and over plain ones alike."""
+    """`min(1, clip_norm / |kept|)`, over what is kept of projected leaves and over plain ones
+    alike."""
     norm = jnp.sqrt(sum((energy(x) for x in kept), jnp.zeros(())))
     return jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
 
@@ -244,25 +292,35 @@ def _check_projected(leaves: list[Any], references: list[Any], params: Any, taps
     projected = any(isinstance(leaf, Projected) for leaf in leaves)
     if projected and (params is None or taps is None):
         raise ValueError(
-            "updates hold projected gradients: call update(grads, state, params, taps=taps) with the taps that "
-            "lr.projected_value_and_grad took, so that gradients of another basis are noticed"
+            "updates hold projected gradients: call update(grads, state, params, taps=taps) with "
+            "the taps that lr.projected_value_and_grad took, so that gradients of another basis "
+            "are noticed"
         )
     if len(leaves) != len(references):
-        raise ValueError(f"updates have {len(leaves)} leaves and params {len(references)}; give trees of one structure")
+        raise ValueError(
+            f"updates have {len(leaves)} leaves and params {len(references)}; give trees of one "
+            "structure"
+        )
 
 
-def _check_state(config: Projection, leaves: list[Any], views: list[Any], matrices: list[Any]) -> None:
+def _check_state(
+    config: Projection, leaves: list[Any], views: list[Any], matrices: list[Any]
+) -> None:
     kind = config.projector.structure()
     for leaf, view, matrix in zip(leaves, views, matrices, strict=True):
         if view is None:
             if isinstance(leaf, Projected):
-                raise ValueError("a leaf that this transformation does not project came projected; give its own taps")
+                raise ValueError(
+                    "a leaf that this transformation does not project came projected; give its own "
+                    "taps"
+                )
             continue
         if matrix is None or matrix.view != view.structure() or matrix.projector != kind:
             raise ValueError(
                 f"leaf {view.path!r}: the state was made for "
-                f"{None if matrix is None else (matrix.view, matrix.projector)}, the update resolves to "
-                f"{(view.structure(), kind)}; give update the tree, projector, views, rank and sides that init saw"
+                f"{None if matrix is None else (matrix.view, matrix.projector)}, the update "
+                f"resolves to {(view.structure(), kind)}; give update the tree, projector, views, "
+                "rank and sides that init saw"
             )
 
 
@@ -270,4 +328,6 @@ def replace_matrices(tree: Any, matrices: list[Any]) -> Any:
     """`tree` with its `MatrixState` nodes replaced, by path."""
     found = {node.view.path: node for node in matrices if node is not None}
     is_state = lambda x: isinstance(x, MatrixState)  # noqa: E731
-    return jax.tree.map(lambda node: found[node.view.path] if is_state(node) else node, tree, is_leaf=is_state)
+    return jax.tree.map(
+        lambda node: found[node.view.path] if is_state(node) else node, tree, is_leaf=is_state
+    )

@@ -4,11 +4,12 @@
     value, grads = lr.projected_value_and_grad(loss, taps)(params, batch)     `Projected` leaves where a tap was
     updates, opt_state = tx.update(grads, opt_state, params, taps=taps)
 
-`loss(params, ...)` finds a `Tapped` in place of each projected kernel. Bare functions hand it to `lr.matmul`,
-`lr.einsum` or `lr.dot_general`; `lr.linen.tapped(loss)` and, inside a loss, `lr.nnx.merge` do that for Flax models.
+`loss(params, ...)` finds a `Tapped` in place of each projected kernel. Bare functions hand it to
+`lr.matmul`, `lr.einsum` or `lr.dot_general`; `lr.linen.tapped(loss)` and, inside a loss,
+`lr.nnx.merge` do that for Flax models.
 
-The full gradient of a tapped kernel is never formed. What reads it (a residual rule, an exact SVD at a refresh) needs
-`jax.value_and_grad` at that step; `lr.train_step` chooses.
+The full gradient of a tapped kernel is never formed. What reads it (a residual rule, an exact SVD
+at a refresh) needs `jax.value_and_grad` at that step; `lr.train_step` chooses.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def is_projected(x: Any) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Taps:
-    """The taps of an optimizer state, by path, and the number of refreshes that their bases have seen.
+    """The taps of an optimizer state, by path, and the number of refreshes that their bases have
+    seen.
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -60,8 +62,9 @@ def projection_states(opt_state: Any) -> list[ProjectionState]:
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(node)]
     if not found:
         raise ValueError(
-            f"opt_state of type {type(opt_state).__name__} holds no ProjectionState: taps exist for optimizers of this "
-            "library only, such as lr.galore(...).init(params), alone or inside an optax chain"
+            f"opt_state of type {type(opt_state).__name__} holds no ProjectionState: taps exist "
+            "for optimizers of this library only, such as lr.galore(...).init(params), alone or "
+            "inside an optax chain"
         )
     return found
 
@@ -88,10 +91,13 @@ def taps(opt_state: Any, sketches: dict[str, jax.Array] | None = None) -> Taps:
         for matrix in matrix_states(state):
             if matrix.view.path in found:
                 raise ValueError(
-                    f"leaf {matrix.view.path!r} is projected by two states in opt_state; pass the one that is meant"
+                    f"leaf {matrix.view.path!r} is projected by two states in opt_state; pass the "
+                    "one that is meant"
                 )
             sketch = None if sketches is None else sketches.get(matrix.view.path)
-            found[matrix.view.path] = Tap(matrix.basis, None, sketch, None, matrix.view, matrix.projector)
+            found[matrix.view.path] = Tap(
+                matrix.basis, None, sketch, None, matrix.view, matrix.projector
+            )
     return Taps(found, sum(state.refreshes for state in states))
 
 
@@ -103,15 +109,16 @@ def projected_value_and_grad(
     Args:
       loss: `loss(params, *args) -> value`, or `(value, aux)` with `has_aux`.
       taps: of `lr.taps(opt_state)`.
-      accumulate: k; every array of `*args` then has a leading axis of k microbatches. Values and gradients are averaged
-        over them in float32, low-rank ones in the subspace; `aux` is stacked. The basis is constant within the window.
+      accumulate: k; every array of `*args` then has a leading axis of k microbatches. Values and
+        gradients are averaged over them in float32, low-rank ones in the subspace; `aux` is
+        stacked. The basis is constant within the window.
 
     Returns:
       `f(params, *args) -> (value, grads)`; gradients of other leaves are in the parameters' dtypes.
 
     Raises:
-      ValueError: if a tap has no leaf in `params`, or no product of the loss uses it; if an argument has no leading
-        axis of k.
+      ValueError: if a tap has no leaf in `params`, or no product of the loss uses it; if an
+        argument has no leading axis of k.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lr
@@ -131,8 +138,13 @@ def projected_value_and_grad(
         found = [taps.taps.get(path_of(keys)) for keys, _ in nodes]
         missing = set(taps.taps) - {tap.view.path for tap in found if tap is not None}
         if missing:
-            raise ValueError(f"taps {sorted(missing)} have no leaf in params; give the tree that init saw")
-        zeros = [None if tap is None else tap.zeros(node) for (_, node), tap in zip(nodes, found, strict=True)]
+            raise ValueError(
+                f"taps {sorted(missing)} have no leaf in params; give the tree that init saw"
+            )
+        zeros = [
+            None if tap is None else tap.zeros(node)
+            for (_, node), tap in zip(nodes, found, strict=True)
+        ]
         plain = [node if tap is None else None for (_, node), tap in zip(nodes, found, strict=True)]
 
         def of(free: Any, *args: Any) -> Any:
@@ -141,16 +153,23 @@ def projected_value_and_grad(
                 if tap is None:
                     merged.append(own)
                 else:
-                    merged.append(Tapped(node, dataclasses.replace(tap, low=place[0], sketch=place[1])))
+                    merged.append(
+                        Tapped(node, dataclasses.replace(tap, low=place[0], sketch=place[1]))
+                    )
             return loss(jax.tree.unflatten(treedef, merged), *args)
 
         def tree(free: Any) -> Any:
-            leaves = [own if place is None else Projected(*place) for own, place in zip(*free, strict=True)]
+            leaves = [
+                own if place is None else Projected(*place)
+                for own, place in zip(*free, strict=True)
+            ]
             return jax.tree.unflatten(treedef, leaves)
 
         free = (plain, zeros)
         paths = [tap.view.path for tap in found if tap is not None]
-        _check_used(of, free, paths, *(args if accumulate == 1 else first_microbatch(args, accumulate)))
+        _check_used(
+            of, free, paths, *(args if accumulate == 1 else first_microbatch(args, accumulate))
+        )
         function = jax.value_and_grad(of, has_aux=has_aux)
         if accumulate == 1:
             value, grads = function(free, *args)
@@ -167,8 +186,9 @@ def first_microbatch(args: Any, accumulate: int) -> Any:
     def one(x):
         if not getattr(x, "ndim", 0) or x.shape[0] != accumulate:
             raise ValueError(
-                f"accumulate={accumulate}: an argument of shape {getattr(x, 'shape', ())} has no leading axis of "
-                f"{accumulate} microbatches; reshape it to ({accumulate}, microbatch, ...)"
+                f"accumulate={accumulate}: an argument of shape {getattr(x, 'shape', ())} has no "
+                f"leading axis of {accumulate} microbatches; reshape it to ({accumulate}, "
+                "microbatch, ...)"
             )
         return x[0]
 
@@ -176,7 +196,8 @@ def first_microbatch(args: Any, accumulate: int) -> Any:
 
 
 def accumulated(function: Callable, free: Any, args: Any, accumulate: int, has_aux: bool) -> Any:
-    """`function(free, *args) -> (value, gradients)` averaged over microbatches in float32; aux is stacked."""
+    """`function(free, *args) -> (value, gradients)` averaged over microbatches in float32; aux is
+    stacked."""
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
 
     def body(sums, part):
@@ -192,7 +213,8 @@ def accumulated(function: Callable, free: Any, args: Any, accumulate: int, has_a
 
 
 def _check_used(of: Callable, free: Any, paths: list[str], *args: Any) -> None:
-    """ValueError unless every tap reaches a product: otherwise its gradient would silently be zero."""
+    """ValueError unless every tap reaches a product: otherwise its gradient would silently be
+    zero."""
     jaxpr = jax.make_jaxpr(of)(free, *args).jaxpr
     _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     (_, places), *_ = jax.tree.unflatten(jax.tree.structure((free, *args)), used)
@@ -200,30 +222,44 @@ def _check_used(of: Callable, free: Any, paths: list[str], *args: Any) -> None:
     unused = [path for path, mark in zip(paths, marks, strict=True) if not mark]
     if unused:
         raise ValueError(
-            f"no product uses the taps of {unused}: wrap a loss of a linen model as lr.linen.tapped(loss), and in "
-            "one of an nnx model call lr.nnx.merge; bare functions multiply with lr.matmul, lr.einsum, lr.dot_general. "
-            "A kernel that the loss does not use in a product can be left out with Views(rules=((path, None),))"
+            f"no product uses the taps of {unused}: wrap a loss of a linen model as "
+            "lr.linen.tapped(loss), and in one of an nnx model call lr.nnx.merge; bare functions "
+            "multiply with lr.matmul, lr.einsum, lr.dot_general. A kernel that the loss does not "
+            "use in a product can be left out with Views(rules=((path, None),))"
         )
 
 
-def check_taps(loss: Callable[..., Any], taps: Taps, params: Any, *args: Any, tolerance: float = 1e-3) -> None:
-    """Proves on a batch that products are the only uses of the tapped kernels, by one full gradient.
+def check_taps(
+    loss: Callable[..., Any], taps: Taps, params: Any, *args: Any, tolerance: float = 1e-3
+) -> None:
+    """Proves on a batch that products are the only uses of the tapped kernels, by one full
+    gradient.
 
-    Compares every `low` with the projection of the full gradient: `|low - PᵀG| <= tolerance |PᵀG| + tiny`.
+    Compares every `low` with the projection of the full gradient:
+    `|low - PᵀG| <= tolerance |PᵀG| + tiny`.
 
     Args:
       loss, taps, params, *args: as for `projected_value_and_grad(loss, taps)(params, *args)`.
       tolerance: relative; losses in bfloat16 need about 2e-2.
 
     Raises:
-      ValueError: naming each leaf that differs and by how much: a regulariser on the kernel, or a tied use.
+      ValueError: naming each leaf that differs and by how much: a regulariser on the kernel, or a
+        tied use.
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lr
     >>> params = {"kernel": jnp.ones((4, 6))}
     >>> state = lr.galore(1e-2, rank=2).init(params)
-    >>> lr.check_taps(lambda p, x: jnp.sum(lr.matmul(x, p["kernel"])), lr.taps(state), params, jnp.ones((3, 4)))
-    >>> decayed = lambda p, x: jnp.sum(lr.matmul(x, p["kernel"])) + jnp.sum(getattr(p["kernel"], "kernel", p["kernel"]))
+    >>> lr.check_taps(
+    ...     lambda p, x: jnp.sum(lr.matmul(x, p["kernel"])),
+    ...     lr.taps(state),
+    ...     params,
+    ...     jnp.ones((3, 4)),
+    ... )
+    >>> decayed = lambda p, x: (
+    ...     jnp.sum(lr.matmul(x, p["kernel"]))
+    ...     + jnp.sum(getattr(p["kernel"], "kernel", p["kernel"]))
+    ... )
     >>> lr.check_taps(decayed, lr.taps(state), params, jnp.ones((3, 4)))
     Traceback (most recent call last):
         ...
@@ -236,7 +272,9 @@ def check_taps(loss: Callable[..., Any], taps: Taps, params: Any, *args: Any, to
 
     def differences(taps, params, *args):
         _, projected = projected_value_and_grad(loss, taps)(params, *args)
-        plain = jax.tree.map(lambda x: x.dequantize() if hasattr(x, "dequantize") else x, params, is_leaf=is_node)
+        plain = jax.tree.map(
+            lambda x: x.dequantize() if hasattr(x, "dequantize") else x, params, is_leaf=is_node
+        )
         full, lows = _by_path(jax.grad(loss)(plain, *args)), _by_path(projected)
         errors = {}
         for path, tap in taps.taps.items():
@@ -246,12 +284,15 @@ def check_taps(loss: Callable[..., Any], taps: Taps, params: Any, *args: Any, to
         return errors
 
     errors = jax.device_get(jax.jit(both)(taps, params, *args))
-    wrong = [f"{path!r} (by {error:.2g})" for path, error in errors.items() if not error <= tolerance]
+    wrong = [
+        f"{path!r} (by {error:.2g})" for path, error in errors.items() if not error <= tolerance
+    ]
     if wrong:
         raise ValueError(
-            f"the projected gradient differs from the full one for {', '.join(wrong)}: a product must be the kernel's "
-            "only use. Move a regulariser on kernels to the optimizer's weight_decay, leave tied kernels out with "
-            "Views(rules=((path, None),)), or raise tolerance for losses in low precision"
+            f"the projected gradient differs from the full one for {', '.join(wrong)}: a product "
+            "must be the kernel's only use. Move a regulariser on kernels to the optimizer's "
+            "weight_decay, leave tied kernels out with Views(rules=((path, None),)), or raise "
+            "tolerance for losses in low precision"
         )
 
 

@@ -1,4 +1,5 @@
-"""The whole training step: projected backprop where the basis stands, what a refresh needs where it moves."""
+"""The whole training step: projected backprop where the basis stands, what a refresh needs where it
+moves."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from lowrank_jax.projection.clocks import Staggered
 from lowrank_jax.projection.fused import Fused, fused
 from lowrank_jax.projection.matrix_step import whole
 from lowrank_jax.projection.state import Projected
-from lowrank_jax.projection.taps import accumulated, first_microbatch, is_projected, projected_value_and_grad, taps
+from lowrank_jax.projection.taps import (
+    accumulated,
+    first_microbatch,
+    is_projected,
+    projected_value_and_grad,
+    taps,
+)
 
 if TYPE_CHECKING:
     from lowrank_jax.projection.transformation import Projection
@@ -25,9 +32,11 @@ PLANS = ("full", "taps", "full at a refresh", "sketch at a refresh")
 def plan(projection: Projection) -> str:
     """Which gradients a projection optimizer needs.
 
-    * "full": always the whole gradient (a residual rule reads it, or the basis follows it at every step);
+    * "full": always the whole gradient (a residual rule reads it, or the basis follows it at every
+      step);
     * "taps": never (the basis is fixed, or moves after the update by a random key);
-    * "full at a refresh": an exact SVD, a DCT's scores, and every basis that moves before its update;
+    * "full at a refresh": an exact SVD, a DCT's scores, and every basis that moves before its
+      update;
     * "sketch at a refresh": a thin product with a second tap, after the update.
 
     >>> import lowrank_jax as lr
@@ -57,18 +66,22 @@ def train_step(
     with_norm: bool = False,
     backprop: str = "projected",
 ) -> Callable[..., Any]:
-    """`step(params, opt_state, *args) -> (params, opt_state, value)`: backward pass and fused update in one function.
+    """`step(params, opt_state, *args) -> (params, opt_state, value)`: backward pass and fused
+    update in one function.
 
-    A normal step takes low-rank gradients through taps; a step whose refresh needs more takes that, by one `cond`
-    around the gradients, which leaves parameters and state to be written in place. Jit it, donate the first two.
+    A normal step takes low-rank gradients through taps; a step whose refresh needs more takes that,
+    by one `cond` around the gradients, which leaves parameters and state to be written in place.
+    Jit it, donate the first two.
 
     Args:
-      loss: `loss(params, *args) -> value`, which multiplies by taps; see `projected_value_and_grad`.
+      loss: `loss(params, *args) -> value`, which multiplies by taps; see
+        `projected_value_and_grad`.
       optimizer: a named optimizer, or its fused form `lr.fused(tx, ...)`.
-      accumulate: k microbatches along a leading axis of every argument; see `projected_value_and_grad`.
+      accumulate: k microbatches along a leading axis of every argument; see
+        `projected_value_and_grad`.
       has_aux: the loss returns `(value, aux)`, and so does the step, in place of the value.
-      with_norm: the step returns `(value, norm)` in place of the value, with the global norm of the gradients that it
-        took: low-rank ones where they are projected.
+      with_norm: the step returns `(value, norm)` in place of the value, with the global norm of the
+        gradients that it took: low-rank ones where they are projected.
       backprop: "projected", or "full" for full gradients at every step (the same numbers, dearer).
 
     Raises:
@@ -100,7 +113,9 @@ def train_step(
         if chosen == "sketch at a refresh":
             found = jax.lax.cond(due, gradients.sketched, gradients.unsketched, params, state, args)
             return *found, state, {"taps": taps(state)}
-        value, grads, state = jax.lax.cond(due, gradients.rebased, gradients.standing, params, state, args)
+        value, grads, state = jax.lax.cond(
+            due, gradients.rebased, gradients.standing, params, state, args
+        )
         return value, grads, state, {"taps": taps(state), "rebased": True}
 
     def finish(params, state, value, grads, options):
@@ -151,7 +166,9 @@ class _Gradients:
         return *self.tapped(params, state, args), state
 
     def sketched(self, params, state, args):
-        return self.tapped(params, state, args, self.form.recipe.projection.sketch_bases(state.projection))
+        return self.tapped(
+            params, state, args, self.form.recipe.projection.sketch_bases(state.projection)
+        )
 
     def unsketched(self, params, state, args):
         """As without a refresh, in the structure of one with it."""
@@ -167,7 +184,8 @@ def _with_zero_sketch(grad: Any, shape: Any) -> Any:
 
 
 def _value_and_grad(loss: Callable[..., Any], accumulate: int, has_aux: bool) -> Callable[..., Any]:
-    """`jax.value_and_grad(loss)`, averaged over microbatches; of quantised leaves the gradients of their values."""
+    """`jax.value_and_grad(loss)`, averaged over microbatches; of quantised leaves the gradients of
+    their values."""
     function = jax.value_and_grad(loss, has_aux=has_aux)
 
     def run(params, *args):

@@ -1,4 +1,5 @@
-"""The one projection transformation: projector, clock, transport, inner, residual and storage joined.
+"""The one projection transformation: projector, clock, transport, inner, residual and storage
+joined.
 
 A step of one matrix, oriented `(batch..., s, k)` with basis `P (batch..., s, r)`:
 
@@ -8,14 +9,15 @@ A step of one matrix, oriented `(batch..., s, k)` with basis `P (batch..., s, r)
     d, c     = inner(R)                         direction and scale, one inner state for each matrix
     U        = combine(K, R, d, c)              residual rule: up(c d), plus or instead of the rest
 
-Whether a refresh is due is one scalar for the whole tree, tested outside any vmap. Leaves that are not projected form
-one ordinary group with an inner state of their own.
+Whether a refresh is due is one scalar for the whole tree, tested outside any vmap. Leaves that are
+not projected form one ordinary group with an inner state of their own.
 
-NaN guard: a step counts as finite if the norm of what is kept of its gradients is at most 2^40, about 1e12, so that no
-moment, fed-back error or product of them overflows at any later step either. Full matrices are read for it only at a
-due refresh; a normal step tests `R` (a non-finite gradient makes its low-rank object non-finite, unless it lies in
-coordinates that a `columns` basis drops), or the gradient where the residual rule reads it anyway. If a step is not
-finite, every update is zero and every field of the state is what it was, except `skipped`; a due refresh stays due.
+NaN guard: a step counts as finite if the norm of what is kept of its gradients is at most 2^40,
+about 1e12, so that no moment, fed-back error or product of them overflows at any later step either.
+Full matrices are read for it only at a due refresh; a normal step tests `R` (a non-finite gradient
+makes its low-rank object non-finite, unless it lies in coordinates that a `columns` basis drops),
+or the gradient where the residual rule reads it anyway. If a step is not finite, every update is
+zero and every field of the state is what it was, except `skipped`; a due refresh stays due.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ class Projection:
         if not callable(self.transport) or not hasattr(self.transport, "moves"):
             raise ValueError(f"transport={self.transport!r} must be one of lr.transports")
         object.__setattr__(self, "inner", inner_lib.as_inner(self.inner))
-        object.__setattr__(self, "plain", self.inner if self.plain is None else inner_lib.as_inner(self.plain))
+        object.__setattr__(
+            self, "plain", self.inner if self.plain is None else inner_lib.as_inner(self.plain)
+        )
         check_side(self.side, self.tie)
         check_number("clip_norm", self.clip_norm, above=0, otherwise="None for no clipping")
         check_number("scale", self.scale)
@@ -82,14 +86,19 @@ class Projection:
         no_first = isinstance(self.clock, Every) and not self.clock.first
         if no_first and "grad" in self.projector.needs:
             raise ValueError(
-                f"clock: first=False leaves {type(self.projector).__name__} without a basis from data until the first "
-                "due step; use first=True, or a random or given projector"
+                f"clock: first=False leaves {type(self.projector).__name__} without a basis from "
+                "data until the first due step; use first=True, or a random or given projector"
             )
 
     def report(self, params: Any, shardings: Any = None) -> Report:
         """What is projected, at which rank, and what is not and why."""
         return resolve(
-            params, self.views, rank=self.projector.rank_for, side=self.side, tie=self.tie, shardings=shardings
+            params,
+            self.views,
+            rank=self.projector.rank_for,
+            side=self.side,
+            tie=self.tie,
+            shardings=shardings,
         )
 
     def init(self, params: Any) -> ProjectionState:
@@ -103,7 +112,9 @@ class Projection:
         leaves, treedef = step_lib.flatten(params)
         views = [leaf.view for leaf in report.leaves]
         step = jnp.zeros((), jnp.int32)
-        matrices = [optax.MaskedNode() if view is None else self._init_matrix(view) for view in views]
+        matrices = [
+            optax.MaskedNode() if view is None else self._init_matrix(view) for view in views
+        ]
         for view, matrix in zip(views, matrices, strict=True):
             if view is not None:
                 self._check_inner(matrix)
@@ -129,7 +140,11 @@ class Projection:
             inner_lib.first_moment(core, state)
 
     def fresh_inner(self, view: ResolvedView) -> Any:
-        low = sharding.zeros((*view.batch, *self.projector.low_shape(view)), jnp.float32, self.projector.low_spec(view))
+        low = sharding.zeros(
+            (*view.batch, *self.projector.low_shape(view)),
+            jnp.float32,
+            self.projector.low_spec(view),
+        )
         return each(self.inner.init, view.batch)(low)
 
     def _init_matrix(self, view: ResolvedView) -> MatrixState:
@@ -146,8 +161,11 @@ class Projection:
         return zlib.crc32(view.path.encode())
 
     def keys(self, view: ResolvedView, step: jax.Array, layers: jax.Array) -> jax.Array:
-        """One key for each matrix of a leaf, from the seed, the CRC32 of the path, the step and the layer's number."""
-        key = jax.random.fold_in(jax.random.key(jnp.asarray(self.seed, jnp.int32)), self.phase(view))
+        """One key for each matrix of a leaf, from the seed, the CRC32 of the path, the step and the
+        layer's number."""
+        key = jax.random.fold_in(
+            jax.random.key(jnp.asarray(self.seed, jnp.int32)), self.phase(view)
+        )
         key = jax.random.fold_in(key, step)
         return each(lambda layer: jax.random.fold_in(key, layer), view.batch)(layers)
 
@@ -160,13 +178,17 @@ class Projection:
         return getattr(self.inner, "params", False) or "param" in self.projector.needs
 
     def due(self, state: ProjectionState) -> Any:
-        """Scalar: does a basis move at the next step? A Python bool where that does not depend on the step."""
+        """Scalar: does a basis move at the next step? A Python bool where that does not depend on
+        the step."""
         return step_lib.due_any(self, state.step, [matrix.view for matrix in matrix_states(state)])
 
     def sketch_bases(self, state: ProjectionState) -> dict[str, jax.Array]:
-        """`{path: (batch..., k, q)}`: what a refresh through taps contracts the gradients with, for `lr.taps`."""
+        """`{path: (batch..., k, q)}`: what a refresh through taps contracts the gradients with, for
+        `lr.taps`."""
         return {
-            matrix.view.path: sketch_basis(self, matrix.view, matrix, state.step, layer_numbers(matrix.view))
+            matrix.view.path: sketch_basis(
+                self, matrix.view, matrix, state.step, layer_numbers(matrix.view)
+            )
             for matrix in matrix_states(state)
         }
 
@@ -181,7 +203,8 @@ class ProjectionTransformation(optax.GradientTransformationExtraArgs):
 
 
 def scale_by_projection(projector: Projector, **slots: Any) -> ProjectionTransformation:
-    """Runs an inner optimizer in a low-rank subspace of each matrix: the one projection transformation.
+    """Runs an inner optimizer in a low-rank subspace of each matrix: the one projection
+    transformation.
 
     Returns the positive direction, as optax's `scale_by_*` do; chain a learning rate after it.
 
@@ -190,23 +213,27 @@ def scale_by_projection(projector: Projector, **slots: Any) -> ProjectionTransfo
       inner: what runs inside, `lr.inner.adam(...)` (default) or any optax transformation.
       clock: when the basis moves, one of `lr.clocks` (default `every(period=200)`).
       transport: what becomes of the moments, one of `lr.transports` (default `keep()`).
-      residual: what becomes of the rest of the gradient, one of `lr.residuals` (default `discard()`).
+      residual: what becomes of the rest of the gradient, one of `lr.residuals` (default
+        `discard()`).
       scale: factor on the step inside the subspace (GaLore's alpha); a residual rule has its own.
       side, tie: which dimension is shrunk, and which of a square; see `lr.resolve`.
       views: which leaves are matrices, `lr.Views(...)`.
       plain: the inner transformation of leaves that are not projected (default: `inner`).
-      guard: skip, and count, steps whose gradients are not finite or have a norm above 2^40, about 1e12.
-      clip_norm: clip the global norm of what is kept: low-rank gradients (full ones where the residual rule reads
-        them) and plain gradients alike.
+      guard: skip, and count, steps whose gradients are not finite or have a norm above 2^40, about
+        1e12.
+      clip_norm: clip the global norm of what is kept: low-rank gradients (full ones where the
+        residual rule reads them) and plain gradients alike.
       seed: of random bases and sketches.
 
     Raises:
-      ValueError: for slots that do not fit together, rules that match nothing, ranks that exceed a dimension; all at
-        construction or `init`, naming field, value and remedy.
+      ValueError: for slots that do not fit together, rules that match nothing, ranks that exceed a
+        dimension; all at construction or `init`, naming field, value and remedy.
 
     >>> import jax.numpy as jnp, optax
     >>> import lowrank_jax as lr
-    >>> tx = optax.chain(lr.scale_by_projection(lr.projectors.dct(rank=2)), optax.scale_by_learning_rate(1e-2))
+    >>> tx = optax.chain(
+    ...     lr.scale_by_projection(lr.projectors.dct(rank=2)), optax.scale_by_learning_rate(1e-2)
+    ... )
     >>> params = {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
     >>> state = tx.init(params)
     >>> updates, state = tx.update(params, state, params)
@@ -229,14 +256,20 @@ def explain(transformation: Any, params: Any) -> Report:
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lr
-    >>> print(lr.explain(lr.galore(1e-2, rank=4), {"dense": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}}))
+    >>> print(
+    ...     lr.explain(
+    ...         lr.galore(1e-2, rank=4),
+    ...         {"dense": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}},
+    ...     )
+    ... )
     leaf          shape    matrices  rank  shrinks  note
     dense/bias    (16,)    -         -     -        not named kernel (1-D)
     dense/kernel  (8, 16)  8x16      4     rows     default
     1 of 2 leaves projected: 128 of 144 parameters (88.9 %)
 
     Raises:
-      TypeError: for a transformation that was not made by this library (an optax chain hides what is inside it).
+      TypeError: for a transformation that was not made by this library (an optax chain hides what
+        is inside it).
     """
     return projection_of(transformation).report(params)
 
@@ -251,7 +284,8 @@ def projection_of(transformation: Any) -> Projection:
     projection = getattr(transformation, "projection", None)
     if projection is None:
         raise TypeError(
-            f"{type(transformation).__name__} was not made by lowrank_jax. Nothing can look inside optax.chain or "
-            "inject_hyperparams: pass the transformation itself, lr.galore(...) or lr.scale_by_projection(...)"
+            f"{type(transformation).__name__} was not made by lowrank_jax. Nothing can look inside "
+            "optax.chain or inject_hyperparams: pass the transformation itself, lr.galore(...) or "
+            "lr.scale_by_projection(...)"
         )
     return projection

@@ -1,7 +1,8 @@
 """What becomes of the moments when the basis moves.
 
-A transport maps an inner state from the old basis to the new one. `change` is the overlap `C = P_newᵀ P_old`, as a
-dense matrix or as an index map, with `apply(low) = C low` and `apply_squared(low) = (C∘C) low`.
+A transport maps an inner state from the old basis to the new one. `change` is the overlap
+`C = P_newᵀ P_old`, as a dense matrix or as an index map, with `apply(low) = C low` and
+`apply_squared(low) = (C∘C) low`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from lowrank_jax.projection import inner as inner_lib
 
 @dataclasses.dataclass(frozen=True)
 class DenseChange:
-    """Overlap of two bases as a matrix `C (batch..., r, r)`; two-sided bases have a second one on the right."""
+    """Overlap of two bases as a matrix `C (batch..., r, r)`; two-sided bases have a second one on
+    the right."""
 
     left: jax.Array
     right: jax.Array | None = None
@@ -33,7 +35,8 @@ class DenseChange:
 
 @dataclasses.dataclass(frozen=True)
 class IndexChange:
-    """Overlap of two sets of indices: slot j takes the old slot `source[j]`, or zero where `found[j]` is False."""
+    """Overlap of two sets of indices: slot j takes the old slot `source[j]`, or zero where
+    `found[j]` is False."""
 
     source: jax.Array
     found: jax.Array
@@ -45,7 +48,9 @@ class IndexChange:
         return cls(jnp.argmax(same, axis=-1), jnp.any(same, axis=-1))
 
     def apply(self, low: jax.Array) -> jax.Array:
-        return jnp.where(self.found[..., None], jnp.take_along_axis(low, self.source[..., None], axis=-2), 0)
+        return jnp.where(
+            self.found[..., None], jnp.take_along_axis(low, self.source[..., None], axis=-2), 0
+        )
 
     apply_squared = apply
 
@@ -78,8 +83,8 @@ class Reset:
     """Moments start again from `inner.init` (FRUGAL).
 
     Args:
-      count: whether counts start again too, so that bias correction restarts. With False only registered moments are
-        zeroed.
+      count: whether counts start again too, so that bias correction restarts. With False only
+        registered moments are zeroed.
     """
 
     count: bool = True
@@ -97,8 +102,8 @@ class Reset:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotate:
-    """First moments by `C m`, second ones by `|C v|` (DCT-AdamW). On index bases a slot keeps its moments if its index
-    survives, and a new index starts at zero."""
+    """First moments by `C m`, second ones by `|C v|` (DCT-AdamW). On index bases a slot keeps its
+    moments if its index survives, and a new index starts at zero."""
 
     moves = True
 
@@ -129,8 +134,8 @@ class LDAdam:
         seconds = [moment for moment in inner_lib.moments(inner, state) if moment.kind == "second"]
         if len(seconds) != 1 or seconds[0].decay is None or seconds[0].count is None:
             raise ValueError(
-                f"transport ldadam needs one second moment with a known decay and count; {type(inner).__name__} has "
-                f"{len(seconds)}: use lr.inner.adam"
+                "transport ldadam needs one second moment with a known decay and count; "
+                f"{type(inner).__name__} has {len(seconds)}: use lr.inner.adam"
             )
 
     def __call__(self, inner, state, fresh, change):
@@ -145,7 +150,9 @@ class LDAdam:
             mean = m / inner_lib.debias(first.decay, t)
             correction = inner_lib.debias(moment.decay, t)
             variance = value.astype(jnp.float32) / correction - jnp.square(mean)
-            second = correction * jnp.abs(change.apply_squared(variance) + jnp.square(change.apply(mean)))
+            second = correction * jnp.abs(
+                change.apply_squared(variance) + jnp.square(change.apply(mean))
+            )
             return jnp.where(seen > 0, second, value)
 
         return inner_lib.map_moments(inner, state, move)
@@ -158,8 +165,9 @@ def _check_registered(name: str, inner: Any, state: Any) -> None:
         kind = known.get(tuple(path))
         if leaf.ndim and kind in (None, "factored", "other"):
             raise ValueError(
-                f"transport {name} does not know how to move {jax.tree_util.keystr(path)} ({kind or 'unregistered'}) "
-                f"of {type(inner).__name__}; use transports.keep() or reset(), or lr.inner.register_moments"
+                f"transport {name} does not know how to move {jax.tree_util.keystr(path)} "
+                f"({kind or 'unregistered'}) of {type(inner).__name__}; use transports.keep() or "
+                "reset(), or lr.inner.register_moments"
             )
 
 

@@ -37,7 +37,9 @@ class Every(nn.Module):
         return {
             "dense": nn.Dense(6, name="dense")(x),
             "heads": nn.DenseGeneral((2, 5), name="heads")(x),
-            "out": nn.DenseGeneral(8, axis=(-2, -1), name="out")(jnp.stack([x, x[..., ::-1]], -2)[..., :5]),
+            "out": nn.DenseGeneral(8, axis=(-2, -1), name="out")(
+                jnp.stack([x, x[..., ::-1]], -2)[..., :5]
+            ),
             "mix": nn.Einsum((3, 8, 4), "bsd,sdf->bsf", name="mix")(x),
             "conv": nn.Conv(6, (2, 2), strides=2, padding="VALID", name="conv")(image),
             "embed": embed(ids),
@@ -67,7 +69,10 @@ def every_bare(params, x, image, ids):
 
 def every_input():
     generator = np.random.default_rng(0)
-    x, image = (jnp.asarray(generator.normal(size=shape), jnp.float32) for shape in ((2, 3, 8), (2, 4, 5, 3)))
+    x, image = (
+        jnp.asarray(generator.normal(size=shape), jnp.float32)
+        for shape in ((2, 3, 8), (2, 4, 5, 3))
+    )
     return x, image, jnp.asarray(generator.integers(0, 12, (2, 3)))
 
 
@@ -108,13 +113,18 @@ def total(tree):
 def close(got, expected, rtol=2e-5, atol=2e-5):
     """Two trees are equal up to rounding."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
-    compare = lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=rtol, atol=atol)  # noqa: E731
+
+    def compare(a, b):
+        return np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=rtol, atol=atol)
+
     jax.tree.map(compare, got, expected)
 
 
 def on(model, **options):
     """`model.apply` as a function that takes adapters."""
-    return lr.linen.adapted(lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs), **options)
+    return lr.linen.adapted(
+        lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs), **options
+    )
 
 
 def initial(model, *args):

@@ -19,10 +19,17 @@ METHODS = {
     "scaled_adamw": functools.partial(A.scaled_adamw, scale=SCALE, damping=1e-3),
     "scaled_adamw sequential": functools.partial(A.scaled_adamw, order="sequential", damping=1e-3),
     "altlora": functools.partial(A.altlora, scale=SCALE, damping=1e-3),
-    "altlora both": functools.partial(A.altlora, scale=2.0, alternate=None, bias_correction="first", when="post"),
+    "altlora both": functools.partial(
+        A.altlora, scale=2.0, alternate=None, bias_correction="first", when="post"
+    ),
     "altlora_plus": functools.partial(A.altlora_plus, scale=SCALE, alternate=2, damping=1e-3),
     "altlora_plus official": functools.partial(
-        A.altlora_plus, scale=1.0, alternate=None, bias_correction="first", transport="step", when="post"
+        A.altlora_plus,
+        scale=1.0,
+        alternate=None,
+        bias_correction="first",
+        transport="step",
+        when="post",
     ),
 }
 FAST = ("scaled_adamw sequential", "altlora_plus")
@@ -31,7 +38,8 @@ FAST = ("scaled_adamw sequential", "altlora_plus")
 def rows(*names):
     """Methods as pytest parameters; those that the fast tier leaves out are marked slow."""
     return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
+        "name",
+        [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names],
     )
 
 

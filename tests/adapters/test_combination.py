@@ -88,7 +88,9 @@ def oracle(method, path, layer, density=1.0, majority_sign="total", rank=3, task
 
 
 def flat_oracle(method):
-    return oracle(method, "out/kernel", 0, tasks={name: made(i + 1, FLAT) for i, name in enumerate(ALL)})
+    return oracle(
+        method, "out/kernel", 0, tasks={name: made(i + 1, FLAT) for i, name in enumerate(ALL)}
+    )
 
 
 CASES = [
@@ -110,7 +112,9 @@ def test_methods_are_pefts(method, options):
     found = combine(ALL, WEIGHTS, method=method, **options)
     for path in PATHS:
         for layer in matrices(path):
-            np.testing.assert_allclose(delta(found, path, layer), oracle(method, path, layer, **options), atol=2e-5)
+            np.testing.assert_allclose(
+                delta(found, path, layer), oracle(method, path, layer, **options), atol=2e-5
+            )
     rank = {"cat": 9, "linear": 3}.get(method, options.get("rank", 3))
     assert found.plan.by_path["out/kernel"][1].rank == rank
     assert found.plan.name == "combined"
@@ -118,9 +122,17 @@ def test_methods_are_pefts(method, options):
 
 
 def test_options_change_the_result():
-    base = [delta(combine(ALL, WEIGHTS, method="ties", **options), "out/kernel") for options in (
-        {"density": 0.6}, {"density": 0.5}, {"density": 0.6, "majority_sign": "frequency"})]  # fmt: skip
-    assert not np.allclose(base[0], base[1], atol=1e-3) and not np.allclose(base[0], base[2], atol=1e-3)
+    base = [
+        delta(combine(ALL, WEIGHTS, method="ties", **options), "out/kernel")
+        for options in (
+            {"density": 0.6},
+            {"density": 0.5},
+            {"density": 0.6, "majority_sign": "frequency"},
+        )
+    ]
+    assert not np.allclose(base[0], base[1], atol=1e-3) and not np.allclose(
+        base[0], base[2], atol=1e-3
+    )
 
 
 def test_the_sheet_example_of_ties():
@@ -137,22 +149,36 @@ def test_the_sheet_example_of_ties():
 
 
 def test_what_is_trimmed_and_what_of_equal_entries():
-    x = np.array([[[2.0, -2.0, 1.0], [0.0, 2.0, -3.0]], [[0.0, 0.0, 0.0], [5.0, 4.0, 3.0]]], np.float32)
+    x = np.array(
+        [[[2.0, -2.0, 1.0], [0.0, 2.0, -3.0]], [[0.0, 0.0, 0.0], [5.0, 4.0, 3.0]]], np.float32
+    )
     got = largest(jnp.asarray(x), 0.5, np.ones(x.shape, bool))
     np.testing.assert_array_equal(got, [[[2, -2, 0], [0, 0, -3]], [[0, 0, 0], [5, 4, 3]]])
-    own = np.broadcast_to(np.array([True, True, False]), x.shape)  # the third column is padding: half of 4 is kept
+    own = np.broadcast_to(
+        np.array([True, True, False]), x.shape
+    )  # the third column is padding: half of 4 is kept
     np.testing.assert_array_equal(largest(jnp.asarray(x), 0.5, own)[0], [[2, -2, 0], [0, 0, 0]])
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
 def test_dare_drops_by_the_key_and_is_plain_at_density_1(method):
-    run = functools.partial(combine, {name: made(i + 1, FLAT) for i, name in enumerate(ALL)}, WEIGHTS, method=method)
-    first, again, other = (delta(run(density=0.5, key=jax.random.key(seed)), "out/kernel") for seed in (1, 1, 2))
+    run = functools.partial(
+        combine, {name: made(i + 1, FLAT) for i, name in enumerate(ALL)}, WEIGHTS, method=method
+    )
+    first, again, other = (
+        delta(run(density=0.5, key=jax.random.key(seed)), "out/kernel") for seed in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other, atol=1e-3)
-    plain = method.replace("dare_linear_svd", "svd").replace("dare_linear", "linear").replace("dare_ties", "ties")
+    plain = (
+        method.replace("dare_linear_svd", "svd")
+        .replace("dare_linear", "linear")
+        .replace("dare_ties", "ties")
+    )
     assert not np.allclose(first, flat_oracle(plain), atol=1e-3)
-    np.testing.assert_allclose(delta(run(density=1.0, key=KEY), "out/kernel"), flat_oracle(plain), atol=2e-5)
+    np.testing.assert_allclose(
+        delta(run(density=1.0, key=KEY), "out/kernel"), flat_oracle(plain), atol=2e-5
+    )
 
 
 @pytest.mark.slow
@@ -161,20 +187,26 @@ def test_dare_keeps_the_mean_and_draws_each_factor_task_and_layer_apart():
     one = lr.adapt(params, lr.adapters.lora(rank=32, alpha=32), KEY, views=VIEWS)
     eye = {"a": jnp.ones((2, 64, 32)), "b": jnp.ones((2, 32, 32))}
     one = one.replace(train=one.train | {"sites": {"layers/kernel": eye}})
-    found = combine({"one": one}, [1], method="dare_linear", density=0.25, key=KEY).train["sites"]["layers/kernel"]
+    found = combine({"one": one}, [1], method="dare_linear", density=0.25, key=KEY).train["sites"][
+        "layers/kernel"
+    ]
     a, b = np.asarray(found["a"]), np.asarray(found["b"])
     assert set(np.unique(a)) == {0.0, 4.0}
     assert abs(a.mean() - 1) < 0.1 and abs(b.mean() - 1) < 0.15
     assert (a[0] != a[1]).any() and (a[:, :32] != b).any()
     twice = combine({"one": one, "two": one}, [1, 1], method="dare_linear", density=0.25, key=KEY)
-    assert 4.0 in np.unique(twice.train["sites"]["layers/kernel"]["a"])  # one kept it, the other did not
+    assert 4.0 in np.unique(
+        twice.train["sites"]["layers/kernel"]["a"]
+    )  # one kept it, the other did not
 
 
 def test_one_sum_of_two_is_both_attached_and_subtraction_undoes_it():
     x = jnp.asarray(normal(5, 3, 5))
     both = lr.matmul(x, lr.attach(PARAMS, {"one": ONE, "two": TWO})["out"]["kernel"])
     found = combine({"one": ONE, "two": TWO}, {"two": 1, "one": 1}, method="cat", name="sum")
-    np.testing.assert_allclose(lr.matmul(x, lr.attach(PARAMS, found)["out"]["kernel"]), both, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        lr.matmul(x, lr.attach(PARAMS, found)["out"]["kernel"]), both, rtol=1e-5, atol=1e-5
+    )
     assert found.plan.name == "sum"
     back = combine({"sum": found, "two": TWO}, [1, -1], method="svd", rank=3)
     np.testing.assert_allclose(delta(back, "out/kernel"), delta(ONE, "out/kernel"), atol=2e-5)
@@ -190,17 +222,23 @@ def test_one_task_of_weight_1_is_itself(method):
 
 
 def test_energy_chooses_ranks_matrix_by_matrix():
-    one = lr.adapt({"layers": PARAMS["layers"]}, lr.adapters.lora(rank=3, alpha=3), KEY, views=VIEWS)
+    one = lr.adapt(
+        {"layers": PARAMS["layers"]}, lr.adapters.lora(rank=3, alpha=3), KEY, views=VIEWS
+    )
     left, right = (np.stack([np.linalg.qr(normal(i, n, 3))[0] for i in range(2)]) for n in (6, 5))
     s = np.array([[4.0, 2.0, 0.1], [1.0, 0.01, 0.01]])
-    factors = {side: jnp.asarray(x, jnp.float32) for side, x in
-               (("a", left * s[:, None]), ("b", np.swapaxes(right, 1, 2)))}  # fmt: skip
+    factors = {
+        side: jnp.asarray(x, jnp.float32)
+        for side, x in (("a", left * s[:, None]), ("b", np.swapaxes(right, 1, 2)))
+    }
     one = one.replace(train=one.train | {"sites": {"layers/kernel": factors}})
     for method, extra in (("svd", {}), ("ties_svd", {"density": 1.0})):
         found = combine({"one": one}, [1.0], method=method, energy=0.99, **extra)
         assert dict(found.matrices)["layers/kernel"].ranks == (2, 1)
         assert found.trained == 3 * 11
-        np.testing.assert_array_equal(found.fixed["sites"]["layers/kernel"]["scale"], [[1, 1], [1, 0]])
+        np.testing.assert_array_equal(
+            found.fixed["sites"]["layers/kernel"]["scale"], [[1, 1], [1, 0]]
+        )
         cut = combine({"one": one}, [1.0], method=method, energy=0.99, rank=1, **extra)
         assert dict(cut.matrices)["layers/kernel"].ranks == (1, 1)
 
@@ -210,21 +248,45 @@ def test_ranks_padded_in_a_stack_count_as_what_they_are():
     options = {"rules": lr.adapters.lora(rank=3, alpha=3), "ranks": {"layers/kernel": (1, 3)}}
     one, two = made(1, **options), made(2, **options)
     sites = one.train["sites"]
-    poison = sites["layers/kernel"]["a"].at[0, :, 1:].set(100.0)  # beyond the rank of the first layer
+    poison = (
+        sites["layers/kernel"]["a"].at[0, :, 1:].set(100.0)
+    )  # beyond the rank of the first layer
     sites = sites | {"layers/kernel": sites["layers/kernel"] | {"a": poison}}
     one = one.replace(train=one.train | {"sites": sites})
-    first = [{side: np.asarray(each.train["sites"]["layers/kernel"][side][0], np.float64) for side in "ab"}
-             for each in (one, two)]  # fmt: skip
-    a, b, strength = [x["a"][:, :1] for x in first], [x["b"][:1] for x in first], np.array([3.0, 1.5])
-    for method, density in (("cat", None), ("linear", None), ("ties", 0.5), ("magnitude_prune_svd", 0.5)):
+    first = [
+        {
+            side: np.asarray(each.train["sites"]["layers/kernel"][side][0], np.float64)
+            for side in "ab"
+        }
+        for each in (one, two)
+    ]
+    a, b, strength = (
+        [x["a"][:, :1] for x in first],
+        [x["b"][:1] for x in first],
+        np.array([3.0, 1.5]),
+    )
+    for method, density in (
+        ("cat", None),
+        ("linear", None),
+        ("ties", 0.5),
+        ("magnitude_prune_svd", 0.5),
+    ):
         extra = {} if density is None else {"density": density}
         found = combine({"one": one, "two": two}, [1, 0.5], method=method, **extra)
         if method in ("linear", "ties"):
-            want = np.matmul(*(merged(side, np.sqrt(strength), method, density, "total") for side in (a, b)))
+            want = np.matmul(
+                *(merged(side, np.sqrt(strength), method, density, "total") for side in (a, b))
+            )
         elif method == "cat":
             want = sum(w * x @ y for w, x, y in zip(strength, a, b, strict=True))
         else:
-            want = merged([3 * x @ y for x, y in zip(a, b, strict=True)], [1, 0.5], "magnitude_prune", density, "total")
+            want = merged(
+                [3 * x @ y for x, y in zip(a, b, strict=True)],
+                [1, 0.5],
+                "magnitude_prune",
+                density,
+                "total",
+            )
             u, s, vt = np.linalg.svd(want)
             want = (u[:, :3] * s[:3]) @ vt[:3]
         np.testing.assert_allclose(delta(found, "layers/kernel", 0), want, atol=1e-4)
@@ -239,10 +301,16 @@ def test_a_leaf_that_one_alone_adapts_takes_that_one_and_whole_leaves_go_along()
     two = made(2, params | {"more": {"kernel": jnp.zeros((3, 3))}}, {"more/kernel": lora})
     found = combine({"one": one, "two": two}, [2, 3])
     np.testing.assert_allclose(delta(found, "out/kernel"), 2 * delta(one, "out/kernel"), rtol=1e-5)
-    np.testing.assert_allclose(delta(found, "more/kernel"), 3 * delta(two, "more/kernel"), rtol=1e-5)
+    np.testing.assert_allclose(
+        delta(found, "more/kernel"), 3 * delta(two, "more/kernel"), rtol=1e-5
+    )
     assert found.plan.whole == ("head/kernel",) and found.train["whole"] is not None
-    np.testing.assert_array_equal(found.train["whole"]["head/kernel"], one.train["whole"]["head/kernel"])
-    with pytest.raises(ValueError, match=r"leaves \['head/kernel'\] are trained whole by two adaptations"):
+    np.testing.assert_array_equal(
+        found.train["whole"]["head/kernel"], one.train["whole"]["head/kernel"]
+    )
+    with pytest.raises(
+        ValueError, match=r"leaves \['head/kernel'\] are trained whole by two adaptations"
+    ):
         combine({"one": one, "two": one}, [1, 1])
 
 
@@ -253,8 +321,13 @@ def test_families_with_factors_and_offsets_combine():
         "pissa": made(2, params, lr.adapters.lora(rank=2, init="pissa")),
     }
     found = combine(each, [1, 2], method="cat")
-    kernels = {name: np.asarray(lr.effective(params, one)["kernel"] - params["kernel"]) for name, one in each.items()}
-    np.testing.assert_allclose(delta(found, "kernel"), kernels["uni"] + 2 * kernels["pissa"], atol=1e-4)
+    kernels = {
+        name: np.asarray(lr.effective(params, one)["kernel"] - params["kernel"])
+        for name, one in each.items()
+    }
+    np.testing.assert_allclose(
+        delta(found, "kernel"), kernels["uni"] + 2 * kernels["pissa"], atol=1e-4
+    )
     assert found.plan.by_path["kernel"][1].rank == 6
 
 
@@ -269,20 +342,27 @@ def test_errors_name_what_is_wrong():
         ({"method": "ties"}, r"density=None must lie in \(0, 1\]"),
         ({"method": "ties", "density": 1.5}, r"density=1.5 must lie in \(0, 1\]"),
         ({"method": "dare_linear", "density": 0.5}, "drops entries at random: pass key="),
-        ({"method": "ties", "density": 0.5, "majority_sign": "sum"}, "majority_sign='sum' must be 'total' or"),
+        (
+            {"method": "ties", "density": 0.5, "majority_sign": "sum"},
+            "majority_sign='sum' must be 'total' or",
+        ),
         ({"method": "svd", "rank": 0}, "rank=0 must be a positive integer"),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             combine(both, [1, 1], **options)
-    with pytest.raises(ValueError, match=r"weights: given for \['one'\], the adaptations are \['one', 'two'\]"):
+    with pytest.raises(
+        ValueError, match=r"weights: given for \['one'\], the adaptations are \['one', 'two'\]"
+    ):
         combine(both, {"one": 1})
     with pytest.raises(ValueError, match="weights: 1 for the 2 adaptations"):
         combine(both, [1])
     with pytest.raises(ValueError, match="there is no adaptation"):
         combine({}, [])
     other = made(1, rules=lr.adapters.lora(rank=2))
-    with pytest.raises(ValueError, match=r"at 'layers/kernel' the ranks are \{'one': \[3\], 'two': \[2\]\}"):
+    with pytest.raises(
+        ValueError, match=r"at 'layers/kernel' the ranks are \{'one': \[3\], 'two': \[2\]\}"
+    ):
         combine({"one": ONE, "two": other}, [1, 1], method="linear")
     with pytest.raises(ValueError, match="'oft': Oft at 'out/kernel' has no factors"):
         combine({"oft": made(1, rules={"out/kernel": lr.adapters.oft(block=5)})}, [1])

@@ -1,4 +1,5 @@
-"""To plain LoRA and back into the base: exactly where there are factors, else as near as a rank allows."""
+"""To plain LoRA and back into the base: exactly where there are factors, else as near as a rank
+allows."""
 
 import dataclasses
 
@@ -21,11 +22,16 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-PARAMS = {"layers": {"kernel": jnp.asarray(normal(0, 2, 8, 6))}, "out": {"kernel": jnp.asarray(normal(1, 6, 4))}}
+PARAMS = {
+    "layers": {"kernel": jnp.asarray(normal(0, 2, 8, 6))},
+    "out": {"kernel": jnp.asarray(normal(1, 6, 4))},
+}
 
 
 def made(rules, params=PARAMS, spread=0.3, **options):
-    adaptation = lr.adapt(params, rules, KEY, views=VIEWS if "layers" in params else None, **options)
+    adaptation = lr.adapt(
+        params, rules, KEY, views=VIEWS if "layers" in params else None, **options
+    )
     leaves, treedef = jax.tree.flatten(adaptation.train)
     new = [leaf + jnp.asarray(spread * normal(i, *leaf.shape)) for i, leaf in enumerate(leaves)]
     return adaptation.replace(train=jax.tree.unflatten(treedef, new))
@@ -35,7 +41,10 @@ def deltas(adaptation, params=PARAMS):
     """What an adaptation adds to each kernel, float64."""
     found = lr.effective(params, adaptation)
     tops = {path: path.split("/")[0] for path in adaptation.plan.by_path}
-    return {path: np.asarray(found[top]["kernel"], np.float64) - params[top]["kernel"] for path, top in tops.items()}
+    return {
+        path: np.asarray(found[top]["kernel"], np.float64) - params[top]["kernel"]
+        for path, top in tops.items()
+    }
 
 
 EXACT = {
@@ -55,7 +64,9 @@ def test_factors_convert_exactly(name):
     for path, delta in deltas(adaptation).items():
         np.testing.assert_allclose(deltas(found)[path], delta, atol=1e-6)
         adapter, site = found.plan.by_path[path]
-        assert type(adapter) is lr.adapters.lora and adapter.alpha == adapter.rank == site.rank == rank
+        assert (
+            type(adapter) is lr.adapters.lora and adapter.alpha == adapter.rank == site.rank == rank
+        )
         assert (found.fixed["sites"][path]["scale"] == 1).all()
         assert report.how[path] == "as it is" and not report.errors[path].any()
     assert found.trained == rank * (2 * 14 + 10)
@@ -70,7 +81,12 @@ def test_the_offset_refers_to_the_kernel_as_it_was():
     np.testing.assert_allclose(arrays["b"][:2], -arrays["b"][2:])
 
 
-SMALLER = [lr.adapters.lora(rank=4), lr.adapters.dora(rank=2), lr.adapters.oft(block=2), lr.adapters.hira(rank=1)]
+SMALLER = [
+    lr.adapters.lora(rank=4),
+    lr.adapters.dora(rank=2),
+    lr.adapters.oft(block=2),
+    lr.adapters.hira(rank=1),
+]
 
 
 @pytest.mark.parametrize("family", SMALLER, ids=lambda family: family.kind)
@@ -86,7 +102,9 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_reported(family):
         np.testing.assert_allclose(report.errors[path], want, atol=1e-5)
         assert report.how[path] == ("SVD of the product" if squeezed else "SVD of the difference")
         a, b = (np.asarray(found.train["sites"][path][side], np.float64) for side in "ab")
-        np.testing.assert_allclose(np.linalg.norm(a, axis=-2), np.linalg.norm(b, axis=-1), rtol=1e-4)  # split evenly
+        np.testing.assert_allclose(
+            np.linalg.norm(a, axis=-2), np.linalg.norm(b, axis=-1), rtol=1e-4
+        )  # split evenly
     assert found.trained == 2 * (2 * 14 + 10)
 
 
@@ -117,12 +135,19 @@ def test_energy_gives_each_matrix_its_rank_padded_in_a_stack():
     assert dict(found.matrices)["layers/kernel"].alphas == (2.0, 1.0)
     np.testing.assert_array_equal(found.fixed["sites"]["layers/kernel"]["scale"], [[1, 1], [1, 0]])
     assert found.trained == 3 * 14
-    np.testing.assert_allclose(report.errors["layers/kernel"], [0.1 / np.hypot(4, 2), 0.01 * np.sqrt(2)], rtol=0.01)
+    np.testing.assert_allclose(
+        report.errors["layers/kernel"], [0.1 / np.hypot(4, 2), 0.01 * np.sqrt(2)], rtol=0.01
+    )
     assert "1 to 2" in str(report) and "SVD of the product" in str(report)
-    assert to_lora(PARAMS, adaptation, energy=0.99, rank=1)[1].ranks["layers/kernel"].tolist() == [1, 1]
+    assert to_lora(PARAMS, adaptation, energy=0.99, rank=1)[1].ranks["layers/kernel"].tolist() == [
+        1,
+        1,
+    ]
     assert to_lora(PARAMS, adaptation, energy=1.0)[1].ranks["layers/kernel"].tolist() == [3, 3]
     with pytest.raises(ValueError, match=r"energy: the ranks depend on values"):
-        jax.jit(lambda train: to_lora(PARAMS, adaptation.replace(train=train), energy=0.9)[0].train)(adaptation.train)
+        jax.jit(
+            lambda train: to_lora(PARAMS, adaptation.replace(train=train), energy=0.9)[0].train
+        )(adaptation.train)
 
 
 def test_energy_of_a_family_without_factors():
@@ -136,7 +161,10 @@ def test_energy_of_a_family_without_factors():
 
 @pytest.mark.slow
 def test_masks_weights_and_ranks_of_a_stack_are_worked_in():
-    for family in (lr.adapters.lora(rank=3, alpha=3), lr.adapters.lora(rank=3, alpha=3, init="pissa")):
+    for family in (
+        lr.adapters.lora(rank=3, alpha=3),
+        lr.adapters.lora(rank=3, alpha=3, init="pissa"),
+    ):
         adaptation = made(family, ranks={"layers/kernel": (1, 3)}, alphas={"layers/kernel": (2, 5)})
         wide = weighted(padded(adaptation, 4), 0.5)
         found, report = to_lora(PARAMS, wide)
@@ -147,7 +175,9 @@ def test_masks_weights_and_ranks_of_a_stack_are_worked_in():
             np.testing.assert_allclose(deltas(found)[path], delta, atol=2e-6)
         squeezed, report = to_lora(PARAMS, wide, rank=2)
         assert report.ranks["layers/kernel"].tolist() == [times, 2]
-        np.testing.assert_allclose(deltas(squeezed)["layers/kernel"][0], deltas(wide)["layers/kernel"][0], atol=5e-6)
+        np.testing.assert_allclose(
+            deltas(squeezed)["layers/kernel"][0], deltas(wide)["layers/kernel"][0], atol=5e-6
+        )
 
 
 def test_layers_that_are_left_out_stay_out():
@@ -161,7 +191,9 @@ def test_layers_that_are_left_out_stay_out():
 
 def test_what_is_trained_whole_and_dropout_go_along_and_bases_may_be_boxed():
     params = {"kernel": jnp.asarray(normal(1, 6, 4)), "bias": jnp.ones(4)}
-    adaptation = made({"kernel": lr.adapters.lora(rank=2, dropout=0.25)}, params, whole="bias", name="mine")
+    adaptation = made(
+        {"kernel": lr.adapters.lora(rank=2, dropout=0.25)}, params, whole="bias", name="mine"
+    )
     found, _ = to_lora(params, adaptation)
     assert found.plan.whole == ("bias",) and found.plan.name == "mine"
     np.testing.assert_array_equal(found.train["whole"]["bias"], adaptation.train["whole"]["bias"])
@@ -169,7 +201,9 @@ def test_what_is_trained_whole_and_dropout_go_along_and_bases_may_be_boxed():
 
 
 def test_conversion_errors():
-    with pytest.raises(ValueError, match=r"'layers/kernel': Oft has no factors.*give rank= or energy="):
+    with pytest.raises(
+        ValueError, match=r"'layers/kernel': Oft has no factors.*give rank= or energy="
+    ):
         to_lora(PARAMS, made(lr.adapters.oft(block=2)))
     with pytest.raises(ValueError, match="rank=0 must be a positive integer"):
         to_lora(PARAMS, made(lr.adapters.oft(block=2)), rank=0)
@@ -188,15 +222,23 @@ def test_absorbing_writes_the_offset_into_the_kernel(init):
     absorbed, after = absorb(PARAMS, before)
     for path in ("layers", "out"):
         own = before.fixed["sites"][f"{path}/kernel"]
-        offset = np.asarray(own["a0"] * own["scale"][..., None, :], np.float64) @ np.asarray(own["b0"], np.float64)
-        np.testing.assert_allclose(absorbed[path]["kernel"], PARAMS[path]["kernel"] - offset, atol=1e-6)
+        offset = np.asarray(own["a0"] * own["scale"][..., None, :], np.float64) @ np.asarray(
+            own["b0"], np.float64
+        )
+        np.testing.assert_allclose(
+            absorbed[path]["kernel"], PARAMS[path]["kernel"] - offset, atol=1e-6
+        )
         if init == "pissa":  # what is left are the small singular values
             s = np.linalg.svd(np.asarray(PARAMS[path]["kernel"], np.float64), compute_uv=False)
             left = np.linalg.svd(np.asarray(absorbed[path]["kernel"], np.float64), compute_uv=False)
             np.testing.assert_allclose(left[..., : s.shape[-1] - 2], s[..., 2:], atol=1e-5)
     assert all(set(arrays) == {"scale"} for arrays in after.fixed["sites"].values())
     assert after.train is before.train
-    for a, b in zip(jax.tree.leaves(lr.merge(absorbed, after)), jax.tree.leaves(lr.merge(PARAMS, before)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(lr.merge(absorbed, after)),
+        jax.tree.leaves(lr.merge(PARAMS, before)),
+        strict=True,
+    ):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
@@ -206,7 +248,9 @@ def test_what_was_trained_on_an_absorbed_base_goes_back_to_the_original():
     moved = after.replace(train=jax.tree.map(lambda x: x + 0.1, after.train))
     found, _ = to_lora(absorbed, moved)  # refers to the absorbed base: rank r
     assert found.plan.by_path["out/kernel"][1].rank == 2
-    other, _ = to_lora(PARAMS, before.replace(train=moved.train))  # refers to the original: rank 2 r
+    other, _ = to_lora(
+        PARAMS, before.replace(train=moved.train)
+    )  # refers to the original: rank 2 r
     assert other.plan.by_path["out/kernel"][1].rank == 4
     want = lr.merge(absorbed, moved)
     for got in (lr.merge(absorbed, found), lr.merge(PARAMS, other)):
@@ -224,7 +268,11 @@ def test_absorbing_into_bfloat16_loses_what_data_would_keep():
     def error(base, adaptation):
         adapter, site = adaptation.plan.by_path["kernel"]
         arrays = adaptation.arrays("kernel")
-        return float(jnp.abs(adapter.effective(site, base["kernel"].astype(jnp.float32), arrays) - wide).max())
+        return float(
+            jnp.abs(
+                adapter.effective(site, base["kernel"].astype(jnp.float32), arrays) - wide
+            ).max()
+        )
 
     kept, lost = error(params, before), error(absorbed, after)
     assert kept < 1e-5 < 1e-3 < lost < 2**-8 * float(jnp.abs(wide).max())
@@ -254,12 +302,16 @@ class Recoded(Coded):
 
 def test_quantised_and_boxed_kernels_absorb():
     codes = jnp.round(64 * normal(1, 6, 4)).astype(jnp.int32)
-    before = made({"kernel": lr.adapters.lora(rank=2, init="pissa")}, {"kernel": Recoded(codes)}, spread=0.0)
+    before = made(
+        {"kernel": lr.adapters.lora(rank=2, init="pissa")}, {"kernel": Recoded(codes)}, spread=0.0
+    )
     absorbed, after = absorb({"kernel": Recoded(codes)}, before)
     assert isinstance(absorbed["kernel"], Recoded)
     merged = lr.merge(absorbed, after)["kernel"].dequantize(jnp.float32)
     np.testing.assert_allclose(merged, codes / 64, atol=1 / 64 + 1e-5)
-    with pytest.raises(ValueError, match="'kernel': Coded has no requantize; keep the offset as data"):
+    with pytest.raises(
+        ValueError, match="'kernel': Coded has no requantize; keep the offset as data"
+    ):
         absorb({"kernel": Coded(codes)}, before)
     boxed = {"kernel": nn.Partitioned(codes / 64, names=("in", "out"))}
     found, _ = absorb(boxed, before)

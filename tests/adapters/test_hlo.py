@@ -1,4 +1,5 @@
-"""Bytes of the compiled gradient step: thin adapters form no second matrix of the kernel's size, dense ones one."""
+"""Bytes of the compiled gradient step: thin adapters form no second matrix of the kernel's size,
+dense ones one."""
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +15,35 @@ THIN = {
     "uni_lora": A.uni_lora(rank=4, size=64), "vera": A.vera(rank=4), "vera-regenerated": A.vera(rank=4, stored=False),
     "miss": A.miss(rank=5), "mini": A.miss(rank=5, mode="mini", mini_rank=8), "shira": A.shira(rank=2),
 }  # fmt: skip
-DENSE = {"loha": A.loha(rank=4), "hira": A.hira(rank=4), "bat": A.miss(rank=8, mode="bat"),
-         "fourierft": A.fourierft(frequencies=9)}  # fmt: skip
+DENSE = {
+    "loha": A.loha(rank=4),
+    "hira": A.hira(rank=4),
+    "bat": A.miss(rank=8, mode="bat"),
+    "fourierft": A.fourierft(frequencies=9),
+}
 
 
 def temporaries(adapter) -> int:
-    """Bytes that the gradient of two adapted layers, one behind the other, needs beside its arguments and results."""
-    params = {"up": jax.ShapeDtypeStruct((N, M), jnp.float32), "down": jax.ShapeDtypeStruct((M, N), jnp.float32)}
-    adaptation = jax.eval_shape(lambda params, key: lr.adapt(params, {".*": adapter}, key), params, jax.random.key(0))
+    """Bytes that the gradient of two adapted layers, one behind the other, needs beside its
+    arguments and results."""
+    params = {
+        "up": jax.ShapeDtypeStruct((N, M), jnp.float32),
+        "down": jax.ShapeDtypeStruct((M, N), jnp.float32),
+    }
+    adaptation = jax.eval_shape(
+        lambda params, key: lr.adapt(params, {".*": adapter}, key), params, jax.random.key(0)
+    )
 
     def loss(train, fixed, params, x):
         tree = lr.attach(params, adaptation.replace(train=train, fixed=fixed))
         return jnp.sum(lr.matmul(jnp.tanh(lr.matmul(x, tree["up"])), tree["down"]) ** 2)
 
     x = jax.ShapeDtypeStruct((TOKENS, N), jnp.float32)
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(adaptation.train, adaptation.fixed, params, x).compile()
+    compiled = (
+        jax.jit(jax.value_and_grad(loss))
+        .lower(adaptation.train, adaptation.fixed, params, x)
+        .compile()
+    )
     return compiled.memory_analysis().temp_size_in_bytes
 
 

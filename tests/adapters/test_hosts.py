@@ -1,4 +1,5 @@
-"""Every host of a kernel: its output with adapters is that of the effective kernel; and what a host must not do."""
+"""Every host of a kernel: its output with adapters is that of the effective kernel; and what a host
+must not do."""
 
 import functools
 
@@ -14,8 +15,8 @@ pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
 A = lr.adapters
 KEY = jax.random.key(0)
-# one of each way to act: factors, factors of a shared vector, a gain on the columns, a rotation of the rows, a sum of
-# shards, a dense delta, a product with the kernel, entries in blocks
+# one of each way to act: factors, factors of a shared vector, a gain on the columns, a rotation of
+# the rows, a sum of shards, a dense delta, a product with the kernel, entries in blocks
 FAMILIES = {
     "lora": A.lora(rank=2, init="pissa"), "uni_lora": A.uni_lora(rank=2, size=20, bound=0.5), "dora": A.dora(rank=2),
     "oft": A.oft(block=4), "miss": A.miss(rank=3), "mini": A.miss(rank=4, mode="mini", mini_rank=2),
@@ -29,15 +30,23 @@ def slow(*names):
     return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-every_family = pytest.mark.parametrize("name", [*FAST, *slow(*(name for name in FAMILIES if name not in FAST))])
+every_family = pytest.mark.parametrize(
+    "name", [*FAST, *slow(*(name for name in FAMILIES if name not in FAST))]
+)
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 HEADS = lr.MatrixView(rows=(0,), cols=(1, 2))
 OUT = lr.MatrixView(rows=(0, 1), cols=(2,))
 WINDOW = lr.MatrixView(rows=(0, 1, 2), cols=(3,))
 EXPERTS = lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))
 VIEWS = lr.Views(rules={"heads": HEADS, "out": OUT, "conv": WINDOW, "experts": EXPERTS})
-SHAPES = {"dense": (8, 12), "heads": (8, 3, 4), "out": (2, 4, 12), "experts": (3, 8, 4), "embedding": (12, 8),
-          "conv": (2, 2, 4, 8)}  # fmt: skip
+SHAPES = {
+    "dense": (8, 12),
+    "heads": (8, 3, 4),
+    "out": (2, 4, 12),
+    "experts": (3, 8, 4),
+    "embedding": (12, 8),
+    "conv": (2, 2, 4, 8),
+}
 
 
 def normal(shape, seed=0, dtype=jnp.float32):
@@ -60,13 +69,21 @@ def moved(made, seed):
     """The adaptation with random numbers added to everything that trains."""
     leaves, treedef = jax.tree.flatten(made.train)
     return made.replace(
-        train=jax.tree.unflatten(treedef, [x + 0.4 * normal(x.shape, seed + i) for i, x in enumerate(leaves)])
+        train=jax.tree.unflatten(
+            treedef, [x + 0.4 * normal(x.shape, seed + i) for i, x in enumerate(leaves)]
+        )
     )
 
 
 def convolve(x, kernel, strides=(2, 1), padding=((1, 0), (0, 1)), groups=1):
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                                        feature_group_count=groups)  # fmt: skip
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 def hosts(tree):
@@ -80,7 +97,9 @@ def hosts(tree):
         "rows of heads": lr.einsum("...hk,hkd->...d", heads, tree["out"]),
         "dot_general": lr.dot_general(heads, tree["out"], numbers),
         "experts": lr.einsum("end,edf->enf", normal((3, 6, 8), 4, dtype), tree["experts"]),
-        "experts in the middle": lr.einsum("ned,edf->nfe", normal((6, 3, 8), 5, dtype), tree["experts"]),
+        "experts in the middle": lr.einsum(
+            "ned,edf->nfe", normal((6, 3, 8), 5, dtype), tree["experts"]
+        ),
         "embed": A.embed(jnp.array([[1, 7, 1], [0, 11, 3]]), tree["embedding"]),
         "attend": A.attend(x, tree["embedding"]),
         "conv": A.conv(normal((2, 5, 6, 4), 6, dtype), tree["conv"], convolve),
@@ -95,7 +114,10 @@ def compared(name):
         def loss(form):
             def of(train):
                 found = hosts(form(params, adaptation.replace(train=train)))
-                weights = {host: jnp.sin(jnp.arange(out.size)).reshape(out.shape) for host, out in found.items()}
+                weights = {
+                    host: jnp.sin(jnp.arange(out.size)).reshape(out.shape)
+                    for host, out in found.items()
+                }
                 return sum(jnp.sum(out * weights[host]) for host, out in found.items()), found
 
             return jax.grad(of, has_aux=True)(adaptation.train)
@@ -109,37 +131,65 @@ def compared(name):
 def test_every_host_multiplies_by_the_effective_kernel(name):
     (gradient, outputs), (wanted_gradient, wanted), base = compared(name)
     for host, output in outputs.items():
-        assert float(jnp.abs(output - base[host]).max()) > 1e-2, f"{host}: the adapter changes nothing"
-        np.testing.assert_allclose(output, wanted[host], atol=2e-5 * float(jnp.abs(wanted[host]).max()), err_msg=host)
+        assert float(jnp.abs(output - base[host]).max()) > 1e-2, (
+            f"{host}: the adapter changes nothing"
+        )
+        np.testing.assert_allclose(
+            output, wanted[host], atol=2e-5 * float(jnp.abs(wanted[host]).max()), err_msg=host
+        )
         assert output.dtype == wanted[host].dtype
-    for found, value in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient), strict=True):
+    for found, value in zip(
+        jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient), strict=True
+    ):
         np.testing.assert_allclose(found, value, atol=5e-5 * float(jnp.abs(value).max()))
 
 
 @pytest.mark.parametrize("name", ["lora", "oft", *slow("dora", "miss")])
 def test_a_bfloat16_base_with_float32_adapters_gives_bfloat16(name):
     params = kernels(jnp.bfloat16)
-    run = lambda form: jax.jit(lambda params, own: hosts(form(params, own)), compiler_options=FAST_COMPILE)  # noqa: E731
+
+    def run(form):
+        return jax.jit(lambda params, own: hosts(form(params, own)), compiler_options=FAST_COMPILE)
+
     outputs = run(lr.attach)(params, adaptation(name))
-    exact = run(lr.effective)(jax.tree.map(lambda x: x.astype(jnp.float32), params), adaptation(name))
+    exact = run(lr.effective)(
+        jax.tree.map(lambda x: x.astype(jnp.float32), params), adaptation(name)
+    )
     for host, output in outputs.items():
         assert output.dtype == jnp.bfloat16
         difference = np.abs(np.asarray(output, np.float32) - exact[host]).max()
         assert difference < 2.0**-6 * np.abs(exact[host]).max(), host
-    wide = jax.lax.dot_general(normal((5, 8), 1, jnp.bfloat16), params["dense"], (((1,), (0,)), ((), ())),
-                               preferred_element_type=jnp.float32)  # fmt: skip
-    adapted = lr.dot_general(normal((5, 8), 1, jnp.bfloat16), lr.attach(params, adaptation(name))["dense"],
-                             (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)  # fmt: skip
+    wide = jax.lax.dot_general(
+        normal((5, 8), 1, jnp.bfloat16),
+        params["dense"],
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    adapted = lr.dot_general(
+        normal((5, 8), 1, jnp.bfloat16),
+        lr.attach(params, adaptation(name))["dense"],
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
     assert adapted.dtype == wide.dtype == jnp.float32
 
 
 def test_several_adaptations_act_in_their_order():
-    params, orders = {"dense": kernels()["dense"]}, (("rotate", "add"), ("add", "rotate"), ("add",), ())
+    params, orders = (
+        {"dense": kernels()["dense"]},
+        (("rotate", "add"), ("add", "rotate"), ("add",), ()),
+    )
 
     def run(params):
         rules = {"rotate": A.oft(block=4), "add": A.lora(rank=2)}
-        both = {name: moved(lr.adapt(params, {"dense": own}, KEY, name=name), 3) for name, own in rules.items()}
-        outputs = [lr.matmul(normal((5, 8)), lr.attach(params, both, active=active)["dense"]) for active in orders]
+        both = {
+            name: moved(lr.adapt(params, {"dense": own}, KEY, name=name), 3)
+            for name, own in rules.items()
+        }
+        outputs = [
+            lr.matmul(normal((5, 8)), lr.attach(params, both, active=active)["dense"])
+            for active in orders
+        ]
         effective = [lr.effective(params, both, active=active)["dense"] for active in orders]
         return outputs, effective, lr.unmerge(lr.merge(params, both), both)
 
@@ -152,8 +202,11 @@ def test_several_adaptations_act_in_their_order():
 
 
 def test_an_operator_of_a_bare_matrix():
-    op = A.oft(block=4).wrap(matrix_op(kernels()["dense"]), A.oft(block=4).site((8, 12)),
-                             A.oft(block=4).start(KEY, kernels()["dense"]))  # fmt: skip
+    op = A.oft(block=4).wrap(
+        matrix_op(kernels()["dense"]),
+        A.oft(block=4).site((8, 12)),
+        A.oft(block=4).start(KEY, kernels()["dense"]),
+    )
     assert op.shape == (8, 12)
     np.testing.assert_allclose(op(normal((5, 8))), normal((5, 8)) @ op.kernel(), atol=1e-5)
 
@@ -166,12 +219,24 @@ def test_a_host_may_bring_its_own_product_and_precision():
     found = tree["dense"].dot_general(x, numbers, product=wrong) - 7.0
     np.testing.assert_allclose(found, lr.matmul(x, tree["dense"]) - base, atol=1e-5)
     ids = jnp.array([1, 5])
-    found = A.embed(ids, tree["embedding"], lambda ids, matrix: 3 * matrix[ids]) - 2 * kernels()["embedding"][ids]
+    found = (
+        A.embed(ids, tree["embedding"], lambda ids, matrix: 3 * matrix[ids])
+        - 2 * kernels()["embedding"][ids]
+    )
     np.testing.assert_allclose(found, A.embed(ids, tree["embedding"]), atol=1e-5)
-    found = A.attend(x, tree["embedding"], lambda x, matrix: 3 * x @ matrix.T) - 2 * x @ kernels()["embedding"].T
+    found = (
+        A.attend(x, tree["embedding"], lambda x, matrix: 3 * x @ matrix.T)
+        - 2 * x @ kernels()["embedding"].T
+    )
     np.testing.assert_allclose(found, A.attend(x, tree["embedding"]), atol=1e-5)
-    highest = lambda x: lr.dot_general(x, tree["dense"], numbers, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
-    assert str(jax.make_jaxpr(highest)(x)).count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
+
+    def highest(x):
+        return lr.dot_general(x, tree["dense"], numbers, precision=jax.lax.Precision.HIGHEST)
+
+    assert (
+        str(jax.make_jaxpr(highest)(x)).count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+        == 2
+    )
 
 
 # what a host refuses
@@ -179,15 +244,26 @@ def test_a_host_may_bring_its_own_product_and_precision():
 
 def test_products_that_the_view_does_not_fit_are_refused():
     tree = lr.attach(kernels(), adaptation("lora"))
-    with pytest.raises(ValueError, match=r"'dense': the product contracts axes \(1,\) and batches axes \(\)"):
+    with pytest.raises(
+        ValueError, match=r"'dense': the product contracts axes \(1,\) and batches axes \(\)"
+    ):
         lr.einsum("bd,fd->bf", normal((5, 12)), tree["dense"])
-    with pytest.raises(ValueError, match=r"'experts': the product contracts axes \(1,\) and batches axes \(\)"):
+    with pytest.raises(
+        ValueError, match=r"'experts': the product contracts axes \(1,\) and batches axes \(\)"
+    ):
         lr.einsum("bd,edf->bef", normal((5, 8)), tree["experts"])
-    with pytest.raises(ValueError, match="every index of the product must be contracted or kept, once"):
+    with pytest.raises(
+        ValueError, match="every index of the product must be contracted or kept, once"
+    ):
         lr.einsum("bd,df->b", normal((5, 8)), tree["dense"])
-    params, views = {"out": kernels()["out"]}, lr.Views(rules={"out": lr.MatrixView(rows=(1, 0), cols=(2,))})
+    params, views = (
+        {"out": kernels()["out"]},
+        lr.Views(rules={"out": lr.MatrixView(rows=(1, 0), cols=(2,))}),
+    )
     kernel = lr.attach(params, lr.adapt(params, {"out": A.lora(rank=2)}, KEY, views=views))["out"]
-    with pytest.raises(ValueError, match=r"'out': a convolution's kernel \(2, 4, 12\) wants .* not rows=\(1, 0\)"):
+    with pytest.raises(
+        ValueError, match=r"'out': a convolution's kernel \(2, 4, 12\) wants .* not rows=\(1, 0\)"
+    ):
         A.conv(normal((2, 5, 4)), kernel, convolve)
 
 
@@ -205,9 +281,11 @@ def test_a_convolution_in_groups_is_refused_and_works_through_effective():
 
 def dropped(name, key, rate=0.5, tree="dense", host=lr.matmul):
     families = {
-        "lora": A.lora(rank=2, dropout=rate, init="pissa"), "dora": A.dora(rank=2, dropout=rate),
-        "miss": A.miss(rank=3, dropout=rate), "vera": A.vera(rank=3, initial=2.0, dropout=rate),
-    }  # fmt: skip
+        "lora": A.lora(rank=2, dropout=rate, init="pissa"),
+        "dora": A.dora(rank=2, dropout=rate),
+        "miss": A.miss(rank=3, dropout=rate),
+        "vera": A.vera(rank=3, initial=2.0, dropout=rate),
+    }
     params = {tree: kernels()[tree]}
     made = lr.adapt(params, {tree: families[name]}, KEY)
     return host(normal((4, 8), 1), lr.attach(params, moved(made, 7), key=key)[tree])
@@ -221,7 +299,9 @@ def test_dropout_is_unbiased_and_follows_its_key(name, host):
     exact, twice = draw(None), [draw(jax.random.key(1)) for _ in range(2)]
     assert np.array_equal(*twice) and not np.array_equal(twice[0], exact)
     np.testing.assert_allclose(draw(jax.random.key(1), rate=0.0), exact, atol=1e-6)
-    many = jax.jit(jax.vmap(draw), compiler_options=FAST_COMPILE)(jax.random.split(jax.random.key(2), 4000))
+    many = jax.jit(jax.vmap(draw), compiler_options=FAST_COMPILE)(
+        jax.random.split(jax.random.key(2), 4000)
+    )
     spread = np.maximum(many.std(0), 1e-3) / np.sqrt(4000)
     assert np.abs((many.mean(0) - exact) / spread).max() < 5
     if name != "dora":  # whose base term sees the dropped input too
@@ -232,7 +312,8 @@ def test_dropout_is_unbiased_and_follows_its_key(name, host):
 
 
 def test_dropout_of_lora_is_on_the_branch_alone():
-    """Inverted dropout of the branch's input: with K = 0 and one input 1, the branch is 0 or 2 times itself."""
+    """Inverted dropout of the branch's input: with K = 0 and one input 1, the branch is 0 or 2
+    times itself."""
     params = {"kernel": jnp.zeros((8, 4))}
     made = lr.adapt(params, {"kernel": A.lora(rank=2, alpha=2.0, dropout=0.5)}, KEY)
     made = made.replace(train=jax.tree.map(jnp.ones_like, made.train))
@@ -243,8 +324,12 @@ def test_dropout_of_lora_is_on_the_branch_alone():
 
 
 def test_dropout_of_dora_leaves_the_base_alone_at_the_start():
-    """The base term sees the dropped input only through `gain - 1`, which is 0 there, as in PEFT."""
-    for tree, host, x in (("dense", lr.matmul, normal((4, 8), 1)), ("embedding", A.attend, normal((4, 8), 1))):
+    """The base term sees the dropped input only through `gain - 1`, which is 0 there, as in
+    PEFT."""
+    for tree, host, x in (
+        ("dense", lr.matmul, normal((4, 8), 1)),
+        ("embedding", A.attend, normal((4, 8), 1)),
+    ):
         params = {tree: kernels()[tree]}
         made = lr.adapt(params, {tree: A.dora(rank=2, dropout=0.5, init="gaussian")}, KEY)
         own = made.train["sites"][tree]
@@ -261,9 +346,13 @@ def test_dropout_differs_between_sites_layers_and_names():
     def outputs(name):
         made = lr.adapt(params, {".*": A.miss(rank=8, dropout=0.5)}, KEY, views=views, name=name)
         places = jnp.arange(8.0)[:, None]
-        made = made.replace(train=jax.tree.map(lambda x: jnp.broadcast_to(places, x.shape), made.train))
+        made = made.replace(
+            train=jax.tree.map(lambda x: jnp.broadcast_to(places, x.shape), made.train)
+        )
         tree, x = lr.attach(params, made, key=jax.random.key(5)), jnp.ones((2, 20, 8))
-        return [lr.einsum("end,edf->enf", x, tree[leaf])[layer] for leaf in params for layer in (0, 1)]
+        return [
+            lr.einsum("end,edf->enf", x, tree[leaf])[layer] for leaf in params for layer in (0, 1)
+        ]
 
     draws = [np.asarray(out) for name in ("default", "other") for out in outputs(name)]
     assert len({draw.tobytes() for draw in draws}) == 8
@@ -277,7 +366,9 @@ def decodings(jaxpr) -> int:
     found = 0
     for equation in jaxpr.eqns:
         found += equation.primitive.name == "gather" and equation.invars[0].aval.shape == (256,)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
             inner = getattr(inner, "jaxpr", inner)
             found += decodings(inner) if hasattr(inner, "eqns") else 0
     return found
@@ -314,13 +405,16 @@ def test_a_quantised_base_gives_what_its_decoded_kernel_gives(name):
 
 @pytest.mark.parametrize("name", ["lora", "oft", "miss"])
 def test_the_backward_pass_keeps_the_codes_of_a_quantised_base(name):
-    """Between the passes there is no decoded kernel: 8 bits an entry are kept, and decoded again where dx needs it."""
+    """Between the passes there is no decoded kernel: 8 bits an entry are kept, and decoded again
+    where dx needs it."""
     params, made, loss = quantised(FAMILIES[name])
     plain = lambda x: jnp.sum(lr.matmul(x, params["kernel"]) ** 2)  # noqa: E731
     einsum = lambda x: jnp.sum(lr.einsum("bd,df->bf", x, params["kernel"]) ** 2)  # noqa: E731
     for function, args in ((loss, (made.train,)), (plain, ()), (einsum, ())):
         _, backward = jax.vjp(function, *args, normal((5, 8)))
-        assert {leaf.dtype.name for leaf in jax.tree.leaves(backward) if leaf.shape == (8, 12)} == {"uint8"}
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(backward) if leaf.shape == (8, 12)} == {
+            "uint8"
+        }
 
 
 # a choice for each row
@@ -328,11 +422,19 @@ def test_the_backward_pass_keeps_the_codes_of_a_quantised_base(name):
 
 @pytest.mark.parametrize("family", ["lora", *slow("dora", "oft", "miss", "shira", "uni_lora")])
 def test_every_row_takes_its_own_candidate(family):
-    x, indices, ids = normal((4, 3, 8), 1), jnp.array([[0, 3], [11, 3], [5, 3], [2, 3]]), jnp.array([1, -1, 0, 1])
+    x, indices, ids = (
+        normal((4, 3, 8), 1),
+        jnp.array([[0, 3], [11, 3], [5, 3], [2, 3]]),
+        jnp.array([1, -1, 0, 1]),
+    )
     params = {name: kernels()[name] for name in ("dense", "embedding")}
 
     def products(tree):
-        return lr.matmul(x, tree["dense"]), A.embed(indices, tree["embedding"]), A.attend(x, tree["embedding"])
+        return (
+            lr.matmul(x, tree["dense"]),
+            A.embed(indices, tree["embedding"]),
+            A.attend(x, tree["embedding"]),
+        )
 
     def run(params, ids):
         adapt = lambda i: lr.adapt(params, {".*": FAMILIES[family]}, jax.random.key(i), name=str(i))  # noqa: E731
@@ -345,5 +447,7 @@ def test_every_row_takes_its_own_candidate(family):
     for host, output in enumerate(found):
         for row, number in enumerate(ids.tolist()):
             wanted = alone[number + 1][host][row]
-            np.testing.assert_allclose(output[row], wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
+            np.testing.assert_allclose(
+                output[row], wanted, atol=2e-5 * float(jnp.abs(wanted).max())
+            )
         assert float(jnp.abs(alone[1][host] - alone[2][host]).max()) > 1e-2

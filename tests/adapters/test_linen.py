@@ -43,7 +43,9 @@ def gradients(function, params, adaptation, *args, work=lr.attach):
 
 def some(*slow):
     """Every family; those of which the fast tests learn nothing more are slow."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in FAMILIES]
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in FAMILIES
+    ]
 
 
 @pytest.mark.parametrize("family", some("pissa", "hira"))
@@ -52,7 +54,11 @@ def test_every_layer_computes_what_a_bare_function_does(family):
 
     def outputs(params):
         attached, plain = lr.attach(params, adaptation), lr.effective(params, adaptation)
-        return on(Every())(attached, *inputs), every_bare(attached, *inputs), Every().apply({"params": plain}, *inputs)
+        return (
+            on(Every())(attached, *inputs),
+            every_bare(attached, *inputs),
+            Every().apply({"params": plain}, *inputs),
+        )
 
     got, bare, effective = run(outputs, params)
     close(got, bare)
@@ -83,24 +89,36 @@ class Layer(nn.Module):
         init = functools.partial(nn.with_partitioning, nn.initializers.lecun_normal())
         y = nn.LayerNorm()(x)
         y = nn.DenseGeneral((2, 5), kernel_init=init(("embed", "heads", None)), name="heads")(y)
-        x = x + nn.DenseGeneral(8, axis=(-2, -1), kernel_init=init(("heads", None, "embed")), name="out")(jnp.sin(y))
+        x = x + nn.DenseGeneral(
+            8, axis=(-2, -1), kernel_init=init(("heads", None, "embed")), name="out"
+        )(jnp.sin(y))
         up = nn.Dense(12, use_bias=False, kernel_init=init(("embed", "mlp")), name="up")
-        return x + nn.Dense(8, kernel_init=init(("mlp", "embed")), name="down")(jnp.tanh(up(x))), None
+        return x + nn.Dense(8, kernel_init=init(("mlp", "embed")), name="down")(
+            jnp.tanh(up(x))
+        ), None
 
 
 class Foreign(nn.Module):
-    """Its own scan, rematerialisation and partitioning; `params` is the only collection that it lifts."""
+    """Its own scan, rematerialisation and partitioning; `params` is the only collection that it
+    lifts."""
 
     @nn.compact
     def __call__(self, x):
         layers = nn.scan(
-            nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3,
+            nn.remat(Layer),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )  # fmt: skip
+        )
         return nn.Dense(4, name="head")(layers(name="layers")(x, None)[0])
 
 
-FOREIGN = {f"layers/{name}": view for name, view in RULES.items() if name.partition("/")[0] in ("heads", "out")}
+FOREIGN = {
+    f"layers/{name}": view
+    for name, view in RULES.items()
+    if name.partition("/")[0] in ("heads", "out")
+}
 
 
 @functools.cache
@@ -116,14 +134,19 @@ def test_a_foreign_model_with_its_own_scan():
     params, adaptation = foreign()
     attached = lr.attach(params, adaptation)
     assert jax.tree.structure(nn.unbox(params)) == jax.tree.structure(
-        jax.tree.map(lambda x: x.kernel if isinstance(x, lr.AdaptedKernel) else x, nn.unbox(attached),
-                     is_leaf=lambda x: isinstance(x, lr.AdaptedKernel)))  # fmt: skip
+        jax.tree.map(
+            lambda x: x.kernel if isinstance(x, lr.AdaptedKernel) else x,
+            nn.unbox(attached),
+            is_leaf=lambda x: isinstance(x, lr.AdaptedKernel),
+        )
+    )
     plain = lambda params, x: Foreign().apply({"params": params}, x)  # noqa: E731
 
     def both(params, x):
         of = lambda function, work: (  # noqa: E731
-            function(work(params, adaptation), x), gradients(function, params, adaptation, x, work=work)
-        )  # fmt: skip
+            function(work(params, adaptation), x),
+            gradients(function, params, adaptation, x, work=work),
+        )
         return of(on(Foreign()), lr.attach), of(plain, lr.effective)
 
     got, expected = run(both, params, X)
@@ -136,19 +159,29 @@ def test_partitioning_is_inherited():
     arrays = lambda name: specs[name]["kernel"].bound[0].arrays  # noqa: E731
     assert specs["heads"]["kernel"].kernel == PartitionSpec("layers", "embed", "heads", None)
     assert arrays("heads") == {
-        "a": PartitionSpec("layers", "embed", None), "b": PartitionSpec("layers", None, "heads"),
+        "a": PartitionSpec("layers", "embed", None),
+        "b": PartitionSpec("layers", None, "heads"),
         "scale": PartitionSpec("layers", None),
-    }  # fmt: skip
+    }
     assert arrays("down")["a"] == PartitionSpec("layers", "mlp", None)
     assert arrays("up")["ib"] == PartitionSpec("layers", None, "mlp")
-    assert arrays("out") == {"skew": PartitionSpec("layers", "heads", None), "scale": PartitionSpec("layers")}
+    assert arrays("out") == {
+        "skew": PartitionSpec("layers", "heads", None),
+        "scale": PartitionSpec("layers"),
+    }
 
 
 def test_experts_by_vmap():
     class Experts(nn.Module):
         @nn.compact
         def __call__(self, x):
-            expert = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=0, out_axes=0)
+            expert = nn.vmap(
+                nn.Dense,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=0,
+                out_axes=0,
+            )
             return expert(6, name="experts")(x)
 
     params = initial(Experts(), X)
@@ -159,7 +192,10 @@ def test_experts_by_vmap():
 
 def test_several_adapters_act_in_their_order():
     params = initial(nn.Dense(6), X)
-    both = {name: adapted(params, FAMILIES[name], seed, name=name) for seed, name in enumerate(("oft", "dora"))}
+    both = {
+        name: adapted(params, FAMILIES[name], seed, name=name)
+        for seed, name in enumerate(("oft", "dora"))
+    }
     results = {}
     for active in (("oft", "dora"), ("dora", "oft"), ("oft",)):
         results[active] = on(nn.Dense(6))(lr.attach(params, both, active=active), X)
@@ -190,7 +226,9 @@ STACKED = lr.Views(stacked=("layers/.*",))
 
 def test_rows_choose_among_candidates():
     params = initial(Stack(), X)
-    own = {name: adapted(params, A.lora(rank=2), seed, views=STACKED) for seed, name in enumerate("ab")}
+    own = {
+        name: adapted(params, A.lora(rank=2), seed, views=STACKED) for seed, name in enumerate("ab")
+    }
     some = A.candidates(own)
     got = on(Stack())(lr.attach(params, some, ids=A.candidate_ids(some, ["b", None, "a"])), X)
     for row, name in enumerate(["b", None, "a"]):
@@ -208,7 +246,9 @@ def test_dropout_differs_by_layer_and_is_the_same_when_recomputed():
         for layer in range(3):
             one = jax.tree.map(lambda leaf, layer=layer: leaf[layer], node)
             if one_key:
-                one = dataclasses.replace(one, bound=(dataclasses.replace(one.bound[0], keys=node.bound[0].keys[0]),))
+                one = dataclasses.replace(
+                    one, bound=(dataclasses.replace(one.bound[0], keys=node.bound[0].keys[0]),)
+                )
             x = lr.matmul(x, one)
         return x
 
@@ -216,9 +256,13 @@ def test_dropout_differs_by_layer_and_is_the_same_when_recomputed():
         attached = attach(params, adaptation)
         of = lambda function: gradients(function, params, adaptation, X, work=attach)  # noqa: E731
         return (
-            on(Stack(remat=True))(attached, X), by_hand(attached, X), of(on(Stack(remat=True))), of(by_hand),
-            by_hand(attached, X, one_key=True), on(Stack())(lr.attach(params, adaptation), X),
-        )  # fmt: skip
+            on(Stack(remat=True))(attached, X),
+            by_hand(attached, X),
+            of(on(Stack(remat=True))),
+            of(by_hand),
+            by_hand(attached, X, one_key=True),
+            on(Stack())(lr.attach(params, adaptation), X),
+        )
 
     got, expected, grads, expected_grads, one_key, without = run(outputs, params)
     close(got, expected)
@@ -234,12 +278,20 @@ def test_a_quantised_base():
     small = jax.tree_util.tree_map_with_path(
         lambda keys, x: linalg.quantize_blocks(x, "linear") if is_site(keys) else x, params
     )
-    decoded = jax.tree.map(lambda x: x.dequantize() if hasattr(x, "dequantize") else x, small,
-                           is_leaf=lambda x: hasattr(x, "dequantize"))  # fmt: skip
+    decoded = jax.tree.map(
+        lambda x: x.dequantize() if hasattr(x, "dequantize") else x,
+        small,
+        is_leaf=lambda x: hasattr(x, "dequantize"),
+    )
 
     def outputs(small, decoded):
         of = lambda tree: on(Every())(tree, *inputs)  # noqa: E731
-        return of(small), of(decoded), of(lr.attach(small, adaptation)), of(lr.attach(decoded, adaptation))
+        return (
+            of(small),
+            of(decoded),
+            of(lr.attach(small, adaptation)),
+            of(lr.attach(decoded, adaptation)),
+        )
 
     got, expected, with_adapters, expected_with = run(outputs, small, decoded)
     close(got, expected)
@@ -247,12 +299,17 @@ def test_a_quantised_base():
 
 
 def test_dtypes_are_those_of_the_layer():
-    for layer, x in ((nn.Dense(6, dtype=jnp.bfloat16), X), (nn.Embed(9, 4, dtype=jnp.bfloat16), jnp.arange(3))):
+    for layer, x in (
+        (nn.Dense(6, dtype=jnp.bfloat16), X),
+        (nn.Embed(9, 4, dtype=jnp.bfloat16), jnp.arange(3)),
+    ):
         params = initial(layer, x)
         adaptation = adapted(params, {"kernel|embedding": A.lora(rank=2)})
         got = on(layer)(lr.attach(params, adaptation), x)
         assert got.dtype == jnp.bfloat16
-        close(got, layer.apply({"params": lr.effective(params, adaptation)}, x), rtol=2e-2, atol=2e-2)
+        close(
+            got, layer.apply({"params": lr.effective(params, adaptation)}, x), rtol=2e-2, atol=2e-2
+        )
 
 
 def test_a_product_of_the_layers_own():
@@ -267,7 +324,9 @@ def test_a_product_of_the_layers_own():
     params = initial(layer, X)
     adaptation = adapted(params, A.lora(rank=2))
     delta = lr.effective(params, adaptation)["kernel"] - params["kernel"]
-    close(on(layer)(lr.attach(params, adaptation), X), 2 * X @ params["kernel"] + X @ delta, atol=1e-4)
+    close(
+        on(layer)(lr.attach(params, adaptation), X), 2 * X @ params["kernel"] + X @ delta, atol=1e-4
+    )
     assert calls
     assert set(calls) == {"highest"}
 
@@ -275,7 +334,14 @@ def test_a_product_of_the_layers_own():
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"remat": True}, {"scan": False}], ids=str)
 def test_our_model(options):
-    sizes = {"layers": 2, "width": 16, "hidden": 24, "heads": 2, "kv_heads": 1, "vocabulary_size": 31}
+    sizes = {
+        "layers": 2,
+        "width": 16,
+        "hidden": 24,
+        "heads": 2,
+        "kv_heads": 1,
+        "vocabulary_size": 31,
+    }
     model = llama.Llama(llama.preset("nano", **sizes, **options))
     tokens = jax.random.randint(KEY, (2, 6), 0, 31)
     params = initial(model, tokens)
@@ -284,11 +350,15 @@ def test_our_model(options):
     adaptation = adapted(params, rules, views=views, whole="norm/.*")
 
     def loss(params):
-        return llama.loss_and_metrics(model.apply({"params": params}, tokens), tokens, jnp.ones(tokens.shape))[0]
+        return llama.loss_and_metrics(
+            model.apply({"params": params}, tokens), tokens, jnp.ones(tokens.shape)
+        )[0]
 
     def both(train, params):
         def of(loss, work):
-            return jax.value_and_grad(lambda train: loss(work(params, adaptation.replace(train=train))))(train)
+            return jax.value_and_grad(
+                lambda train: loss(work(params, adaptation.replace(train=train)))
+            )(train)
 
         return of(lr.linen.adapted(loss), lr.attach), of(loss, lr.effective)
 

@@ -6,7 +6,18 @@ import jax.numpy as jnp
 import pytest
 
 import lowrank_jax as lr
-from tests.adapters.linen_models import FAMILIES, KEY, A, X, adapted, close, initial, moved, on, total
+from tests.adapters.linen_models import (
+    FAMILIES,
+    KEY,
+    A,
+    X,
+    adapted,
+    close,
+    initial,
+    moved,
+    on,
+    total,
+)
 
 UNI = A.uni_lora(rank=2, size=16)
 CONV = lr.Views(rules={"kernel": lr.MatrixView(rows=(0, 1), cols=(2,))})
@@ -33,7 +44,11 @@ class Tied(nn.Module):
     "model, x, rules",
     [
         (Own(lambda x, kernel: x @ kernel), X, {"kernel": A.lora(rank=2)}),
-        (Own(lambda x, kernel: jnp.einsum("bsd,df->bsf", x, kernel)), X, {"kernel": A.lora(rank=2)}),
+        (
+            Own(lambda x, kernel: jnp.einsum("bsd,df->bsf", x, kernel)),
+            X,
+            {"kernel": A.lora(rank=2)},
+        ),
         (Own(lambda x, kernel: x @ kernel.astype(x.dtype)), X, {"kernel": A.lora(rank=2)}),
         (Own(lambda x, kernel: x[..., :6] * kernel[0]), X, {"kernel": A.lora(rank=2)}),
         (Tied(), jnp.arange(3), {"embed/embedding": A.lora(rank=2)}),
@@ -45,8 +60,14 @@ def test_a_use_that_passes_adapters_by_is_refused(model, x, rules):
     params = initial(model, x)
     adaptation = adapted(params, rules, views=CONV if isinstance(model, nn.ConvTranspose) else None)
     (path,) = adaptation.plan.by_path
-    for program in (on(model), jax.jit(on(model)), lambda params, x: model.apply({"params": params}, x)):
-        with pytest.raises(ValueError, match=rf"adapters of '{path}': the kernel is .*lr.effective"):
+    for program in (
+        on(model),
+        jax.jit(on(model)),
+        lambda params, x: model.apply({"params": params}, x),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"adapters of '{path}': the kernel is .*lr.effective"
+        ):
             program(lr.attach(params, adaptation), x)
 
 
@@ -65,19 +86,28 @@ def test_a_kernel_that_nothing_uses_is_an_error():
     attached = lr.attach(params, adaptation)
     half = lambda params, x: nn.Dense(6).apply({"params": params["up"]}, x)  # noqa: E731
     for program in (lr.linen.adapted(half), jax.jit(lr.linen.adapted(half))):
-        with pytest.raises(ValueError, match=r"adapters of \['down/kernel'\]: no layer .* partial=True"):
+        with pytest.raises(
+            ValueError, match=r"adapters of \['down/kernel'\]: no layer .* partial=True"
+        ):
             program(attached, X)
     expected = half(lr.effective(params, adaptation), X)
     close(lr.linen.adapted(half, partial=True)(attached, X), expected, atol=1e-4)
     with pytest.raises(ValueError, match="down/kernel"):  # reading it for nothing is no use
-        lr.linen.adapted(lambda params, x: half(params, x) + 0 * params["down"]["kernel"].shape[0])(attached, X)
+        lr.linen.adapted(lambda params, x: half(params, x) + 0 * params["down"]["kernel"].shape[0])(
+            attached, X
+        )
 
 
 def test_an_inner_jit_that_was_traced_before_is_no_such_error():
     jitted, params = nn.jit(nn.Dense)(6), initial(nn.Dense(6), X)
     by_jax = jax.jit(lambda params, x: nn.Dense(6).apply({"params": params}, x))
     by_flax = lambda params, x: jitted.apply({"params": params}, x)  # noqa: E731
-    for inner, adapter in ((by_jax, A.lora(rank=2)), (by_jax, UNI), (by_flax, A.lora(rank=2)), (by_flax, UNI)):
+    for inner, adapter in (
+        (by_jax, A.lora(rank=2)),
+        (by_jax, UNI),
+        (by_flax, A.lora(rank=2)),
+        (by_flax, UNI),
+    ):
         adaptation = adapted(params, adapter)
         for seed in range(3):  # the second and third time nothing runs but compiled programs
             other = moved(adaptation, seed)
@@ -106,7 +136,11 @@ def test_derived_classes_and_named_arguments():
     plain, attached = lr.effective(params, adaptation), lr.attach(params, adaptation)
     close(on(layer)(attached, ids), 3 * plain["embedding"][ids], atol=1e-5)
     close(on(nn.Embed(9, 4))(attached, inputs=ids), plain["embedding"][ids], atol=1e-5)
-    close(on(nn.Embed(9, 4))(attached, query=X[..., :4], method="attend"), X[..., :4] @ plain["embedding"].T, atol=1e-5)
+    close(
+        on(nn.Embed(9, 4))(attached, query=X[..., :4], method="attend"),
+        X[..., :4] @ plain["embedding"].T,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,13 +155,19 @@ def test_derived_classes_and_named_arguments():
 def test_convolutions_that_are_not_one_matrix(layer, what):
     params = initial(layer, X)
     adaptation = lr.adapt(params, A.lora(rank=2), KEY, views=CONV)
-    with pytest.raises(ValueError, match=f"{type(layer).__name__}: a convolution with {what}.*lr.effective"):
+    with pytest.raises(
+        ValueError, match=f"{type(layer).__name__}: a convolution with {what}.*lr.effective"
+    ):
         on(layer)(lr.attach(params, adaptation), X)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"padding": "CIRCULAR"}, {"padding": "CAUSAL", "kernel_dilation": 2}, {"padding": 1, "input_dilation": 2}],
+    [
+        {"padding": "CIRCULAR"},
+        {"padding": "CAUSAL", "kernel_dilation": 2},
+        {"padding": 1, "input_dilation": 2},
+    ],
     ids=str,
 )
 def test_options_of_convolutions(options):
@@ -143,7 +183,9 @@ def test_taps_of_layers_that_only_take_adapters():
         params = initial(layer, x)
         rules = ((".*(kernel|embedding)", lr.MatrixView(rows=shape, cols=(len(shape),))),)
         taps = lr.taps(lr.galore(1e-2, rank=2, views=lr.Views(rules=rules)).init(params))
-        loss = lr.linen.tapped(lambda params, x, layer=layer: total(layer.apply({"params": params}, x)))
+        loss = lr.linen.tapped(
+            lambda params, x, layer=layer: total(layer.apply({"params": params}, x))
+        )
         with pytest.raises(ValueError, match="taps|cannot be tapped"):
             lr.projected_value_and_grad(loss, taps)(params, x)
 

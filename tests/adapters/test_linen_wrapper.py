@@ -10,7 +10,18 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import lowrank_jax as lr
-from tests.adapters.linen_models import FAMILIES, RULES, A, Every, close, every_input, every_params, moved, run, total
+from tests.adapters.linen_models import (
+    FAMILIES,
+    RULES,
+    A,
+    Every,
+    close,
+    every_input,
+    every_params,
+    moved,
+    run,
+    total,
+)
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
@@ -30,7 +41,9 @@ class EveryWrapped(nn.Module):
         return {
             "dense": own(nn.Dense(6, name="dense"))(x),
             "heads": own(nn.DenseGeneral((2, 5), name="heads"))(x),
-            "out": own(nn.DenseGeneral(8, axis=(-2, -1), name="out"))(jnp.stack([x, x[..., ::-1]], -2)[..., :5]),
+            "out": own(nn.DenseGeneral(8, axis=(-2, -1), name="out"))(
+                jnp.stack([x, x[..., ::-1]], -2)[..., :5]
+            ),
             "mix": own(nn.Einsum((3, 8, 4), name="mix"))(x, "bsd,sdf->bsf"),
             "conv": own(nn.Conv(6, (2, 2), strides=2, padding="VALID", name="conv"))(image),
             "embed": embed(ids),
@@ -44,7 +57,9 @@ def test_zeros_are_off_and_an_adaptation_goes_in_and_out(family):
     model = EveryWrapped(adapter)
     declared = jax.eval_shape(model.init, KEY, *inputs)["params"]
     slots = {f"kernel_{adapter.kind}", f"embedding_{adapter.kind}"}
-    assert {name: set(node) - slots for name, node in declared.items()} == {name: set(base[name]) for name in base}
+    assert {name: set(node) - slots for name, node in declared.items()} == {
+        name: set(base[name]) for name in base
+    }
     rules = {".*/(kernel|embedding)": adapter}
     adaptation = moved(lr.adapt(base, rules, KEY, views=lr.Views(rules=RULES)))
     params = lr.linen.insert(declared, base, adaptation)
@@ -54,7 +69,13 @@ def test_zeros_are_off_and_an_adaptation_goes_in_and_out(family):
     def outputs(params, off, base):
         of = lambda tree: model.apply({"params": tree}, *inputs)  # noqa: E731
         on = lr.linen.adapted(lambda params: Every().apply({"params": params}, *inputs))
-        return of(params), on(lr.attach(base, adaptation)), of(base), of(off), Every().apply({"params": base}, *inputs)
+        return (
+            of(params),
+            on(lr.attach(base, adaptation)),
+            of(base),
+            of(off),
+            Every().apply({"params": base}, *inputs),
+        )
 
     got, expected, without, at_zero, plain = run(outputs, params, off, base)
     close(got, expected)
@@ -84,9 +105,12 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
         layers = nn.scan(
-            nn.remat(Block) if self.remat else Block, variable_axes={"params": 0}, length=2,
-            split_rngs={"params": True, "dropout": True}, metadata_params={nn.PARTITION_NAME: "layers"},
-        )  # fmt: skip
+            nn.remat(Block) if self.remat else Block,
+            variable_axes={"params": 0},
+            length=2,
+            split_rngs={"params": True, "dropout": True},
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
         return layers(self.adapter, name="layers")(x, None)[0]
 
 
@@ -97,9 +121,10 @@ def test_a_scan_with_partitioning_dropout_and_gradients():
     specs = nn.get_partition_spec(params)["layers"]["Dense_0"]
     assert specs["kernel"] == PartitionSpec("layers", "embed", "mlp")
     assert specs["kernel_lora"] == {
-        "a": PartitionSpec("layers", "embed", None), "b": PartitionSpec("layers", None, "mlp"),
+        "a": PartitionSpec("layers", "embed", None),
+        "b": PartitionSpec("layers", None, "mlp"),
         "scale": PartitionSpec("layers", None),
-    }  # fmt: skip
+    }
     base, _ = lr.linen.extract(params, lr.adapt(params, {".*/Dense_0/kernel": lora}, KEY))
     adaptation = moved(lr.adapt(base, {".*/Dense_0/kernel": lora}, KEY, whole=".*/Dense_1/bias"))
     adaptation.train["whole"]["layers/Dense_1/bias"] = jnp.ones((2, 8))
@@ -121,16 +146,24 @@ def test_a_scan_with_partitioning_dropout_and_gradients():
     close(got, with_attached, rtol=1e-3)
     close(with_dropout, with_remat, rtol=1e-4, atol=1e-5)
     assert abs(got[0] - with_dropout[0]) > 1e-3
-    assert lr.linen.extract(lr.linen.insert(params, base, adaptation), adaptation)[1].train["whole"].keys()
+    assert (
+        lr.linen.extract(lr.linen.insert(params, base, adaptation), adaptation)[1]
+        .train["whole"]
+        .keys()
+    )
 
 
 def test_it_composes_with_attached_adapters():
     lora = A.lora(rank=2)
     model = lr.linen.WithAdapter(nn.Dense(6), lora)
     base = nn.Dense(6).init(KEY, X)["params"]
-    own, more = (moved(lr.adapt(base, lora, KEY, name=name), seed) for seed, name in enumerate("ab"))
+    own, more = (
+        moved(lr.adapt(base, lora, KEY, name=name), seed) for seed, name in enumerate("ab")
+    )
     params = lr.linen.insert(model.init(KEY, X)["params"], base, own)
-    got = lr.linen.adapted(lambda params: model.apply({"params": params}, X))(lr.attach(params, more))
+    got = lr.linen.adapted(lambda params: model.apply({"params": params}, X))(
+        lr.attach(params, more)
+    )
     plain = lr.effective(base, {"a": own, "b": more})
     close(got, nn.Dense(6).apply({"params": plain}, X), atol=1e-4)
 
@@ -166,7 +199,9 @@ def test_errors():
         lifted.apply({"params": lr.linen.insert(declared, base, adaptation)}, x)
     with pytest.raises(ValueError, match="base: 'bias', which the model declares, is missing"):
         lr.linen.insert(declared, {"kernel": base["kernel"]}, adaptation)
-    with pytest.raises(ValueError, match=r"'kernel_lora/a': shape \(8, 3\), and the model declares \(8, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"'kernel_lora/a': shape \(8, 3\), and the model declares \(8, 2\)"
+    ):
         lr.linen.insert(declared, base, lr.adapt(base, A.lora(rank=3), KEY))
     with pytest.raises(ValueError, match=r"declares no \['kernel_dora/a'"):
         lr.linen.insert(declared, base, lr.adapt(base, A.dora(rank=2), KEY))

@@ -32,7 +32,9 @@ def trained(adaptation, seed):
     """The adaptation as if it had trained: random numbers in every trained array."""
     leaves, treedef = jax.tree.flatten(adaptation.train)
     return adaptation.replace(
-        train=jax.tree.unflatten(treedef, [jnp.asarray(0.3 * normal(seed + i, *x.shape)) for i, x in enumerate(leaves)])
+        train=jax.tree.unflatten(
+            treedef, [jnp.asarray(0.3 * normal(seed + i, *x.shape)) for i, x in enumerate(leaves)]
+        )
     )
 
 
@@ -43,12 +45,16 @@ def made(rules, seed, **options):
 
 @functools.cache
 def cached(rules, seed, options):
-    return trained(lr.adapt(PARAMS, rules, jax.random.key(seed), views=VIEWS, **dict(options)), 100 * seed)
+    return trained(
+        lr.adapt(PARAMS, rules, jax.random.key(seed), views=VIEWS, **dict(options)), 100 * seed
+    )
 
 
 def forward(params, x):
     """Two scanned layers and an output."""
-    x, _ = jax.lax.scan(lambda x, layer: (jnp.tanh(lr.matmul(x, layer["kernel"])), None), x, params["layers"])
+    x, _ = jax.lax.scan(
+        lambda x, layer: (jnp.tanh(lr.matmul(x, layer["kernel"])), None), x, params["layers"]
+    )
     return lr.matmul(x, params["out"]["kernel"]) + params["out"]["bias"]
 
 
@@ -61,7 +67,9 @@ BASE = forward(PARAMS, X)
 lora = functools.partial(lr.adapters.lora, dropout=0.0)
 
 
-@pytest.mark.parametrize("family", [lr.adapters.dora(rank=2), lr.adapters.oft(block=2)], ids=lambda one: one.kind)
+@pytest.mark.parametrize(
+    "family", [lr.adapters.dora(rank=2), lr.adapters.oft(block=2)], ids=lambda one: one.kind
+)
 def test_a_weight_of_0_is_the_base_and_one_program_serves_all(family):
     adaptation, traces = made(family, 1), []
 
@@ -82,7 +90,9 @@ def test_weights_scale_deltas_and_nothing_else():
     plain, found = lr.effective(PARAMS, adaptation), lr.effective(PARAMS, half)
     for path in ("layers", "out"):
         kernel = PARAMS[path]["kernel"]
-        np.testing.assert_allclose(found[path]["kernel"] - kernel, -0.5 * (plain[path]["kernel"] - kernel), atol=1e-6)
+        np.testing.assert_allclose(
+            found[path]["kernel"] - kernel, -0.5 * (plain[path]["kernel"] - kernel), atol=1e-6
+        )
     np.testing.assert_array_equal(found["out"]["bias"], plain["out"]["bias"])
     assert half.train is adaptation.train
     with pytest.raises(ValueError, match=r"weight: an array of shape \(2,\); give one number"):
@@ -92,7 +102,9 @@ def test_weights_scale_deltas_and_nothing_else():
 def united(family):
     """Two adaptations of different leaves, and one of both."""
     rules = ({"layers/kernel": family}, {"out/kernel": family}, {".*/kernel": family})
-    return {name: made(own, seed) for seed, (name, own) in enumerate(zip("abc", rules, strict=True))}
+    return {
+        name: made(own, seed) for seed, (name, own) in enumerate(zip("abc", rules, strict=True))
+    }
 
 
 DIFFERENT = {
@@ -116,15 +128,26 @@ def test_candidates_of_different_leaves_stand_in_one_batch(name):
             want = BASE if key is None else out(ones[key])
             np.testing.assert_allclose(found[row], want[row], rtol=1e-5, atol=1e-5)
     assert both.trained == sum(one.trained for one in ones.values())
-    grads = jax.jit(jax.grad(lambda train: jnp.sum(out(both.replace(train=train), rows) ** 2)))(both.train)
+    grads = jax.jit(jax.grad(lambda train: jnp.sum(out(both.replace(train=train), rows) ** 2)))(
+        both.train
+    )
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
 
 
 def test_groups_that_share_otherwise_are_refused_as_candidates():
     vera = united(lr.adapters.vera(rank=2))
     for one, other, error in (
-        ("a", "b", "what their groups share has shapes .* and .*; adapt the same leaves, or give leaves"),
-        ("b", "c", r"'out/kernel': the group's largest matrix is \(6, 4\) and \(6, 6\); adapt the same leaves"),
+        (
+            "a",
+            "b",
+            "what their groups share has shapes .* and .*; adapt the same leaves, or give leaves",
+        ),
+        (
+            "b",
+            "c",
+            r"'out/kernel': the group's largest matrix is \(6, 4\) and \(6, 6\); adapt the same "
+            r"leaves",
+        ),
     ):
         with pytest.raises(ValueError, match=error):
             candidates({one: vera[one], other: vera[other]})
@@ -142,8 +165,11 @@ FAMILIES = {
 def test_padding_changes_arrays_and_not_the_function(name):
     adaptation = made(FAMILIES[name], 1)
     wide = padded(adaptation, 5)
-    for got, want in zip(jax.tree.leaves(lr.effective(PARAMS, wide)), jax.tree.leaves(lr.effective(PARAMS, adaptation)),
-                         strict=True):  # fmt: skip
+    for got, want in zip(
+        jax.tree.leaves(lr.effective(PARAMS, wide)),
+        jax.tree.leaves(lr.effective(PARAMS, adaptation)),
+        strict=True,
+    ):
         np.testing.assert_allclose(got, want, atol=1e-6)
     assert wide.trained == adaptation.trained
     assert all(site.rank == adapter.rank == 5 for adapter, site in wide.plan.by_path.values())
@@ -156,7 +182,10 @@ def test_padding_changes_arrays_and_not_the_function(name):
 
 
 def test_padding_is_refused_where_it_cannot_be():
-    with pytest.raises(ValueError, match=r"rank=1 is smaller than that of 'layers/kernel' \(2\), 'out/kernel' \(2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"rank=1 is smaller than that of 'layers/kernel' \(2\), 'out/kernel' \(2\)",
+    ):
         padded(made(lora(rank=2), 1), 1)
     with pytest.raises(ValueError, match="rank=0 must be a positive integer"):
         padded(made(lora(rank=2), 1), 0)
@@ -166,12 +195,19 @@ def test_padding_is_refused_where_it_cannot_be():
     class Silent(lr.adapters.lora):
         axes: ClassVar = {}
 
-    with pytest.raises(ValueError, match="Silent names no axis 'rank' in its `axes`, so its rank 2 cannot be padded"):
+    with pytest.raises(
+        ValueError,
+        match="Silent names no axis 'rank' in its `axes`, so its rank 2 cannot be padded",
+    ):
         padded(made(Silent(rank=2), 1), 3)
 
 
 SETS = {
-    "lora": [lora(rank=1, alpha=3), lora(rank=3, alpha=8, rank_stabilized=True), lora(rank=2, init="gaussian")],
+    "lora": [
+        lora(rank=1, alpha=3),
+        lora(rank=3, alpha=8, rank_stabilized=True),
+        lora(rank=2, init="gaussian"),
+    ],
     "pissa": [lora(rank=1, init="pissa"), lora(rank=3, init="olora")],
     "dora": [lr.adapters.dora(rank=1), lr.adapters.dora(rank=2)],
     "oft": [lr.adapters.oft(block=2), lr.adapters.oft(block=2)],
@@ -181,7 +217,9 @@ SETS = {
 
 @pytest.mark.parametrize("name", SETS)
 def test_each_row_takes_its_candidate_as_if_it_were_alone(name):
-    where = "out/kernel" if name == "uni_lora" else lr.adapters.ALL_LINEAR  # a bare scan cannot carry what is shared
+    where = (
+        "out/kernel" if name == "uni_lora" else lr.adapters.ALL_LINEAR
+    )  # a bare scan cannot carry what is shared
     each = {f"{name} {i}": made({where: family}, i + 1) for i, family in enumerate(SETS[name])}
     both = candidates(each)
     names = [f"{name} 1", None, f"{name} 0", f"{name} 1", f"{name} {len(each) - 1}"]
@@ -198,7 +236,9 @@ def test_rows_of_an_embedding_and_a_second_adaptation_beside_the_choice():
     make = lambda seed, rank: trained(lr.adapt(params, {"embedding": lora(rank=rank)}, KEY), seed)  # noqa: E731
     one, two, plain = make(1, 1), make(2, 2), make(3, 2)
     ids, tokens = jnp.array([1, -1]), jnp.array([[3, 4], [5, 3]])
-    attached = lr.attach(params, {"plain": plain, "users": candidates({"one": one, "two": two})}, ids=ids)
+    attached = lr.attach(
+        params, {"plain": plain, "users": candidates({"one": one, "two": two})}, ids=ids
+    )
     got = lr.adapters.embed(tokens, attached["embedding"])
     for row, chosen in enumerate(({"plain": plain, "two": two}, {"plain": plain})):
         want = lr.effective(params, chosen)["embedding"][tokens[row]]
@@ -209,7 +249,12 @@ def test_candidates_train_together_and_each_row_trains_its_own():
     both = candidates({"one": made(lora(rank=1), 1), "two": made(lora(rank=2), 2)})
 
     def loss(train):
-        return jnp.sum(forward(lr.attach(PARAMS, both.replace(train=train), ids=jnp.array([0, 0, 0, -1, -1])), X) ** 2)
+        return jnp.sum(
+            forward(
+                lr.attach(PARAMS, both.replace(train=train), ids=jnp.array([0, 0, 0, -1, -1])), X
+            )
+            ** 2
+        )
 
     grads = jax.jit(jax.grad(loss))(both.train)["sites"]["layers/kernel"]["a"]
     assert grads.shape == (2, 2, 6, 2)
@@ -219,7 +264,9 @@ def test_candidates_train_together_and_each_row_trains_its_own():
 
 def test_a_number_without_a_candidate_is_not_the_last_one():
     got = out(candidates({"one": made(lora(rank=1), 1)}), jnp.array([0, 1, -1, 7, 0]))
-    np.testing.assert_array_equal(np.isnan(np.asarray(got)).any(axis=1), [False, True, False, True, False])
+    np.testing.assert_array_equal(
+        np.isnan(np.asarray(got)).any(axis=1), [False, True, False, True, False]
+    )
 
 
 def test_rows_drop_out_apart():
@@ -233,11 +280,20 @@ def test_rows_drop_out_apart():
 def test_candidates_that_differ_in_more_than_arrays_are_refused():
     one = made(lora(rank=2), 1)
     cases = [
-        (made(lr.adapters.lora(rank=2, dropout=0.1), 1), r"'layers/kernel': dropout is 0.0 and 0.1; 'out/"),
+        (
+            made(lr.adapters.lora(rank=2, dropout=0.1), 1),
+            r"'layers/kernel': dropout is 0.0 and 0.1; 'out/",
+        ),
         (made(lr.adapters.hira(rank=2), 1), "the adapter is Lora and Hira"),
-        (made(lora(rank=2, init="pissa"), 1), r"arrays are \['scale'\] and \['a0', 'b0', 'scale'\]; lr.to_lora"),
+        (
+            made(lora(rank=2, init="pissa"), 1),
+            r"arrays are \['scale'\] and \['a0', 'b0', 'scale'\]; lr.to_lora",
+        ),
         (made(lora(rank=2, trains="b"), 1), "trains is 'both' and 'b'"),
-        (made(lora(rank=2), 1, whole="out/bias"), r"'two' cannot be chosen by rows: leaves \('out/bias',\) are"),
+        (
+            made(lora(rank=2), 1, whole="out/bias"),
+            r"'two' cannot be chosen by rows: leaves \('out/bias',\) are",
+        ),
         (candidates({"x": one}), "'two' cannot be chosen by rows: it holds candidates itself"),
     ]
     for two, message in cases:
@@ -253,14 +309,20 @@ def test_candidates_that_differ_in_more_than_arrays_are_refused():
 def test_a_choice_needs_ids_and_ids_a_choice():
     one = made(lora(rank=2), 1)
     both = candidates({"one": one, "two": one})
-    with pytest.raises(ValueError, match=r"chooses among the candidates \['one', 'two'\]: pass ids="):
+    with pytest.raises(
+        ValueError, match=r"chooses among the candidates \['one', 'two'\]: pass ids="
+    ):
         lr.attach(PARAMS, both)
     for function in (lr.effective, lr.merge):
         with pytest.raises(ValueError, match="give one of the adaptations that they were made of"):
             function(PARAMS, both)
-    with pytest.raises(ValueError, match="ids choose among candidates, and no active adaptation has any"):
+    with pytest.raises(
+        ValueError, match="ids choose among candidates, and no active adaptation has any"
+    ):
         lr.attach(PARAMS, one, ids=jnp.array([0]))
-    with pytest.raises(ValueError, match=r"\['three'\] are not among the candidates \('one', 'two'\)"):
+    with pytest.raises(
+        ValueError, match=r"\['three'\] are not among the candidates \('one', 'two'\)"
+    ):
         candidate_ids(both, ["three"])
     with pytest.raises(ValueError, match="ids choose for 3 rows"):
         out(both, jnp.array([0, 1, 0]))
@@ -277,7 +339,9 @@ def test_hot_swap_does_not_recompile():
     room = padded(made(lora(rank=2), 1), 4)
     run(room)
     for rank, alpha in ((1, 3), (4, 8), (3, 1)):
-        new = made(lora(rank=rank, alpha=alpha, rank_stabilized=rank == 3, init="gaussian"), rank + 1)
+        new = made(
+            lora(rank=rank, alpha=alpha, rank_stabilized=rank == 3, init="gaussian"), rank + 1
+        )
         swapped = hot_swap(room, new)
         found, want = run(swapped)["out"]["kernel"], lr.effective(PARAMS, new)["out"]["kernel"]
         np.testing.assert_allclose(found, want, atol=1e-6)
@@ -291,7 +355,9 @@ def test_hot_swap_turns_off_what_the_new_one_does_not_adapt_and_keeps_dtypes():
     swapped = hot_swap(old, made({"out/kernel": lora(rank=1)}, 2))
     assert {x.dtype for x in jax.tree.leaves(swapped.train)} == {jnp.bfloat16.dtype}
     assert jax.tree.structure(swapped) == jax.tree.structure(old)
-    np.testing.assert_array_equal(lr.effective(PARAMS, swapped)["layers"]["kernel"], PARAMS["layers"]["kernel"])
+    np.testing.assert_array_equal(
+        lr.effective(PARAMS, swapped)["layers"]["kernel"], PARAMS["layers"]["kernel"]
+    )
     assert float(jnp.abs(out(swapped) - BASE).max()) > 1e-3
 
 
@@ -306,7 +372,12 @@ def test_hot_swap_lists_everything_that_does_not_fit():
         "'out/kernel': rank 3 exceeds 2; pad the old one by lr.adapters.padded(old, 3)",
     ):
         assert text in str(error.value)
-    stacked = lr.adapt({"out": {"kernel": jnp.ones((3, 6, 4))}}, lora(rank=2), KEY, views=lr.Views(stacked=("out/.*",)))
+    stacked = lr.adapt(
+        {"out": {"kernel": jnp.ones((3, 6, 4))}},
+        lora(rank=2),
+        KEY,
+        views=lr.Views(stacked=("out/.*",)),
+    )
     with pytest.raises(ValueError, match=r"shape is \(6, 4\) and \(3, 6, 4\)"):
         hot_swap(made({"out/kernel": lora(rank=2)}, 1), stacked)
 
@@ -314,5 +385,7 @@ def test_hot_swap_lists_everything_that_does_not_fit():
 def test_hot_swap_stays_where_the_old_one_was_put():
     device = jax.devices()[0]
     old = jax.device_put(made(lora(rank=2), 1), device)
-    for swapped, was in zip(jax.tree.leaves(hot_swap(old, made(lora(rank=1), 2))), jax.tree.leaves(old), strict=True):
+    for swapped, was in zip(
+        jax.tree.leaves(hot_swap(old, made(lora(rank=1), 2))), jax.tree.leaves(old), strict=True
+    ):
         assert swapped.committed and was.committed and swapped.sharding == was.sharding

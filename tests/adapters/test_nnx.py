@@ -1,4 +1,5 @@
-"""Adapters in nnx models: the numbers of linen, as functions of a state and held by the model, and what trains."""
+"""Adapters in nnx models: the numbers of linen, as functions of a state and held by the model, and
+what trains."""
 
 import functools
 
@@ -34,7 +35,11 @@ STACKED = lr.Views(stacked=("layers/.*",))
 
 
 @pytest.mark.parametrize(
-    "family", [name if name in ("oft", "uni_lora") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+    "family",
+    [
+        name if name in ("oft", "uni_lora") else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+    ],
 )
 def test_every_layer_computes_what_linen_does(family):
     params, adaptation, inputs = every_params(), every_adaptation(family), every_input()
@@ -49,8 +54,14 @@ def test_every_layer_computes_what_linen_does(family):
 
     def outputs(params, held_state):
         attached = lr.attach(params, adaptation)
-        linen = lr.linen.adapted(lambda params: Every().apply({"params": params}, *inputs))(attached)
-        return linen, lr.nnx.merge(graphdef, attached)(*inputs), nnx.merge(held_graphdef, held_state)(*inputs)
+        linen = lr.linen.adapted(lambda params: Every().apply({"params": params}, *inputs))(
+            attached
+        )
+        return (
+            linen,
+            lr.nnx.merge(graphdef, attached)(*inputs),
+            nnx.merge(held_graphdef, held_state)(*inputs),
+        )
 
     linen, functional, stateful = run(outputs, params, held_state)
     close(functional, linen)
@@ -71,7 +82,8 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Layers made by nnx.vmap, and run by nnx.scan with rematerialisation inside; a look-up with a tied head."""
+    """Layers made by nnx.vmap, and run by nnx.scan with rematerialisation inside; a look-up with a
+    tied head."""
 
     def __init__(self, rngs):
         make = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=(0,), out_axes=0))
@@ -87,11 +99,15 @@ class Stack(nnx.Module):
 
 
 IDS = jnp.array([[1, 2, 0], [8, 3, 3]])
-RULES = {".*/up/kernel|embed/.*": A.lora(rank=2), ".*/down/kernel": A.uni_lora(rank=2, size=32, bound=0.5)}
+RULES = {
+    ".*/up/kernel|embed/.*": A.lora(rank=2),
+    ".*/down/kernel": A.uni_lora(rank=2, size=32, bound=0.5),
+}
 
 
 def test_stacked_layers_that_share():
-    """Outputs and gradients as functions of a state, held by the model, and through effective parameters."""
+    """Outputs and gradients as functions of a state, held by the model, and through effective
+    parameters."""
     model = Stack(nnx.Rngs(0))
     params = parameters(model)
     adaptation = adapted(params, RULES, views=STACKED, whole=".*/norm/.*")
@@ -105,7 +121,12 @@ def test_stacked_layers_that_share():
 
         loss = lambda model: total(model(IDS))  # noqa: E731
         value, grads = nnx.value_and_grad(loss, argnums=TRAINED)(nnx.merge(graphdef, state))
-        return of(lr.attach, functools.partial(merged, model)), of(lr.effective, before), value, nnx.to_pure_dict(grads)
+        return (
+            of(lr.attach, functools.partial(merged, model)),
+            of(lr.effective, before),
+            value,
+            nnx.to_pure_dict(grads),
+        )
 
     (value, grads), expected, held_value, held_grads = run(outputs, params, adaptation.train, state)
     close((value, grads), expected, rtol=1e-3, atol=1e-4)
@@ -113,15 +134,24 @@ def test_stacked_layers_that_share():
     assert sorted(held_grads) == ["adapter_groups", "embed", "layers"]
     theta = held_grads["adapter_groups"]["default"]["unilora"]["trained"]["theta"]
     close(theta, grads["shared"]["unilora"]["theta"], atol=1e-4)
-    close(held_grads["layers"]["up"]["kernel_adapters"][0]["trained"], grads["sites"]["layers/up/kernel"], atol=1e-4)
+    close(
+        held_grads["layers"]["up"]["kernel_adapters"][0]["trained"],
+        grads["sites"]["layers/up/kernel"],
+        atol=1e-4,
+    )
     close(held_grads["layers"]["norm"]["scale"], grads["whole"]["layers/norm/scale"], atol=1e-4)
 
 
 def test_nothing_trains_that_is_not_named():
-    model = nnx.Sequential(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(6, 4, rngs=nnx.Rngs(1)))
+    model = nnx.Sequential(
+        nnx.Linear(8, 6, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(6, 4, rngs=nnx.Rngs(1))
+    )
     params = parameters(model)
     kernel = "layers/0/kernel"
-    paths = lambda model: {"/".join(map(str, keys)) for keys, _ in nnx.to_flat_state(nnx.state(model))}  # noqa: E731
+
+    def paths(model):
+        return {"/".join(map(str, keys)) for keys, _ in nnx.to_flat_state(nnx.state(model))}
+
     before = paths(model)
     lr.nnx.insert(model, lr.adapt(params, {kernel: A.lora(rank=2)}, KEY))
     assert before < paths(model)
@@ -130,7 +160,9 @@ def test_nothing_trains_that_is_not_named():
     first = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
     for wrt, argnums, moves in ((nnx.Param, 0, False), (lr.nnx.AdapterParam, TRAINED, True)):
         optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=wrt)
-        assert len(jax.tree.leaves(nnx.state(optimizer, nnx.optimizer.OptState))) == (2 + 4 if moves else 2)
+        assert len(jax.tree.leaves(nnx.state(optimizer, nnx.optimizer.OptState))) == (
+            2 + 4 if moves else 2
+        )
 
         @nnx.jit
         def step(model, optimizer, x, argnums=argnums):
@@ -143,13 +175,19 @@ def test_nothing_trains_that_is_not_named():
         old = jax.tree.map(lambda x: x, first)
         start = old["layers"][0]["kernel_adapters"][0].pop("trained")
         close(now, old, rtol=0, atol=0)
-        assert all((float(jnp.max(jnp.abs(trained[name] - start[name]))) > 0.01) == moves for name in trained)
+        assert all(
+            (float(jnp.max(jnp.abs(trained[name] - start[name]))) > 0.01) == moves
+            for name in trained
+        )
 
 
 def test_several_adapters_act_in_their_order():
     model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
     params = parameters(model)
-    both = {name: adapted(params, FAMILIES[name], seed, name=name) for seed, name in enumerate(("oft", "dora"))}
+    both = {
+        name: adapted(params, FAMILIES[name], seed, name=name)
+        for seed, name in enumerate(("oft", "dora"))
+    }
     for active in (("oft", "dora"), ("dora", "oft")):
         expected = plainly(model, lr.effective(params, both, active=active))(X)
         close(merged(model, lr.attach(params, both, active=active))(X), expected, atol=1e-4)
@@ -185,7 +223,10 @@ def test_dropout_draws_the_masks_of_attach():
     expected = apply(merged(model, lr.attach(params, adaptation)))
     close(apply(held), expected)
     held.train()
-    with pytest.raises(ValueError, match=r"'layers/up/kernel': the model trains .* lr.nnx.seed_dropout\(model, key\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"'layers/up/kernel': the model trains .* lr.nnx.seed_dropout\(model, key\)",
+    ):
         apply(held)
     for seed in (1, 2):
         lr.nnx.seed_dropout(held, jax.random.key(seed))
@@ -205,8 +246,11 @@ def test_a_quantised_base():
     small = jax.tree_util.tree_map_with_path(
         lambda keys, x: linalg.quantize_blocks(x, "linear") if is_site(keys) else x, params
     )
-    decoded = jax.tree.map(lambda x: x.dequantize() if hasattr(x, "dequantize") else x, small,
-                           is_leaf=lambda x: hasattr(x, "dequantize"))  # fmt: skip
+    decoded = jax.tree.map(
+        lambda x: x.dequantize() if hasattr(x, "dequantize") else x,
+        small,
+        is_leaf=lambda x: hasattr(x, "dequantize"),
+    )
     model = EveryNnx(nnx.Rngs(0))
     of = lambda params: merged(model, params)(*inputs)  # noqa: E731
     both = lambda tree: [of(tree), of(lr.attach(tree, adaptation))]  # noqa: E731
@@ -215,15 +259,23 @@ def test_a_quantised_base():
 
 
 def test_metadata_of_shardings_is_inherited():
-    with jax.set_mesh(jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+    with jax.set_mesh(
+        jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    ):
         init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
         model = nnx.Linear(8, 6, kernel_init=init, rngs=nnx.Rngs(0))
         lr.nnx.insert(model, adapted(parameters(model), A.dora(rank=2)))
         names = {
             keys[-1]: variable.get_metadata("out_sharding", None)
-            for keys, variable in nnx.to_flat_state(nnx.state(model)) if keys[0] == "kernel_adapters"
-        }  # fmt: skip
-    assert names == {"a": ("data", None), "b": (None, "model"), "magnitude": ("model",), "scale": (None,)}
+            for keys, variable in nnx.to_flat_state(nnx.state(model))
+            if keys[0] == "kernel_adapters"
+        }
+    assert names == {
+        "a": ("data", None),
+        "b": (None, "model"),
+        "magnitude": ("model",),
+        "scale": (None,),
+    }
     assert model.kernel.get_metadata("out_sharding") == ("data", "model")
 
 
@@ -233,7 +285,9 @@ def test_what_is_shared_is_lent_by_the_model():
     adaptation = adapted(params, RULES, views=STACKED)
     held, _ = inserted(model, adaptation)
     layer = nnx.jit(nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None)))
-    with pytest.raises(ValueError, match=r"'layers/down/kernel': unilora shares .* `with lr.nnx.sharing\(model\)"):
+    with pytest.raises(
+        ValueError, match=r"'layers/down/kernel': unilora shares .* `with lr.nnx.sharing\(model\)"
+    ):
         layer(held.layers, X)
     with lr.nnx.sharing(held):
         got = layer(held.layers, X)

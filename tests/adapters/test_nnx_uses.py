@@ -26,7 +26,10 @@ def test_derived_classes():
     params = parameters(model)
     adaptation = adapted(params, {"embedding": A.lora(rank=2)})
     plain = lr.effective(params, adaptation)["embedding"]
-    for made in (merged(model, lr.attach(params, adaptation)), inserted(nnx.clone(model), adaptation)[0]):
+    for made in (
+        merged(model, lr.attach(params, adaptation)),
+        inserted(nnx.clone(model), adaptation)[0],
+    ):
         assert isinstance(made, Scaled)
         close(made(IDS), 3 * plain[IDS], atol=1e-5)
         close(made.attend(X[..., :4]), X[..., :4] @ plain.T, atol=1e-5)
@@ -71,7 +74,9 @@ def test_a_use_that_passes_adapters_by_is_refused(use):
     held, _ = inserted(model, adaptation)
     close(held.embed.embedding.get_value(), params["embed"]["embedding"], rtol=0, atol=0)
     held.embed.embedding[...] = jnp.ones((9, 4))
-    close(lr.nnx.extract(held, adaptation)[0]["embed"]["embedding"], jnp.ones((9, 4)), rtol=0, atol=0)
+    close(
+        lr.nnx.extract(held, adaptation)[0]["embed"]["embedding"], jnp.ones((9, 4)), rtol=0, atol=0
+    )
 
 
 def test_a_kernel_of_two_layers():
@@ -110,7 +115,11 @@ def own_einsum(*args, **kwargs):
         ("own", "'own': it belongs to Held, which multiplies in its own way.*lr.effective", None),
         ("mixed/kernel", "mixed has its own einsum, .*own_einsum.*cannot be adapted", None),
         ("grouped/kernel", "grouped: a convolution with feature_group_count=2", None),
-        ("back/kernel", "'back/kernel': it belongs to ConvTranspose", "back: kernel of nnx.ConvTranspose is adapted"),
+        (
+            "back/kernel",
+            "'back/kernel': it belongs to ConvTranspose",
+            "back: kernel of nnx.ConvTranspose is adapted",
+        ),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(path, message, when_merged):
@@ -131,14 +140,23 @@ def test_errors():
     model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
     params = parameters(model)
     adaptation = lr.adapt(params, A.lora(rank=2), KEY)
-    with pytest.raises(ValueError, match="adaptation 'default': the model has no adapters of it at .*insert it first"):
+    with pytest.raises(
+        ValueError,
+        match="adaptation 'default': the model has no adapters of it at .*insert it first",
+    ):
         lr.nnx.extract(model, adaptation)
-    with pytest.raises(ValueError, match=r"leaves \['kernel'\] are no parameters of the model, .* \['embedding'\]"):
+    with pytest.raises(
+        ValueError, match=r"leaves \['kernel'\] are no parameters of the model, .* \['embedding'\]"
+    ):
         lr.nnx.insert(nnx.Embed(9, 4, rngs=nnx.Rngs(0)), adaptation)
-    with pytest.raises(ValueError, match=r"adapted leaf 'kernel', \(8, 6\), is of shape \(8, 5\) in the model"):
+    with pytest.raises(
+        ValueError, match=r"adapted leaf 'kernel', \(8, 6\), is of shape \(8, 5\) in the model"
+    ):
         lr.nnx.insert(nnx.Linear(8, 5, rngs=nnx.Rngs(0)), adaptation)
     lr.nnx.insert(model, adaptation)
-    with pytest.raises(ValueError, match="has an adaptation 'default' already; give lr.adapt another name="):
+    with pytest.raises(
+        ValueError, match="has an adaptation 'default' already; give lr.adapt another name="
+    ):
         lr.nnx.insert(model, adaptation)
 
     class Plain(nnx.Module):
@@ -147,7 +165,9 @@ def test_errors():
             self.free = nnx.data({"scale": nnx.Param(jnp.ones(3))})
 
     plain = Plain()
-    with pytest.raises(ValueError, match=r"parameters \['free/scale'\] are in containers .* nnx.Dict"):
+    with pytest.raises(
+        ValueError, match=r"parameters \['free/scale'\] are in containers .* nnx.Dict"
+    ):
         lr.nnx.insert(plain, lr.adapt(parameters(plain), A.lora(rank=2), KEY))
 
 

@@ -1,6 +1,8 @@
-"""Every family against a float64 NumPy reference, written from the papers and PEFT's documentation of its tensors.
+"""Every family against a float64 NumPy reference, written from the papers and PEFT's documentation
+of its tensors.
 
-References are in PyTorch's orientation where the sources are: `W (m, n)`, `y = x Wᵀ`, and compared transposed.
+References are in PyTorch's orientation where the sources are: `W (m, n)`, `y = x Wᵀ`, and compared
+transposed.
 """
 
 import jax
@@ -44,7 +46,9 @@ def bone(p, r):
     for j in range(M // r):
         for i in range(N // r):
             w = KERNEL.T[j * r : (j + 1) * r, i * r : (i + 1) * r]
-            changed[j * r : (j + 1) * r, i * r : (i + 1) * r] = w + w @ p["block"][j] + p["block"][j]
+            changed[j * r : (j + 1) * r, i * r : (i + 1) * r] = (
+                w + w @ p["block"][j] + p["block"][j]
+            )
     return changed
 
 
@@ -55,7 +59,9 @@ def dora(p, s):
 
 def shira(p):
     changed = KERNEL.T.copy()
-    for row, col, value in zip(p["rows"].astype(int), p["cols"].astype(int), p["values"], strict=True):
+    for row, col, value in zip(
+        p["rows"].astype(int), p["cols"].astype(int), p["values"], strict=True
+    ):
         changed[col, row] += value
     return changed
 
@@ -91,7 +97,10 @@ REFERENCES = {
     "lora": (A.lora(rank=4, alpha=6.0), lambda p: pair(p, 6 / 4)),
     "lora-rs": (A.lora(rank=4, alpha=6.0, rank_stabilized=True), lambda p: pair(p, 6 / 2)),
     "lora-pissa": (A.lora(rank=4, alpha=6.0, init="pissa"), lambda p: residual(p, 6 / 4)),
-    "lora-olora": (A.lora(rank=4, alpha=6.0, init="olora", rank_stabilized=True), lambda p: residual(p, 6 / 2)),
+    "lora-olora": (
+        A.lora(rank=4, alpha=6.0, init="olora", rank_stabilized=True),
+        lambda p: residual(p, 6 / 2),
+    ),
     "dora": (A.dora(rank=4, alpha=6.0), lambda p: dora(p, 6 / 4)),
     "dora-rs": (A.dora(rank=4, alpha=6.0, rank_stabilized=True), lambda p: dora(p, 6 / 2)),
     "hira": (A.hira(rank=4), lambda p: KERNEL.T * (1 + (p["a"] @ p["b"]).T)),
@@ -104,7 +113,10 @@ REFERENCES = {
     "miss-wide": (A.miss(rank=12), lambda p: miss(p, 12)),
     "miss-mini": (A.miss(rank=3, mode="mini", mini_rank=2), lambda p: miss(p, 3, 2)),
     "miss-bat": (A.miss(rank=4, mode="bat"), lambda p: bone(p, 4)),
-    "loha": (A.loha(rank=2, alpha=6.0), lambda p: KERNEL.T + 3 * (p["a1"] @ p["b1"]).T * (p["a2"] @ p["b2"]).T),
+    "loha": (
+        A.loha(rank=2, alpha=6.0),
+        lambda p: KERNEL.T + 3 * (p["a1"] @ p["b1"]).T * (p["a2"] @ p["b2"]).T,
+    ),
     "fourierft": (A.fourierft(frequencies=20), lambda p: KERNEL.T + fourier(p, 150)),
     "fourierft-alpha": (A.fourierft(frequencies=96, alpha=2.0), lambda p: KERNEL.T + fourier(p, 2)),
     "shira": (A.shira(rank=2), shira),
@@ -115,11 +127,26 @@ def draw(adapter, scale=0.3):
     """Arrays somewhere else than at the start."""
     generator = np.random.default_rng(2)
     kernel = jnp.asarray(KERNEL, jnp.float32)
-    train = {"a", "b", "magnitude", "skew", "lambda_d", "lambda_b", "block", "a1", "b1", "a2", "b2", "spectrum",
-             "values", "theta"}  # fmt: skip
+    train = {
+        "a",
+        "b",
+        "magnitude",
+        "skew",
+        "lambda_d",
+        "lambda_b",
+        "block",
+        "a1",
+        "b1",
+        "a2",
+        "b2",
+        "spectrum",
+        "values",
+        "theta",
+    }
     move = lambda x: x + scale * jnp.asarray(generator.normal(size=x.shape), x.dtype)  # noqa: E731
     return jax.tree_util.tree_map_with_path(
-        lambda keys, x: move(x) if keys[-1].key in train else x, adapter.start(jax.random.key(0), kernel)
+        lambda keys, x: move(x) if keys[-1].key in train else x,
+        adapter.start(jax.random.key(0), kernel),
     )
 
 
@@ -143,12 +170,18 @@ def test_gradient_of_dora_takes_the_norm_as_a_constant():
     p, x = draw(adapter), jnp.asarray(INPUTS, jnp.float32)
     change = np.random.default_rng(5).normal(size=(TOKENS, M))
     trained = {name: p[name] for name in ("a", "b", "magnitude")}
-    found = jax.grad(lambda t: jnp.sum(adapter.apply(x, kernel, p | t) * jnp.asarray(change, jnp.float32)))(trained)
+    found = jax.grad(
+        lambda t: jnp.sum(adapter.apply(x, kernel, p | t) * jnp.asarray(change, jnp.float32))
+    )(trained)
     p, g, s = as64(p), INPUTS.T @ change, 6 / 4
     direction = KERNEL + s * p["a"] @ p["b"]
     norm = np.linalg.norm(direction, axis=0)
     through = g * p["magnitude"] / norm
-    wanted = {"a": s * through @ p["b"].T, "b": s * p["a"].T @ through, "magnitude": (g * direction / norm).sum(0)}
+    wanted = {
+        "a": s * through @ p["b"].T,
+        "b": s * p["a"].T @ through,
+        "magnitude": (g * direction / norm).sum(0),
+    }
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, atol=1e-5 * np.abs(value).max())
 
@@ -176,7 +209,10 @@ REFUSED = {
     "mode": (lambda: A.miss(mode="bone"), r"mode='bone' must be one of"),
     "mini_rank": (lambda: A.miss(mini_rank=2), "mini_rank=2 belongs to mode='mini'"),
     "mini": (lambda: A.miss(mode="mini"), "mini_rank=None belongs to mode='mini'"),
-    "bat dropout": (lambda: A.miss(mode="bat", dropout=0.1), "dropout=0.1: mode='bat' has no branch"),
+    "bat dropout": (
+        lambda: A.miss(mode="bat", dropout=0.1),
+        "dropout=0.1: mode='bat' has no branch",
+    ),
     "fourier init": (lambda: A.fourierft(init="randn"), "init='randn' must be 'zeros' or 'normal'"),
     "lora trains": (lambda: A.lora(rank=2, trains="c"), "trains='c' must be 'both', 'a' or 'b'"),
     "lora init": (lambda: A.lora(rank=2, init="svd"), "init='svd' must be one of"),
@@ -197,8 +233,14 @@ def test_impossible_options_are_refused_by_name(name):
 
 
 UNFIT = {
-    "bat": (A.miss(rank=5, mode="bat"), "'here': rank=5 does not divide its 12 x 8 kernel into square blocks"),
-    "mini": (A.miss(rank=5, mode="mini", mini_rank=3), "'here': mini_rank=3 does not divide its 8 outputs"),
+    "bat": (
+        A.miss(rank=5, mode="bat"),
+        "'here': rank=5 does not divide its 12 x 8 kernel into square blocks",
+    ),
+    "mini": (
+        A.miss(rank=5, mode="mini", mini_rank=3),
+        "'here': mini_rank=3 does not divide its 8 outputs",
+    ),
     "fourierft": (A.fourierft(), "'here': frequencies=1000 exceeds the 96 entries"),
     "shira": (A.shira(rank=5), "'here': rank=5 exceeds 4, the largest of shira on a 12 x 8 kernel"),
     "oft": (A.oft(block=5), "'here': block=5 does not divide its 12 inputs"),
@@ -216,13 +258,24 @@ def test_sites_that_do_not_fit_are_refused_by_path(name):
 
 
 def test_a_frozen_factor_of_zero_is_refused():
-    for path, options in (("kernel", {"trains": "a"}), ("kernel", {"trains": "a", "init": "gaussian"}),
-                          ("embedding", {"trains": "b"})):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"'{path}': trains=.* starts at 0, so no gradient would ever differ"):
+    for path, options in (
+        ("kernel", {"trains": "a"}),
+        ("kernel", {"trains": "a", "init": "gaussian"}),
+        ("embedding", {"trains": "b"}),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"'{path}': trains=.* starts at 0, so no gradient would ever differ"
+        ):
             lr.adapt({path: jnp.ones((N, M))}, {path: A.lora(rank=2, **options)}, jax.random.key(0))
-    lr.adapt({"embedding": jnp.ones((N, M))}, {"embedding": A.lora(rank=2, trains="a")}, jax.random.key(0))
+    lr.adapt(
+        {"embedding": jnp.ones((N, M))},
+        {"embedding": A.lora(rank=2, trains="a")},
+        jax.random.key(0),
+    )
 
 
 def test_uni_lora_of_more_numbers_than_entries_is_refused():
     with pytest.raises(ValueError, match="size=81 exceeds the 80 entries of all factors"):
-        lr.adapt({"here": jnp.ones((N, M))}, {"here": A.uni_lora(rank=4, size=81)}, jax.random.key(0))
+        lr.adapt(
+            {"here": jnp.ones((N, M))}, {"here": A.uni_lora(rank=4, size=81)}, jax.random.key(0)
+        )

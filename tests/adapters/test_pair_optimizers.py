@@ -1,4 +1,5 @@
-"""Laws of the optimizers on pairs: programs, stacks, guard, schedule, and what they do to the product a b."""
+"""Laws of the optimizers on pairs: programs, stacks, guard, schedule, and what they do to the
+product a b."""
 
 import functools
 
@@ -9,7 +10,15 @@ import optax
 import pytest
 
 from lowrank_jax.adapters import pair_optimizers as A
-from tests.adapters.pair_methods import SCALE, STEPS, build, every, gradients, params_like, preconditioned
+from tests.adapters.pair_methods import (
+    SCALE,
+    STEPS,
+    build,
+    every,
+    gradients,
+    params_like,
+    preconditioned,
+)
 from tests.laws.methods import FAST_COMPILE, assert_close, at, copy, eager, same
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
@@ -29,7 +38,9 @@ def program(name):
             params, state = carry
             grad, alive = step
             zeros = jax.tree.map(jnp.zeros_like, params)
-            updates, state = jax.lax.cond(alive, lambda: tx.update(grad, state, params), lambda: (zeros, state))
+            updates, state = jax.lax.cond(
+                alive, lambda: tx.update(grad, state, params), lambda: (zeros, state)
+            )
             return (optax.apply_updates(params, updates), state), (updates, state)
 
         return jax.lax.scan(body, (params, state), (grads, live))
@@ -77,7 +88,8 @@ def test_a_skipped_step_is_a_step_that_was_never_made(name):
 
 @every
 def test_init_and_state(name):
-    """Traced and from shapes, stable dtypes, distinct buffers, no empty leaf, and the bytes of the docstrings."""
+    """Traced and from shapes, stable dtypes, distinct buffers, no empty leaf, and the bytes of the
+    docstrings."""
     tx, params = build(name), params_like()
     state = tx.init(params)
     abstract = jax.tree.map(lambda x: (x.shape, x.dtype), state)
@@ -90,7 +102,9 @@ def test_init_and_state(name):
     leaves = jax.tree.leaves((state, params))
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
     assert all(leaf.size for leaf in leaves)
-    factors = 4 * sum(x.size for key in ("a", "b") for x in (params["experts"][key], params["q"]["kernel"][key]))
+    factors = 4 * sum(
+        x.size for key in ("a", "b") for x in (params["experts"][key], params["q"]["kernel"][key])
+    )
     copies = {"lora_plus": 2, "scaled_adamw": 2, "altlora": 2, "altlora_plus": 3}[name.split()[0]]
     plain = 2 * params["q"]["kernel"]["magnitude"].nbytes
     assert sum(x.nbytes for x in jax.tree.leaves(state)) == copies * factors + plain + 6 * 4
@@ -98,8 +112,13 @@ def test_init_and_state(name):
 
 @every
 def test_a_stack_is_its_layers_one_by_one(name):
-    split = lambda trees: {f"{i}{j}": {"a": trees["experts"]["a"][i, j], "b": trees["experts"]["b"][i, j]}  # noqa: E731
-                           for i in range(2) for j in range(3)}  # fmt: skip
+    def split(trees):
+        return {
+            f"{i}{j}": {"a": trees["experts"]["a"][i, j], "b": trees["experts"]["b"][i, j]}
+            for i in range(2)
+            for j in range(3)
+        }
+
     params, grads = params_like(), gradients()
     stacked, layers = build(name), build(name)
     if name != "lora_plus":
@@ -149,7 +168,9 @@ def product_path(tx, a, b, gradients, scale=2.0, steps=STEPS):
 INVARIANT = {
     "altlora": lambda: A.altlora(0.1, scale=2.0, damping=0.0, weight_decay=0.3),
     "altlora both": lambda: build("altlora both", damping=0.0),
-    "scaled gradient descent": lambda: optax.chain(A.precondition_pairs(damping=0.0), optax.sgd(0.1)),
+    "scaled gradient descent": lambda: optax.chain(
+        A.precondition_pairs(damping=0.0), optax.sgd(0.1)
+    ),
 }
 GAUGES = {
     "any": np.array([[2.0, 1.0, 0.0], [0.0, 1.0, -1.0], [0.5, 0.0, 1.0]]),
@@ -162,18 +183,22 @@ def gauge_error(tx, gauge):
     a, b, gradients = factors()
     path = product_path(tx, a, b, gradients)
     moved = product_path(tx, a @ GAUGES[gauge], np.linalg.inv(GAUGES[gauge]) @ b, gradients)
-    return np.max(np.abs(moved - path)) / np.max(np.abs(path - a @ b))  # of the way that the product went
+    return np.max(np.abs(moved - path)) / np.max(
+        np.abs(path - a @ b)
+    )  # of the way that the product went
 
 
 @pytest.mark.parametrize("name", INVARIANT)
 def test_products_do_not_depend_on_the_gauge(name):
-    """a M, M⁻¹ b for any invertible M: momentum, decay and alternation included, at full rank and without damping."""
+    """a M, M⁻¹ b for any invertible M: momentum, decay and alternation included, at full rank and
+    without damping."""
     assert gauge_error(INVARIANT[name](), "any") < 1e-4
 
 
 @preconditioned
 def test_gauges_under_damping_and_under_adam(name):
-    """Damping leaves the orthogonal gauges, Adam's entrywise steps the signed permutations, and no more."""
+    """Damping leaves the orthogonal gauges, Adam's entrywise steps the signed permutations, and no
+    more."""
     options = {"damping": 0.5, "scale": 2.0}
     tx = build(name, **options)
     adam = "adamw" in name or "plus" in name
@@ -185,15 +210,20 @@ def test_gauges_under_damping_and_under_adam(name):
 @pytest.mark.parametrize("rank_deficient", [False, True])
 @pytest.mark.parametrize("turn", [0, 1])
 def test_the_product_moves_by_the_projected_gradient(turn, rank_deficient):
-    """s Δ(a b) = -lr G Π_b on the turn of a, -lr Π_a G on that of b: the nearest to -lr G that one factor can make."""
+    """s Δ(a b) = -lr G Π_b on the turn of a, -lr Π_a G on that of b: the nearest to -lr G that one
+    factor can make."""
     a, b, gradients = factors()
     if rank_deficient:
         a, b = a.copy(), b.copy()
         a[:, 2], b[2] = a[:, 0] - a[:, 1], 2 * b[0] + b[1]
     tx = A.altlora(0.1, scale=2.0, b1=0.0, damping=0.0)
-    gradients = gradients * np.array([1 - turn, 1.0, 1, 1, 1])[:, None, None]  # nothing happens on the turn of a
+    gradients = (
+        gradients * np.array([1 - turn, 1.0, 1, 1, 1])[:, None, None]
+    )  # nothing happens on the turn of a
     path = product_path(tx, a, b, gradients, steps=1 + turn)
-    projected = gradients[0] @ np.linalg.pinv(b) @ b if turn == 0 else a @ np.linalg.pinv(a) @ gradients[1]
+    projected = (
+        gradients[0] @ np.linalg.pinv(b) @ b if turn == 0 else a @ np.linalg.pinv(a) @ gradients[1]
+    )
     np.testing.assert_allclose(2 * (path[turn] - a @ b), -0.1 * projected, atol=3e-5)
 
 
@@ -204,23 +234,32 @@ def test_momentum_is_moved_to_the_nearest_of_the_new_space():
     path = product_path(tx, a, b, gradients * np.array([1, 1, 0, 0, 0])[:, None, None], steps=3)
     new_b = np.linalg.svd(path[1])[2][:3]
     momentum = 0.1 * gradients[0] @ np.linalg.pinv(b) @ b  # of the kernel, times s
-    np.testing.assert_allclose(2 * (path[2] - path[1]), -0.1 * 0.9 * momentum @ new_b.T @ new_b, atol=3e-5)
+    np.testing.assert_allclose(
+        2 * (path[2] - path[1]), -0.1 * 0.9 * momentum @ new_b.T @ new_b, atol=3e-5
+    )
 
 
 @preconditioned
 def test_a_zero_factor_and_padded_ranks(name):
-    """b = 0, as adapters start: a waits, b moves. Ranks that scale masks stay, and do not touch the others."""
+    """b = 0, as adapters start: a waits, b moves. Ranks that scale masks stay, and do not touch the
+    others."""
     a, b, gradients = factors()
     tx = build(name, weight_decay=0.0, scale=1.0)
     start = product_path(tx, a, 0 * b, gradients)
     assert np.all(np.isfinite(start)) and np.any(start)
     mask = np.array([2.0, 0.0, 2.0])
-    whole, short = build(name, weight_decay=0.0, scale=mask), build(name, weight_decay=0.0, scale=mask[[0, 2]])
+    whole, short = (
+        build(name, weight_decay=0.0, scale=mask),
+        build(name, weight_decay=0.0, scale=mask[[0, 2]]),
+    )
     params = {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
     cut = lambda x: {"a": x["a"][:, ::2], "b": x["b"][::2]}  # noqa: E731
     few, one, two = cut(params), whole.init(params), short.init(cut(params))
     for gradient in jnp.asarray(gradients[:3], jnp.float32):
-        grads = {"a": gradient @ params["b"].T * mask, "b": mask[:, None] * (params["a"].T @ gradient)}
+        grads = {
+            "a": gradient @ params["b"].T * mask,
+            "b": mask[:, None] * (params["a"].T @ gradient),
+        }
         updates, one = eager(whole.update, grads, one, params)
         fewer, two = eager(short.update, cut(grads), two, few)
         assert not np.any(updates["a"][:, 1]) and not np.any(updates["b"][1])

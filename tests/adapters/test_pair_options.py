@@ -9,7 +9,15 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax.adapters import pair_optimizers as A
 from lowrank_jax.adapters import pairs
-from tests.adapters.pair_methods import METHODS, SCALE, build, every, gradients, params_like, preconditioned
+from tests.adapters.pair_methods import (
+    METHODS,
+    SCALE,
+    build,
+    every,
+    gradients,
+    params_like,
+    preconditioned,
+)
 from tests.laws.methods import assert_close, at, eager, same
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
@@ -33,7 +41,12 @@ def last(tx, steps=3):
 
 @every
 def test_other_leaves_take_adamw(name):
-    when_post = name in ("scaled_adamw", "scaled_adamw sequential", "altlora both", "altlora_plus official")
+    when_post = name in (
+        "scaled_adamw",
+        "scaled_adamw sequential",
+        "altlora both",
+        "altlora_plus official",
+    )
     eps, convention = (1e-6, "hf") if "adamw" in name else (1e-8, "torch")
     adam = lr.inner.adam(eps=eps, convention=convention)
     final = lr.apply_learning_rate(0.1, 0.1, when="post" if when_post else "pre")
@@ -54,7 +67,9 @@ def test_common_options(name):
     only = jax.tree.map(lambda _: False, params_like())
     only["q"]["kernel"]["a"] = True
     for mask in (only, lambda _: only):
-        got, none, full = (first(build(name, **o)) for o in ({"mask": mask}, {"weight_decay": 0.0}, {}))
+        got, none, full = (
+            first(build(name, **o)) for o in ({"mask": mask}, {"weight_decay": 0.0}, {})
+        )
         assert same(got["q"]["kernel"]["a"], full["q"]["kernel"]["a"])
         assert same(got["q"]["kernel"]["magnitude"], none["q"]["kernel"]["magnitude"])
         assert same(got["experts"], none["experts"])
@@ -68,14 +83,19 @@ def test_common_options(name):
 def test_lora_plus_rates():
     params = params_like()
     ratios = ((".*/magnitude", 4.0), ("experts/b", 0.5))
-    one, some = first(A.lora_plus(0.1, ratio=1.0)), first(A.lora_plus(0.1, ratio=8.0, ratios=ratios))
+    one, some = (
+        first(A.lora_plus(0.1, ratio=1.0)),
+        first(A.lora_plus(0.1, ratio=8.0, ratios=ratios)),
+    )
     rates = {"experts": {"a": 1, "b": 0.5}, "q": {"kernel": {"a": 1, "b": 8, "magnitude": 4}}}
     assert_close(some, jax.tree.map(lambda rate, u: rate * u, rates, one))
     sign = first(A.lora_plus(0.1, inner=optax.scale_by_sign()))
     assert_close(sign["q"]["kernel"]["b"], -1.6 * jnp.sign(at(gradients(), 0)["q"]["kernel"]["b"]))
     weighted = lr.inner.from_optax(optax.add_decayed_weights(1.0), params=True)
-    assert_close(first(A.lora_plus(1.0, ratio=1.0, inner=weighted))["experts"]["a"],
-                 -at(gradients(), 0)["experts"]["a"] - params["experts"]["a"])  # fmt: skip
+    assert_close(
+        first(A.lora_plus(1.0, ratio=1.0, inner=weighted))["experts"]["a"],
+        -at(gradients(), 0)["experts"]["a"] - params["experts"]["a"],
+    )
 
 
 def test_lora_plus_of_a_single_factor():
@@ -87,7 +107,8 @@ def test_lora_plus_of_a_single_factor():
 
 @preconditioned
 def test_scale(name):
-    """A number, an array, a tree that ends in values or in mappings, and the extra argument are one thing."""
+    """A number, an array, a tree that ends in values or in mappings, and the extra argument are one
+    thing."""
     like = {"experts": 2.0, "q": {"kernel": jnp.array([2.0, 2.0])}}
     expected = first(build(name, scale=2.0))
     for scale in (np.float32(2), jnp.full((2, 3, 1), 2.0), like):
@@ -101,8 +122,12 @@ def test_scale(name):
 
 def test_precondition_pairs_is_the_joint_gradient_of_scaled_adamw():
     adam = optax.scale_by_adam(eps=1e-30)
-    chained = optax.chain(A.precondition_pairs(scale=SCALE, damping=1e-2), adam, optax.scale_by_learning_rate(0.1))
-    assert_close(last(chained), last(A.scaled_adamw(0.1, scale=SCALE, damping=1e-2, eps=1e-30)), 1e-4)
+    chained = optax.chain(
+        A.precondition_pairs(scale=SCALE, damping=1e-2), adam, optax.scale_by_learning_rate(0.1)
+    )
+    assert_close(
+        last(chained), last(A.scaled_adamw(0.1, scale=SCALE, damping=1e-2, eps=1e-30)), 1e-4
+    )
     with pytest.raises(ValueError, match="damping=-1 must be a finite number of at least 0"):
         A.precondition_pairs(damping=-1)
     with pytest.raises(ValueError, match="needs params"):
@@ -110,10 +135,13 @@ def test_precondition_pairs_is_the_joint_gradient_of_scaled_adamw():
 
 
 def test_a_moment_that_overflows_skips_the_step_too():
-    """The gradient is finite; its least-squares step through a tiny partner has no finite square."""
+    """The gradient is finite; its least-squares step through a tiny partner has no finite
+    square."""
     params = {"a": jnp.ones((4, 2)), "b": 1e-8 * jnp.eye(2, 5)}
     tx = A.altlora_plus(0.1, scale=1.0, damping=0.0)
-    updates, state = eager(tx.update, {"a": 1e6 * jnp.ones((4, 2)), "b": jnp.zeros((2, 5))}, tx.init(params), params)
+    updates, state = eager(
+        tx.update, {"a": 1e6 * jnp.ones((4, 2)), "b": jnp.zeros((2, 5))}, tx.init(params), params
+    )
     assert int(state.skipped) == 1 and not np.any(updates["a"])
     assert same(state._replace(skipped=state.step), tx.init(params))
 
@@ -122,15 +150,37 @@ PRECONDITIONED = [name for name in METHODS if name != "lora_plus"]
 PAIR = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 5))}
 AT_INIT = [
     (PRECONDITIONED, {"q": {"b": jnp.ones((2, 5))}}, "'q' holds 'b' and no 'a'.*LoRA-FA"),
-    (PRECONDITIONED, {"q": {"a": jnp.ones((4, 2)), "b": optax.MaskedNode()}}, "'q' holds 'a' and no 'b'.*partition"),
-    (PRECONDITIONED, {"q": PAIR, "v": {"a": jnp.ones((4, 2)), "b": jnp.ones(5)}}, "'v' holds 'a' and no 'b'"),
-    (METHODS, {"q": PAIR | {"b": jnp.ones((3, 5))}}, r"'q' holds a of shape \(4, 2\) and b of shape \(3, 5\)"),
-    (METHODS, {"q": {"a": jnp.ones((3, 4, 2)), "b": jnp.ones((2, 5))}}, "are no pair.*optax.partition"),
-    (METHODS, {"q": {"kernel": jnp.ones((4, 5)), "b": jnp.ones(5)}}, r"none of the 2 leaves \(q/b, q/kernel.*adamw"),
+    (
+        PRECONDITIONED,
+        {"q": {"a": jnp.ones((4, 2)), "b": optax.MaskedNode()}},
+        "'q' holds 'a' and no 'b'.*partition",
+    ),
+    (
+        PRECONDITIONED,
+        {"q": PAIR, "v": {"a": jnp.ones((4, 2)), "b": jnp.ones(5)}},
+        "'v' holds 'a' and no 'b'",
+    ),
+    (
+        METHODS,
+        {"q": PAIR | {"b": jnp.ones((3, 5))}},
+        r"'q' holds a of shape \(4, 2\) and b of shape \(3, 5\)",
+    ),
+    (
+        METHODS,
+        {"q": {"a": jnp.ones((3, 4, 2)), "b": jnp.ones((2, 5))}},
+        "are no pair.*optax.partition",
+    ),
+    (
+        METHODS,
+        {"q": {"kernel": jnp.ones((4, 5)), "b": jnp.ones(5)}},
+        r"none of the 2 leaves \(q/b, q/kernel.*adamw",
+    ),
 ]
 
 
-@pytest.mark.parametrize("names, params, message", AT_INIT, ids=[message[:24] for *_, message in AT_INIT])
+@pytest.mark.parametrize(
+    "names, params, message", AT_INIT, ids=[message[:24] for *_, message in AT_INIT]
+)
 def test_errors_at_init(names, params, message):
     for name in names:
         with pytest.raises(ValueError, match=f"(?s)^{METHODS[name].func.__name__}: .*{message}"):
@@ -139,19 +189,43 @@ def test_errors_at_init(names, params, message):
 
 def test_errors_of_values():
     for build_one, message in (
-        (lambda: A.altlora(0.1, scale=1.0, alternate=0), "alternate=0 must be an integer of at least 1, or None"),
-        (lambda: A.altlora(0.1, scale=1.0, damping=-1.0), "damping=-1.0 must be a finite number of at least 0"),
-        (lambda: A.altlora(0.1, scale=1.0, bias_correction="both"), "bias_correction='both' must be one of"),
+        (
+            lambda: A.altlora(0.1, scale=1.0, alternate=0),
+            "alternate=0 must be an integer of at least 1, or None",
+        ),
+        (
+            lambda: A.altlora(0.1, scale=1.0, damping=-1.0),
+            "damping=-1.0 must be a finite number of at least 0",
+        ),
+        (
+            lambda: A.altlora(0.1, scale=1.0, bias_correction="both"),
+            "bias_correction='both' must be one of",
+        ),
         (lambda: A.altlora(0.1, scale=1.0, b1=1.0), "b1=1.0 must be a finite number"),
         (lambda: A.altlora(0.1, scale=1.0, when="now"), "when='now' must be one of"),
-        (lambda: A.altlora_plus(0.1, scale=1.0, transport="moved"), "transport='moved' must be one of"),
+        (
+            lambda: A.altlora_plus(0.1, scale=1.0, transport="moved"),
+            "transport='moved' must be one of",
+        ),
         (lambda: A.altlora_plus(0.1, scale=1.0, transport=None), "scaled_adamw moves no momentum"),
         (lambda: A.scaled_adamw(0.1, order="both"), "order='both' must be 'joint' or 'sequential'"),
         (lambda: A.lora_plus(0.1, ratio=-1.0), "ratio=-1.0 must be a finite number of at least 0"),
-        (lambda: A.lora_plus(0.1, weight_decay=-1.0), "weight_decay=-1.0 must be a finite number of at least 0"),
-        (lambda: A.lora_plus(0.1, ratios=(("v/.*", 2.0),)).init({"q": PAIR}), "'v/.*' is the first match of no leaf"),
-        (lambda: first(A.altlora(0.1, scale={"v": 1.0}), {"q": PAIR}, {"q": PAIR}), "no 'q' on the way to the pair"),
-        (lambda: first(A.altlora(0.1, scale=np.ones(3)), {"q": PAIR}, {"q": PAIR}), r"shape \(3,\) at the pair 'q'"),
+        (
+            lambda: A.lora_plus(0.1, weight_decay=-1.0),
+            "weight_decay=-1.0 must be a finite number of at least 0",
+        ),
+        (
+            lambda: A.lora_plus(0.1, ratios=(("v/.*", 2.0),)).init({"q": PAIR}),
+            "'v/.*' is the first match of no leaf",
+        ),
+        (
+            lambda: first(A.altlora(0.1, scale={"v": 1.0}), {"q": PAIR}, {"q": PAIR}),
+            "no 'q' on the way to the pair",
+        ),
+        (
+            lambda: first(A.altlora(0.1, scale=np.ones(3)), {"q": PAIR}, {"q": PAIR}),
+            r"shape \(3,\) at the pair 'q'",
+        ),
         (lambda: A.altlora(0.1, scale=1.0).update({"q": PAIR}, None), "needs params"),
         (lambda: A.lora_plus(0.1, weight_decay=0.1).update({"q": PAIR}, None), "needs params"),
     ):
@@ -174,14 +248,20 @@ def test_what_is_shaped_like_the_parameters_is_mapped(name):
     """`optax.tree_utils.tree_map_params`: moments and bases; counters and steps are not."""
     tx = METHODS[name](0.1)
     state = tx.init({"q": PAIR, "bias": jnp.ones(3)})
-    ones = optax.tree_utils.tree_map_params(tx, lambda x: 0 * x + 1, state, transform_non_params=lambda x: x - 7)
+    ones = optax.tree_utils.tree_map_params(
+        tx, lambda x: 0 * x + 1, state, transform_non_params=lambda x: x - 7
+    )
     for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(ones), strict=True):
-        np.testing.assert_array_equal(after, before - 7 if before.ndim == 0 else np.ones(before.shape))
+        np.testing.assert_array_equal(
+            after, before - 7 if before.ndim == 0 else np.ones(before.shape)
+        )
 
 
 def test_lora_plus_works_without_params():
     tx = A.lora_plus(0.1)
-    assert_close(tx.update({"q": PAIR}, tx.init({"q": PAIR}))[0], first(tx, {"q": PAIR}, {"q": PAIR}))
+    assert_close(
+        tx.update({"q": PAIR}, tx.init({"q": PAIR}))[0], first(tx, {"q": PAIR}, {"q": PAIR})
+    )
 
 
 @every
@@ -200,15 +280,21 @@ def test_gradient_dtype_may_differ_from_parameter_dtype(name):
 
 @every
 def test_wrappers(name):
-    """masked, partition, chain, MultiSteps and inject_hyperparams give what the bare transformation gives."""
+    """masked, partition, chain, MultiSteps and inject_hyperparams give what the bare transformation
+    gives."""
     params, grads = params_like(), gradients()
     scale = {} if name == "lora_plus" else {"scale": 2.0}
     tx = build(name, **scale)
     want = first(tx)
-    labels = {"experts": "pairs", "q": {"kernel": {"a": "pairs", "b": "pairs", "magnitude": "plain"}}}
+    labels = {
+        "experts": "pairs",
+        "q": {"kernel": {"a": "pairs", "b": "pairs", "magnitude": "plain"}},
+    }
     both = first(optax.partition({"pairs": tx, "plain": optax.sgd(0.5)}, labels))
     assert_close(both["q"]["kernel"]["magnitude"], -0.5 * at(grads, 0)["q"]["kernel"]["magnitude"])
-    assert_close((both["experts"], both["q"]["kernel"]["b"]), (want["experts"], want["q"]["kernel"]["b"]))
+    assert_close(
+        (both["experts"], both["q"]["kernel"]["b"]), (want["experts"], want["q"]["kernel"]["b"])
+    )
     masked = first(optax.masked(tx, {"experts": False, "q": True}))
     assert same(masked["experts"], at(grads, 0)["experts"])
     assert_close(masked["q"], want["q"])
@@ -226,7 +312,8 @@ def test_wrappers(name):
 
 @every
 def test_inject_hyperparams(name):
-    """On bf16 parameters with float32 hyper-parameters; callables among the common options pass through."""
+    """On bf16 parameters with float32 hyper-parameters; callables among the common options pass
+    through."""
     factory, given = METHODS[name].func, dict(METHODS[name].keywords)
     mask = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # noqa: E731
     given |= {"learning_rate": 0.1, "weight_decay": 0.1, "mask": mask}
@@ -260,12 +347,23 @@ def test_pairs_in_boxes_and_frozen_mappings():
 @pytest.mark.parametrize("name", ["altlora_plus", "scaled_adamw sequential"])
 def test_meshes(name, axis_type):
     """Factors sharded along layers, n and m step as on one device, and lie like the parameters."""
-    mesh = jax.make_mesh((2, 4), ("layers", "model"), axis_types=(getattr(jax.sharding.AxisType, axis_type),) * 2)
+    mesh = jax.make_mesh(
+        (2, 4), ("layers", "model"), axis_types=(getattr(jax.sharding.AxisType, axis_type),) * 2
+    )
     rng = np.random.default_rng(0)
     shapes = {"a": (2, 8, 2), "b": (2, 2, 12)}
     specs = {"a": jax.P("layers", "model", None), "b": jax.P("layers", None, "model")}
-    draw = lambda: {key: jnp.asarray(rng.normal(size=shape), jnp.float32) for key, shape in shapes.items()}  # noqa: E731
-    place = lambda tree: {key: jax.device_put(x, jax.NamedSharding(mesh, specs[key])) for key, x in tree.items()}  # noqa: E731
+
+    def draw():
+        return {
+            key: jnp.asarray(rng.normal(size=shape), jnp.float32) for key, shape in shapes.items()
+        }
+
+    def place(tree):
+        return {
+            key: jax.device_put(x, jax.NamedSharding(mesh, specs[key])) for key, x in tree.items()
+        }
+
     params, grads = draw(), [draw() for _ in range(3)]
     tx = build(name, scale=np.array([[2.0, 1.0], [0.5, 1.0]]))
     one, many = (params, tx.init(params)), place(params)
@@ -283,11 +381,21 @@ def test_meshes(name, axis_type):
 
 
 def test_the_trees_of_an_adaptation():
-    """`adaptation.train` is the parameters, `adaptation.fixed` the scale: ranks 2 and 1 in one stack, a whole head."""
-    params = {"layers": {"q": {"kernel": jnp.zeros((2, 6, 5))}}, "head": {"kernel": jnp.zeros((5, 3))}}
+    """`adaptation.train` is the parameters, `adaptation.fixed` the scale: ranks 2 and 1 in one
+    stack, a whole head."""
+    params = {
+        "layers": {"q": {"kernel": jnp.zeros((2, 6, 5))}},
+        "head": {"kernel": jnp.zeros((5, 3))},
+    }
     path = "layers/q/kernel"
-    adaptation = lr.adapt(params, {path: lr.adapters.lora(rank=2, alpha=3)}, jax.random.key(0), ranks={path: (2, 1)},
-                          views=lr.Views(stacked=("layers/.*",)), whole="head/.*")  # fmt: skip
+    adaptation = lr.adapt(
+        params,
+        {path: lr.adapters.lora(rank=2, alpha=3)},
+        jax.random.key(0),
+        ranks={path: (2, 1)},
+        views=lr.Views(stacked=("layers/.*",)),
+        whole="head/.*",
+    )
     rng = np.random.default_rng(0)
     train = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), adaptation.train)
     gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
@@ -296,14 +404,21 @@ def test_the_trees_of_an_adaptation():
         return lr.effective(params, adaptation.replace(train=train))
 
     def loss(train):
-        return sum(jnp.sum(g * k) for g, k in zip(*map(jax.tree.leaves, (gradient, kernels(train))), strict=True))
+        return sum(
+            jnp.sum(g * k)
+            for g, k in zip(*map(jax.tree.leaves, (gradient, kernels(train))), strict=True)
+        )
 
     tx = A.altlora(0.1, scale=adaptation.fixed, b1=0.0, damping=0.0, plain=optax.identity())
     updates, _ = tx.update(jax.grad(loss)(train), tx.init(train), train)
-    moved = jax.tree.map(lambda x, y: x - y, kernels(optax.apply_updates(train, updates)), kernels(train))
+    moved = jax.tree.map(
+        lambda x, y: x - y, kernels(optax.apply_updates(train, updates)), kernels(train)
+    )
     for layer, rank in enumerate((2, 1)):
         b = np.asarray(train["sites"][path]["b"][layer, :rank])
         want = -0.1 * np.asarray(gradient["layers"]["q"]["kernel"][layer]) @ np.linalg.pinv(b) @ b
         np.testing.assert_allclose(moved["layers"]["q"]["kernel"][layer], want, atol=1e-5)
-    np.testing.assert_allclose(moved["head"]["kernel"], -0.1 * gradient["head"]["kernel"], atol=1e-6)
+    np.testing.assert_allclose(
+        moved["head"]["kernel"], -0.1 * gradient["head"]["kernel"], atol=1e-6
+    )
     assert not np.any(updates["sites"][path]["a"][1, :, 1])

@@ -1,7 +1,9 @@
-"""Optimizers on pairs against float64 NumPy references, written from the papers' equations in their (out, in) layout.
+"""Optimizers on pairs against float64 NumPy references, written from the papers' equations in their
+(out, in) layout.
 
-There `W = W0 + s B A`, with `A (r, d)` our aᵀ and `B (k, r)` our bᵀ; a gradient `G (k, d)` of W gives `∇A = s Bᵀ G` and
-`∇B = s G Aᵀ`. Then the recorded values of the official codes, and one training comparison.
+There `W = W0 + s B A`, with `A (r, d)` our aᵀ and `B (k, r)` our bᵀ; a gradient `G (k, d)` of W
+gives `∇A = s Bᵀ G` and `∇B = s G Aᵀ`. Then the recorded values of the official codes, and one
+training comparison.
 """
 
 import functools
@@ -25,13 +27,29 @@ def schedule(step):
 
 def problem(seed=0):
     generator = np.random.default_rng(seed)
-    return generator.normal(size=(R, D)), generator.normal(size=(K, R)), generator.normal(size=(STEPS, K, D))
+    return (
+        generator.normal(size=(R, D)),
+        generator.normal(size=(K, R)),
+        generator.normal(size=(STEPS, K, D)),
+    )
 
 
 def altlora(
-    A, B, grads, *, delta=0.0, b1=0.9, b2=None, eps=1e-4, correct="none", stored=True, alternate=1, after=False
+    A,
+    B,
+    grads,
+    *,
+    delta=0.0,
+    b1=0.9,
+    b2=None,
+    eps=1e-4,
+    correct="none",
+    stored=True,
+    alternate=1,
+    after=False,
 ):
-    """Yields (A, B) after each step. `delta` damps `s² BᵀB`, so that `s⁻² (BᵀB + delta / s² I)⁻¹` preconditions."""
+    """Yields (A, B) after each step. `delta` damps `s² BᵀB`, so that `s⁻² (BᵀB + delta / s² I)⁻¹`
+    preconditions."""
     first = {"A": np.zeros_like(A), "B": np.zeros_like(B)}
     second = {"A": np.zeros_like(A), "B": np.zeros_like(B)}
     turns, old_A, old_B = {"A": 0, "B": 0}, A, B
@@ -156,8 +174,10 @@ def test_reference(name):
 def test_rows_differ():
     """Every row's options matter: no two rows of one reference end in the same place."""
     A, B, grads = problem()
-    ends = [np.concatenate([x.ravel() for x in list(reference(A, B, grads, **options))[-1]])
-            for reference, options, _ in ROWS.values()]  # fmt: skip
+    ends = [
+        np.concatenate([x.ravel() for x in list(reference(A, B, grads, **options))[-1]])
+        for reference, options, _ in ROWS.values()
+    ]
     for i, end in enumerate(ends):
         assert all(np.max(np.abs(end - other)) > 1e-3 for other in ends[:i]), list(ROWS)[i]
 
@@ -170,8 +190,14 @@ def official(row, defaults):
     if row["method"] == "lora_plus":
         return O.lora_plus(rate, ratio=c["ratio"], eps=c["eps"], **common)
     if row["method"] == "scaled_adamw":
-        return O.scaled_adamw(rate, damping=c["reg"], eps=c["eps"], bias_correction=c["correct_bias"],
-                              order="sequential", **common)  # fmt: skip
+        return O.scaled_adamw(
+            rate,
+            damping=c["reg"],
+            eps=c["eps"],
+            bias_correction=c["correct_bias"],
+            order="sequential",
+            **common,
+        )
     common |= {"scale": 1.0, "damping": c["reg"], "alternate": c["alternate"], "when": "post"}
     common["bias_correction"] = "first" if c["correct_bias"] else "none"
     if row["method"] == "altlora":
@@ -181,7 +207,8 @@ def official(row, defaults):
 
 
 def test_golden_traces(golden):
-    """The official codes' factors after five steps; s is in the gradients alone, which those codes do not know."""
+    """The official codes' factors after five steps; s is in the gradients alone, which those codes
+    do not know."""
     recorded, rows = golden("pair_traces"), []
     i, j = np.arange(6)[:, None], np.arange(6)[None]
     weight = 0.5 * np.sin(1 + 0.7 * i + 0.3 * j**2)
@@ -192,52 +219,82 @@ def test_golden_traces(golden):
         params = as_params(A, B)
         step, state = jax_step(tx), tx.init(params)
         for t in range(recorded["defaults"]["steps"]):
-            G = np.sin(0.5 + 1.3 * i * (j + 1) + 0.9 * t) + 0.5 * np.cos(0.2 * t * (i + 1) + 1.1 * j)
-            params, state = step(params, state, jnp.asarray(G.T, jnp.float32), recorded["defaults"]["scale"])
+            G = np.sin(0.5 + 1.3 * i * (j + 1) + 0.9 * t) + 0.5 * np.cos(
+                0.2 * t * (i + 1) + 1.1 * j
+            )
+            params, state = step(
+                params, state, jnp.asarray(G.T, jnp.float32), recorded["defaults"]["scale"]
+            )
         a, b = np.asarray(params["a"]).T, np.asarray(params["b"]).T
-        got = {"norm_A": np.linalg.norm(a - A), "norm_B": np.linalg.norm(b - B), "A_0_0": a[0, 0], "B_1_0": b[1, 0]}
+        got = {
+            "norm_A": np.linalg.norm(a - A),
+            "norm_B": np.linalg.norm(b - B),
+            "A_0_0": a[0, 0],
+            "B_1_0": b[1, 0],
+        }
         assert set(got) == set(row["trace"])
         for name, value in row["trace"].items():
-            np.testing.assert_allclose(got[name], value, rtol=row["tolerance"], err_msg=f"{row['name']} {name}")
+            np.testing.assert_allclose(
+                got[name], value, rtol=row["tolerance"], err_msg=f"{row['name']} {name}"
+            )
         rows.append(row["name"])
     assert len(set(rows)) == len(rows) == 8
 
 
 def steps_until(tx_of, rates, level, spectrum=(1.0, 0.1, 0.03, 0.01), limit=300):
-    """Of the best rate: steps until `|a b - K|²` is `level` of `|K|²`, from an adapter's start; `limit` is never."""
+    """Of the best rate: steps until `|a b - K|²` is `level` of `|K|²`, from an adapter's start;
+    `limit` is never."""
     generator = np.random.default_rng(0)
     u, v = (np.linalg.qr(generator.normal(size=(n, 4)))[0] for n in (24, 20))
     target = jnp.asarray(u * np.array(spectrum) @ v.T, jnp.float32)
     bound = 1 / np.sqrt(24)
-    start = {"a": jnp.asarray(generator.uniform(-bound, bound, size=(24, 4)), jnp.float32), "b": jnp.zeros((4, 20))}
+    start = {
+        "a": jnp.asarray(generator.uniform(-bound, bound, size=(24, 4)), jnp.float32),
+        "b": jnp.zeros((4, 20)),
+    }
 
     def losses(rate):
         tx = tx_of(rate)
 
         def body(carry, _):
             params, state = carry
-            loss, grads = jax.value_and_grad(lambda p: 0.5 * jnp.sum(jnp.square(p["a"] @ p["b"] - target)))(params)
+            loss, grads = jax.value_and_grad(
+                lambda p: 0.5 * jnp.sum(jnp.square(p["a"] @ p["b"] - target))
+            )(params)
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), loss
 
         return jax.lax.scan(body, (start, tx.init(start)), None, length=limit)[1]
 
-    found = np.asarray(jax.jit(jax.vmap(losses))(jnp.asarray(rates))) / (0.5 * np.sum(np.square(target)))
+    found = np.asarray(jax.jit(jax.vmap(losses))(jnp.asarray(rates))) / (
+        0.5 * np.sum(np.square(target))
+    )
     return min(int(np.argmax(path < level)) if np.any(path < level) else limit for path in found)
 
 
 @pytest.mark.slow
 def test_preconditioning_pays_where_the_factors_are_ill_conditioned():
-    """Singular values from 1 to .01: gradient descent and AdamW crawl along the small ones, the others do not.
+    """Singular values from 1 to .01: gradient descent and AdamW crawl along the small ones, the
+    others do not.
 
-    Each at the best of its learning rates, from b = 0. Scaled gradient descent's rate does not know the condition
-    number, and AltLoRA's is that of descent on the kernel, where this loss has condition number one.
+    Each at the best of its learning rates, from b = 0. Scaled gradient descent's rate does not know
+    the condition number, and AltLoRA's is that of descent on the kernel, where this loss has
+    condition number one.
     """
-    adam_rates, descent_rates, level = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3), (0.03, 0.1, 0.3, 0.6, 1.0), 1e-6
+    adam_rates, descent_rates, level = (
+        (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+        (0.03, 0.1, 0.3, 0.6, 1.0),
+        1e-6,
+    )
     adamw = functools.partial(optax.adamw, weight_decay=0.0)
     assert steps_until(adamw, adam_rates, level, spectrum=(1.0, 1.0, 1.0, 1.0)) < 200
     assert steps_until(adamw, adam_rates, level) == 300
     assert steps_until(optax.sgd, descent_rates, level) == 300
     assert steps_until(O.scaled_adamw, adam_rates, level) < 200
     assert steps_until(functools.partial(O.altlora, scale=1.0), descent_rates, level) < 200
-    assert steps_until(lambda rate: optax.chain(O.precondition_pairs(), optax.sgd(rate)), descent_rates, level) < 200
+    assert (
+        steps_until(
+            lambda rate: optax.chain(O.precondition_pairs(), optax.sgd(rate)), descent_rates, level
+        )
+        < 200
+    )

@@ -30,14 +30,19 @@ def test_each_leaf_is_in_one_half_and_both_have_the_structure_of_the_whole():
     for order in ((selected, rest), (rest, selected)):
         whole = join(*order)
         assert jax.tree.structure(whole) == jax.tree.structure(PARAMS)
-        assert all(a is b for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(PARAMS), strict=True))
+        assert all(
+            a is b for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(PARAMS), strict=True)
+        )
     body, rest = partition(rest, "body/layer_0/kernel")
     assert jax.tree.leaves(rest) == []
     assert jax.tree.structure(join(selected, body, rest)) == jax.tree.structure(PARAMS)
 
 
 def test_boxes_quantised_leaves_and_abstract_ones_are_single_leaves():
-    boxed = {"a": nn.Partitioned(jnp.ones((2, 2)), names=("x", "y")), "b": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    boxed = {
+        "a": nn.Partitioned(jnp.ones((2, 2)), names=("x", "y")),
+        "b": jax.ShapeDtypeStruct((3,), jnp.float32),
+    }
     selected, rest = partition(boxed, "a")
     assert isinstance(selected["a"], nn.Partitioned) and isinstance(rest["a"], optax.MaskedNode)
     assert join(selected, rest)["a"] is boxed["a"] and join(selected, rest)["b"] is boxed["b"]
@@ -67,18 +72,24 @@ def test_only_the_selected_part_trains_under_jit_and_optax():
         values.append(float(value))
     assert values[2] < values[0]
     assert jax.tree.structure(grads) == jax.tree.structure(selected)
-    want = jax.grad(lambda head: loss(PARAMS | {"head": head}, jax.tree.map(lambda _: optax.MaskedNode(), PARAMS)))(
-        PARAMS["head"]
-    )
+    want = jax.grad(
+        lambda head: loss(
+            PARAMS | {"head": head}, jax.tree.map(lambda _: optax.MaskedNode(), PARAMS)
+        )
+    )(PARAMS["head"])
     first = jax.grad(loss)(*partition(PARAMS, "head/.*"))
     np.testing.assert_allclose(first["head"]["kernel"], want["kernel"], rtol=1e-6)
     assert join(selected, rest)["body"]["layer_0"]["kernel"] is PARAMS["body"]["layer_0"]["kernel"]
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"patterns: 'heads/\.\*' matches no leaf.*Did you mean \['head/bias'"):
+    with pytest.raises(
+        ValueError, match=r"patterns: 'heads/\.\*' matches no leaf.*Did you mean \['head/bias'"
+    ):
         partition(PARAMS, ("heads/.*",))
-    with pytest.raises(ValueError, match="patterns: 'kernel' matches no leaf"):  # the whole path, not a part of it
+    with pytest.raises(
+        ValueError, match="patterns: 'kernel' matches no leaf"
+    ):  # the whole path, not a part of it
         partition(PARAMS, "kernel")
     with pytest.raises(ValueError, match="patterns: there is none"):
         partition(PARAMS, ())

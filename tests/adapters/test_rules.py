@@ -1,4 +1,5 @@
-"""Which leaves are adapted, at which rank, what trains whole, what the report says, and what every error says."""
+"""Which leaves are adapted, at which rank, what trains whole, what the report says, and what every
+error says."""
 
 import dataclasses
 import functools
@@ -24,21 +25,33 @@ def block(m=6):
 def params():
     return {
         "embed": {"embedding": jnp.ones((9, 8))},
-        "layers_0": block(), "layers_1": block(), "layers_10": block(),
+        "layers_0": block(),
+        "layers_1": block(),
+        "layers_10": block(),
         "norm": {"scale": jnp.ones(8)},
         "head": {"kernel": jnp.ones((8, 9)), "bias": jnp.zeros(9)},
-    }  # fmt: skip
+    }
 
 
 def stack():
-    return {"layers": {"q": {"kernel": jnp.ones((3, 8, 6))}, "experts": {"kernel": jnp.ones((3, 2, 8, 6))}}}
+    return {
+        "layers": {
+            "q": {"kernel": jnp.ones((3, 8, 6))},
+            "experts": {"kernel": jnp.ones((3, 2, 8, 6))},
+        }
+    }
 
 
-STACKED = lr.Views(stacked=("layers/.*",), rules={"layers/experts/.*": lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))})
+STACKED = lr.Views(
+    stacked=("layers/.*",),
+    rules={"layers/experts/.*": lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))},
+)
 
 
 def sites(rules, tree=None, **options):
-    return sorted(lr.adapt(params() if tree is None else tree, rules, KEY, **options).train["sites"])
+    return sorted(
+        lr.adapt(params() if tree is None else tree, rules, KEY, **options).train["sites"]
+    )
 
 
 # which leaves
@@ -47,8 +60,10 @@ def sites(rules, tree=None, **options):
 def test_one_adapter_takes_all_linear_layers_but_heads():
     linear = sorted(f"layers_{i}/{name}/kernel" for i in (0, 1, 10) for name in "qv")
     assert sites(LORA) == sites({"all-linear": LORA}) == linear
-    assert sites({"all-linear": LORA}, {"mlp": {"kernel": jnp.ones((4, 4))}, "conv": {"kernel": jnp.ones((3, 4))}}) == [
-        "conv/kernel", "mlp/kernel"]  # fmt: skip
+    assert sites(
+        {"all-linear": LORA},
+        {"mlp": {"kernel": jnp.ones((4, 4))}, "conv": {"kernel": jnp.ones((3, 4))}},
+    ) == ["conv/kernel", "mlp/kernel"]
 
 
 def test_the_first_rule_that_matches_decides():
@@ -56,8 +71,13 @@ def test_the_first_rule_that_matches_decides():
     adaptation = lr.adapt(params(), rules, KEY)
     assert "layers_0/q/kernel" not in adaptation.train["sites"]
     ranks = {path: own["a"].shape[1] for path, own in adaptation.train["sites"].items()}
-    assert ranks == {"layers_0/v/kernel": 2, "layers_1/q/kernel": 3, "layers_1/v/kernel": 2,
-                     "layers_10/q/kernel": 3, "layers_10/v/kernel": 2}  # fmt: skip
+    assert ranks == {
+        "layers_0/v/kernel": 2,
+        "layers_1/q/kernel": 3,
+        "layers_1/v/kernel": 2,
+        "layers_10/q/kernel": 3,
+        "layers_10/v/kernel": 2,
+    }
 
 
 def test_patterns_match_whole_paths():
@@ -72,7 +92,9 @@ def test_exclusions_win_over_rules():
 def test_embeddings_and_heads_are_adapted_where_a_rule_names_them():
     adaptation = lr.adapt(params(), {"embed/embedding|head/kernel": LORA}, KEY)
     assert sorted(adaptation.train["sites"]) == ["embed/embedding", "head/kernel"]
-    assert not adaptation.train["sites"]["embed/embedding"]["a"].any()  # an embedding starts with a = 0
+    assert not adaptation.train["sites"]["embed/embedding"][
+        "a"
+    ].any()  # an embedding starts with a = 0
     assert adaptation.train["sites"]["head/kernel"]["a"].any()
 
 
@@ -86,19 +108,30 @@ def test_views_fold_axes_and_boxes_name_layers():
     heads, out = lr.MatrixView(rows=(0,), cols=(1, 2)), lr.MatrixView(rows=(0, 1), cols=(2,))
     views = lr.Views(rules={"q/.*": heads, "o/.*": out})
     shapes = jax.tree.map(jnp.shape, lr.adapt(tree, LORA, KEY, views=views).train["sites"])
-    assert shapes == {"q/kernel": {"a": (8, 2), "b": (2, 6)}, "o/kernel": {"a": (6, 2), "b": (2, 8)}}
+    assert shapes == {
+        "q/kernel": {"a": (8, 2), "b": (2, 6)},
+        "o/kernel": {"a": (6, 2), "b": (2, 8)},
+    }
     boxed = {"kernel": nn.Partitioned(jnp.ones((3, 8, 6)), names=("layers", None, None))}
     assert lr.adapt(boxed, LORA, KEY).train["sites"]["kernel"]["a"].shape == (3, 8, 2)
 
 
 def test_layers_are_chosen_by_number_in_paths_and_in_stacks():
-    assert sites(LORA, layers=(1, 10)) == [f"layers_{i}/{name}/kernel" for i in (1, 10) for name in "qv"]
+    assert sites(LORA, layers=(1, 10)) == [
+        f"layers_{i}/{name}/kernel" for i in (1, 10) for name in "qv"
+    ]
     named, pattern = {"encoder_7": block(), "encoder_8": block()}, r"encoder_(\d+)/.*"
-    assert sites(LORA, named, layers=(7,), layers_pattern=pattern) == [f"encoder_7/{name}/kernel" for name in "qv"]
+    assert sites(LORA, named, layers=(7,), layers_pattern=pattern) == [
+        f"encoder_7/{name}/kernel" for name in "qv"
+    ]
     adaptation = lr.adapt(stack(), LORA, KEY, views=STACKED, layers=(0, 2))
     scale = adaptation.fixed["sites"]["layers/q/kernel"]["scale"]
     assert scale.tolist() == [[4.0, 4.0], [0.0, 0.0], [4.0, 4.0]]
-    assert adaptation.fixed["sites"]["layers/experts/kernel"]["scale"].any((1, 2)).tolist() == [True, False, True]
+    assert adaptation.fixed["sites"]["layers/experts/kernel"]["scale"].any((1, 2)).tolist() == [
+        True,
+        False,
+        True,
+    ]
     assert adaptation.trained == 2 * (2 * 14) + 2 * 2 * (2 * 14)
 
 
@@ -106,21 +139,36 @@ def test_layers_are_chosen_by_number_in_paths_and_in_stacks():
 
 
 def test_ranks_and_alphas_follow_patterns():
-    adaptation = lr.adapt(params(), A.lora(rank=4, alpha=8.0), KEY, ranks={"layers_1/.*": 2, ".*/q/.*": 3},
-                          alphas={"layers_10/q/.*": 30.0})  # fmt: skip
+    adaptation = lr.adapt(
+        params(),
+        A.lora(rank=4, alpha=8.0),
+        KEY,
+        ranks={"layers_1/.*": 2, ".*/q/.*": 3},
+        alphas={"layers_10/q/.*": 30.0},
+    )
     scales = {path: own["scale"] for path, own in adaptation.fixed["sites"].items()}
     found = {path: (len(scale), round(float(scale[0]), 4)) for path, scale in scales.items()}
     assert found == {
-        "layers_0/q/kernel": (3, 2.6667), "layers_0/v/kernel": (4, 2.0),
-        "layers_1/q/kernel": (2, 4.0), "layers_1/v/kernel": (2, 4.0),
-        "layers_10/q/kernel": (3, 10.0), "layers_10/v/kernel": (4, 2.0),
-    }  # fmt: skip
+        "layers_0/q/kernel": (3, 2.6667),
+        "layers_0/v/kernel": (4, 2.0),
+        "layers_1/q/kernel": (2, 4.0),
+        "layers_1/v/kernel": (2, 4.0),
+        "layers_10/q/kernel": (3, 10.0),
+        "layers_10/v/kernel": (4, 2.0),
+    }
 
 
 def test_every_layer_of_a_stack_may_have_its_own_rank_and_alpha():
     lora = A.lora(rank=4, alpha=8.0, rank_stabilized=True)
-    adaptation = lr.adapt(stack(), lora, KEY, views=STACKED, ranks={"layers/q/kernel": (1, 4, 0)},
-                          alphas={"layers/q/kernel": (1.0, 2.0, 3.0)}, exclude="layers/experts/.*")  # fmt: skip
+    adaptation = lr.adapt(
+        stack(),
+        lora,
+        KEY,
+        views=STACKED,
+        ranks={"layers/q/kernel": (1, 4, 0)},
+        alphas={"layers/q/kernel": (1.0, 2.0, 3.0)},
+        exclude="layers/experts/.*",
+    )
     scale = adaptation.fixed["sites"]["layers/q/kernel"]["scale"]
     np.testing.assert_allclose(scale, [[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
     assert adaptation.train["sites"]["layers/q/kernel"]["a"].shape == (3, 8, 4)
@@ -141,14 +189,20 @@ def test_adapters_of_one_rule_share_whatever_their_ranks():
 
 
 def test_groups_keep_apart_what_is_shared():
-    rules = {".*/q/kernel": A.uni_lora(rank=2, size=8), ".*/v/kernel": A.uni_lora(rank=2, size=8, group="values")}
+    rules = {
+        ".*/q/kernel": A.uni_lora(rank=2, size=8),
+        ".*/v/kernel": A.uni_lora(rank=2, size=8, group="values"),
+    }
     adaptation = lr.adapt(params(), rules, KEY)
     assert sorted(adaptation.train["shared"]) == ["unilora", "values"] and adaptation.trained == 16
     first, second = (adaptation.train["shared"][name]["theta"] for name in ("unilora", "values"))
     assert not np.array_equal(first, second)
     other = {".*/q/kernel": A.uni_lora(rank=2, size=8), ".*/v/kernel": A.uni_lora(rank=2, size=9)}
     assert sorted(lr.adapt(params(), other, KEY).train["shared"]) == ["unilora", "unilora_1"]
-    together = {f".*/{name}/kernel": A.uni_lora(rank=rank, size=8, group="g") for name, rank in (("q", 2), ("v", 3))}
+    together = {
+        f".*/{name}/kernel": A.uni_lora(rank=rank, size=8, group="g")
+        for name, rank in (("q", 2), ("v", 3))
+    }
     assert list(lr.adapt(params(), together, KEY).train["shared"]) == ["g"]
 
 
@@ -165,7 +219,9 @@ def test_order_is_layer_by_layer_or_as_given():
 
 
 def test_biases_and_whole_leaves_train_beside_the_adapters():
-    whole = lambda **options: sorted(lr.adapt(params(), {".*/q/kernel": LORA}, KEY, **options).train["whole"])  # noqa: E731
+    def whole(**options):
+        return sorted(lr.adapt(params(), {".*/q/kernel": LORA}, KEY, **options).train["whole"])
+
     assert whole() == []
     assert whole(bias="adapted") == [f"layers_{i}/q/bias" for i in (0, 1, 10)]
     assert len(whole(bias="all")) == 7
@@ -181,18 +237,30 @@ def test_whole_leaves_reach_the_model_in_their_boxes():
     moved = adaptation.replace(train=jax.tree.map(lambda x: x + 1, adaptation.train))
     for form in (lr.attach, lr.effective, lr.merge):
         head = form(tree, moved)["head"]["kernel"]
-        assert isinstance(head, nn.Partitioned) and head.names == (None, "vocab") and float(head.value[0, 0]) == 2.0
+        assert (
+            isinstance(head, nn.Partitioned)
+            and head.names == (None, "vocab")
+            and float(head.value[0, 0]) == 2.0
+        )
 
 
 def test_a_leaf_trained_whole_by_one_adaptation_may_be_adapted_by_another():
     tree = {"q": {"kernel": jnp.ones((8, 6))}}
-    whole, lora = lr.adapt(tree, {}, KEY, whole="q/kernel", name="whole"), lr.adapt(tree, LORA, KEY, name="lora")
+    whole, lora = (
+        lr.adapt(tree, {}, KEY, whole="q/kernel", name="whole"),
+        lr.adapt(tree, LORA, KEY, name="lora"),
+    )
     both = {"whole": whole, "lora": lora}
-    both = {name: one.replace(train=jax.tree.map(lambda x: x + 1.0, one.train)) for name, one in both.items()}
+    both = {
+        name: one.replace(train=jax.tree.map(lambda x: x + 1.0, one.train))
+        for name, one in both.items()
+    }
     x, kernel = jnp.ones((2, 8)), lr.effective(tree, both)["q"]["kernel"]
     alone = lr.effective({"q": {"kernel": 2 * jnp.ones((8, 6))}}, both["lora"])["q"]["kernel"]
     np.testing.assert_allclose(kernel, alone, rtol=1e-6)
-    np.testing.assert_allclose(lr.matmul(x, lr.attach(tree, both)["q"]["kernel"]), x @ alone, rtol=1e-5)
+    np.testing.assert_allclose(
+        lr.matmul(x, lr.attach(tree, both)["q"]["kernel"]), x @ alone, rtol=1e-5
+    )
 
 
 def test_boxes_survive_a_merge_and_the_way_back():
@@ -207,10 +275,17 @@ def test_boxes_survive_a_merge_and_the_way_back():
 
 def test_two_adaptations_must_see_a_leaf_alike():
     tree = {"kernel": jnp.ones((2, 3, 6))}
-    views = [lr.Views(rules={"kernel": lr.MatrixView(rows=rows, cols=(2,))}) for rows in ((0, 1), (1, 0))]
-    both = {name: lr.adapt(tree, LORA, KEY, views=own, name=name) for name, own in zip("ab", views, strict=True)}
+    views = [
+        lr.Views(rules={"kernel": lr.MatrixView(rows=rows, cols=(2,))}) for rows in ((0, 1), (1, 0))
+    ]
+    both = {
+        name: lr.adapt(tree, LORA, KEY, views=own, name=name)
+        for name, own in zip("ab", views, strict=True)
+    }
     for form in (lr.attach, lr.effective):
-        with pytest.raises(ValueError, match="'kernel' is seen as .* by one active adaptation and as .* by another"):
+        with pytest.raises(
+            ValueError, match="'kernel' is seen as .* by one active adaptation and as .* by another"
+        ):
             form(tree, both)
 
 
@@ -218,13 +293,20 @@ def test_two_adaptations_must_see_a_leaf_alike():
 
 
 def test_keys_belong_to_names_and_not_to_the_tree():
-    """A leaf starts alike whatever else is adapted; another name, path, layer or key starts otherwise."""
-    start = lambda rules, key=KEY, **options: lr.adapt(params(), rules, key, **options).train["sites"]  # noqa: E731
+    """A leaf starts alike whatever else is adapted; another name, path, layer or key starts
+    otherwise."""
+
+    def start(rules, key=KEY, **options):
+        return lr.adapt(params(), rules, key, **options).train["sites"]
+
     alone, all_of_them = start({"layers_1/q/kernel": LORA}), start(LORA)
     assert np.array_equal(alone["layers_1/q/kernel"]["a"], all_of_them["layers_1/q/kernel"]["a"])
-    draws = [all_of_them["layers_1/q/kernel"]["a"], all_of_them["layers_1/v/kernel"]["a"],
-             start(LORA, name="other")["layers_1/q/kernel"]["a"],
-             start(LORA, jax.random.key(1))["layers_1/q/kernel"]["a"]]  # fmt: skip
+    draws = [
+        all_of_them["layers_1/q/kernel"]["a"],
+        all_of_them["layers_1/v/kernel"]["a"],
+        start(LORA, name="other")["layers_1/q/kernel"]["a"],
+        start(LORA, jax.random.key(1))["layers_1/q/kernel"]["a"],
+    ]
     assert len({float(draw[0, 0]) for draw in draws}) == 4
 
 
@@ -232,11 +314,19 @@ def test_initialisers_see_the_statistics_that_are_given():
     class Seen(A.lora):
         def init_site(self, key, site, kernel, given):
             ones = jnp.ones((site.n, site.rank))
-            return {"a": given["stats"]["mean"][:, None] * ones, "b": jnp.zeros((site.rank, site.m))}, {}
+            return {
+                "a": given["stats"]["mean"][:, None] * ones,
+                "b": jnp.zeros((site.rank, site.m)),
+            }, {}
 
     stats = {"layers/q/kernel": {"mean": jnp.arange(24.0).reshape(3, 8)}}
-    adaptation = lr.adapt(stack(), Seen(rank=2), KEY, views=STACKED, exclude=".*experts.*", stats=stats)
-    found, wanted = adaptation.train["sites"]["layers/q/kernel"]["a"], stats["layers/q/kernel"]["mean"]
+    adaptation = lr.adapt(
+        stack(), Seen(rank=2), KEY, views=STACKED, exclude=".*experts.*", stats=stats
+    )
+    found, wanted = (
+        adaptation.train["sites"]["layers/q/kernel"]["a"],
+        stats["layers/q/kernel"]["mean"],
+    )
     assert np.array_equal(found[..., 0], wanted)
 
 
@@ -244,20 +334,27 @@ def test_initialisers_see_the_statistics_that_are_given():
 
 
 def test_the_report_says_what_trains():
-    rules = {".*/q/kernel": A.uni_lora(rank=2, size=8), ".*/v/kernel": A.miss(rank=4), "head/kernel": A.oft(block=4)}
+    rules = {
+        ".*/q/kernel": A.uni_lora(rank=2, size=8),
+        ".*/v/kernel": A.miss(rank=4),
+        "head/kernel": A.oft(block=4),
+    }
     tree = {name: params()[name] for name in ("layers_0", "norm", "head")}
-    assert str(lr.adapt(tree, rules, KEY, whole="norm/scale", bias="adapted")) == "\n".join([
-        "leaf               shape   adapter  rank  trained",
-        "head/kernel        (8, 9)  oft      -     12",
-        "layers_0/q/kernel  (8, 6)  unilora  2     0",
-        "layers_0/v/kernel  (8, 6)  miss     4     24",
-        "(shared by 1)              unilora  -     8",
-        "head/bias          (9,)    whole    -     9",
-        "layers_0/q/bias    (6,)    whole    -     6",
-        "layers_0/v/bias    (6,)    whole    -     6",
-        "norm/scale         (8,)    whole    -     8",
-        "3 leaves adapted, 4 trained whole: 73 trained, 168 frozen of the model's 197 parameters (37.1 %)",
-    ])  # fmt: skip
+    assert str(lr.adapt(tree, rules, KEY, whole="norm/scale", bias="adapted")) == "\n".join(
+        [
+            "leaf               shape   adapter  rank  trained",
+            "head/kernel        (8, 9)  oft      -     12",
+            "layers_0/q/kernel  (8, 6)  unilora  2     0",
+            "layers_0/v/kernel  (8, 6)  miss     4     24",
+            "(shared by 1)              unilora  -     8",
+            "head/bias          (9,)    whole    -     9",
+            "layers_0/q/bias    (6,)    whole    -     6",
+            "layers_0/v/bias    (6,)    whole    -     6",
+            "norm/scale         (8,)    whole    -     8",
+            "3 leaves adapted, 4 trained whole: 73 trained, 168 frozen of the model's 197 "
+            "parameters (37.1 %)",
+        ]
+    )
 
 
 # errors
@@ -295,7 +392,12 @@ UNUSED = {
 def test_what_cannot_be_is_an_error_that_says_how(name):
     options, message = UNUSED[name]
     with pytest.raises(ValueError, match=message):
-        lr.adapt(params(), options.get("rules", LORA), KEY, **{k: v for k, v in options.items() if k != "rules"})
+        lr.adapt(
+            params(),
+            options.get("rules", LORA),
+            KEY,
+            **{k: v for k, v in options.items() if k != "rules"},
+        )
 
 
 def test_axes_that_nobody_claimed_are_an_error():
@@ -306,7 +408,9 @@ def test_axes_that_nobody_claimed_are_an_error():
 @pytest.mark.parametrize("adapter", [A.miss(rank=2), A.shira(rank=1)], ids=["miss", "shira"])
 def test_ranks_that_cannot_be_padded_are_one_in_a_stack(adapter):
     tree, views = {"kernel": jnp.ones((2, 8, 6))}, lr.Views(stacked="kernel")
-    with pytest.raises(ValueError, match=r"ranks: \(1, 2\) for 'kernel'; those of .* cannot be padded"):
+    with pytest.raises(
+        ValueError, match=r"ranks: \(1, 2\) for 'kernel'; those of .* cannot be padded"
+    ):
         lr.adapt(tree, adapter, KEY, views=views, ranks={"kernel": (1, 2)})
     adaptation = lr.adapt(tree, adapter, KEY, views=views, ranks={"kernel": (2, 0)})
     assert adaptation.trained == adaptation.plan.adapters[0].count(adaptation.plan.sites[0])
@@ -323,17 +427,25 @@ def test_the_tree_must_be_the_one_that_adapt_saw():
     adaptation = lr.adapt(params(), LORA, KEY)
     wrong = params() | {"layers_0": block(m=5)}
     for form in (lr.attach, lr.effective, lr.merge, lr.unmerge):
-        with pytest.raises(ValueError, match=r"'layers_0/q/kernel', \(8, 6\), is of shape \(8, 5\); give the tree"):
+        with pytest.raises(
+            ValueError, match=r"'layers_0/q/kernel', \(8, 6\), is of shape \(8, 5\); give the tree"
+        ):
             form(wrong, adaptation)
     without = {name: own for name, own in params().items() if name != "layers_1"}
     with pytest.raises(ValueError, match="'layers_1/q/kernel', .* is missing"):
         lr.attach(without, adaptation)
-    with pytest.raises(ValueError, match=r"active: \['new'\] are not among the adaptations \['default'\]"):
+    with pytest.raises(
+        ValueError, match=r"active: \['new'\] are not among the adaptations \['default'\]"
+    ):
         lr.attach(params(), adaptation, active=("new",))
     both = {name: lr.adapt(params(), {}, KEY, whole="norm/scale", name=name) for name in "ab"}
-    with pytest.raises(ValueError, match=r"\['norm/scale'\] are trained whole by two active adaptations"):
+    with pytest.raises(
+        ValueError, match=r"\['norm/scale'\] are trained whole by two active adaptations"
+    ):
         lr.attach(params(), both)
-    with pytest.raises(ValueError, match="were trained whole; only base= brings back what they were"):
+    with pytest.raises(
+        ValueError, match="were trained whole; only base= brings back what they were"
+    ):
         lr.unmerge(params(), both["a"])
 
 
@@ -358,13 +470,21 @@ def test_a_rank_larger_than_a_matrix_can_have_is_refused_with_the_familys_own_bo
     options = {"size": 8} if name == "uni_lora" else {}
     params = {"stack": jnp.ones((2, 6, 4)), "one": jnp.ones((6, 4))}
     adapt = functools.partial(lr.adapt, params, key=KEY, views=lr.Views(stacked=("stack",)))
-    error = f"rank=99999 exceeds {bound}, the largest of {family.__name__.lower()} on a 6 x 4 kernel; use at mo"
-    for rules, ranks in (({".*": family(rank=99999, **options)}, ()), ({"one": family(rank=99999, **options)}, ())):
+    error = (
+        f"rank=99999 exceeds {bound}, the largest of {family.__name__.lower()} on a 6 x 4 kernel; "
+        "use at mo"
+    )
+    for rules, ranks in (
+        ({".*": family(rank=99999, **options)}, ()),
+        ({"one": family(rank=99999, **options)}, ()),
+    ):
         with pytest.raises(ValueError, match=error):
             adapt(rules, ranks=ranks)
     adapt({".*": family(rank=bound, **options)})
     if family.ranked:  # one matrix of a stack, which pads the others
-        with pytest.raises(ValueError, match=f"'stack': rank={bound + 1} exceeds {bound},.* by ranks="):
+        with pytest.raises(
+            ValueError, match=f"'stack': rank={bound + 1} exceeds {bound},.* by ranks="
+        ):
             adapt({".*": family(rank=1, **options)}, ranks={"stack": (1, bound + 1)})
         adapt({".*": family(rank=99999, **options)}, ranks={".*": 1})
     with pytest.raises(ValueError, match=error):
@@ -373,12 +493,17 @@ def test_a_rank_larger_than_a_matrix_can_have_is_refused_with_the_familys_own_bo
 
 def test_where_no_rank_fits_the_leaf_is_to_be_left_out():
     """SHiRA of rank 1 would train more entries than a single row has; a rank of 0 is no remedy."""
-    with pytest.raises(ValueError, match="rank=1 exceeds 0, the largest of shira on a 1 x 64 kernel; leave it out by"):
+    with pytest.raises(
+        ValueError,
+        match="rank=1 exceeds 0, the largest of shira on a 1 x 64 kernel; leave it out by",
+    ):
         lr.adapt({"one": jnp.ones((1, 64))}, {".*": A.shira(rank=1)}, KEY)
 
 
 def test_every_family_with_a_rank_has_a_bound():
-    families = [one for one in vars(A).values() if isinstance(one, type) and issubclass(one, A.Adapter)]
+    families = [
+        one for one in vars(A).values() if isinstance(one, type) and issubclass(one, A.Adapter)
+    ]
     named = {one for one in families if "rank" in {field.name for field in dataclasses.fields(one)}}
     assert named == {family for family, _ in BOUNDS.values()}
 
@@ -395,7 +520,9 @@ def test_factors_of_another_kind_are_refused_by_the_name_of_the_family():
     tree = {"kernel": jnp.ones((4, 6))}
     adaptation = lr.adapt(tree, Triple(rank=2), KEY)
     attached = lr.attach(tree, adaptation)
-    message = r"Triple.factors gives a tuple; return None or lr.adapters.Factors\(a, scale, b, rank_of\)"
+    message = (
+        r"Triple.factors gives a tuple; return None or lr.adapters.Factors\(a, scale, b, rank_of\)"
+    )
     for use in (
         lambda: lr.matmul(jnp.ones((3, 4)), attached["kernel"]),
         lambda: lr.effective(tree, adaptation),

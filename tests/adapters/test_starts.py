@@ -1,4 +1,5 @@
-"""How every family starts: which numbers, of which distribution; and what is drawn once for all sites."""
+"""How every family starts: which numbers, of which distribution; and what is drawn once for all
+sites."""
 
 import dataclasses
 
@@ -25,7 +26,9 @@ def start_of(adapter, seed=0, shape=(N, M), **site):
     kernel = jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)
     made = dataclasses.replace(adapter.site(shape, "here"), **site)
     scale = jnp.full(adapter.rank, adapter.scaling(adapter.rank), jnp.float32)
-    train, fixed = adapter.init_site(jax.random.key(seed), made, kernel, {"scale": scale, "shared": {}})
+    train, fixed = adapter.init_site(
+        jax.random.key(seed), made, kernel, {"scale": scale, "shared": {}}
+    )
     return as64(kernel), as64(train | fixed)
 
 
@@ -86,23 +89,39 @@ def test_start_olora_is_the_qr_factorisation_of_the_torch_weight():
 
 
 def test_a_smaller_rank_in_a_stack_starts_as_if_it_were_alone():
-    """Of padded ranks the start is masked: PiSSA keeps its largest, MiLoRA its smallest triplets, orthogonal 0."""
+    """Of padded ranks the start is masked: PiSSA keeps its largest, MiLoRA its smallest triplets,
+    orthogonal 0."""
     kernel = np.random.default_rng(3).normal(size=(2, N, M))
     u, s, vt = np.linalg.svd(kernel, full_matrices=False)
     params = {"kernel": jnp.asarray(kernel, jnp.float32)}
     for init, take in (("pissa", np.arange(M)), ("milora", np.arange(M)[::-1])):
-        adaptation = lr.adapt(params, A.lora(rank=4, alpha=4.0, init=init), jax.random.key(0),
-                              views=lr.Views(stacked="kernel"), ranks={"kernel": (4, 2)})  # fmt: skip
+        adaptation = lr.adapt(
+            params,
+            A.lora(rank=4, alpha=4.0, init=init),
+            jax.random.key(0),
+            views=lr.Views(stacked="kernel"),
+            ranks={"kernel": (4, 2)},
+        )
         p = as64(adaptation.train["sites"]["kernel"]) | as64(adaptation.fixed["sites"]["kernel"])
         for layer, rank in enumerate((4, 2)):
             own = take[:rank]
             best = (u[layer][:, own] * s[layer][own]) @ vt[layer][own]
-            np.testing.assert_allclose((p["a"][layer] * p["scale"][layer]) @ p["b"][layer], best, atol=1e-5)
-    adaptation = lr.adapt(params, A.lora(rank=4, init="orthogonal"), jax.random.key(0),
-                          views=lr.Views(stacked="kernel"), ranks={"kernel": (4, 2)})  # fmt: skip
+            np.testing.assert_allclose(
+                (p["a"][layer] * p["scale"][layer]) @ p["b"][layer], best, atol=1e-5
+            )
+    adaptation = lr.adapt(
+        params,
+        A.lora(rank=4, init="orthogonal"),
+        jax.random.key(0),
+        views=lr.Views(stacked="kernel"),
+        ranks={"kernel": (4, 2)},
+    )
     p = as64(adaptation.train["sites"]["kernel"]) | as64(adaptation.fixed["sites"]["kernel"])
     products = (p["a"] * p["scale"][:, None]) @ p["b"]
-    assert np.abs(products).max() < 1e-6 and min(np.abs(p["a"][1, :, :2]).max(), np.abs(p["b"][1, :2]).max()) > 1e-3
+    assert (
+        np.abs(products).max() < 1e-6
+        and min(np.abs(p["a"][1, :, :2]).max(), np.abs(p["b"][1, :2]).max()) > 1e-3
+    )
 
 
 def test_start_dora_is_the_norm_of_each_column():
@@ -112,7 +131,12 @@ def test_start_dora_is_the_norm_of_each_column():
 
 def test_start_loha_is_that_of_peft():
     _, p = start_of(A.loha(rank=16), shape=(64, 32))
-    assert uniform(p["a1"], 1 / 8) and uniform(p["b1"], 1 / 4) and uniform(p["b2"], 1 / 4) and not p["a2"].any()
+    assert (
+        uniform(p["a1"], 1 / 8)
+        and uniform(p["b1"], 1 / 4)
+        and uniform(p["b2"], 1 / 4)
+        and not p["a2"].any()
+    )
     assert np.abs(p["b1"] - p["b2"]).max() > 0.1
 
 
@@ -126,7 +150,9 @@ def test_start_vera_is_a_number_and_zero():
 def test_start_fourierft_is_zero_or_normal():
     kernel = jnp.ones((64, 32))
     assert not A.fourierft(frequencies=500).start(jax.random.key(0), kernel)["spectrum"].any()
-    spectrum = A.fourierft(frequencies=500, init="normal").start(jax.random.key(0), kernel)["spectrum"]
+    spectrum = A.fourierft(frequencies=500, init="normal").start(jax.random.key(0), kernel)[
+        "spectrum"
+    ]
     assert abs(float(spectrum.std()) - 1) < 0.1
 
 
@@ -134,11 +160,16 @@ def test_start_fourierft_is_zero_or_normal():
 
 
 def test_uni_lora_draws_the_indices_of_peft():
-    """All factors of all modules in order, torch's A (r, n) before B (m, r), are one shuffled array."""
+    """All factors of all modules in order, torch's A (r, n) before B (m, r), are one shuffled
+    array."""
     rank, size = 3, 20
-    params = {"layers_0": {"q": {"kernel": jnp.ones((12, 8))}, "v": {"kernel": jnp.ones((12, 4))}},
-              "layers_1": {"q": {"kernel": jnp.ones((12, 8))}, "v": {"kernel": jnp.ones((12, 4))}}}  # fmt: skip
-    adaptation = lr.adapt(params, A.uni_lora(rank=rank, size=size, seed=7, bound=0.5), jax.random.key(0))
+    params = {
+        "layers_0": {"q": {"kernel": jnp.ones((12, 8))}, "v": {"kernel": jnp.ones((12, 4))}},
+        "layers_1": {"q": {"kernel": jnp.ones((12, 8))}, "v": {"kernel": jnp.ones((12, 4))}},
+    }
+    adaptation = lr.adapt(
+        params, A.uni_lora(rank=rank, size=size, seed=7, bound=0.5), jax.random.key(0)
+    )
     order = [(f"layers_{i}/{name}/kernel", m) for i in range(2) for name, m in (("q", 8), ("v", 4))]
     total = sum(rank * (12 + m) for _, m in order)
     generator = np.random.default_rng(7)
@@ -152,18 +183,27 @@ def test_uni_lora_draws_the_indices_of_peft():
         fixed = adaptation.fixed["sites"][path]
         assert np.array_equal(fixed["ia"], a.T) and np.array_equal(fixed["ib"], b.T)
     assert not data.size
-    np.testing.assert_allclose(adaptation.fixed["shared"]["unilora"]["norm"], 1 / np.sqrt(counts), rtol=1e-6)
+    np.testing.assert_allclose(
+        adaptation.fixed["shared"]["unilora"]["norm"], 1 / np.sqrt(counts), rtol=1e-6
+    )
     theta = adaptation.train["shared"]["unilora"]["theta"]
     assert theta.shape == (20,) and 0.3 < np.abs(theta).max() <= 0.5
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_uni_lora_counts_only_what_is_adapted(stacked):
-    """Layers that are left out and the padding of smaller ranks use no entry: the map from theta is an isometry."""
-    adapter, options = A.uni_lora(rank=3, size=9), {"ranks": {"q/kernel": (3, 1, 2)}, "layers": (0, 1)}
+    """Layers that are left out and the padding of smaller ranks use no entry: the map from theta is
+    an isometry."""
+    adapter, options = (
+        A.uni_lora(rank=3, size=9),
+        {"ranks": {"q/kernel": (3, 1, 2)}, "layers": (0, 1)},
+    )
     params, options["views"] = {"q": {"kernel": jnp.ones((3, 6, 4))}}, lr.Views(stacked="q/.*")
     if not stacked:
-        params = {"layer_0": {"q": {"kernel": jnp.ones((6, 4))}}, "layer_1": {"q": {"kernel": jnp.ones((6, 4))}}}
+        params = {
+            "layer_0": {"q": {"kernel": jnp.ones((6, 4))}},
+            "layer_1": {"q": {"kernel": jnp.ones((6, 4))}},
+        }
         options = {"ranks": {"layer_1/.*": 1}}
     adaptation = lr.adapt(params, adapter, jax.random.key(0), **options)
     assert set(adaptation.fixed["shared"]) == {"unilora"} and adaptation.trained == 9
@@ -172,36 +212,58 @@ def test_uni_lora_counts_only_what_is_adapted(stacked):
         flat = lambda name, axes, p=p: np.reshape(p[name], (-1, *p[name].shape[-axes:]))  # noqa: E731
         for ia, ib, scale in zip(flat("ia", 2), flat("ib", 2), flat("scale", 1), strict=True):
             own = scale != 0
-            uses += np.bincount(ia[:, own].reshape(-1), minlength=9) + np.bincount(ib[own].reshape(-1), minlength=9)
+            uses += np.bincount(ia[:, own].reshape(-1), minlength=9) + np.bincount(
+                ib[own].reshape(-1), minlength=9
+            )
     assert uses.sum() == (3 + 1) * 10
     np.testing.assert_allclose(norm**2 * uses, 1, rtol=1e-6)
 
 
 def test_uni_lora_follows_a_given_order_within_a_stack():
     params, views = {"kernel": jnp.ones((2, 6, 4))}, lr.Views(stacked="kernel")
-    adapt = lambda order: lr.adapt(params, A.uni_lora(rank=2, size=8), jax.random.key(0), views=views, order=order)  # noqa: E731
-    there, back = (adapt(order).fixed["sites"]["kernel"] for order in (None, (("kernel", 1), ("kernel", 0))))
-    assert np.array_equal(there["ia"], back["ia"][::-1]) and np.array_equal(there["ib"], back["ib"][::-1])
+
+    def adapt(order):
+        return lr.adapt(
+            params, A.uni_lora(rank=2, size=8), jax.random.key(0), views=views, order=order
+        )
+
+    there, back = (
+        adapt(order).fixed["sites"]["kernel"] for order in (None, (("kernel", 1), ("kernel", 0)))
+    )
+    assert np.array_equal(there["ia"], back["ia"][::-1]) and np.array_equal(
+        there["ib"], back["ib"][::-1]
+    )
 
 
 def test_vera_draws_the_banks_of_peft():
-    """torch's uniform_ on the CPU, `x (hi - lo) + lo` of the low 24 bits of MT19937, vera_A before vera_B."""
+    """torch's uniform_ on the CPU, `x (hi - lo) + lo` of the low 24 bits of MT19937, vera_A before
+    vera_B."""
     sites = {"q": Site(path="q", shape=(7, 4), rank=3), "v": Site(path="v", shape=(5, 9), rank=3)}
-    found = A.vera(rank=3, seed=4).init_shared(jax.random.key(0), Group(sites=sites, order=(("q", 0), ("v", 0))))[1]
+    found = A.vera(rank=3, seed=4).init_shared(
+        jax.random.key(0), Group(sites=sites, order=(("q", 0), ("v", 0)))
+    )[1]
     raw = np.random.RandomState(4).randint(0, 2**32, 3 * (7 + 9), dtype=np.uint32) % 2**24 / 2.0**24
-    a, b = np.sqrt(6 / 7) * (2 * raw[:21] - 1).reshape(3, 7), np.sqrt(6 / 3) * (2 * raw[21:] - 1).reshape(9, 3)
+    a, b = (
+        np.sqrt(6 / 7) * (2 * raw[:21] - 1).reshape(3, 7),
+        np.sqrt(6 / 3) * (2 * raw[21:] - 1).reshape(9, 3),
+    )
     np.testing.assert_allclose(found["bank_a"], a.T, atol=1e-6)
     np.testing.assert_allclose(found["bank_b"], b.T, atol=1e-6)
-    # recorded from torch 2.13.0: torch.empty(3, 7).uniform_(-bound, bound, generator=Generator().manual_seed(4))
-    np.testing.assert_array_equal(np.asarray(found["bank_a"])[:3, 0], np.asarray(RECORDED_BANK, np.float32))
+    # recorded from torch 2.13.0: torch.empty(3, 7).uniform_(-bound, bound,
+    # generator=Generator().manual_seed(4))
+    np.testing.assert_array_equal(
+        np.asarray(found["bank_a"])[:3, 0], np.asarray(RECORDED_BANK, np.float32)
+    )
 
 
 RECORDED_BANK = (0.11042926460504532, 0.1094178706407547, -0.7564749717712402)
 
 
 def test_vera_regenerates_one_bank_for_all_sites():
-    sites = {"q": Site(path="q", shape=(48, 40), rank=16, bank=(48, 64)), "v": Site(path="v", shape=(32, 64), rank=12,
-                                                                                  bank=(48, 64))}  # fmt: skip
+    sites = {
+        "q": Site(path="q", shape=(48, 40), rank=16, bank=(48, 64)),
+        "v": Site(path="v", shape=(32, 64), rank=12, bank=(48, 64)),
+    }
     group = Group(sites=sites, order=(("q", 0), ("v", 0)))
     adapter = A.vera(rank=16, seed=4, stored=False)
     shared = adapter.init_shared(jax.random.key(0), group)[1]
@@ -210,7 +272,9 @@ def test_vera_regenerates_one_bank_for_all_sites():
     assert np.array_equal(a[:32, :12], a_v) and np.array_equal(b[:12], b_v[:, :40])
     assert uniform(as64(a), np.sqrt(6 / 48)) and uniform(as64(b_v), np.sqrt(6 / 16))
     other = A.vera(rank=16, seed=5, stored=False)
-    assert not np.array_equal(a, other.banks(sites["q"], {"shared": other.init_shared(None, group)[1]})[0])
+    assert not np.array_equal(
+        a, other.banks(sites["q"], {"shared": other.init_shared(None, group)[1]})[0]
+    )
 
 
 def test_positions_are_those_of_torch_randperm():
@@ -221,7 +285,10 @@ def test_positions_are_those_of_torch_randperm():
     for options, seed in (({}, 777), ({"seed": 3}, 3)):
         p = A.fourierft(frequencies=6, **options).start(jax.random.key(0), jnp.ones((40, 30)))
         flat = torch_permutation(1200, 6, seed)
-        assert p["rows"].tolist() == (flat % 40).tolist() and p["cols"].tolist() == (flat // 40).tolist()
+        assert (
+            p["rows"].tolist() == (flat % 40).tolist()
+            and p["cols"].tolist() == (flat // 40).tolist()
+        )
     p = A.shira(rank=1, seed=3).start(jax.random.key(0), jnp.ones((4, 6)))
     assert (p["cols"] * 4 + p["rows"]).tolist() == sorted(torch_permutation(24, 10, 3).tolist())
 
@@ -234,7 +301,9 @@ RECORDED_POSITIONS = (
 
 
 def test_keyed_positions_are_distinct_sorted_and_everywhere():
-    draw = jax.vmap(lambda key: keyed_positions(key, 24, 10))(jax.random.split(jax.random.key(0), 2000))
+    draw = jax.vmap(lambda key: keyed_positions(key, 24, 10))(
+        jax.random.split(jax.random.key(0), 2000)
+    )
     assert bool(jnp.all(draw[:, 1:] > draw[:, :-1])) and int(draw.max()) == 23
     share = np.bincount(np.asarray(draw).reshape(-1), minlength=24) / 2000
     np.testing.assert_allclose(share, 10 / 24, atol=5 * np.sqrt(10 / 24 * 14 / 24 / 2000))

@@ -1,4 +1,5 @@
-"""Adapters that only some products of a leaf see: the look-up of a tied table, or its output layer."""
+"""Adapters that only some products of a leaf see: the look-up of a tied table, or its output
+layer."""
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,16 @@ from tests.adapters.nnx_models import inserted, merged
 
 A = lr.adapters
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 12, (2, 5)))
-PARAMS = {"embed": {"embedding": jnp.asarray(np.random.default_rng(1).normal(size=(12, 8)), jnp.float32)}}
+PARAMS = {
+    "embed": {"embedding": jnp.asarray(np.random.default_rng(1).normal(size=(12, 8)), jnp.float32)}
+}
 EVERY = {"embed/embedding": ("gather",)}
-FAMILIES = {"lora": A.lora(rank=2), "dora": A.dora(rank=2), "hira": A.hira(rank=2), "oft": A.oft(block=3)}
+FAMILIES = {
+    "lora": A.lora(rank=2),
+    "dora": A.dora(rank=2),
+    "hira": A.hira(rank=2),
+    "oft": A.oft(block=3),
+}
 
 
 def made(family=FAMILIES["lora"], params=PARAMS, **options):
@@ -32,7 +40,9 @@ class Tied(nn.Module):
     def __call__(self, ids):
         embed = nn.Embed(12, 8, name="embed")
         x = jnp.tanh(embed(ids))
-        return x, lr.einsum("bsd,vd->bsv", x, embed.embedding) if self.transposed else embed.attend(x)
+        return x, lr.einsum("bsd,vd->bsv", x, embed.embedding) if self.transposed else embed.attend(
+            x
+        )
 
 
 class TiedNnx(nnx.Module):
@@ -73,14 +83,20 @@ def untied(look_up, output):
 HOSTS = {"bare": bare, "linen": linen, "nnx merged": nnx_merged, "nnx inserted": nnx_inserted}
 
 
-CASES = [*((host, "lora") for host in HOSTS), *(("bare", family) for family in ("dora", "hira", "oft"))]
+CASES = [
+    *((host, "lora") for host in HOSTS),
+    *(("bare", family) for family in ("dora", "hira", "oft")),
+]
 
 
 @pytest.mark.parametrize("host, family", CASES)
 def test_a_use_that_is_not_named_sees_the_base(host, family):
     effective = lr.effective(PARAMS, made(FAMILIES[family]))
     both = HOSTS[host](PARAMS, made(FAMILIES[family]))
-    for uses, wanted in (("gather", untied(effective, PARAMS)), ("dot_general", untied(PARAMS, effective))):
+    for uses, wanted in (
+        ("gather", untied(effective, PARAMS)),
+        ("dot_general", untied(PARAMS, effective)),
+    ):
         found = HOSTS[host](PARAMS, made(FAMILIES[family], uses={"embed/.*": (uses,)}))
         for y, want in zip(found, wanted, strict=True):
             np.testing.assert_allclose(y, want, rtol=2e-5, atol=2e-5)
@@ -91,7 +107,9 @@ def test_a_product_by_the_table_itself_sees_it_as_it_is():
     wanted = untied(lr.effective(PARAMS, made()), PARAMS)
     for y, want in zip(linen(PARAMS, made(uses=EVERY), transposed=True), wanted, strict=True):
         np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"adapters of 'embed/embedding': the product contracts axes \(1,\)"):
+    with pytest.raises(
+        ValueError, match=r"adapters of 'embed/embedding': the product contracts axes \(1,\)"
+    ):
         linen(PARAMS, made(), transposed=True)
 
 
@@ -101,8 +119,12 @@ def test_kernels_and_convolutions(coded):
     kernel = jnp.asarray(np.random.default_rng(1).normal(size=(64, 6)), jnp.float32)
     params = {"kernel": lr.linalg.quantize_nf4(kernel) if coded else kernel}
     x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 64)), jnp.float32)
-    adaptation = lr.adapt(params, {"kernel": A.lora(rank=2, init="orthogonal")}, jax.random.key(0),
-                          uses={"kernel": ("conv_general_dilated",)})  # fmt: skip
+    adaptation = lr.adapt(
+        params,
+        {"kernel": A.lora(rank=2, init="orthogonal")},
+        jax.random.key(0),
+        uses={"kernel": ("conv_general_dilated",)},
+    )
     y = lr.matmul(x, lr.attach(params, adaptation)["kernel"])
     np.testing.assert_array_equal(y, lr.matmul(x, params["kernel"]))
 
@@ -111,7 +133,10 @@ def test_what_a_plain_leaf_cannot_say_is_refused_by_name():
     one, base = made(uses=EVERY), made()
     assert "lora at gather" in str(one)
     for function in (lr.effective, lr.merge, lambda params, it: lr.unmerge(params, it)):
-        with pytest.raises(ValueError, match=r"\{'embed/embedding': \('gather',\)\}, and a plain leaf serves.*attach"):
+        with pytest.raises(
+            ValueError,
+            match=r"\{'embed/embedding': \('gather',\)\}, and a plain leaf serves.*attach",
+        ):
             function(PARAMS, one)
     with pytest.raises(ValueError, match=r"'embed/embedding': \('gather',\).*takes up an offset"):
         A.absorb(PARAMS, made(A.lora(rank=2, init="pissa"), uses=EVERY))
@@ -130,13 +155,20 @@ def test_a_conversion_keeps_the_uses():
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("uses, error", [
-    ({"embed/embedding": ("lookup",)}, r"uses: 'embed/embedding' names \('lookup',\); give a tuple out of \('gather',"),
-    ({"embed/embedding": "gather"}, "names 'gather'; give a tuple"),
-    ({"embed/embedding": ()}, r"names \(\); give a tuple"),
-    ({"embed/kernel": ("gather",)}, "uses: 'embed/kernel' matches no leaf"),
-    ({"(": ("gather",)}, "uses: '\\(' is not a regular expression"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "uses, error",
+    [
+        (
+            {"embed/embedding": ("lookup",)},
+            r"uses: 'embed/embedding' names \('lookup',\); give a tuple out of \('gather',",
+        ),
+        ({"embed/embedding": "gather"}, "names 'gather'; give a tuple"),
+        ({"embed/embedding": ()}, r"names \(\); give a tuple"),
+        ({"embed/kernel": ("gather",)}, "uses: 'embed/kernel' matches no leaf"),
+        ({"(": ("gather",)}, "uses: '\\(' is not a regular expression"),
+    ],
+    ids=str,
+)
 def test_errors_of_uses(uses, error):
     with pytest.raises(ValueError, match=error):
         made(uses=uses)
@@ -144,17 +176,33 @@ def test_errors_of_uses(uses, error):
 
 @pytest.mark.slow
 def test_our_model_with_a_tied_head():
-    """Look-up alone, output layer alone and both are the untied model with the effective table at those places."""
-    shape = {"layers": 1, "width": 16, "hidden": 24, "heads": 2, "kv_heads": 2, "vocabulary_size": 12}
+    """Look-up alone, output layer alone and both are the untied model with the effective table at
+    those places."""
+    shape = {
+        "layers": 1,
+        "width": 16,
+        "hidden": 24,
+        "heads": 2,
+        "kv_heads": 2,
+        "vocabulary_size": 12,
+    }
     model, other = (Llama(preset("nano", tied_head=tied, **shape)) for tied in (True, False))
     params = model.init(jax.random.key(0), IDS)["params"]
     params = params | {"embed": jax.tree.map(lambda x: 20 * x, params["embed"])}
     logits = lr.linen.adapted(lambda params: model.apply({"params": params}, IDS))
     effective = lr.effective(params, made(params=params))
     for uses in ((), ("gather",), ("dot_general",)):
-        table, head = ((effective if use in (uses or ("gather", "dot_general")) else params)["embed"]["embedding"]
-                       for use in ("gather", "dot_general"))  # fmt: skip
-        wanted = other.apply({"params": params | {"embed": {"embedding": table}, "lm_head": {"kernel": head.T}}}, IDS)
-        found = logits(lr.attach(params, made(params=params, uses={".*embedding": uses} if uses else ())))
+        table, head = (
+            (effective if use in (uses or ("gather", "dot_general")) else params)["embed"][
+                "embedding"
+            ]
+            for use in ("gather", "dot_general")
+        )
+        wanted = other.apply(
+            {"params": params | {"embed": {"embedding": table}, "lm_head": {"kernel": head.T}}}, IDS
+        )
+        found = logits(
+            lr.attach(params, made(params=params, uses={".*embedding": uses} if uses else ()))
+        )
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     assert not np.allclose(wanted, model.apply({"params": params}, IDS), atol=1e-2)

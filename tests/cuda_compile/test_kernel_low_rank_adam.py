@@ -14,7 +14,8 @@ pytestmark = [
     pytest.mark.cuda_compile,
     pytest.mark.skipif(
         importlib.util.find_spec("jax_cuda13_plugin") is None,
-        reason="needs jax-cuda13-plugin, which brings XLA's compiler for GPUs: run `make test-cuda`",
+        reason="needs jax-cuda13-plugin, which brings XLA's compiler for GPUs: run "
+        "`make test-cuda`",
     ),
 ]
 
@@ -30,14 +31,29 @@ def test_both_programs_compile_and_write_in_place(name, side, dtype, moments, st
     shape = (count, s, k) if side == "rows" else (count, k, s)
     low = jax.ShapeDtypeStruct((count, r, k), jnp.float32)
     if moments == "8 bits":
-        mu, nu = (jax.eval_shape(lambda x, c=c: linalg.quantize_blocks(x, c), low) for c in ("signed", "unsigned"))
+        mu, nu = (
+            jax.eval_shape(lambda x, c=c: linalg.quantize_blocks(x, c), low)
+            for c in ("signed", "unsigned")
+        )
     else:
         mu = nu = jax.ShapeDtypeStruct(low.shape, moments)
 
     def step(w, basis, low, mu, nu, key):
         keys = jax.random.split(jax.random.wrap_key_data(key), count) if stochastic else None
         return kernels.low_rank_adam(
-            w, basis, low, mu, nu, b1=0.9, b2=0.999, eps=1e-8, rate=1e-3, decay=1e-4, keys=keys, side=side, chip=name
+            w,
+            basis,
+            low,
+            mu,
+            nu,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            rate=1e-3,
+            decay=1e-4,
+            keys=keys,
+            side=side,
+            chip=name,
         )
 
     w, basis = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((count, s, r), dtype)

@@ -14,7 +14,8 @@ pytestmark = [
     pytest.mark.cuda_compile,
     pytest.mark.skipif(
         importlib.util.find_spec("jax_cuda13_plugin") is None,
-        reason="needs jax-cuda13-plugin, which brings XLA's compiler for GPUs: run `make test-cuda`",
+        reason="needs jax-cuda13-plugin, which brings XLA's compiler for GPUs: run "
+        "`make test-cuda`",
     ),
 ]
 
@@ -32,7 +33,9 @@ def test_nf4_linear_compiles_with_its_gradient(name, dtype, rows):
         return y, *pull(dy)
 
     arrays = [((rows, n), dtype), ((160, m), "uint8"), ((5, m), "float32"), ((rows, m), dtype)]
-    operands = [jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=place) for shape, kind in arrays]
+    operands = [
+        jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=place) for shape, kind in arrays
+    ]
     compiled = jax.jit(training).lower(*operands).compile()
     assert compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 2
     assert compiled.memory_analysis().temp_size_in_bytes < n * m  # no decoded matrix

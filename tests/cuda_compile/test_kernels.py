@@ -1,4 +1,5 @@
-"""Kernels as programs of an H100, an H200 and an RTX 4090 that are not there: Triton and ptxas take them."""
+"""Kernels as programs of an H100, an H200 and an RTX 4090 that are not there: Triton and ptxas take
+them."""
 
 import importlib.util
 
@@ -14,7 +15,8 @@ pytestmark = [
     pytest.mark.cuda_compile,
     pytest.mark.skipif(
         importlib.util.find_spec("jax_cuda13_plugin") is None,
-        reason="needs jax-cuda13-plugin, which brings XLA's compiler for GPUs: run `make test-cuda`",
+        reason="needs jax-cuda13-plugin, which brings XLA's compiler for GPUs: run "
+        "`make test-cuda`",
     ),
 ]
 
@@ -33,5 +35,6 @@ def test_thin_linear_compiles_with_its_gradients(name, dtype):
     operands = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place) for shape in shapes]
     compiled = jax.jit(training).lower(*operands).compile()
     assert compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 2
-    # nothing of the size of y beside y, which the thin products of XLA split over the rows may reach
+    # nothing of the size of y beside y, which the thin products of XLA split over the rows may
+    # reach
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * rows * m * jnp.dtype(dtype).itemsize

@@ -8,7 +8,11 @@ import time
 from tests.experiments.runs import ROOT
 
 # as in conftest: programs are compiled with little work
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
 CONFIG = """
 from experiments import {module} as configuration
 
@@ -30,16 +34,23 @@ def write(folder, module, values):
 
 
 def start(program, folder, name, *flags):
-    """`experiments.PROGRAM` on `folder`/config.py; all runs of a folder share one cache of compiled programs."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    """`experiments.PROGRAM` on `folder`/config.py; all runs of a folder share one cache of compiled
+    programs."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     command = [sys.executable, "-m", f"experiments.{program}", f"--config={folder}/config.py"]
     command += [f"--workdir={folder / name}", "--noreport", *flags]
     with open(folder / f"{name}.log", "a") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT | cache, stdout=log, stderr=log)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | ENVIRONMENT | cache, stdout=log, stderr=log
+        )
 
 
 def wait_for_step(process, workdir, step):
-    """Until metrics.jsonl holds `step`; polled finely, so that the signal falls anywhere within an update."""
+    """Until metrics.jsonl holds `step`; polled finely, so that the signal falls anywhere within an
+    update."""
     deadline = time.monotonic() + 300
     path = workdir / "metrics.jsonl"
     while time.monotonic() < deadline:

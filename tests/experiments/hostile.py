@@ -1,6 +1,8 @@
-"""Random damage, by generators with fixed seeds: of checkpoints, of JSON files, and of command lines.
+"""Random damage, by generators with fixed seeds: of checkpoints, of JSON files, and of command
+lines.
 
-JSON is damaged so that it shows: a number that became another one is no damage that a file without a seal could tell.
+JSON is damaged so that it shows: a number that became another one is no damage that a file without
+a seal could tell.
 """
 
 import contextlib
@@ -27,19 +29,28 @@ _OTHERS = {
 
 
 def damaged_json(generator: random.Random, text: str, keys: tuple[str, ...]) -> bytes:
-    """The text of an object that is no longer one, or lacks one of `keys`, or has it of another type."""
+    """The text of an object that is no longer one, or lacks one of `keys`, or has it of another
+    type."""
     value = json.loads(text)
     key = generator.choice(keys)
     own = value[key]
     kinds = {
         "cut": lambda: text[: generator.randrange(len(text.rstrip()))].encode(),
-        "other": lambda: generator.choice([b"", b"[]", b"{}", b"null", b"3", b'"x"', b"[[1]]", b"\0", b"not JSON"]),
+        "other": lambda: generator.choice(
+            [b"", b"[]", b"{}", b"null", b"3", b'"x"', b"[[1]]", b"\0", b"not JSON"]
+        ),
         "UTF-16": lambda: text.encode("utf-16"),
         "encoding": lambda: text.encode().replace(b'"', b'"\xff', 1),
         "nesting": lambda: b'{"a":' * 5000,
-        "literal": lambda: json.dumps(value | {"further": "@"}).replace('"@"', generator.choice(NO_NUMBERS)).encode(),
+        "literal": lambda: (
+            json.dumps(value | {"further": "@"})
+            .replace('"@"', generator.choice(NO_NUMBERS))
+            .encode()
+        ),
         "twice": lambda: text.rstrip()[:-1].encode() + b"," + json.dumps({key: own})[1:].encode(),
-        "lacks": lambda: json.dumps({name: one for name, one in value.items() if name != key}).encode(),
+        "lacks": lambda: json.dumps(
+            {name: one for name, one in value.items() if name != key}
+        ).encode(),
         "type": lambda: json.dumps(value | {key: generator.choice(_OTHERS[type(own)])}).encode(),
         "surrogate": lambda: json.dumps(value | {"further": "\ud800"}).encode(),
     }
@@ -91,11 +102,16 @@ def _folder(generator, step):
 
 def _further(generator, step):
     folders = sorted(path for path in step.rglob("*") if path.is_dir())
-    (generator.choice(folders) / generator.choice(["x", ".x", "²", "manifest.json"])).write_bytes(b"{}")
+    (generator.choice(folders) / generator.choice(["x", ".x", "²", "manifest.json"])).write_bytes(
+        b"{}"
+    )
 
 
 def _renamed(generator, step):
-    step.rename(step.parent / generator.choice(["9", "80", "²", "08", "+8", "8.0", "-8", "8e0", "8.orbax-tmp"]))
+    step.rename(
+        step.parent
+        / generator.choice(["9", "80", "²", "08", "+8", "8.0", "-8", "8e0", "8.orbax-tmp"])
+    )
 
 
 def _moved(generator, step):
@@ -121,9 +137,13 @@ def _forged(generator, step):
         "step": lambda: {"step": generator.choice([9, 0, -1, 2**70])},
         "format": lambda: {"format": generator.choice([0, 2])},
         "files": lambda: {"files": generator.choice([{}, {"../../x": values["files"][file]}])},
-        "file": lambda: {"files": {name: own for name, own in values["files"].items() if name != file}},
+        "file": lambda: {
+            "files": {name: own for name, own in values["files"].items() if name != file}
+        },
         "size": lambda: {"files": values["files"] | {file: {"bytes": -1, "sha256": "0"}}},
-        "leaves": lambda: {"leaves": generator.choice([{}, {"x": [[1], "float32"]}, {leaf: [shape, "nonsense"]}])},
+        "leaves": lambda: {
+            "leaves": generator.choice([{}, {"x": [[1], "float32"]}, {leaf: [shape, "nonsense"]}])
+        },
         "dtype": lambda: {"leaves": values["leaves"] | {leaf: [shape, other]}},
         "shape": lambda: {"leaves": values["leaves"] | {leaf: [[*shape, 7], dtype]}},
     }
@@ -163,7 +183,9 @@ def ended(main, arguments, monkeypatch=None) -> tuple[int, str, str]:
         if monkeypatch is not None:
             stack.enter_context(flagsaver.flagsaver())
             stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # of ml_collections
+            warnings.filterwarnings(
+                "ignore", "the load_module", DeprecationWarning
+            )  # of ml_collections
             stack.callback(_forget_flags)
             context = stack.enter_context(monkeypatch.context())
             context.setattr(sys, "argv", ["program", *arguments])
@@ -183,11 +205,17 @@ def _forget_flags():
 def damaged_run(generator: random.Random, folder) -> None:
     """Damages one of the files of a run folder that say what it is, or its parameters."""
     kinds = {
-        "config.json": lambda path: damaged_json(generator, path.read_text(), ("name", "optimizer")),
+        "config.json": lambda path: damaged_json(
+            generator, path.read_text(), ("name", "optimizer")
+        ),
         "metrics.jsonl": lambda path: _damaged_lines(generator, path),
-        "summary.json": lambda path: damaged_json(generator, path.read_text(), ("status", "steps", "tokens")),
+        "summary.json": lambda path: damaged_json(
+            generator, path.read_text(), ("status", "steps", "tokens")
+        ),
         "ledger.json": lambda path: _damaged_rows(generator, path, ("component",)),
-        "history.json": lambda path: _damaged_rows(generator, path, ("started_from", "step", "with")),
+        "history.json": lambda path: _damaged_rows(
+            generator, path, ("started_from", "step", "with")
+        ),
     }
     name = generator.choice([name for name in kinds if (folder / name).exists()])
     (folder / name).write_bytes(kinds[name](folder / name))

@@ -15,10 +15,13 @@ ROOT = pathlib.Path(configuration.__file__).parents[1]
 
 
 def write_text(folder, files=60, words=400):
-    """Sentences over a small vocabulary, the same on every call; the loader splits them by file name."""
+    """Sentences over a small vocabulary, the same on every call; the loader splits them by file
+    name."""
     folder.mkdir(parents=True)
     generator = random.Random(0)
-    vocabulary = ["".join(generator.choices("aeioulmnrst", k=generator.randint(2, 6))) for _ in range(50)]
+    vocabulary = [
+        "".join(generator.choices("aeioulmnrst", k=generator.randint(2, 6))) for _ in range(50)
+    ]
     for number in range(files):
         (folder / f"{number}.txt").write_text(" ".join(generator.choices(vocabulary, k=words)))
     return folder
@@ -28,7 +31,14 @@ def tiny(folder, **sections):
     """A configuration on the text in `folder`/text; `sections` are merged into it."""
     values = {
         "name": "tiny",
-        "model": {"width": 16, "hidden": 32, "heads": 2, "kv_heads": 1, "layers": 2, "sequence_length": 16},
+        "model": {
+            "width": 16,
+            "hidden": 32,
+            "heads": 2,
+            "kv_heads": 1,
+            "layers": 2,
+            "sequence_length": 16,
+        },
         "data": {
             "name": str(folder / "text"),
             "directory": str(folder / "cache"),
@@ -52,9 +62,14 @@ def tiny(folder, **sections):
 
 
 def losses(workdir):
-    """{step: (loss, grad_norm)} and {step: validation loss}; a step that occurs twice is an error."""
+    """{step: (loss, grad_norm)} and {step: validation loss}; a step that occurs twice is an
+    error."""
     rows = metrics.read(workdir / "metrics.jsonl")
-    train = [(row["step"], (row["loss"], row["grad_norm"], row["tokens"])) for row in rows if row["kind"] == "train"]
+    train = [
+        (row["step"], (row["loss"], row["grad_norm"], row["tokens"]))
+        for row in rows
+        if row["kind"] == "train"
+    ]
     evaluations = [(row["step"], row["loss"]) for row in rows if row["kind"] == "eval"]
     assert len(dict(train)) == len(train)
     assert len(dict(evaluations)) == len(evaluations)
@@ -67,7 +82,8 @@ def notes(workdir):
 
 
 def terminate_in_evaluation(monkeypatch, step, title, batch):
-    """A real SIGTERM once the evaluation at `step` takes its batch number `batch`; the batches that are taken then."""
+    """A real SIGTERM once the evaluation at `step` takes its batch number `batch`; the batches that
+    are taken then."""
     watched, after = training._Training._watched, []
 
     def sending(self, own, total, batches):
@@ -98,13 +114,16 @@ def final_arrays(workdir):
         for path, (shape, dtype) in manifest["leaves"].items()
     }
     restorer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
-    restored = restorer.restore(workdir / "checkpoints" / str(step) / "state", args=ocp.args.StandardRestore(target))
+    restored = restorer.restore(
+        workdir / "checkpoints" / str(step) / "state", args=ocp.args.StandardRestore(target)
+    )
     plain = lambda array: jax.random.key_data(array) if array.dtype == key else array  # noqa: E731
     return step, {path: np.asarray(plain(array)) for path, array in restored.items()}
 
 
 def assert_bitwise_equal(left, right):
-    """Losses, evaluations and every array of the newest checkpoints of two run folders agree in every bit."""
+    """Losses, evaluations and every array of the newest checkpoints of two run folders agree in
+    every bit."""
     assert losses(left) == losses(right)
     (step, arrays), (other_step, others) = final_arrays(left), final_arrays(right)
     assert step == other_step

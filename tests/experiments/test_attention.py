@@ -1,4 +1,5 @@
-"""Both attentions are `jax.nn.dot_product_attention`, in values and gradients; the chunked one without its scores."""
+"""Both attentions are `jax.nn.dot_product_attention`, in values and gradients; the chunked one
+without its scores."""
 
 import dataclasses
 
@@ -21,7 +22,9 @@ def draw(*shape, dtype=jnp.float32):
 
 def inputs(S, H, G, K=8, B=2, dtype=jnp.float32):
     """q, k, v and a cotangent of the output."""
-    return *(draw(B, S, heads, K, dtype=dtype) for heads in (H, G, G)), draw(B, S, H, K, dtype=dtype)
+    return *(draw(B, S, heads, K, dtype=dtype) for heads in (H, G, G)), draw(
+        B, S, H, K, dtype=dtype
+    )
 
 
 def dense(q, k, v):
@@ -62,7 +65,8 @@ def test_one_batch_axis_of_heads(S, H, G, causal, dtype):
 
 
 def test_by_the_formula_in_float64():
-    """softmax(q kᵀ / sqrt K) v over j <= i, with scores as large as 60, which overflow without the maximum."""
+    """softmax(q kᵀ / sqrt K) v over j <= i, with scores as large as 60, which overflow without the
+    maximum."""
     q, k, v = (np.asarray(x, np.float64) for x in inputs(9, 4, 2, K=4)[:3])
     q = 20 * q
     s = np.einsum("bqhk,bshk->bhqs", q, np.repeat(k, 2, axis=2)) / 2
@@ -79,7 +83,9 @@ def test_bfloat16_is_as_near_to_float32_as_the_dense_product():
     own = both(lambda *x: chunked_attention(*x, chunk=8), *operands)
     for chunked, other, exact in zip(own, both(dense, *operands), wide, strict=True):
         assert chunked.dtype == jnp.bfloat16
-        error, usual = (float(jnp.linalg.norm(x.astype(jnp.float32) - exact)) for x in (chunked, other))
+        error, usual = (
+            float(jnp.linalg.norm(x.astype(jnp.float32) - exact)) for x in (chunked, other)
+        )
         assert error < 1.5 * usual
 
 
@@ -110,7 +116,9 @@ def test_the_model_takes_it():
     value, grads = jax.value_and_grad(loss)(params, config)
     own, own_grads = jax.value_and_grad(loss)(params, chunked)
     np.testing.assert_allclose(own, value, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), own_grads, grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), own_grads, grads
+    )
     shapes = str(jax.make_jaxpr(lambda p: loss(p, chunked))(params))
     assert "18,18]" not in shapes
     assert "18,18]" in str(jax.make_jaxpr(lambda p: loss(p, config))(params))

@@ -12,7 +12,9 @@ from experiments.configuration import ConfigurationError
 from experiments.models import huggingface, llama
 from tests.experiments import runs
 
-CONFIG = llama.preset("nano", width=16, hidden=32, heads=2, kv_heads=1, layers=2, sequence_length=16)
+CONFIG = llama.preset(
+    "nano", width=16, hidden=32, heads=2, kv_heads=1, layers=2, sequence_length=16
+)
 
 
 def parameters(value):
@@ -34,7 +36,11 @@ def run_folder(folder, params):
 
 
 def exported(folder, params):
-    description = {"format": bases.EXPORTED, "architecture": "llama", "model": dataclasses.asdict(CONFIG)}
+    description = {
+        "format": bases.EXPORTED,
+        "architecture": "llama",
+        "model": dataclasses.asdict(CONFIG),
+    }
     description |= {"tokenizer": "bytes", "classes": [], "domain": {"name": "python_stdlib"}}
     stored(folder, params, bases.meaning(description))
     outputs.write_json(folder / "config.json", description)
@@ -52,7 +58,9 @@ def test_a_base_that_is_not_finite_is_named_before_the_run_diverges(tmp_path, ma
         folder = tmp_path / str(value)
         make(folder, parameters(value))
         base = open_base(BaseConfig(source=str(folder)), 0)
-        with pytest.raises(ConfigurationError, match=r"base.source=.*: 1 values of layers/attention/q_proj/kernel"):
+        with pytest.raises(
+            ConfigurationError, match=r"base.source=.*: 1 values of layers/attention/q_proj/kernel"
+        ):
             base.read(base.placing())
     make(tmp_path / "sound", parameters(1.0))
     base = open_base(BaseConfig(source=str(tmp_path / "sound")), 0)
@@ -64,9 +72,14 @@ def test_a_base_whose_configuration_is_not_that_of_its_arrays_is_refused(tmp_pat
     """Shapes do not tell a model's rotation, or how many heads share a kernel."""
     make(tmp_path, parameters(1.0))
     text = (tmp_path / "config.json").read_text()
-    for old, new in (('"norm_eps": 1e-06', '"norm_eps": 0.1'), ('"rope_theta": 10000.0', '"rope_theta": 100.0')):
+    for old, new in (
+        ('"norm_eps": 1e-06', '"norm_eps": 0.1'),
+        ('"rope_theta": 10000.0', '"rope_theta": 100.0'),
+    ):
         assert old in text
         (tmp_path / "config.json").write_text(text.replace(old, new))
         base = open_base(BaseConfig(source=str(tmp_path)), 0)
-        with pytest.raises(ConfigurationError, match=r"was written with model\.(norm_eps|rope_theta)=.*, the con"):
+        with pytest.raises(
+            ConfigurationError, match=r"was written with model\.(norm_eps|rope_theta)=.*, the con"
+        ):
             base.read(base.placing())

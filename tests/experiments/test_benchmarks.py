@@ -33,12 +33,21 @@ def test_medians_are_taken_over_interleaved_rounds():
 
 def test_seconds_wait_for_the_result():
     assert timing.seconds(lambda: jnp.ones(3)) > 0
-    assert set(timing.machine()) == {"processor", "cores", "device", "platform", "python", "versions"}
+    assert set(timing.machine()) == {
+        "processor",
+        "cores",
+        "device",
+        "platform",
+        "python",
+        "versions",
+    }
 
 
 def test_the_matrices_are_those_of_the_60M_preset():
     shapes = workload.matrices("60M")
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 8 * (4 * 512 * 512 + 3 * 512 * 1376)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 8 * (
+        4 * 512 * 512 + 3 * 512 * 1376
+    )
     assert workload.rank("60M") == 128
     layers = workload.unstacked(shapes)["layers"]["mlp"]["down_proj"]["kernel"]
     assert [layer.shape for layer in layers] == [(1376, 512)] * 8
@@ -55,7 +64,9 @@ def test_traffic_adds_the_gradient_to_parameters_and_moments():
     run = workload.adamw_traffic(workload.matrices("nano", layers=2))
     run()
     params, mu, nu = (jax.tree.leaves(tree)[0] for tree in run())
-    expected = 2 * np.asarray(jax.tree.leaves(workload.gradients(workload.matrices("nano", layers=2)))[0])
+    expected = 2 * np.asarray(
+        jax.tree.leaves(workload.gradients(workload.matrices("nano", layers=2)))[0]
+    )
     for tree in (params, mu, nu):
         np.testing.assert_allclose(tree, expected, rtol=1e-6)
 
@@ -84,12 +95,20 @@ def result():
 
 def test_rows_hold_what_the_table_prints(result):
     rows = {row["optimizer"]: row for row in result["rows"]}
-    assert list(rows) == ["optax.adamw", "optax.contrib.galore", "galore (power, staggered)", "frugal (columns)"]
+    assert list(rows) == [
+        "optax.adamw",
+        "optax.contrib.galore",
+        "galore (power, staggered)",
+        "frugal (columns)",
+    ]
     elements = 4 * 32 * 32 + 3 * 32 * 48
     assert rows["optax.adamw"]["state_bytes"] == 8 * elements + 4
     assert rows["optax.adamw"]["normal_over_adamw"] == 1.0
     low = 8 * (4 * 32 + 3 * 48)  # rank 8: a quarter of the width
-    assert rows["galore (power, staggered)"]["state_bytes"] == 4 * 7 * 32 * 8 + 8 * low + 4 * 7 + 4 + 20
+    assert (
+        rows["galore (power, staggered)"]["state_bytes"]
+        == 4 * 7 * 32 * 8 + 8 * low + 4 * 7 + 4 + 20
+    )
     for row in rows.values():
         assert row["normal_seconds"] > 0
         mean = (row["worst_seconds"] + 199 * row["normal_seconds"]) / 200
@@ -117,7 +136,9 @@ def test_the_program_writes_json_with_its_command(tmp_path, monkeypatch, capsys,
     output = tmp_path / "deep" / "step.json"
     optimizer_step.main(["--preset", "nano", "--notpu", "--output", str(output)])
     written = json.loads(output.read_text())
-    assert written["command"].startswith("python -m experiments.benchmarks.optimizer_step --preset nano --notpu")
+    assert written["command"].startswith(
+        "python -m experiments.benchmarks.optimizer_step --preset nano --notpu"
+    )
     assert written["rows"] == result["rows"]
     assert "optax.adamw" in capsys.readouterr().out
 
@@ -128,16 +149,23 @@ def test_without_a_tpu_compiler_the_reason_is_given(tmp_path):
     python.chmod(0o755)
     assert "no libtpu" in tpu_programs.measure("60M", str(python))["reason"]
     python.write_text(
-        '#!/bin/sh\n[ "$1" = -c ] && exit 0\necho \'{"projector": "power"}\'\necho \'{"projector": "dct2"}\'\n'
+        '#!/bin/sh\n[ "$1" = -c ] && exit 0\necho \'{"projector": "power"}\'\necho \'{"projector": '
+        '"dct2"}\'\n'
     )
-    assert [row["projector"] for row in tpu_programs.measure("60M", str(python))["rows"]] == ["power", "dct2"]
+    assert [row["projector"] for row in tpu_programs.measure("60M", str(python))["rows"]] == [
+        "power",
+        "dct2",
+    ]
     python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho broken >&2\nexit 3\n')
     assert tpu_programs.measure("60M", str(python))["reason"] == "not measured: broken"
 
 
 def test_operations_of_a_training_step():
-    """By hand for one square model: the head and attention stay, taps trade 2 N m n for 2 N r (m + n)."""
-    config = llama.preset("nano", layers=3, width=32, hidden=48, heads=2, kv_heads=2, sequence_length=16)
+    """By hand for one square model: the head and attention stay, taps trade 2 N m n for 2 N r (m +
+    n)."""
+    config = llama.preset(
+        "nano", layers=3, width=32, hidden=48, heads=2, kv_heads=2, sequence_length=16
+    )
     tokens, rank = 64, 8
     blocks = 3 * (4 * 32 * 32 + 3 * 32 * 48)
     attention, head = 12 * 3 * 32 * 16 * tokens, 6 * tokens * 259 * 32
@@ -165,7 +193,10 @@ def test_the_table_of_training_steps(head, monkeypatch):
     kinds = 3 if head else 2  # exact SVD, alternating, alternating and head too
     assert [row["rank"] for row in tapped] == [8] * kinds
     assert [row["head_tapped"] for row in tapped] == [False, False, True][:kinds]
-    assert all(row["seconds"] > 0 and row["refresh_seconds"] > 0 and row["bytes"] > 0 for row in found["rows"][-1:])
+    assert all(
+        row["seconds"] > 0 and row["refresh_seconds"] > 0 and row["bytes"] > 0
+        for row in found["rows"][-1:]
+    )
     aims = training_step.aims("nano", [found])
     assert len(aims) == 2 * len(tapped)
     assert all(aim["met"] == (aim["value"] <= aim["bound"]) for aim in aims)

@@ -16,7 +16,12 @@ from experiments.checkpoint import CheckpointError, Checkpoints, DiskFullError, 
 
 
 def make_tree(value=1.0):
-    params = {"layers": {"kernel": jnp.full((16, 24), float(value)), "half": jnp.full((5,), value, jnp.bfloat16)}}
+    params = {
+        "layers": {
+            "kernel": jnp.full((16, 24), float(value)),
+            "half": jnp.full((5,), value, jnp.bfloat16),
+        }
+    }
     return {
         "params": params,
         "opt_state": (
@@ -151,7 +156,9 @@ def resealed(folder, **entries):
 
 def put_halves(store):
     """Float16 data where the manifest says float32."""
-    tree = jax.tree.map(lambda leaf: leaf.astype(jnp.float16) if leaf.dtype == jnp.float32 else leaf, make_tree(30))
+    tree = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float16) if leaf.dtype == jnp.float32 else leaf, make_tree(30)
+    )
     leaves = json.loads((store.directory / "30" / checkpoint.MANIFEST).read_text())["leaves"]
     store.save(40, tree)
     store.wait()
@@ -175,17 +182,35 @@ def written(store, data):
 # What is done to the newest step, and what is said of it.
 DISAGREEMENTS = {
     "another number": (renumbered, "the folder 32 holds step 30"),
-    "another number, sealed": (lambda store: resealed(renumbered(store), step=32), "its state has seen 30 updates"),
-    "no files, sealed": (lambda store: resealed(store.directory / "30", files={}), "is not in manifest.json"),
-    "unlisted file": (lambda store: (store.directory / "30/state/d/0f").write_bytes(b""), "state/d/0f is not in"),
+    "another number, sealed": (
+        lambda store: resealed(renumbered(store), step=32),
+        "its state has seen 30 updates",
+    ),
+    "no files, sealed": (
+        lambda store: resealed(store.directory / "30", files={}),
+        "is not in manifest.json",
+    ),
+    "unlisted file": (
+        lambda store: (store.directory / "30/state/d/0f").write_bytes(b""),
+        "state/d/0f is not in",
+    ),
     "array": (lambda store: written(store, b"[]"), r"is \[\], where an object is needed"),
     "lacks a key": (lambda store: written(store, b"{}"), "has no 'format'"),
     "encoding": (lambda store: written(store, b"\xff"), "is not UTF-8"),
     "nesting": (lambda store: written(store, b"[" * 100_000), "nested deeper"),
     "folder for a manifest": (lambda store: no_manifest(store).mkdir(), "is no file"),
-    "format, sealed": (lambda store: resealed(store.directory / "30", format=7), "has format 7, this program reads 1"),
-    "leaf, sealed": (lambda store: resealed(store.directory / "30", leaves={"a": [[2], 3]}), r"leaves\['a'\].* is 3"),
-    "leaves, sealed": (lambda store: resealed(store.directory / "30", leaves={}), "is stored but not in"),
+    "format, sealed": (
+        lambda store: resealed(store.directory / "30", format=7),
+        "has format 7, this program reads 1",
+    ),
+    "leaf, sealed": (
+        lambda store: resealed(store.directory / "30", leaves={"a": [[2], 3]}),
+        r"leaves\['a'\].* is 3",
+    ),
+    "leaves, sealed": (
+        lambda store: resealed(store.directory / "30", leaves={}),
+        "is stored but not in",
+    ),
     "half precision": (put_halves, "is stored as float16.*says float32"),
 }
 
@@ -216,7 +241,9 @@ def test_swapped_folders_are_both_damage(counted, lines):
 
 @pytest.mark.parametrize("name", ["²", "٣", "030", "+30", "1e3", "30.orbax", "-1", "40"])
 def test_a_name_that_no_save_writes_is_no_step(store, name):
-    (store.directory / name).write_text("a file") if name == "40" else (store.directory / name).mkdir()
+    (store.directory / name).write_text("a file") if name == "40" else (
+        store.directory / name
+    ).mkdir()
     assert store.steps() == [30, 20]
     assert store.restore(abstract(make_tree())).step == 30
     assert checkpoint.stored_sides(store.directory) == {}
@@ -229,18 +256,24 @@ def test_another_meaning_of_the_same_shapes_is_refused(tmp_path):
     again = Checkpoints(tmp_path, meaning={"model": {"heads": 4, "rope": (1, 2), "newer": 3}})
     assert again.restore(abstract(make_tree())).step == 1
     other = Checkpoints(tmp_path, meaning={"model": {"heads": 2}})
-    with pytest.raises(MismatchError, match="was written with model.heads=4, the configuration now says 2"):
+    with pytest.raises(
+        MismatchError, match="was written with model.heads=4, the configuration now says 2"
+    ):
         other.restore(abstract(make_tree()))
     values = json.loads((tmp_path / "1" / checkpoint.MANIFEST).read_text())
     del values["meaning"], values["digest"]  # as older runs wrote it
-    outputs.write_json(tmp_path / "1" / checkpoint.MANIFEST, {**values, "digest": checkpoint.digest(values)})
+    outputs.write_json(
+        tmp_path / "1" / checkpoint.MANIFEST, {**values, "digest": checkpoint.digest(values)}
+    )
     assert other.restore(abstract(make_tree())).step == 1
 
 
 def test_nothing_finished_is_a_fresh_start_but_nothing_sound_is_an_error(store, tmp_path):
     for step in (20, 30):
         largest_file(store, step).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no checkpoint .* verifies \(damaged: \[30, 20\]\).*start over"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint .* verifies \(damaged: \[30, 20\]\).*start over"
+    ):
         store.restore(abstract(make_tree()))
     other = Checkpoints(tmp_path / "other", say=lambda line: None)
     (tmp_path / "other" / "9").mkdir()
@@ -251,7 +284,8 @@ def test_another_models_checkpoint_names_the_first_leaf(store):
     like = abstract(make_tree())
     like["params"]["layers"]["kernel"] = jax.ShapeDtypeStruct((16, 32), jnp.float32)
     with pytest.raises(
-        MismatchError, match=r"leaf params/layers/kernel is float32\[16, 24\] there and float32\[16, 32\] here"
+        MismatchError,
+        match=r"leaf params/layers/kernel is float32\[16, 24\] there and float32\[16, 32\] here",
     ):
         store.restore(like)
     like["params"]["layers"]["kernel"] = jax.ShapeDtypeStruct((16, 24), jnp.bfloat16)
@@ -282,7 +316,8 @@ def test_another_side_of_a_square_matrix_is_refused(tmp_path):
 # What orbax 0.12.8 raised on a full tmpfs of 2 MB, and what the system raises for our own files.
 FULL_DISK = [
     ValueError(
-        "RESOURCE_EXHAUSTED: Error writing \"a/0.0\": Failed to write 1640802 bytes: No space left [os_error_code='28']"
+        'RESOURCE_EXHAUSTED: Error writing "a/0.0": Failed to write 1640802 bytes: No space left '
+        "[os_error_code='28']"
     ),
     OSError(errno.ENOSPC, "No space left on device"),
 ]
@@ -295,7 +330,9 @@ def test_full_disk_names_the_folder_and_keeps_the_last_good_step(store, monkeypa
         raise error
 
     monkeypatch.setattr(store._writer, "save" if moment == "begin" else "wait_until_finished", fail)
-    with pytest.raises(DiskFullError, match=rf"step 40 in {store.directory} .*disk is full .*last good step is 30"):
+    with pytest.raises(
+        DiskFullError, match=rf"step 40 in {store.directory} .*disk is full .*last good step is 30"
+    ):
         save_and_wait(store, 40)
     monkeypatch.undo()
     store._writer.wait_until_finished()
@@ -309,7 +346,9 @@ def test_manifest_is_written_after_the_arrays(store, monkeypatch):
     """A process killed while orbax writes leaves a folder without a manifest."""
     gate = threading.Event()
     checksums = manifest.checksums
-    monkeypatch.setattr(manifest, "checksums", lambda folder, names: gate.wait(30) and checksums(folder, names))
+    monkeypatch.setattr(
+        manifest, "checksums", lambda folder, names: gate.wait(30) and checksums(folder, names)
+    )
     store.save(40, make_tree(40))
     assert not (store.directory / "40" / checkpoint.MANIFEST).exists()
     assert store.steps() == [40, 30, 20]  # nothing is pruned for the sake of an unfinished step

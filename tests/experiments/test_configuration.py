@@ -18,7 +18,14 @@ import pytest
 import lowrank_jax as lr
 from experiments import arguments, configuration, optimizers, tuning_configuration
 from experiments.arguments import load
-from experiments.configuration import ConfigurationError, OptimizerConfig, ScheduleConfig, from_dict, template, to_dict
+from experiments.configuration import (
+    ConfigurationError,
+    OptimizerConfig,
+    ScheduleConfig,
+    from_dict,
+    template,
+    to_dict,
+)
 from experiments.sections import plain
 from tests.experiments import commands, runs
 
@@ -44,14 +51,21 @@ def test_every_config_is_valid_and_begins_with_its_command_and_expectation(path)
 
 def test_template_holds_the_defaults_of_every_key():
     assert from_dict(template()) == configuration.RunConfig()
-    keys = {section: set(values) for section, values in template().to_dict().items() if isinstance(values, dict)}
+    keys = {
+        section: set(values)
+        for section, values in template().to_dict().items()
+        if isinstance(values, dict)
+    }
     for section, kind in configuration.SECTIONS.items():
         fields = {field.name for field in dataclasses.fields(kind)}
         assert keys[section] == fields | ({"preset"} if section == "model" else set())
 
 
 WRONG = [
-    ({"optimizer": {"nmae": "adamw"}}, r"optimizer\.nmae='adamw': unknown key; did you mean optimizer\.name\?"),
+    (
+        {"optimizer": {"nmae": "adamw"}},
+        r"optimizer\.nmae='adamw': unknown key; did you mean optimizer\.name\?",
+    ),
     ({"optimiser": {}}, r"optimiser=\{\}: unknown key; did you mean optimizer\?"),
     ({"model": {"widht": 3}}, r"model\.widht=3: unknown key; did you mean model\.width\?"),
     ({"model": {"preset": "60m"}}, r"model\.preset='60m': did you mean '60M'\?"),
@@ -59,22 +73,49 @@ WRONG = [
     ({"model": {"width": "wide"}}, r"model\.width='wide': is of type str; give int"),
     ({"optimizer": {"name": "adam"}}, r"optimizer\.name='adam': did you mean 'adamw'\?"),
     ({"optimizer": {"name": "galore"}}, r"optimizer\.rank=None: galore needs a rank"),
-    ({"optimizer": {"name": "galore", "rank": 129}}, r"optimizer\.rank=129: .* smallest matrix dimension is 128"),
-    ({"model": {"kv_heads": 1}, "optimizer": {"name": "galore", "rank": 33}}, r"rank=33: .* smallest .* is 32"),
+    (
+        {"optimizer": {"name": "galore", "rank": 129}},
+        r"optimizer\.rank=129: .* smallest matrix dimension is 128",
+    ),
+    (
+        {"model": {"kv_heads": 1}, "optimizer": {"name": "galore", "rank": 33}},
+        r"rank=33: .* smallest .* is 32",
+    ),
     ({"optimizer": {"name": "galore", "rank": 1.5}}, r"optimizer\.rank=1\.5: a fraction lies in"),
     ({"optimizer": {"name": "galore", "rank": 0}}, r"optimizer\.rank=0: give a positive integer"),
-    ({"optimizer": {"name": "galore", "rank": 8, "projector": "svdd"}}, r"projector='svdd': did you mean 'svd'"),
-    ({"optimizer": {"learning_rate": -1}}, r"optimizer\.learning_rate=-1\.0: give a positive number"),
-    ({"optimizer": {"learning_rate": True}}, r"optimizer\.learning_rate=True: is of type bool; give float"),
+    (
+        {"optimizer": {"name": "galore", "rank": 8, "projector": "svdd"}},
+        r"projector='svdd': did you mean 'svd'",
+    ),
+    (
+        {"optimizer": {"learning_rate": -1}},
+        r"optimizer\.learning_rate=-1\.0: give a positive number",
+    ),
+    (
+        {"optimizer": {"learning_rate": True}},
+        r"optimizer\.learning_rate=True: is of type bool; give float",
+    ),
     ({"optimizer": {"clip_norm": 0.0}}, r"optimizer\.clip_norm=0\.0"),
-    ({"optimizer": {"name": "optax_galore", "rank": 8}}, r"model\.scan=True: .* set model\.scan=False"),
+    (
+        {"optimizer": {"name": "optax_galore", "rank": 8}},
+        r"model\.scan=True: .* set model\.scan=False",
+    ),
     ({"schedule": {"steps": 0}}, r"schedule\.steps=0: give a positive integer"),
-    ({"schedule": {"steps": 10, "warmup_steps": 10}}, r"schedule\.warmup_steps=10: stay below steps=10"),
+    (
+        {"schedule": {"steps": 10, "warmup_steps": 10}},
+        r"schedule\.warmup_steps=10: stay below steps=10",
+    ),
     ({"schedule": {"final_fraction": 2}}, r"schedule\.final_fraction=2\.0"),
-    ({"schedule": {"accumulation": 3}}, r"schedule\.accumulation=3: choose a divisor of data\.batch_size=16"),
+    (
+        {"schedule": {"accumulation": 3}},
+        r"schedule\.accumulation=3: choose a divisor of data\.batch_size=16",
+    ),
     ({"data": {"sequence_length": 512}}, r"data\.sequence_length=512: the model takes 256"),
     ({"data": {"batch_size": 0}}, r"data\.batch_size=0"),
-    ({"data": {"packing": "pad"}, "run": {"trigram": True}}, r"run\.trigram=True: .* data\.packing='pack'"),
+    (
+        {"data": {"packing": "pad"}, "run": {"trigram": True}},
+        r"run\.trigram=True: .* data\.packing='pack'",
+    ),
     ({"checkpoint": {"keep": 0}}, r"checkpoint\.keep=0: give a positive integer"),
     ({"checkpoint": {"every": -1}}, r"checkpoint\.every=-1"),
     ({"run": {"profile_steps": [5, 3]}}, r"run\.profile_steps=\(5, 3\)"),
@@ -94,7 +135,10 @@ def test_wrong_values_name_field_value_and_remedy(values, message):
 
 def test_numbers_keep_their_kind():
     config = from_dict(
-        {"optimizer": {"name": "galore", "rank": 0.25, "learning_rate": 1}, "run": {"profile_steps": [2, 3]}}
+        {
+            "optimizer": {"name": "galore", "rank": 0.25, "learning_rate": 1},
+            "run": {"profile_steps": [2, 3]},
+        }
     )
     assert config.optimizer.rank == 0.25
     assert config.optimizer.learning_rate == 1.0
@@ -108,12 +152,20 @@ def test_schedule_is_linear_then_cosine():
     steps = np.arange(111)
     cosine = 0.05 + 0.45 * 0.5 * (1 + np.cos(np.pi * (steps - 10) / 100))
     expected = np.where(steps < 10, 0.5 * steps / 10, cosine)
-    np.testing.assert_allclose([float(rate(step)) for step in steps], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        [float(rate(step)) for step in steps], expected, rtol=1e-5, atol=1e-7
+    )
     assert float(optimizers.schedule(ScheduleConfig(steps=1), 0.5)(0)) == 0.5
 
 
-PARAMS = {"layers": {"mlp": {"up_proj": {"kernel": jnp.ones((2, 8, 12))}}}, "norm": {"scale": jnp.ones(8)}}
-FLAT = {"layer_0": {"up_proj": {"kernel": jnp.ones((8, 12))}}, "lm_head": {"kernel": jnp.ones((8, 20))}}
+PARAMS = {
+    "layers": {"mlp": {"up_proj": {"kernel": jnp.ones((2, 8, 12))}}},
+    "norm": {"scale": jnp.ones(8)},
+}
+FLAT = {
+    "layer_0": {"up_proj": {"kernel": jnp.ones((8, 12))}},
+    "lm_head": {"kernel": jnp.ones((8, 20))},
+}
 
 
 @pytest.mark.parametrize("name", configuration.OPTIMIZERS)
@@ -137,11 +189,14 @@ def test_every_optimizer_is_built_and_projects_the_blocks_alone(name):
 
 
 @pytest.mark.parametrize(
-    "name, field, value", [("adamw", "refresh_every", 5), ("sgd", "b1", 0.5), ("dct_adamw", "projector", "svd")]
+    "name, field, value",
+    [("adamw", "refresh_every", 5), ("sgd", "b1", 0.5), ("dct_adamw", "projector", "svd")],
 )
 def test_a_setting_the_method_lacks_is_refused(name, field, value):
     config = OptimizerConfig(name=name, rank=4 if name == "dct_adamw" else None, **{field: value})
-    with pytest.raises(ConfigurationError, match=rf"optimizer\.{field}={value!r}: {name} has no such setting"):
+    with pytest.raises(
+        ConfigurationError, match=rf"optimizer\.{field}={value!r}: {name} has no such setting"
+    ):
         optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
 
 
@@ -149,7 +204,9 @@ def test_a_setting_the_method_lacks_is_refused(name, field, value):
 def test_projector_is_heeded(projector):
     config = OptimizerConfig(name="galore", rank=4, projector=projector)
     optimizer = optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
-    plain = optimizers.build(dataclasses.replace(config, clip_norm=None), lambda step: 0.1, stacked=True, seed=0)
+    plain = optimizers.build(
+        dataclasses.replace(config, clip_norm=None), lambda step: 0.1, stacked=True, seed=0
+    )
     found = plain.projection.projector
     assert type(found).__name__.lower() == {"sketch": "randomized"}.get(projector, projector)
     assert getattr(found, "iterations", 1) == (0 if projector == "sketch" else 1)
@@ -159,7 +216,9 @@ def test_projector_is_heeded(projector):
 @pytest.mark.parametrize("backprop", configuration.BACKPROP)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_backprop_and_the_clock_are_heeded(backprop, when):
-    config = OptimizerConfig(name="galore", rank=4, backprop=backprop, refresh_when=when, refresh_every=7)
+    config = OptimizerConfig(
+        name="galore", rank=4, backprop=backprop, refresh_when=when, refresh_every=7
+    )
     optimizer = optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
     assert optimizer.projection.clip_norm == 1.0  # of what is kept, not chained before
     assert (optimizer.projection.clock.when, optimizer.projection.clock.period) == (when, 7)
@@ -190,7 +249,9 @@ def test_full_gradients_are_told_with_what_avoids_them(backprop, projector):
 def test_what_avoids_full_gradients_of_the_other_methods():
     def note(name, **fields):
         rank = None if name == "apollo_mini" else 4
-        return optimizers.full_gradients(OptimizerConfig(name=name, rank=rank, backprop="projected", **fields))
+        return optimizers.full_gradients(
+            OptimizerConfig(name=name, rank=rank, backprop="projected", **fields)
+        )
 
     assert "refresh_when=after" in note("galore", projector="alternating", refresh_when="before")
     assert "refresh_every=200" in note("dct_adamw")
@@ -226,18 +287,29 @@ def test_clipping_is_heeded():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--config.optimizer.rnak=3"], "section optimizer has no key 'rnak'; did you mean optimizer.rank?"),
+        (
+            ["--config.optimizer.rnak=3"],
+            "section optimizer has no key 'rnak'; did you mean optimizer.rank?",
+        ),
         (["--config.optimizer.rank=4096"], "configuration error: optimizer.rank=4096"),
         (["--config.schedule.steps=ten"], "configuration error: flag --config.schedule.steps=ten"),
-        ([f"--config.schedule.steps={10**400}"], "configuration error: schedule.steps=(an integer of 1329 bits): give"),
+        (
+            [f"--config.schedule.steps={10**400}"],
+            "configuration error: schedule.steps=(an integer of 1329 bits): give",
+        ),
         (["--wrokdir=a"], "Did you mean: workdir"),
-        (["--config.optimizer.name=adamw", "--config.optimizer.rank=8"], "rank=8: adamw has no such setting"),
+        (
+            ["--config.optimizer.name=adamw", "--config.optimizer.rank=8"],
+            "rank=8: adamw has no such setting",
+        ),
     ],
     ids=["unknown key", "rank", "no number", "digits", "unknown flag", "lacking"],
 )
 def test_the_command_line_exits_with_2_and_one_message(flags, message, tmp_path):
     command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={tmp_path}/run", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(configuration.__file__).parents[1])
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=pathlib.Path(configuration.__file__).parents[1]
+    )
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -250,7 +322,8 @@ ALL_CONFIGS = CONFIGS + sorted((CONFIGS[0].parent / "finetune").glob("[!_]*.py")
 
 @pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: path.stem)
 def test_any_file_takes_any_method_by_one_flag(path):
-    """What the file says for its own method and another lacks is left out; a flag that says so stays an error."""
+    """What the file says for its own method and another lacks is left out; a flag that says so
+    stays an error."""
     settings = tuning_configuration if path.parent.name == "finetune" else configuration
     file = plain(load(str(path)))
     own = file["optimizer"]["name"]
@@ -258,7 +331,10 @@ def test_any_file_takes_any_method_by_one_flag(path):
         given = plain(load(str(path))) | {"optimizer": file["optimizer"] | {"name": name}}
         if name == "optax_galore":
             given["model"] |= {"scan": False}
-        needs_rank = name in (*configuration.LOWRANK, "optax_galore") and name not in ("apollo_mini", own)
+        needs_rank = name in (*configuration.LOWRANK, "optax_galore") and name not in (
+            "apollo_mini",
+            own,
+        )
         explicit = ["name", "rank"] if needs_rank else ["name"]
         given["optimizer"] |= {"rank": 8} if needs_rank else {}
         if settings is tuning_configuration and (name in configuration.LOWRANK):
@@ -269,14 +345,18 @@ def test_any_file_takes_any_method_by_one_flag(path):
         notes = optimizers.fit(given["optimizer"], own, explicit)
         config = settings.from_dict(given)
         optimizers.build(config.optimizer, lambda step: 0.1, stacked=True, seed=0)
-        changed = {key for key, value in file["optimizer"].items() if value != given["optimizer"][key]} - {*explicit}
+        changed = {
+            key for key, value in file["optimizer"].items() if value != given["optimizer"][key]
+        } - {*explicit}
         assert all(given["optimizer"][key] is None for key in changed)
         assert len(notes) == len(changed) + (name != own)
         lacked = next((field for field in optimizers.OWN if not optimizers.has(name, field)), None)
         if lacked in given["optimizer"]:
             given["optimizer"][lacked] = {"projector": "svd", "rank": 8}.get(lacked, 0.5)
             optimizers.fit(given["optimizer"], own, [*explicit, lacked])
-            with pytest.raises(ConfigurationError, match=rf"optimizer\.{lacked}=|refresh_every=0.5: is of type"):
+            with pytest.raises(
+                ConfigurationError, match=rf"optimizer\.{lacked}=|refresh_every=0.5: is of type"
+            ):
                 optimizers.check(settings.from_dict(given).optimizer)
 
 
@@ -287,21 +367,28 @@ def test_the_baseline_of_galore_s_file():
     assert notes == [
         "optimizer.learning_rate=0.01 is kept, which the configuration file has for galore",
         "optimizer.rank=128 of the configuration file is left out: adamw has no such setting",
-        "optimizer.refresh_every=200 of the configuration file is left out: adamw has no such setting",
+        "optimizer.refresh_every=200 of the configuration file is left out: adamw has no such "
+        "setting",
     ]
     assert (given["rank"], given["refresh_every"], given["learning_rate"]) == (None, None, 0.01)
 
 
-@pytest.mark.parametrize("projector, explicit", [(None, ()), ("power", ()), ("power", ("projector",))])
+@pytest.mark.parametrize(
+    "projector, explicit", [(None, ()), ("power", ()), ("power", ("projector",))]
+)
 def test_a_projector_brings_its_rank_to_apollo_mini(projector, explicit):
-    """Whether the file says the projector or a flag does, the rank of the file is the projector's."""
+    """Whether the file says the projector or a flag does, the rank of the file is the
+    projector's."""
     given = {"name": "apollo_mini", "rank": 4, "projector": projector}
     notes = optimizers.fit(given, "galore", ["name", *explicit])
     assert given["rank"] == (None if projector is None else 4)
     assert [note for note in notes if "rank" in note] == (
         []
         if projector
-        else ["optimizer.rank=4 of the configuration file is left out: apollo_mini has a rank of its own, 1"]
+        else [
+            "optimizer.rank=4 of the configuration file is left out: apollo_mini has a rank of its "
+            "own, 1"
+        ]
     )
     config = from_dict({"optimizer": given}).optimizer
     optimizer = optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
@@ -332,7 +419,9 @@ def test_every_number_out_of_its_range_is_refused_on_each_side(settings, section
         outside = [int(value) for value in outside] + [2**31]
     assert len(outside) >= 2
     for value in outside:
-        with pytest.raises(ConfigurationError, match=rf"^{section}\.{key}={re.escape(repr(value))}: "):
+        with pytest.raises(
+            ConfigurationError, match=rf"^{section}\.{key}={re.escape(repr(value))}: "
+        ):
             settings.from_dict({section: {key: value}})
 
 
@@ -340,7 +429,9 @@ def test_every_number_out_of_its_range_is_refused_on_each_side(settings, section
 def test_an_integer_of_any_length_is_refused(settings, section, key, kinds):
     del kinds
     for value in (10**400, -(10**400), 10**5000):
-        with pytest.raises(ConfigurationError, match=rf"^{section}\.{key}=\(an integer of \d+ bits\): "):
+        with pytest.raises(
+            ConfigurationError, match=rf"^{section}\.{key}=\(an integer of \d+ bits\): "
+        ):
             settings.from_dict({section: {key: value}})
 
 
@@ -352,7 +443,10 @@ def test_help_says_what_every_key_means(name):
     told = {block.splitlines()[0]: block for block in blocks}
     for section, table in settings.template().items():
         for key in table if section != "name" else ():
-            assert re.search(rf"^  {key} = .+\n      \S+", told[section], re.MULTILINE), (section, key)
+            assert re.search(rf"^  {key} = .+\n      \S+", told[section], re.MULTILINE), (
+                section,
+                key,
+            )
 
 
 @pytest.mark.parametrize(
@@ -361,7 +455,10 @@ def test_help_says_what_every_key_means(name):
         (None, r"config='.*config\.py': no such file"),
         ("def get_config(:", r"config='.*config\.py', line 1: SyntaxError"),
         ("x = 1", r"config='.*config\.py': defines no function get_config"),
-        ("def get_config():\n    return missing", r"config='.*config\.py', line 2: NameError: name 'missing'"),
+        (
+            "def get_config():\n    return missing",
+            r"config='.*config\.py', line 2: NameError: name 'missing'",
+        ),
     ],
     ids=["no file", "syntax", "no function", "name"],
 )
@@ -375,15 +472,31 @@ def test_what_is_wrong_with_a_file_is_told_in_one_line(tmp_path, text, message):
 @pytest.mark.slow
 def test_the_baseline_runs_by_one_flag(tmp_path):
     runs.write_text(tmp_path / "text")
-    commands.write(tmp_path, "configuration", BASELINE | {"data": BASELINE["data"] | {"name": str(tmp_path / "text")}})
-    assert commands.start("pretrain", tmp_path, "run", "--config.optimizer.name=adamw").wait(300) == 0
-    assert "note: optimizer.rank=4 of the configuration file is left out" in (tmp_path / "run.log").read_text()
+    commands.write(
+        tmp_path,
+        "configuration",
+        BASELINE | {"data": BASELINE["data"] | {"name": str(tmp_path / "text")}},
+    )
+    assert (
+        commands.start("pretrain", tmp_path, "run", "--config.optimizer.name=adamw").wait(300) == 0
+    )
+    assert (
+        "note: optimizer.rank=4 of the configuration file is left out"
+        in (tmp_path / "run.log").read_text()
+    )
     ran = json.loads((tmp_path / "run" / "config.json").read_text())["optimizer"]
     assert (ran["name"], ran["rank"], ran["backprop"]) == ("adamw", None, None)
 
 
 BASELINE = {
-    "model": {"width": 16, "hidden": 32, "heads": 2, "kv_heads": 1, "layers": 2, "sequence_length": 16},
+    "model": {
+        "width": 16,
+        "hidden": 32,
+        "heads": 2,
+        "kv_heads": 1,
+        "layers": 2,
+        "sequence_length": 16,
+    },
     "data": {"sequence_length": 16, "batch_size": 4},
     "optimizer": {"name": "galore", "rank": 4, "backprop": "projected"},
     "schedule": {"steps": 2},

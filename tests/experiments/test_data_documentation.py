@@ -1,4 +1,5 @@
-"""The documentation of the standard library as a dataset: what is in it, in which split, and nothing in both."""
+"""The documentation of the standard library as a dataset: what is in it, in which split, and
+nothing in both."""
 
 import textwrap
 
@@ -31,7 +32,13 @@ SOURCE = textwrap.dedent('''
 
 
 def test_docstrings_in_the_order_of_the_source_without_indentation():
-    expected = ["The module.\n\nIndented.", "About A.", "About f.", "About g.\nSecond line.", "Late."]
+    expected = [
+        "The module.\n\nIndented.",
+        "About A.",
+        "About f.",
+        "About g.\nSecond line.",
+        "Late.",
+    ]
     assert list(docstrings(SOURCE)) == expected
 
 
@@ -55,7 +62,10 @@ def test_no_text_is_in_both_splits_or_twice():
         ],
         "validation": [("d.py", '"Two."\ndef f():\n  "Three."'), ("e.py", '"One."')],
     }
-    assert documentation_texts(files) == {"train": [("a.py", "One.\n\nTwo.\n")], "validation": [("d.py", "Three.\n")]}
+    assert documentation_texts(files) == {
+        "train": [("a.py", "One.\n\nTwo.\n")],
+        "validation": [("d.py", "Three.\n")],
+    }
 
 
 def test_a_file_has_the_split_of_its_source(monkeypatch, tmp_path):

@@ -19,18 +19,27 @@ def make_split():
     documents = [np.append(100 * i + np.arange(n), EOS) for i, n in enumerate(LENGTHS)]
     starts = np.cumsum([0, *map(len, documents)])
     return TokenizedSplit(
-        tokens=np.concatenate(documents).astype(np.uint16), starts=starts, eos=EOS, pad=PAD, fingerprint="x"
+        tokens=np.concatenate(documents).astype(np.uint16),
+        starts=starts,
+        eos=EOS,
+        pad=PAD,
+        fingerprint="x",
     )
 
 
 def stream(size):
     tokens = np.arange(size, dtype=np.uint16)
-    return TokenizedSplit(tokens=tokens, starts=np.array([0, size]), eos=EOS, pad=PAD, fingerprint="x")
+    return TokenizedSplit(
+        tokens=tokens, starts=np.array([0, size]), eos=EOS, pad=PAD, fingerprint="x"
+    )
 
 
 def join(parts):
     parts = list(parts)
-    return {key: np.concatenate([part[key] for part in parts]) for key in ("inputs", "targets", "weights")}
+    return {
+        key: np.concatenate([part[key] for part in parts])
+        for key in ("inputs", "targets", "weights")
+    }
 
 
 def assert_equal(a, b):
@@ -47,7 +56,11 @@ def test_processes_share_the_same_batch(mode, processes):
         assert_equal(whole, join(batches.batch(step, p, processes) for p in range(processes)))
     whole = join(batches.evaluation(8))
     parts = zip(
-        *(batches.evaluation(8, process_index=p, process_count=processes) for p in range(processes)), strict=True
+        *(
+            batches.evaluation(8, process_index=p, process_count=processes)
+            for p in range(processes)
+        ),
+        strict=True,
     )
     assert_equal(whole, join([join(part) for part in parts]))
 
@@ -58,7 +71,9 @@ def test_purity_and_seeds():
     forwards = [batches.batch(step) for step in range(40)]
     for step in reversed(range(40)):
         assert_equal(forwards[step], fresh(0).batch(step))
-    assert not np.array_equal(join(forwards)["inputs"], join(fresh(1).batch(s) for s in range(40))["inputs"])
+    assert not np.array_equal(
+        join(forwards)["inputs"], join(fresh(1).batch(s) for s in range(40))["inputs"]
+    )
 
 
 def test_shapes_and_types():
@@ -78,7 +93,11 @@ def test_every_example_once_per_epoch_in_new_orders(mode):
     """103 windows or documents do not divide into batches of 8, so epochs begin inside batches."""
     documents, S = 103, 4
     tokens = np.arange(documents * S + 1, dtype=np.uint16)
-    starts = np.append(np.arange(documents) * S, len(tokens)) if mode == "pad" else np.array([0, len(tokens)])
+    starts = (
+        np.append(np.arange(documents) * S, len(tokens))
+        if mode == "pad"
+        else np.array([0, len(tokens)])
+    )
     split = TokenizedSplit(tokens=tokens, starts=starts, eos=EOS, pad=PAD, fingerprint="x")
     batches = Batches(split, 8, S, seed=0, mode=mode)
     assert batches.examples == documents
@@ -96,7 +115,8 @@ def test_permutation_is_a_bijection(size):
 
 
 def test_permutation_looks_random():
-    """Over 6000 epochs and seeds each index of range(6) lands everywhere as often: chi-square, p = 1e-6."""
+    """Over 6000 epochs and seeds each index of range(6) lands everywhere as often: chi-square, p =
+    1e-6."""
     epoch = np.repeat(np.arange(3000), 6)
     for seed in (0, 2**63 + 11):
         out = permute(np.tile(np.arange(6), 3000), 6, seed, epoch).reshape(3000, 6)
@@ -137,20 +157,26 @@ def test_pad_mode_follows_the_papers_protocol():
         padded = ids + [PAD] * (S + 1 - len(ids))
         np.testing.assert_array_equal(batch["inputs"][row], padded[:S])
         np.testing.assert_array_equal(batch["targets"][row], padded[1:])
-        np.testing.assert_array_equal(batch["weights"][row], [1.0] * (len(ids) - 1) + [0.0] * (S + 1 - len(ids)))
+        np.testing.assert_array_equal(
+            batch["weights"][row], [1.0] * (len(ids) - 1) + [0.0] * (S + 1 - len(ids))
+        )
     assert batch["weights"][6:].sum() == 0
 
 
 def test_equal_for_any_hash_seed():
     code = (
         "import numpy as np, zlib; from experiments.data.loader import Batches; "
-        "from experiments.data.packing import TokenizedSplit; t = np.arange(5000, dtype=np.uint16); "
-        "s = TokenizedSplit(tokens=t, starts=np.array([0, 5000]), eos=0, pad=0, fingerprint=''); "
-        "b = Batches(s, 16, 8, seed=5); print(zlib.crc32(b''.join(b.batch(i)['inputs'].tobytes() for i in range(50))))"
+        "from experiments.data.packing import TokenizedSplit; t = np.arange(5000, "
+        "dtype=np.uint16); s = TokenizedSplit(tokens=t, starts=np.array([0, 5000]), eos=0, pad=0, "
+        "fingerprint=''); b = Batches(s, 16, 8, seed=5); "
+        "print(zlib.crc32(b''.join(b.batch(i)['inputs'].tobytes() for i in range(50))))"
     )
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for seed in ("0", "1")
     ]
@@ -160,7 +186,9 @@ def test_equal_for_any_hash_seed():
 
 def test_errors():
     batches = Batches(stream(50), 4, 8, seed=0)
-    with pytest.raises(ValueError, match=r"data\.batch_size=4 is not a multiple of the 3 processes"):
+    with pytest.raises(
+        ValueError, match=r"data\.batch_size=4 is not a multiple of the 3 processes"
+    ):
         batches.batch(0, 0, 3)
     with pytest.raises(ValueError, match=r"data\.sequence_length=50: the split has only 50 tokens"):
         Batches(stream(50), 4, 50, seed=0).batch(0)

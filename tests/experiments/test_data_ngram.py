@@ -55,11 +55,14 @@ def test_loss_is_the_mean_over_all_targets_but_the_first(streams):
     oracle = brute_force(train, 7)
     padded = [-1, *validation]
     expected = -np.mean([np.log(oracle(*padded[i : i + 3])) for i in range(len(validation) - 1)])
-    np.testing.assert_allclose(trigram_loss(streams[0], streams[1].astype(np.uint16), 7), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        trigram_loss(streams[0], streams[1].astype(np.uint16), 7), expected, rtol=1e-12
+    )
 
 
 def test_approaches_the_entropy_of_a_trigram_source():
-    """Each token copies the one before the last with probability 0.9: entropy -0.9 ln(0.9 + 0.1/8) - ..."""
+    """Each token copies the one before the last with probability 0.9: entropy -0.9 ln(0.9 + 0.1/8)
+    - ..."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 8, 60_000)
     for i in np.flatnonzero(rng.random(60_000) < 0.9):

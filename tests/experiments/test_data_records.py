@@ -1,4 +1,5 @@
-"""JSON lines, TFDS features and images as data for fine-tuning; every bad line is an error that names it."""
+"""JSON lines, TFDS features and images as data for fine-tuning; every bad line is an error that
+names it."""
 
 import json
 import zlib
@@ -19,7 +20,9 @@ INSTRUCTION = {"prompt_key": "prompt", "response_key": "response"}
 
 
 def write(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
@@ -27,9 +30,17 @@ def test_text_keeps_its_order_and_is_split_by_content(tmp_path):
     rows = [{"text": f"text {i % 90}", "more": i} for i in range(100)]
     source = jsonl_source(write(tmp_path / "a.jsonl", rows), TEXT)
     found = {split: list(source.documents(split)) for split in ("train", "validation")}
-    held_out = {f"text {i}".encode() for i in range(90) if zlib.crc32(json.dumps([f"text {i}"]).encode()) % 20 == 0}
-    assert found["validation"] == [text for i in range(100) if (text := f"text {i % 90}".encode()) in held_out]
-    assert found["train"] == [text for i in range(100) if (text := f"text {i % 90}".encode()) not in held_out]
+    held_out = {
+        f"text {i}".encode()
+        for i in range(90)
+        if zlib.crc32(json.dumps([f"text {i}"]).encode()) % 20 == 0
+    }
+    assert found["validation"] == [
+        text for i in range(100) if (text := f"text {i % 90}".encode()) in held_out
+    ]
+    assert found["train"] == [
+        text for i in range(100) if (text := f"text {i % 90}".encode()) not in held_out
+    ]
     assert source.splits == {split: len(documents) for split, documents in found.items()}
     assert source.splits["validation"] > 0
 
@@ -47,10 +58,14 @@ def test_two_files_are_the_two_splits(tmp_path):
 
 @pytest.mark.parametrize("labels", [("b", "a", "b", "c"), (7, -1, 7, 10)])
 def test_classes_are_the_sorted_labels_of_the_training_file(tmp_path, labels):
-    path = write(tmp_path / "a.jsonl", [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)])
+    path = write(
+        tmp_path / "a.jsonl", [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
+    )
     source = jsonl_source(path, LABELLED, path)
     assert source.classes == tuple(str(label) for label in sorted(set(labels)))
-    assert [number for _, number in source.documents("train")] == [sorted(set(labels)).index(label) for label in labels]
+    assert [number for _, number in source.documents("train")] == [
+        sorted(set(labels)).index(label) for label in labels
+    ]
 
 
 BAD = [
@@ -61,9 +76,17 @@ BAD = [
     ({"text": 3}, TEXT, r"line 2: 'text' is 3, where a string is needed"),
     ({"text": ""}, TEXT, r"line 2: 'text' is empty"),
     ({"text": "a"}, LABELLED, r"line 2: no 'label'"),
-    ({"text": "a", "label": None}, LABELLED, r"line 2: 'label' is None, where a string or an integer is needed"),
+    (
+        {"text": "a", "label": None},
+        LABELLED,
+        r"line 2: 'label' is None, where a string or an integer is needed",
+    ),
     ({"text": "a", "label": True}, LABELLED, r"line 2: 'label' is True"),
-    ({"text": "a", "label": 3}, LABELLED, r"line 2: 'label' is 3, but line 1 has 'x': not of one type"),
+    (
+        {"text": "a", "label": 3},
+        LABELLED,
+        r"line 2: 'label' is 3, but line 1 has 'x': not of one type",
+    ),
     ({"prompt": "a", "response": ""}, INSTRUCTION, r"line 2: 'response' is empty"),
     ({"prompt": ["a"], "response": "b"}, INSTRUCTION, r"line 2: 'prompt' is \['a'\]"),
     ('{"text": "a \\ud83d"}', TEXT, r"line 2 holds half of a surrogate pair"),
@@ -82,16 +105,24 @@ def test_other_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl.*no such file"):
         jsonl_source(str(tmp_path / "absent.jsonl"), TEXT)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
-    with pytest.raises(ValueError, match=r"latin\.jsonl, line 1 is not UTF-8: byte 0xe9 at offset 10"):
+    with pytest.raises(
+        ValueError, match=r"latin\.jsonl, line 1 is not UTF-8: byte 0xe9 at offset 10"
+    ):
         jsonl_source(str(tmp_path / "latin.jsonl"), TEXT)
     one = write(tmp_path / "one.jsonl", [{"text": "a", "label": "x"}])
-    with pytest.raises(ValueError, match="the validation split is empty; add lines, or give data.validation"):
+    with pytest.raises(
+        ValueError, match="the validation split is empty; add lines, or give data.validation"
+    ):
         jsonl_source(one, TEXT)
     with pytest.raises(ValueError, match="1 labels; a classification needs at least 2"):
         jsonl_source(one, LABELLED, one)
     two = write(tmp_path / "two.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
-    unseen = write(tmp_path / "unseen.jsonl", [{"text": "a", "label": "y"}, {"text": "a", "label": "z"}])
-    with pytest.raises(ValueError, match=r"unseen\.jsonl, line 2: the label 'z' is none of .*two\.jsonl.*'x', 'y'"):
+    unseen = write(
+        tmp_path / "unseen.jsonl", [{"text": "a", "label": "y"}, {"text": "a", "label": "z"}]
+    )
+    with pytest.raises(
+        ValueError, match=r"unseen\.jsonl, line 2: the label 'z' is none of .*two\.jsonl.*'x', 'y'"
+    ):
         jsonl_source(two, LABELLED, unseen)
 
 
@@ -112,7 +143,10 @@ class Reviews(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, split):
         for i in range(3):
-            yield i, {"text": f"{split} {i}", "question": f"q{i}", "answer": f"a{i}", "label": i % 2}
+            yield (
+                i,
+                {"text": f"{split} {i}", "question": f"q{i}", "answer": f"a{i}", "label": i % 2},
+            )
 
 
 def test_features_of_a_prepared_dataset(tmp_path):
@@ -129,7 +163,10 @@ def test_features_of_a_prepared_dataset(tmp_path):
     with pytest.raises(ValueError, match=r"data\.label_key='answer'.*name a ClassLabel feature"):
         builder_source(builder, {"text_key": "text", "label_key": "answer"})
     config = TuningDataConfig(
-        task="classification", name=str(builder.data_path), directory=str(tmp_path / "cache"), sequence_length=8
+        task="classification",
+        name=str(builder.data_path),
+        directory=str(tmp_path / "cache"),
+        sequence_length=8,
     )
     dataset = load_tuning(config, "bytes")
     assert dataset.classes == ("bad", "good")
@@ -141,14 +178,21 @@ def test_digits_in_two_domains():
 
     upright, rotated = digits("digits"), digits("digits_rotated")
     found = load_digits()
-    held_out = np.array([zlib.crc32((image / 8 - 1).astype(np.float32).tobytes()) % 5 == 0 for image in found.images])
+    held_out = np.array(
+        [
+            zlib.crc32((image / 8 - 1).astype(np.float32).tobytes()) % 5 == 0
+            for image in found.images
+        ]
+    )
     for split, chosen in (("train", ~held_out), ("validation", held_out)):
         images, labels = upright[split]
         np.testing.assert_array_equal(images[..., 0], found.images[chosen] / 8 - 1)
         np.testing.assert_array_equal(labels, found.target[chosen])
         turned, same = rotated[split]
         np.testing.assert_array_equal(same, labels)
-        np.testing.assert_array_equal(turned[:, 0, :, 0], images[:, :, 7, 0])  # the last column has become the top row
+        np.testing.assert_array_equal(
+            turned[:, 0, :, 0], images[:, :, 7, 0]
+        )  # the last column has become the top row
         assert images.min() == -1 and images.max() == 1
     assert 0.1 < held_out.mean() < 0.3
     trained = {image.tobytes() for image in upright["train"][0]}
@@ -158,19 +202,40 @@ def test_digits_in_two_domains():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"task": "translation"}, r"data\.task='translation': choose one of language_modelling, instruction"),
+        (
+            {"task": "translation"},
+            r"data\.task='translation': choose one of language_modelling, instruction",
+        ),
         ({"name": ""}, r"data\.name='': give a non-empty string"),
         ({"packing": "rows"}, r"data\.packing='rows': choose one of pack, pad"),
-        ({"task": "instruction", "name": "a.jsonl", "packing": "pad"}, r"packing='pad': instruction has a document"),
+        (
+            {"task": "instruction", "name": "a.jsonl", "packing": "pad"},
+            r"packing='pad': instruction has a document",
+        ),
         ({"sequence_length": 1}, r"data\.sequence_length=1: give an integer of at least 2"),
         ({"batch_size": True}, r"data\.batch_size=True: give an integer of at least 1"),
-        ({"validation": "b.jsonl"}, r"data\.validation='b\.jsonl': goes with a \.jsonl file as data\.name"),
+        (
+            {"validation": "b.jsonl"},
+            r"data\.validation='b\.jsonl': goes with a \.jsonl file as data\.name",
+        ),
         ({"validation_split": "train"}, r"data\.validation_split='train': is the training split"),
-        ({"name": "a.jsonl", "train_split": "train[:9]"}, r"data\.train_split='train\[:9\]': slices are of TFDS"),
+        (
+            {"name": "a.jsonl", "train_split": "train[:9]"},
+            r"data\.train_split='train\[:9\]': slices are of TFDS",
+        ),
         ({"name": "digits"}, r"data\.task='language_modelling': digits has classes"),
-        ({"name": "digits", "task": "classification", "sequence_length": 8}, r"data\.sequence_length=8: images have"),
-        ({"name": "digits", "task": "classification", "bos": True}, r"data\.bos=True: images have no tokens"),
-        ({"name": "stdlib", "task": "instruction"}, r"data\.task='instruction': stdlib is plain text"),
+        (
+            {"name": "digits", "task": "classification", "sequence_length": 8},
+            r"data\.sequence_length=8: images have",
+        ),
+        (
+            {"name": "digits", "task": "classification", "bos": True},
+            r"data\.bos=True: images have no tokens",
+        ),
+        (
+            {"name": "stdlib", "task": "instruction"},
+            r"data\.task='instruction': stdlib is plain text",
+        ),
     ],
 )
 def test_config_errors(overrides, message):

@@ -1,4 +1,5 @@
-"""Rows of prompts with responses and of texts with classes, against a transcription in plain Python."""
+"""Rows of prompts with responses and of texts with classes, against a transcription in plain
+Python."""
 
 import json
 
@@ -12,7 +13,16 @@ from experiments.data.tokenizer import ByteTokenizer
 from experiments.data.tuning import TuningDataConfig, load_tuning
 
 EOS, PAD = 1000, 1001
-PAIRS = [(2, 3), (0, 4), (5, 1), (9, 2), (3, 9), (1, 12), (12, 12), (6, 1)]  # tokens of prompt and response
+PAIRS = [
+    (2, 3),
+    (0, 4),
+    (5, 1),
+    (9, 2),
+    (3, 9),
+    (1, 12),
+    (12, 12),
+    (6, 1),
+]  # tokens of prompt and response
 TEXTS = [(3, 0), (1, 2), (8, 1), (7, 0), (20, 2)]  # tokens of a text, and its class
 
 
@@ -20,11 +30,15 @@ def split_of(lengths, marks):
     documents = [np.append(100 * i + np.arange(n), EOS) for i, n in enumerate(lengths)]
     starts = np.cumsum([0, *map(len, documents)])
     tokens = np.concatenate(documents).astype(np.uint16)
-    return TokenizedSplit(tokens=tokens, starts=starts, eos=EOS, pad=PAD, fingerprint="", marks=np.asarray(marks))
+    return TokenizedSplit(
+        tokens=tokens, starts=starts, eos=EOS, pad=PAD, fingerprint="", marks=np.asarray(marks)
+    )
 
 
 def instructions(S, batch_size=3, seed=0):
-    split = split_of([prompt + response for prompt, response in PAIRS], [prompt for prompt, _ in PAIRS])
+    split = split_of(
+        [prompt + response for prompt, response in PAIRS], [prompt for prompt, _ in PAIRS]
+    )
     return Instructions(split, batch_size, S, seed)
 
 
@@ -46,7 +60,9 @@ def test_loss_falls_on_the_response_alone(S):
         np.testing.assert_array_equal(batch["targets"][row], padded[1:])
         counted = [len(prompt) <= place < len(ids) for place in range(1, S + 1)]
         np.testing.assert_array_equal(batch["weights"][row], np.array(counted, np.float32))
-        assert batch["weights"][row].sum() == len(response) - (not prompt)  # without a prompt its first token is given
+        assert batch["weights"][row].sum() == len(response) - (
+            not prompt
+        )  # without a prompt its first token is given
 
 
 def test_batches_are_pure_and_shared_among_processes():
@@ -74,7 +90,10 @@ def test_a_text_ends_with_eos_where_its_class_is_read(S):
 
 def source_of(documents, identity):
     return Source(
-        name="fake", identity=identity, splits={"train": len(documents)}, documents=lambda split: iter(documents)
+        name="fake",
+        identity=identity,
+        splits={"train": len(documents)},
+        documents=lambda split: iter(documents),
     )
 
 
@@ -88,7 +107,9 @@ def test_marks_are_cached_with_the_tokens(tmp_path):
     np.testing.assert_array_equal(begun.tokens, [256, 97, 98, 99, 257, 256, 100, 101, 257])
     np.testing.assert_array_equal(begun.marks, [3, 1])
     one, other = (
-        tokenized(source_of([(b"a", label)], f"class {label}"), "train", ByteTokenizer(), str(tmp_path))
+        tokenized(
+            source_of([(b"a", label)], f"class {label}"), "train", ByteTokenizer(), str(tmp_path)
+        )
         for label in (1, 2)
     )
     np.testing.assert_array_equal(one.tokens, other.tokens)
@@ -101,9 +122,17 @@ def test_marks_are_cached_with_the_tokens(tmp_path):
 
 def test_tasks_give_their_own_batches(tmp_path):
     path = tmp_path / "a.jsonl"
-    rows = [{"text": f"t{i}", "label": "ab"[i % 2], "prompt": f"p{i}", "response": "r"} for i in range(8)]
+    rows = [
+        {"text": f"t{i}", "label": "ab"[i % 2], "prompt": f"p{i}", "response": "r"}
+        for i in range(8)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"name": str(path), "validation": str(path), "directory": str(tmp_path), "sequence_length": 6}
+    options = {
+        "name": str(path),
+        "validation": str(path),
+        "directory": str(tmp_path),
+        "sequence_length": 6,
+    }
     shapes = {}
     for task in ("language_modelling", "instruction", "classification"):
         dataset = load_tuning(TuningDataConfig(task=task, batch_size=4, **options), "bytes")
@@ -111,9 +140,21 @@ def test_tasks_give_their_own_batches(tmp_path):
         assert dataset.tokenizer.identity == "bytes"
     tokens = {"inputs": (4, 6), "targets": (4, 6), "weights": (4, 6)}
     assert shapes["language_modelling"] == shapes["instruction"] == tokens
-    assert shapes["classification"] == {"inputs": (4, 6), "last": (4,), "targets": (4,), "weights": (4,)}
+    assert shapes["classification"] == {
+        "inputs": (4, 6),
+        "last": (4,),
+        "targets": (4,),
+        "weights": (4,),
+    }
     begun = load_tuning(TuningDataConfig(task="instruction", bos=True, **options), "bytes")
-    assert next(begun.validation.evaluation(1))["inputs"][0].tolist() == [256, 112, 48, 114, 257, 258]
+    assert next(begun.validation.evaluation(1))["inputs"][0].tolist() == [
+        256,
+        112,
+        48,
+        114,
+        257,
+        258,
+    ]
     pad = load_tuning(TuningDataConfig(packing="pad", **options), "bytes")
     assert pad.train.examples == 8
 
@@ -122,11 +163,17 @@ def test_data_that_are_only_evaluated_leave_the_training_split_alone(tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(60):
         (tmp_path / "text" / f"{number}.txt").write_text("some text")
-    config = TuningDataConfig(name=str(tmp_path / "text"), directory=str(tmp_path / "cache"), sequence_length=4)
+    config = TuningDataConfig(
+        name=str(tmp_path / "text"), directory=str(tmp_path / "cache"), sequence_length=4
+    )
     found = load_tuning(config, "bytes", trains=False)
     assert found.train is None
     folders = [path.name for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
     assert len(folders) == 1 and "validation" in folders[0]
     both = load_tuning(config, "bytes")
-    for ours, theirs in zip(found.validation.evaluation(2), both.validation.evaluation(2), strict=True):
-        assert {key: value.tolist() for key, value in ours.items()} == {k: v.tolist() for k, v in theirs.items()}
+    for ours, theirs in zip(
+        found.validation.evaluation(2), both.validation.evaluation(2), strict=True
+    ):
+        assert {key: value.tolist() for key, value in ours.items()} == {
+            k: v.tolist() for k, v in theirs.items()
+        }

@@ -1,4 +1,5 @@
-"""Datasets from Python's library, prepared directories, names and folders; tokenizers; the token cache."""
+"""Datasets from Python's library, prepared directories, names and folders; tokenizers; the token
+cache."""
 
 import itertools
 import json
@@ -24,7 +25,8 @@ TEXTS = {
 
 
 class C4(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """C4's name, config, version and features; unregistered, as TFDS's own is where TensorFlow is missing."""
+    """C4's name, config, version and features; unregistered, as TFDS's own is where TensorFlow is
+    missing."""
 
     url_infos: ClassVar = {}
     VERSION = tfds.core.Version("3.1.0")
@@ -40,7 +42,11 @@ class C4(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, split):
         for i, text in enumerate(TEXTS[split]):
-            rest = {"timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org", "content-length": "9"}
+            rest = {
+                "timestamp": "2019-04-25T12:57:54Z",
+                "url": "https://example.org",
+                "content-length": "9",
+            }
             yield i, {"text": text, "content-type": "text/plain", **rest}
 
 
@@ -77,12 +83,16 @@ def library_directory(tmp_path_factory):
 
 
 def expected_stream(texts):
-    return np.concatenate([np.append(np.frombuffer(text.encode(), np.uint8).astype(int), 257) for text in texts])
+    return np.concatenate(
+        [np.append(np.frombuffer(text.encode(), np.uint8).astype(int), 257) for text in texts]
+    )
 
 
 def test_library_prepared_once_by_two_processes(library_directory):
     prepared = os.listdir(library_directory / "python_stdlib")
-    assert prepared == [f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"]
+    assert prepared == [
+        f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    ]
     leftovers = [path for path in library_directory.rglob("*") if "incomplete" in path.name]
     assert leftovers == []
     dataset = load(DataConfig(directory=str(library_directory)))
@@ -97,9 +107,13 @@ def test_library_splits_by_file(library_directory):
     files = stdlib.library_files()
     for split in ("train", "validation"):
         assert source.splits[split] == len(files[split])
-        assert [text.decode() for text in source.documents(split)] == [text for _, text in files[split]]
+        assert [text.decode() for text in source.documents(split)] == [
+            text for _, text in files[split]
+        ]
         assert not any("site-packages" in path for path, _ in files[split])
-        assert [path for path, _ in files[split]] == sorted((p for p, _ in files[split]), key=lambda p: p.split("/"))
+        assert [path for path, _ in files[split]] == sorted(
+            (p for p, _ in files[split]), key=lambda p: p.split("/")
+        )
     size = {split: sum(len(text) for _, text in files[split]) for split in files}
     assert sum(size.values()) > 5e6
     assert 0.02 < size["validation"] / sum(size.values()) < 0.09
@@ -131,7 +145,9 @@ def test_second_process_without_a_working_lock(library_directory, monkeypatch, t
     assert stdlib.stdlib_source(str(tmp_path)).splits["train"] > 100
     shutil.rmtree(target)
     monkeypatch.setattr(
-        stdlib.PythonStdlib, "download_and_prepare", lambda self, **_: (_ for _ in ()).throw(OSError("full"))
+        stdlib.PythonStdlib,
+        "download_and_prepare",
+        lambda self, **_: (_ for _ in ()).throw(OSError("full")),
     )
     with pytest.raises(OSError, match="full"):
         stdlib.stdlib_source(str(tmp_path))
@@ -140,34 +156,50 @@ def test_second_process_without_a_working_lock(library_directory, monkeypatch, t
 @pytest.mark.parametrize("by", ["directory", "name"])
 def test_c4_like_dataset(c4_directory, tmp_path, by):
     if by == "directory":
-        config = DataConfig(name=str(c4_directory / "c4" / "en" / "3.1.0"), directory=str(tmp_path), sequence_length=8)
+        config = DataConfig(
+            name=str(c4_directory / "c4" / "en" / "3.1.0"),
+            directory=str(tmp_path),
+            sequence_length=8,
+        )
     else:
         config = DataConfig(name="c4/en", directory=str(c4_directory), sequence_length=8)
     dataset = load(config)
     np.testing.assert_array_equal(dataset.train.tokens, expected_stream(TEXTS["train"]))
     np.testing.assert_array_equal(dataset.validation.tokens, expected_stream(TEXTS["validation"]))
     assert dataset.train.batch(0)["inputs"].shape == (16, 8)
-    sliced = load(DataConfig(name=config.name, directory=config.directory, sequence_length=8, train_split="train[:2]"))
+    sliced = load(
+        DataConfig(
+            name=config.name, directory=config.directory, sequence_length=8, train_split="train[:2]"
+        )
+    )
     np.testing.assert_array_equal(sliced.train.tokens, expected_stream(TEXTS["train"][:2]))
 
 
 def test_tfds_errors(c4_directory, tmp_path, monkeypatch):
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path / "default"))
     name = str(c4_directory / "c4" / "en" / "3.1.0")
-    with pytest.raises(ValueError, match=r"data\.text_key='body'.*features.*text.*name one of them"):
+    with pytest.raises(
+        ValueError, match=r"data\.text_key='body'.*features.*text.*name one of them"
+    ):
         load(DataConfig(name=name, directory=str(tmp_path), text_key="body"))
-    with pytest.raises(ValueError, match=r"split 'test'.*has the splits 'train', 'validation'.*data\.validation_split"):
+    with pytest.raises(
+        ValueError,
+        match=r"split 'test'.*has the splits 'train', 'validation'.*data\.validation_split",
+    ):
         load(DataConfig(name=name, directory=str(tmp_path), validation_split="test"))
     for missing in ("tiny_shakespeare", "lm1b", "no_such_dataset"):
         with pytest.raises(
-            FileNotFoundError, match=rf"data\.name='{missing}' is not prepared.*prepare {missing} --directory="
+            FileNotFoundError,
+            match=rf"data\.name='{missing}' is not prepared.*prepare {missing} --directory=",
         ):
             load(DataConfig(name=missing, directory=str(tmp_path)))
     other = tmp_path / "tfrecord"
     shutil.copytree(name, other)
     info = json.loads((other / "dataset_info.json").read_text())
     (other / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    with pytest.raises(ValueError, match="prepared as tfrecord: prepare it again with file_format='array_record'"):
+    with pytest.raises(
+        ValueError, match="prepared as tfrecord: prepare it again with file_format='array_record'"
+    ):
         load(DataConfig(name=str(other), directory=str(tmp_path)))
 
 
@@ -186,7 +218,8 @@ def test_text_folder_splits_by_file(folder, tmp_path):
     config = DataConfig(name=str(folder), directory=str(tmp_path / "cache"), sequence_length=8)
     dataset = load(config)
     texts = {
-        split: set(dataset_texts(part)) for split, part in (("train", dataset.train), ("valid", dataset.validation))
+        split: set(dataset_texts(part))
+        for split, part in (("train", dataset.train), ("valid", dataset.validation))
     }
     assert texts["train"] | texts["valid"] == {f"book number {i}\n" for i in range(60)}
     assert not texts["train"] & texts["valid"]
@@ -207,7 +240,10 @@ def dataset_texts(batches):
 
 def fake_source(documents, identity="a"):
     return sources.Source(
-        name="fake", identity=identity, splits={"train": len(documents)}, documents=lambda split: iter(documents)
+        name="fake",
+        identity=identity,
+        splits={"train": len(documents)},
+        documents=lambda split: iter(documents),
     )
 
 
@@ -265,7 +301,11 @@ def test_sentencepiece_tokenizer(tmp_path, monkeypatch):
     text = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"] * 20
     prefix = str(tmp_path / "tiny")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=prefix, vocab_size=60, minloglevel=2, hard_vocab_limit=False
+        sentence_iterator=iter(text),
+        model_prefix=prefix,
+        vocab_size=60,
+        minloglevel=2,
+        hard_vocab_limit=False,
     )
     tokenizer = make_tokenizer(prefix + ".model")
     ids = tokenizer.encode(text[0])

@@ -1,4 +1,5 @@
-"""What an evaluation was of: equal for equal tokens, bytes of the text, and one text whatever its tokenizer."""
+"""What an evaluation was of: equal for equal tokens, bytes of the text, and one text whatever its
+tokenizer."""
 
 import numpy as np
 import pytest
@@ -33,7 +34,12 @@ class Pairs:
 
 
 def dataset(folder, monkeypatch=None, **options):
-    config = {"name": str(folder / "text"), "directory": str(folder / "cache"), "sequence_length": 16, "batch_size": 4}
+    config = {
+        "name": str(folder / "text"),
+        "directory": str(folder / "cache"),
+        "sequence_length": 16,
+        "batch_size": 4,
+    }
     if monkeypatch is not None:
         monkeypatch.setattr("experiments.data.dataset.make_tokenizer", lambda name: Pairs())
     return load(DataConfig(**config | options))
@@ -57,7 +63,9 @@ def test_the_same_tokens_however_they_are_cut(folder):
 def test_bytes_are_those_of_the_targets(folder):
     data = dataset(folder)
     for limit in (512, None):
-        targets = [batch["targets"][batch["weights"] > 0] for batch in data.validation.evaluation(4, limit)]
+        targets = [
+            batch["targets"][batch["weights"] > 0] for batch in data.validation.evaluation(4, limit)
+        ]
         assert identity(data, limit)["bytes"] == sum(int((part < 256).sum()) for part in targets)
 
 
@@ -83,11 +91,25 @@ def test_bytes_that_are_no_text_and_ends_of_documents():
 def test_classes_have_no_bytes():
     images = np.zeros((3, 2, 2, 1), np.float32)
     part = Images(images, np.arange(3), 3, 0)
-    data = Dataset(train=part, validation=part, tokenizer=None, vocabulary_size=0, description="", fingerprint="",
-                   classes=("a", "b", "c"))  # fmt: skip
+    data = Dataset(
+        train=part,
+        validation=part,
+        tokenizer=None,
+        vocabulary_size=0,
+        description="",
+        fingerprint="",
+        classes=("a", "b", "c"),
+    )
     found = identity(data, None)
     other = Images(images, np.array([0, 2, 1]), 3, 0)
     assert (found["bytes"], found["text"]) == (None, None)
-    swapped = Dataset(train=other, validation=other, tokenizer=None, vocabulary_size=0, description="", fingerprint="",
-                      classes=("a", "b", "c"))  # fmt: skip
+    swapped = Dataset(
+        train=other,
+        validation=other,
+        tokenizer=None,
+        vocabulary_size=0,
+        description="",
+        fingerprint="",
+        classes=("a", "b", "c"),
+    )
     assert identity(swapped, None)["evaluated"] != found["evaluated"]

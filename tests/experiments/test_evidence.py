@@ -17,7 +17,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def summary(loss):
-    return {"status": "finished", "validation_loss": loss, "state_bytes": 8, "median_step_seconds": 0.1, "versions": {}}
+    return {
+        "status": "finished",
+        "validation_loss": loss,
+        "state_bytes": 8,
+        "median_step_seconds": 0.1,
+        "versions": {},
+    }
 
 
 def finish(losses):
@@ -90,16 +96,28 @@ def test_known_results_are_not_repeated(tmp_path):
     done, _ = finish(lambda rate: abs(math.log(rate / 3e-3)))
     outputs.write_json(tmp_path / "known.json", evidence.collect(done, 1000, 1.0, 2.0, {}))
     again = evidence.finished(tmp_path)
-    assert {key: evidence.loss_of(s) for key, s in again.items()} == {k: evidence.loss_of(s) for k, s in done.items()}
+    assert {key: evidence.loss_of(s) for key, s in again.items()} == {
+        k: evidence.loss_of(s) for k, s in done.items()
+    }
     assert evidence.wanted(again, "AdamW") == []
 
 
 @pytest.mark.slow
 def test_the_queue_stops_and_goes_on(tmp_path):
-    command = [sys.executable, "-m", "experiments.evidence", "--root", str(tmp_path / "runs"), "--steps", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.evidence",
+        "--root",
+        str(tmp_path / "runs"),
+        "--steps",
+        "3",
+    ]
     command += ["--results", str(tmp_path / "evidence.json"), "--workers", "1"]
     environment = os.environ | ENVIRONMENT
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 300
     while not list((tmp_path / "runs").glob("*/summary.json")) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -107,6 +125,8 @@ def test_the_queue_stops_and_goes_on(tmp_path):
     process.communicate(timeout=120)
     first = json.loads((tmp_path / "evidence.json").read_text())
     assert process.returncode == 0 and first["runs"] >= 1
-    again = subprocess.run([*command, "--budget-hours", "1e-9"], cwd=ROOT, env=environment, timeout=120, check=False)
+    again = subprocess.run(
+        [*command, "--budget-hours", "1e-9"], cwd=ROOT, env=environment, timeout=120, check=False
+    )
     assert again.returncode == 0
     assert json.loads((tmp_path / "evidence.json").read_text())["runs"] == first["runs"]

@@ -1,4 +1,5 @@
-"""A run becomes a folder of Hugging Face's: the newest good checkpoint, exactly, and how text becomes tokens."""
+"""A run becomes a folder of Hugging Face's: the newest good checkpoint, exactly, and how text
+becomes tokens."""
 
 import json
 import shutil
@@ -25,12 +26,19 @@ def parameters(config, step):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """What a run leaves of two updates: its configuration, and checkpoints with more than parameters in them."""
+    """What a run leaves of two updates: its configuration, and checkpoints with more than
+    parameters in them."""
     folder = tmp_path_factory.mktemp("export") / "run"
     config = runs.tiny(folder.parent)
-    store = checkpoint.Checkpoints(folder / "checkpoints", sides={"layers/mlp/up_proj/kernel": ("rows", 4)})
+    store = checkpoint.Checkpoints(
+        folder / "checkpoints", sides={"layers/mlp/up_proj/kernel": ("rows", 4)}
+    )
     for step in (1, 2):
-        state = {"key": jax.random.key(step), "moments": jnp.ones((7, 3)), "none": jnp.zeros((0, 2))}
+        state = {
+            "key": jax.random.key(step),
+            "moments": jnp.ones((7, 3)),
+            "none": jnp.zeros((0, 2)),
+        }
         store.save(step, {"params": parameters(config, step), "opt_state": state})
     store.close()
     checkpoint.write_json(folder / "config.json", workdir.as_json(config))
@@ -54,10 +62,16 @@ def test_the_newest_step_is_written(run, saved, tmp_path, capsys):
     assert "update 2 of" in capsys.readouterr().out
     assert_holds(output, parameters(saved[1], 2))
     values = json.loads((output / "config.json").read_text())
-    assert (values["hidden_size"], values["num_key_value_heads"], values["max_position_embeddings"]) == (16, 1, 16)
+    assert (
+        values["hidden_size"],
+        values["num_key_value_heads"],
+        values["max_position_embeddings"],
+    ) == (16, 1, 16)
     assert [values[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [256, 257, 258]
     note = (output / "README.md").read_text()
-    assert "# tiny, update 2" in note and "byte i of UTF-8" in note and "257 ends a document" in note
+    assert (
+        "# tiny, update 2" in note and "byte i of UTF-8" in note and "257 ends a document" in note
+    )
     assert "ids = torch.tensor([list(text.encode())])" in note
     assert list("né".encode()) == ByteTokenizer().encode("né").tolist()
 
@@ -73,7 +87,11 @@ def test_a_real_run(tmp_path):
     training.run(config, tmp_path / "run", verbose=False)
     assert export.export(tmp_path / "run", tmp_path / "exported")[0] == 2
     _, arrays = runs.final_arrays(tmp_path / "run")
-    expected = {path.removeprefix("params/"): array for path, array in arrays.items() if path.startswith("params/")}
+    expected = {
+        path.removeprefix("params/"): array
+        for path, array in arrays.items()
+        if path.startswith("params/")
+    }
     config, params = huggingface.load(tmp_path / "exported")
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
@@ -116,7 +134,9 @@ def test_sentencepiece_models_are_copied(run, tmp_path):
     values["data"]["tokenizer"] = str(tmp_path / "pieces.model")
     (run / "config.json").write_text(json.dumps(values))
     export.export(run, tmp_path / "exported")
-    assert (tmp_path / "exported" / "tokenizer.model").read_bytes() == (tmp_path / "pieces.model").read_bytes()
+    assert (tmp_path / "exported" / "tokenizer.model").read_bytes() == (
+        tmp_path / "pieces.model"
+    ).read_bytes()
     entries = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert entries["bos_token_id"] is None and entries["eos_token_id"] == 2
     assert "tokenizer.model" in (tmp_path / "exported" / "README.md").read_text()
@@ -136,11 +156,21 @@ def test_errors(run, tmp_path, capsys):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"adapter": {}, "base": {}}))
     assert export.main(["--workdir", str(run), "--output", str(tmp_path / "x")]) == 2
-    assert "is a fine-tuning run; `python -m experiments.finetune` exports it" in capsys.readouterr().err
+    assert (
+        "is a fine-tuning run; `python -m experiments.finetune` exports it"
+        in capsys.readouterr().err
+    )
     # a configuration of nothing would be that of the default model
-    wrong = {"{": "is not JSON", "[]": "is [], where an object is needed", "{}": "config.json has no 'name'"}
+    wrong = {
+        "{": "is not JSON",
+        "[]": "is [], where an object is needed",
+        "{}": "config.json has no 'name'",
+    }
     model = {key: value for key, value in config.items() if key != "model"}
-    wrong |= {json.dumps(model): "config.json has no 'model'", json.dumps(config | {"model": None}): "model is None"}
+    wrong |= {
+        json.dumps(model): "config.json has no 'model'",
+        json.dumps(config | {"model": None}): "model is None",
+    }
     for text, words in wrong.items():
         (run / "config.json").write_text(text)
         assert export.main(["--workdir", str(run), "--output", str(tmp_path / "x")]) == 2
@@ -158,7 +188,9 @@ def test_partial_restore_compares_what_it_reads(run, saved):
     expected = parameters(saved[1], 2)["lm_head"]["kernel"]
     np.testing.assert_array_equal(restored.tree["params"]["lm_head"]["kernel"], expected)
     like["params"]["lm_head"]["kernel"] = jax.ShapeDtypeStruct((16, 260), np.float32)
-    with pytest.raises(checkpoint.MismatchError, match=r"params/lm_head/kernel is float32\[16, 259\] there"):
+    with pytest.raises(
+        checkpoint.MismatchError, match=r"params/lm_head/kernel is float32\[16, 259\] there"
+    ):
         store.restore(like, partial=True)
     with pytest.raises(checkpoint.MismatchError, match=r"params/more is absent there"):
         store.restore({"params": {"more": jax.ShapeDtypeStruct((2,), np.float32)}}, partial=True)

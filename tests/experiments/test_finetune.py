@@ -1,4 +1,5 @@
-"""Fine-tuning runs in one process: what trains, what does not, what is measured, saved, resumed and exported."""
+"""Fine-tuning runs in one process: what trains, what does not, what is measured, saved, resumed and
+exported."""
 
 import json
 
@@ -44,7 +45,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(folder):
     """An uninterrupted run with dropout: (its folder, its summary)."""
-    config = tuning.tiny(folder, adapter={"method": "lora(rank=2, dropout=0.2)", "whole": ["norm/scale"]})
+    config = tuning.tiny(
+        folder, adapter={"method": "lora(rank=2, dropout=0.2)", "whole": ["norm/scale"]}
+    )
     return folder / "whole", tuning.run(config, folder / "whole")
 
 
@@ -75,7 +78,8 @@ def test_a_run_records_what_it_did(folder, whole):
     rows = metrics.read(workdir / "metrics.jsonl")
     evaluations = [row for row in rows if row["kind"] == "eval"]
     assert [row["step"] for row in evaluations] == [0, 6, 12]
-    # seven kernels a layer: (16, 16) q, o; (16, 8) k, v; (16, 32) gate, up; (32, 16) down; two layers; and one norm
+    # seven kernels a layer: (16, 16) q, o; (16, 8) k, v; (16, 32) gate, up; (32, 16) down; two
+    # layers; and one norm
     trained = 2 * 2 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 32)) + 16
     assert summary["trainable_parameters"] == trained
     assert summary["parameters"] == 259 * 16 * 2 + 2 * (512 + 256 + 1536 + 32) + 16
@@ -88,7 +92,10 @@ def test_a_run_records_what_it_did(folder, whole):
     before = json.loads((folder / "base" / "summary.json").read_text())["validation_loss"]
     assert summary["domain_loss_before"] == pytest.approx(before, rel=1e-5)
     assert read_summary(workdir / "summary.json") == summary
-    ledger = {row["component"]: row["bytes_measured"] for row in json.loads((workdir / "ledger.json").read_text())}
+    ledger = {
+        row["component"]: row["bytes_measured"]
+        for row in json.loads((workdir / "ledger.json").read_text())
+    }
     assert ledger["parameters"] == 4 * trained
     assert ledger["frozen model"] == 4 * summary["parameters"]
     assert ledger["optimizer state"] == summary["state_bytes"]
@@ -112,11 +119,16 @@ def test_the_tuned_model_is_base_and_adapters_and_its_loss_the_summarys(folder, 
     config = runs.tiny(folder).model
     before = mean_loss(config, base, data.evaluation(4, 512))
     assert before == pytest.approx(summary["validation_loss_before"], rel=1e-5)
-    assert mean_loss(config, tuned, data.evaluation(4, 512)) == pytest.approx(summary["validation_loss"], rel=1e-4)
+    assert mean_loss(config, tuned, data.evaluation(4, 512)) == pytest.approx(
+        summary["validation_loss"], rel=1e-4
+    )
     _, arrays = runs.final_arrays(workdir)
     site = "params/sites/layers/attention/q_proj/kernel"
     a, b = (arrays[f"{site}/{name}"] for name in "ab")
-    moved = tuned["layers"]["attention"]["q_proj"]["kernel"] - base["layers"]["attention"]["q_proj"]["kernel"]
+    moved = (
+        tuned["layers"]["attention"]["q_proj"]["kernel"]
+        - base["layers"]["attention"]["q_proj"]["kernel"]
+    )
     np.testing.assert_allclose(moved, 8 / 2 * a @ b, atol=1e-6)
     np.testing.assert_array_equal(tuned["embed"]["embedding"], base["embed"]["embedding"])
 
@@ -144,7 +156,9 @@ def interrupted(monkeypatch, config, workdir, step=7):
 
 
 def test_a_crashed_run_resumes_bitwise(folder, whole, monkeypatch):
-    config = tuning.tiny(folder, adapter={"method": "lora(rank=2, dropout=0.2)", "whole": ["norm/scale"]})
+    config = tuning.tiny(
+        folder, adapter={"method": "lora(rank=2, dropout=0.2)", "whole": ["norm/scale"]}
+    )
     interrupted(monkeypatch, config, folder / "crashed")
     assert tuning.run(config, folder / "crashed")["status"] == "finished"
     assert "resumed from the checkpoint of step 4" in " ".join(runs.notes(folder / "crashed"))
@@ -152,12 +166,18 @@ def test_a_crashed_run_resumes_bitwise(folder, whole, monkeypatch):
 
 
 def test_dropout_draws_anew_and_is_off_without_a_key(folder):
-    task = finetuning.Finetuning(tuning.tiny(folder, adapter={"method": "lora(rank=2, dropout=0.2)"}))
+    task = finetuning.Finetuning(
+        tuning.tiny(folder, adapter={"method": "lora(rank=2, dropout=0.2)"})
+    )
     parts = task.parts.cut(task.frozen[0], jax.random.key(0), task.places)
-    params = jax.tree.map(lambda leaf: leaf + 0.1, parts["params"])  # b starts at 0, where dropout changes nothing
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.1, parts["params"]
+    )  # b starts at 0, where dropout changes nothing
     batch, fixed = task.host_batch(0), {"fixed": parts["fixed"]}
     loss = jax.jit(lambda rest: task.sums(params, batch, rest, *task.frozen)[0])
-    first, again, other = (float(loss({**fixed, "key": jax.random.key(seed)})) for seed in (1, 1, 2))
+    first, again, other = (
+        float(loss({**fixed, "key": jax.random.key(seed)})) for seed in (1, 1, 2)
+    )
     assert first == again != other
     kept = float(loss(fixed))
     assert kept not in (first, other)
@@ -174,7 +194,10 @@ def test_another_base_is_refused_on_resume(folder, monkeypatch):
     interrupted(monkeypatch, config, folder / "changed")
     base["norm"]["scale"] = base["norm"]["scale"].at[3].add(1e-3)
     write_exported(again, base)
-    with pytest.raises(ConfigurationError, match=r"base\.source=.*parameters changed since the checkpoint of step 4"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"base\.source=.*parameters changed since the checkpoint of step 4",
+    ):
         tuning.run(config, folder / "changed")
 
 
@@ -193,20 +216,30 @@ def test_an_exported_model_is_a_base_and_a_folder_of_transformers(folder, whole)
     merged.export(workdir, folder / "exported", "run")
     assert bases.digest(params_of(folder / "exported")) == bases.digest(tuned)
     found = open_base(BaseConfig(source=str(folder / "exported")), 0)
-    assert (found.tokenizer, found.classes, found.domain.name) == ("bytes", (), str(folder / "rows.jsonl"))
+    assert (found.tokenizer, found.classes, found.domain.name) == (
+        "bytes",
+        (),
+        str(folder / "rows.jsonl"),
+    )
     merged.export(workdir, folder / "transformers", "huggingface")
     config, params = huggingface.load(folder / "transformers")
     assert config.layers == 2
     jax.tree.map(np.testing.assert_array_equal, params, tuned)
     merged.export(workdir, folder / "peft", "peft")
     base, views = params_of(folder / "base"), lr.Views(stacked=("layers/.*",))
-    adaptation = lr.interop.peft.load(folder / "peft", base, lr.interop.llama.torch_name, views=views)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), lr.merge(base, adaptation), tuned)
+    adaptation = lr.interop.peft.load(
+        folder / "peft", base, lr.interop.llama.torch_name, views=views
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), lr.merge(base, adaptation), tuned
+    )
     with pytest.raises(ConfigurationError, match="export=.*holds files; give another folder"):
         merged.export(workdir, folder / "exported", "run")
     # tuned again, from the folder of transformers, which says neither tokenizer nor domain
     other = {"source": str(folder / "transformers")}
-    with pytest.raises(ConfigurationError, match=r"data\.tokenizer='': the base's folder has no tokenizer\.json"):
+    with pytest.raises(
+        ConfigurationError, match=r"data\.tokenizer='': the base's folder has no tokenizer\.json"
+    ):
         tuning.run(tuning.tiny(folder, base=other), folder / "again")
     found = evaluated(tuning.tiny(folder, base=other, data={"tokenizer": "bytes"}))
     assert found["loss"] == pytest.approx(summary["validation_loss"], rel=1e-4)
@@ -216,7 +249,10 @@ def test_an_exported_model_is_a_base_and_a_folder_of_transformers(folder, whole)
 def galore_run(folder, backprop):
     """A run by GaLore: (configuration, its folder, summary); one that is over is read back."""
     optimizer = {"name": "galore", "rank": 4, "backprop": backprop, "refresh_every": 5}
-    config, workdir = tuning.tiny(folder, adapter={"method": ""}, optimizer=optimizer), folder / f"galore {backprop}"
+    config, workdir = (
+        tuning.tiny(folder, adapter={"method": ""}, optimizer=optimizer),
+        folder / f"galore {backprop}",
+    )
     return config, workdir, tuning.run(config, workdir)
 
 
@@ -226,12 +262,16 @@ def test_the_whole_model_with_a_projection_optimizer(folder, backprop, monkeypat
     assert summary["adapter"] is None
     assert summary["trainable_parameters"] == summary["parameters"]
     assert summary["validation_loss"] < summary["validation_loss_before"]
-    assert any("projected gradients agree" in text for text in runs.notes(workdir)) == (backprop is not None)
+    assert any("projected gradients agree" in text for text in runs.notes(workdir)) == (
+        backprop is not None
+    )
     _, arrays = runs.final_arrays(workdir)
     tuned = params_of(workdir)
     np.testing.assert_array_equal(arrays["params/embed/embedding"], tuned["embed"]["embedding"])
     assert not any(path.startswith("fixed") for path in arrays)
-    with pytest.raises(ConfigurationError, match="export_format='peft': the whole model was trained"):
+    with pytest.raises(
+        ConfigurationError, match="export_format='peft': the whole model was trained"
+    ):
         merged.export(workdir, folder / f"peft {backprop}", "peft")
     if backprop is not None:
         return
@@ -243,7 +283,9 @@ def test_the_whole_model_with_a_projection_optimizer(folder, backprop, monkeypat
 def test_full_and_projected_gradients_give_the_same_run(folder):
     losses = [runs.losses(galore_run(folder, backprop)[1])[0] for backprop in (None, "projected")]
     first = [np.array([row[0] for row in found.values()]) for found in losses]
-    np.testing.assert_allclose(first[0][:2], first[1][:2], rtol=1e-5)  # clipped alike while no gradient is
+    np.testing.assert_allclose(
+        first[0][:2], first[1][:2], rtol=1e-5
+    )  # clipped alike while no gradient is
 
 
 def test_an_instructions_loss_is_that_of_its_response(folder):
@@ -257,18 +299,28 @@ def test_an_instructions_loss_is_that_of_its_response(folder):
     for targets, weights in zip(batch["targets"], batch["weights"], strict=True):
         assert tokenizer.decode(targets[weights > 0]) in responses
     loss = mean_loss(runs.tiny(folder).model, params_of(folder / "base"), [batch])
-    row = next(row for row in metrics.read(folder / "instruction" / "metrics.jsonl") if row["kind"] == "train")
+    row = next(
+        row
+        for row in metrics.read(folder / "instruction" / "metrics.jsonl")
+        if row["kind"] == "train"
+    )
     assert row["loss"] == pytest.approx(loss, rel=1e-5)
     assert row["tokens"] == batch["weights"].sum()
     assert summary["validation_loss"] is not None
 
 
 @pytest.mark.parametrize("method", ["lora(rank=2)", ""])
-def test_classes_of_text_get_a_head_and_the_language_model_stays_measurable(folder, method, monkeypatch):
+def test_classes_of_text_get_a_head_and_the_language_model_stays_measurable(
+    folder, method, monkeypatch
+):
     config = tuning.tiny(
-        folder, data={"task": "classification", "batch_size": 16}, adapter={"method": method},
-        schedule={"steps": 60}, run={"evaluate_every": 30}, optimizer={"learning_rate": 3e-2 if method else 1e-2},
-    )  # fmt: skip
+        folder,
+        data={"task": "classification", "batch_size": 16},
+        adapter={"method": method},
+        schedule={"steps": 60},
+        run={"evaluate_every": 30},
+        optimizer={"learning_rate": 3e-2 if method else 1e-2},
+    )
     workdir = folder / f"classes {bool(method)}"
     summary = tuning.run(config, workdir)
     assert summary["validation_accuracy"] > 0.95 > summary["validation_accuracy_before"]
@@ -283,17 +335,27 @@ def test_classes_of_text_get_a_head_and_the_language_model_stays_measurable(fold
     assert found.classes == ("even", "odd")
     if method:
         merged.export(workdir, folder / "classifier", "run")
-        again = {"base": {"source": str(folder / "classifier")}, "data": {"task": "classification", "batch_size": 16}}
+        again = {
+            "base": {"source": str(folder / "classifier")},
+            "data": {"task": "classification", "batch_size": 16},
+        }
         kept = evaluated(tuning.tiny(folder, **again))
         assert kept["accuracy"] == pytest.approx(summary["validation_accuracy"], abs=1e-6)
-        assert kept["domain_accuracy"] == kept["accuracy"]  # the base's domain is that of its last tuning
+        assert (
+            kept["domain_accuracy"] == kept["accuracy"]
+        )  # the base's domain is that of its last tuning
         with pytest.raises(ConfigurationError, match="is for language models"):
             merged.export(workdir, folder / "no", "huggingface")
 
 
 def test_digits_turned_by_a_right_angle(folder):
     common = {
-        "data": {"name": "digits", "task": "classification", "batch_size": 64, "sequence_length": None},
+        "data": {
+            "name": "digits",
+            "task": "classification",
+            "batch_size": 64,
+            "sequence_length": None,
+        },
         "schedule": {"steps": 60},
         "run": {"evaluate_every": 60, "evaluation_tokens": None, "evaluation_batch_size": 256},
     }
@@ -308,7 +370,9 @@ def test_digits_turned_by_a_right_angle(folder):
     assert summary["validation_accuracy"] > summary["validation_accuracy_before"] + 0.1
     assert summary["domain_accuracy"] < summary["domain_accuracy_before"]
     # six kernels of four layers at rank 4, and the patches, 4 x 64, at rank 2
-    assert summary["trainable_parameters"] == 4 * 4 * (4 * (64 + 64) + 2 * (64 + 128)) + 2 * (4 + 64)
+    assert summary["trainable_parameters"] == 4 * 4 * (4 * (64 + 64) + 2 * (64 + 128)) + 2 * (
+        4 + 64
+    )
 
 
 def test_layers_rules_and_exclusions_are_heeded(folder):
@@ -320,7 +384,9 @@ def test_layers_rules_and_exclusions_are_heeded(folder):
     assert trained(layers=[1]) == each
     assert trained(exclude=[".*/mlp/.*"]) == 2 * (each - 2 * 3 * (16 + 32))
     assert trained(targets=".*/q_proj/kernel") == 2 * 2 * 32
-    assert trained(targets=".*/(q|v)_proj/kernel", rules=[[".*/q_proj/kernel", "lora(rank=1)"]]) == 2 * (32 + 2 * 24)
+    assert trained(
+        targets=".*/(q|v)_proj/kernel", rules=[[".*/q_proj/kernel", "lora(rank=1)"]]
+    ) == 2 * (32 + 2 * 24)
     assert trained(targets=".*/(q|v)_proj/kernel", rules=[[".*/q_proj/kernel", ""]]) == 2 * 2 * 24
     assert trained(targets=".*/q_proj/kernel", whole=["embed/embedding"]) == 2 * 2 * 32 + 259 * 16
 
@@ -328,10 +394,22 @@ def test_layers_rules_and_exclusions_are_heeded(folder):
 @pytest.mark.parametrize(
     "sections, message",
     [
-        ({"base": {"source": "nowhere"}}, r"base\.source='nowhere' does not exist: name a run folder"),
-        ({"adapter": {"targets": ".*/qproj/kernel"}}, r"adapter\.method='lora\(rank=2\)': .*qproj.*Did you mean"),
-        ({"data": {"sequence_length": 32}}, r"data\.sequence_length=32: 32 tokens, the base takes 16; shorten it"),
-        ({"data": {"name": "digits", "task": "classification", "sequence_length": None}}, r"holds images, the base"),
+        (
+            {"base": {"source": "nowhere"}},
+            r"base\.source='nowhere' does not exist: name a run folder",
+        ),
+        (
+            {"adapter": {"targets": ".*/qproj/kernel"}},
+            r"adapter\.method='lora\(rank=2\)': .*qproj.*Did you mean",
+        ),
+        (
+            {"data": {"sequence_length": 32}},
+            r"data\.sequence_length=32: 32 tokens, the base takes 16; shorten it",
+        ),
+        (
+            {"data": {"name": "digits", "task": "classification", "sequence_length": None}},
+            r"holds images, the base",
+        ),
         ({"data": {"name": "absent.jsonl"}}, r"absent\.jsonl.*no such file"),
         (
             {"adapter": {"method": ""}, "optimizer": {"name": "galore", "rank": 9}},
@@ -353,22 +431,44 @@ def test_what_cannot_run_is_refused_before_any_work(folder, tmp_path, sections, 
 
 
 def test_dtypes_and_rematerialisation_of_the_base_can_be_changed(folder):
-    base = {"source": str(folder / "base"), "param_dtype": "bfloat16", "dtype": "bfloat16", "remat": True}
+    base = {
+        "source": str(folder / "base"),
+        "param_dtype": "bfloat16",
+        "dtype": "bfloat16",
+        "remat": True,
+    }
     task = finetuning.Finetuning(tuning.tiny(folder, base=base | {"domain": "none"}))
     assert {leaf.dtype for leaf in jax.tree.leaves(task.frozen)} == {jnp.dtype(jnp.bfloat16)}
-    assert {leaf.dtype for leaf in jax.tree.leaves(task.abstract["params"])} == {jnp.dtype(jnp.float32)}
-    assert (task.model.config.dtype, task.model.config.remat, task.exact) == ("bfloat16", True, False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(task.abstract["params"])} == {
+        jnp.dtype(jnp.float32)
+    }
+    assert (task.model.config.dtype, task.model.config.remat, task.exact) == (
+        "bfloat16",
+        True,
+        False,
+    )
     assert task.domain is None
 
 
 @pytest.mark.parametrize("name", ["lora_plus", "altlora"])
 def test_optimizers_of_the_factors_take_the_adapters_scale(folder, name):
-    """The first update is the library's own, given the frozen scales; with a scale of 1 AltLoRA's is another."""
-    settings = {"name": name, "learning_rate": 1e-2 if name == "lora_plus" else 10.0, "clip_norm": None}
+    """The first update is the library's own, given the frozen scales; with a scale of 1 AltLoRA's
+    is another."""
+    settings = {
+        "name": name,
+        "learning_rate": 1e-2 if name == "lora_plus" else 10.0,
+        "clip_norm": None,
+    }
     settings |= {"ratio": 4.0} if name == "lora_plus" else {"damping": 1e-3}
-    config = tuning.tiny(folder, optimizer=settings, schedule={"steps": 1, "warmup_steps": 0},
-                         adapter={"method": "lora(rank=2, alpha=6, init=orthogonal())",
-                                  "targets": ".*/down_proj/kernel"})  # fmt: skip
+    config = tuning.tiny(
+        folder,
+        optimizer=settings,
+        schedule={"steps": 1, "warmup_steps": 0},
+        adapter={
+            "method": "lora(rank=2, alpha=6, init=orthogonal())",
+            "targets": ".*/down_proj/kernel",
+        },
+    )
     task = finetuning.Finetuning(config)
     state = task.initial()
     begun = jax.tree.map(jnp.copy, state["params"])
@@ -388,8 +488,13 @@ def test_optimizers_of_the_factors_take_the_adapters_scale(folder, name):
     else:
         expected = moves(lr.altlora(10.0, scale=state["fixed"], damping=1e-3))
         other = moves(lr.altlora(10.0, scale=1.0, damping=1e-3))
-        assert float(optax.tree.norm(optax.tree.sub(other, expected)) / optax.tree.norm(expected)) > 0.5
+        assert (
+            float(optax.tree.norm(optax.tree.sub(other, expected)) / optax.tree.norm(expected))
+            > 0.5
+        )
     after, _ = jax.jit(task.update())(state, batch, *task.frozen)
     moved = optax.tree.sub(after["params"], begun)
     # Adam's first step divides a gradient by itself, rounding and all
-    assert float(optax.tree.norm(optax.tree.sub(moved, expected)) / optax.tree.norm(expected)) < 1e-2
+    assert (
+        float(optax.tree.norm(optax.tree.sub(moved, expected)) / optax.tree.norm(expected)) < 1e-2
+    )

@@ -1,4 +1,5 @@
-"""The command: a run that is killed and started again ends where the uninterrupted one does, bit for bit; exports."""
+"""The command: a run that is killed and started again ends where the uninterrupted one does, bit
+for bit; exports."""
 
 import dataclasses
 import json
@@ -55,7 +56,9 @@ def test_terminated_saves_exits_with_0_and_says_how_to_resume(folder):
     log = (folder / "terminated.log").read_text()
     saved = max(int(path.name) for path in (folder / "terminated" / "checkpoints").iterdir())
     assert f"stopped after update {saved} of {STEPS}" in log
-    assert f"-m experiments.finetune --config={folder}/config.py --workdir={folder}/terminated" in log
+    assert (
+        f"-m experiments.finetune --config={folder}/config.py --workdir={folder}/terminated" in log
+    )
     assert not (folder / "terminated" / "summary.json").exists()
     assert commands.start("finetune", folder, "terminated").wait(300) == 0
     runs.assert_bitwise_equal(folder / "whole", folder / "terminated")
@@ -69,7 +72,10 @@ def test_the_command_tells_the_shares_and_exports(folder):
     before, after = summary["domain_loss_before"], summary["domain_loss"]
     assert f"loss on base's domain    {before:.4f} before, {after:.4f} after" in log
     assert f"exported to {folder}/exported" in log
-    models = [bases.open_base(bases.BaseConfig(source=str(folder / name)), 0) for name in ("exported", "whole")]
+    models = [
+        bases.open_base(bases.BaseConfig(source=str(folder / name)), 0)
+        for name in ("exported", "whole")
+    ]
     exported, whole = (bases.digest(base.read(base.placing())) for base in models)
     assert exported == whole
 
@@ -77,7 +83,9 @@ def test_the_command_tells_the_shares_and_exports(folder):
 def test_a_run_that_is_over_is_exported_without_training(folder):
     before = (folder / "whole" / "metrics.jsonl").read_text()
     flags = (f"--export={folder}/transformers", "--export_format=huggingface")
-    assert commands.start("finetune", folder, "whole", *flags).wait(120) == 0, (folder / "whole.log").read_text()
+    assert commands.start("finetune", folder, "whole", *flags).wait(120) == 0, (
+        folder / "whole.log"
+    ).read_text()
     assert (folder / "transformers" / "model.safetensors").is_file()
     assert (folder / "whole" / "metrics.jsonl").read_text() == before
 
@@ -89,8 +97,14 @@ def test_a_run_that_is_over_is_exported_without_training(folder):
             ["--config.adapter.methd='x'"],
             "adapter.methd: section adapter has no key 'methd'; did you mean adapter.method?",
         ),
-        (["--config.adapter.method=lara(rank=2)"], "configuration error: adapter.method='lara(rank=2)': did you mean"),
-        (["--config.base.source=nowhere"], "configuration error: base.source='nowhere' does not exist"),
+        (
+            ["--config.adapter.method=lara(rank=2)"],
+            "configuration error: adapter.method='lara(rank=2)': did you mean",
+        ),
+        (
+            ["--config.base.source=nowhere"],
+            "configuration error: base.source='nowhere' does not exist",
+        ),
     ],
     ids=["unknown key", "adapter", "base"],
 )

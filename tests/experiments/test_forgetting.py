@@ -1,4 +1,5 @@
-"""What is measured on the base's own data: its cost, how it is turned off, and SIGTERM while it goes on."""
+"""What is measured on the base's own data: its cost, how it is turned off, and SIGTERM while it
+goes on."""
 
 import json
 import shutil
@@ -26,8 +27,12 @@ def whole(folder):
     return folder / "whole", tuning.run(tuning.tiny(folder, adapter=ADAPTER), folder / "whole")
 
 
-@pytest.mark.parametrize("step, title", [(0, "base's domain"), (6, "validation"), (12, "base's domain")])
-def test_sigterm_while_forgetting_is_measured_and_the_resumed_run_repeats_it(folder, whole, monkeypatch, step, title):
+@pytest.mark.parametrize(
+    "step, title", [(0, "base's domain"), (6, "validation"), (12, "base's domain")]
+)
+def test_sigterm_while_forgetting_is_measured_and_the_resumed_run_repeats_it(
+    folder, whole, monkeypatch, step, title
+):
     config = tuning.tiny(folder, adapter=ADAPTER)
     workdir = folder / f"terminated {step}"
     with monkeypatch.context() as patch:
@@ -58,20 +63,26 @@ def batches_of(task):
 @pytest.mark.parametrize("length", [4, 16])
 @pytest.mark.parametrize("tokens", [64, None])
 def test_forgetting_costs_at_most_the_validation_and_reads_no_training_text(folder, length, tokens):
-    config = tuning.tiny(folder, run={"domain_tokens": None, "evaluation_tokens": tokens},
-                         data={"sequence_length": length, "batch_size": 4})  # fmt: skip
+    config = tuning.tiny(
+        folder,
+        run={"domain_tokens": None, "evaluation_tokens": tokens},
+        data={"sequence_length": length, "batch_size": 4},
+    )
     task = finetuning.Finetuning(config)
     counts = batches_of(task)
     assert 1 <= counts["base's domain"] <= counts["validation"]
     own, domain = task.dataset.validation, task.domain.validation
-    assert domain.length * domain.evaluated() > own.length * own.evaluated(tokens)  # all of it would cost more
+    assert domain.length * domain.evaluated() > own.length * own.evaluated(
+        tokens
+    )  # all of it would cost more
     assert counts["base's domain"] * domain.length <= counts["validation"] * own.length
     assert task.domain.train is None
 
 
 @pytest.mark.parametrize("before", [None, 64])
 def test_what_was_before_is_told_only_where_it_is_of_the_same_tokens(folder, whole, before):
-    """An older version of the library began the run, and measured it on other tokens of the base's domain."""
+    """An older version of the library began the run, and measured it on other tokens of the base's
+    domain."""
     workdir = folder / f"of {before} tokens"
     shutil.copytree(whole[0], workdir)
     (workdir / "summary.json").unlink()

@@ -1,4 +1,5 @@
-"""Runs that are extended, and runs that start from another: what is exact, what is refused, what is recorded."""
+"""Runs that are extended, and runs that start from another: what is exact, what is refused, what is
+recorded."""
 
 import json
 import shutil
@@ -56,7 +57,9 @@ def copied(folder, name):
 
 def test_more_steps_of_a_constant_schedule_are_the_longer_run(folder):
     longer, workdir = config_of(folder, schedule={"steps": 12}), copied(folder, "more")
-    with pytest.raises(ConfigurationError, match=r"schedule\.steps=12: .* holds a run with 8; .*--extend to go on"):
+    with pytest.raises(
+        ConfigurationError, match=r"schedule\.steps=12: .* holds a run with 8; .*--extend to go on"
+    ):
         training.run(longer, workdir, verbose=False)
     assert training.run(longer, workdir, verbose=False, extend=True)["steps"] == 12
     training.run(longer, folder / "long", verbose=False)
@@ -67,10 +70,16 @@ def test_more_steps_of_a_constant_schedule_are_the_longer_run(folder):
     assert not reading.read_history(folder / "long")
     page = report.write([workdir], folder / "report").read_text()
     loss = runs.losses(workdir)[1][8]
-    assert f"extended after update 8: schedule.steps 8 -&gt; 12 (validation loss {loss:.4f} before)" in page
-    # the run is now the longer one: asked for again, it is over, and its old configuration is another one's
+    assert (
+        f"extended after update 8: schedule.steps 8 -&gt; 12 (validation loss {loss:.4f} before)"
+        in page
+    )
+    # the run is now the longer one: asked for again, it is over, and its old configuration is
+    # another one's
     assert training.run(longer, workdir, verbose=False, extend=True)["steps"] == 12
-    with pytest.raises(ConfigurationError, match=r"schedule\.steps=8: the run has done 12 updates; give more"):
+    with pytest.raises(
+        ConfigurationError, match=r"schedule\.steps=8: the run has done 12 updates; give more"
+    ):
         training.run(config_of(folder), workdir, verbose=False, extend=True)
 
 
@@ -98,7 +107,9 @@ def test_an_extension_that_died_while_it_was_noted_can_be_repeated(folder, monke
     with monkeypatch.context() as patch:
         patch.setattr(training.folder, "as_json", lambda config: 1 / 0)
         patch.setattr(training.folder, "check_processes", lambda *given: None)
-        patch.setattr(training.folder, "claim", lambda *given, **more: (None, {"schedule.steps": [8, 12]}))
+        patch.setattr(
+            training.folder, "claim", lambda *given, **more: (None, {"schedule.steps": [8, 12]})
+        )
         patch.setattr(training.checkpoint, "digest", lambda value: "")
         with pytest.raises(ZeroDivisionError):
             training.run(config, workdir, verbose=False, extend=True)
@@ -111,9 +122,15 @@ def test_what_is_no_extension_is_refused_and_nothing_is_touched(folder):
     workdir = folder / "short"
     texts = {name: (workdir / name).read_text() for name in ("config.json", "summary.json")}
     for sections, message in (
-        ({"optimizer": {"rank": 8}}, r"optimizer\.rank=8: .*holds a run with 4; give another --workdir, or"),
+        (
+            {"optimizer": {"rank": 8}},
+            r"optimizer\.rank=8: .*holds a run with 4; give another --workdir, or",
+        ),
         ({"run": {"seed": 1}}, r"run\.seed=1"),
-        ({"optimizer": {"learning_rate": 0.1}}, r"schedule\.steps=8: the run has done 8 updates; give more"),
+        (
+            {"optimizer": {"learning_rate": 0.1}},
+            r"schedule\.steps=8: the run has done 8 updates; give more",
+        ),
     ):
         with pytest.raises(ConfigurationError, match=message):
             training.run(config_of(folder, **sections), workdir, verbose=False, extend=True)
@@ -124,8 +141,13 @@ def test_what_is_no_extension_is_refused_and_nothing_is_touched(folder):
 def test_a_change_that_needs_another_state_is_refused(folder):
     plain = runs.tiny(folder, optimizer={"name": "sgd"}, schedule={"steps": 2}, run=EVALUATION)
     training.run(plain, folder / "sgd", verbose=False)
-    moving = runs.tiny(folder, optimizer={"name": "sgd", "momentum": 0.9}, schedule={"steps": 4}, run=EVALUATION)
-    message = r"optimizer\.momentum, schedule\.steps: under the new value .*start_from=.*sgd and another --workdir"
+    moving = runs.tiny(
+        folder, optimizer={"name": "sgd", "momentum": 0.9}, schedule={"steps": 4}, run=EVALUATION
+    )
+    message = (
+        r"optimizer\.momentum, schedule\.steps: under the new value .*start_from=.*sgd and another "
+        r"--workdir"
+    )
     with pytest.raises(ConfigurationError, match=message):
         training.run(moving, folder / "sgd", verbose=False, extend=True)
     assert claim(plain, folder / "sgd")[0]["steps"] == 2
@@ -142,7 +164,10 @@ def started(folder, with_, source="short", task=Pretraining, config=None):
 
     def flat(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        plain = {path: jax.random.key_data(leaf) if path[0].key == "key" else leaf for path, leaf in leaves}
+        plain = {
+            path: jax.random.key_data(leaf) if path[0].key == "key" else leaf
+            for path, leaf in leaves
+        }
         name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
         return {name(path): np.asarray(leaf) for path, leaf in plain.items()}
 
@@ -168,13 +193,19 @@ def test_state_of_another_run_with_a_schedule_from_its_beginning(folder):
 
 @pytest.mark.parametrize("with_", ["parameters", "state"])
 def test_a_new_run_records_what_it_started_from(folder, with_):
-    config = config_of(folder, schedule={"steps": 3}, run={"start_from": str(folder / "short"), "start_with": with_})
+    config = config_of(
+        folder,
+        schedule={"steps": 3},
+        run={"start_from": str(folder / "short"), "start_with": with_},
+    )
     workdir = folder / f"from {with_}"
     training.run(config, workdir, verbose=False)
     [entry] = reading.read_history(workdir)
     what = "parameters and state" if with_ == "state" else with_
     assert entry == {"started_from": str(folder / "short"), "step": 8, "with": what}
-    assert json.loads((workdir / "config.json").read_text())["run"]["start_from"] == str(folder / "short")
+    assert json.loads((workdir / "config.json").read_text())["run"]["start_from"] == str(
+        folder / "short"
+    )
     # it goes on from where the other ended, on its own first batch
     first = reading.read_run(workdir).train[0]
     assert first["loss"] < reading.read_run(folder / "short").train[0]["loss"]
@@ -194,14 +225,18 @@ def test_a_new_run_records_what_it_started_from(folder, with_):
     ],
 )  # fmt: skip
 def test_what_a_run_cannot_start_from(folder, tmp_path, sections, message):
-    sections = sections | {"run": {key: value.format(folder) for key, value in sections["run"].items()}}
+    sections = sections | {
+        "run": {key: value.format(folder) for key, value in sections["run"].items()}
+    }
     with pytest.raises(ConfigurationError, match=message):
         training.run(config_of(folder, **sections), tmp_path / "run", verbose=False)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_start_with_needs_a_run():
-    with pytest.raises(ConfigurationError, match=r"run\.start_with='state': names what run\.start_from gives"):
+    with pytest.raises(
+        ConfigurationError, match=r"run\.start_with='state': names what run\.start_from gives"
+    ):
         configuration.from_dict({"run": {"start_with": "state"}})
 
 
@@ -211,16 +246,24 @@ def test_adapters_are_extended_and_started_from(tmp_path):
     tuning.run(config, tmp_path / "first")
     start = {"start_from": str(tmp_path / "first")}
     there, here, fresh = started(
-        tmp_path, None, "first", Finetuning, tuning.tiny(tmp_path, run=EVALUATION | start, schedule={"steps": 2})
+        tmp_path,
+        None,
+        "first",
+        Finetuning,
+        tuning.tiny(tmp_path, run=EVALUATION | start, schedule={"steps": 2}),
     )
     for path, array in here.items():
         expected = there[path] if path.startswith(("params/", "fixed/")) else fresh[path]
         np.testing.assert_array_equal(array, expected, err_msg=path)
-    longer = tuning.tiny(tmp_path, run=EVALUATION, schedule={"steps": 16}, optimizer={"learning_rate": 3e-3})
+    longer = tuning.tiny(
+        tmp_path, run=EVALUATION, schedule={"steps": 16}, optimizer={"learning_rate": 3e-3}
+    )
     summary = training.run(longer, tmp_path / "first", task=Finetuning, verbose=False, extend=True)
     assert summary["steps"] == 16
     [entry] = reading.read_history(tmp_path / "first")
     assert entry["changed"] == {"optimizer.learning_rate": [1e-2, 3e-3], "schedule.steps": [12, 16]}
     other = tuning.tiny(tmp_path, base={"source": str(tmp_path / "first")}, run=EVALUATION | start)
-    with pytest.raises(ConfigurationError, match=r"its adapters belong to another base than base\.source"):
+    with pytest.raises(
+        ConfigurationError, match=r"its adapters belong to another base than base\.source"
+    ):
         tuning.run(other, tmp_path / "other")

@@ -1,6 +1,8 @@
-"""What nobody means to happen: 200 random damages of a checkpoint, and 100 malformed inputs to each program.
+"""What nobody means to happen: 200 random damages of a checkpoint, and 100 malformed inputs to each
+program.
 
-Whatever it is, no wrong result comes silently, no traceback reaches the user, and no step that is sound is lost.
+Whatever it is, no wrong result comes silently, no traceback reaches the user, and no step that is
+sound is lost.
 """
 
 import json
@@ -42,9 +44,17 @@ DAMAGES, INPUTS = 200, 100
 
 
 def tree(step):
-    params = {"layers": {"kernel": jnp.full((6, 4), float(step)), "half": jnp.full((5,), step, jnp.bfloat16)}}
+    params = {
+        "layers": {
+            "kernel": jnp.full((6, 4), float(step)),
+            "half": jnp.full((5,), step, jnp.bfloat16),
+        }
+    }
     state = optax.adam(1e-3).init(params)
-    return {"params": params, "opt_state": (state[0]._replace(count=jnp.asarray(step, jnp.int32)), state[1])}
+    return {
+        "params": params,
+        "opt_state": (state[0]._replace(count=jnp.asarray(step, jnp.int32)), state[1]),
+    }
 
 
 def counted(restored):
@@ -65,7 +75,9 @@ def sound(tmp_path_factory):
 
 def same(left, right):
     leaves = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.dtype == b.dtype for a, b in leaves)
+    return all(
+        np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.dtype == b.dtype for a, b in leaves
+    )
 
 
 def test_damage_of_the_newest_step_gives_it_whole_or_the_one_before_with_a_line(sound, tmp_path):
@@ -91,7 +103,9 @@ def test_damage_of_the_newest_step_gives_it_whole_or_the_one_before_with_a_line(
         shutil.rmtree(folder)
     assert kinds.keys() == hostile.CHECKPOINT.keys()
     whole = {kind for kind, steps in kinds.items() if 8 in steps}
-    assert whole <= {"bit", "cut", "longer", "copied", "manifest"}, whole  # white space, or a file copied to itself
+    assert whole <= {"bit", "cut", "longer", "copied", "manifest"}, (
+        whole
+    )  # white space, or a file copied to itself
 
 
 def test_damage_of_both_steps_is_an_error_that_names_them(sound, tmp_path):
@@ -138,7 +152,14 @@ PRETRAINED = {
     "model.dtype": ("float31",),
 }
 TUNED = {
-    "adapter.method": ("lora(rank=0)", "lora(", "lara(rank=2)", "__import__('os')", "lora(rank=99999)", "3"),
+    "adapter.method": (
+        "lora(rank=0)",
+        "lora(",
+        "lara(rank=2)",
+        "__import__('os')",
+        "lora(rank=99999)",
+        "3",
+    ),
     "adapter.targets": ("(", "nothing/at/all"),
     "adapter.bias": ("some",),
     "base.source": ("nowhere", "/dev/null", ""),
@@ -156,7 +177,14 @@ FILES = {
     "number.py": b"def get_config():\n    return 3\n",
 }
 FLAGS = ("--wrokdir=x", "more")
-TRAINING_FLAGS = (*FLAGS, "--report=maybe", "--processes=0", "--processes=x", "--coordinator=x", "--process=1")
+TRAINING_FLAGS = (
+    *FLAGS,
+    "--report=maybe",
+    "--processes=0",
+    "--processes=x",
+    "--coordinator=x",
+    "--process=1",
+)
 TOPOLOGIES = ("", "v9z:2x2", "cpu:0", "cpu:x", "v5e:", "²", "h200:3x")
 MESHES = ("data", "data=0", "dta=1", "data=2", "data=²", "data=1=2")
 OPTIMIZERS = ("galroe", "galore:rnak=3", "galore:rank=x", ":")
@@ -164,17 +192,33 @@ OPTIMIZERS = ("galroe", "galore:rnak=3", "galore:rank=x", ":")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the command lines name: texts, configuration files, a run, and a base in each of its forms."""
+    """What the command lines name: texts, configuration files, a run, and a base in each of its
+    forms."""
     folder = tmp_path_factory.mktemp("hostile")
     runs.write_text(folder / "text", files=12, words=60)
     tuning.write_data(folder)
     for make in (test_bases.run_folder, test_bases.transformers, test_bases.exported):
         make(folder / make.__name__, test_bases.parameters(1.0))
-    row = {"kind": "train", "step": 1, "loss": 1.0, "tokens": 3, "seconds": 1.0, "step_seconds": 1.0}
+    row = {
+        "kind": "train",
+        "step": 1,
+        "loss": 1.0,
+        "tokens": 3,
+        "seconds": 1.0,
+        "step_seconds": 1.0,
+    }
     (folder / "run_folder" / "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * 20)
-    summary = {"status": "finished", "steps": 20, "tokens": 60, "total_seconds": 1.0, "validation_loss": 1.0}
+    summary = {
+        "status": "finished",
+        "steps": 20,
+        "tokens": 60,
+        "total_seconds": 1.0,
+        "validation_loss": 1.0,
+    }
     outputs.write_json(folder / "run_folder" / "summary.json", sealed(summary))
-    outputs.write_json(folder / "run_folder" / "ledger.json", [{"component": "parameters", "bytes_formula": 4}])
+    outputs.write_json(
+        folder / "run_folder" / "ledger.json", [{"component": "parameters", "bytes_formula": 4}]
+    )
     started = {"started_from": str(folder / "another"), "step": 8, "with": "parameters"}
     outputs.write_json(folder / "run_folder" / "history.json", [started])
     for name, module in (("pretrain", configuration), ("finetune", tuning_configuration)):
@@ -225,9 +269,18 @@ def pretraining(generator, folder, target):
     kinds = {
         "configuration": lambda: configured(generator, folder, VALUES | PRETRAINED, "pretrain"),
         "workdir": lambda: [own, f"--workdir={place}"],
-        "another run": lambda: [own, f"--workdir={damaged_copy(generator, folder, 'run_folder', target)}"],
-        "data": lambda: [own, f"--config.data.name={folder / generator.choice(['none', 'nothing', 'garbage.model'])}"],
-        "tokenizer": lambda: [own, f"--config.data.tokenizer={folder / generator.choice(['none', 'garbage.model'])}"],
+        "another run": lambda: [
+            own,
+            f"--workdir={damaged_copy(generator, folder, 'run_folder', target)}",
+        ],
+        "data": lambda: [
+            own,
+            f"--config.data.name={folder / generator.choice(['none', 'nothing', 'garbage.model'])}",
+        ],
+        "tokenizer": lambda: [
+            own,
+            f"--config.data.tokenizer={folder / generator.choice(['none', 'garbage.model'])}",
+        ],
     }
     flags = kinds[generator.choice(["configuration", *kinds])]()
     return flags if any("workdir" in flag for flag in flags) else [*flags, f"--workdir={target}"]
@@ -240,8 +293,14 @@ def tuned(generator, folder, target):
         "configuration": lambda: configured(generator, folder, VALUES | TUNED, "finetune"),
         "workdir": lambda: [own, f"--workdir={place}"],
         "export": lambda: [own, f"--export={generator.choice([place, str(folder)])}"],
-        "base": lambda: [own, f"--config.base.source={damaged_base(generator, folder, target.with_suffix('.base'))}"],
-        "data": lambda: [own, f"--config.data.name={damaged_rows(generator, folder, target.with_suffix('.jsonl'))}"],
+        "base": lambda: [
+            own,
+            f"--config.base.source={damaged_base(generator, folder, target.with_suffix('.base'))}",
+        ],
+        "data": lambda: [
+            own,
+            f"--config.data.name={damaged_rows(generator, folder, target.with_suffix('.jsonl'))}",
+        ],
     }
     flags = kinds[generator.choice(["configuration", *kinds])]()
     return flags if any("workdir" in flag for flag in flags) else [*flags, f"--workdir={target}"]
@@ -250,7 +309,10 @@ def tuned(generator, folder, target):
 def damaged_base(generator, folder, target):
     name, keys = generator.choice(
         [
-            ("transformers", ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "rms_norm_eps")),
+            (
+                "transformers",
+                ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "rms_norm_eps"),
+            ),
             ("exported", ("format", "architecture", "model", "tokenizer", "classes", "domain")),
             ("run_folder", ("name", "model", "data", "optimizer")),
         ]
@@ -267,7 +329,10 @@ def damaged_base(generator, folder, target):
 
 def damaged_rows(generator, folder, target):
     lines = (folder / "rows.jsonl").read_bytes().splitlines()
-    lines.insert(generator.randrange(len(lines)), hostile.damaged_json(generator, lines[0].decode(), ("text",)))
+    lines.insert(
+        generator.randrange(len(lines)),
+        hostile.damaged_json(generator, lines[0].decode(), ("text",)),
+    )
     target.write_bytes(b"\n".join(lines) + b"\n")
     return target
 
@@ -279,10 +344,21 @@ def exported(generator, folder, target):
     kinds = {
         "output": lambda: [f"--workdir={run}", f"--output={place}"],
         "files there": lambda: [f"--workdir={run}", f"--output={folder / 'transformers'}"],
-        "no run": lambda: [f"--workdir={generator.choice([folder, place, folder / 'transformers'])}", out],
-        "damage": lambda: [f"--workdir={damaged_config(generator, run, target.with_suffix('.run'))}", out],
-        "checkpoints": lambda: [f"--workdir={without_steps(generator, run, target.with_suffix('.run'))}", out],
-        "flags": lambda: generator.choice([[], [out], [f"--workdir={run}"], ["--nonsense"], [out, "more"]]),
+        "no run": lambda: [
+            f"--workdir={generator.choice([folder, place, folder / 'transformers'])}",
+            out,
+        ],
+        "damage": lambda: [
+            f"--workdir={damaged_config(generator, run, target.with_suffix('.run'))}",
+            out,
+        ],
+        "checkpoints": lambda: [
+            f"--workdir={without_steps(generator, run, target.with_suffix('.run'))}",
+            out,
+        ],
+        "flags": lambda: generator.choice(
+            [[], [out], [f"--workdir={run}"], ["--nonsense"], [out, "more"]]
+        ),
     }
     return kinds[generator.choice([*kinds])]()
 
@@ -290,7 +366,11 @@ def exported(generator, folder, target):
 def damaged_config(generator, run, target):
     shutil.copytree(run, target)
     path = target / "config.json"
-    path.write_bytes(hostile.damaged_json(generator, path.read_text(), ("name", "model", "data", "optimizer", "run")))
+    path.write_bytes(
+        hostile.damaged_json(
+            generator, path.read_text(), ("name", "model", "data", "optimizer", "run")
+        )
+    )
     return target
 
 
@@ -305,9 +385,16 @@ def reported(generator, folder, target):
     place = hostile.place(generator, folder, is_folder=True)
     kinds = {
         "output": lambda: [str(run), f"--output={place}"],
-        "no run": lambda: [str(generator.choice([folder / "none", folder / "nothing", place])), out],
+        "no run": lambda: [
+            str(generator.choice([folder / "none", folder / "nothing", place])),
+            out,
+        ],
         "none": lambda: generator.choice([[], [out], ["--nonsense"]]),
-        "damage": lambda: [str(run), str(damaged_copy(generator, folder, run.name, target.with_suffix(".run"))), out],
+        "damage": lambda: [
+            str(run),
+            str(damaged_copy(generator, folder, run.name, target.with_suffix(".run"))),
+            out,
+        ],
     }
     out = f"--output={target.with_suffix('.html')}"
     return kinds[generator.choice([*kinds, "damage"])]()
@@ -318,27 +405,43 @@ def planned(generator, folder, target):
     cpu = [own, "--topology=cpu:1", f"--cache={target}"]
     place = hostile.place(generator, folder, is_folder=False)
     kinds = {
-        "configuration": lambda: [*configured(generator, folder, PRETRAINED, "pretrain", FLAGS), *cpu[1:]],
-        "place": lambda: [*cpu[: generator.choice([2, 3])], f"--{generator.choice(['json', 'plot', 'cache'])}={place}"],
+        "configuration": lambda: [
+            *configured(generator, folder, PRETRAINED, "pretrain", FLAGS),
+            *cpu[1:],
+        ],
+        "place": lambda: [
+            *cpu[: generator.choice([2, 3])],
+            f"--{generator.choice(['json', 'plot', 'cache'])}={place}",
+        ],
         "topology": lambda: [own, f"--topology={generator.choice(TOPOLOGIES)}"],
         "meshes": lambda: [*cpu, f"--meshes={generator.choice(MESHES)}"],
         "optimizers": lambda: [*cpu, f"--optimizers={generator.choice(OPTIMIZERS)}"],
         "memory": lambda: [*cpu, f"--memory_gib={generator.choice(['0', '-1', 'nan', 'x'])}"],
         "backprop": lambda: [*cpu, "--backprop=some"],
-    }  # fmt: skip
+    }
     return kinds[generator.choice([*kinds])]()
 
 
 def studied(generator, folder, target):
     root, results = f"--root={target}", f"--results={target.with_suffix('.json')}"
     known = target.with_suffix(".known")
-    known.write_bytes(hostile.damaged_json(generator, '{"finished": {}, "rows": []}', ("finished",)))
+    known.write_bytes(
+        hostile.damaged_json(generator, '{"finished": {}, "rows": []}', ("finished",))
+    )
     number = generator.choice(["0", "-1", "nan", "inf", "x", ""])
     kinds = {
-        "number": lambda: [root, results, f"--{generator.choice(['budget-hours', 'workers', 'steps'])}={number}"],
+        "number": lambda: [
+            root,
+            results,
+            f"--{generator.choice(['budget-hours', 'workers', 'steps'])}={number}",
+        ],
         "root": lambda: [results, f"--root={hostile.place(generator, folder, is_folder=True)}"],
         "results": lambda: [root, f"--results={hostile.place(generator, folder, is_folder=False)}"],
-        "known": lambda: [root, results, f"--known={generator.choice([known, folder, '/dev/null'])}"],
+        "known": lambda: [
+            root,
+            results,
+            f"--known={generator.choice([known, folder, '/dev/null'])}",
+        ],
         "clock": lambda: [f"--root={spoilt(generator, target, 'spent_hours')}", results],
         "times": lambda: [f"--root={spoilt(generator, target, 'step_seconds.json')}", results],
         "flags": lambda: [root, results, generator.choice(["--nonsense", "more", "--run"])],
@@ -348,7 +451,9 @@ def studied(generator, folder, target):
 
 def spoilt(generator, root, name):
     root.mkdir()
-    (root / name).write_bytes(generator.choice([b"", b"x", b"[]", b"\xff", b'{"AdamW": "fast"}', b"NaN", b"[" * 5000]))
+    (root / name).write_bytes(
+        generator.choice([b"", b"x", b"[]", b"\xff", b'{"AdamW": "fast"}', b"NaN", b"[" * 5000])
+    )
     return root
 
 
@@ -356,7 +461,13 @@ def measured(generator, folder, target):
     """One of the benchmarks, whose names stand first."""
     program, flag, values = generator.choice([row for row in REFUSED if row[0] is not evidence])
     place = hostile.place(generator, folder, is_folder=False)
-    wrong = [f"{flag}={generator.choice(values)}", f"--output={place}", "--nonsense", "more", f"--{flag[3:]}"]
+    wrong = [
+        f"{flag}={generator.choice(values)}",
+        f"--output={place}",
+        "--nonsense",
+        "more",
+        f"--{flag[3:]}",
+    ]
     return program, [generator.choice(wrong)]
 
 
@@ -415,7 +526,12 @@ def test_a_malformed_input_is_one_message(program, folder, tmp_path, monkeypatch
             wrong.append((seed, words, repr(error)))
             continue
         lines = said.strip().splitlines()
-        if code not in codes or "Traceback" in said or not lines or ("error" not in lines[-1] and ":" not in lines[-1]):
+        if (
+            code not in codes
+            or "Traceback" in said
+            or not lines
+            or ("error" not in lines[-1] and ":" not in lines[-1])
+        ):
             wrong.append((seed, words, code, said[-300:]))
         assert not (folder / "file").exists() or (folder / "file").read_text() == "mine"
     assert not wrong, f"{len(wrong)} of {INPUTS}:\n" + "\n".join(map(str, wrong))

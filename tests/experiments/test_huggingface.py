@@ -1,4 +1,5 @@
-"""config.json and folders without transformers: what is read, what is refused, and that nothing is lost on the way.
+"""config.json and folders without transformers: what is read, what is refused, and that nothing is
+lost on the way.
 
 tests/peer/test_huggingface_llama.py compares logits with transformers.
 """
@@ -17,7 +18,14 @@ from experiments.models.llama import PROJECTIONS, LlamaConfig
 pytest.importorskip("safetensors", reason="needs the safetensors package")
 
 TINY = LlamaConfig(
-    vocabulary_size=19, width=16, hidden=24, heads=4, kv_heads=2, layers=2, sequence_length=12, rope_theta=100.0
+    vocabulary_size=19,
+    width=16,
+    hidden=24,
+    heads=4,
+    kv_heads=2,
+    layers=2,
+    sequence_length=12,
+    rope_theta=100.0,
 )
 QKV = PROJECTIONS[:3]
 LLAMA3 = ("llama3", 8.0, 1.0, 4.0, 40)
@@ -37,7 +45,9 @@ VALUES = {
 
 def draw(config, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), huggingface.shapes(config))
+    return jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), huggingface.shapes(config)
+    )
 
 
 def unstack(params, layers):
@@ -49,7 +59,9 @@ def unstack(params, layers):
 def assert_same(found, expected):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert left.dtype == right.dtype and np.asarray(left).tobytes() == np.asarray(right).tobytes()
+        assert (
+            left.dtype == right.dtype and np.asarray(left).tobytes() == np.asarray(right).tobytes()
+        )
 
 
 @pytest.mark.parametrize(
@@ -81,10 +93,16 @@ def test_folder_round_trip_is_exact(tmp_path, overrides):
 def test_overrides_decide_length_and_dtypes(tmp_path):
     params = draw(TINY)
     huggingface.save(tmp_path, TINY, params)
-    config, halved = huggingface.load(tmp_path, param_dtype="bfloat16", sequence_length=8, remat=True)
-    assert config == dataclasses.replace(TINY, param_dtype="bfloat16", sequence_length=8, remat=True)
+    config, halved = huggingface.load(
+        tmp_path, param_dtype="bfloat16", sequence_length=8, remat=True
+    )
+    assert config == dataclasses.replace(
+        TINY, param_dtype="bfloat16", sequence_length=8, remat=True
+    )
     assert_same(halved, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
-    huggingface.save(tmp_path, TINY, halved, overwrite=True)  # the dtype written is that of the parameters
+    huggingface.save(
+        tmp_path, TINY, halved, overwrite=True
+    )  # the dtype written is that of the parameters
     config, again = huggingface.load(tmp_path)
     assert (config.param_dtype, config.dtype) == ("bfloat16", "bfloat16")
     assert_same(again, halved)
@@ -94,8 +112,13 @@ def test_shardings_are_one_or_a_tree(tmp_path):
     huggingface.save(tmp_path, TINY, draw(TINY))
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     one = jax.NamedSharding(mesh, jax.P())
-    assert {leaf.sharding for leaf in jax.tree.leaves(huggingface.load(tmp_path, shardings=one)[1])} == {one}
-    tree = jax.tree.map(lambda leaf: jax.NamedSharding(mesh, jax.P(*["data"][: leaf.ndim])), huggingface.shapes(TINY))
+    assert {
+        leaf.sharding for leaf in jax.tree.leaves(huggingface.load(tmp_path, shardings=one)[1])
+    } == {one}
+    tree = jax.tree.map(
+        lambda leaf: jax.NamedSharding(mesh, jax.P(*["data"][: leaf.ndim])),
+        huggingface.shapes(TINY),
+    )
     found = huggingface.load(tmp_path, shardings=tree)[1]
     assert jax.tree.map(lambda leaf: leaf.sharding, found) == tree
 
@@ -113,14 +136,24 @@ def test_float16_is_read_as_float32(tmp_path):
 
 def test_configuration_from_both_spellings():
     assert huggingface.config_from(VALUES) == TINY
-    assert huggingface.config_from({k: v for k, v in VALUES.items() if k != "num_key_value_heads"}).kv_heads == 4
+    assert (
+        huggingface.config_from(
+            {k: v for k, v in VALUES.items() if k != "num_key_value_heads"}
+        ).kv_heads
+        == 4
+    )
     assert huggingface.config_from(VALUES | {"tie_word_embeddings": True}).tied_head
     assert huggingface.config_from(VALUES | {"head_dim": 4}).head_dim is None
     assert huggingface.config_from(VALUES | {"head_dim": 8}).head_dim == 8
     for key in ("torch_dtype", "dtype"):
         config = huggingface.config_from(VALUES | {key: "bfloat16"})
         assert (config.dtype, config.param_dtype) == ("bfloat16", "bfloat16")
-    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 40}
+    llama3 = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 40,
+    }
     old = VALUES | {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **llama3}}
     new = {k: v for k, v in old.items() if not k.startswith("rope")}
     new |= {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **llama3}}
@@ -128,10 +161,14 @@ def test_configuration_from_both_spellings():
         config = huggingface.config_from(values)
         assert (config.rope_theta, config.rope_scaling) == (5e5, LLAMA3)
     assert huggingface.config_to(config)["rope_scaling"] == {"rope_type": "llama3", **llama3}
-    assert isinstance(huggingface.config_to(config)["rope_scaling"]["original_max_position_embeddings"], int)
+    assert isinstance(
+        huggingface.config_to(config)["rope_scaling"]["original_max_position_embeddings"], int
+    )
     for scaling in (None, {"type": "default"}, {"rope_type": "default", "rope_theta": 100.0}):
         assert huggingface.config_from(VALUES | {"rope_scaling": scaling}) == TINY
-    assert huggingface.config_from(VALUES | {"rope_scaling": {"type": "linear", "factor": 2}}).rope_scaling == (
+    assert huggingface.config_from(
+        VALUES | {"rope_scaling": {"type": "linear", "factor": 2}}
+    ).rope_scaling == (
         "linear",
         2.0,
     )
@@ -151,7 +188,9 @@ def test_biases_of_the_families():
 
 def test_sliding_windows_matter_only_beyond_them():
     mistral = VALUES | {"model_type": "mistral", "sliding_window": 8}
-    with pytest.raises(ValueError, match=r"sliding_window=8: .*sequences of 12 .* give sequence_length=8 or less"):
+    with pytest.raises(
+        ValueError, match=r"sliding_window=8: .*sequences of 12 .* give sequence_length=8 or less"
+    ):
         huggingface.config_from(mistral)
     assert huggingface.config_from(mistral, sequence_length=8).sequence_length == 8
     assert huggingface.config_from(mistral | {"sliding_window": None}) == TINY
@@ -161,7 +200,9 @@ def test_sliding_windows_matter_only_beyond_them():
     assert huggingface.config_from(qwen).sequence_length == 12
     with pytest.raises(ValueError, match=r"sliding_window=8"):
         huggingface.config_from(qwen | {"use_sliding_window": True})
-    assert huggingface.config_from(VALUES | {"sliding_window": 8}).sequence_length == 12  # LLaMA has none
+    assert (
+        huggingface.config_from(VALUES | {"sliding_window": 8}).sequence_length == 12
+    )  # LLaMA has none
 
 
 @pytest.mark.parametrize(
@@ -174,11 +215,20 @@ def test_sliding_windows_matter_only_beyond_them():
         ({"hidden_size": None}, "no hidden_size"),
         ({"max_position_embeddings": None}, "no max_position_embeddings"),
         ({"model_type": "qwen2", "num_key_value_heads": None}, "no num_key_value_heads"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic': supported are default"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_type='dynamic': supported are default",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_type='llama3' lacks low_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+            "rope_type='llama3' lacks low_freq_factor",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer"),
-        ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        (
+            {"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"num_attention_heads": 3, "num_key_value_heads": 3}, "heads=3 does not divide width=16"),
     ],
@@ -208,9 +258,15 @@ def test_errors_of_load(tmp_path):
 
 def test_errors_of_save(tmp_path):
     params = draw(TINY)
-    with pytest.raises(ValueError, match=r"params\['lm_head/kernel'\] is of shape None, .* has \(16, 19\)"):
-        huggingface.save(tmp_path, TINY, {name: part for name, part in params.items() if name != "lm_head"})
-    with pytest.raises(ValueError, match=r"params\['embed/embedding'\] is of shape \(19, 16\), .* has \(20, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"params\['lm_head/kernel'\] is of shape None, .* has \(16, 19\)"
+    ):
+        huggingface.save(
+            tmp_path, TINY, {name: part for name, part in params.items() if name != "lm_head"}
+        )
+    with pytest.raises(
+        ValueError, match=r"params\['embed/embedding'\] is of shape \(19, 16\), .* has \(20, 16\)"
+    ):
         huggingface.save(tmp_path, dataclasses.replace(TINY, vocabulary_size=20), params)
     mixed = params | {"norm": {"scale": params["norm"]["scale"].astype(jnp.bfloat16)}}
     with pytest.raises(ValueError, match=r"params are of bfloat16, float32: give one"):
@@ -221,10 +277,14 @@ def test_errors_of_save(tmp_path):
     assert not list(tmp_path.iterdir())
     huggingface.save(tmp_path, TINY, params, entries={"eos_token_id": 7})
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 7
-    with pytest.raises(FileExistsError, match=r"holds config.json, model.safetensors: give another folder"):
+    with pytest.raises(
+        FileExistsError, match=r"holds config.json, model.safetensors: give another folder"
+    ):
         huggingface.save(tmp_path, TINY, params)
     huggingface.save(tmp_path, TINY, draw(TINY, seed=1), overwrite=True)
     assert_same(huggingface.load(tmp_path)[1], draw(TINY, seed=1))
     (tmp_path / "config.json").write_text('{"name": "a run"}')
-    with pytest.raises(FileExistsError, match=r"config.json is not that of a model of transformers: give another"):
+    with pytest.raises(
+        FileExistsError, match=r"config.json is not that of a model of transformers: give another"
+    ):
         huggingface.save(tmp_path, TINY, params, overwrite=True)

@@ -21,7 +21,14 @@ from experiments.models.llama import (
 from experiments.models.sampling import sample
 
 TINY = LlamaConfig(
-    vocabulary_size=19, width=16, hidden=24, heads=4, kv_heads=2, layers=2, sequence_length=12, rope_theta=100.0
+    vocabulary_size=19,
+    width=16,
+    hidden=24,
+    heads=4,
+    kv_heads=2,
+    layers=2,
+    sequence_length=12,
+    rope_theta=100.0,
 )
 TOKENS = np.random.default_rng(0).integers(0, 19, (2, 7)).astype(np.int32)
 
@@ -64,7 +71,8 @@ def unstack(params, layers):
 
 
 def numpy_frequencies(K, theta, scaling):
-    """By wavelengths, in float64; a pair keeps its frequency, or is slowed down wholly or in part."""
+    """By wavelengths, in float64; a pair keeps its frequency, or is slowed down wholly or in
+    part."""
     kind, factor, *rest = scaling or ("linear", 1.0)
     slowed = []
     for i in range(K // 2):
@@ -103,7 +111,10 @@ def numpy_llama(params, tokens, config):
     def attention(x, p):
         out = np.zeros((len(x), config.heads * K))
         for head in range(config.heads):
-            own, shared = slice(head * K, (head + 1) * K), slice(head // group * K, (head // group + 1) * K)
+            own, shared = (
+                slice(head * K, (head + 1) * K),
+                slice(head // group * K, (head // group + 1) * K),
+            )
             q = [rotate(v, s) for s, v in enumerate(affine(x, p["q_proj"])[:, own])]
             k = [rotate(v, s) for s, v in enumerate(affine(x, p["k_proj"])[:, shared])]
             v = affine(x, p["v_proj"])[:, shared]
@@ -128,7 +139,8 @@ def numpy_llama(params, tokens, config):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("60M", 58.07), ("130M", 134.11), ("350M", 367.97), ("1B", 1339.08), ("7B", 6738.42)]
+    ("name", "millions"),
+    [("60M", 58.07), ("130M", 134.11), ("350M", 367.97), ("1B", 1339.08), ("7B", 6738.42)],
 )
 def test_published_parameter_counts(name, millions):
     shapes = shapes_of(preset(name))
@@ -137,7 +149,9 @@ def test_published_parameter_counts(name, millions):
     assert parameter_count(preset(name)) == count
 
 
-@pytest.mark.parametrize("overrides", [{}, {"tied_head": True, "kv_heads": 1}, {"head_dim": 40, "biases": PROJECTIONS}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"tied_head": True, "kv_heads": 1}, {"head_dim": 40, "biases": PROJECTIONS}]
+)
 @pytest.mark.parametrize("name", ["nano", "35M"])
 def test_parameter_count_is_the_tree(name, overrides):
     config = preset(name, **overrides)
@@ -147,7 +161,10 @@ def test_parameter_count_is_the_tree(name, overrides):
 
 def test_parameter_paths():
     params = init(TINY)
-    paths = {"/".join(k.key for k in path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    paths = {
+        "/".join(k.key for k in path): x.shape
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
     assert paths == {
         "embed/embedding": (19, 16),
         "layers/attention/q_proj/kernel": (2, 16, 16),
@@ -189,9 +206,15 @@ def test_logits_equal_the_numpy_model(overrides):
     config = dataclasses.replace(TINY, **overrides)
     params = init(config)
     assert ("lm_head" in params) != config.tied_head
-    biased = {path[-2].key for path, _ in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "bias"}
+    biased = {
+        path[-2].key
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        if path[-1].key == "bias"
+    }
     assert biased == set(config.biases or ())
-    np.testing.assert_allclose(logits_of(config, params), numpy_llama(params, TOKENS, config), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        logits_of(config, params), numpy_llama(params, TOKENS, config), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("scaling", [None, ("linear", 4.0), ("llama3", 8.0, 1.0, 4.0, 8192)])
@@ -200,7 +223,9 @@ def test_rope_frequencies(scaling):
     np.testing.assert_allclose(llama.rope_frequencies(128, 5e5, scaling), stretched, rtol=3e-6)
     if scaling and scaling[0] == "llama3":  # all three regimes occur
         ratio = stretched / plain
-        assert ratio[0] == 1 and ratio[-1] == 1 / 8 and np.sum((ratio < 0.999) & (ratio > 0.126)) > 5
+        assert (
+            ratio[0] == 1 and ratio[-1] == 1 / 8 and np.sum((ratio < 0.999) & (ratio > 0.126)) > 5
+        )
 
 
 def test_causality():
@@ -215,26 +240,39 @@ def test_scan_equals_loop():
     params = init(TINY)
     unscanned = dataclasses.replace(TINY, scan=False)
     restacked = unstack(params, 2)
-    assert jax.tree.map(jnp.shape, restacked) == jax.tree.map(lambda x: x.shape, shapes_of(unscanned))
-    np.testing.assert_allclose(logits_of(TINY, params), logits_of(unscanned, restacked), rtol=1e-5, atol=1e-5)
+    assert jax.tree.map(jnp.shape, restacked) == jax.tree.map(
+        lambda x: x.shape, shapes_of(unscanned)
+    )
+    np.testing.assert_allclose(
+        logits_of(TINY, params), logits_of(unscanned, restacked), rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("remat", "scan"), [(True, True), ("dots_with_no_batch_dims_saveable", False)])
+@pytest.mark.parametrize(
+    ("remat", "scan"), [(True, True), ("dots_with_no_batch_dims_saveable", False)]
+)
 def test_remat_changes_memory_but_not_gradients(remat, scan):
     plain = dataclasses.replace(TINY, scan=scan, layers=1)
     config, params = dataclasses.replace(plain, remat=remat), init(plain)
     for a, b in zip(
-        jax.tree.leaves(gradient_of(plain, params)), jax.tree.leaves(gradient_of(config, params)), strict=True
+        jax.tree.leaves(gradient_of(plain, params)),
+        jax.tree.leaves(gradient_of(config, params)),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     # products fold their rows again in either case; what is made twice here is the softmax
-    kept, again = (str(jax.make_jaxpr(gradient_of, static_argnums=0)(own, params)) for own in (plain, config))
+    kept, again = (
+        str(jax.make_jaxpr(gradient_of, static_argnums=0)(own, params)) for own in (plain, config)
+    )
     assert again.count(" exp ") > kept.count(" exp ")
 
 
 def test_bfloat16_is_close_and_logits_are_float32():
     params = init(TINY)
-    full, half = logits_of(TINY, params), logits_of(dataclasses.replace(TINY, dtype="bfloat16"), params)
+    full, half = (
+        logits_of(TINY, params),
+        logits_of(dataclasses.replace(TINY, dtype="bfloat16"), params),
+    )
     assert half.dtype == jnp.float32
     error = np.linalg.norm(full - half) / np.linalg.norm(full)
     assert 1e-4 < error < 3e-2  # not exact, or the products were not bfloat16
@@ -244,9 +282,16 @@ def test_bfloat16_is_close_and_logits_are_float32():
 
 @pytest.mark.parametrize("head_dim", [None, 32])
 def test_flops_per_token_counts_matrix_products(head_dim):
-    """XLA counts two operations per multiply-add; elementwise work makes its count a little larger than ours."""
+    """XLA counts two operations per multiply-add; elementwise work makes its count a little larger
+    than ours."""
     config = dataclasses.replace(
-        TINY, width=64, hidden=128, vocabulary_size=256, sequence_length=32, scan=False, head_dim=head_dim
+        TINY,
+        width=64,
+        hidden=128,
+        vocabulary_size=256,
+        sequence_length=32,
+        scan=False,
+        head_dim=head_dim,
     )
     tokens = np.zeros((2, 32), np.int32)
     cost = logits_of.lower(config, shapes_of(config), tokens).compile().cost_analysis()
@@ -264,12 +309,17 @@ def test_losses():
     )
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.log(probabilities[np.arange(2)[:, None], np.arange(3), targets])
-    np.testing.assert_allclose(token_losses(jnp.asarray(logits, jnp.float32), targets), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        token_losses(jnp.asarray(logits, jnp.float32), targets), expected, rtol=1e-5
+    )
     loss, parts = loss_and_metrics(jnp.asarray(logits, jnp.float32), targets, jnp.asarray(weights))
     np.testing.assert_allclose(loss, (expected * weights).sum() / 4, rtol=1e-5)
     np.testing.assert_allclose(parts["loss_sum"], (expected * weights).sum(), rtol=1e-5)
     assert parts["weight_sum"] == 4
-    assert loss_and_metrics(jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2)))[0] == 0
+    assert (
+        loss_and_metrics(jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2)))[0]
+        == 0
+    )
 
 
 def test_sampling_follows_the_argmax_beyond_the_window():
@@ -287,7 +337,9 @@ def test_sampling_is_seeded_and_random():
     params, prompt = init(TINY), jnp.asarray(TOKENS[:1, :3])
 
     def draw(seed):
-        return np.asarray(sample(Llama(TINY), params, prompt, 9, jax.random.key(seed), temperature=2.0))
+        return np.asarray(
+            sample(Llama(TINY), params, prompt, 9, jax.random.key(seed), temperature=2.0)
+        )
 
     np.testing.assert_array_equal(draw(0), draw(0))
     assert not np.array_equal(draw(0), draw(1))
@@ -311,7 +363,10 @@ def test_sampling_is_seeded_and_random():
         ({"head_dim": 5}, "head_dim=5 is odd"),
         ({"head_dim": 0}, "head_dim=0: give a positive integer"),
         ({"biases": ("q_proj", "lm_head")}, r"biases=.*choose among q_proj, k_proj"),
-        ({"rope_scaling": ("yarn", 2.0)}, r"rope_scaling=\('yarn', 2.0\): give None, \('linear', factor\)"),
+        (
+            {"rope_scaling": ("yarn", 2.0)},
+            r"rope_scaling=\('yarn', 2.0\): give None, \('linear', factor\)",
+        ),
         ({"rope_scaling": ("linear",)}, "rope_scaling="),
         ({"rope_scaling": ("linear", 0.0)}, "positive numbers"),
         ({"rope_scaling": ("llama3", 8.0, 4.0, 1.0, 64)}, "low < high"),

@@ -1,4 +1,5 @@
-"""The 7B benchmark on a small model: its step is the model's, its bytes are those of the trees, its table their sum."""
+"""The 7B benchmark on a small model: its step is the model's, its bytes are those of the trees, its
+table their sum."""
 
 import math
 
@@ -37,7 +38,12 @@ def test_every_refresh_makes_a_step(refresh, int8):
     after, new, value = jax.eval_shape(step, params, state, TOKENS)
     assert jax.tree.structure((after, new)) == jax.tree.structure((params, state))
     assert value.shape == ()
-    plans = {"none": "taps", "random": "taps", "alternating": "sketch at a refresh", "power": "full at a refresh"}
+    plans = {
+        "none": "taps",
+        "random": "taps",
+        "alternating": "sketch at a refresh",
+        "power": "full at a refresh",
+    }
     assert lr.plan(memory_7b.optimizer(refresh, 8, dtype=jnp.int8).projection) == plans[refresh]
 
 
@@ -62,40 +68,58 @@ def test_a_slice_splits_what_projection_keeps():
     tx = memory_7b.optimizer("alternating", 8, dtype=jnp.float32)
     for split in (False, True):
         placed, state = memory_7b.pod_shardings(mesh, tx, params, split=split)
-        specs = {name: tuple(placed["layers"]["mlp"][f"{name}_proj"]["kernel"].spec) for name in ("up", "down")}
+        specs = {
+            name: tuple(placed["layers"]["mlp"][f"{name}_proj"]["kernel"].spec)
+            for name in ("up", "down")
+        }
         assert specs == {"up": (None, None, "chips"), "down": (None, "chips", None)}
         assert tuple(placed["embed"]["embedding"].spec) == ("chips", None)
         assert not any(placed["layers"]["mlp_norm"]["scale"].spec)
         for name in ("up", "down"):
             matrix = state.projection.matrices["layers"]["mlp"][f"{name}_proj"]["kernel"]
             assert tuple(matrix.inner.mu.spec) == (None, None, "chips")
-            assert tuple(matrix.basis.spec) == ((None, "chips", None) if split else (None, None, None))
+            assert tuple(matrix.basis.spec) == (
+                (None, "chips", None) if split else (None, None, None)
+            )
 
 
 def test_bytes_are_those_of_one_device():
     mesh = jax.sharding.AbstractMesh((16,), ("chips",))
     split = jax.NamedSharding(mesh, jax.P(None, "chips"))
-    tree = {"a": jax.ShapeDtypeStruct((2, 32), jnp.float32, sharding=split), "b": jax.ShapeDtypeStruct((3,), jnp.int8)}
+    tree = {
+        "a": jax.ShapeDtypeStruct((2, 32), jnp.float32, sharding=split),
+        "b": jax.ShapeDtypeStruct((3,), jnp.int8),
+    }
     assert memory_7b.nbytes(tree) == 2 * 2 * 4 + 3
 
 
 def test_the_table():
-    sizes = dict.fromkeys([f"{name}_bytes" for name in ("parameter", "plain", "basis", "moment", "temporary")], 2**30)
+    sizes = dict.fromkeys(
+        [f"{name}_bytes" for name in ("parameter", "plain", "basis", "moment", "temporary")], 2**30
+    )
     sizes |= {"peak_bytes": 5 * 2**30, "input_bytes": 2**29}
     card = {"weights": "int8", "rank": 256, "refresh": "power", "bound_gib": 4.5, "met": False}
-    chip = {"optimizer": "galore", "form": "layerwise_step", "rank": 1024, "refresh": "none", "split": True}
+    chip = {
+        "optimizer": "galore",
+        "form": "layerwise_step",
+        "rank": 1024,
+        "refresh": "none",
+        "split": True,
+    }
     result = {"command": "c", "device": "d", "slice": "v5e:4x4", "length": 2048}
     text = tables.memory_7b(result | {"card_rows": [card | sizes], "slice_rows": [chip | sizes]})
-    assert "| int8 | 256 | power | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 5.00 | 4.5: **missed** |" in text
+    assert (
+        "| int8 | 256 | power | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 5.00 | 4.5: **missed** |" in text
+    )
     assert "| galore | layerwise_step | 1024 | none | split | 1.00 |" in text
     assert "0.50 GiB are the inputs" in text
     assert "slice" not in tables.memory_7b(result | {"card_rows": [card | sizes]})
 
 
 def test_rows_cover_what_was_aimed_at():
-    assert {(weights, rank) for weights, rank, refresh, _ in memory_7b.CARD if refresh == "none"} == {
-        ("bfloat16", 1024), ("bfloat16", 256), ("int8", 1024), ("int8", 256)
-    }  # fmt: skip
+    assert {
+        (weights, rank) for weights, rank, refresh, _ in memory_7b.CARD if refresh == "none"
+    } == {("bfloat16", 1024), ("bfloat16", 256), ("int8", 1024), ("int8", 256)}
     assert {refresh for *_, refresh, _ in memory_7b.CARD} == set(REFRESHES)
     assert math.prod(map(int, memory_7b.SLICE.split(":")[1].split("x"))) == memory_7b.CHIPS
     assert workload.rank("7B") == 1024

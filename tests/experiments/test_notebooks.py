@@ -24,7 +24,10 @@ def test_a_notebook_runs(path, capsys):
     try:
         for number, cell in enumerate(cells):
             if cell["cell_type"] == "code":
-                exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), namespace)
+                exec(
+                    compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"),
+                    namespace,
+                )
         assert pyplot.get_fignums() and capsys.readouterr().out
     finally:
         pyplot.close("all")
@@ -32,10 +35,13 @@ def test_a_notebook_runs(path, capsys):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_shows_its_results(path):
-    """Committed with outputs, pictures among them, in order, and with nothing of the machine it ran on."""
+    """Committed with outputs, pictures among them, in order, and with nothing of the machine it ran
+    on."""
     text = path.read_text()
     cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"])
+    assert any(
+        "image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"]
+    )
     assert all(output["output_type"] != "error" for cell in cells for output in cell["outputs"])
     assert "/home/" not in text and "/work" not in text and "/tmp" not in text

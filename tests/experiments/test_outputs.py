@@ -1,4 +1,5 @@
-"""What programs write: places are tested before any work, files are put in place whole, and less replaces nothing."""
+"""What programs write: places are tested before any work, files are put in place whole, and less
+replaces nothing."""
 
 import errno
 import importlib
@@ -24,7 +25,13 @@ from experiments.benchmarks import (
     training_step,
 )
 
-RESULT = {"preset": "60M", "rows": [{"a": 1}, {"a": 2}], "losses": {"x": 1.0}, "failed": ["b"], "command": "one"}
+RESULT = {
+    "preset": "60M",
+    "rows": [{"a": 1}, {"a": 2}],
+    "losses": {"x": 1.0},
+    "failed": ["b"],
+    "command": "one",
+}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +54,10 @@ def test_a_result_is_not_replaced_by_less(tmp_path, capsys, changes, words):
     before = path.read_bytes()
     written = outputs.write_result(path, RESULT | changes)
     assert path.read_bytes() == before
-    assert written == tmp_path / "result.partial.json" and json.loads(written.read_text()) == RESULT | changes
+    assert (
+        written == tmp_path / "result.partial.json"
+        and json.loads(written.read_text()) == RESULT | changes
+    )
     said = capsys.readouterr().err
     assert words in said and "--replace puts it there" in said
     assert outputs.write_result(path, RESULT | changes, replace=True) == path
@@ -58,14 +68,21 @@ def test_a_result_is_not_replaced_by_less(tmp_path, capsys, changes, words):
 def test_a_result_is_replaced_by_as_much_or_more(tmp_path, capsys):
     path = tmp_path / "result.json"
     outputs.write_result(path, RESULT)
-    more = RESULT | {"rows": [{"a": 1}, {"a": 2}, {"a": 3}], "failed": [], "command": "two", "further": 1}
+    more = RESULT | {
+        "rows": [{"a": 1}, {"a": 2}, {"a": 3}],
+        "failed": [],
+        "command": "two",
+        "further": 1,
+    }
     assert outputs.write_result(path, more) == path and json.loads(path.read_text()) == more
     path.write_text("{")
     assert outputs.write_result(path, more) == tmp_path / "result.partial.json"
     assert "cannot be compared" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("knows", "words"), [(False, "7 rows, where"), (True, "7 rows['step_seconds'], where")])
+@pytest.mark.parametrize(
+    ("knows", "words"), [(False, "7 rows, where"), (True, "7 rows['step_seconds'], where")]
+)
 def test_a_study_that_has_no_time_keeps_what_is_committed(tmp_path, capsys, knows, words):
     """An empty table took the place of the committed one, and one without the seconds of a step."""
     committed = evidence.RESULTS.read_text()
@@ -85,18 +102,25 @@ def test_a_study_that_has_no_time_keeps_what_is_committed(tmp_path, capsys, know
     assert f"is kept: it holds {words} this one has 0" in capsys.readouterr().err
 
 
-def test_rows_of_another_preset_are_not_put_beside_those_of_the_committed_one(tmp_path, monkeypatch, capsys):
+def test_rows_of_another_preset_are_not_put_beside_those_of_the_committed_one(
+    tmp_path, monkeypatch, capsys
+):
     committed = (evidence.RESULTS.parent / "memory_7b.json").read_text()
     (tmp_path / "memory.json").write_text(committed)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setitem(memory_7b.PARTS, "card", lambda preset, length: iter(json.loads(committed)["card_rows"]))
+    monkeypatch.setitem(
+        memory_7b.PARTS, "card", lambda preset, length: iter(json.loads(committed)["card_rows"])
+    )
     flags = ["--part=card", f"--output={tmp_path / 'memory.json'}"]
     assert memory_7b.main([*flags, "--preset=60M"]) == 0
     assert (tmp_path / "memory.json").read_text() == committed
     assert "slice_rows" not in json.loads((tmp_path / "memory.partial.json").read_text())
     assert memory_7b.main(flags) == 0  # the committed one's own
     assert json.loads((tmp_path / "memory.json").read_text()) == json.loads(committed)
-    assert capsys.readouterr().err.count("is kept: it holds preset '7B', where this one has '60M'") == 1
+    assert (
+        capsys.readouterr().err.count("is kept: it holds preset '7B', where this one has '60M'")
+        == 1
+    )
 
 
 def test_a_run_of_a_smaller_preset_keeps_the_times_beside_pytorch(tmp_path, monkeypatch, capsys):
@@ -106,7 +130,12 @@ def test_a_run_of_a_smaller_preset_keeps_the_times_beside_pytorch(tmp_path, monk
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
     for name, made in (("require", None), ("benchmark", found), ("version", "1")):
         monkeypatch.setattr(peer_training_step, name, lambda *given, made=made: made)
-    assert peer_training_step.main(["--preset=nano", "--repetitions=3", f"--output={tmp_path / 'peer.json'}"]) == 0
+    assert (
+        peer_training_step.main(
+            ["--preset=nano", "--repetitions=3", f"--output={tmp_path / 'peer.json'}"]
+        )
+        == 0
+    )
     assert (tmp_path / "peer.json").read_text() == committed
     assert json.loads((tmp_path / "peer.partial.json").read_text())["repetitions"] == 3
     assert "is kept: it holds preset '60M', where this one has 'nano'" in capsys.readouterr().err
@@ -128,7 +157,10 @@ REFUSED = [
     (training_step, "--repetitions", ("0",)),
     (training_step, "--parts", ("0",)),
     (peer_training_step, "--preset", ("61M",)),
-    *((peer_training_step, f"--{name}", ("0",)) for name in ("batch", "length", "repetitions", "threads")),
+    *(
+        (peer_training_step, f"--{name}", ("0",))
+        for name in ("batch", "length", "repetitions", "threads")
+    ),
     (memory_7b, "--length", ("0",)),
     (memory_7b, "--preset", ("8B",)),
     (collectives, "--preset", ("61M",)),
@@ -142,7 +174,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("program", "flag", "values"), REFUSED, ids=lambda part: getattr(part, "__name__", None))
+@pytest.mark.parametrize(
+    ("program", "flag", "values"), REFUSED, ids=lambda part: getattr(part, "__name__", None)
+)
 def test_numbers_and_places_that_make_no_sense_are_refused(program, flag, values, capsys):
     for value in values:
         with pytest.raises(SystemExit) as ended:
@@ -160,7 +194,11 @@ def test_a_target_that_is_none_is_refused(program, capsys):
 
 def test_less_of_one_kernel_keeps_the_rows_of_all(tmp_path, monkeypatch, capsys):
     """The next kernel's rows removed the file in which those of the first one were put aside."""
-    rows = [{"target": "v5e:2x2", "kernel": name, "case": case} for name in kernels.KERNELS for case in (1, 2)]
+    rows = [
+        {"target": "v5e:2x2", "kernel": name, "case": case}
+        for name in kernels.KERNELS
+        for case in (1, 2)
+    ]
     rows += [{"target": "h100", "kernel": "dct_scores", "case": 1}]
     (tmp_path / "kernels.json").write_text(json.dumps({"rows": rows}))
     target = SimpleNamespace(name="v5e:2x2", kind="tpu", chip="v5e", devices=lambda: [None])
@@ -174,7 +212,10 @@ def test_less_of_one_kernel_keeps_the_rows_of_all(tmp_path, monkeypatch, capsys)
     assert kernels.main(["--target=v5e:2x2"]) == 0
     assert json.loads((tmp_path / "kernels.json").read_text())["rows"] == rows
     aside = json.loads((tmp_path / "kernels.partial.json").read_text())["rows"]
-    expected = [rows[-1], *(row for row in rows[:-1] if (row["kernel"], row["case"]) != ("dct_scores", 2))]
+    expected = [
+        rows[-1],
+        *(row for row in rows[:-1] if (row["kernel"], row["case"]) != ("dct_scores", 2)),
+    ]
     assert aside == expected
     assert "is kept: it holds 9 rows, where this one has 8" in capsys.readouterr().err
     assert kernels.main(["--target=v5e:2x2", "--replace"]) == 0
@@ -201,7 +242,13 @@ def test_places_that_cannot_be_written_are_named_before_any_work(tmp_path, monke
     }
     for (name, is_folder), words in wrong.items():
         assert words in outputs.problem(tmp_path / name, is_folder=is_folder), name
-    fine = (("new/folder", True), ("new/file.json", False), ("file", False), ("link", False), ("", True))
+    fine = (
+        ("new/folder", True),
+        ("new/file.json", False),
+        ("file", False),
+        ("link", False),
+        ("", True),
+    )
     for name, is_folder in fine:
         assert outputs.problem(tmp_path / name, is_folder=is_folder) is None, name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "loop"]  # no trace
@@ -216,10 +263,14 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         outputs.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": None} and [file.name for file in tmp_path.iterdir()] == ["result.json"]
+    assert json.loads(path.read_text()) == {"a": None} and [
+        file.name for file in tmp_path.iterdir()
+    ] == ["result.json"]
 
 
 def test_a_link_to_a_result_stays_one(tmp_path):
     (tmp_path / "link.json").symlink_to(tmp_path / "file.json")
     outputs.write_json(tmp_path / "link.json", [1])
-    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "file.json").read_text()) == [1]
+    assert (tmp_path / "link.json").is_symlink() and json.loads(
+        (tmp_path / "file.json").read_text()
+    ) == [1]

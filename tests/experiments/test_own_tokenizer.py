@@ -1,4 +1,5 @@
-"""A tokenizer of one's own from pre-training to export: it sets the vocabulary, and every folder brings it."""
+"""A tokenizer of one's own from pre-training to export: it sets the vocabulary, and every folder
+brings it."""
 
 import json
 import shutil
@@ -17,24 +18,34 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A base by a tokenizer.json that is gone since, and conversations."""
-    pytest.importorskip("tokenizers", reason="a tokenizer.json needs the tokenizers package (extra tokenizers)")
+    pytest.importorskip(
+        "tokenizers", reason="a tokenizer.json needs the tokenizers package (extra tokenizers)"
+    )
     folder = tmp_path_factory.mktemp("own")
     runs.write_text(folder / "text")
-    path = tokenizers.byte_level(folder / "files", [("t", "e"), ("a", "n")], eos_token="<|endoftext|>")
+    path = tokenizers.byte_level(
+        folder / "files", [("t", "e"), ("a", "n")], eos_token="<|endoftext|>"
+    )
     config = runs.tiny(folder, data={"tokenizer": path}, schedule={"steps": 2})
     assert config.model.vocabulary_size == 256 + 2 + 3
     training.run(config, folder / "base", verbose=False)
     shutil.rmtree(folder / "files")
     talk = [{"role": "user", "content": "te"}, {"role": "assistant", "content": "an an"}]
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": talk, "n": i}) + "\n" for i in range(40)))
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"messages": talk, "n": i}) + "\n" for i in range(40))
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def tuned(folder):
     path = str(folder / "rows.jsonl")
-    config = tuning.tiny(folder, data={"task": "instruction", "name": path, "validation": path, "sequence_length": 12},
-                         schedule={"steps": 2}, run={"domain_tokens": 64, "evaluation_tokens": 64})  # fmt: skip
+    config = tuning.tiny(
+        folder,
+        data={"task": "instruction", "name": path, "validation": path, "sequence_length": 12},
+        schedule={"steps": 2},
+        run={"domain_tokens": 64, "evaluation_tokens": 64},
+    )
     task = finetuning.Finetuning(config)
     batch = task.dataset.train.batch(0)
     end = task.dataset.tokenizer.token("<|im_end|>")
@@ -70,9 +81,13 @@ def test_a_folder_without_its_tokenizer_is_refused_before_any_work(folder, tuned
     shutil.copytree(tuned, folder / "bare")
     for name in names(folder / "bare"):
         (folder / "bare" / name).unlink()
-    description = json.loads((folder / "bare" / "model.json").read_text()) | {"tokenizer": "/gone/tokenizer.json"}
+    description = json.loads((folder / "bare" / "model.json").read_text()) | {
+        "tokenizer": "/gone/tokenizer.json"
+    }
     (folder / "bare" / "model.json").write_text(json.dumps(description))
-    with pytest.raises(ConfigurationError, match=r"data\.tokenizer='.*tokenizer\.json': no such file"):
+    with pytest.raises(
+        ConfigurationError, match=r"data\.tokenizer='.*tokenizer\.json': no such file"
+    ):
         merged.export(folder / "bare", folder / "nowhere", "huggingface")
     assert not (folder / "nowhere").exists()
 
@@ -82,7 +97,10 @@ def test_new_parameters_have_the_vocabulary_of_the_data(tmp_path):
     size = make_tokenizer(path).vocabulary_size
     new = bases.open_base(BaseConfig(source="", preset="nano"), 0, path)
     assert new.config.vocabulary_size == size != 259
-    assert bases.open_base(BaseConfig(source="", preset="nano"), 0, "bytes").config.vocabulary_size == 259
+    assert (
+        bases.open_base(BaseConfig(source="", preset="nano"), 0, "bytes").config.vocabulary_size
+        == 259
+    )
     runs.write_text(tmp_path / "text")
     too_small = runs.tiny(tmp_path, data={"tokenizer": path}, model={"vocabulary_size": size - 1})
     message = rf"has {size} tokens, the model {size - 1}; set model\.vocabulary_size={size}"

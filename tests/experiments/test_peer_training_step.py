@@ -24,7 +24,16 @@ def test_rows_compare_with_the_faster_peer():
     assert [row["of_peer"] for row in rows] == [2.0, 1.0, 1.5]
     (aim,) = peer_training_step.aims(rows)
     assert (aim["value"], aim["met"]) == (1.5, False)
-    result = {"rows": rows, "aims": [aim], "command": "c", "preset": "60M", "tokens": 8, "length": 4, "repetitions": 1,
-              "threads": 2, "loss_difference": 1e-6,
-              "machine": {"versions": dict.fromkeys(("torch", "transformers", "jax"), "1")}}  # fmt: skip
+    result = {
+        "rows": rows,
+        "aims": [aim],
+        "command": "c",
+        "preset": "60M",
+        "tokens": 8,
+        "length": 4,
+        "repetitions": 1,
+        "threads": 2,
+        "loss_difference": 1e-6,
+        "machine": {"versions": dict.fromkeys(("torch", "transformers", "jax"), "1")},
+    }
     assert "**missed**" in tables.peer_training_step(result)

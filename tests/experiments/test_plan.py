@@ -1,4 +1,5 @@
-"""The planner: the harness's program, the trees' bytes, a queue that resumes, advice that is least."""
+"""The planner: the harness's program, the trees' bytes, a queue that resumes, advice that is
+least."""
 
 import dataclasses
 import json
@@ -17,7 +18,14 @@ from experiments.planning.cases import Case
 from tests.experiments import runs
 
 SECTIONS = {
-    "model": {"width": 32, "hidden": 48, "heads": 2, "kv_heads": 2, "layers": 2, "sequence_length": 16},
+    "model": {
+        "width": 32,
+        "hidden": 48,
+        "heads": 2,
+        "kv_heads": 2,
+        "layers": 2,
+        "sequence_length": 16,
+    },
     "data": {"sequence_length": 16, "batch_size": 8},
 }
 GALORE = "galore:rank=8:projector=alternating:refresh_when=after"
@@ -43,13 +51,20 @@ def test_targets():
     assert targets.parse("cpu:8").facts is None
     assert targets.parse("cpu:8").environment()["XLA_FLAGS"].endswith("=8")
     assert targets.parse("v6e:4x4").environment()["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"
-    for wrong, remedy in (("v5e", "v5e:4x4"), ("h200:2", "one card"), ("v7:2", "Choose one of"), ("cpu:0", "cpu:8")):
+    for wrong, remedy in (
+        ("v5e", "v5e:4x4"),
+        ("h200:2", "one card"),
+        ("v7:2", "Choose one of"),
+        ("cpu:0", "cpu:8"),
+    ):
         with pytest.raises(ConfigurationError, match=remedy):
             targets.parse(wrong)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(targets, "_has", lambda python, module: python == "elsewhere" and module == "libtpu")
+    monkeypatch.setattr(
+        targets, "_has", lambda python, module: python == "elsewhere" and module == "libtpu"
+    )
     assert targets.interpreter(targets.parse("v5e:2x2"), "elsewhere") == "elsewhere"
     assert targets.interpreter(targets.parse("cpu:1")) == sys.executable
     with pytest.raises(ConfigurationError, match=r"no libtpu there.*make test-tpu"):
@@ -88,7 +103,12 @@ def test_components_are_the_arguments(rows):
         assert own == share
         assert row["peak_bytes"] >= row["argument_bytes"] + row["temporary_bytes"]
         assert row["fits"] is None and row["limit_bytes"] is None and row["placed"]
-    assert {entry["component"] for entry in rows["galore"]["components"]} >= {"parameters", "basis", "moments", "plain"}
+    assert {entry["component"] for entry in rows["galore"]["components"]} >= {
+        "parameters",
+        "basis",
+        "moments",
+        "plain",
+    }
     assert report.state_bytes(rows["galore"])[0] < report.state_bytes(rows["adamw"])[0]
 
 
@@ -118,7 +138,9 @@ def test_the_limit_decides(rows):
     assert queue.judged(rows["adamw"], peak - 1)["fits"] is False
     h200 = queue.judged(rows["adamw"] | {"topology": "h200"})
     assert h200["fits"] and h200["seconds_at_peak"] == rows["adamw"]["flops"] / 989e12
-    refused = queue.judged(rows["adamw"] | {"placed": False, "usable_bytes": 5, "topology": "v5e:2x2"})
+    refused = queue.judged(
+        rows["adamw"] | {"placed": False, "usable_bytes": 5, "topology": "v5e:2x2"}
+    )
     assert refused["fits"] is False and refused["limit_bytes"] == 5
 
 
@@ -134,12 +156,18 @@ ENTRY %main (x: f32[]) -> f32[] {
   %d = f32[3]{0} all-gather(%c), channel_id=3
 }"""
     found = hlo.moved(text, 259)
-    assert hlo.moved(text, 64)["block_reduced_bytes"] == hlo.moved(text, 259, (8, 64))["block_reduced_bytes"] == 0
+    assert (
+        hlo.moved(text, 64)["block_reduced_bytes"]
+        == hlo.moved(text, 259, (8, 64))["block_reduced_bytes"]
+        == 0
+    )
     assert found["normal"] == {"all-reduce": 4 * 8 * 64, "all-gather": 12}
     assert found["with_refresh"]["all-reduce"] == 4 * (8 * 64 + 64 * 64)
     assert found["block_reduced_bytes"] == 4 * 8 * 64
-    named = text.replace("branch_computations={%stand.1, %refresh.1}",
-                         "true_computation=%refresh.1, false_computation=%stand.1")  # fmt: skip
+    named = text.replace(
+        "branch_computations={%stand.1, %refresh.1}",
+        "true_computation=%refresh.1, false_computation=%stand.1",
+    )
     assert hlo.moved(named, 259) == found
 
 
@@ -158,14 +186,18 @@ def test_product_of_lists():
     assert any("choose sizes whose product" in note for note in notes)
     assert any("apollo_mini" in note and "full gradients" in note for note in notes)
     assert not any("apollo_mini, projected" in name for name in names)
-    assert {case.config.optimizer.projector for case in listed if case.config.optimizer.name == "galore"} == {"power"}
+    assert {
+        case.config.optimizer.projector for case in listed if case.config.optimizer.name == "galore"
+    } == {"power"}
     assert Case.from_json(json.loads(json.dumps(listed[0].to_json()))) == listed[0]
 
 
 def test_what_is_known_to_fail_is_refused():
     with pytest.raises(ConfigurationError, match=r"exact SVD.*projector=power"):
         cases.product(config_of("galore:rank=8"), ["v5e:2x2"])
-    with pytest.raises(ConfigurationError, match=r"batch_size=8: does not divide over data \* fsdp = 16"):
+    with pytest.raises(
+        ConfigurationError, match=r"batch_size=8: does not divide over data \* fsdp = 16"
+    ):
         cases.product(config_of(), ["v5e:4x4"])
     with pytest.raises(ConfigurationError, match="only cpu targets are run"):
         cases.product(config_of(), ["v5e:2x2"], execute=True)
@@ -181,8 +213,18 @@ def test_apollo_mini_is_rank_one():
     mini = cases.optimizer_of(config_of("apollo_mini")).projection
     assert (mini.projector.rank, mini.residual.axis) == (1, "tensor")
     assert mini.residual.scale == pytest.approx(128**0.5)
-    assert cases.optimizer_of(config_of("apollo_mini:rank=2:refresh_every=7")).projection.projector.rank == 2
-    assert cases.optimizer_of(config_of("apollo_mini:rank=2:projector=power")).projection.projector.rank == 2
+    assert (
+        cases.optimizer_of(
+            config_of("apollo_mini:rank=2:refresh_every=7")
+        ).projection.projector.rank
+        == 2
+    )
+    assert (
+        cases.optimizer_of(
+            config_of("apollo_mini:rank=2:projector=power")
+        ).projection.projector.rank
+        == 2
+    )
     with pytest.raises(ConfigurationError, match="needs a rank"):
         config_of("apollo_mini:projector=power")
 
@@ -222,7 +264,9 @@ def test_advice_goes_on_to_optimizers_and_to_the_mesh():
     found = advice.advise(Case(config=config_of(), topology="cpu:1"), hopeless, evaluate)
     wanted = {"name=dct_adamw", "rank=0.25", "backprop=projected"}
     assert set(found.overrides) == {f"--config.optimizer.{word}" for word in wanted}
-    assert all(any("optimizer.name" in word for word in words) for words in asked)  # nothing else could help
+    assert all(
+        any("optimizer.name" in word for word in words) for words in asked
+    )  # nothing else could help
     evaluate, _ = fake(lambda config: 90 if config.mesh.fsdp == 8 else 200)
     found = advice.advise(Case(config=config_of(), topology="cpu:8"), hopeless, evaluate)
     assert "--config.mesh.fsdp=8" in found.overrides
@@ -233,7 +277,8 @@ def test_advice_goes_on_to_optimizers_and_to_the_mesh():
 
 @pytest.fixture
 def compiled(monkeypatch, rows):
-    """Compiling by a table: the list of what was compiled; topology cpu:3 fails, cpu:4 is interrupted."""
+    """Compiling by a table: the list of what was compiled; topology cpu:3 fails, cpu:4 is
+    interrupted."""
     done = []
 
     def compile_case(case, python=None, tick=None):
@@ -242,7 +287,9 @@ def compiled(monkeypatch, rows):
         if case.topology == "cpu:4":
             raise KeyboardInterrupt
         done.append(case.topology)
-        return {name: rows["adamw"][name] for name in rows["adamw"] if name not in queue.describe(case)}
+        return {
+            name: rows["adamw"][name] for name in rows["adamw"] if name not in queue.describe(case)
+        }
 
     monkeypatch.setattr(queue, "compile_case", compile_case)
     return done
@@ -269,7 +316,9 @@ def test_source_digest_sees_the_library(tmp_path):
     (tmp_path / "lowrank_jax").mkdir()
     for name in queue.SOURCES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("a") if name.endswith(".py") else (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a") if name.endswith(".py") else (tmp_path / name).mkdir(
+            exist_ok=True
+        )
     first = queue.source_digest(tmp_path)
     (tmp_path / "lowrank_jax" / "linalg.py").write_text("b")
     assert queue.source_digest(tmp_path) != first
@@ -291,11 +340,22 @@ def test_tables_and_figure(rows):
     assert sum(sums.values()) == pytest.approx(placed["peak_bytes"], rel=0.05)
     axes = report.figure([placed, refused]).axes[0]
     assert len(axes.get_yticks()) == 2 and "galore" in axes.get_yticklabels()[0].get_text()
-    ran = rows["adamw"] | {"measured": {"argument_bytes": 1, "error_bytes": 0, "temporary_bytes": 2**21}}
+    ran = rows["adamw"] | {
+        "measured": {"argument_bytes": 1, "error_bytes": 0, "temporary_bytes": 2**21}
+    }
     ran |= {"temporary_bytes": 2**20}
     aims = [{"aim": "low", "of": None, "value": 0.5, "bound": 1.0, "met": True}]
-    markdown = report.plans({"command": "c", "length": 16, "rows": [placed, refused], "wanted": 5, "aims": aims,
-                             "not_reached": ["x", "y", "z"], "reality": [ran]})  # fmt: skip
+    markdown = report.plans(
+        {
+            "command": "c",
+            "length": 16,
+            "rows": [placed, refused],
+            "wanted": 5,
+            "aims": aims,
+            "not_reached": ["x", "y", "z"],
+            "reality": [ran],
+        }
+    )
     assert "+100.0%" in markdown and "low (no row): 0.5, bound 1: met." in markdown
     assert "**no**" in markdown and "Not reached yet: 3 of 5" in markdown
     assert "galore (alternating), projected" in markdown
@@ -308,23 +368,49 @@ def test_the_evidence_queue():
         case.check()
     assert listed[0].config.preset == "1B"
     first, second = listed[0], listed[1]
-    base = {"mesh": {"fsdp": 16}, "chips": 16, "placed": True, "topology": "v5e:4x4", "flops": 1.0, "peak_bytes": 1,
-            "backprop": None, "collectives": {"block_reduced_bytes": 8}}  # fmt: skip
+    base = {
+        "mesh": {"fsdp": 16},
+        "chips": 16,
+        "placed": True,
+        "topology": "v5e:4x4",
+        "flops": 1.0,
+        "peak_bytes": 1,
+        "backprop": None,
+        "collectives": {"block_reduced_bytes": 8},
+    }
     kept = {
-        plans.identity(first): base | {"preset": "1B", "name": "adamw", "optimizer": "adamw",
-                           "components": [{"component": "optimizer state", "bytes": 102, "share_bytes": 100}]},
-        plans.identity(second): base | {"preset": "1B", "name": "galore", "optimizer": "galore",
-                            "components": [{"component": "moments", "bytes": 100, "share_bytes": 100}]},
-    }  # fmt: skip
+        plans.identity(first): base
+        | {
+            "preset": "1B",
+            "name": "adamw",
+            "optimizer": "adamw",
+            "components": [{"component": "optimizer state", "bytes": 102, "share_bytes": 100}],
+        },
+        plans.identity(second): base
+        | {
+            "preset": "1B",
+            "name": "galore",
+            "optimizer": "galore",
+            "components": [{"component": "moments", "bytes": 100, "share_bytes": 100}],
+        },
+    }
     found = plans.collect(kept, {plans.identity(listed[2]): "broken"})
     assert len(found["rows"]) == 2 and len(found["not_reached"]) == len(listed) - 3
     assert found["failed"] == [{"case": listed[2].label, "error": "broken"}]
     state, reduced = found["aims"]
     assert state["value"] == pytest.approx(0.02) and state["met"] is False
     assert reduced["met"] is None
-    data = [base | {"mesh": {"data": 256}, "chips": 256, "optimizer": name, "components": [
-        {"component": "moments", "bytes": 1, "share_bytes": 1}], "collectives": {"block_reduced_bytes": size}}
-        for name, size in (("adamw", 8), ("galore", 2))]  # fmt: skip
+    data = [
+        base
+        | {
+            "mesh": {"data": 256},
+            "chips": 256,
+            "optimizer": name,
+            "components": [{"component": "moments", "bytes": 1, "share_bytes": 1}],
+            "collectives": {"block_reduced_bytes": size},
+        }
+        for name, size in (("adamw", 8), ("galore", 2))
+    ]
     assert plans.aims(data)[1]["value"] == 4.0 and plans.aims(data)[1]["met"] is True
 
 
@@ -348,8 +434,14 @@ def command(tmp_path, *words, expect=0):
 @pytest.mark.slow
 def test_eight_devices_that_are_there(tmp_path):
     """The whole command: compiled in another process, run there, and what it predicted held."""
-    words = ["--topology=cpu:8", "--meshes=fsdp=8", "--optimizers=adamw", "--execute",
-             f"--json={tmp_path / 'rows.json'}", f"--plot={tmp_path / 'plot.png'}"]  # fmt: skip
+    words = [
+        "--topology=cpu:8",
+        "--meshes=fsdp=8",
+        "--optimizers=adamw",
+        "--execute",
+        f"--json={tmp_path / 'rows.json'}",
+        f"--plot={tmp_path / 'plot.png'}",
+    ]
     done = command(tmp_path, *words)
     assert "state in all" in done.stdout and "all-gather" in done.stdout
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -370,7 +462,8 @@ def test_wrong_words_end_with_a_message(tmp_path):
 
 @pytest.mark.slow
 def test_thin_refreshes_are_planned_without_being_asked_for():
-    """The same program as with refresh_when=after, which projected backprop takes without full gradients."""
+    """The same program as with refresh_when=after, which projected backprop takes without full
+    gradients."""
 
     def text(optimizer):
         config = config_of(f"{optimizer}:backprop=projected")
@@ -378,7 +471,9 @@ def test_thin_refreshes_are_planned_without_being_asked_for():
         return cases.gradients_of(config), task.lowered().as_text()
 
     words = ("", ":refresh_when=after", ":refresh_when=before")
-    by_itself, asked, before = (text(f"galore:rank=8:projector=alternating{when}") for when in words)
+    by_itself, asked, before = (
+        text(f"galore:rank=8:projector=alternating{when}") for when in words
+    )
     assert by_itself == asked
     assert by_itself[0] == "sketch at a refresh"
     assert before[0] == "full at a refresh"

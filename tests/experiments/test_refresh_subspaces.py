@@ -1,4 +1,5 @@
-"""The study of refreshes: its measures against SciPy, its queue, and its claims about what a refresh computes."""
+"""The study of refreshes: its measures against SciPy, its queue, and its claims about what a
+refresh computes."""
 
 import json
 
@@ -24,7 +25,9 @@ def test_angles_are_those_of_scipy():
     first, second = orthonormal(3, 12, 4), orthonormal(3, 12, 4)
     found = refresh_subspaces.principal_angles(jnp.asarray(first), jnp.asarray(second))
     for own, a, b in zip(found, first, second, strict=True):
-        np.testing.assert_allclose(own, np.degrees(scipy.linalg.subspace_angles(a, b))[::-1], atol=1e-3)
+        np.testing.assert_allclose(
+            own, np.degrees(scipy.linalg.subspace_angles(a, b))[::-1], atol=1e-3
+        )
 
 
 def test_alternating_is_a_power_step_where_the_moment_is_the_projected_gradient():
@@ -56,10 +59,17 @@ def test_energies_are_averaged_over_matrices_and_windows():
 
 @pytest.mark.slow
 def test_a_run_is_measured_by_its_own_gradients(tmp_path):
-    """An exact SVD is its own measure, so that bases and gradients must belong to the same steps."""
+    """An exact SVD is its own measure, so that bases and gradients must belong to the same
+    steps."""
     write_text(tmp_path / "text")
-    sections = {"name": "galore", "rank": 4, "projector": "svd", "refresh_every": 4, "refresh_when": "after",
-                "backprop": "projected"}  # fmt: skip
+    sections = {
+        "name": "galore",
+        "rank": 4,
+        "projector": "svd",
+        "refresh_every": 4,
+        "refresh_when": "after",
+        "backprop": "projected",
+    }
     said = []
     config = tiny(tmp_path, optimizer=sections, schedule={"steps": 100})
     result = refresh_subspaces.train(config, apart=8, say=said.append)
@@ -79,7 +89,11 @@ def test_the_queue_goes_on_where_it_stopped(tmp_path, capsys):
     def run(config):
         made.append((config.run.seed, config.optimizer.refresh_every, config.optimizer.projector))
         entry = dict.fromkeys(refresh_subspaces.SHARES, float(len(made)))
-        return {"validation_loss": 2.0, "skipped": 0, "measured": [{"step": 0} | entry, {"step": 10} | entry]}
+        return {
+            "validation_loss": 2.0,
+            "skipped": 0,
+            "measured": [{"step": 0} | entry, {"step": 10} | entry],
+        }
 
     keys = [(0, 10, "svd"), (0, 10, "alternating"), (1, 10, "svd")]
     refresh_subspaces.queue(tmp_path, keys[:2], 50, 10.0, run)
@@ -89,13 +103,26 @@ def test_the_queue_goes_on_where_it_stopped(tmp_path, capsys):
     assert made == keys
     assert "1 runs left" in capsys.readouterr().out
     rows = refresh_subspaces.collect(tmp_path, [*keys, (2, 10, "svd")], 50)
-    assert [(row["refresh"], row["runs"], row["wanted"]) for row in rows] == [("svd", 2, 3), ("alternating", 1, 1)]
-    assert rows[0]["window_share"] == 2.0  # of the first and the third run, at the refreshes after the first
+    assert [(row["refresh"], row["runs"], row["wanted"]) for row in rows] == [
+        ("svd", 2, 3),
+        ("alternating", 1, 1),
+    ]
+    assert (
+        rows[0]["window_share"] == 2.0
+    )  # of the first and the third run, at the refreshes after the first
     assert refresh_subspaces.collect(tmp_path, keys, 51) == []
     refresh_subspaces.plot(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
-    result = {"command": "c", "preset": "nano", "rank": 32, "steps": 50, "tokens_per_update": 512, "cpu_minutes": 1.0,
-              "machine": {"cores": 1}, "rows": json.loads(json.dumps(rows))}  # fmt: skip
+    result = {
+        "command": "c",
+        "preset": "nano",
+        "rank": 32,
+        "steps": 50,
+        "tokens_per_update": 512,
+        "cpu_minutes": 1.0,
+        "machine": {"cores": 1},
+        "rows": json.loads(json.dumps(rows)),
+    }
     text = tables.TABLES["refresh_subspaces"](result)
     assert "| svd | 10 | full | 2.0° |" in text
     assert "2.0000, 2.0000 (unfinished)" in text

@@ -14,7 +14,15 @@ from experiments.runs import RunError, read_run, read_runs
 
 
 def make_run(
-    folder, *, optimizer="galore", final=1.7, steps=1000, step_seconds=0.08, seed=0, finished=True, ledger=True
+    folder,
+    *,
+    optimizer="galore",
+    final=1.7,
+    steps=1000,
+    step_seconds=0.08,
+    seed=0,
+    finished=True,
+    ledger=True,
 ):
     """A run folder as the trainer writes it, with a plausible loss curve."""
     random = np.random.default_rng(seed)
@@ -22,7 +30,11 @@ def make_run(
     config = {
         "name": folder.name,
         "model": {"preset": "nano", "width": 128},
-        "optimizer": {"name": optimizer, "learning_rate": 0.01, "rank": None if optimizer == "adamw" else 32},
+        "optimizer": {
+            "name": optimizer,
+            "learning_rate": 0.01,
+            "rank": None if optimizer == "adamw" else 32,
+        },
     }
     (folder / "config.json").write_text(json.dumps(config))
     lines, seconds = [], 0.0
@@ -31,7 +43,11 @@ def make_run(
         return final + 3.85 * (1 + step / 18) ** -0.75 - 3.85 * (1 + 1000 / 18) ** -0.75
 
     for step in range(1, steps + 1):
-        took = step_seconds * (1 + 0.06 * random.normal()) * (6 if optimizer == "galore" and step % 200 == 0 else 1)
+        took = (
+            step_seconds
+            * (1 + 0.06 * random.normal())
+            * (6 if optimizer == "galore" and step % 200 == 0 else 1)
+        )
         took = 3.1 if step == 1 else took
         seconds += took
         row = {
@@ -74,7 +90,8 @@ def make_run(
         ]
         size = {"bytes_formula": 1, "bytes_measured": 2}
         table = [
-            {"component": row[0]} | {k: None if row[i] is None else int(row[i] * 2**20) for k, i in size.items()}
+            {"component": row[0]}
+            | {k: None if row[i] is None else int(row[i] * 2**20) for k, i in size.items()}
             for row in rows
         ]
         (folder / "ledger.json").write_text(json.dumps(table))
@@ -108,7 +125,15 @@ def runs(tmp_path_factory):
         make_run(base / "adamw", optimizer="adamw", final=1.62, step_seconds=0.071, seed=1),
         make_run(base / "galore", optimizer="galore", final=1.74, step_seconds=0.084, seed=2),
         make_run(base / "dct_adamw", optimizer="dct_adamw", final=1.69, step_seconds=0.078, seed=3),
-        make_run(base / "frugal", optimizer="frugal", final=1.66, steps=520, finished=False, ledger=False, seed=4),
+        make_run(
+            base / "frugal",
+            optimizer="frugal",
+            final=1.66,
+            steps=520,
+            finished=False,
+            ledger=False,
+            seed=4,
+        ),
     ]
 
 
@@ -135,9 +160,25 @@ def test_page_is_self_contained(page):
 def test_headline_holds_the_summary_and_marks_the_best(page):
     _, text = page
     rows = re.findall(r"<tr>(.*?)</tr>", text.split("<h2>")[0])[1:]
-    cells = [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)] for row in rows]
-    assert [cell[0] for cell in cells] == ["adamw", "galore", "dct_adamw", "frugal unfinished, step 520"]
-    assert cells[0][1:9] == ["adamw", "0.92 M", "4.10 M", "1.6400", "5.155", "2.1432", "3.10 MiB", "71 ms"]
+    cells = [
+        [re.sub("<.*?>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)] for row in rows
+    ]
+    assert [cell[0] for cell in cells] == [
+        "adamw",
+        "galore",
+        "dct_adamw",
+        "frugal unfinished, step 520",
+    ]
+    assert cells[0][1:9] == [
+        "adamw",
+        "0.92 M",
+        "4.10 M",
+        "1.6400",
+        "5.155",
+        "2.1432",
+        "3.10 MiB",
+        "71 ms",
+    ]
     assert cells[3][2] == cells[3][6] == "-"
     assert float(cells[3][4]) == pytest.approx(read_run_loss(500), abs=1e-4)
     assert re.findall(r"<span class=best>(.*?)<", text) == ["1.6400"]
@@ -167,7 +208,12 @@ def test_missing_ledger_is_named(page):
 def test_broken_last_line_and_repeated_steps(tmp_path):
     folder = make_run(tmp_path / "resumed", steps=20, finished=False)
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"kind": "train", "step": 20, "loss": 0.5, "seconds": 9.0, "step_seconds": 0.1}) + "\n")
+        file.write(
+            json.dumps(
+                {"kind": "train", "step": 20, "loss": 0.5, "seconds": 9.0, "step_seconds": 0.1}
+            )
+            + "\n"
+        )
         file.write('{"kind": "train", "st')
     run = read_run(folder)
     assert [row["step"] for row in run.train] == list(range(1, 21))
@@ -189,7 +235,9 @@ def test_run_that_recorded_nothing(tmp_path):
 def test_loss_that_is_not_finite_leaves_a_gap(tmp_path):
     folder = make_run(tmp_path / "diverged", steps=60, finished=False)
     text = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text(re.sub(r'("step": [345]\d, "loss": )[\d.]+', r"\1null", text))
+    (folder / "metrics.jsonl").write_text(
+        re.sub(r'("step": [345]\d, "loss": )[\d.]+', r"\1null", text)
+    )
     run = read_run(folder)
     assert run.train[-1]["loss"] is not None
     assert run.train[-5]["loss"] is None
@@ -224,7 +272,10 @@ def test_smoothing_against_a_direct_mean():
     values[[3, 4, 20]] = np.nan
     for window in (1, 2, 7, 100):
         half = window // 2
-        direct = [np.nanmean(values[max(0, i - half) : i + half + 1]) if window > 1 else values[i] for i in range(50)]
+        direct = [
+            np.nanmean(values[max(0, i - half) : i + half + 1]) if window > 1 else values[i]
+            for i in range(50)
+        ]
         np.testing.assert_allclose(figures.smoothed(values, window), direct)
 
 
@@ -243,7 +294,10 @@ def test_memory_bars_are_as_long_as_the_ledger(runs):
 def test_command_line(runs, tmp_path):
     command = [sys.executable, "-m", "experiments.report"]
     done = subprocess.run(
-        [*command, *map(str, runs), "--output", str(tmp_path / "r.html")], capture_output=True, text=True, check=False
+        [*command, *map(str, runs), "--output", str(tmp_path / "r.html")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "r.html").stat().st_size > 50_000
@@ -256,7 +310,9 @@ def evaluated_on(folder, *, evaluated, size=None, text=None, data=None):
     """A run whose evaluations say what they are of, as the trainer writes it."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in lines:
-        row |= {"evaluated": evaluated, "bytes": size, "text": text} if row["kind"] == "eval" else {}
+        row |= (
+            {"evaluated": evaluated, "bytes": size, "text": text} if row["kind"] == "eval" else {}
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"data": data or {}}))
@@ -277,21 +333,45 @@ def bold(page):
 
 
 def test_losses_of_different_tokens_are_never_compared(tmp_path):
-    """Bytes and pieces of one text, and another text: the smallest loss is bold in each group of more than one."""
+    """Bytes and pieces of one text, and another text: the smallest loss is bold in each group of
+    more than one."""
     runs = [
-        evaluated_on(make_run(tmp_path / "bytes-a", final=1.2, seed=1), evaluated="b", size=100_000, text="t",
-                     data={"name": "c4", "tokenizer": "bytes"}),
-        evaluated_on(make_run(tmp_path / "bytes-b", final=1.1, seed=2), evaluated="b", size=100_000, text="t",
-                     data={"name": "c4", "tokenizer": "bytes"}),
-        evaluated_on(make_run(tmp_path / "pieces", final=3.0, seed=3), evaluated="p", size=400_000, text="t",
-                     data={"name": "c4", "tokenizer": "spiece.model"}),
-        evaluated_on(make_run(tmp_path / "other", final=0.1, seed=4), evaluated="o", size=100_000, text="u",
-                     data={"name": "wiki", "tokenizer": "bytes"}),
-    ]  # fmt: skip
+        evaluated_on(
+            make_run(tmp_path / "bytes-a", final=1.2, seed=1),
+            evaluated="b",
+            size=100_000,
+            text="t",
+            data={"name": "c4", "tokenizer": "bytes"},
+        ),
+        evaluated_on(
+            make_run(tmp_path / "bytes-b", final=1.1, seed=2),
+            evaluated="b",
+            size=100_000,
+            text="t",
+            data={"name": "c4", "tokenizer": "bytes"},
+        ),
+        evaluated_on(
+            make_run(tmp_path / "pieces", final=3.0, seed=3),
+            evaluated="p",
+            size=400_000,
+            text="t",
+            data={"name": "c4", "tokenizer": "spiece.model"},
+        ),
+        evaluated_on(
+            make_run(tmp_path / "other", final=0.1, seed=4),
+            evaluated="o",
+            size=100_000,
+            text="u",
+            data={"name": "wiki", "tokenizer": "bytes"},
+        ),
+    ]
     page = report._headline(read_runs(runs))
     assert bold(page) == {"validation loss": ["bytes-b"], "bits per byte": ["pieces"]}
     assert "Not all runs were evaluated on the same tokens" in page
-    assert "A: bytes-a, bytes-b: data.name = &#x27;c4&#x27;, data.tokenizer = &#x27;bytes&#x27;" in page
+    assert (
+        "A: bytes-a, bytes-b: data.name = &#x27;c4&#x27;, data.tokenizer = &#x27;bytes&#x27;"
+        in page
+    )
     assert "C: other: data.name = &#x27;wiki&#x27;" in page
     assert f"{3.02 * 100_000 / 400_000 / np.log(2):.4f}" in page  # nats a token to bits a byte
     alone = report._headline(read_runs(runs[2:]))
@@ -314,22 +394,38 @@ def test_a_run_that_does_not_record_what_it_evaluated_is_not_said_to_be_of_other
     page = report._headline(read_runs([old, new, other]))
     assert "<li>A: old: an older version did not record what was evaluated</li>" in page
     for name in ("B: new", "C: other"):
-        assert f"<li>{name}: the same configuration of data, whose content or tokenizer is another</li>" in page
+        assert (
+            f"<li>{name}: the same configuration of data, whose content or tokenizer is "
+            "another</li>" in page
+        )
     page = report._headline(read_runs([new, other]))
     assert "Not all runs were evaluated on the same tokens" in page
 
 
 def test_runs_that_do_not_say_what_they_evaluated_are_told_apart_by_their_configurations(tmp_path):
-    first = evaluated_on(make_run(tmp_path / "a", final=1.2), evaluated=None, data={"name": "c4", "batch_size": 4})
-    second = evaluated_on(make_run(tmp_path / "b", final=1.1), evaluated=None, data={"name": "c4", "batch_size": 8})
-    third = evaluated_on(make_run(tmp_path / "c", final=1.0), evaluated=None, data={"name": "wiki", "batch_size": 4})
+    first = evaluated_on(
+        make_run(tmp_path / "a", final=1.2), evaluated=None, data={"name": "c4", "batch_size": 4}
+    )
+    second = evaluated_on(
+        make_run(tmp_path / "b", final=1.1), evaluated=None, data={"name": "c4", "batch_size": 8}
+    )
+    third = evaluated_on(
+        make_run(tmp_path / "c", final=1.0), evaluated=None, data={"name": "wiki", "batch_size": 4}
+    )
     for folder in (first, second, third):  # as older runs wrote them
         text = (folder / "metrics.jsonl").read_text()
-        (folder / "metrics.jsonl").write_text(text.replace(', "evaluated": null, "bytes": null, "text": null', ""))
+        (folder / "metrics.jsonl").write_text(
+            text.replace(', "evaluated": null, "bytes": null, "text": null', "")
+        )
     assert bold(report._headline(read_runs([first, second, third]))) == {"validation loss": ["b"]}
 
 
-EXTENDED = {"extended": True, "step": 8, "changed": {"schedule.steps": [8, 12]}, "before": {"validation_loss": 2.0}}
+EXTENDED = {
+    "extended": True,
+    "step": 8,
+    "changed": {"schedule.steps": [8, 12]},
+    "before": {"validation_loss": 2.0},
+}
 
 
 @pytest.mark.parametrize(
@@ -339,12 +435,17 @@ EXTENDED = {"extended": True, "step": 8, "changed": {"schedule.steps": [8, 12]},
         ("ledger.json", "{", "ledger.json"),
         ("history.json", "[", "history.json"),
         ("history.json", [{"extended": True}], "history.json"),
-        ("history.json", [EXTENDED | {"changed": {"schedule.steps": [8]}}], "changed['schedule.steps'] is [8], where"),
+        (
+            "history.json",
+            [EXTENDED | {"changed": {"schedule.steps": [8]}}],
+            "changed['schedule.steps'] is [8], where",
+        ),
         ("history.json", [EXTENDED | {"before": {"validation_loss": "low"}}], "history.json"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_one_message(tmp_path, capsys, name, content, words):
-    """Of a run that is over, which then ends as usual, and of one that goes on, which then does not begin."""
+    """Of a run that is over, which then ends as usual, and of one that goes on, which then does not
+    begin."""
     folder = make_run(tmp_path / "run", steps=20)
     (folder / "history.json").write_text(json.dumps([EXTENDED]))
     (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))

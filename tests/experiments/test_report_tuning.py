@@ -15,14 +15,28 @@ def make_run(folder, *, adapter, domain, accuracy=None, finished=True):
     folder.mkdir()
     config = {"name": folder.name, "adapter": {"method": adapter}, "optimizer": {"name": "adamw"}}
     (folder / "config.json").write_text(json.dumps(config))
-    rows = [{"kind": "train", "step": step, "loss": 2.0, "tokens": step, "seconds": step, "step_seconds": 1.0}
-            for step in range(1, 21)]  # fmt: skip
+    rows = [
+        {
+            "kind": "train",
+            "step": step,
+            "loss": 2.0,
+            "tokens": step,
+            "seconds": step,
+            "step_seconds": 1.0,
+        }
+        for step in range(1, 21)
+    ]
     for number, step in enumerate((0, 10, 20)):
         row = {"kind": "eval", "step": step, "loss": 2.0 - 0.2 * number, "seconds": step}
         row |= {} if domain is None else {"domain_loss": domain[number]}
         rows.append(row | ({} if accuracy is None else {"accuracy": accuracy}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = {"status": "finished", "parameters": 2_000_000, "trainable_parameters": 12_345, "validation_loss": 1.6}
+    summary = {
+        "status": "finished",
+        "parameters": 2_000_000,
+        "trainable_parameters": 12_345,
+        "validation_loss": 1.6,
+    }
     summary |= {"steps": 20, "total_seconds": 20.0}
     summary |= {"validation_accuracy": accuracy, "domain_loss": domain and domain[-1]}
     summary |= {"domain_loss_before": domain and domain[0], "optimizer": "adamw", "tokens": 20}
@@ -35,7 +49,13 @@ def make_run(folder, *, adapter, domain, accuracy=None, finished=True):
 def folders(tmp_path):
     return [
         make_run(tmp_path / "lora", adapter="lora(rank=8)", domain=[1.5, 1.55, 1.5625]),
-        make_run(tmp_path / "unfinished", adapter="", domain=[1.5, 1.75, 1.8], accuracy=0.875, finished=False),
+        make_run(
+            tmp_path / "unfinished",
+            adapter="",
+            domain=[1.5, 1.75, 1.8],
+            accuracy=0.875,
+            finished=False,
+        ),
         make_run(tmp_path / "other", adapter="", domain=None),
     ]
 
@@ -63,7 +83,9 @@ def test_the_figure_leaves_out_what_is_of_other_tokens_of_the_domain(folders):
     path = folders[0] / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
-        row |= {"domain_tokens": 512} if row["kind"] == "eval" and row["step"] else {}  # an older version began it
+        row |= (
+            {"domain_tokens": 512} if row["kind"] == "eval" and row["step"] else {}
+        )  # an older version began it
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     axes = figures.forgetting(read_runs(folders[:1])).axes[0]
     (line,) = [line.get_xydata() for line in axes.lines if len(line.get_xydata()) == 2]

@@ -28,7 +28,9 @@ def folder(tmp_path_factory):
         run={"evaluate_every": 60, "compile_cache": True},
     )
     commands.write(folder, "configuration", configuration.to_dict(config))
-    assert commands.start("pretrain", folder, "whole").wait(300) == 0, (folder / "whole.log").read_text()
+    assert commands.start("pretrain", folder, "whole").wait(300) == 0, (
+        folder / "whole.log"
+    ).read_text()
     return folder
 
 
@@ -63,7 +65,9 @@ def test_terminated_saves_exits_with_0_and_says_how_to_resume(folder):
     log = (folder / "terminated.log").read_text()
     saved = max(int(path.name) for path in (folder / "terminated" / "checkpoints").iterdir())
     assert f"stopped after update {saved} of {STEPS}" in log
-    assert f"-m experiments.pretrain --config={folder}/config.py --workdir={folder}/terminated" in log
+    assert (
+        f"-m experiments.pretrain --config={folder}/config.py --workdir={folder}/terminated" in log
+    )
     assert max(runs.losses(folder / "terminated")[0]) == saved  # not one update is lost
     assert not (folder / "terminated" / "summary.json").exists()
     assert commands.start("pretrain", folder, "terminated").wait(240) == 0

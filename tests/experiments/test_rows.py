@@ -1,4 +1,5 @@
-"""Products of our models on one axis of rows: no gradient of a kernel contracts two axes, and nothing else changes."""
+"""Products of our models on one axis of rows: no gradient of a kernel contracts two axes, and
+nothing else changes."""
 
 import functools
 
@@ -59,7 +60,9 @@ def tapped_gradient(params, loss, x):
 
 
 def adapted_gradient(params, loss, x):
-    adaptation = lr.adapt(params, {".*_proj/kernel": lr.adapters.dora(rank=2)}, jax.random.key(1), views=VIEWS)
+    adaptation = lr.adapt(
+        params, {".*_proj/kernel": lr.adapters.dora(rank=2)}, jax.random.key(1), views=VIEWS
+    )
     function = lr.linen.adapted(loss)
     train = lambda train: function(lr.attach(params, adaptation.replace(train=train)), x)  # noqa: E731
     return contracted(jax.grad(train), adaptation.train)
@@ -68,8 +71,10 @@ def adapted_gradient(params, loss, x):
 GRADIENTS = {"plain": plain_gradient, "tapped": tapped_gradient, "adapted": adapted_gradient}
 
 
-@pytest.mark.parametrize(("model", "gradient"), [(model, "plain") for model in MODELS]
-                         + [("llama", "tapped"), ("llama", "adapted")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "gradient"),
+    [(model, "plain") for model in MODELS] + [("llama", "tapped"), ("llama", "adapted")],
+)
 def test_no_product_of_a_gradient_contracts_two_axes(model, gradient):
     _, module, x = MODELS[model]
     counts = GRADIENTS[gradient](*start(module, x), x)
@@ -96,7 +101,9 @@ def test_numbers_are_those_of_products_on_all_axes(model, unflattened):
     unflattened(module)
     jax.clear_caches()
     assert max(contracted(jax.grad(loss), params, x)) == 2
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), found, both(params))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), found, both(params)
+    )
 
 
 @pytest.mark.parametrize("remat", [False, True, "dots_with_no_batch_dims_saveable"])
@@ -108,7 +115,13 @@ def test_a_scan_keeps_no_second_copy_of_an_input(remat, unflattened):
 
     def temporaries():
         loss = lambda params, x: jnp.mean(jnp.sin(model.apply({"params": params}, x)))  # noqa: E731
-        return jax.jit(jax.grad(loss)).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(jax.grad(loss))
+            .lower(params, tokens)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     found = temporaries()
     unflattened(llama)
@@ -117,8 +130,10 @@ def test_a_scan_keeps_no_second_copy_of_an_input(remat, unflattened):
 
 
 def test_every_derivative_is_that_of_the_product():
-    x, kernel = (jnp.asarray(np.random.default_rng(i).normal(size=size), jnp.float32)
-                 for i, size in enumerate([(2, 3, 4), (4, 5, 6)]))  # fmt: skip
+    x, kernel = (
+        jnp.asarray(np.random.default_rng(i).normal(size=size), jnp.float32)
+        for i, size in enumerate([(2, 3, 4), (4, 5, 6)])
+    )
     numbers = (((2,), (0,)), ((), ()))
     own = lambda x, kernel: jnp.sin(lr.dot_general(x, kernel, numbers))  # noqa: E731
     reference = lambda x, kernel: jnp.sin(jax.lax.dot_general(x, kernel, numbers))  # noqa: E731
@@ -130,5 +145,8 @@ def test_every_derivative_is_that_of_the_product():
         lambda f: jax.hessian(lambda *args: jnp.sum(f(*args)))(x, kernel),
         lambda f: jax.vmap(f, in_axes=(None, 0))(x, jnp.stack([kernel, 2 * kernel])),
     ):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
-                     transform(own), transform(reference))  # fmt: skip
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+            transform(own),
+            transform(reference),
+        )

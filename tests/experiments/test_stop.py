@@ -1,4 +1,5 @@
-"""SIGTERM inside the long pieces of a run that are no update: obeyed at once, and repeated on resume bit for bit."""
+"""SIGTERM inside the long pieces of a run that are no update: obeyed at once, and repeated on
+resume bit for bit."""
 
 import os
 import signal
@@ -27,7 +28,9 @@ def whole(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [6, 12])
-def test_sigterm_inside_an_evaluation_stops_it_and_the_resumed_run_repeats_it(folder, whole, monkeypatch, step):
+def test_sigterm_inside_an_evaluation_stops_it_and_the_resumed_run_repeats_it(
+    folder, whole, monkeypatch, step
+):
     config = runs.tiny(folder, run={"trigram": True, "sample_tokens": 4})
     workdir = folder / f"terminated in the evaluation {step}"
     with monkeypatch.context() as patch:
@@ -42,8 +45,12 @@ def test_sigterm_inside_an_evaluation_stops_it_and_the_resumed_run_repeats_it(fo
 
 
 @pytest.mark.slow
-def test_sigterm_while_data_are_prepared_or_read_or_the_run_is_summed_up_stops_at_once(folder, whole, monkeypatch):
-    config = runs.tiny(folder, run={"trigram": True, "sample_tokens": 4}, data={"directory": str(folder / "fresh")})
+def test_sigterm_while_data_are_prepared_or_read_or_the_run_is_summed_up_stops_at_once(
+    folder, whole, monkeypatch
+):
+    config = runs.tiny(
+        folder, run={"trigram": True, "sample_tokens": 4}, data={"directory": str(folder / "fresh")}
+    )
     workdir = folder / "terminated at once"
 
     def sending(function, call):
@@ -62,7 +69,9 @@ def test_sigterm_while_data_are_prepared_or_read_or_the_run_is_summed_up_stops_a
         patch.setattr(ByteTokenizer, "encode", sending(ByteTokenizer.encode, 5))
         stopped = training.run(config, workdir, handle_signals=True, verbose=False)
     assert stopped == {"status": "stopped", "step": None, "steps": 12}
-    assert not [path for path in (folder / "fresh").rglob("*") if path.suffix != ".lock" and path.is_file()]
+    assert not [
+        path for path in (folder / "fresh").rglob("*") if path.suffix != ".lock" and path.is_file()
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(evaluated, "spelled", sending(evaluated.spelled, 1))
         stopped = training.run(config, workdir, handle_signals=True, verbose=False)

@@ -63,12 +63,16 @@ def test_a_run_records_what_it_did(folder, whole):
     assert [row["learning_rate"] for row in train] == [float(rate(step)) for step in range(12)]
     assert sum(row["step_seconds"] for row in train) == pytest.approx(train[-1]["seconds"])
     assert read_summary(workdir / "summary.json") == summary
-    # embedding and head, two layers of (q and o, k and v, three of the MLP, two norms), a norm; adamw holds two of each
+    # embedding and head, two layers of (q and o, k and v, three of the MLP, two norms), a norm;
+    # adamw holds two of each
     assert summary["parameters"] == 259 * 16 * 2 + 2 * (512 + 256 + 1536 + 32) + 16
     assert summary["state_bytes"] == 8 * summary["parameters"] + 2 * 4  # two counters
     assert summary["trigram_loss"] > 0
     assert summary["sample"].startswith("def ")
-    ledger = {row["component"]: row["bytes_measured"] for row in json.loads((workdir / "ledger.json").read_text())}
+    ledger = {
+        row["component"]: row["bytes_measured"]
+        for row in json.loads((workdir / "ledger.json").read_text())
+    }
     assert ledger["parameters"] == 4 * summary["parameters"]
     assert ledger["optimizer state"] == summary["state_bytes"]
     assert ledger["temporaries"] > 0
@@ -96,7 +100,8 @@ def test_a_finished_run_is_shown_from_a_folder_that_can_only_be_read(folder, who
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_update_is_the_gradient_of_the_token_mean(accumulation):
-    """Linear model with a closed form: gradient = sum_i w_i x_i (softmax - onehot) / sum_i w_i, in NumPy."""
+    """Linear model with a closed form: gradient = sum_i w_i x_i (softmax - onehot) / sum_i w_i, in
+    NumPy."""
 
     class Linear:
         def apply(self, variables, inputs):
@@ -105,14 +110,23 @@ def test_the_update_is_the_gradient_of_the_token_mean(accumulation):
     rng = np.random.default_rng(0)
     weights = rng.integers(0, 2, (8, 5)).astype(np.float32)
     weights[:2] = 0  # microbatches of unequal weight
-    batch = {"inputs": rng.integers(0, 6, (8, 5)), "targets": rng.integers(0, 6, (8, 5)), "weights": weights}
+    batch = {
+        "inputs": rng.integers(0, 6, (8, 5)),
+        "targets": rng.integers(0, 6, (8, 5)),
+        "weights": weights,
+    }
     w = rng.normal(size=(6, 6)).astype(np.float32)
     step = updates.train_step(Linear(), optax.sgd(1.0), accumulation)
-    state = {"params": {"w": jnp.asarray(w)}, "opt_state": optax.sgd(1.0).init({"w": jnp.asarray(w)})}
+    state = {
+        "params": {"w": jnp.asarray(w)},
+        "opt_state": optax.sgd(1.0).init({"w": jnp.asarray(w)}),
+    }
     state, measured = jax.jit(step)(state, jax.tree.map(jnp.asarray, batch))
 
     gradient, total = np.zeros((6, 6)), 0.0
-    for token, target, weight in zip(*(batch[name].ravel() for name in ("inputs", "targets", "weights")), strict=True):
+    for token, target, weight in zip(
+        *(batch[name].ravel() for name in ("inputs", "targets", "weights")), strict=True
+    ):
         chances = np.exp(w[token].astype(float))
         chances /= chances.sum()
         total -= weight * np.log(chances[target])
@@ -138,7 +152,8 @@ class Crash(Exception):
 
 
 def crash_after(monkeypatch, step):
-    """Die once the metrics of `step` are written, as a failing machine would: nothing is saved or closed in order."""
+    """Die once the metrics of `step` are written, as a failing machine would: nothing is saved or
+    closed in order."""
     collect = training._Training._collect
 
     def failing(self):
@@ -169,7 +184,9 @@ def test_a_crashed_run_resumes_bitwise(folder, whole, monkeypatch, name):
 
 
 @pytest.mark.parametrize("damage", ["bit", "number", "counter"])
-def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_alike(folder, whole, monkeypatch, damage):
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_alike(
+    folder, whole, monkeypatch, damage
+):
     config = runs.tiny(folder, run={"trigram": True, "sample_tokens": 4})
     workdir = folder / f"damaged {damage}"
     with monkeypatch.context() as patch:
@@ -189,10 +206,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_alike(folder, whol
     if damage == "counter":  # even where somebody has sealed it anew
         values = json.loads((newest / checkpoint.MANIFEST).read_text()) | {"step": 9}
         del values["digest"]
-        checkpoint.write_json(newest / checkpoint.MANIFEST, {**values, "digest": checkpoint.digest(values)})
+        checkpoint.write_json(
+            newest / checkpoint.MANIFEST, {**values, "digest": checkpoint.digest(values)}
+        )
     training.run(config, workdir, verbose=False)
     texts = " ".join(runs.notes(workdir))
-    words = {"bit": "file state/", "number": "the folder 9 holds step 8", "counter": "its state has seen 8 updates"}
+    words = {
+        "bit": "file state/",
+        "number": "the folder 9 holds step 8",
+        "counter": "its state has seen 8 updates",
+    }
     assert f"{workdir}/checkpoints/{number}: damaged, {words[damage]}" in texts
     assert "resumed from the checkpoint of step 4" in texts
     runs.assert_bitwise_equal(whole[0], workdir)
@@ -209,14 +232,21 @@ def test_a_stop_request_saves_and_returns(folder, whole, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(training._Training, "_evaluate", stop_during_evaluation)
-        assert training.run(config, workdir, verbose=False) == {"status": "stopped", "step": 6, "steps": 12}
+        assert training.run(config, workdir, verbose=False) == {
+            "status": "stopped",
+            "step": 6,
+            "steps": 12,
+        }
     assert training.run(config, workdir, verbose=False)["status"] == "finished"
     runs.assert_bitwise_equal(whole[0], workdir)
 
 
 def test_another_configurations_folder_is_refused(folder, whole):
     other = runs.tiny(folder, run={"trigram": True}, optimizer={"learning_rate": 2e-2})
-    message = r"optimizer\.learning_rate=0\.02: .* holds a run with 0\.01; .*--config\.optimizer\.learning_rate=0\.01"
+    message = (
+        r"optimizer\.learning_rate=0\.02: .* holds a run with 0\.01; "
+        r".*--config\.optimizer\.learning_rate=0\.01"
+    )
     with pytest.raises(ConfigurationError, match=message):
         training.run(other, whole[0])
     watched = runs.tiny(folder, run={"trigram": True, "log_every": 7}, checkpoint={"keep": 5})
@@ -224,7 +254,10 @@ def test_another_configurations_folder_is_refused(folder, whole):
 
 
 def test_another_processes_folder_is_refused(folder, tmp_path):
-    with folders.locked(tmp_path), pytest.raises(ConfigurationError, match="another process trains here"):
+    with (
+        folders.locked(tmp_path),
+        pytest.raises(ConfigurationError, match="another process trains here"),
+    ):
         training.run(runs.tiny(folder), tmp_path)
 
 
@@ -233,7 +266,10 @@ def test_another_processes_folder_is_refused(folder, tmp_path):
     [
         ({"data": {"name": "./nowhere"}}, r"data\.name='\./nowhere': no such folder"),
         ({"data": {"name": "lm1b"}}, r"data\.name='lm1b' is not prepared"),
-        ({"model": {"vocabulary_size": 100}}, r"data\.tokenizer='bytes': has 259 tokens, the model 100; set"),
+        (
+            {"model": {"vocabulary_size": 100}},
+            r"data\.tokenizer='bytes': has 259 tokens, the model 100; set",
+        ),
         ({"optimizer": {"momentum": 0.5}}, r"optimizer\.momentum=0\.5: adamw has no such setting"),
     ],
     ids=["folder", "not prepared", "vocabulary", "setting"],
@@ -248,11 +284,14 @@ def test_devices_and_disk_are_checked(folder, monkeypatch, tmp_path):
     config = runs.tiny(folder, schedule={"accumulation": 2})
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     with pytest.raises(
-        ConfigurationError, match=r"batch_size=4: .* 4 devices with schedule.accumulation=2; .* multiple of 8"
+        ConfigurationError,
+        match=r"batch_size=4: .* 4 devices with schedule.accumulation=2; .* multiple of 8",
     ):
         folders.check_devices(config)
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    with pytest.raises(ConfigurationError, match=r"3 checkpoints take 2\.93 KiB, the disk has 1000 B left"):
+    with pytest.raises(
+        ConfigurationError, match=r"3 checkpoints take 2\.93 KiB, the disk has 1000 B left"
+    ):
         folders.check_disk(tmp_path, {"w": np.zeros(250, np.float32)}, keep=2)
     folders.check_disk(tmp_path, {"w": np.zeros(250, np.float32)}, keep=0)
 
@@ -265,11 +304,15 @@ def test_data_that_changed_is_refused_on_resume(folder, monkeypatch, tmp_path):
         with pytest.raises(Crash):
             training.run(config, tmp_path / "run", verbose=False)
     (text / "0.txt").write_text("other words")
-    with pytest.raises(ConfigurationError, match="its tokens changed since the checkpoint of step 4"):
+    with pytest.raises(
+        ConfigurationError, match="its tokens changed since the checkpoint of step 4"
+    ):
         training.run(config, tmp_path / "run", verbose=False)
 
 
-def test_a_full_disk_does_not_stop_the_run_but_fails_the_final_save(folder, whole, monkeypatch, tmp_path):
+def test_a_full_disk_does_not_stop_the_run_but_fails_the_final_save(
+    folder, whole, monkeypatch, tmp_path
+):
     config = runs.tiny(folder, run={"trigram": True, "sample_tokens": 4})
     save = checkpoint.Checkpoints.save
     full = {4}
@@ -282,7 +325,10 @@ def test_a_full_disk_does_not_stop_the_run_but_fails_the_final_save(folder, whol
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", sometimes_full)
     training.run(config, tmp_path / "goes on", verbose=False)
-    assert any("disk is full" in text and "Training goes on" in text for text in runs.notes(tmp_path / "goes on"))
+    assert any(
+        "disk is full" in text and "Training goes on" in text
+        for text in runs.notes(tmp_path / "goes on")
+    )
     runs.assert_bitwise_equal(whole[0], tmp_path / "goes on")
     full.add(12)
     with pytest.raises(checkpoint.DiskFullError, match="the last good step is 8"):
@@ -290,7 +336,8 @@ def test_a_full_disk_does_not_stop_the_run_but_fails_the_final_save(folder, whol
 
 
 def poison(monkeypatch, bad, *, value=True):
-    """NaN as the loss, or with value=False as its gradient alone, of updates whose number, from 0, satisfies `bad`."""
+    """NaN as the loss, or with value=False as its gradient alone, of updates whose number, from 0,
+    satisfies `bad`."""
     make, sums = updates.step, updates.loss_sums
 
     def poisoned_step(loss, optimizer, accumulation):
@@ -339,7 +386,11 @@ def test_a_skipped_update_is_noted_and_the_run_goes_on(folder, monkeypatch, tmp_
     assert [text for text in runs.notes(tmp_path) if "skipped" in text] == [
         "update 5 was skipped: a gradient was not finite, or its norm above 1e12 (1 so far)"
     ]
-    rows = {row["step"]: row for row in metrics.read(tmp_path / "metrics.jsonl") if row["kind"] == "train"}
+    rows = {
+        row["step"]: row
+        for row in metrics.read(tmp_path / "metrics.jsonl")
+        if row["kind"] == "train"
+    }
     assert rows[5]["loss"] is None
     assert (rows[4]["skipped"], rows[5]["skipped"], rows[12]["skipped"]) == (0, 1, 1)
     assert rows[6]["loss"] is not None
@@ -371,7 +422,13 @@ def test_metrics_file_survives_a_line_cut_short(tmp_path):
     with open(path, "a") as file:
         file.write('{"kind": "train", "st')
     assert [row["step"] for row in metrics.read(path)] == [1, 2, 3, 4, 5]
-    assert metrics.read(path)[0] == {"kind": "train", "step": 1, "loss": 1.0, "seconds": 1.0, "bad": None}
+    assert metrics.read(path)[0] == {
+        "kind": "train",
+        "step": 1,
+        "loss": 1.0,
+        "seconds": 1.0,
+        "bad": None,
+    }
     assert metrics.truncate(path, 3) == 2
     writer = metrics.Metrics(path)
     writer.write("train", step=4, loss=0.5)

@@ -1,4 +1,5 @@
-"""The update beyond pre-training: what a state holds besides parameters, frozen arguments, keys and extra arguments."""
+"""The update beyond pre-training: what a state holds besides parameters, frozen arguments, keys and
+extra arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -8,25 +9,33 @@ import pytest
 
 from experiments import configuration, optimizers, tuning_configuration, updates
 
-METHODS = {name: {"rank": 2} if "adamw" != name != "sgd" else {} for name in configuration.OPTIMIZERS}
+METHODS = {
+    name: {"rank": 2} if "adamw" != name != "sgd" else {} for name in configuration.OPTIMIZERS
+}
 METHODS |= {name: {} for name in tuning_configuration.PAIRS}
 ROWS = np.arange(8.0, dtype=np.float32)
 
 
 def sums(params, batch, rest, shift):
-    """Linear in the parameters, with noise from the key: gradient = sum_i w_i (x_i + shift + fixed + noise_i)."""
+    """Linear in the parameters, with noise from the key: gradient = sum_i w_i (x_i + shift + fixed
+    + noise_i)."""
     noise = jax.random.normal(rest["key"], batch["x"].shape)
     values = params["w"] * (batch["x"] + shift + rest["fixed"] + noise)
     return jnp.sum(values * batch["weights"]), jnp.sum(batch["weights"])
 
 
 def method(name):
-    """(optimizer, parameters) of a configured method, on a schedule that begins with a rate of 0."""
+    """(optimizer, parameters) of a configured method, on a schedule that begins with a rate of
+    0."""
     is_of_pairs = name in tuning_configuration.PAIRS
-    section = tuning_configuration.TuningOptimizerConfig if is_of_pairs else configuration.OptimizerConfig
+    section = (
+        tuning_configuration.TuningOptimizerConfig if is_of_pairs else configuration.OptimizerConfig
+    )
     rate = optimizers.schedule(configuration.ScheduleConfig(steps=10, warmup_steps=2), 0.1)
     optimizer = optimizers.build(section(name=name, **METHODS[name]), rate, stacked=False, seed=0)
-    matrices = {"a": jnp.eye(4, 2), "b": jnp.eye(2, 8)} if is_of_pairs else {"kernel": jnp.eye(4, 8)}
+    matrices = (
+        {"a": jnp.eye(4, 2), "b": jnp.eye(2, 8)} if is_of_pairs else {"kernel": jnp.eye(4, 8)}
+    )
     return optimizer, {"layer_0": matrices, "bias": jnp.ones(3)}
 
 
@@ -47,7 +56,8 @@ def test_the_state_of_every_method_counts_its_updates(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_schedule_of_every_method_begins_anew_and_its_moments_stay(name):
-    """A run that starts from another's state follows its own schedule, whose first rate is 0 here."""
+    """A run that starts from another's state follows its own schedule, whose first rate is 0
+    here."""
     optimizer, params = method(name)
     state = optimizer.init(params)
     watches = bool(optax.tree.get_all_with_path(state, "skipped"))
@@ -61,13 +71,15 @@ def test_the_schedule_of_every_method_begins_anew_and_its_moments_stay(name):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(moved))
     assert optimizers.done(after) == 1
     before, now = (
-        [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)] for tree in (state, begun)
+        [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        for tree in (state, begun)
     )
     jax.tree.map(np.testing.assert_array_equal, before, now)
 
 
 def recording():
-    """SGD of rate 1 that adds the extra argument `scale` to what it moves, and so shows that it came."""
+    """SGD of rate 1 that adds the extra argument `scale` to what it moves, and so shows that it
+    came."""
 
     def update(grads, state, params=None, *, scale=0.0, **extra):
         del params, extra
@@ -104,6 +116,13 @@ def test_every_microbatch_has_a_key_of_its_own_and_the_state_moves_on(accumulati
 
 def test_without_frozen_arrays_the_optimizer_gets_no_scale():
     optimizer = recording()
-    step = updates.step(lambda params, batch, rest: (params["w"] * jnp.sum(batch["x"]), jnp.float32(8)), optimizer, 1)
-    after, _ = step({"params": {"w": jnp.float32(1.0)}, "opt_state": optax.EmptyState()}, {"x": jnp.asarray(ROWS)})
+    step = updates.step(
+        lambda params, batch, rest: (params["w"] * jnp.sum(batch["x"]), jnp.float32(8)),
+        optimizer,
+        1,
+    )
+    after, _ = step(
+        {"params": {"w": jnp.float32(1.0)}, "opt_state": optax.EmptyState()},
+        {"x": jnp.asarray(ROWS)},
+    )
     np.testing.assert_allclose(after["params"]["w"], 1.0 - ROWS.sum() / 8)

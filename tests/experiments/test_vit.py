@@ -1,8 +1,10 @@
-"""The vision transformer against a NumPy transcription of its formulas, published sizes, and its laws."""
+"""The vision transformer against a NumPy transcription of its formulas, published sizes, and its
+laws."""
 
 import dataclasses
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +54,9 @@ def numpy_vit(params, images, config):
 
     def norm(x, p):
         centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+        return (
+            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+        )
 
     def attention(x, p):
         out = np.zeros_like(x)
@@ -86,24 +90,41 @@ def numpy_vit(params, images, config):
 
 def test_logits_equal_the_numpy_model():
     params = init(TINY)
-    np.testing.assert_allclose(logits_of(TINY, params), numpy_vit(params, IMAGES, TINY), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        logits_of(TINY, params), numpy_vit(params, IMAGES, TINY), rtol=1e-4, atol=1e-5
+    )
 
 
 # DeiT-S as timm counts it; B/16 and L/16 as torchvision counts them
-@pytest.mark.parametrize(("name", "count"), [("S/16", 22_050_664), ("B/16", 86_567_656), ("L/16", 304_326_632)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("S/16", 22_050_664), ("B/16", 86_567_656), ("L/16", 304_326_632)]
+)
 def test_published_parameter_counts(name, count):
-    assert parameter_count(preset(name)) == count == sum(x.size for x in jax.tree.leaves(shapes_of(preset(name))))
+    assert (
+        parameter_count(preset(name))
+        == count
+        == sum(x.size for x in jax.tree.leaves(shapes_of(preset(name))))
+    )
 
 
 def test_parameter_paths():
     paths = {
-        "/".join(k.key for k in path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(shapes_of(TINY))
+        "/".join(k.key for k in path): x.shape
+        for path, x in jax.tree_util.tree_leaves_with_path(shapes_of(TINY))
     }
     kernels = {f"layers/attention/{name}_proj": (2, 8, 8) for name in "qkvo"}
-    kernels |= {"layers/mlp/up_proj": (2, 8, 12), "layers/mlp/down_proj": (2, 12, 8), "head": (8, 3)}
+    kernels |= {
+        "layers/mlp/up_proj": (2, 8, 12),
+        "layers/mlp/down_proj": (2, 12, 8),
+        "head": (8, 3),
+    }
     expected = {f"{path}/kernel": shape for path, shape in kernels.items()}
     expected |= {f"{path}/bias": (*shape[:-2], shape[-1]) for path, shape in kernels.items()}
-    for path, shape in (("layers/attention_norm", (2, 8)), ("layers/mlp_norm", (2, 8)), ("norm", (8,))):
+    for path, shape in (
+        ("layers/attention_norm", (2, 8)),
+        ("layers/mlp_norm", (2, 8)),
+        ("norm", (8,)),
+    ):
         expected |= {f"{path}/scale": shape, f"{path}/bias": shape}
     expected |= {"patch_embed/kernel": (2, 2, 2, 8), "patch_embed/bias": (8,)}
     assert paths == expected | {"class_token": (1, 8), "positions": (10, 8)}
@@ -113,12 +134,17 @@ def test_scan_equals_loop_and_remat_changes_no_gradient():
     params = init(TINY)
     loop = dataclasses.replace(TINY, scan=False, remat=True)
     rest = {key: value for key, value in params.items() if key != "layers"}
-    unstacked = rest | {f"layer_{i}": jax.tree.map(lambda x: x[i], params["layers"]) for i in range(2)}  # noqa: B023
+    layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(2)]
+    unstacked = rest | {f"layer_{i}": layer for i, layer in enumerate(layers)}
     assert jax.tree.map(jnp.shape, unstacked) == jax.tree.map(lambda x: x.shape, shapes_of(loop))
     stacked, listed = gradient_of(TINY, params), gradient_of(loop, unstacked)
     for i in range(2):
         mine = jax.tree.map(lambda x: x[i], stacked["layers"])  # noqa: B023
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), mine, listed[f"layer_{i}"])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            mine,
+            listed[f"layer_{i}"],
+        )
     np.testing.assert_allclose(stacked["positions"], listed["positions"], rtol=1e-4, atol=1e-5)
     # products fold their rows again in either case; what is made twice here is the softmax
     kept = str(jax.make_jaxpr(gradient_of, static_argnums=0)(TINY, params))
@@ -128,7 +154,10 @@ def test_scan_equals_loop_and_remat_changes_no_gradient():
 
 def test_bfloat16_is_close_and_logits_are_float32():
     params = init(TINY)
-    full, half = logits_of(TINY, params), logits_of(dataclasses.replace(TINY, dtype="bfloat16"), params)
+    full, half = (
+        logits_of(TINY, params),
+        logits_of(dataclasses.replace(TINY, dtype="bfloat16"), params),
+    )
     assert half.dtype == jnp.float32
     error = np.linalg.norm(full - half) / np.linalg.norm(full)
     assert 1e-4 < error < 5e-2  # not exact, or the products were not bfloat16
@@ -137,7 +166,8 @@ def test_bfloat16_is_close_and_logits_are_float32():
 
 
 def test_flops_per_image_counts_matrix_products():
-    """XLA counts two operations per multiply-add; elementwise work makes its count a little larger than ours."""
+    """XLA counts two operations per multiply-add; elementwise work makes its count a little larger
+    than ours."""
     config = dataclasses.replace(TINY, width=64, hidden=256, image=16, scan=False, layers=1)
     images = np.zeros((2, 16, 16, 2), np.float32)
     cost = logits_of.lower(config, shapes_of(config), images).compile().cost_analysis()
@@ -167,5 +197,7 @@ def test_other_errors():
         preset("B/32")
     with pytest.raises(ValueError, match=r"unknown model field 'depth'.*layers"):
         preset("digits", depth=3)
-    with pytest.raises(ValueError, match=r"images of shape \(6, 6, 1\): the model takes \(6, 6, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"images of shape \(6, 6, 1\): the model takes \(6, 6, 2\)"
+    ):
         logits_of(TINY, init(TINY), IMAGES[..., :1])

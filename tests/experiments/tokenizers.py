@@ -16,12 +16,19 @@ def save(folder, tokenizer, **settings):
 
 
 def byte_level(folder, merges=(), special=MARKED, words=(), prefix=False, **settings):
-    """A byte-level BPE as a file: byte b is id b, merge i is 256 + i, then special tokens, then added words."""
+    """A byte-level BPE as a file: byte b is id b, merge i is 256 + i, then special tokens, then
+    added words."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the others follow, in order, from 256 on
+    printable = [
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    ]  # the others follow, in order, from 256 on
     others = [byte for byte in range(256) if byte not in printable]
-    letter = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    letter = {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
     vocabulary = {letter[byte]: byte for byte in range(256)}
     for left, right in merges:
         vocabulary[left + right] = len(vocabulary)
@@ -39,8 +46,14 @@ def sentencepiece(path, **options):
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the cat sat on the mat and the dog sat on the log"] * 20), model_writer=model,
-        vocab_size=320, model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2, **options,
-    )  # fmt: skip
+        sentence_iterator=iter(["the cat sat on the mat and the dog sat on the log"] * 20),
+        model_writer=model,
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
     path.write_bytes(model.getvalue())
     return str(path)

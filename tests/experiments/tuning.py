@@ -9,15 +9,20 @@ from tests.experiments import runs
 
 
 def write_data(folder):
-    """Text, instructions and labelled lines of another vocabulary than the base's; the same on every call."""
+    """Text, instructions and labelled lines of another vocabulary than the base's; the same on
+    every call."""
     generator = random.Random(1)
-    words = ["".join(generator.choices("aeioubcdfgp", k=generator.randint(2, 5))) for _ in range(40)]
+    words = [
+        "".join(generator.choices("aeioubcdfgp", k=generator.randint(2, 5))) for _ in range(40)
+    ]
     rows = []
     for i in range(240):
         label = "even" if i % 2 == 0 else "odd"
         first = "x" if label == "even" else "z"
         text = first + " ".join(generator.choices(words, k=6))
-        rows.append({"text": text, "label": label, "prompt": f"{i}? ", "response": generator.choice(words)})
+        rows.append(
+            {"text": text, "label": label, "prompt": f"{i}? ", "response": generator.choice(words)}
+        )
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -14,7 +14,9 @@ GENERATOR = np.random.default_rng(0)
 PREFIX = "base_model.model."
 Q, V = (f"model.layers.{{}}.self_attn.{name}_proj" for name in "qv")
 MODULES = [name.format(layer) for layer in range(2) for name in (Q, V)]
-SHAPES = {name.format(layer): shape for layer in range(2) for name, shape in ((Q, (8, 4)), (V, (4, 4)))}
+SHAPES = {
+    name.format(layer): shape for layer in range(2) for name, shape in ((Q, (8, 4)), (V, (4, 4)))
+}
 WEIGHTS = {name: GENERATOR.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 VIEWS = lr.Views(stacked=("layers/.*",))
 FORMS = {"stacked": VIEWS, "unstacked": None}
@@ -27,16 +29,26 @@ def normal(*shape):
 def tree(weights, form):
     """A Flax tree of torch weights, of the LLaMA layout."""
     kernel = lambda layer, name: jnp.asarray(weights[name.format(layer)].T)  # noqa: E731
-    layers = [{"attention": {f"{k}_proj": {"kernel": kernel(i, n)} for k, n in (("q", Q), ("v", V))}} for i in range(2)]
+    layers = [
+        {"attention": {f"{k}_proj": {"kernel": kernel(i, n)} for k, n in (("q", Q), ("v", V))}}
+        for i in range(2)
+    ]
     if form == "unstacked":
         return {f"layer_{i}": layer for i, layer in enumerate(layers)}
     return {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
 
 
 def write(folder, config, tensors):
-    whole = {key if key.startswith("base_model.") else PREFIX + key: x for key, x in tensors.items()}
+    whole = {
+        key if key.startswith("base_model.") else PREFIX + key: x for key, x in tensors.items()
+    }
     safetensors.write(folder / "adapter_model.safetensors", whole)
-    general = {"task_type": None, "base_model_name_or_path": "somewhere", "inference_mode": True, "revision": None}
+    general = {
+        "task_type": None,
+        "base_model_name_or_path": "somewhere",
+        "inference_mode": True,
+        "revision": None,
+    }
     text = json.dumps(general | {"target_modules": ["q_proj", "v_proj"]} | config)
     (folder / "adapter_config.json").write_text(text)
     return folder
@@ -44,26 +56,36 @@ def write(folder, config, tensors):
 
 def modules(shapes, names=MODULES):
     """`{module.end: random tensor}` from `shapes(module, m, n) -> {end: shape}`."""
-    return {f"{m}.{end}": normal(*shape) for m in names for end, shape in shapes(m, *SHAPES[m]).items()}
+    return {
+        f"{m}.{end}": normal(*shape) for m in names for end, shape in shapes(m, *SHAPES[m]).items()
+    }
 
 
-# Of each method: its configuration, its tensors, and the weight (m, n) that they make of W; r of some modules is 1.
+# Of each method: its configuration, its tensors, and the weight (m, n) that they make of W; r of
+# some modules is 1.
 
 
 def lora(config, scale):
     rank = {m: 1 if m == MODULES[2] else 2 for m in MODULES}
-    tensors = modules(lambda m, o, i: {"lora_A.weight": (rank[m], i), "lora_B.weight": (o, rank[m])})
+    tensors = modules(
+        lambda m, o, i: {"lora_A.weight": (rank[m], i), "lora_B.weight": (o, rank[m])}
+    )
 
     def change(m, w, t):
         s = scale({MODULES[3]: 5}.get(m, 3), rank[m])
         return w + s * t["lora_B.weight"] @ t["lora_A.weight"]
 
-    patterns = {"rank_pattern": {MODULES[2]: 1}, "alpha_pattern": {r"layers\.1\.self_attn\.v_proj": 5}}
+    patterns = {
+        "rank_pattern": {MODULES[2]: 1},
+        "alpha_pattern": {r"layers\.1\.self_attn\.v_proj": 5},
+    }
     return {"peft_type": "LORA", "r": 2, "lora_alpha": 3} | patterns | config, tensors, change
 
 
 def dora():
-    config, tensors, inner = lora({"use_dora": True, "lora_dropout": 0.1}, lambda alpha, r: alpha / r)
+    config, tensors, inner = lora(
+        {"use_dora": True, "lora_dropout": 0.1}, lambda alpha, r: alpha / r
+    )
     tensors |= {f"{m}.lora_magnitude_vector": 1 + normal(SHAPES[m][0]) for m in MODULES}
 
     def change(m, w, t):
@@ -90,7 +112,11 @@ def loha():
         w1a, w1b, w2a, w2b = (t[end] for end in ends)
         return w + (w1a @ w1b) * (w2a @ w2b) * 6 / rank[m]
 
-    return {"peft_type": "LOHA", "r": 2, "alpha": 6, "rank_pattern": {MODULES[0]: 1}}, modules(shapes), change
+    return (
+        {"peft_type": "LOHA", "r": 2, "alpha": 6, "rank_pattern": {MODULES[0]: 1}},
+        modules(shapes),
+        change,
+    )
 
 
 def unilora(save):
@@ -102,17 +128,33 @@ def unilora(save):
     indices = np.concatenate([indices, generator.choice(d, size=total % d, replace=False)])
     generator.shuffle(indices)
     norm = 1 / np.sqrt(np.bincount(indices, minlength=d))
-    cut = iter(np.split(indices, np.cumsum([a * b for pair in sides.values() for a, b in pair])[:-1]))
+    cut = iter(
+        np.split(indices, np.cumsum([a * b for pair in sides.values() for a, b in pair])[:-1])
+    )
     maps = {m: [next(cut).reshape(shape) for shape in pair] for m, pair in sides.items()}
 
     def change(m, w, t):
         a, b = ((theta * norm)[indices] for indices in maps[m])
         return w + b @ a
 
-    tensors = {f"{m}.unilora_indices_{s}": x for m in MODULES for s, x in zip("AB", maps[m], strict=True)}
-    scales = {k.replace("indices", "scales"): norm[x].astype(np.float32) for k, x in tensors.items()}
-    config = {"peft_type": "UNILORA", "r": 2, "theta_d_length": d, "proj_seed": 42, "save_indices": save}
-    return config, (tensors | scales if save else {}) | {"base_model.unilora_theta_d": theta}, change
+    tensors = {
+        f"{m}.unilora_indices_{s}": x for m in MODULES for s, x in zip("AB", maps[m], strict=True)
+    }
+    scales = {
+        k.replace("indices", "scales"): norm[x].astype(np.float32) for k, x in tensors.items()
+    }
+    config = {
+        "peft_type": "UNILORA",
+        "r": 2,
+        "theta_d_length": d,
+        "proj_seed": 42,
+        "save_indices": save,
+    }
+    return (
+        config,
+        (tensors | scales if save else {}) | {"base_model.unilora_theta_d": theta},
+        change,
+    )
 
 
 def vera():
@@ -124,7 +166,11 @@ def vera():
         return w + np.diag(t["vera_lambda_b"]) @ b[:o] @ np.diag(t["vera_lambda_d"]) @ a[:, :i]
 
     banks = {"base_model.vera_A": a, "base_model.vera_B": b}
-    return {"peft_type": "VERA", "r": 3, "save_projection": True, "vera_dropout": 0.1}, tensors | banks, change
+    return (
+        {"peft_type": "VERA", "r": 3, "save_projection": True, "vera_dropout": 0.1},
+        tensors | banks,
+        change,
+    )
 
 
 def oft(neumann):
@@ -141,12 +187,20 @@ def oft(neumann):
         return (whole @ w.T).T
 
     # 3 divides no input dimension: the nearest divisor of 4, and the smaller of two, is 2
-    config = {"peft_type": "OFT", "r": 0, "oft_block_size": 3, "use_cayley_neumann": neumann, "peft_version": "0.21.2"}
+    config = {
+        "peft_type": "OFT",
+        "r": 0,
+        "oft_block_size": 3,
+        "use_cayley_neumann": neumann,
+        "peft_version": "0.21.2",
+    }
     return config, modules(lambda m, o, i: {"oft_R.weight": (2, 1)}), change
 
 
 def miss(mode):
-    shape = {True: lambda o: (3, o), "mini": lambda o: (3, 2), "bat": lambda o: (o // 2, 2, 2)}[mode]
+    shape = {True: lambda o: (3, o), "mini": lambda o: (3, 2), "bat": lambda o: (o // 2, 2, 2)}[
+        mode
+    ]
 
     def change(m, w, t):
         block, (o, i) = t["miss_block"], w.shape
@@ -172,7 +226,11 @@ def fourierft():
         spectrum[{32: [7, 1, 3, 14, 19], 16: [7, 15, 11, 14, 1]}[w.size]] = t["fourierft_spectrum"]
         return w + 40 * np.fft.ifft2(spectrum.reshape(w.shape)).real
 
-    return {"peft_type": "FOURIERFT", "n_frequency": 5, "scaling": 40.0, "random_loc_seed": 777}, tensors, change
+    return (
+        {"peft_type": "FOURIERFT", "n_frequency": 5, "scaling": 40.0, "random_loc_seed": 777},
+        tensors,
+        change,
+    )
 
 
 def shira():
@@ -209,8 +267,11 @@ CASES = {
 
 
 def of_module(tensors, module):
-    return {key.removeprefix(f"{module}."): x for key, x in tensors.items() if key.startswith(f"{module}.")}
-
+    return {
+        key.removeprefix(f"{module}."): x
+        for key, x in tensors.items()
+        if key.startswith(f"{module}.")
+    }
 
 
 def load(folder, form, **options):

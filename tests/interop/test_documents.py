@@ -8,7 +8,13 @@ import pytest
 from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError, Malformed, Missing, Unexpected
 
-SHAPE = {"format": int, "rate": float, "files": {str: {"bytes": int}}, "names": [str], "note?": (str, None)}
+SHAPE = {
+    "format": int,
+    "rate": float,
+    "files": {str: {"bytes": int}},
+    "names": [str],
+    "note?": (str, None),
+}
 SOUND = {"format": 1, "rate": 2, "files": {"a": {"bytes": 3}}, "names": ["x"]}
 
 MALFORMED = {
@@ -35,7 +41,10 @@ UNEXPECTED = {
     "large": (SOUND | {"rate": 10**400}, f"rate is 1{'0' * 59}..., where a number is needed"),
     "large integer": (SOUND | {"format": -(10**400)}, "..., where an integer is needed"),
     "string": (SOUND | {"rate": "2"}, "rate is '2', where a number is needed"),
-    "inner": (SOUND | {"files": {"a": {"bytes": None}}}, "files['a'].bytes is None, where an integer is needed"),
+    "inner": (
+        SOUND | {"files": {"a": {"bytes": None}}},
+        "files['a'].bytes is None, where an integer is needed",
+    ),
     "inner key": (SOUND | {"files": {"a": {}}}, "files['a'] has no 'bytes'"),
     "element": (SOUND | {"names": ["x", 2]}, "names[1] is 2, where a string is needed"),
     "optional": (SOUND | {"note": 2}, "note is 2, where a string or null is needed"),
@@ -74,11 +83,18 @@ def test_another_shape_names_key_and_value(file, kind):
 def test_what_is_no_file_is_missing(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "file").write_text("{}")
-    places = {"none": "does not exist", "": "is no file", "dangling": "is no file", "file/x": "does not exist"}
+    places = {
+        "none": "does not exist",
+        "": "is no file",
+        "dangling": "is no file",
+        "file/x": "does not exist",
+    }
     for name, words in places.items():
         with pytest.raises(Missing, match=words) as caught:
             documents.read(tmp_path / name)
-        assert isinstance(caught.value, FileNotFoundError) and isinstance(caught.value, DocumentError)
+        assert isinstance(caught.value, FileNotFoundError) and isinstance(
+            caught.value, DocumentError
+        )
 
 
 def test_a_file_larger_than_any_document_is_not_read(file, monkeypatch):
@@ -92,7 +108,11 @@ def test_a_file_larger_than_any_document_is_not_read(file, monkeypatch):
 
 @pytest.mark.parametrize(
     ("second", "words"),
-    [(b'{"a": 1', "line 2 is not JSON.*column 8"), (b"\xff", "line 2 is not UTF-8"), (b"3", "line 2 is 3, where")],
+    [
+        (b'{"a": 1', "line 2 is not JSON.*column 8"),
+        (b"\xff", "line 2 is not UTF-8"),
+        (b"3", "line 2 is 3, where"),
+    ],
 )
 def test_lines_name_the_line(file, second, words):
     file.write_bytes(b'\xef\xbb\xbf{"a": 0}\n' + second + b"\n")

@@ -1,4 +1,5 @@
-"""Names and layouts between Hugging Face and Flax: a torch-side model written down by hand is the reference."""
+"""Names and layouts between Hugging Face and Flax: a torch-side model written down by hand is the
+reference."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,10 @@ def flax_model(state, stacked):
             return {"kernel": weight(name).T} | ({} if bias is None else {"bias": bias})
 
         return {
-            "attention": {name: dense(f"self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+            "attention": {
+                name: dense(f"self_attn.{name}")
+                for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+            },
             "attention_norm": {"scale": weight("input_layernorm")},
             "mlp": {name: dense(f"mlp.{name}") for name in ("gate_proj", "up_proj", "down_proj")},
             "mlp_norm": {"scale": weight("post_attention_layernorm")},
@@ -52,8 +56,13 @@ def flax_model(state, stacked):
     layers = [layer(i) for i in range(L)]
     tree = {"layers": jax.tree.map(lambda *x: np.stack(x), *layers)} if stacked else {}
     tree |= {} if stacked else {f"layer_{i}": layer for i, layer in enumerate(layers)}
-    tree |= {"embed": {"embedding": state["model.embed_tokens.weight"]}, "norm": {"scale": state["model.norm.weight"]}}
-    return tree | ({"lm_head": {"kernel": state["lm_head.weight"].T}} if "lm_head.weight" in state else {})
+    tree |= {
+        "embed": {"embedding": state["model.embed_tokens.weight"]},
+        "norm": {"scale": state["model.norm.weight"]},
+    }
+    return tree | (
+        {"lm_head": {"kernel": state["lm_head.weight"].T}} if "lm_head.weight" in state else {}
+    )
 
 
 def shapes(tree, dtype=jnp.float32):
@@ -67,7 +76,8 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize(
-    ("biases", "tied"), [((), False), (("q_proj", "k_proj", "v_proj"), True), (tuple(WIDTHS), False)]
+    ("biases", "tied"),
+    [((), False), (("q_proj", "k_proj", "v_proj"), True), (tuple(WIDTHS), False)],
 )
 def test_both_directions(tmp_path, biases, tied, stacked):
     state = torch_model(biases, tied)
@@ -106,7 +116,9 @@ def test_target_dtype_and_sharding():
     expected = flax_model(state, stacked=True)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P())
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=sharding), expected)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=sharding), expected
+    )
     params = llama.from_torch(state, like)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {sharding}
@@ -140,15 +152,19 @@ def test_missing_and_unexpected_tensors_are_listed():
     state = torch_model()
     like = shapes(flax_model(state, stacked=True))
     renamed = dict(state)
-    renamed["layers.1.self_attn.q_proj.weight"] = renamed.pop("model.layers.1.self_attn.q_proj.weight")
+    renamed["layers.1.self_attn.q_proj.weight"] = renamed.pop(
+        "model.layers.1.self_attn.q_proj.weight"
+    )
     with pytest.raises(
         ValueError,
-        match=r"lacks 1 tensor: model.layers.1.self_attn.q_proj.weight \(near: layers.1.self_attn.q_proj.weight\); "
-        r"1 is not expected: layers.1.self_attn.q_proj.weight",
+        match=r"lacks 1 tensor: model.layers.1.self_attn.q_proj.weight \(near: "
+        r"layers.1.self_attn.q_proj.weight\); 1 is not expected: layers.1.self_attn.q_proj.weight",
     ):
         llama.from_torch(renamed, like)
     deeper = state | {"model.layers.3.input_layernorm.weight": np.ones(D)}
-    with pytest.raises(ValueError, match=r"1 is not expected: model.layers.3.input_layernorm.weight"):
+    with pytest.raises(
+        ValueError, match=r"1 is not expected: model.layers.3.input_layernorm.weight"
+    ):
         llama.from_torch(deeper, like)
     with pytest.raises(ValueError, match=r"21 are not expected: .*q_proj.bias.*, and 1 more"):
         llama.from_torch(torch_model(biases=tuple(WIDTHS)), like)
@@ -162,8 +178,12 @@ def test_tied_heads_and_old_buffers():
     expected = flax_model(torch_model(tied=True), stacked=True)
     assert_same(llama.from_torch(state, shapes(expected)), expected)
     embedding = state["model.embed_tokens.weight"]
-    assert_same(llama.from_torch(state | {"lm_head.weight": embedding.copy()}, shapes(expected)), expected)
-    with pytest.raises(ValueError, match=r"head is tied, but lm_head.weight differs .*: untie the head"):
+    assert_same(
+        llama.from_torch(state | {"lm_head.weight": embedding.copy()}, shapes(expected)), expected
+    )
+    with pytest.raises(
+        ValueError, match=r"head is tied, but lm_head.weight differs .*: untie the head"
+    ):
         llama.from_torch(state | {"lm_head.weight": embedding + 1}, shapes(expected))
     with pytest.raises(ValueError, match=r"lacks 1 tensor: lm_head.weight"):
         llama.from_torch(state, shapes(flax_model(torch_model(), stacked=True)))
@@ -173,19 +193,29 @@ def test_other_errors():
     state = torch_model()
     like = shapes(flax_model(state, stacked=True))
     name = "model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(ValueError, match=rf"{name} is \(8, 12\), but layers/mlp/up_proj/kernel .* needs \(12, 8\)"):
+    with pytest.raises(
+        ValueError, match=rf"{name} is \(8, 12\), but layers/mlp/up_proj/kernel .* needs \(12, 8\)"
+    ):
         llama.from_torch(state | {name: state[name].T}, like)
     with pytest.raises(ValueError, match=rf"{name} is of dtype int8: dequantise it first"):
         llama.from_torch(state | {name: state[name].astype(np.int8)}, like)
-    with pytest.raises(ValueError, match=r"'params/norm/scale' is no parameter of a LLaMA: did you mean 'norm/scale'"):
+    with pytest.raises(
+        ValueError,
+        match=r"'params/norm/scale' is no parameter of a LLaMA: did you mean 'norm/scale'",
+    ):
         llama.to_torch({"params": {"norm": {"scale": np.ones(2)}}})
-    with pytest.raises(ValueError, match=r"'layers/attention/qproj/kernel'.*did you mean 'layers/attention/q_proj/ker"):
+    with pytest.raises(
+        ValueError,
+        match=r"'layers/attention/qproj/kernel'.*did you mean 'layers/attention/q_proj/ker",
+    ):
         llama.torch_name("layers/attention/qproj/kernel", 0)
     with pytest.raises(ValueError, match=r"'norm/bias'"):
         llama.torch_name("norm/bias")
     with pytest.raises(ValueError, match=r"'layers/mlp_norm/scale' is a stack: say which layer"):
         llama.torch_name("layers/mlp_norm/scale")
-    with pytest.raises(ValueError, match=r"self_attn.q_norm.weight' is no parameter of a LLaMA; did you mean"):
+    with pytest.raises(
+        ValueError, match=r"self_attn.q_norm.weight' is no parameter of a LLaMA; did you mean"
+    ):
         llama.flax_path("model.layers.0.self_attn.q_norm.weight")
     with pytest.raises(ValueError, match=r"'lm_head.bias' is no parameter"):
         llama.flax_path("lm_head.bias")

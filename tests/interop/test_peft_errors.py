@@ -1,4 +1,5 @@
-"""PEFT folders that are not read, adaptations that are not written, and what the caller has a say in."""
+"""PEFT folders that are not read, adaptations that are not written, and what the caller has a say
+in."""
 
 import json
 
@@ -31,10 +32,13 @@ def refused(expected, config=LORA, tensors=None, form="stacked", **options):
     return expected, config, tensors, form, options
 
 
-WITHOUT = {key: x for key, x in plain_lora().items() if "layers.1.self_attn.v_proj.lora_B" not in key}
+WITHOUT = {
+    key: x for key, x in plain_lora().items() if "layers.1.self_attn.v_proj.lora_B" not in key
+}
 LOADS = {
     "prefix": refused(
-        r"lacks 8 tensors: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight \(near: base_model.model.lay",
+        r"lacks 8 tensors: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight \(near: "
+        r"base_model.model.lay",
         tensors={f"base_model.{key}": x for key, x in plain_lora().items()},
     ),
     "missing": refused("lacks 1 tensor: .*layers.1.self_attn.v_proj.lora_B.weight", tensors=WITHOUT),
@@ -42,7 +46,8 @@ LOADS = {
     "shapes": refused(r"lora_A.weight is \(3, 4\), not \(2, 4\); ", tensors=plain_lora(rank=3)),
     "method": refused("peft_type='IA3' is not supported; known are LORA, HIRA", {"peft_type": "IA3"}),
     "fields": refused(
-        r"layer_replication=\[\[0, 2\]\]; lora_bias=True; target_parameters=\['w'\]; use_new=1\. ignore=",
+        r"layer_replication=\[\[0, 2\]\]; lora_bias=True; target_parameters=\['w'\]; use_new=1\. "
+        r"ignore=",
         LORA
         | {"lora_bias": True, "layer_replication": [[0, 2]], "target_parameters": ["w"], "use_new": 1}
         | {"eva_config": {"rho": 1}},
@@ -94,7 +99,9 @@ def test_files_that_are_not_there(tmp_path):
     wrong = {"[]": r"is \[\], where", "{}": "has no 'peft_type'"}
     for text, words in (wrong | {'{"peft_type": "LORA", "r": "8"}': "r is '8', where an"}).items():
         (tmp_path / "adapter_config.json").write_text(text)
-        with pytest.raises(ValueError, match=f"adapter_config.json:? {words}.*save_pretrained wrote"):
+        with pytest.raises(
+            ValueError, match=f"adapter_config.json:? {words}.*save_pretrained wrote"
+        ):
             load(tmp_path, "stacked")
 
 
@@ -103,7 +110,11 @@ def test_what_the_caller_says(tmp_path):
     assert load(tmp_path, "stacked", ignore=("lora_bias",), name="mine").plan.name == "mine"
     params = {"a": {"kernel": jnp.ones((4, 4))}, "b": {"kernel": jnp.ones((4, 4))}}
     own = lambda path, index: "m." + {"a/kernel": "b", "b/kernel": "a"}[path] + ".weight"  # noqa: E731
-    tensors = {f"m.{m}.{end}": normal(*shape) for m in "ab" for end, shape in (("hira_A", (2, 4)), ("hira_B", (4, 2)))}
+    tensors = {
+        f"m.{m}.{end}": normal(*shape)
+        for m in "ab"
+        for end, shape in (("hira_A", (2, 4)), ("hira_B", (4, 2)))
+    }
     tensors = {key: x for key, x in tensors.items() if key.startswith("m.a")}
     write(tmp_path, {"peft_type": "HIRA", "r": 2, "target_modules": ["a"]}, tensors)
     assert list(peft.load(tmp_path, params, own).plan.by_path) == ["b/kernel"]
@@ -112,19 +123,29 @@ def test_what_the_caller_says(tmp_path):
     with pytest.raises(ValueError, match="'layers/attention/q_proj/kernel' is a stack"):
         peft.load(tmp_path, tree(WEIGHTS, "stacked"), views=VIEWS)
     theta = {"base_model.unilora_theta_d": normal(4)}
-    write(tmp_path, {"peft_type": "UNILORA", "r": 1, "theta_d_length": 4, "target_modules": ["a", "b"]}, theta)
+    write(
+        tmp_path,
+        {"peft_type": "UNILORA", "r": 1, "theta_d_length": 4, "target_modules": ["a", "b"]},
+        theta,
+    )
     with pytest.raises(ValueError, match="order: indices depend on the order"):
         peft.load(tmp_path, params)
     first, second = (peft.load(tmp_path, params, order=order) for order in (("a", "b"), ("b", "a")))
-    np.testing.assert_array_equal(first.fixed["sites"]["a/kernel"]["ia"], second.fixed["sites"]["b/kernel"]["ia"])
+    np.testing.assert_array_equal(
+        first.fixed["sites"]["a/kernel"]["ia"], second.fixed["sites"]["b/kernel"]["ia"]
+    )
     assert first.plan.order != second.plan.order
-    with pytest.raises(ValueError, match="save_indices=False: PEFT would draw other indices for .*'a'"):
+    with pytest.raises(
+        ValueError, match="save_indices=False: PEFT would draw other indices for .*'a'"
+    ):
         peft.save(tmp_path, first, params, order=("b", "a"), save_indices=False)
 
 
 def adapted(rules, **options):
     params = whole_params()
-    return params, jax.jit(lambda params: lr.adapt(params, rules, jax.random.key(0), **options))(params)
+    return params, jax.jit(lambda params: lr.adapt(params, rules, jax.random.key(0), **options))(
+        params
+    )
 
 
 UP, DOWN, FEW = "body/up/kernel", "body/down/kernel", lr.adapters.lora(rank=2)
@@ -137,11 +158,15 @@ def other_names(path, index):
 
 
 def moved(adaptation):
-    return adaptation.replace(fixed=jax.tree.map(lambda x: x[::-1] if x.ndim else x, adaptation.fixed))
+    return adaptation.replace(
+        fixed=jax.tree.map(lambda x: x[::-1] if x.ndim else x, adaptation.fixed)
+    )
 
 
 def halved(adaptation):
-    sites = {path: own | {"scale": 0.5 * own["scale"]} for path, own in adaptation.fixed["sites"].items()}
+    sites = {
+        path: own | {"scale": 0.5 * own["scale"]} for path, own in adaptation.fixed["sites"].items()
+    }
     return adaptation.replace(fixed=adaptation.fixed | {"sites": sites})
 
 
@@ -182,10 +207,16 @@ def test_another_tree_is_not_written(tmp_path):
 
 
 def test_frequencies_by_name(tmp_path):
-    """PEFT matches n_frequency_pattern by other rules than ranks: an end after a dot, or the whole name."""
-    params, adaptation = adapted({UP: lr.adapters.fourierft(frequencies=5), DOWN: lr.adapters.fourierft(frequencies=6)})
+    """PEFT matches n_frequency_pattern by other rules than ranks: an end after a dot, or the whole
+    name."""
+    params, adaptation = adapted(
+        {UP: lr.adapters.fourierft(frequencies=5), DOWN: lr.adapters.fourierft(frequencies=6)}
+    )
     peft.save(tmp_path, adaptation, params)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["n_frequency"], config["n_frequency_pattern"]) == (6, {"body.up": 5})
     back = peft.load(tmp_path, params)
-    assert {path: adapter.frequencies for path, (adapter, _) in back.plan.by_path.items()} == {UP: 5, DOWN: 6}
+    assert {path: adapter.frequencies for path, (adapter, _) in back.plan.by_path.items()} == {
+        UP: 5,
+        DOWN: 6,
+    }

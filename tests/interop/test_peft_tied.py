@@ -35,11 +35,17 @@ def parts(adaptation, params=PARAMS):
     return lr.adapters.embed(jnp.arange(9), table), lr.adapters.attend(jnp.eye(4), table).T
 
 
-@pytest.mark.parametrize("config, tensors, wanted, both", [
-    (CONFIG, LOOK_UP, ("gather",), False),
-    (CONFIG, LOOK_UP | {"embed_tokens.base_layer.weight": TABLE}, ("gather",), False),
-    (TIED, LOOK_UP, ("gather",), False), (TIED, LOOK_UP | HEAD, (), True), (TIED, LOOK_UP | HEAD | BASE, (), True),
-], ids=["look-up", "with its base", "not tied by PEFT", "both", "both with their base"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, tensors, wanted, both",
+    [
+        (CONFIG, LOOK_UP, ("gather",), False),
+        (CONFIG, LOOK_UP | {"embed_tokens.base_layer.weight": TABLE}, ("gather",), False),
+        (TIED, LOOK_UP, ("gather",), False),
+        (TIED, LOOK_UP | HEAD, (), True),
+        (TIED, LOOK_UP | HEAD | BASE, (), True),
+    ],
+    ids=["look-up", "with its base", "not tied by PEFT", "both", "both with their base"],
+)
 def test_where_an_adapter_of_the_table_acts(config, tensors, wanted, both, tmp_path):
     adaptation = peft.load(write(tmp_path, config, tensors), PARAMS)
     assert uses(adaptation) == wanted
@@ -51,7 +57,10 @@ def test_where_an_adapter_of_the_table_acts(config, tensors, wanted, both, tmp_p
     once = {PREFIX + key: x.tolist() for key, x in tensors.items() if "base_layer" not in key}
     assert {key: x.tolist() for key, x in again.items()} == once
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
-    assert written["target_modules"] == ["embed_tokens"] and written.get("ensure_weight_tying", False) is both
+    assert (
+        written["target_modules"] == ["embed_tokens"]
+        and written.get("ensure_weight_tying", False) is both
+    )
     assert uses(peft.load(tmp_path / "again", PARAMS)) == wanted
 
 
@@ -61,8 +70,13 @@ def test_a_copy_of_the_table_for_both_trains_whole(tmp_path):
     np.testing.assert_array_equal(adaptation.train["whole"][PATH], COPY)
     peft.save(tmp_path / "again", adaptation, PARAMS)
     again = safetensors.read(tmp_path / "again" / "adapter_model.safetensors")
-    assert {key: x.tolist() for key, x in again.items()} == {PREFIX + key: x.tolist() for key, x in tensors.items()}
-    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["ensure_weight_tying"] is True
+    assert {key: x.tolist() for key, x in again.items()} == {
+        PREFIX + key: x.tolist() for key, x in tensors.items()
+    }
+    assert (
+        json.loads((tmp_path / "again" / "adapter_config.json").read_text())["ensure_weight_tying"]
+        is True
+    )
 
 
 def test_a_tree_with_an_output_layer_of_its_own_has_every_file(tmp_path):
@@ -70,7 +84,9 @@ def test_a_tree_with_an_output_layer_of_its_own_has_every_file(tmp_path):
     adaptation = peft.load(write(tmp_path, both, LOOK_UP | HEAD), UNTIED)
     assert all(site.uses == () for site in adaptation.plan.sites)
     merged = lr.merge(UNTIED, adaptation)
-    np.testing.assert_allclose(merged["lm_head"]["kernel"], merged["embed_tokens"]["embedding"].T, atol=1e-6)
+    np.testing.assert_allclose(
+        merged["lm_head"]["kernel"], merged["embed_tokens"]["embedding"].T, atol=1e-6
+    )
     adaptation = peft.load(write(tmp_path, SAVED, UP | {"embed_tokens.weight": COPY}), UNTIED)
     np.testing.assert_array_equal(lr.merge(UNTIED, adaptation)["lm_head"]["kernel"], TABLE.T)
     # so says the caller where no output layer shares the table
@@ -80,14 +96,27 @@ def test_a_tree_with_an_output_layer_of_its_own_has_every_file(tmp_path):
 
 
 def test_an_encoder_shares_no_table(tmp_path):
-    """Its words may be those of an output layer, which the caller denies; positions and token types never are."""
+    """Its words may be those of an output layer, which the caller denies; positions and token types
+    never are."""
     names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
     params = {"embeddings": {name: {"embedding": jnp.asarray(TABLE)} for name in names}}
-    of = lambda name: {f"embeddings.{name}.lora_embedding_A": A, f"embeddings.{name}.lora_embedding_B": B}  # noqa: E731
-    folder = write(tmp_path, CONFIG | {"target_modules": list(names)}, of(names[0]) | of(names[1]) | of(names[2]))
+
+    def of(name):
+        return {
+            f"embeddings.{name}.lora_embedding_A": A,
+            f"embeddings.{name}.lora_embedding_B": B,
+        }
+
+    folder = write(
+        tmp_path,
+        CONFIG | {"target_modules": list(names)},
+        of(names[0]) | of(names[1]) | of(names[2]),
+    )
     adaptation = peft.load(folder, params)
     assert [site.uses for site in adaptation.plan.sites] == [()] * 2 + [("gather",)]
-    with pytest.raises(ValueError, match=r"\{'embeddings/word_embeddings/embedding': .*peft.load\(.*head=None\)"):
+    with pytest.raises(
+        ValueError, match=r"\{'embeddings/word_embeddings/embedding': .*peft.load\(.*head=None\)"
+    ):
         lr.merge(params, adaptation)
     for table in jax.tree.leaves(lr.merge(params, peft.load(folder, params, head=None))):
         np.testing.assert_allclose(table, TABLE + 3 * A.T @ B.T, atol=1e-6)
@@ -99,7 +128,10 @@ def test_an_encoder_shares_no_table(tmp_path):
     np.testing.assert_array_equal(found[f"embeddings/{names[2]}/embedding"], COPY)
 
 
-REMEDY = ".*give the output layer 'lm_head' a kernel of its own in params, the transposed table of 'embed_tokens'.*None"
+REMEDY = (
+    ".*give the output layer 'lm_head' a kernel of its own in params, the transposed table of "
+    "'embed_tokens'.*None"
+)
 LOADS = {
     "head alone": ("adapts or trains the output layer 'lm_head' by itself" + REMEDY, CONFIG, HEAD),
     "both apart": ("by itself" + REMEDY, CONFIG, LOOK_UP | HEAD),
@@ -162,7 +194,13 @@ def test_a_pattern_of_targets_matches_the_bare_name_by_which_peft_ties(tmp_path)
     peft.save(tmp_path, adaptation, params)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["m.embed_tokens"]
-    names = lambda path, index=None: {f"m/{PATH}": "embed_tokens.weight"}.get(path) or peft.linen_name(path)  # noqa: E731
+
+    def names(path, index=None):
+        return {f"m/{PATH}": "embed_tokens.weight"}.get(path) or peft.linen_name(path)
+
     peft.save(tmp_path, adaptation, params, names)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["target_modules"] == r"embed_tokens|embed_tokens" and config["ensure_weight_tying"] is True
+    assert (
+        config["target_modules"] == r"embed_tokens|embed_tokens"
+        and config["ensure_weight_tying"] is True
+    )

@@ -1,4 +1,5 @@
-"""Norms of DCT coefficients in one pass: the kernel, interpreted, against cosines in float64, and its projector."""
+"""Norms of DCT coefficients in one pass: the kernel, interpreted, against cosines in float64, and
+its projector."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,9 @@ def test_scores_are_those_of_float64(shape, dtype, kind, norm):
         for axis, given in ((-2, x), (-1, x.T)):
             found = kernels.dct_scores(given, kind, norm, axis, **option)
             assert found.dtype == jnp.float32
-            np.testing.assert_allclose(found, expected, atol=TOLERANCE * expected.max(), err_msg=f"{option} {axis}")
+            np.testing.assert_allclose(
+                found, expected, atol=TOLERANCE * expected.max(), err_msg=f"{option} {axis}"
+            )
 
 
 def test_every_vector_is_found_by_its_own_score():
@@ -119,7 +122,12 @@ def lowered(shape, platform, **options):
     tx = lr.scale_by_projection(lr.projectors.dct(rank=4, **options))
     params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
     state = jax.eval_shape(tx.init, params)
-    return jax.jit(tx.update).trace(params, state, params).lower(lowering_platforms=(platform,)).as_text()
+    return (
+        jax.jit(tx.update)
+        .trace(params, state, params)
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Adam in a subspace with the weight written in place: both kernels, interpreted, against NumPy's float64."""
+"""Adam in a subspace with the weight written in place: both kernels, interpreted, against NumPy's
+float64."""
 
 import dataclasses
 import functools
@@ -16,9 +17,18 @@ from lowrank_jax.projection import fused
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
-NAMED = [{"implementation": "reference"}, *({"implementation": k, "interpret": True} for k in ("tpu", "gpu"))]
-NUMBERS = {"b1": 0.9, "b2": 0.95, "eps": jnp.array([1e-3, 1e-2]), "rate": jnp.array([0.1, 0.3]), "decay": 0.02,
-           "factor": 0.5}  # fmt: skip
+NAMED = [
+    {"implementation": "reference"},
+    *({"implementation": k, "interpret": True} for k in ("tpu", "gpu")),
+]
+NUMBERS = {
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": jnp.array([1e-3, 1e-2]),
+    "rate": jnp.array([0.1, 0.3]),
+    "decay": 0.02,
+    "factor": 0.5,
+}
 
 
 def operands(side, moments="float32", dtype="float32", sizes=(2, 20, 140, 35), block=128):
@@ -29,7 +39,13 @@ def operands(side, moments="float32", dtype="float32", sizes=(2, 20, 140, 35), b
     basis, low = (jnp.asarray(draw(*shape), jnp.float32) for shape in ((s, r), (r, k)))
     mu, nu = jnp.asarray(draw(r, k), jnp.float32), jnp.asarray(draw(r, k) ** 2, jnp.float32)
     if moments == "8 bits":
-        return w, basis, low, linalg.quantize_blocks(mu, "signed", block), linalg.quantize_blocks(nu, "unsigned", block)
+        return (
+            w,
+            basis,
+            low,
+            linalg.quantize_blocks(mu, "signed", block),
+            linalg.quantize_blocks(nu, "unsigned", block),
+        )
     return w, basis, low, mu.astype(moments), nu.astype(moments)
 
 
@@ -44,7 +60,11 @@ def oracle(arrays, side):
     m = NUMBERS["b1"] * mu + (1 - NUMBERS["b1"]) * g
     v = NUMBERS["b2"] * nu + (1 - NUMBERS["b2"]) * g * g
     step = basis @ (m / (np.sqrt(v) + eps))
-    return w - rate * (step if side == "rows" else np.swapaxes(step, 1, 2)) - NUMBERS["decay"] * w, m, v
+    return (
+        w - rate * (step if side == "rows" else np.swapaxes(step, 1, 2)) - NUMBERS["decay"] * w,
+        m,
+        v,
+    )
 
 
 @pytest.fixture
@@ -68,10 +88,14 @@ def test_weight_and_moments_are_those_of_float64(side, moments, dtype, small_til
         assert w.dtype == arrays[0].dtype
         scale = np.abs(expected[0]).max() * (1e-5 if dtype == "float32" else 4e-3)
         np.testing.assert_allclose(value(w), expected[0], atol=scale, err_msg=str(option))
-        for own, exact, old, code in zip(found, expected[1:], arrays[3:], ("signed", "unsigned"), strict=True):
+        for own, exact, old, code in zip(
+            found, expected[1:], arrays[3:], ("signed", "unsigned"), strict=True
+        ):
             if moments != "8 bits":
                 tolerance = 1e-6 if moments == "float32" else 4e-3
-                np.testing.assert_allclose(value(own), exact, rtol=tolerance, atol=1e-6, err_msg=str(option))
+                np.testing.assert_allclose(
+                    value(own), exact, rtol=tolerance, atol=1e-6, err_msg=str(option)
+                )
                 continue
             stored = linalg.quantize_blocks(jnp.asarray(exact, jnp.float32), code, old.block)
             np.testing.assert_allclose(own.scales, stored.scales, rtol=1e-5)
@@ -95,11 +119,15 @@ def test_blocks_that_do_not_end_with_the_matrix_are_whole_in_a_tile():
 def test_stochastic_rounding_draws_the_bits_of_linalg(side, small_tiles):
     arrays, keys = operands(side, dtype="bfloat16"), jax.random.split(jax.random.key(3), 2)
     exact = oracle(arrays, side)[0]
-    expected = [linalg.stochastic_round(jnp.asarray(x, jnp.float32), jnp.bfloat16, k)
-                for x, k in zip(exact, keys, strict=True)]  # fmt: skip
+    expected = [
+        linalg.stochastic_round(jnp.asarray(x, jnp.float32), jnp.bfloat16, k)
+        for x, k in zip(exact, keys, strict=True)
+    ]
     for option in (NAMED[0], NAMED[1 if side == "rows" else 2]):
         found = kernels.low_rank_adam(*arrays, **NUMBERS, side=side, keys=keys, **option)[0]
-        assert np.mean(value(found) != value(jnp.stack(expected))) < 1e-3, option  # sums differ in their last bit
+        assert np.mean(value(found) != value(jnp.stack(expected))) < 1e-3, (
+            option
+        )  # sums differ in their last bit
     plain = kernels.low_rank_adam(*arrays, **NUMBERS, side=side)[0]
     assert np.mean(value(plain) != value(jnp.stack(expected))) > 0.1
 
@@ -109,7 +137,9 @@ def test_what_is_not_accepted_changes_nothing(moments, small_tiles):
     w, basis, low, *stored = operands("rows", moments)
     for option in NAMED:
         bad = low.at[:, 3].set(np.nan)
-        found = kernels.low_rank_adam(w, basis, bad, *stored, **NUMBERS, accepted=jnp.asarray(False), **option)
+        found = kernels.low_rank_adam(
+            w, basis, bad, *stored, **NUMBERS, accepted=jnp.asarray(False), **option
+        )
         jax.tree.map(np.testing.assert_array_equal, found, (w, *stored))
 
 
@@ -135,8 +165,13 @@ def test_a_tile_fits_the_chip_it_is_made_for():
     large, small = (parts.tiles(shape, sizes, 0, "tpu", chip) for chip in ("v5e", "v5p"))
     assert large[1] > small[1]
     assert parts.fast_bytes(shape, sizes, "tpu", *large) > _platform.budget("tpu", "v5p")
-    assert parts.tiles((4096, 256, 11008), (2, 4, 1), 2048, "tpu", "v5e")[1] == 2048  # no block is cut
-    for block, platform, message in ((200, "tpu", "multiple of 128 on a TPU"), (384, "gpu", "power of two")):
+    assert (
+        parts.tiles((4096, 256, 11008), (2, 4, 1), 2048, "tpu", "v5e")[1] == 2048
+    )  # no block is cut
+    for block, platform, message in (
+        (200, "tpu", "multiple of 128 on a TPU"),
+        (384, "gpu", "power of two"),
+    ):
         with pytest.raises(_platform.Misfit, match=message):
             parts.tiles(shape, (2, 4, 1), block, platform, None)
     with pytest.raises(_platform.Misfit, match="implementation='reference' has no such bound"):
@@ -150,7 +185,12 @@ PARAMS = {
 
 
 def galore(**options):
-    options = {"rank": 3, "views": lr.Views(stacked=("layers/.*",)), "eps": 1e-3, "clip_norm": 1.0} | options
+    options = {
+        "rank": 3,
+        "views": lr.Views(stacked=("layers/.*",)),
+        "eps": 1e-3,
+        "clip_norm": 1.0,
+    } | options
     return lr.galore(options.pop("learning_rate", 1e-1), weight_decay=0.1, **options)
 
 
@@ -165,15 +205,21 @@ def spoiled(grads, leaf):
 
 def trained(form, dtype="float32", params=PARAMS, leaf="bias"):
     shapes = params
-    params = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size)).reshape(x.shape).astype(dtype), shapes)
+    params = jax.tree.map(
+        lambda x: jnp.sin(jnp.arange(x.size)).reshape(x.shape).astype(dtype), shapes
+    )
     step, state = jax.jit(form.step), form.init(params)
     for i in range(4):
-        grads = jax.tree.map(lambda x, i=i: jnp.cos((i + 2) * jnp.arange(x.size)).reshape(x.shape), shapes)
+        grads = jax.tree.map(
+            lambda x, i=i: jnp.cos((i + 2) * jnp.arange(x.size)).reshape(x.shape), shapes
+        )
         if i == 2:  # a step that is skipped
             before, grads = (params, state), spoiled(grads, leaf)
         params, state = step(params, grads, state)
         if i == 2 and form.recipe.projection.guard:
-            now, then = ((p, s.projection.matrices, s.projection.plain) for p, s in ((params, state), before))
+            now, then = (
+                (p, s.projection.matrices, s.projection.plain) for p, s in ((params, state), before)
+            )
             jax.tree.map(np.testing.assert_array_equal, now, then)
     return params, state
 
@@ -202,8 +248,9 @@ def compare(found, expected, tolerance):
         lambda a, b: np.testing.assert_allclose(
             np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=tolerance, atol=tolerance
         ),
-        found, expected,
-    )  # fmt: skip
+        found,
+        expected,
+    )
 
 
 @pytest.fixture
@@ -212,7 +259,9 @@ def interpreted(monkeypatch):
 
     def choose(implementation):
         chosen = {"implementation": implementation, "interpret": implementation is not None}
-        monkeypatch.setattr(kernels, "low_rank_adam", functools.partial(kernels.low_rank_adam, **chosen))
+        monkeypatch.setattr(
+            kernels, "low_rank_adam", functools.partial(kernels.low_rank_adam, **chosen)
+        )
 
     return choose
 
@@ -222,7 +271,9 @@ def test_the_fused_form_by_the_kernel_is_the_fused_form(name, interpreted):
     implementation, options, form = CASES[name]
     interpreted(implementation)
     dtype = "bfloat16" if "rounding" in form else "float32"
-    expected, found = (trained(lr.fused(galore(**options), products=p, **form), dtype) for p in ("xla", "kernel"))
+    expected, found = (
+        trained(lr.fused(galore(**options), products=p, **form), dtype) for p in ("xla", "kernel")
+    )
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert int(found[1].projection.skipped) == (0 if name.startswith("no guard") else 1)
     compare(found, expected, 1e-5 if dtype == "float32" else 8e-3)
@@ -230,7 +281,8 @@ def test_the_fused_form_by_the_kernel_is_the_fused_form(name, interpreted):
 
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 def test_decay_before_the_step_and_a_gradient_that_is_not_finite(implementation, interpreted):
-    """`trained` asserts that a skipped step leaves parameters and state as they were, a projected leaf's NaN too."""
+    """`trained` asserts that a skipped step leaves parameters and state as they were, a projected
+    leaf's NaN too."""
     interpreted(implementation)
     recipe = dataclasses.replace(galore(clock=lr.clocks.every(period=3)).recipe, when="pre")
     found = {}
@@ -238,15 +290,27 @@ def test_decay_before_the_step_and_a_gradient_that_is_not_finite(implementation,
         found[products] = trained(fused.Fused(recipe=recipe, products=products), leaf="down")
         assert int(found[products][1].projection.skipped) == 1
     compare(found["kernel"], found["xla"], 1e-5)
-    after = trained(fused.Fused(recipe=dataclasses.replace(recipe, when="post"), products="kernel"), leaf="down")
-    assert np.abs(after[0]["layers"]["up"]["kernel"] - found["kernel"][0]["layers"]["up"]["kernel"]).max() > 1e-4
+    after = trained(
+        fused.Fused(recipe=dataclasses.replace(recipe, when="post"), products="kernel"), leaf="down"
+    )
+    assert (
+        np.abs(
+            after[0]["layers"]["up"]["kernel"] - found["kernel"][0]["layers"]["up"]["kernel"]
+        ).max()
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize("guard", [True, False])
 def test_a_gradient_that_is_not_finite_at_a_refresh_is_what_xla_makes_of_it(guard, interpreted):
     interpreted("tpu")
-    options = {"guard": guard, "clip_norm": None, "clock": lr.clocks.every(period=2),
-               "projector": lr.projectors.random(rank=3, stored=True), "rank": None}  # fmt: skip
+    options = {
+        "guard": guard,
+        "clip_norm": None,
+        "clock": lr.clocks.every(period=2),
+        "projector": lr.projectors.random(rank=3, stored=True),
+        "rank": None,
+    }
     form = {p: lr.fused(galore(**options), products=p) for p in ("xla", "kernel")}
     found = {products: trained(own, leaf="up") for products, own in form.items()}
     compare(found["kernel"], found["xla"], 1e-5)
@@ -273,7 +337,12 @@ def test_the_kernel_is_taken_only_where_it_is_told_to():
     params = {"kernel": jnp.ones((2, 128, 256))}
     for products in ("xla", "kernel"):
         form = lr.fused(galore(views=lr.Views(stacked=("kernel",))), products=products)
-        text = jax.jit(form.step).trace(params, params, form.init(params)).lower(lowering_platforms=("tpu",)).as_text()
+        text = (
+            jax.jit(form.step)
+            .trace(params, params, form.init(params))
+            .lower(lowering_platforms=("tpu",))
+            .as_text()
+        )
         assert ("tpu_custom_call" in text) == (products == "kernel")
 
 
@@ -283,7 +352,10 @@ def test_the_kernel_is_taken_only_where_it_is_told_to():
         ({"inner": lr.inner.from_optax(lr.galore(1.0, rank=1))}, "runs Adam"),
         ({"residual": lr.residuals.sign()}, "drops the rest of the gradient"),
         ({"projector": lr.projectors.dct(rank=3), "rank": None}, "reads a stored basis"),
-        ({"projector": lr.projectors.svd(rank=3, dtype=jnp.int8), "rank": None}, "reads a stored basis"),
+        (
+            {"projector": lr.projectors.svd(rank=3, dtype=jnp.int8), "rank": None},
+            "reads a stored basis",
+        ),
     ],
     ids=["inner", "residual", "no stored basis", "int8 basis"],
 )
@@ -296,8 +368,10 @@ def test_the_form_refuses_what_the_kernel_does_not_compute(options, message):
 
 def test_leaves_and_layer_wise_steps_that_it_cannot_write_are_refused():
     form = lr.fused(galore(views=lr.Views()), products="kernel")
-    for kernel, message in ((jnp.ones((8, 8), jnp.float16), "writes float32 or bfloat16, not float16"),
-                            (linalg.quantize_blocks(jnp.ones((8, 8)), "linear"), "not QuantizedBlocks")):  # fmt: skip
+    for kernel, message in (
+        (jnp.ones((8, 8), jnp.float16), "writes float32 or bfloat16, not float16"),
+        (linalg.quantize_blocks(jnp.ones((8, 8)), "linear"), "not QuantizedBlocks"),
+    ):
         params, state = {"kernel": kernel}, form.init({"kernel": jnp.ones((8, 8))})
         with pytest.raises(ValueError, match=message):
             form.step(params, {"kernel": jnp.ones((8, 8))}, state)
@@ -306,6 +380,8 @@ def test_leaves_and_layer_wise_steps_that_it_cannot_write_are_refused():
     params = {"kernel": jnp.ones((8, 16))}
     with pytest.raises(ValueError, match=r"the view takes axes \(1, 0\)"):
         form.step(params, params, form.init(params))
-    stack = lr.Stack(before=lambda rest, x: x, layer=lambda layer, x: x, after=lambda rest, x: jnp.mean(x))
+    stack = lr.Stack(
+        before=lambda rest, x: x, layer=lambda layer, x: x, after=lambda rest, x: jnp.mean(x)
+    )
     with pytest.raises(ValueError, match="products='kernel' writes whole stacks"):
         lr.layerwise_step(stack, dataclasses.replace(form))

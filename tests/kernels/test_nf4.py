@@ -1,4 +1,5 @@
-"""`y = x dequant(W)` of NF4: both kernels, interpreted, against the reference and NumPy's float64."""
+"""`y = x dequant(W)` of NF4: both kernels, interpreted, against the reference and NumPy's
+float64."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,11 @@ from lowrank_jax.kernels import _nf4, _platform
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
-SHAPES = [(40, 150, 70), (1, 33, 300), (70, 200, 17)]  # rows, n, m: no multiple of any tile or block
+SHAPES = [
+    (40, 150, 70),
+    (1, 33, 300),
+    (70, 200, 17),
+]  # rows, n, m: no multiple of any tile or block
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
@@ -28,7 +33,9 @@ def decoded(w):
     out = np.zeros((2 * codes.shape[0], codes.shape[1]))
     for row in range(len(out)):
         byte = codes[row // 64 * 32 + row % 32]
-        out[row] = np.asarray(linalg.normal_float_book(), np.float64)[byte & 15 if row % 64 >= 32 else byte >> 4]
+        out[row] = np.asarray(linalg.normal_float_book(), np.float64)[
+            byte & 15 if row % 64 >= 32 else byte >> 4
+        ]
         out[row] *= scales[row // 64]
     return out[: w.rows]
 
@@ -36,7 +43,9 @@ def decoded(w):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradient_are_those_of_float64(shape, dtype, monkeypatch):
-    monkeypatch.setattr(_nf4, "_TPU_ROWS", (24, 40))  # several tiles, the last of them cut, of chunks, the last cut
+    monkeypatch.setattr(
+        _nf4, "_TPU_ROWS", (24, 40)
+    )  # several tiles, the last of them cut, of chunks, the last cut
     monkeypatch.setattr(_nf4, "_CHUNK", 16)
     monkeypatch.setattr(_nf4, "_TPU_COLS", (128,))
     x, w = operands(shape, dtype, double=True)
@@ -48,7 +57,9 @@ def test_value_and_gradient_are_those_of_float64(shape, dtype, monkeypatch):
         for found, exact in ((y, own @ matrix), (*pull(jnp.asarray(weight)), dy @ matrix.T)):
             assert found.dtype == dtype
             bound = TOLERANCE[dtype] * np.abs(exact).max()
-            np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=bound, err_msg=name)
+            np.testing.assert_allclose(
+                np.asarray(found, np.float64), exact, atol=bound, err_msg=name
+            )
 
 
 def test_the_backward_tile_spans_blocks_and_cuts_the_last():
@@ -60,14 +71,18 @@ def test_the_backward_tile_spans_blocks_and_cuts_the_last():
 
 def test_leading_axes_are_rows_and_no_rows_are_nothing():
     x, w = operands((6, 8, 4), "float32")
-    np.testing.assert_array_equal(kernels.nf4_linear(x.reshape(2, 3, 8), w), kernels.nf4_linear(x, w).reshape(2, 3, 4))
+    np.testing.assert_array_equal(
+        kernels.nf4_linear(x.reshape(2, 3, 8), w), kernels.nf4_linear(x, w).reshape(2, 3, 4)
+    )
     assert kernels.nf4_linear(x[:0], w, implementation="tpu").shape == (0, 4)
 
 
 def test_the_frozen_matrix_has_no_cotangent():
     x, w = operands((6, 70, 4), "float32")
     by_scale = jax.grad(
-        lambda scales: jnp.sum(kernels.nf4_linear(x, linalg.NormalFloat4(w.codes, scales, None, 70, "xla")))
+        lambda scales: jnp.sum(
+            kernels.nf4_linear(x, linalg.NormalFloat4(w.codes, scales, None, 70, "xla"))
+        )
     )
     np.testing.assert_array_equal(by_scale(w.absmax), jnp.zeros_like(w.absmax))
 
@@ -169,13 +184,17 @@ def test_matmul_takes_the_kernel_only_where_the_matrix_asks_for_it(adapted):
         found[products] = jax.value_and_grad(loss)(x)
         text = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
         assert ("triton" in text) == (products == "kernel")
-    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-4, atol=1e-5), *found.values())
+    jax.tree.map(
+        lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-4, atol=1e-5), *found.values()
+    )
 
 
 def test_a_product_of_another_form_decodes():
     x, w = operands((5, 64, 24), "float32", products="kernel")
     exact = np.asarray(x, np.float64) @ decoded(w)
-    np.testing.assert_allclose(lr.dot_general(w.dequantize(), w, (((0,), (0,)), ((), ()))).shape, (24, 24))
+    np.testing.assert_allclose(
+        lr.dot_general(w.dequantize(), w, (((0,), (0,)), ((), ()))).shape, (24, 24)
+    )
     np.testing.assert_allclose(lr.einsum("bn,nm->bm", x, w), exact, atol=1e-4)
     high = lr.dot_general(x, w, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
     np.testing.assert_allclose(high, exact, atol=1e-4)

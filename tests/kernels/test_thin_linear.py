@@ -1,4 +1,5 @@
-"""`y = x W + (x A) B` in one pass: both kernels, interpreted, against the reference and NumPy's float64."""
+"""`y = x W + (x A) B` in one pass: both kernels, interpreted, against the reference and NumPy's
+float64."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,20 @@ from lowrank_jax.kernels import _platform, _thin
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
-SHAPES = [(40, 70, 50, 5), (1, 33, 300, 3), (300, 48, 17, 20)]  # rows, n, m, rank: no multiple of any tile
+SHAPES = [
+    (40, 70, 50, 5),
+    (1, 33, 300, 3),
+    (300, 48, 17, 20),
+]  # rows, n, m, rank: no multiple of any tile
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def operands(shape, dtype):
     rows, n, m, r = shape
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal(s) / 4, dtype) for s in [(rows, n), (n, m), (n, r), (r, m)]]
+    return [
+        jnp.asarray(rng.standard_normal(s) / 4, dtype) for s in [(rows, n), (n, m), (n, r), (r, m)]
+    ]
 
 
 def gradients(arrays, weight, **options):
@@ -35,25 +42,39 @@ def gradients(arrays, weight, **options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients_are_those_of_float64(shape, dtype, monkeypatch):
-    monkeypatch.setattr(_thin, "_TPU_ROWS", (24, 40))  # several tiles, the last of them cut, of chunks, the last cut
+    monkeypatch.setattr(
+        _thin, "_TPU_ROWS", (24, 40)
+    )  # several tiles, the last of them cut, of chunks, the last cut
     monkeypatch.setattr(_thin, "_CHUNK", 16)
     monkeypatch.setattr(_thin, "_TPU_COLS", (128,))
     arrays = operands(shape, dtype)
-    weight = np.random.default_rng(1).standard_normal((shape[0], shape[2])).astype(dtype).astype(np.float64)
+    weight = (
+        np.random.default_rng(1)
+        .standard_normal((shape[0], shape[2]))
+        .astype(dtype)
+        .astype(np.float64)
+    )
     x, w, a, b = (np.asarray(leaf, np.float64) for leaf in arrays)
     expected = [x @ w + (x @ a) @ b, weight @ w.T + (weight @ b.T) @ a.T, x.T @ weight]
     expected += [x.T @ (weight @ b.T), (x @ a).T @ weight]
-    options = [{"implementation": "reference"}, *({"implementation": k, "interpret": True} for k in ("tpu", "gpu"))]
+    options = [
+        {"implementation": "reference"},
+        *({"implementation": k, "interpret": True} for k in ("tpu", "gpu")),
+    ]
     for option in options:
         found = gradients(arrays, jnp.asarray(weight, jnp.float32), **option)
         for own, exact in zip(found, expected, strict=True):
-            np.testing.assert_allclose(own, exact, atol=TOLERANCE[dtype] * np.abs(exact).max(), err_msg=str(option))
+            np.testing.assert_allclose(
+                own, exact, atol=TOLERANCE[dtype] * np.abs(exact).max(), err_msg=str(option)
+            )
 
 
 def test_leading_axes_are_rows_and_no_rows_are_nothing():
     x, w, a, b = operands((6, 8, 4, 2), "float32")
     flat = kernels.thin_linear(x, w, a, b)
-    np.testing.assert_array_equal(kernels.thin_linear(x.reshape(2, 3, 8), w, a, b), flat.reshape(2, 3, 4))
+    np.testing.assert_array_equal(
+        kernels.thin_linear(x.reshape(2, 3, 8), w, a, b), flat.reshape(2, 3, 4)
+    )
     assert kernels.thin_linear(x[:0], w, a, b, implementation="tpu").shape == (0, 4)
 
 
@@ -65,7 +86,10 @@ def test_leading_axes_are_rows_and_no_rows_are_nothing():
         ({"chip": "v9", "implementation": "tpu"}, "chip='v9' must be one of"),
         ({"x": jnp.ones((4, 8), jnp.float16)}, "float16 must be float32 or bfloat16"),
         ({"b": jnp.ones((3, 4))}, r"must be \(..., n\), \(n, m\), \(n, r\), \(r, m\)"),
-        ({"a": jnp.ones((8, 200)), "b": jnp.ones((200, 4)), "implementation": "gpu"}, "rank 200 exceeds 128"),
+        (
+            {"a": jnp.ones((8, 200)), "b": jnp.ones((200, 4)), "implementation": "gpu"},
+            "rank 200 exceeds 128",
+        ),
     ],
     ids=str,
 )
@@ -96,11 +120,16 @@ def test_the_platform_of_the_program_chooses(platform, call):
 
 
 def test_cut_lanes_are_left_to_xla():
-    assert "custom_call" not in lowered(kernels.thin_linear, operands((40, 128, 250, 4), "float32"), "tpu")
+    assert "custom_call" not in lowered(
+        kernels.thin_linear, operands((40, 128, 250, 4), "float32"), "tpu"
+    )
 
 
 def test_what_does_not_fit_falls_back_unless_it_is_named():
-    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(512, 409_600), (409_600, 256), (409_600, 4), (4, 256)]]
+    arrays = [
+        jax.ShapeDtypeStruct(s, jnp.float32)
+        for s in [(512, 409_600), (409_600, 256), (409_600, 4), (4, 256)]
+    ]
     assert "custom_call" not in lowered(kernels.thin_linear, arrays, "tpu")
     with pytest.raises(_platform.Misfit):
         lowered(lambda *arrays: kernels.thin_linear(*arrays, implementation="tpu"), arrays, "tpu")
@@ -122,9 +151,13 @@ def adapted_loss(products, **options):
 
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
 def test_lora_by_the_kernel_is_lora(init):
-    (by_xla, train), (by_kernel, _) = (adapted_loss(products, init=init) for products in ("xla", "kernel"))
+    (by_xla, train), (by_kernel, _) = (
+        adapted_loss(products, init=init) for products in ("xla", "kernel")
+    )
     found, expected = jax.value_and_grad(by_kernel)(train), jax.value_and_grad(by_xla)(train)
-    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-4, atol=1e-5), found, expected)
+    jax.tree.map(
+        lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-4, atol=1e-5), found, expected
+    )
 
 
 @pytest.mark.parametrize("products", ["xla", "kernel"])
@@ -135,7 +168,10 @@ def test_lora_takes_the_kernel_only_where_it_is_told_to(products):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"products": "pallas"}, "must be 'xla' or 'kernel'"), ({"products": "kernel", "dropout": 0.1}, "dropout=0.1")],
+    [
+        ({"products": "pallas"}, "must be 'xla' or 'kernel'"),
+        ({"products": "kernel", "dropout": 0.1}, "dropout=0.1"),
+    ],
 )
 def test_lora_refuses_what_the_kernel_cannot_do(options, message):
     with pytest.raises(ValueError, match=message):

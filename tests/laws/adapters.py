@@ -1,8 +1,10 @@
-"""The table of adapters: every family and every option that changes its arithmetic is in at least one row.
+"""The table of adapters: every family and every option that changes its arithmetic is in at least
+one row.
 
-Every row is tested by every law. A row's program is compiled once, for a dense kernel and a scanned stack: outputs and
-gradients through `attach`, through `effective`, merged and unmerged. It takes the adapter's arrays as arguments, so
-that the arrays of the start, random ones, and a scale of 0 run in the same program.
+Every row is tested by every law. A row's program is compiled once, for a dense kernel and a scanned
+stack: outputs and gradients through `attach`, through `effective`, merged and unmerged. It takes
+the adapter's arrays as arguments, so that the arrays of the start, random ones, and a scale of 0
+run in the same program.
 """
 
 import dataclasses
@@ -51,7 +53,12 @@ class Row:
 
 
 def _lora(name, rank=4, *, fast=False, **options):
-    return Row(name=name, adapter=A.lora(rank=rank, **options), count=lambda n, m: rank * (n + m), fast=fast)
+    return Row(
+        name=name,
+        adapter=A.lora(rank=rank, **options),
+        count=lambda n, m: rank * (n + m),
+        fast=fast,
+    )
 
 
 ROWS = (
@@ -87,7 +94,8 @@ ROWS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interleaved(A.lora):
-    """LoRA whose factors come in another order: each component of the start behind the one that it belongs to."""
+    """LoRA whose factors come in another order: each component of the start behind the one that it
+    belongs to."""
 
     def factors(self, site, p):
         a, scale, b, rank_of = super().factors(site, p)
@@ -102,10 +110,14 @@ FOREIGN = (
 
 def every_row(*, unless: Callable[[Row], Any] = lambda row: False, more: tuple[Row, ...] = ()):
     """The table, and more rows, as pytest parameters; rows that are not fast are marked slow."""
-    return pytest.mark.parametrize("row", [
-        pytest.param(row, id=row.name, marks=() if row.fast else pytest.mark.slow)
-        for row in (*ROWS, *more) if not unless(row)
-    ])  # fmt: skip
+    return pytest.mark.parametrize(
+        "row",
+        [
+            pytest.param(row, id=row.name, marks=() if row.fast else pytest.mark.slow)
+            for row in (*ROWS, *more)
+            if not unless(row)
+        ],
+    )
 
 
 @functools.cache
@@ -124,7 +136,9 @@ def inputs(dtype: Any = jnp.float32):
 @functools.cache
 def start(row: Row) -> lr.Adaptation:
     """The adaptation as it starts."""
-    return jax.jit(lambda params, key: lr.adapt(params, row.adapter, key, views=VIEWS))(params(), jax.random.key(0))
+    return jax.jit(lambda params, key: lr.adapt(params, row.adapter, key, views=VIEWS))(
+        params(), jax.random.key(0)
+    )
 
 
 @functools.cache
@@ -143,15 +157,20 @@ def low_precision(row: Row) -> dict[str, Any]:
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         effective = lr.effective(params, adaptation)
         return {
-            "attached": attached(params, adaptation, x), "effective": effective, "merged": model(effective, x),
+            "attached": attached(params, adaptation, x),
+            "effective": effective,
+            "merged": model(effective, x),
             "exact": attached(wide, adaptation, x.astype(jnp.float32)),
-        }  # fmt: skip
+        }
 
-    return jax.jit(run, compiler_options=FAST_COMPILE)(params(jnp.bfloat16), moved(row), inputs(jnp.bfloat16))
+    return jax.jit(run, compiler_options=FAST_COMPILE)(
+        params(jnp.bfloat16), moved(row), inputs(jnp.bfloat16)
+    )
 
 
 def padded(row: Row) -> lr.Adaptation:
-    """As `moved`, with a rank of its own for each layer of the stack where the family has ranks, 0 for the last."""
+    """As `moved`, with a rank of its own for each layer of the stack where the family has ranks, 0
+    for the last."""
     rank = getattr(row.adapter, "rank", 0)
     ranks = {"stack/kernel": (rank, max(rank // 2, 1), 0)} if row.adapter.ranked else {}
     adaptation = lr.adapt(params(), row.adapter, jax.random.key(0), views=VIEWS, ranks=ranks)
@@ -161,7 +180,8 @@ def padded(row: Row) -> lr.Adaptation:
 
 
 def converted(row: Row, rank: int) -> tuple[Any, Any, dict[str, jax.Array]]:
-    """The effective kernels of `padded` as plain LoRA, those of itself, and the errors that are reported."""
+    """The effective kernels of `padded` as plain LoRA, those of itself, and the errors that are
+    reported."""
 
     def run(params, adaptation):
         lora, report = lr.to_lora(params, adaptation, rank=rank)
@@ -172,7 +192,9 @@ def converted(row: Row, rank: int) -> tuple[Any, Any, dict[str, jax.Array]]:
 
 def off(adaptation: lr.Adaptation) -> lr.Adaptation:
     """With a weight of 0 in every scale."""
-    sites = {path: own | {"scale": 0 * own["scale"]} for path, own in adaptation.fixed["sites"].items()}
+    sites = {
+        path: own | {"scale": 0 * own["scale"]} for path, own in adaptation.fixed["sites"].items()
+    }
     return adaptation.replace(fixed=adaptation.fixed | {"sites": sites})
 
 
@@ -200,7 +222,9 @@ def attached(params, adaptation, x, **options):
 
 def weighted(output: jax.Array) -> jax.Array:
     """A scalar with another weight for each entry."""
-    return jnp.sum(output * jnp.cos(jnp.arange(output.size, dtype=output.dtype)).reshape(output.shape))
+    return jnp.sum(
+        output * jnp.cos(jnp.arange(output.size, dtype=output.dtype)).reshape(output.shape)
+    )
 
 
 @functools.cache
@@ -219,7 +243,9 @@ def program(row: Row) -> Callable:
         merged = lr.merge(params, adaptation)
         found = {
             "attached": loss(attached),
-            "effective": loss(lambda params, adaptation, x: model(lr.effective(params, adaptation), x)),
+            "effective": loss(
+                lambda params, adaptation, x: model(lr.effective(params, adaptation), x)
+            ),
             "unrolled": attached(params, adaptation, x, scan=False),
             "base": model(params, x),
             "merged": merged,

@@ -1,8 +1,9 @@
-"""The table of methods: every value of every slot of the projection transformation is in at least one row.
+"""The table of methods: every value of every slot of the projection transformation is in at least
+one row.
 
-Every row is tested by every law. A row's program is compiled once: a `lax.scan` over steps whose body is a `lax.cond`,
-with parameters and state donated, so that it alone is evidence for scan, cond, donation and stable shapes. "Eager" is
-`jax.disable_jit`, in which conditions are Python's.
+Every row is tested by every law. A row's program is compiled once: a `lax.scan` over steps whose
+body is a `lax.cond`, with parameters and state donated, so that it alone is evidence for scan,
+cond, donation and stable shapes. "Eager" is `jax.disable_jit`, in which conditions are Python's.
 """
 
 import dataclasses
@@ -53,18 +54,36 @@ class Method:
 
     def build(self, **overrides):
         options = {"views": VIEWS} | self.options | overrides
-        return self.factory(options.pop("learning_rate"), **options) if self.named else self.factory(**options)
+        return (
+            self.factory(options.pop("learning_rate"), **options)
+            if self.named
+            else self.factory(**options)
+        )
 
 
 def _named(factory, name, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, **options):
-    return Method(name=name, factory=factory, options={"learning_rate": 0.1, "weight_decay": 0.1} | options, due=due,
-                  seeded=seeded, fast=fast, tolerance=tolerance)  # fmt: skip
+    return Method(
+        name=name,
+        factory=factory,
+        options={"learning_rate": 0.1, "weight_decay": 0.1} | options,
+        due=due,
+        seeded=seeded,
+        fast=fast,
+        tolerance=tolerance,
+    )
 
 
 def _custom(name, projector, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, **options):
     clock = {"clock": lr.clocks.every(period=2)}
-    return Method(name=name, factory=lr.scale_by_projection, options={"projector": projector} | clock | options,
-                  due=due, seeded=seeded, fast=fast, tolerance=tolerance)  # fmt: skip
+    return Method(
+        name=name,
+        factory=lr.scale_by_projection,
+        options={"projector": projector} | clock | options,
+        due=due,
+        seeded=seeded,
+        fast=fast,
+        tolerance=tolerance,
+    )
 
 
 P, C, T, R = lr.projectors, lr.clocks, lr.transports, lr.residuals
@@ -87,7 +106,8 @@ METHODS = (
     _galore("galore-reverse_std", rank=4, proj_type="reverse_std"),
     _galore("galore-left", rank=0.5, proj_type="left"),
     _galore("galore-right", rank=(("dense/.*", 2), (".*", 0.5)), proj_type="right"),
-    _galore("galore-full", rank=4, proj_type="full", eps=1e-2),  # R is diagonal: a small eps amplifies rounding
+    # R is diagonal: a small eps amplifies rounding
+    _galore("galore-full", rank=4, proj_type="full", eps=1e-2),
     _galore("galore-full-rotate", rank=4, proj_type="full", eps=1e-2, transport=T.rotate()),
     _galore("galore-power", projector=P.power(rank=4, iterations=2), seeded=True),
     _galore("galore-randomized", projector=P.randomized(rank=4), seeded=True),
@@ -150,8 +170,11 @@ def tree(seed: int, dtype=np.float32, steps: int | None = None, shapes=SHAPES):
     """Normal leaves of the given shapes, with a leading steps axis if asked."""
     generator = np.random.default_rng(seed)
     lead = () if steps is None else (steps,)
-    return jax.tree.map(lambda shape: jnp.asarray(generator.normal(size=lead + shape), dtype), shapes,
-                        is_leaf=lambda x: isinstance(x, tuple))  # fmt: skip
+    return jax.tree.map(
+        lambda shape: jnp.asarray(generator.normal(size=lead + shape), dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
 def params_like(dtype=np.float32):
@@ -178,7 +201,8 @@ def eager(function: Callable, *args):
 
 @functools.cache
 def program(method: Method):
-    """`(transformation, run, traces)`: `run(params, state, grads, live) -> ((params, state), (updates, states))`."""
+    """`(transformation, run, traces)`: `run(params, state, grads, live) -> ((params, state),
+    (updates, states))`."""
     transformation = method.build()
     traces: list[int] = []
 
@@ -196,11 +220,16 @@ def program(method: Method):
 
         return jax.lax.scan(body, (params, state), (grads, live))
 
-    return transformation, jax.jit(run, donate_argnums=(0, 1), compiler_options=FAST_COMPILE), traces
+    return (
+        transformation,
+        jax.jit(run, donate_argnums=(0, 1), compiler_options=FAST_COMPILE),
+        traces,
+    )
 
 
 def run(method: Method, grads, live=None):
-    """The trajectory of a row: `(params, state)` at the end and `(updates, states)` of every step."""
+    """The trajectory of a row: `(params, state)` at the end and `(updates, states)` of every
+    step."""
     transformation, compiled, _ = program(method)
     params = params_like()
     state = eager(transformation.init, params)
@@ -230,10 +259,17 @@ def _bits(x):
 
 
 def assert_close(a, b, tolerance=2e-5):
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
-        np.testing.assert_allclose(x, y, rtol=10 * tolerance, atol=tolerance * max(1.0, np.abs(y).max(initial=0)),
-                                   err_msg=jax.tree_util.keystr(path))  # fmt: skip
+        np.testing.assert_allclose(
+            x,
+            y,
+            rtol=10 * tolerance,
+            atol=tolerance * max(1.0, np.abs(y).max(initial=0)),
+            err_msg=jax.tree_util.keystr(path),
+        )
 
 
 def assert_finite(trees):
@@ -248,8 +284,11 @@ def fingerprint() -> str:
         transformation, params = method.build(), params_like()
         state = jax.eval_shape(transformation.init, params)
         for jaxpr in (
-            jax.make_jaxpr(transformation.init)(params), jax.make_jaxpr(transformation.update)(params, state, params)
-        ):  # fmt: skip
-            text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr)) + "".join(str(np.asarray(const)) for const in jaxpr.consts)
+            jax.make_jaxpr(transformation.init)(params),
+            jax.make_jaxpr(transformation.update)(params, state, params),
+        ):
+            text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr)) + "".join(
+                str(np.asarray(const)) for const in jaxpr.consts
+            )
             total = zlib.crc32(text.encode(), total)
     return f"{total:08x}"

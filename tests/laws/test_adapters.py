@@ -1,4 +1,5 @@
-"""What every adapter must obey; the table of adapters and what is compiled for each stand in tests/laws/adapters.py."""
+"""What every adapter must obey; the table of adapters and what is compiled for each stand in
+tests/laws/adapters.py."""
 
 import dataclasses
 import functools
@@ -29,7 +30,13 @@ def test_the_start_is_the_base_or_what_its_documentation_says(row):
 
 @a.every_row()
 def test_some_gradient_is_not_zero_at_the_start_and_none_is_zero_everywhere(row):
-    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(a.ran(row, "start")["attached"][1])) > 1e-4
+    assert (
+        max(
+            float(jnp.abs(leaf).max())
+            for leaf in jax.tree.leaves(a.ran(row, "start")["attached"][1])
+        )
+        > 1e-4
+    )
     for path, leaf in jax.tree_util.tree_leaves_with_path(a.ran(row, "moved")["attached"][1]):
         assert float(jnp.abs(leaf).max()) > 1e-5, jax.tree_util.keystr(path)
 
@@ -37,7 +44,9 @@ def test_some_gradient_is_not_zero_at_the_start_and_none_is_zero_everywhere(row)
 @a.every_row()
 def test_outputs_and_gradients_are_those_of_the_effective_kernels(row):
     found = a.ran(row, "moved")
-    assert a.error(found["kernels"], a.params()) > 1e-2, "the adapter changes nothing here, so nothing is tested"
+    assert a.error(found["kernels"], a.params()) > 1e-2, (
+        "the adapter changes nothing here, so nothing is tested"
+    )
     assert a.error(found["attached"][0], found["effective"][0]) < 5 * FLOAT32
     assert a.error(found["attached"][1], found["effective"][1]) < 20 * FLOAT32
 
@@ -49,7 +58,9 @@ def test_merged_kernels_are_the_effective_ones_and_come_apart_again(row):
     if row.removable:
         assert a.error(found["unmerged"], a.params()) < 20 * FLOAT32
     else:
-        with pytest.raises(ValueError, match=r"'dense/kernel'.*pass the parameters from before the merge as base="):
+        with pytest.raises(
+            ValueError, match=r"'dense/kernel'.*pass the parameters from before the merge as base="
+        ):
             lr.unmerge(found["merged"], a.moved(row))
     same = lr.unmerge(found["merged"], a.moved(row), base=a.params())
     assert all(map(np.array_equal, jax.tree.leaves(same), jax.tree.leaves(a.params())))
@@ -105,7 +116,11 @@ def test_a_stack_is_its_layers_one_by_one(row):
 
 @a.every_row()
 def test_the_layers_of_a_stack_start_differently_where_they_are_random(row):
-    drawn = [leaf for leaf in jax.tree.leaves(a.start(row).train["sites"].get("stack/kernel", {})) if leaf.std() > 0]
+    drawn = [
+        leaf
+        for leaf in jax.tree.leaves(a.start(row).train["sites"].get("stack/kernel", {}))
+        if leaf.std() > 0
+    ]
     assert all(float(jnp.abs(leaf[0] - leaf[1]).max()) > 0 for leaf in drawn if row.name != "vera")
 
 
@@ -113,14 +128,20 @@ def test_the_layers_of_a_stack_start_differently_where_they_are_random(row):
 def test_what_trains_is_counted_by_the_formula(row):
     formula = sum(row.count(n, m) for n, m in a.MATRICES) + row.shared
     adaptation = a.start(row)
-    assert adaptation.trained == formula == sum(leaf.size for leaf in jax.tree.leaves(adaptation.train))
+    assert (
+        adaptation.trained
+        == formula
+        == sum(leaf.size for leaf in jax.tree.leaves(adaptation.train))
+    )
     assert f"{formula:,} trained" in str(adaptation)
 
 
 @a.every_row()
 def test_adapt_works_on_shapes_alone(row):
     adapt = functools.partial(lr.adapt, rules=row.adapter, views=a.VIEWS)
-    shapes = jax.eval_shape(lambda params, key: adapt(params, key=key), a.params(), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda params, key: adapt(params, key=key), a.params(), jax.random.key(0)
+    )
     assert jax.tree.structure(shapes) == jax.tree.structure(a.start(row))
     for found, leaf in zip(jax.tree.leaves(shapes), jax.tree.leaves(a.start(row)), strict=True):
         assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
@@ -130,14 +151,18 @@ def test_adapt_works_on_shapes_alone(row):
 @a.every_row()
 def test_a_bfloat16_model_stays_one(row):
     found = a.low_precision(row)
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((found["attached"], found["effective"])))
+    assert all(
+        leaf.dtype == jnp.bfloat16
+        for leaf in jax.tree.leaves((found["attached"], found["effective"]))
+    )
     assert a.error(found["attached"], found["exact"]) < BFLOAT16
     assert a.error(found["merged"], found["exact"]) < BFLOAT16
 
 
 @a.every_row()
 def test_every_named_axis_is_that_axis_of_the_kernel(row):
-    """`axes` names for each array which of its axes are as long as the kernel's rows, its columns, or the rank."""
+    """`axes` names for each array which of its axes are as long as the kernel's rows, its columns,
+    or the rank."""
     adapter, site = a.start(row).plan.by_path["dense/kernel"]
     sizes = {"rows": site.n, "cols": site.m, "rank": site.rank}
     for name, array in a.start(row).arrays("dense/kernel").items():
@@ -145,7 +170,11 @@ def test_every_named_axis_is_that_axis_of_the_kernel(row):
             continue
         assert len(adapter.axes[name]) == array.ndim
         for axis, size in zip(adapter.axes[name], array.shape, strict=True):
-            assert axis is None or size == sizes[axis] or (axis in ("rows", "cols") and sizes[axis] % size == 0)
+            assert (
+                axis is None
+                or size == sizes[axis]
+                or (axis in ("rows", "cols") and sizes[axis] % size == 0)
+            )
 
 
 def test_arrays_survive_a_checkpoint(tmp_path):
@@ -156,7 +185,9 @@ def test_arrays_survive_a_checkpoint(tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "adapters", jax.tree.map(jnp.zeros_like, tree))
     for row in rows:
-        again = a.moved(row).replace(train=restored[row.name]["train"], fixed=restored[row.name]["fixed"])
+        again = a.moved(row).replace(
+            train=restored[row.name]["train"], fixed=restored[row.name]["fixed"]
+        )
         for found, leaf in zip(jax.tree.leaves(again), jax.tree.leaves(a.moved(row)), strict=True):
             assert found.dtype == leaf.dtype and np.array_equal(found, leaf)
 
@@ -164,7 +195,9 @@ def test_arrays_survive_a_checkpoint(tmp_path):
 def test_every_family_and_initialiser_is_a_row():
     """A new family, or a new start of LoRA, must be a row of the table."""
     families = {getattr(lr.adapters, name) for name in lr.adapters.__all__}
-    families = {one for one in families if isinstance(one, type) and issubclass(one, lr.adapters.Adapter)}
+    families = {
+        one for one in families if isinstance(one, type) and issubclass(one, lr.adapters.Adapter)
+    }
     assert families - {lr.adapters.Adapter} == {type(row.adapter) for row in a.ROWS}
     starts = {row.adapter.start_of for row in a.ROWS if isinstance(row.adapter, lr.adapters.lora)}
     assert starts >= set(INITS.values())

@@ -25,7 +25,9 @@ def test_compiled_scan_equals_eager_loop(method):
 def test_second_call_does_not_trace_again(method):
     _, run, traces = m.program(method)
     (params, state), _ = m.run(method, m.gradients())
-    run(params, state, m.gradients(), jnp.ones(m.STEPS, bool))  # the state that update made, donated
+    run(
+        params, state, m.gradients(), jnp.ones(m.STEPS, bool)
+    )  # the state that update made, donated
     assert len(traces) == 1
 
 
@@ -48,7 +50,8 @@ def test_step_equals_eager_step(method):
 
 @m.every_method()
 def test_init(method):
-    """Works on shapes alone, traced, and with distinct buffers; update keeps every dtype and shape."""
+    """Works on shapes alone, traced, and with distinct buffers; update keeps every dtype and
+    shape."""
     transformation, _, _ = m.program(method)
     params = m.params_like()
     state = transformation.init(params)

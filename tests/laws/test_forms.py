@@ -1,4 +1,5 @@
-"""The law of forms: the optax form, the fused form and projected backprop make the same step, refresh mode by mode."""
+"""The law of forms: the optax form, the fused form and projected backprop make the same step,
+refresh mode by mode."""
 
 import re
 
@@ -25,7 +26,9 @@ AFTER = {"when": "after"}
 
 def loss(params, x, y):
     def layer(x, kernels):
-        return x + lr.matmul(jnp.tanh(lr.matmul(x, kernels["up"]["kernel"])), kernels["down"]["kernel"]), None
+        return x + lr.matmul(
+            jnp.tanh(lr.matmul(x, kernels["up"]["kernel"])), kernels["down"]["kernel"]
+        ), None
 
     x, _ = jax.lax.scan(layer, x + params["bias"], params["layers"])
     return jnp.mean(jnp.square(lr.matmul(x, params["square"]["kernel"]) - y))
@@ -71,7 +74,11 @@ ROWS = {
 
 SPARING = {
     "alternating": (P.alternating(rank=3), "after", "sketch at a refresh"),
-    "randomized without iterations": (P.randomized(rank=3, iterations=0), "after", "sketch at a refresh"),
+    "randomized without iterations": (
+        P.randomized(rank=3, iterations=0),
+        "after",
+        "sketch at a refresh",
+    ),
     "random": (P.random(rank=3), "after", "taps"),
     "columns": (P.columns(rank=3), "after", "taps"),
     "columns by norm": (P.columns(rank=3, select="l2"), "before", "full at a refresh"),
@@ -117,13 +124,17 @@ def run(step, tx, batches=BATCHES, params=PARAMS):
 
 def close(a, b, tolerance):
     a, b = (jax.tree.map(lambda x: np.asarray(x, np.float32), tree) for tree in (a, b))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b
+    )
 
 
 FAST = ("svd", "alternating", "columns after")
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ROWS])
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ROWS]
+)
 def test_optax_fused_and_projected_are_one(name):
     tx, plan = ROWS[name]
     assert lr.plan(tx.projection) == plan
@@ -139,7 +150,9 @@ def test_optax_fused_and_projected_are_one(name):
     for other in (fused_state, low_state):
         assert jax.tree.structure(other) == jax.tree.structure(state)
         for field in ("step", "skipped", "refreshes"):
-            assert int(getattr(other.projection, field)) == int(getattr(state.projection, field)), field
+            assert int(getattr(other.projection, field)) == int(getattr(state.projection, field)), (
+                field
+            )
     assert int(state.projection.step) == len(BATCHES)
 
 
@@ -187,20 +200,36 @@ def test_an_explicit_learning_rate_replaces_the_schedule():
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_no_stack_is_copied_layer_by_layer(layerwise):
-    """A loop over layers writes moments in place: one copy of a stack in it would be made for every layer."""
+    """A loop over layers writes moments in place: one copy of a stack in it would be made for every
+    layer."""
     params = {"layers": {"kernel": jnp.zeros((5, 24, 48))}}
-    tx = lr.galore(1e-2, projector=P.random(rank=7, kind="orthonormal"), views=VIEWS, clock=every(period=9, **AFTER))
-    stack = lr.Stack(before=lambda rest, x: x, layer=lambda p, x: jnp.tanh(lr.matmul(x, p["kernel"]))[..., :24],
-                     after=lambda rest, x, _: jnp.mean(x**2))  # fmt: skip
+    tx = lr.galore(
+        1e-2,
+        projector=P.random(rank=7, kind="orthonormal"),
+        views=VIEWS,
+        clock=every(period=9, **AFTER),
+    )
+    stack = lr.Stack(
+        before=lambda rest, x: x,
+        layer=lambda p, x: jnp.tanh(lr.matmul(x, p["kernel"]))[..., :24],
+        after=lambda rest, x, _: jnp.mean(x**2),
+    )
     step = lr.layerwise_step(stack, tx) if layerwise else lr.train_step(stack.loss, tx)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), jnp.ones((8, 24))).compile()
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(params, tx.init(params), jnp.ones((8, 24)))
+        .compile()
+    )
     loops = compiled.as_text().split("ENTRY")[0]
     assert "while" in compiled.as_text()
     assert not re.findall(r"f32\[5,7,48\]\S* copy\(%get-tuple-element", loops)
 
 
 def test_fused_needs_a_recipe():
-    for tx in (optax.chain(optax.clip(1.0), lr.galore(1e-2, rank=2)), lr.scale_by_projection(P.svd(rank=2))):
+    for tx in (
+        optax.chain(optax.clip(1.0), lr.galore(1e-2, rank=2)),
+        lr.scale_by_projection(P.svd(rank=2)),
+    ):
         with pytest.raises(TypeError, match="has no fused form"):
             lr.fused(tx)
     with pytest.raises(ValueError, match="rounding='up'"):
@@ -210,7 +239,8 @@ def test_fused_needs_a_recipe():
 
 
 def test_no_update_of_full_size():
-    """The fused form needs the scratch of one layer where the optax form needs that of the stack."""
+    """The fused form needs the scratch of one layer where the optax form needs that of the
+    stack."""
     params = {"layers": {"kernel": jnp.zeros((16, 128, 256))}}
     tx = lr.galore(1e-2, projector=P.random(rank=8, kind="orthonormal"), views=VIEWS, guard=False)
     state = tx.init(params)
@@ -224,7 +254,11 @@ def test_no_update_of_full_size():
         return optax.apply_updates(params, updates), state
 
     small, large = (
-        jax.jit(f, donate_argnums=(0, 2)).lower(params, grads, state).compile().memory_analysis().temp_size_in_bytes
+        jax.jit(f, donate_argnums=(0, 2))
+        .lower(params, grads, state)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
         for f in (fused, plain)
     )
     assert small < 4 * 128 * 256 * 4
@@ -233,7 +267,8 @@ def test_no_update_of_full_size():
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_bfloat16_weights(rounding):
-    """Updates far below half a unit in the last place vanish when rounded to nearest, and add up stochastically."""
+    """Updates far below half a unit in the last place vanish when rounded to nearest, and add up
+    stochastically."""
     params = {"layers": {"kernel": jnp.ones((2, 32, 64), jnp.bfloat16)}}
     tx = lr.galore(1e-4, projector=P.identity(), scale=1.0, views=VIEWS)
     form = lr.fused(tx, rounding=rounding)
@@ -251,11 +286,13 @@ def test_bfloat16_weights(rounding):
     "projector, when", [(P.random(rank=3, kind="orthonormal"), "after"), (P.svd(rank=3), "before")]
 )
 def test_int8_weights_train(projector, when):
-    """Quantised kernels are requantised in place and stay a fixed point of a skipped step, also where a refresh reads
-    full gradients, which are those of their values."""
+    """Quantised kernels are requantised in place and stay a fixed point of a skipped step, also
+    where a refresh reads full gradients, which are those of their values."""
     from lowrank_jax import linalg
 
-    small = jax.tree.map(lambda x: linalg.quantize_blocks(x, "linear") if x.ndim == 3 else x, PARAMS)
+    small = jax.tree.map(
+        lambda x: linalg.quantize_blocks(x, "linear") if x.ndim == 3 else x, PARAMS
+    )
     tx = galore(projector, every(period=3, when=when))
     step = jax.jit(lr.train_step(loss, lr.fused(tx, rounding="stochastic")))
     params, state = small, tx.init(small)

@@ -1,7 +1,8 @@
 """The law of one huge gradient: a step that is accepted makes no later one impossible.
 
-Two ordinary steps, one whose gradient is too large by a factor, and six ordinary ones: the large one may be refused,
-and none of the others is. Without a bound on what is accepted, factors and errors grow to where squares overflow.
+Two ordinary steps, one whose gradient is too large by a factor, and six ordinary ones: the large
+one may be refused, and none of the others is. Without a bound on what is accepted, factors and
+errors grow to where squares overflow.
 """
 
 import jax
@@ -13,12 +14,15 @@ import lowrank_jax as lr
 from tests.adapters import pair_methods as pairs
 from tests.laws import methods as m
 
-SIZES = np.concatenate([np.geomspace(1e2, 1e16, 8), np.geomspace(3e16, 3e19, 25)]).astype(np.float32)
+SIZES = np.concatenate([np.geomspace(1e2, 1e16, 8), np.geomspace(3e16, 3e19, 25)]).astype(
+    np.float32
+)
 ORDINARY = 6
 
 
 def refused(transformation, params, gradients):
-    """`(whether the huge step was refused, how many of the later ones, whether all is finite)`, for each size."""
+    """`(whether the huge step was refused, how many of the later ones, whether all is finite)`, for
+    each size."""
 
     def step(carry, gradient):
         params, state = carry
@@ -60,7 +64,8 @@ def test_pairs(name):
 
 
 def test_altlora_from_the_start():
-    """Its first steps: one factor is zero, the other is preconditioned by what is left of damping."""
+    """Its first steps: one factor is zero, the other is preconditioned by what is left of
+    damping."""
     params = {"q": {"a": m.tree(0, shapes={"a": (16, 4)})["a"], "b": jnp.zeros((4, 16))}}
     gradients = {"q": m.tree(1, steps=3, shapes={"a": (16, 4), "b": (4, 16)})}
     check(lr.altlora(1.0, scale=2.0), params, gradients)

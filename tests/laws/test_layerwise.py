@@ -1,4 +1,5 @@
-"""The layer-wise step is the ordinary one: clipping, accumulation, refreshes and counts included."""
+"""The layer-wise step is the ordinary one: clipping, accumulation, refreshes and counts
+included."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,9 @@ every, P = lr.clocks.every, lr.projectors
 
 
 def galore(projector, clock, **options):
-    return lr.galore(1e-2, projector=projector, clock=clock, views=VIEWS, **({"eps": 1e-3} | options))
+    return lr.galore(
+        1e-2, projector=projector, clock=clock, views=VIEWS, **({"eps": 1e-3} | options)
+    )
 
 
 ROWS = {
@@ -62,7 +65,11 @@ def run(step, tx, batches):
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("svd clipped", "frugal") else pytest.param(n, marks=pytest.mark.slow) for n in ROWS]
+    "name",
+    [
+        n if n in ("svd clipped", "frugal") else pytest.param(n, marks=pytest.mark.slow)
+        for n in ROWS
+    ],
 )
 def test_layer_by_layer_is_the_ordinary_step(name):
     tx = ROWS[name]
@@ -70,7 +77,11 @@ def test_layer_by_layer_is_the_ordinary_step(name):
     own_params, own_state, own_values = run(lr.layerwise_step(STACK, tx), tx, BATCHES)
     np.testing.assert_allclose(own_values, values, rtol=2e-3 if name == "stored" else 2e-4)
     tolerance = 2e-3 if name == "stored" else 3e-4
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance), own_params, params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance),
+        own_params,
+        params,
+    )
     assert jax.tree.structure(own_state) == jax.tree.structure(state)
     for field in ("step", "skipped", "refreshes"):
         assert int(getattr(own_state.projection, field)) == int(getattr(state.projection, field))
@@ -93,7 +104,10 @@ def test_int8_kernels_refresh_by_the_gradients_of_their_values():
     params = PARAMS | {"layers": jax.tree.map(quantise, PARAMS["layers"])}
     tx = ROWS["svd"]
     values = {}
-    for name, step in (("own", lr.layerwise_step(STACK, tx)), ("ordinary", lr.train_step(STACK.loss, tx))):
+    for name, step in (
+        ("own", lr.layerwise_step(STACK, tx)),
+        ("ordinary", lr.train_step(STACK.loss, tx)),
+    ):
         step, found, state = jax.jit(step), params, tx.init(params)
         values[name] = []
         for batch in BATCHES[:3]:
@@ -101,7 +115,10 @@ def test_int8_kernels_refresh_by_the_gradients_of_their_values():
             values[name].append(float(value))
         values[name].append(found)
     np.testing.assert_allclose(values["own"][:3], values["ordinary"][:3], rtol=2e-2)
-    decoded = [[x.dequantize() for x in (v[3]["layers"][k]["kernel"] for k in ("up", "down"))] for v in values.values()]
+    decoded = [
+        [x.dequantize() for x in (v[3]["layers"][k]["kernel"] for k in ("up", "down"))]
+        for v in values.values()
+    ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), *decoded)
     assert jax.tree.structure(values["own"][3]) == jax.tree.structure(params)
 
@@ -119,12 +136,19 @@ def test_a_bad_batch_is_skipped():
 def test_no_gradient_of_the_stack_is_held():
     layers, width = 16, 128
     params = {"layers": {"kernel": jnp.zeros((layers, width, width))}}
-    stack = lr.Stack(before=lambda rest, x: x, layer=lambda p, x: jnp.tanh(lr.matmul(x, p["kernel"])),
-                     after=lambda rest, x, _: jnp.mean(x**2))  # fmt: skip
+    stack = lr.Stack(
+        before=lambda rest, x: x,
+        layer=lambda p, x: jnp.tanh(lr.matmul(x, p["kernel"])),
+        after=lambda rest, x, _: jnp.mean(x**2),
+    )
     tx = lr.frugal(1e-2, views=lr.Views(stacked=("layers/.*",)), projection="columns")
     x, state = jnp.ones((8, width)), tx.init(params)
     small, large = (
-        jax.jit(f, donate_argnums=(0, 1)).lower(params, state, x).compile().memory_analysis().temp_size_in_bytes
+        jax.jit(f, donate_argnums=(0, 1))
+        .lower(params, state, x)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
         for f in (lr.layerwise_step(stack, tx), lr.train_step(stack.loss, tx))
     )
     assert small < 10 * width * width * 4
@@ -140,7 +164,8 @@ def test_what_cannot_be_taken_layer_by_layer():
 
 
 def _breaking():
-    """The stack with finite values, whose gradient is not finite below the input of the layer with mark 1."""
+    """The stack with finite values, whose gradient is not finite below the input of the layer with
+    mark 1."""
 
     @jax.custom_vjp
     def through(x, mark):
@@ -149,7 +174,9 @@ def _breaking():
     def forward(x, mark):
         return x, mark
 
-    through.defvjp(forward, lambda mark, dx: (jnp.where(mark > 0, jnp.nan, dx), jnp.zeros_like(mark)))
+    through.defvjp(
+        forward, lambda mark, dx: (jnp.where(mark > 0, jnp.nan, dx), jnp.zeros_like(mark))
+    )
     layer = lambda p, x: STACK.layer(p, through(x, p["mark"]["scale"][0]))  # noqa: E731
     before = lambda rest, x, y: through(STACK.before(rest, x, y), rest["mark"])  # noqa: E731
     return lr.Stack(before=before, layer=layer, after=STACK.after)
@@ -164,9 +191,15 @@ def _marked(where):
 
 def _moved(params, new):
     """`{name: which entries or layers changed}`."""
-    kernels = {name: np.any(np.asarray(new["layers"][name]["kernel"] != params["layers"][name]["kernel"]), (1, 2))
-               for name in ("up", "down")}  # fmt: skip
-    return kernels | {"rest": bool(np.any(np.asarray(new["embed"]["kernel"] != params["embed"]["kernel"])))}
+    kernels = {
+        name: np.any(
+            np.asarray(new["layers"][name]["kernel"] != params["layers"][name]["kernel"]), (1, 2)
+        )
+        for name in ("up", "down")
+    }
+    return kernels | {
+        "rest": bool(np.any(np.asarray(new["embed"]["kernel"] != params["embed"]["kernel"])))
+    }
 
 
 BROKEN = {
@@ -178,9 +211,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("where", [1, "before"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n != "exact" else ()) for n in BROKEN])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n != "exact" else ()) for n in BROKEN]
+)
 def test_a_skipped_step_changes_nothing_but_a_counter(name, where):
-    """Also where the value is finite and a gradient first is not in the middle of the stack, or below it."""
+    """Also where the value is finite and a gradient first is not in the middle of the stack, or
+    below it."""
     options, form = BROKEN[name]
     tx = galore(P.svd(rank=3), **({"clock": every(period=3)} | options))
     params = _marked(where)
@@ -196,7 +232,8 @@ def test_a_skipped_step_changes_nothing_but_a_counter(name, where):
 
 @pytest.mark.parametrize("where", [1, "before"])
 def test_what_moves_at_a_skipped_step_without_a_first_pass(where):
-    """The layers above the first that is not finite; it counts as skipped, and nothing else moves."""
+    """The layers above the first that is not finite; it counts as skipped, and nothing else
+    moves."""
     tx, params = ROWS["svd"], _marked(where)
     state = tx.init(params)
     new, after, _ = jax.jit(lr.layerwise_step(_breaking(), tx))(params, state, X, Y)
@@ -208,15 +245,23 @@ def test_what_moves_at_a_skipped_step_without_a_first_pass(where):
         np.testing.assert_array_equal(layers, expected)
     jax.tree.map(np.testing.assert_array_equal, after.projection.plain, state.projection.plain)
     for name in ("basis", "inner"):
-        pairs = zip(*(jax.tree.leaves(getattr(s.projection.matrices["layers"]["up"]["kernel"], name))
-                      for s in (state, after)), strict=True)  # fmt: skip
+        pairs = zip(
+            *(
+                jax.tree.leaves(getattr(s.projection.matrices["layers"]["up"]["kernel"], name))
+                for s in (state, after)
+            ),
+            strict=True,
+        )
         for old, new in pairs:
-            assert [bool(np.any(np.asarray(a != b))) for a, b in zip(old, new, strict=True)] == expected
+            assert [
+                bool(np.any(np.asarray(a != b))) for a, b in zip(old, new, strict=True)
+            ] == expected
 
 
 @pytest.mark.slow
 def test_an_exact_skip_costs_one_backward_pass():
-    """Of a step that is not clipped, at most 1.8 times the arithmetic; none where a norm is clipped anyway."""
+    """Of a step that is not clipped, at most 1.8 times the arithmetic; none where a norm is clipped
+    anyway."""
     tx = galore(P.random(rank=2), every(period=9, **AFTER))
     state = tx.init(PARAMS)
 
@@ -231,4 +276,6 @@ def test_an_exact_skip_costs_one_backward_pass():
 
 def test_an_exact_skip_needs_a_guard():
     with pytest.raises(ValueError, match="exact_skip=True.*guard=False"):
-        lr.layerwise_step(STACK, galore(P.svd(rank=3), every(period=3), guard=False), exact_skip=True)
+        lr.layerwise_step(
+            STACK, galore(P.svd(rank=3), every(period=3), guard=False), exact_skip=True
+        )

@@ -1,4 +1,5 @@
-"""Every pair of slot values: those that fit run and stay finite, those that do not raise a named error."""
+"""Every pair of slot values: those that fit run and stay finite, those that do not raise a named
+error."""
 
 import itertools
 
@@ -43,7 +44,17 @@ SLOTS = {
     "side": {side: side for side in ("paper", "larger", "rows", "cols")},
 }  # fmt: skip
 
-_FROM_DATA = ("svd", "two_sided", "power", "power_mix", "randomized", "dct2", "dct3", "hadamard", "columns_norm")
+_FROM_DATA = (
+    "svd",
+    "two_sided",
+    "power",
+    "power_mix",
+    "randomized",
+    "dct2",
+    "dct3",
+    "hadamard",
+    "columns_norm",
+)
 _NOT_ADAM = ("lion", "trace", "rms", "factored", "identity")
 EXCLUDED = {
     ("projector", _FROM_DATA, "clock", ("not_first",)): "first=False",
@@ -51,9 +62,24 @@ EXCLUDED = {
     ("projector", ("given",), "side", ("larger", "cols")): "cannot shrink dimension 12",
     ("projector", ("two_sided",), "residual", ("rescale_channel",)): "axis='tensor' or a one-sided",
     ("projector", ("power_mix",), "inner", _NOT_ADAM): "registered first moments",
-    ("transport", ("rotate", "reset_moments", "ldadam"), "inner", ("factored",)): "does not know how to move",
-    ("transport", ("ldadam",), "inner", ("lion", "trace", "rms", "identity")): "registered first moments",
-    ("inner", _NOT_ADAM, "residual", ("rescale_channel", "rescale_tensor")): "without bias correction",
+    (
+        "transport",
+        ("rotate", "reset_moments", "ldadam"),
+        "inner",
+        ("factored",),
+    ): "does not know how to move",
+    (
+        "transport",
+        ("ldadam",),
+        "inner",
+        ("lion", "trace", "rms", "identity"),
+    ): "registered first moments",
+    (
+        "inner",
+        _NOT_ADAM,
+        "residual",
+        ("rescale_channel", "rescale_tensor"),
+    ): "without bias correction",
     ("inner", _NOT_ADAM, "residual", ("ldadam_error_feedback",)): "registered first moments",
 }
 
@@ -74,7 +100,8 @@ def _pairs():
 
 
 def all_pairs() -> list[dict[str, str]]:
-    """Rows that cover every pair that fits: greedy, each new row grown around a pair that is still missing."""
+    """Rows that cover every pair that fits: greedy, each new row grown around a pair that is still
+    missing."""
     missing = dict.fromkeys(pair for pair in _pairs() if _message(*pair) is None)
     table = []
     while missing:
@@ -82,7 +109,11 @@ def all_pairs() -> list[dict[str, str]]:
         for slot in SLOTS:
             if slot in row:
                 continue
-            fits = [v for v in SLOTS[slot] if all(_message((slot, v), item) is None for item in row.items())]
+            fits = [
+                v
+                for v in SLOTS[slot]
+                if all(_message((slot, v), item) is None for item in row.items())
+            ]
             new = lambda v: sum(_pair((slot, v), item) in missing for item in row.items())  # noqa: B023, E731
             row[slot] = max(fits, key=new)
         for pair in itertools.combinations([(slot, row[slot]) for slot in SLOTS], 2):
@@ -97,7 +128,9 @@ def _pair(one, two):
 
 
 def _build(row):
-    return lr.scale_by_projection(**{slot: SLOTS[slot][value] for slot, value in row.items()}, views=m.VIEWS)
+    return lr.scale_by_projection(
+        **{slot: SLOTS[slot][value] for slot, value in row.items()}, views=m.VIEWS
+    )
 
 
 CHUNKS = 8
@@ -105,7 +138,11 @@ CHUNKS = 8
 
 def test_the_table_covers_every_pair_that_fits():
     table = all_pairs()
-    seen = {pair for row in table for pair in itertools.combinations([(slot, row[slot]) for slot in SLOTS], 2)}
+    seen = {
+        pair
+        for row in table
+        for pair in itertools.combinations([(slot, row[slot]) for slot in SLOTS], 2)
+    }
     wanted = [pair for pair in _pairs() if _message(*pair) is None]
     assert all(pair in seen for pair in wanted)
     assert not any(_message(*pair) for pair in seen)

@@ -1,7 +1,9 @@
-"""The law of the rest: what a basis does not see is the same inside a program that scaled the gradient, and alone.
+"""The law of the rest: what a basis does not see is the same inside a program that scaled the
+gradient, and alone.
 
-XLA contracts `0.3 G` into a subtraction, so a difference of two equal numbers is noise there, of which a sign makes
-whole steps. Entries that a coordinate basis selects and the others are compared apart.
+XLA contracts `0.3 G` into a subtraction, so a difference of two equal numbers is noise there, of
+which a sign makes whole steps. Entries that a coordinate basis selects and the others are compared
+apart.
 """
 
 import jax
@@ -15,7 +17,9 @@ from tests.laws.methods import FAST_COMPILE
 
 P, R = lr.projectors, lr.residuals
 S, K = 16, 24
-W, G = (jnp.asarray(np.random.default_rng(seed).normal(size=(S, K)), jnp.float32) for seed in (1, 2))
+W, G = (
+    jnp.asarray(np.random.default_rng(seed).normal(size=(S, K)), jnp.float32) for seed in (1, 2)
+)
 SELECTED = np.isin(np.arange(S), (1, 2, 5, 9, 11, 12, 14))[:, None] & np.ones((S, K), bool)
 EVERYTHING, NOTHING = np.ones((S, K), bool), np.zeros((S, K), bool)
 AXES = np.eye(S, dtype=np.float32)[:, SELECTED[:, 0]]
@@ -73,7 +77,9 @@ def combined(views, bases, gradient):
             target, state = rule.target(rule.init(view), 0.3 * gradient)
             low = projector.down(view, basis, target)
             direction, scale = jnp.sign(low), jnp.ones(())
-            made[name, kind] = rule.combine(projector, view, basis, state, target, low, direction, scale)
+            made[name, kind] = rule.combine(
+                projector, view, basis, state, target, low, direction, scale
+            )
     return made
 
 
@@ -85,7 +91,9 @@ def assert_alike(got, expected, seen, tolerance):
 
 def test_every_rule_and_projector_inside_a_program_and_alone():
     views, bases = views_and_bases()
-    run = jax.jit(lambda bases, gradient: combined(views, bases, gradient), compiler_options=FAST_COMPILE)
+    run = jax.jit(
+        lambda bases, gradient: combined(views, bases, gradient), compiler_options=FAST_COMPILE
+    )
     inside, alone = run(bases, G), combined(views, bases, G)
     for (name, rule), (update, state) in inside.items():
         projector, seen = PROJECTORS[name]
@@ -96,7 +104,9 @@ def test_every_rule_and_projector_inside_a_program_and_alone():
             np.testing.assert_allclose(np.asarray(state)[seen], 0, atol=2e-6)
         if rule == "sign":
             direction = jnp.sign(projector.down(views[name], bases[name], 0.3 * G))
-            rest = np.round(np.asarray(update - projector.up(views[name], bases[name], direction)), 4)
+            rest = np.round(
+                np.asarray(update - projector.up(views[name], bases[name], direction)), 4
+            )
             assert not np.any(rest[seen]), name
             assert np.all(np.abs(rest[~seen]) == 1), name
 
@@ -128,12 +138,15 @@ def _fused(params, state, gradient):
 
 def _accumulated(params, state, gradient):
     weights = jnp.asarray([0.5, 1.5, 1.0])
-    return lr.train_step(lambda p, w: jnp.sum(w * gradient * p["kernel"]), TX, accumulate=3)(params, state, weights)[0]
+    return lr.train_step(lambda p, w: jnp.sum(w * gradient * p["kernel"]), TX, accumulate=3)(
+        params, state, weights
+    )[0]
 
 
 @pytest.mark.parametrize("form", [_optax, _fused, _accumulated])
 def test_frugal_moves_every_entry_by_the_rate(form):
-    """The first step of Adam is a sign, and so is the rule of the rest: no entry moves by nothing, or by twice."""
+    """The first step of Adam is a sign, and so is the rule of the rest: no entry moves by nothing,
+    or by twice."""
     params = {"kernel": jnp.zeros((S, K))}
     state = TX.init(params)
     moved = jax.jit(form)(params, state, G)["kernel"]

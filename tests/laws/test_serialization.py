@@ -1,4 +1,5 @@
-"""The law of flax's bytes: every state and every node of ours comes back bitwise, inside a `TrainState` too."""
+"""The law of flax's bytes: every state and every node of ours comes back bitwise, inside a
+`TrainState` too."""
 
 import flax.linen as nn
 import jax
@@ -28,11 +29,16 @@ def cleared(node):
 
 
 def test_states_of_every_method():
-    states = {method.name: jax.eval_shape(method.build().init, m.params_like()) for method in m.METHODS}
+    states = {
+        method.name: jax.eval_shape(method.build().init, m.params_like()) for method in m.METHODS
+    }
     pairs = pair_methods.params_like()
-    states |= {name: jax.eval_shape(pair_methods.build(name).init, pairs) for name in pair_methods.METHODS}
+    states |= {
+        name: jax.eval_shape(pair_methods.build(name).init, pairs) for name in pair_methods.METHODS
+    }
     states["stored"] = jax.eval_shape(
-        lr.galore(1e-2, rank=2, inner=lr.inner.stored8(minimum=1)).init, {"kernel": jnp.ones((4, 8))}
+        lr.galore(1e-2, rank=2, inner=lr.inner.stored8(minimum=1)).init,
+        {"kernel": jnp.ones((4, 8))},
     )
     for name, shapes in states.items():
         state = filled(shapes)
@@ -42,7 +48,9 @@ def test_states_of_every_method():
 def test_nodes():
     params, x = {"kernel": jnp.ones((4, 8))}, jnp.ones((3, 4))
     state = lr.galore(1e-2, projector=lr.projectors.alternating(rank=2)).init(params)
-    _, grads = lr.projected_value_and_grad(lambda p, x: jnp.sum(lr.matmul(x, p["kernel"])), lr.taps(state))(params, x)
+    _, grads = lr.projected_value_and_grad(
+        lambda p, x: jnp.sum(lr.matmul(x, p["kernel"])), lr.taps(state)
+    )(params, x)
     adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
     nodes = {
         "projected": grads,
@@ -69,7 +77,11 @@ def test_a_train_state():
 def test_a_target_of_another_rank_or_kind():
     params = {"dense": {"kernel": jnp.ones((4, 8))}}
     state = lr.galore(1e-2, rank=2).init(params)
-    with pytest.raises(ValueError, match=r"MatrixState: basis was saved.*\(4, 2\).*'dense/kernel' has \[\(4, 3\)\]"):
+    with pytest.raises(
+        ValueError, match=r"MatrixState: basis was saved.*\(4, 2\).*'dense/kernel' has \[\(4, 3\)\]"
+    ):
         returned(state, lr.galore(1e-2, rank=3).init(params))
-    with pytest.raises(ValueError, match=r"Projected: saved fields \['basis', .*are not \['low', 'sketch'\]"):
+    with pytest.raises(
+        ValueError, match=r"Projected: saved fields \['basis', .*are not \['low', 'sketch'\]"
+    ):
         returned(state.projection.matrices["dense"]["kernel"], lr.Projected(jnp.ones(3)))

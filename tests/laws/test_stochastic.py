@@ -1,4 +1,5 @@
-"""A family that draws at random, by whatever mechanism, gets a key of its own for each site and layer, everywhere."""
+"""A family that draws at random, by whatever mechanism, gets a key of its own for each site and
+layer, everywhere."""
 
 import dataclasses
 from typing import ClassVar
@@ -20,7 +21,8 @@ VIEWS = lr.Views(rules=tuple(models.RULES.items()))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noisy(A.lora):
-    """LoRA whose scale is another one at each use: no rate, and no field named dropout that is not 0."""
+    """LoRA whose scale is another one at each use: no rate, and no field named dropout that is not
+    0."""
 
     stochastic: ClassVar[bool] = True
 
@@ -47,7 +49,9 @@ def bare(key):
 
 
 def linen(key):
-    function = lr.linen.adapted(lambda params, *inputs: models.Every().apply({"params": params}, *inputs))
+    function = lr.linen.adapted(
+        lambda params, *inputs: models.Every().apply({"params": params}, *inputs)
+    )
     return function(lr.attach(PARAMS, ADAPTATION, key=key), *models.every_input())
 
 
@@ -72,7 +76,9 @@ def wrapped(key):
     model = lr.linen.WithAdapter(nn.Dense(6), NOISY)
     declared = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     params = lr.linen.insert(declared, base, adapted(base, {"kernel": NOISY}))
-    return {"dense": model.apply({"params": params}, x, rngs={} if key is None else {"dropout": key})}
+    return {
+        "dense": model.apply({"params": params}, x, rngs={} if key is None else {"dropout": key})
+    }
 
 
 def by_rows(key):
@@ -82,7 +88,9 @@ def by_rows(key):
     return {"dense": lr.matmul(jnp.ones((4, 8)), params["dense"]["kernel"])}
 
 
-@pytest.mark.parametrize("entry", [bare, linen, nnx_merged, nnx_inserted, wrapped, by_rows], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "entry", [bare, linen, nnx_merged, nnx_inserted, wrapped, by_rows], ids=lambda x: x.__name__
+)
 def test_a_stochastic_family_draws_on_every_host_and_entry_point(entry):
     run = jax.jit(entry, compiler_options=models.FAST) if entry is not nnx_inserted else entry
     plain, drawn, again = entry(None), run(jax.random.key(1)), run(jax.random.key(1))
@@ -103,13 +111,24 @@ def test_keys_differ_by_name_site_and_layer():
     assert len(np.unique(np.concatenate(keys), axis=0)) == 2 * 2 * 3
 
 
-@pytest.mark.parametrize("family, draws", [
-    (A.lora(rank=2), False), (A.lora(rank=2, dropout=0.1), True), (A.dora(rank=2, dropout=0.1), True),
-    (A.vera(rank=2, dropout=0.1), True), (A.miss(rank=2, dropout=0.1), True), (A.miss(rank=2), False),
-    (A.oft(block=2), False), (NOISY, True),
-], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "family, draws",
+    [
+        (A.lora(rank=2), False),
+        (A.lora(rank=2, dropout=0.1), True),
+        (A.dora(rank=2, dropout=0.1), True),
+        (A.vera(rank=2, dropout=0.1), True),
+        (A.miss(rank=2, dropout=0.1), True),
+        (A.miss(rank=2), False),
+        (A.oft(block=2), False),
+        (NOISY, True),
+    ],
+    ids=repr,
+)
 def test_a_family_says_whether_it_draws(family, draws):
     assert family.stochastic is draws
     kernel = {"kernel": jnp.ones((4, 4))}
-    attached = lr.attach(kernel, lr.adapt(kernel, {"kernel": family}, jax.random.key(0)), key=jax.random.key(1))
+    attached = lr.attach(
+        kernel, lr.adapt(kernel, {"kernel": family}, jax.random.key(0)), key=jax.random.key(1)
+    )
     assert (attached["kernel"].bound[0].keys is not None) is draws

@@ -1,7 +1,8 @@
-"""Inside optax's wrappers: masked, partition, MultiSteps, inject_hyperparams, apply_if_finite and others.
+"""Inside optax's wrappers: masked, partition, MultiSteps, inject_hyperparams, apply_if_finite and
+others.
 
-Values are compared eagerly with the bare transformation; the fast tier also traces every wrapped update, which shows
-that its state keeps dtype, shape and structure under `jit`.
+Values are compared eagerly with the bare transformation; the fast tier also traces every wrapped
+update, which shows that its state keeps dtype, shape and structure under `jit`.
 """
 
 import jax
@@ -18,14 +19,20 @@ ONE = {"dense": m.SHAPES["dense"]}  # one matrix and one plain leaf
 
 def _one(method, **overrides):
     """`(transformation, params, three gradients)` on the small tree."""
-    return method.build(views=lr.Views(), **overrides), m.tree(0, shapes=ONE), m.tree(1, steps=3, shapes=ONE)
+    return (
+        method.build(views=lr.Views(), **overrides),
+        m.tree(0, shapes=ONE),
+        m.tree(1, steps=3, shapes=ONE),
+    )
 
 
 def _check_trace(method, transformation, state, params, grads):
     if method.fast:
         _, after = jax.eval_shape(transformation.update, grads, state, params)
         assert jax.tree.structure(after) == jax.tree.structure(state)
-        assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(state)]
+        assert [x.dtype for x in jax.tree.leaves(after)] == [
+            x.dtype for x in jax.tree.leaves(state)
+        ]
 
 
 def _start(method, transformation, params, grads):
@@ -36,7 +43,8 @@ def _start(method, transformation, params, grads):
 
 @m.every_method(unless=lambda method: method.name in m.COUPLED)
 def test_masked_and_partition(method):
-    """A leaf that others handle is as if it were not there; what remains is what it was without the wrapper."""
+    """A leaf that others handle is as if it were not there; what remains is what it was without the
+    wrapper."""
     params, grads = m.params_like(), m.at(m.gradients(), 0)
     expected = m.at(m.trajectory(method)[1][0], 0)
     inner = method.build()
@@ -60,7 +68,10 @@ def test_multi_steps(method):
     inner, params, _ = _one(method)
     grads = m.tree(1, steps=4, shapes=ONE)
     wrapped = optax.MultiSteps(inner, 2).gradient_transformation()
-    state, expected_state = _start(method, wrapped, params, m.at(grads, 0)), m.eager(inner.init, params)
+    state, expected_state = (
+        _start(method, wrapped, params, m.at(grads, 0)),
+        m.eager(inner.init, params),
+    )
     for window in range(2):
         first, second = m.at(grads, 2 * window), m.at(grads, 2 * window + 1)
         updates, state = m.eager(wrapped.update, first, state, params)
@@ -77,7 +88,9 @@ def _injected(method, **options):
     if not method.named:
 
         def chained(learning_rate):
-            return optax.chain(method.build(views=lr.Views()), optax.scale_by_learning_rate(learning_rate))
+            return optax.chain(
+                method.build(views=lr.Views()), optax.scale_by_learning_rate(learning_rate)
+            )
 
         return optax.inject_hyperparams(chained, **options)(learning_rate=0.1)
     static = ("rank", "kind") if method.factory is lr.dct_adamw else ("rank",)
@@ -86,7 +99,8 @@ def _injected(method, **options):
 
 @m.every_method()
 def test_inject_hyperparams(method):
-    """On bf16 parameters, with float32 hyper-parameters; `tree_get` and `tree_set` find the learning rate."""
+    """On bf16 parameters, with float32 hyper-parameters; `tree_get` and `tree_set` find the
+    learning rate."""
     transformation = _injected(method, hyperparam_dtype=jnp.float32)
     params, grads = m.tree(0, jnp.bfloat16, shapes=ONE), m.at(m.tree(1, steps=3, shapes=ONE), 0)
     state = _start(method, transformation, params, grads)
@@ -105,7 +119,13 @@ def test_inject_hyperparams(method):
 
 @pytest.mark.parametrize(
     "factory, options",
-    [(lr.galore, {"rank": 4}), (lr.frugal, {}), (lr.ldadam, {}), (lr.apollo, {"rank": 4}), (lr.dct_adamw, {"rank": 4})],
+    [
+        (lr.galore, {"rank": 4}),
+        (lr.frugal, {}),
+        (lr.ldadam, {}),
+        (lr.apollo, {"rank": 4}),
+        (lr.dct_adamw, {"rank": 4}),
+    ],
 )
 def test_a_traced_rank_names_static_args(factory, options):
     transformation = optax.inject_hyperparams(factory)(learning_rate=0.1, **options)
@@ -114,7 +134,9 @@ def test_a_traced_rank_names_static_args(factory, options):
 
 
 def test_a_traced_kind_names_static_args():
-    transformation = optax.inject_hyperparams(lr.dct_adamw, static_args=("rank",))(learning_rate=0.1, rank=4)
+    transformation = optax.inject_hyperparams(lr.dct_adamw, static_args=("rank",))(
+        learning_rate=0.1, rank=4
+    )
     with pytest.raises(ValueError, match="kind.*static_args"):
         jax.eval_shape(transformation.init, m.tree(0, shapes=ONE))
 
@@ -124,8 +146,12 @@ def test_injected_slots_reach_the_transformation():
     params = m.tree(0, shapes=ONE)
     views = lr.Views(rules=(("dense/kernel", None), ("dense/bias", None)))
     for transformation in (
-        optax.inject_hyperparams(lr.scale_by_projection)(projector=lr.projectors.svd(rank=4), views=views),
-        optax.inject_hyperparams(lr.apollo_mini, static_args=("rank",))(learning_rate=0.1, views=views),
+        optax.inject_hyperparams(lr.scale_by_projection)(
+            projector=lr.projectors.svd(rank=4), views=views
+        ),
+        optax.inject_hyperparams(lr.apollo_mini, static_args=("rank",))(
+            learning_rate=0.1, views=views
+        ),
     ):
         with pytest.raises(ValueError, match="no leaf is projected"):
             transformation.init(params)
@@ -169,14 +195,24 @@ def test_extra_arguments_reach_the_inner_transformation():
     def scaled():
         return optax.GradientTransformationExtraArgs(
             lambda params: optax.EmptyState(),
-            lambda updates, state, params=None, *, value, **extra: (jax.tree.map(lambda u: value * u, updates), state),
+            lambda updates, state, params=None, *, value, **extra: (
+                jax.tree.map(lambda u: value * u, updates),
+                state,
+            ),
         )
 
     params, grads = m.params_like(), m.at(m.gradients(), 0)
-    inner = optax.chain(optax.clip_by_global_norm(1e9), lr.scale_by_projection(
-        lr.projectors.columns(rank=4, select="l2"), inner=scaled(), views=m.VIEWS))  # fmt: skip
+    inner = optax.chain(
+        optax.clip_by_global_norm(1e9),
+        lr.scale_by_projection(
+            lr.projectors.columns(rank=4, select="l2"), inner=scaled(), views=m.VIEWS
+        ),
+    )
     state = inner.init(params)
-    one, two = (jax.jit(inner.update)(grads, state, params, value=value, loss=0.0)[0] for value in (1.0, 2.0))
+    one, two = (
+        jax.jit(inner.update)(grads, state, params, value=value, loss=0.0)[0]
+        for value in (1.0, 2.0)
+    )
     m.assert_close(jax.tree.map(lambda x: 2 * x, one), two)
     assert np.any(one["stack"]["kernel"])
     assert np.any(one["dense"]["bias"])

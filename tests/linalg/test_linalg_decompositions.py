@@ -10,7 +10,9 @@ from lowrank_jax import linalg
 
 KEY = jax.random.key(0)
 TRUNCATED = jax.jit(linalg.truncated_svd, static_argnames="rank")
-RANDOMIZED = jax.jit(linalg.randomized_svd, static_argnames=("rank", "oversample", "power_iterations"))
+RANDOMIZED = jax.jit(
+    linalg.randomized_svd, static_argnames=("rank", "oversample", "power_iterations")
+)
 RANGE = jax.jit(linalg.range_finder, static_argnames=("rank", "power_iterations"))
 POWER = jax.jit(linalg.power_step)
 OF_PRODUCT = jax.jit(linalg.svd_of_product, static_argnames="rank")
@@ -38,8 +40,12 @@ def largest_entries(basis):
 
 def test_canonical_signs_takes_the_first_of_ties_and_leaves_zeros():
     basis = np.array([[1.0, -2.0, 0.0, 3.0], [-4.0, 2.0, 0.0, 1.0]], np.float32)
-    np.testing.assert_array_equal(linalg.canonical_signs(basis), [[-1.0, 2.0, 0.0, 3.0], [4.0, -2.0, 0.0, 1.0]])
-    np.testing.assert_array_equal(linalg.canonical_signs(np.stack([basis, -basis]))[1], linalg.canonical_signs(basis))
+    np.testing.assert_array_equal(
+        linalg.canonical_signs(basis), [[-1.0, 2.0, 0.0, 3.0], [4.0, -2.0, 0.0, 1.0]]
+    )
+    np.testing.assert_array_equal(
+        linalg.canonical_signs(np.stack([basis, -basis]))[1], linalg.canonical_signs(basis)
+    )
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5), (2, 3, 6, 4)])
@@ -47,7 +53,11 @@ def test_truncated_svd_is_numpy_cut_and_sign_canonical(shape):
     x = normal(*shape)
     u, s, vt = TRUNCATED(x.astype(np.float32), rank=3)
     u0, s0, vt0 = (part for part in np.linalg.svd(x, full_matrices=False))
-    assert (u.shape, s.shape, vt.shape) == ((*shape[:-1], 3), (*shape[:-2], 3), (*shape[:-2], 3, shape[-1]))
+    assert (u.shape, s.shape, vt.shape) == (
+        (*shape[:-1], 3),
+        (*shape[:-2], 3),
+        (*shape[:-2], 3, shape[-1]),
+    )
     np.testing.assert_allclose(s, s0[..., :3], atol=1e-5)
     np.testing.assert_allclose(
         (u * s[..., None, :]) @ vt, (u0[..., :3] * s0[..., None, :3]) @ vt0[..., :3, :], atol=1e-4
@@ -59,7 +69,12 @@ def test_truncated_svd_is_numpy_cut_and_sign_canonical(shape):
 
 
 def test_randomized_svd_recovers_a_decaying_spectrum():
-    x = np.stack([with_spectrum(30, 20, 2.0 ** -np.arange(12)), with_spectrum(30, 20, 3.0 ** -np.arange(12), seed=9)])
+    x = np.stack(
+        [
+            with_spectrum(30, 20, 2.0 ** -np.arange(12)),
+            with_spectrum(30, 20, 3.0 ** -np.arange(12), seed=9),
+        ]
+    )
     got, want = RANDOMIZED(x, 4, KEY), TRUNCATED(x, 4)
     for a, b, tolerance in zip(got, want, (1e-3, 1e-4, 1e-3), strict=True):
         assert a.shape == b.shape
@@ -100,7 +115,9 @@ def test_svd_of_product_is_the_svd_of_the_product_and_never_forms_it(m, q, n):
     assert (u.shape, s.shape, vt.shape) == ((2, m, limit), (2, limit), (2, limit, n))
     np.testing.assert_allclose(s, np.linalg.svd(a @ b, compute_uv=False)[:, :limit], atol=2e-5)
     np.testing.assert_allclose((u * s[:, None]) @ vt, a @ b, atol=2e-5)
-    np.testing.assert_allclose(np.swapaxes(u, 1, 2) @ u, np.broadcast_to(np.eye(limit), (2, limit, limit)), atol=2e-5)
+    np.testing.assert_allclose(
+        np.swapaxes(u, 1, 2) @ u, np.broadcast_to(np.eye(limit), (2, limit, limit)), atol=2e-5
+    )
     assert (largest_entries(u) > 0).all()
     first = OF_PRODUCT(a[0].astype(np.float32), b[0].astype(np.float32), 1)
     for got, want in zip(first, (u[0, :, :1], s[0, :1], vt[0, :1]), strict=True):
@@ -112,7 +129,10 @@ def test_svd_of_product_is_the_svd_of_the_product_and_never_forms_it(m, q, n):
 
 def test_svd_of_a_zero_deficient_and_low_precision_product():
     b = np.outer(np.ones(3), np.arange(5.0)).astype(np.float32)
-    for a in (np.zeros((6, 3), np.float32), np.outer(np.arange(6.0), np.ones(3)).astype(np.float32)):
+    for a in (
+        np.zeros((6, 3), np.float32),
+        np.outer(np.arange(6.0), np.ones(3)).astype(np.float32),
+    ):
         u, s, vt = OF_PRODUCT(a, b)
         np.testing.assert_allclose((u * s) @ vt, a @ b, atol=1e-4)
         np.testing.assert_allclose(u.T @ u, np.eye(3), atol=1e-5)
@@ -124,9 +144,13 @@ def test_svd_of_a_zero_deficient_and_low_precision_product():
 
 
 def test_svd_of_product_errors():
-    with pytest.raises(ValueError, match=r"a of shape \(4, 3\) and b of shape \(2, 5\) do not multiply"):
+    with pytest.raises(
+        ValueError, match=r"a of shape \(4, 3\) and b of shape \(2, 5\) do not multiply"
+    ):
         linalg.svd_of_product(jnp.ones((4, 3)), jnp.ones((2, 5)))
-    with pytest.raises(ValueError, match=r"rank=4 must lie in \[1, 3\], where 3 is the smallest of m, q and n"):
+    with pytest.raises(
+        ValueError, match=r"rank=4 must lie in \[1, 3\], where 3 is the smallest of m, q and n"
+    ):
         linalg.svd_of_product(jnp.ones((4, 3)), jnp.ones((3, 5)), 4)
     with pytest.raises(ValueError, match=r"b has shape \(3,\)"):
         linalg.svd_of_product(jnp.ones((4, 3)), jnp.ones(3))
@@ -136,7 +160,9 @@ def test_power_step_formula_and_convergence():
     x, basis = normal(2, 9, 12, seed=1), np.linalg.qr(normal(2, 9, 3, seed=2))[0]
     q, r = np.linalg.qr(x @ (np.swapaxes(x, -1, -2) @ basis))
     want = q * np.sign(np.diagonal(r, axis1=-2, axis2=-1))[:, None, :]
-    np.testing.assert_allclose(POWER(x.astype(np.float32), basis.astype(np.float32)), want, atol=2e-5)
+    np.testing.assert_allclose(
+        POWER(x.astype(np.float32), basis.astype(np.float32)), want, atol=2e-5
+    )
     spectral = with_spectrum(16, 20, 2.0 ** -np.arange(16))
     basis = jnp.asarray(np.linalg.qr(normal(16, 4))[0], jnp.float32)
     for _ in range(8):
@@ -201,7 +227,11 @@ def test_stack_equals_members_and_vmap(name):
 
 @pytest.mark.parametrize(
     "function",
-    [linalg.truncated_svd, lambda x, r: linalg.range_finder(x, r, KEY), lambda x, r: linalg.randomized_svd(x, r, KEY)],
+    [
+        linalg.truncated_svd,
+        lambda x, r: linalg.range_finder(x, r, KEY),
+        lambda x, r: linalg.randomized_svd(x, r, KEY),
+    ],
 )
 def test_errors_name_the_rank(function):
     x = jnp.ones((4, 6))

@@ -1,4 +1,5 @@
-"""On a CPU LAPACK is called on one matrix at a time: its calls on stacks wait for threads that they may hold."""
+"""On a CPU LAPACK is called on one matrix at a time: its calls on stacks wait for threads that they
+may hold."""
 
 import re
 
@@ -40,7 +41,11 @@ def test_a_stack_goes_matrix_by_matrix_and_comes_out_the_same(name):
     function, stacks = CASES[name]
     given = stacks_given_to_lapack(function, *stacks)
     assert given and set(given) <= {(), (1,)}
-    if name in ("its derivative", "power_step", "randomized_svd"):  # one closes over its stack, others draw
+    if name in (
+        "its derivative",
+        "power_step",
+        "randomized_svd",
+    ):  # one closes over its stack, others draw
         return
     together = jax.tree.leaves(function(*stacks))
     for i in np.ndindex(2, 3):
@@ -54,7 +59,10 @@ def test_a_small_stack_goes_in_one_call():
 
 
 def test_several_stacks_in_one_program_come_to_an_end():
-    """Seven calls at once on stacks that jaxlib would split: on two threads they waited for ever."""
+    """Seven calls at once on stacks that jaxlib would split: on two threads they waited for
+    ever."""
     stacks = [jnp.asarray(RNG.normal(size=(4, 96, 64)), jnp.float32) for _ in range(7)]
     for q in jax.jit(lambda xs: [linalg.orthonormalize(x) for x in xs])(stacks):
-        np.testing.assert_allclose(jnp.swapaxes(q, 1, 2) @ q, jnp.broadcast_to(jnp.eye(64), (4, 64, 64)), atol=1e-4)
+        np.testing.assert_allclose(
+            jnp.swapaxes(q, 1, 2) @ q, jnp.broadcast_to(jnp.eye(64), (4, 64, 64)), atol=1e-4
+        )

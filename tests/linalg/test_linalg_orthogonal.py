@@ -29,7 +29,9 @@ def orthogonality_error(q):
     return np.abs(np.swapaxes(q, -1, -2) @ q - np.eye(q.shape[-1])).max()
 
 
-QR, CHOLESKY, ORTHONORMALIZE = map(jax.jit, (linalg.qr_orthonormal, linalg.cholesky_qr2, linalg.orthonormalize))
+QR, CHOLESKY, ORTHONORMALIZE = map(
+    jax.jit, (linalg.qr_orthonormal, linalg.cholesky_qr2, linalg.orthonormalize)
+)
 ALL, SAFE = (QR, CHOLESKY, ORTHONORMALIZE), (QR, ORTHONORMALIZE)
 
 
@@ -97,7 +99,9 @@ def conditions(jaxpr):
 def test_one_cond_decides_for_the_whole_stack():
     stack = jnp.ones((3, 8, 2))
     assert len(conditions(jax.make_jaxpr(linalg.orthonormalize)(stack).jaxpr)) == 1
-    assert not conditions(jax.make_jaxpr(jax.vmap(linalg.orthonormalize))(stack).jaxpr)  # the docstring warns of it
+    assert not conditions(
+        jax.make_jaxpr(jax.vmap(linalg.orthonormalize))(stack).jaxpr
+    )  # the docstring warns of it
 
 
 @pytest.mark.parametrize("function", SAFE)
@@ -173,7 +177,11 @@ def test_newton_schulz_transforms():
     x = normal(2, 5, 3)
     with jax.enable_x64(True):
         check_grads(
-            jax.jit(lambda x: linalg.newton_schulz(x, 2)), (jnp.asarray(x),), order=1, modes=("rev",), rtol=1e-5
+            jax.jit(lambda x: linalg.newton_schulz(x, 2)),
+            (jnp.asarray(x),),
+            order=1,
+            modes=("rev",),
+            rtol=1e-5,
         )
     x = x.astype(np.float32)
     eager = linalg.newton_schulz(x)

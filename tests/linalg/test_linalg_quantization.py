@@ -26,7 +26,9 @@ def brute(x, code, block):
     """Nearest values one block at a time; a negative value keeps its sign."""
     values = book(code == "signed")
     out = np.zeros_like(x)
-    for row_in, row_out in zip(x.reshape(-1, x.shape[-1]), out.reshape(-1, x.shape[-1]), strict=True):
+    for row_in, row_out in zip(
+        x.reshape(-1, x.shape[-1]), out.reshape(-1, x.shape[-1]), strict=True
+    ):
         for start in range(0, x.shape[-1], block):
             part = row_in[start : start + block]
             scale = np.abs(part).max()
@@ -34,7 +36,9 @@ def brute(x, code, block):
                 continue
             index = np.abs(part[:, None] / scale - values).argmin(axis=1)
             if code == "signed":
-                index = np.where((part < 0) & (values[index] >= 0), np.flatnonzero(values < 0)[-1], index)
+                index = np.where(
+                    (part < 0) & (values[index] >= 0), np.flatnonzero(values < 0)[-1], index
+                )
             row_out[start : start + block] = values[index] * scale
     return out
 
@@ -45,7 +49,9 @@ def test_the_code_books():
     np.testing.assert_allclose(unsigned, book(False), rtol=1e-6)
     assert signed.shape == unsigned.shape == (256,)
     assert signed[127] == 0
-    np.testing.assert_allclose([signed[0], signed[-2], signed[128]], [-0.99297, 0.99297, 5.5e-7], rtol=1e-4)
+    np.testing.assert_allclose(
+        [signed[0], signed[-2], signed[128]], [-0.99297, 0.99297, 5.5e-7], rtol=1e-4
+    )
     np.testing.assert_allclose(unsigned[1], 3.25e-7, rtol=1e-4)
 
 
@@ -86,7 +92,9 @@ def test_stochastic_rounding_has_no_bias():
     assert set(np.unique(codes)) == {38, 39}
     np.testing.assert_allclose(np.mean(np.float64(codes)), 0.3 * 127, atol=5 * 0.5 / np.sqrt(20000))
     value = 1 + 0.3 * 2**-7
-    rounded = np.float64(linalg.stochastic_round(jnp.full(20000, value), jnp.bfloat16, jax.random.key(0)))
+    rounded = np.float64(
+        linalg.stochastic_round(jnp.full(20000, value), jnp.bfloat16, jax.random.key(0))
+    )
     assert set(rounded) == {1.0, 1 + 2**-7}
     np.testing.assert_allclose(np.mean((rounded - 1) * 2**7), 0.3, atol=5 * 0.5 / np.sqrt(20000))
 
@@ -97,7 +105,9 @@ def test_stochastic_rounding_keeps_what_is_exact():
     rounded = linalg.stochastic_round(x, jnp.bfloat16, jax.random.key(1))
     np.testing.assert_array_equal(rounded[:6], x[:6].astype(jnp.bfloat16))
     assert bool(jnp.all(jnp.isfinite(rounded[6:])))
-    assert bool(jnp.isnan(linalg.stochastic_round(jnp.array([np.nan]), jnp.bfloat16, jax.random.key(1)))[0])
+    assert bool(
+        jnp.isnan(linalg.stochastic_round(jnp.array([np.nan]), jnp.bfloat16, jax.random.key(1)))[0]
+    )
     assert linalg.stochastic_round(x, jnp.float32, jax.random.key(1)) is x
 
 
@@ -121,7 +131,10 @@ def test_what_is_not_finite_does_not_come_back_clean(code, bad):
         ((jnp.ones(3), "signed", 0), "block=0 must be a positive integer"),
         ((jnp.ones(3, jnp.int32),), "must be floating"),
         ((jnp.ones(()),), "at least one axis"),
-        ((jnp.ones(3), "signed", 256, jax.random.key(0)), "stochastic rounding is for code='linear'"),
+        (
+            (jnp.ones(3), "signed", 256, jax.random.key(0)),
+            "stochastic rounding is for code='linear'",
+        ),
     ],
 )
 def test_errors(arguments, message):
@@ -139,7 +152,9 @@ def test_nearest_at_and_around_every_middle(code):
     values = linalg.dynamic_code_book(code == "signed").astype(np.float64)
     middles = np.float32((values[:-1] + values[1:]) / 2)
     up, down = np.nextafter(middles, np.float32(2)), np.nextafter(middles, np.float32(-2))
-    x = np.concatenate([np.float32(values), middles, up, down, np.float32([1.0])])  # the last makes the scale 1
+    x = np.concatenate(
+        [np.float32(values), middles, up, down, np.float32([1.0])]
+    )  # the last makes the scale 1
     index = np.asarray(linalg.quantize_blocks(x, code, x.size).codes).astype(int)
     distance = np.abs(x[:, None].astype(np.float64) - values)
     nearest = distance[np.arange(x.size), index] == distance.min(axis=1)
@@ -158,7 +173,9 @@ def test_requantize_keeps_code_and_block_and_uses_the_key():
         assert (again.code, again.block, again.scales.shape) == (code, 3, (2, 4))
         np.testing.assert_array_equal(again.scales, 2 * linalg.quantize_blocks(x, code, 3).scales)
     old, key = linalg.quantize_blocks(x, "linear", 3), jax.random.key(3)
-    np.testing.assert_array_equal(old.requantize(x, key).codes, linalg.quantize_blocks(x, "linear", 3, key).codes)
+    np.testing.assert_array_equal(
+        old.requantize(x, key).codes, linalg.quantize_blocks(x, "linear", 3, key).codes
+    )
     assert np.any(old.requantize(x, key).codes != old.codes)
 
 
@@ -172,10 +189,14 @@ def test_linear_stochastic_rounding_keeps_whole_codes():
 def test_stochastic_rounding_of_negative_and_tiny_values_has_no_bias():
     for value in (-(1 + 0.3 * 2**-7), 1e-30, -3.3e5):
         x = np.float32(value)
-        rounded = np.float64(linalg.stochastic_round(jnp.full(20000, x), jnp.bfloat16, jax.random.key(5)))
+        rounded = np.float64(
+            linalg.stochastic_round(jnp.full(20000, x), jnp.bfloat16, jax.random.key(5))
+        )
         gap = np.ptp(rounded)
         assert len(set(rounded)) == 2
-        np.testing.assert_allclose(rounded.mean(), np.float64(x), atol=5 * 0.5 * gap / np.sqrt(20000), rtol=0)
+        np.testing.assert_allclose(
+            rounded.mean(), np.float64(x), atol=5 * 0.5 * gap / np.sqrt(20000), rtol=0
+        )
 
 
 @pytest.mark.parametrize("code", ["signed", "unsigned", "linear"])
@@ -199,7 +220,9 @@ def test_dtypes_shape_and_bytes():
         same = linalg.quantize_blocks(x.astype(jnp.float32), code)
         np.testing.assert_array_equal(quantized.codes, same.codes)
         assert quantized.dequantize().dtype == jnp.float32
-        np.testing.assert_array_equal(quantized.dequantize(jnp.bfloat16), quantized.dequantize().astype(jnp.bfloat16))
+        np.testing.assert_array_equal(
+            quantized.dequantize(jnp.bfloat16), quantized.dequantize().astype(jnp.bfloat16)
+        )
 
 
 @pytest.mark.parametrize("code, bound", [("signed", 0.012), ("unsigned", 0.007), ("linear", 0.008)])
@@ -218,12 +241,18 @@ def test_blocks_of_zeros_are_exact_zeros(code):
     np.testing.assert_array_equal(quantized.scales, [[0, 0], [0, 1]])
     np.testing.assert_array_equal(quantized.dequantize()[0], np.zeros(5))
     np.testing.assert_array_equal(quantized.dequantize()[1, :4], np.zeros(4))
-    np.testing.assert_array_equal(quantized.codes[0], {"signed": 127, "unsigned": 0, "linear": 0}[code])
+    np.testing.assert_array_equal(
+        quantized.codes[0], {"signed": 127, "unsigned": 0, "linear": 0}[code]
+    )
 
 
 def test_stochastic_rounding_keeps_every_kind_of_nan():
-    nans = np.repeat(np.uint32([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF]), 64).view(np.float32)
-    rounded = jax.jit(linalg.stochastic_round, static_argnums=1)(nans, jnp.bfloat16, jax.random.key(2))
+    nans = np.repeat(np.uint32([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF]), 64).view(
+        np.float32
+    )
+    rounded = jax.jit(linalg.stochastic_round, static_argnums=1)(
+        nans, jnp.bfloat16, jax.random.key(2)
+    )
     assert bool(jnp.all(jnp.isnan(rounded)))
 
 
@@ -234,7 +263,9 @@ def test_codes_by_arithmetic_are_those_of_the_tables(signed):
     decoded = jax.jit(dynamic_code.decode, static_argnums=1)(jnp.arange(256), signed)
     np.testing.assert_allclose(decoded, book, rtol=2e-7)
     middles = (book[1:] + book[:-1]) / 2
-    x = jnp.asarray(np.concatenate([book, middles * 1.00001, middles * 0.99999, [0.0, 1e-30]]), jnp.float32)[None]
+    x = jnp.asarray(
+        np.concatenate([book, middles * 1.00001, middles * 0.99999, [0.0, 1e-30]]), jnp.float32
+    )[None]
     expected = linalg.quantize_blocks(x, "signed" if signed else "unsigned", 1024)
     np.testing.assert_array_equal(encode(x, x, signed), expected.codes)
     negative = jnp.array([[-1e-30, -0.5, 1.0]])

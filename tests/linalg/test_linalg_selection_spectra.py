@@ -60,21 +60,27 @@ def test_gather_and_scatter(dtype):
     x = jnp.asarray(np.arange(2 * 3 * 5 * 2).reshape(2, 3, 5, 2), dtype)
     indices = linalg.random_rows(jax.random.key(1), 5, 3, (2, 3))
     low = linalg.gather_rows(x, indices)
-    np.testing.assert_array_equal(low, np.take_along_axis(np.asarray(x), np.asarray(indices)[..., None], axis=-2))
+    np.testing.assert_array_equal(
+        low, np.take_along_axis(np.asarray(x), np.asarray(indices)[..., None], axis=-2)
+    )
     full = jax.jit(lambda low, indices: linalg.scatter_rows(low, indices, 5))(low, indices)
     chosen = (np.asarray(indices)[..., None] == np.arange(5)).any(axis=-2)
     np.testing.assert_array_equal(full, np.where(chosen[..., None], np.asarray(x), 0))
     assert low.dtype == full.dtype == dtype
     shared = jnp.array([0, 4])
     np.testing.assert_array_equal(linalg.gather_rows(x, shared), x[..., np.array([0, 4]), :])
-    np.testing.assert_array_equal(linalg.scatter_rows(x[..., :2, :], shared, 5)[..., 4, :], x[..., 1, :])
+    np.testing.assert_array_equal(
+        linalg.scatter_rows(x[..., :2, :], shared, 5)[..., 4, :], x[..., 1, :]
+    )
 
 
 def test_scatter_is_the_transpose_of_gather():
     x, indices = jnp.asarray(normal(2, 5, 3), jnp.float32), jnp.array([[0, 3], [1, 2]])
     low, pullback = jax.vjp(lambda x: linalg.gather_rows(x, indices), x)
     np.testing.assert_array_equal(pullback(low)[0], linalg.scatter_rows(low, indices, 5))
-    check_grads(lambda low: linalg.scatter_rows(low, indices, 5), (low,), order=1, modes=("rev",), rtol=1e-2)
+    check_grads(
+        lambda low: linalg.scatter_rows(low, indices, 5), (low,), order=1, modes=("rev",), rtol=1e-2
+    )
 
 
 def test_effective_rank():
@@ -101,7 +107,9 @@ def test_rank_for_energy_is_the_smallest_that_keeps_enough(energy):
     got = jax.jit(linalg.rank_for_energy, static_argnums=1)(s.astype(np.float32), energy)
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got, want)
-    np.testing.assert_array_equal(linalg.rank_for_energy((1e-30 * s).astype(np.float32), energy), want)
+    np.testing.assert_array_equal(
+        linalg.rank_for_energy((1e-30 * s).astype(np.float32), energy), want
+    )
 
 
 def test_rank_for_energy_edges():
@@ -118,7 +126,9 @@ def test_stable_rank_and_explained_variance(shape, scale):
     x = normal(*shape)
     squares = np.linalg.svd(x, compute_uv=False) ** 2
     low = (scale * x).astype(np.float32)
-    np.testing.assert_allclose(linalg.stable_rank(low), squares.sum(-1) / squares[..., 0], rtol=1e-4)
+    np.testing.assert_allclose(
+        linalg.stable_rank(low), squares.sum(-1) / squares[..., 0], rtol=1e-4
+    )
     basis = np.linalg.svd(x)[0][..., :2].astype(np.float32)
     np.testing.assert_allclose(
         linalg.explained_variance(low, basis), squares[..., :2].sum(-1) / squares.sum(-1), rtol=1e-4
@@ -130,7 +140,9 @@ def test_spectral_edges():
     both = jax.jit(lambda x: (linalg.stable_rank(x), linalg.explained_variance(x, basis)))
     np.testing.assert_array_equal(both(zero), np.zeros((2, 2)))
     assert np.isnan(both(zero * np.nan)).all()
-    assert np.isfinite(jax.jit(jax.grad(lambda x: linalg.explained_variance(x, basis)))(zero[0])).all()
+    assert np.isfinite(
+        jax.jit(jax.grad(lambda x: linalg.explained_variance(x, basis)))(zero[0])
+    ).all()
 
 
 def test_principal_angles_are_the_cosines():
@@ -150,12 +162,18 @@ def test_errors():
     x = jnp.ones((4, 3))
     with pytest.raises(ValueError, match="norm='l0' is unknown; choose one of 'l1', 'l2'"):
         linalg.row_scores(x, "l0")
-    with pytest.raises(ValueError, match=r"rank=5 must lie in \[1, 4\], where 4 is the number of rows"):
+    with pytest.raises(
+        ValueError, match=r"rank=5 must lie in \[1, 4\], where 4 is the number of rows"
+    ):
         linalg.top_rows(x, 5)
     with pytest.raises(ValueError, match="rank=0"):
         linalg.random_rows(jax.random.key(0), 4, 0)
     with pytest.raises(ValueError, match="low has 4 rows but indices names 2"):
         linalg.scatter_rows(x, jnp.arange(2), 8)
-    for call in (linalg.stable_rank, linalg.row_scores, lambda x: linalg.gather_rows(x, jnp.arange(2))):
+    for call in (
+        linalg.stable_rank,
+        linalg.row_scores,
+        lambda x: linalg.gather_rows(x, jnp.arange(2)),
+    ):
         with pytest.raises(ValueError, match=r"x has shape \(3,\)"):
             call(jnp.ones(3))

@@ -31,7 +31,9 @@ def oracle_columns(indices, d, kind):
 @pytest.mark.parametrize("d", [5, 7, 64, 4096, 32768, 46340, 65536])
 def test_dct_columns_equal_the_float64_formula(d):
     indices = np.unique(np.array([0, 1, d // 3, d // 2, d - 2, d - 1]))
-    both = jax.jit(lambda i: [linalg.dct_columns(i, d, kind) for kind in (2, 3)])(indices.astype(np.int32))
+    both = jax.jit(lambda i: [linalg.dct_columns(i, d, kind) for kind in (2, 3)])(
+        indices.astype(np.int32)
+    )
     for kind, got in zip((2, 3), both, strict=True):
         want = oracle_columns(indices, d, kind)
         np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=1.5e-7 * np.sqrt(2 / d))
@@ -47,7 +49,9 @@ def test_dct_matrix_columns_and_orthogonality(kind):
     stacked = linalg.dct_columns(indices, 64, kind)
     assert stacked.shape == (2, 3, 64, 6)
     np.testing.assert_array_equal(stacked[1, 2], matrix[:, indices[1, 2]])
-    np.testing.assert_array_equal(jax.vmap(lambda i: linalg.dct_columns(i, 64, kind))(indices), stacked)
+    np.testing.assert_array_equal(
+        jax.vmap(lambda i: linalg.dct_columns(i, 64, kind))(indices), stacked
+    )
 
 
 def test_column_dtypes():
@@ -58,16 +62,22 @@ def test_column_dtypes():
         np.testing.assert_array_equal(low, full.astype(jnp.bfloat16))
     with jax.enable_x64(True):
         np.testing.assert_allclose(
-            linalg.dct_columns(indices, 7, 3, jnp.float64), oracle_columns(indices, 7, 3), atol=1e-15
+            linalg.dct_columns(indices, 7, 3, jnp.float64),
+            oracle_columns(indices, 7, 3),
+            atol=1e-15,
         )
 
 
 def test_no_constant_of_the_size_of_the_basis_in_the_program():
     for function in (linalg.dct_columns, linalg.hadamard_columns):
         arguments = (512, 3) if function is linalg.dct_columns else (512,)
-        compiled = jax.jit(lambda i, f=function, a=arguments: f(i, *a)).lower(jnp.arange(4)).compile()
+        compiled = (
+            jax.jit(lambda i, f=function, a=arguments: f(i, *a)).lower(jnp.arange(4)).compile()
+        )
         assert len(compiled.as_text()) < 20_000
-    transform = jax.jit(lambda x: linalg.dct(x, 2, method="matmul")).lower(jnp.ones((512, 4))).compile()
+    transform = (
+        jax.jit(lambda x: linalg.dct(x, 2, method="matmul")).lower(jnp.ones((512, 4))).compile()
+    )
     assert len(transform.as_text()) < 20_000
 
 
@@ -77,9 +87,13 @@ CASES = [(kind, method) for kind in (2, 3) for method in ("fft", "matmul")]
 @pytest.mark.parametrize("d", SIZES)
 def test_dct_equals_scipy(d):
     x = normal(2, d, 3)
-    results = jax.jit(lambda x: [linalg.dct(x, kind, method=method) for kind, method in CASES])(x.astype(np.float32))
+    results = jax.jit(lambda x: [linalg.dct(x, kind, method=method) for kind, method in CASES])(
+        x.astype(np.float32)
+    )
     for (kind, _), got in zip(CASES, results, strict=True):
-        np.testing.assert_allclose(got, scipy.fft.dct(x, type=kind, norm="ortho", axis=-2), atol=2e-6)
+        np.testing.assert_allclose(
+            got, scipy.fft.dct(x, type=kind, norm="ortho", axis=-2), atol=2e-6
+        )
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
@@ -89,10 +103,15 @@ def test_axes_inverse_and_basis(axis):
     @jax.jit
     def there_and_back(x):
         there = [linalg.dct(x, kind, axis, method) for kind, method in CASES]
-        return there, [linalg.idct(y, kind, axis, method) for y, (kind, method) in zip(there, CASES, strict=True)]
+        return there, [
+            linalg.idct(y, kind, axis, method)
+            for y, (kind, method) in zip(there, CASES, strict=True)
+        ]
 
     for (kind, _), y, back in zip(CASES, *there_and_back(x), strict=True):
-        np.testing.assert_allclose(y, scipy.fft.dct(x, type=kind, norm="ortho", axis=axis), atol=3e-6)
+        np.testing.assert_allclose(
+            y, scipy.fft.dct(x, type=kind, norm="ortho", axis=axis), atol=3e-6
+        )
         np.testing.assert_allclose(back, x, atol=3e-6)
         basis = oracle_columns(np.arange(x.shape[axis]), x.shape[axis], kind)
         want = np.moveaxis(np.tensordot(basis.T, x, axes=(1, axis)), 0, axis)
@@ -102,7 +121,9 @@ def test_axes_inverse_and_basis(axis):
 @pytest.mark.parametrize("kind", [2, 3])
 def test_fft_equals_matmul_at_a_real_size_and_in_low_precision(kind):
     x = normal(2, 344, 8).astype(np.float32)
-    fft, matmul = (jax.jit(lambda x, m=m: linalg.dct(x, kind, method=m))(x) for m in ("fft", "matmul"))
+    fft, matmul = (
+        jax.jit(lambda x, m=m: linalg.dct(x, kind, method=m))(x) for m in ("fft", "matmul")
+    )
     np.testing.assert_allclose(fft, matmul, atol=1e-5)
     np.testing.assert_allclose(fft, linalg.dct(x, kind, method="fft"), atol=1e-5)
     low = jnp.asarray(x, jnp.bfloat16)
@@ -115,23 +136,35 @@ def test_fft_equals_matmul_at_a_real_size_and_in_low_precision(kind):
 def test_dct_gradient_in_float64(kind, method):
     with jax.enable_x64(True):
         x = jnp.asarray(normal(5, 2))
-        check_grads(jax.jit(lambda x: jnp.sin(DCT(x, kind, method=method))), (x,), order=2, modes=("rev",), rtol=1e-5)
+        check_grads(
+            jax.jit(lambda x: jnp.sin(DCT(x, kind, method=method))),
+            (x,),
+            order=2,
+            modes=("rev",),
+            rtol=1e-5,
+        )
         np.testing.assert_allclose(
-            DCT(x, kind, method=method), scipy.fft.dct(np.asarray(x), type=kind, norm="ortho", axis=0), atol=1e-14
+            DCT(x, kind, method=method),
+            scipy.fft.dct(np.asarray(x), type=kind, norm="ortho", axis=0),
+            atol=1e-14,
         )
 
 
 @pytest.mark.parametrize("d", [1, 2, 8, 64])
 def test_hadamard_equals_scipy(d):
     want = scipy.linalg.hadamard(d) / np.sqrt(d)
-    np.testing.assert_allclose(jax.jit(linalg.hadamard_matrix, static_argnums=0)(d), want, atol=1e-7)
+    np.testing.assert_allclose(
+        jax.jit(linalg.hadamard_matrix, static_argnums=0)(d), want, atol=1e-7
+    )
     indices = np.random.default_rng(0).integers(0, d, size=(2, 3))
     columns = linalg.hadamard_columns(jnp.asarray(indices, jnp.int32), d)
     np.testing.assert_allclose(columns, np.moveaxis(want[:, indices], 0, 1), atol=1e-7)
     x = normal(2, d, 3)
     np.testing.assert_allclose(HADAMARD(x.astype(np.float32)), want @ x, atol=3e-6)
     np.testing.assert_allclose(
-        HADAMARD(np.swapaxes(x, 1, 2).astype(np.float32), axis=-1), np.swapaxes(x, 1, 2) @ want, atol=3e-6
+        HADAMARD(np.swapaxes(x, 1, 2).astype(np.float32), axis=-1),
+        np.swapaxes(x, 1, 2) @ want,
+        atol=3e-6,
     )
 
 

@@ -15,14 +15,16 @@ RNG = np.random.default_rng(0)
 
 
 def book():
-    """Quantiles of the normal distribution between the offsets of bitsandbytes, over the largest; and an exact 0."""
+    """Quantiles of the normal distribution between the offsets of bitsandbytes, over the largest;
+    and an exact 0."""
     offset = 0.9677083
     negative, positive = np.linspace(1 - offset, 0.5, 8)[:-1], np.linspace(0.5, offset, 9)
     return norm.ppf(np.concatenate([negative, positive])) / norm.ppf(offset)
 
 
 def brute(w, scales=None):
-    """`(nearest values, scales)`, one block of 64 rows of one column at a time; `scales` are those to decode by."""
+    """`(nearest values, scales)`, one block of 64 rows of one column at a time; `scales` are those
+    to decode by."""
     values = np.asarray(linalg.normal_float_book(), np.float64)
     out, found = np.zeros(w.shape), np.zeros((-(-w.shape[0] // 64), w.shape[1]))
     for block in range(found.shape[0]):
@@ -30,7 +32,9 @@ def brute(w, scales=None):
             part = w[64 * block : 64 * block + 64, col].astype(np.float64)
             found[block, col] = scale = np.abs(part).max()
             nearest = np.abs(part[:, None] / (scale or 1) - values).argmin(axis=1)
-            out[64 * block : 64 * block + 64, col] = values[nearest] * (scale if scales is None else scales[block, col])
+            out[64 * block : 64 * block + 64, col] = values[nearest] * (
+                scale if scales is None else scales[block, col]
+            )
     return out, found
 
 
@@ -59,7 +63,9 @@ def test_a_byte_holds_rows_i_and_i_plus_32():
 
 
 def test_doubly_quantised_scales():
-    w = np.float32(RNG.normal(size=(320, 70)))  # 5 blocks a column: a block of 256 scales spans columns
+    w = np.float32(
+        RNG.normal(size=(320, 70))
+    )  # 5 blocks a column: a block of 256 scales spans columns
     small = linalg.quantize_nf4(w, double=True)
     exact = brute(w)[1]
     left = exact.T.reshape(-1) - exact.mean()
@@ -74,7 +80,9 @@ def test_doubly_quantised_scales():
     np.testing.assert_allclose(small.dequantize(), brute(w, scales)[0], rtol=1e-5)
     assert np.abs(scales / exact - 1).max() > 1e-4  # codes, not copies
     bits = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(small)) / w.size
-    np.testing.assert_allclose(bits, 4 + 8 / 64 + 32 * 3 / w.size, rtol=1e-6)  # two blocks of scales and one mean
+    np.testing.assert_allclose(
+        bits, 4 + 8 / 64 + 32 * 3 / w.size, rtol=1e-6
+    )  # two blocks of scales and one mean
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -97,7 +105,9 @@ def test_what_is_not_finite_makes_its_block_nan(value):
     expected = np.zeros(w.shape, bool)
     expected[0, 64:, 1] = True
     np.testing.assert_array_equal(np.isnan(found), expected)
-    whole = np.isnan(linalg.quantize_nf4(w, double=True).dequantize())  # one mean of all scales of a matrix
+    whole = np.isnan(
+        linalg.quantize_nf4(w, double=True).dequantize()
+    )  # one mean of all scales of a matrix
     assert whole[0].all() and not whole[1].any()
 
 
@@ -108,7 +118,8 @@ def test_requantising_keeps_form_and_codes(double):
     again = small.requantize(small.dequantize())
     assert jax.tree.structure(again) == jax.tree.structure(small)
     np.testing.assert_array_equal(again.codes, small.codes)
-    # the scales of a decoded matrix are coded scales, whose mean is another by a rounding; a step of the code between
+    # the scales of a decoded matrix are coded scales, whose mean is another by a rounding; a step
+    # of the code between
     step = np.abs(small.scales() - brute(w)[1]).max() if double else 0.0
     np.testing.assert_allclose(again.scales(), small.scales(), atol=step)
     other = small.requantize(jnp.asarray(2 * w))
@@ -121,8 +132,16 @@ def test_requantising_keeps_form_and_codes(double):
     [
         (lambda: linalg.quantize_nf4(jnp.ones((4, 4), jnp.int8)), "int8 and shape"),
         (lambda: linalg.quantize_nf4(jnp.ones(4)), "at least two axes"),
-        (lambda: linalg.quantize_nf4(jnp.ones((4, 4)), products="pallas"), "products='pallas' must be one of"),
-        (lambda: linalg.quantize_nf4(jnp.ones((4, 4))).requantize(jnp.ones((4, 4)), jax.random.key(0)), "key=None"),
+        (
+            lambda: linalg.quantize_nf4(jnp.ones((4, 4)), products="pallas"),
+            "products='pallas' must be one of",
+        ),
+        (
+            lambda: linalg.quantize_nf4(jnp.ones((4, 4))).requantize(
+                jnp.ones((4, 4)), jax.random.key(0)
+            ),
+            "key=None",
+        ),
     ],
 )
 def test_errors_name_value_and_remedy(call, message):
@@ -130,7 +149,9 @@ def test_errors_name_value_and_remedy(call, message):
         call()
 
 
-@pytest.mark.parametrize("adapter", [lr.adapters.lora(rank=3, init="gaussian"), lr.adapters.dora(rank=3)], ids=repr)
+@pytest.mark.parametrize(
+    "adapter", [lr.adapters.lora(rank=3, init="gaussian"), lr.adapters.dora(rank=3)], ids=repr
+)
 def test_qlora_is_the_adapter_on_the_decoded_base(adapter):
     w = jnp.asarray(RNG.normal(size=(70, 8)), jnp.float32)
     small = {"kernel": linalg.quantize_nf4(w, double=True)}
@@ -141,7 +162,9 @@ def test_qlora_is_the_adapter_on_the_decoded_base(adapter):
 
         def loss(train, x, params=params, made=made):
             train = jax.tree.map(lambda leaf: leaf + 0.1, train)
-            return jnp.sum(jnp.sin(lr.matmul(x, lr.attach(params, made.replace(train=train))["kernel"])))
+            return jnp.sum(
+                jnp.sin(lr.matmul(x, lr.attach(params, made.replace(train=train))["kernel"]))
+            )
 
         found.append(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(made.train, x))
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-4, atol=1e-4), *found)

@@ -1,4 +1,5 @@
-"""Kernels inside programs for several devices, interpreted: each makes its block of what one device would compute."""
+"""Kernels inside programs for several devices, interpreted: each makes its block of what one device
+would compute."""
 
 import contextlib
 import functools
@@ -26,7 +27,11 @@ def draw(*shape):
 
 
 def close(found, expected, tolerance=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+        found,
+        expected,
+    )
 
 
 def on(mesh, *specs):
@@ -38,7 +43,13 @@ def on(mesh, *specs):
 @pytest.mark.parametrize("sizes", MESHES)
 def test_thin_linear_and_its_gradients(sizes, w, implementation):
     mesh, spec = meshes.make_mesh(**MESHES[sizes]), SPECS[w]
-    x, *leaves, dy = arrays = [draw(8, 4, 32), draw(32, 24), draw(32, 3), draw(3, 24), draw(8, 4, 24)]
+    x, *leaves, dy = arrays = [
+        draw(8, 4, 32),
+        draw(32, 24),
+        draw(32, 3),
+        draw(3, 24),
+        draw(8, 4, 24),
+    ]
 
     def training(x, *leaves, **options):
         y, pull = jax.vjp(functools.partial(kernels.thin_linear, **options), x, *leaves)
@@ -55,10 +66,16 @@ def test_thin_linear_and_its_gradients(sizes, w, implementation):
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize(("sizes", "w"), [("fsdp", "up"), ("fsdp x tensor", "down"), ("fsdp x tensor", "up")])
+@pytest.mark.parametrize(
+    ("sizes", "w"), [("fsdp", "up"), ("fsdp x tensor", "down"), ("fsdp x tensor", "up")]
+)
 def test_nf4_and_its_gradient(sizes, w, double):
     mesh, spec = meshes.make_mesh(**MESHES[sizes]), SPECS[w]
-    matrix, x, dy = linalg.quantize_nf4(draw(256, 24), double=double), draw(8, 4, 256), draw(8, 4, 24)
+    matrix, x, dy = (
+        linalg.quantize_nf4(draw(256, 24), double=double),
+        draw(8, 4, 256),
+        draw(8, 4, 24),
+    )
 
     def training(x, w, **options):
         y, pull = jax.vjp(lambda x: kernels.nf4_linear(x, w, **options), x)
@@ -91,39 +108,56 @@ def test_where_a_product_is_not_local_or_nothing_is_known_the_reference_serves()
     assert not maps(draw(6, 4, 32), (32, 24), up)  # rows that the mesh does not divide
     assert not maps(draw(8, 4, 33), (33, 24), down)  # a dimension that it does not divide
     assert not maps(draw(32), (32, 24), up)  # no rows
-    assert not maps(draw(8, 4, 32), (32, 24), up, rules=(("embed", "fsdp"),))  # rules that name no rows
+    assert not maps(
+        draw(8, 4, 32), (32, 24), up, rules=(("embed", "fsdp"),)
+    )  # rules that name no rows
     assert maps(draw(8, 4, 256), (256, 24), down, kernels.nf4_linear)
-    assert not maps(draw(8, 4, 64), (64, 24), down, kernels.nf4_linear)  # half a block of 64 rows on a device
+    assert not maps(
+        draw(8, 4, 64), (64, 24), down, kernels.nf4_linear
+    )  # half a block of 64 rows on a device
     sequences = meshes.make_mesh(fsdp=4, sequence=2)
     with meshes.use(sequences):  # rows in one axis, where the mesh divides two of them
-        assert "shard_map" not in str(jax.make_jaxpr(
-            lambda x: kernels.thin_linear(x, draw(32, 24), draw(32, 3), draw(3, 24), spec=up)
-        )(draw(8, 32)))  # fmt: skip
+        assert "shard_map" not in str(
+            jax.make_jaxpr(
+                lambda x: kernels.thin_linear(x, draw(32, 24), draw(32, 3), draw(3, 24), spec=up)
+            )(draw(8, 32))
+        )
     with meshes.use(mesh):  # inside somebody's own shard_map
         own = jax.shard_map(
             lambda x: kernels.thin_linear(x, draw(32, 24), draw(32, 3), draw(3, 24), spec=up),
-            mesh=mesh, in_specs=jax.P("fsdp"), out_specs=jax.P("fsdp"),
-        )  # fmt: skip
+            mesh=mesh,
+            in_specs=jax.P("fsdp"),
+            out_specs=jax.P("fsdp"),
+        )
         assert str(jax.make_jaxpr(own)(draw(32, 4, 32))).count("shard_map") == 1
 
 
-PARAMS = {"layers": {"up": {"kernel": draw(2, 16, 128)}, "down": {"kernel": draw(2, 128, 16)}}, "bias": draw(8)}
+PARAMS = {
+    "layers": {"up": {"kernel": draw(2, 16, 128)}, "down": {"kernel": draw(2, 128, 16)}},
+    "bias": draw(8),
+}
 VIEWS = lr.Views(stacked=("layers/.*",))
 
 
 def galore(inner=None, **options):
     inner = lr.inner.adam() if inner is None else inner
     basis = lr.projectors.random(rank=4, kind="orthonormal", stored=True)
-    return lr.galore(1e-1, projector=basis, weight_decay=0.1, inner=inner, views=VIEWS, eps=1e-3, **options)
+    return lr.galore(
+        1e-1, projector=basis, weight_decay=0.1, inner=inner, views=VIEWS, eps=1e-3, **options
+    )
 
 
 def steps(form, params, mesh=None, placed=None):
     """Parameters and state after two steps, on one device or on the mesh."""
     state, known = form.init(params), None
     if mesh is not None:
-        known = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), params, placed)
+        known = jax.tree.map(
+            lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), params, placed
+        )
         params = jax.device_put(params, placed)
-        state = jax.device_put(state, lr.state_shardings(form.recipe.optax(), params, placed, spread=True))
+        state = jax.device_put(
+            state, lr.state_shardings(form.recipe.optax(), params, placed, spread=True)
+        )
 
     def step(params, grads, state):
         with contextlib.nullcontext() if mesh is None else meshes.use(mesh, parameters=known):
@@ -131,26 +165,40 @@ def steps(form, params, mesh=None, placed=None):
 
     run = jax.jit(step)
     for i in range(2):
-        grads = jax.tree.map(lambda x, i=i: jnp.cos((i + 2) * jnp.arange(x.size)).reshape(x.shape), params)
+        grads = jax.tree.map(
+            lambda x, i=i: jnp.cos((i + 2) * jnp.arange(x.size)).reshape(x.shape), params
+        )
         params, state = run(params, grads, state)
     return (params, state), str(jax.make_jaxpr(step)(params, params, state))
 
 
 def placement(mesh, up, down):
-    kinds = {"layers": {"up": {"kernel": jax.P(*up)}, "down": {"kernel": jax.P(*down)}}, "bias": jax.P()}
-    return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), kinds, is_leaf=lambda x: isinstance(x, jax.P))
+    kinds = {
+        "layers": {"up": {"kernel": jax.P(*up)}, "down": {"kernel": jax.P(*down)}},
+        "bias": jax.P(),
+    }
+    return jax.tree.map(
+        lambda spec: jax.NamedSharding(mesh, spec), kinds, is_leaf=lambda x: isinstance(x, jax.P)
+    )
 
 
 @pytest.mark.parametrize(
     ("implementation", "moments", "dtype", "place"),
     [
         ("tpu", lr.inner.adam(), "float32", ((None, None, "fsdp"), (None, "fsdp"))),
-        ("gpu", lr.inner.stored8(minimum=1, block=8), "bfloat16", ((None, None, ("fsdp", "tensor")), (None, "fsdp"))),
+        (
+            "gpu",
+            lr.inner.stored8(minimum=1, block=8),
+            "bfloat16",
+            ((None, None, ("fsdp", "tensor")), (None, "fsdp")),
+        ),
         ("tpu", lr.inner.adam(), "bfloat16", (("tensor", None, "fsdp"), ("tensor", "fsdp"))),
     ],
     ids=["float32", "8 bits, stochastic", "layers, stochastic"],
 )
-def test_the_fused_form_writes_each_device_its_own_block(implementation, moments, dtype, place, monkeypatch):
+def test_the_fused_form_writes_each_device_its_own_block(
+    implementation, moments, dtype, place, monkeypatch
+):
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     options = {"rounding": "stochastic"} if dtype == "bfloat16" else {}
@@ -160,7 +208,9 @@ def test_the_fused_form_writes_each_device_its_own_block(implementation, moments
     monkeypatch.setattr(kernels, "low_rank_adam", chosen)
     found, text = steps(form, params, mesh, placement(mesh, *place))
     assert text.count("shard_map") == 2
-    compare = [jax.tree.map(lambda x: np.asarray(x, np.float32), tree) for tree in (found, expected)]
+    compare = [
+        jax.tree.map(lambda x: np.asarray(x, np.float32), tree) for tree in (found, expected)
+    ]
     if dtype == "float32":
         close(*compare, 1e-4)
         return
@@ -175,12 +225,19 @@ def test_leaves_that_are_not_local_take_the_form_of_xla():
     kernel, xla = (lr.fused(galore(), products=products) for products in ("kernel", "xla"))
     place = placement(mesh, (None, "fsdp", "tensor"), (None, "tensor"))
     found, text = steps(kernel, PARAMS, mesh, place)
-    assert text.count("shard_map") == 2  # of down, whose shrunk dimension is whole, on TPUs and on GPUs
+    assert (
+        text.count("shard_map") == 2
+    )  # of down, whose shrunk dimension is whole, on TPUs and on GPUs
     close(found, steps(xla, PARAMS)[0], 1e-4)
     coded = lr.fused(galore(lr.inner.stored8(minimum=1, block=24)), products="kernel")
-    with pytest.warns(UserWarning, match="no leaf is written by the kernel"):  # a device would have part of a block
+    with pytest.warns(
+        UserWarning, match="no leaf is written by the kernel"
+    ):  # a device would have part of a block
         assert "shard_map" not in steps(coded, PARAMS, mesh, place)[1]
-    with meshes.use(mesh), pytest.warns(UserWarning, match="no leaf is written by the kernel"):  # nothing is known
+    with (
+        meshes.use(mesh),
+        pytest.warns(UserWarning, match="no leaf is written by the kernel"),
+    ):  # nothing is known
         text = str(jax.make_jaxpr(kernel.step)(PARAMS, PARAMS, kernel.init(PARAMS)))
     assert "shard_map" not in text
 
@@ -191,7 +248,10 @@ def test_a_division_with_a_rest_is_refused():
     with meshes.use(meshes.make_mesh(fsdp=8)):
         with pytest.raises(ValueError, match="k = 36 and s = 8 without a rest"):
             kernels.low_rank_adam(*arrays, **numbers, spec=(None, "fsdp", None))
-        coded = [linalg.quantize_blocks(x, code, 9) for x, code in zip(arrays[3:], ("signed", "unsigned"), strict=True)]
+        coded = [
+            linalg.quantize_blocks(x, code, 9)
+            for x, code in zip(arrays[3:], ("signed", "unsigned"), strict=True)
+        ]
         with pytest.raises(ValueError, match="cut no block of 9"):
             kernels.low_rank_adam(*arrays[:3], *coded, **numbers, spec=(None, "fsdp", None))
 
@@ -226,14 +286,18 @@ def lowered(function, *operands):
         ({"fsdp": 4, "tensor": 2}, True, {"cuda"}),  # XLA:TPU gathers it while it multiplies
     ],
 )
-def test_a_divided_program_has_the_kernel_of_lora_where_the_mesh_knows_its_matrix(sizes, known, taken):
+def test_a_divided_program_has_the_kernel_of_lora_where_the_mesh_knows_its_matrix(
+    sizes, known, taken
+):
     mesh, params = meshes.make_mesh(**sizes), {"up": {"kernel": draw(256, 512)}, "bias": draw(8)}
     made = lr.adapt(params, lr.adapters.lora(rank=4, products="kernel"), jax.random.key(0))
     place = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
     parameters = {"up": {"kernel": jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=place)}}
 
     def loss(train, x):
-        with meshes.use(mesh, parameters=parameters if known else None):  # the backward pass is traced outside
+        with meshes.use(
+            mesh, parameters=parameters if known else None
+        ):  # the backward pass is traced outside
             y = lr.matmul(x, lr.attach(params, made.replace(train=train))["up"]["kernel"])
         return jnp.sum(jnp.sin(y))
 
@@ -241,7 +305,11 @@ def test_a_divided_program_has_the_kernel_of_lora_where_the_mesh_knows_its_matri
     for rows, expected in ((2**15, taken), (16, taken - {"tpu"})):  # few rows XLA:TPU keeps in VMEM
         x = jax.ShapeDtypeStruct((8, rows, 256), jnp.float32)
         traced = jax.jit(jax.grad(loss)).trace(made.train, x)
-        found = {p for p, call in calls.items() if call in traced.lower(lowering_platforms=(p,)).as_text()}
+        found = {
+            p
+            for p, call in calls.items()
+            if call in traced.lower(lowering_platforms=(p,)).as_text()
+        }
         assert found == expected
 
 
@@ -250,7 +318,9 @@ def test_a_divided_program_has_the_kernel_of_nf4_under_adapters():
     params = {"up": {"kernel": linalg.quantize_nf4(draw(256, 512), products="kernel")}}
     made = lr.adapt(params, lr.adapters.lora(rank=4, init="orthogonal"), jax.random.key(0))
     place = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
-    parameters = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params)
+    parameters = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params
+    )
 
     def text(params):
         def loss(x):

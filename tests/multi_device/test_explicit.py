@@ -1,4 +1,5 @@
-"""Models and training on meshes of explicit axes: the losses of one device, types that say where arrays lie."""
+"""Models and training on meshes of explicit axes: the losses of one device, types that say where
+arrays lie."""
 
 import functools
 import math
@@ -15,13 +16,22 @@ from experiments.tasks import Pretraining
 from lowrank_jax import meshes, sharding
 
 # unlike in test_mesh_training the vocabulary is divided, and two query heads share a key
-MODEL = {"preset": "nano", "layers": 2, "width": 32, "hidden": 64, "heads": 4, "kv_heads": 2, "sequence_length": 16,
-         "vocabulary_size": 264}  # fmt: skip
+MODEL = {
+    "preset": "nano",
+    "layers": 2,
+    "width": 32,
+    "hidden": 64,
+    "heads": 4,
+    "kv_heads": 2,
+    "sequence_length": 16,
+    "vocabulary_size": 264,
+}
 GALORE = {"name": "galore", "rank": 8, "refresh_every": 2, "eps": 1e-4}
 OPTIMIZERS = {
     "adamw": {"name": "adamw"},
     "galore": GALORE | {"projector": "power"},
-    "galore projected": GALORE | {"projector": "alternating", "refresh_when": "after", "backprop": "projected"},
+    "galore projected": GALORE
+    | {"projector": "alternating", "refresh_when": "after", "backprop": "projected"},
     "dct_adamw": {"name": "dct_adamw", "rank": 8, "eps": 1e-4},
 }
 MESHES = {
@@ -31,7 +41,13 @@ MESHES = {
     "two keys, four parts": {"fsdp": 2, "tensor": 4},
 }
 SCANNED = {"scan": True}
-UNSCANNED = {"scan": False, "remat": True, "tied_head": True, "attention_chunk": 8, "biases": ["q_proj", "o_proj"]}
+UNSCANNED = {
+    "scan": False,
+    "remat": True,
+    "tied_head": True,
+    "attention_chunk": 8,
+    "biases": ["q_proj", "o_proj"],
+}
 RUNS = [
     ("adamw", "fsdp x tensor", SCANNED, 1),
     ("adamw", "fsdp x sequence x tensor", UNSCANNED, 2),
@@ -43,11 +59,17 @@ RUNS = [
 
 
 def task_of(optimizer, mesh, model, accumulation):
-    return Pretraining(configuration.from_dict({
-        "model": MODEL | model, "data": {"sequence_length": 16, "batch_size": 8 * accumulation},
-        "optimizer": OPTIMIZERS[optimizer], "schedule": {"steps": 3, "accumulation": accumulation},
-        "mesh": mesh | {"explicit": True},
-    }))  # fmt: skip
+    return Pretraining(
+        configuration.from_dict(
+            {
+                "model": MODEL | model,
+                "data": {"sequence_length": 16, "batch_size": 8 * accumulation},
+                "optimizer": OPTIMIZERS[optimizer],
+                "schedule": {"steps": 3, "accumulation": accumulation},
+                "mesh": mesh | {"explicit": True},
+            }
+        )
+    )
 
 
 def losses(update, task, state, place=lambda x: x):
@@ -63,7 +85,11 @@ def alone(name, scanned):
     """Losses on one device."""
     task = task_of(name, {"data": 8}, *((SCANNED, 1) if scanned else (UNSCANNED, 2)))
     backprop, accumulation = task.config.optimizer.backprop, task.config.schedule.accumulation
-    make = updates.train_step if backprop is None else functools.partial(updates.fused_step, backprop=backprop)
+    make = (
+        updates.train_step
+        if backprop is None
+        else functools.partial(updates.fused_step, backprop=backprop)
+    )
     update = jax.jit(make(task.model, task.optimizer, accumulation))
     return losses(update, task, jax.tree.map(np.asarray, task.initial()))
 
@@ -83,7 +109,9 @@ def test_losses_are_those_of_one_device(name, mesh, model, accumulation):
     assert (task.check(state) is not None) == (OPTIMIZERS[name].get("backprop") == "projected")
     update = jax.jit(task.update(), donate_argnums=0)
     rows = lambda x: jax.device_put(x, task.rows)  # noqa: E731
-    np.testing.assert_allclose(losses(update, task, state, rows), alone(name, model["scan"]), atol=1e-5)
+    np.testing.assert_allclose(
+        losses(update, task, state, rows), alone(name, model["scan"]), atol=1e-5
+    )
     assert update._cache_size() == 1  # a step gives the types that it takes
     # while a step is traced, types say that kernels are divided
     assert set(seen) == {(None, "fsdp", "tensor") if model["scan"] else ("fsdp", "tensor")}
@@ -91,7 +119,10 @@ def test_losses_are_those_of_one_device(name, mesh, model, accumulation):
 
 def test_a_gathered_kernel_is_not_kept_for_the_backward_pass():
     task = task_of("adamw", {"fsdp": 8}, SCANNED, 1)
-    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=task.rows) for k, x in task.host_batch(0).items()}
+    batch = {
+        k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=task.rows)
+        for k, x in task.host_batch(0).items()
+    }
     program = jax.jit(task.update(), donate_argnums=0).lower(task.abstract, batch).compile()
     gathers = [one for one in collectives.read(program.as_text()) if one.kind == "all-gather"]
     # gate_proj and up_proj of two layers, for both passes
@@ -101,17 +132,28 @@ def test_a_gathered_kernel_is_not_kept_for_the_backward_pass():
 
 def test_what_an_explicit_mesh_cannot_do_is_an_error_before_any_work():
     mesh = {"fsdp": 8, "explicit": True}
-    with pytest.raises(configuration.ConfigurationError, match=r"mesh.spread=True.*set mesh.explicit=False"):
+    with pytest.raises(
+        configuration.ConfigurationError, match=r"mesh.spread=True.*set mesh.explicit=False"
+    ):
         configuration.from_dict({"mesh": mesh | {"spread": True}})
-    values = {"model": {"scan": False}, "optimizer": {"name": "optax_galore", "rank": 8}, "mesh": mesh}
-    with pytest.raises(configuration.ConfigurationError, match=r"mesh.explicit=True.*set mesh.explicit=False"):
+    values = {
+        "model": {"scan": False},
+        "optimizer": {"name": "optax_galore", "rank": 8},
+        "mesh": mesh,
+    }
+    with pytest.raises(
+        configuration.ConfigurationError, match=r"mesh.explicit=True.*set mesh.explicit=False"
+    ):
         configuration.from_dict(values)
 
 
 def test_a_kernel_is_gathered_for_its_input_and_its_gradient_goes_back():
     mesh = meshes.make_mesh(fsdp=4, tensor=2, explicit=True)
     put = lambda shape, *spec: jax.device_put(jnp.ones(shape), jax.NamedSharding(mesh, P(*spec)))  # noqa: E731
-    x, h = put((8, 6, 16), ("data", "fsdp"), None, None), put((8, 6, 32), ("data", "fsdp"), None, "tensor")
+    x, h = (
+        put((8, 6, 16), ("data", "fsdp"), None, None),
+        put((8, 6, 32), ("data", "fsdp"), None, "tensor"),
+    )
     up, down = put((16, 32), "fsdp", "tensor"), put((32, 16), "tensor", "fsdp")
     typed = lambda *args, **options: sharding.explicit_spec(meshes.at_input(*args, **options))  # noqa: E731
     with jax.set_mesh(mesh), meshes.use(mesh):
@@ -124,7 +166,9 @@ def test_a_kernel_is_gathered_for_its_input_and_its_gradient_goes_back():
         with pytest.raises(Exception, match="it is ambiguous how the output should be sharded"):
             h @ meshes.at_input(down, h)
         place = meshes.out_sharding((8, 6, 16), "batch", None, None)
-        assert sharding.explicit_spec(jnp.einsum("bsf,fd->bsd", h, down, out_sharding=place)) == tuple(place)
+        assert sharding.explicit_spec(
+            jnp.einsum("bsf,fd->bsd", h, down, out_sharding=place)
+        ) == tuple(place)
         with pytest.raises(ValueError, match="name every axis"):
             meshes.out_sharding((8, 6), "batch")
     with meshes.use(meshes.make_mesh(fsdp=8)):
@@ -136,11 +180,17 @@ def vit_alone():
     model = vit.Vit(vit.preset("digits", layers=2))
     images = np.random.default_rng(0).normal(size=(8, 8, 8, 1)).astype(np.float32)
     params = model.init(jax.random.key(0), images)["params"]
-    function = jax.value_and_grad(lambda params, x: jnp.mean(model.apply({"params": params}, x) ** 2))
+    function = jax.value_and_grad(
+        lambda params, x: jnp.mean(model.apply({"params": params}, x) ** 2)
+    )
     return function, params, images, jax.jit(function)(params, images)
 
 
-IMAGES = [({"fsdp": 4, "tensor": 2}, False), ({"fsdp": 4, "tensor": 2}, True), ({"data": 4, "sequence": 2}, True)]
+IMAGES = [
+    ({"fsdp": 4, "tensor": 2}, False),
+    ({"fsdp": 4, "tensor": 2}, True),
+    ({"data": 4, "sequence": 2}, True),
+]
 
 
 @pytest.mark.parametrize(("sizes", "explicit"), IMAGES, ids=str)
@@ -155,14 +205,17 @@ def test_a_vision_transformer_has_the_gradients_of_one_device(sizes, explicit):
     placed = jax.device_put(params, meshes.shardings(params, axes.VIT, mesh))
     rows = jax.device_put(images, jax.NamedSharding(mesh, meshes.spec(("batch",), mesh)))
     got = jax.jit(run)(placed, rows)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=1e-4, atol=2e-5), got, want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=1e-4, atol=2e-5), got, want
+    )
     if explicit:
         types = lambda tree: jax.tree.map(sharding.explicit_spec, tree)  # noqa: E731
         assert types(got[1]) == types(placed)
 
 
 def test_a_divided_vision_transformer_gathers_kernels_and_no_activations():
-    """Without its constraints the compiler kept kernels in place, and moved activations of the whole batch."""
+    """Without its constraints the compiler kept kernels in place, and moved activations of the
+    whole batch."""
     model = vit.Vit(vit.preset("digits", layers=2))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     mesh = meshes.make_mesh(fsdp=8)

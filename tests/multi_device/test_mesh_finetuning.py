@@ -1,4 +1,5 @@
-"""Fine-tuning on meshes: the losses of one device, a base that is divided, and runs that go on on another mesh."""
+"""Fine-tuning on meshes: the losses of one device, a base that is divided, and runs that go on on
+another mesh."""
 
 import dataclasses
 import math
@@ -25,16 +26,33 @@ UP = "mlp/up_proj"
 ROWS = {"data": {"batch_size": 8}}
 GALORE = {"name": "galore", "rank": 4, "projector": "power", "side": "sharding", "eps": 1e-4}
 DIGITS = {"task": "classification", "name": "digits", "sequence_length": None, "batch_size": 8}
-MIXED = [["embed/embedding", "lora(rank=2)"], [".*q_proj.*", "oft(block=4)"], [".*down_proj.*", "shira(rank=2)"]]
+MIXED = [
+    ["embed/embedding", "lora(rank=2)"],
+    [".*q_proj.*", "oft(block=4)"],
+    [".*down_proj.*", "shira(rank=2)"],
+]
 CASES = {
     "lora": {},
-    "pissa, altlora_plus": {"adapter": {"method": "lora(rank=2, init='pissa')"}, "optimizer": {"name": "altlora_plus"}},
+    "pissa, altlora_plus": {
+        "adapter": {"method": "lora(rank=2, init='pissa')"},
+        "optimizer": {"name": "altlora_plus"},
+    },
     "dora": {"adapter": {"method": "dora(rank=2)"}, "run": {"sample_tokens": 4}},
     "galore": {"adapter": {"method": ""}, "optimizer": GALORE},
-    "dora, text classes": {"adapter": {"method": "dora(rank=2, dropout=0.1)"}, "data": {"task": "classification"}},
+    "dora, text classes": {
+        "adapter": {"method": "dora(rank=2, dropout=0.1)"},
+        "data": {"task": "classification"},
+    },
     "mixed": {"adapter": {"rules": MIXED}},
-    "by a kernel": {"adapter": {"method": "lora(rank=2, products='kernel')"}, "schedule": {"accumulation": 1}},
-    "vision transformer": {"base": {"source": "", "preset": "digits"}, "adapter": {"method": ""}, "data": DIGITS},
+    "by a kernel": {
+        "adapter": {"method": "lora(rank=2, products='kernel')"},
+        "schedule": {"accumulation": 1},
+    },
+    "vision transformer": {
+        "base": {"source": "", "preset": "digits"},
+        "adapter": {"method": ""},
+        "data": DIGITS,
+    },
 }
 
 
@@ -86,17 +104,29 @@ def test_losses_are_those_of_one_device(folder, name, mesh):
     np.testing.assert_allclose(got, want, atol=1e-5)
     if task.parts.adapts:
         fsdp, tensor = 4, MESHES[mesh].get("tensor", 1)
-        pair, kernel = state["params"]["sites"][f"layers/{UP}/kernel"], task.frozen[0]["layers"]["mlp"]["up_proj"]
-        assert (share(kernel["kernel"]), share(pair["a"]), share(pair["b"])) == (fsdp * tensor, fsdp, tensor)
+        pair, kernel = (
+            state["params"]["sites"][f"layers/{UP}/kernel"],
+            task.frozen[0]["layers"]["mlp"]["up_proj"],
+        )
+        assert (share(kernel["kernel"]), share(pair["a"]), share(pair["b"])) == (
+            fsdp * tensor,
+            fsdp,
+            tensor,
+        )
     if name == "galore":  # the dimension that the mesh divides stays as it is
         assert optimizers.sides(task.abstract["opt_state"])[f"layers/{UP}/kernel"] == ("cols", 4)
 
 
 def test_what_an_explicit_mesh_does_not_do_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(sharding, "placing", lambda function, spec: function)  # nobody says where x R lies
+    monkeypatch.setattr(
+        sharding, "placing", lambda function, spec: function
+    )  # nobody says where x R lies
     values = dataclasses.asdict(tuning.tiny(folder, adapter={"method": "oft(block=4)"}, **ROWS))
     config = tuning_configuration.from_dict(values | {"mesh": MESHES["explicit"]})
-    with pytest.raises(ConfigurationError, match=r"mesh\.explicit=True: adapter\.method=.*; set mesh\.explicit=False"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"mesh\.explicit=True: adapter\.method=.*; set mesh\.explicit=False",
+    ):
         Finetuning(config)
 
 
@@ -104,7 +134,9 @@ def test_kernels_of_adapters_learn_how_the_frozen_matrices_lie(folder, monkeypat
     task, seen = Finetuning(config_of(folder, "lora", **MESHES["fsdp x tensor"])), {}
     run = lambda tree, batch: (seen.update(sharding.current_specs.get()), (0, 0, 0))[1]  # noqa: E731
     monkeypatch.setattr(task, "_run", run)
-    jax.eval_shape(task.sums, task.abstract["params"], task.host_batch(0), task.abstract, task.frozen[0])
+    jax.eval_shape(
+        task.sums, task.abstract["params"], task.host_batch(0), task.abstract, task.frozen[0]
+    )
     assert seen[f"layers/{UP}/kernel"] == (None, "fsdp", "tensor")
 
 
@@ -112,7 +144,10 @@ def test_kernels_of_adapters_learn_how_the_frozen_matrices_lie(folder, monkeypat
 def test_a_digest_is_the_same_wherever_parameters_lie(folder, block, monkeypatch):
     monkeypatch.setattr(bases, "BLOCK", block)  # 3 rows of some leaves, which leave a rest
     base = bases.open_base(bases.BaseConfig(source=str(folder / "base")), 0)
-    params = [base.read(base.placing(mesh)) for mesh in (None, *(make_mesh(**own) for own in MESHES.values()))]
+    params = [
+        base.read(base.placing(mesh))
+        for mesh in (None, *(make_mesh(**own) for own in MESHES.values()))
+    ]
     assert [share(own["layers"]["mlp"]["up_proj"]["kernel"]) for own in params] == [1, 8, 4, 8]
     assert len({bases.digest(own) for own in params}) == 1
 
@@ -126,7 +161,9 @@ def test_a_run_goes_on_on_another_mesh_and_is_a_base(folder, tmp_path):
     (moved / "summary.json").unlink()
     shutil.rmtree(moved / "checkpoints" / "12")
     summary = tuning.run(config_of(folder, "dora", **MESHES["data x fsdp"]), moved)
-    assert summary["status"] == "finished" and any("checkpoint of step 8" in text for text in runs.notes(moved))
+    assert summary["status"] == "finished" and any(
+        "checkpoint of step 8" in text for text in runs.notes(moved)
+    )
     for ours, theirs in zip(runs.losses(moved), runs.losses(first), strict=True):
         for step in ours:
             np.testing.assert_allclose(ours[step], theirs[step], atol=1e-5)

@@ -1,4 +1,5 @@
-"""Whole runs on meshes: the losses of one device, checkpoints that move between meshes, and sides that stay."""
+"""Whole runs on meshes: the losses of one device, checkpoints that move between meshes, and sides
+that stay."""
 
 import json
 import shutil
@@ -10,16 +11,42 @@ import pytest
 from experiments import checkpoint, configuration, optimizers, training, updates
 from experiments.tasks import Pretraining
 
-MODEL = {"preset": "nano", "layers": 2, "width": 32, "hidden": 64, "heads": 4, "kv_heads": 4, "sequence_length": 16}
-OPTIMIZER = {"name": "galore", "rank": 8, "projector": "power", "refresh_every": 3, "eps": 1e-4, "side": "sharding"}
+MODEL = {
+    "preset": "nano",
+    "layers": 2,
+    "width": 32,
+    "hidden": 64,
+    "heads": 4,
+    "kv_heads": 4,
+    "sequence_length": 16,
+}
+OPTIMIZER = {
+    "name": "galore",
+    "rank": 8,
+    "projector": "power",
+    "refresh_every": 3,
+    "eps": 1e-4,
+    "side": "sharding",
+}
 
 
 def config_of(**mesh):
-    return configuration.from_dict({
-        "model": MODEL, "data": {"sequence_length": 16, "batch_size": 8}, "optimizer": OPTIMIZER,
-        "schedule": {"steps": 4}, "checkpoint": {"every": 2}, "mesh": mesh,
-        "run": {"log_every": 1, "evaluation_tokens": 256, "sample_tokens": 0, "compile_cache": False},
-    })  # fmt: skip
+    return configuration.from_dict(
+        {
+            "model": MODEL,
+            "data": {"sequence_length": 16, "batch_size": 8},
+            "optimizer": OPTIMIZER,
+            "schedule": {"steps": 4},
+            "checkpoint": {"every": 2},
+            "mesh": mesh,
+            "run": {
+                "log_every": 1,
+                "evaluation_tokens": 256,
+                "sample_tokens": 0,
+                "compile_cache": False,
+            },
+        }
+    )
 
 
 def losses(workdir):
@@ -55,15 +82,24 @@ def test_the_losses_of_a_run_are_those_of_one_device(first):
 @pytest.mark.parametrize("explicit", [False, True])
 def test_a_run_goes_on_on_another_mesh_with_the_sides_that_it_began_with(first, tmp_path, explicit):
     config = config_of(fsdp=8, data=1, explicit=explicit)
-    sides = lambda task: {path: side for path, (side, _) in optimizers.sides(task.abstract["opt_state"]).items()}  # noqa: E731
-    stored = {path: side for path, (side, _) in checkpoint.stored_sides(first / "checkpoints").items()}
+
+    def sides(task):
+        return {
+            path: side for path, (side, _) in optimizers.sides(task.abstract["opt_state"]).items()
+        }
+
+    stored = {
+        path: side for path, (side, _) in checkpoint.stored_sides(first / "checkpoints").items()
+    }
     assert stored != sides(Pretraining(config))  # of its own it would choose others
     workdir = tmp_path / "moved"
     halved(first, workdir)
     summary = training.run(config, workdir, verbose=False)
     assert (summary["status"], summary["steps"]) == ("finished", 4)
     np.testing.assert_allclose(losses(workdir), losses(first), atol=1e-5)
-    after = {path: side for path, (side, _) in checkpoint.stored_sides(workdir / "checkpoints").items()}
+    after = {
+        path: side for path, (side, _) in checkpoint.stored_sides(workdir / "checkpoints").items()
+    }
     assert after == stored
 
 
@@ -75,7 +111,9 @@ def test_sides_are_the_configured_ones():
         assert {own for own, _ in found.values()} == {side}
     with pytest.raises(configuration.ConfigurationError, match=r"optimizer.side='both'"):
         configuration.from_dict(values | {"optimizer": OPTIMIZER | {"side": "both"}})
-    with pytest.raises(configuration.ConfigurationError, match=r"optimizer.side='sharding': parameters lie whole"):
+    with pytest.raises(
+        configuration.ConfigurationError, match=r"optimizer.side='sharding': parameters lie whole"
+    ):
         optimizers.build(config_of().optimizer, lambda step: 1e-3, stacked=True, seed=0)
 
 

@@ -1,6 +1,7 @@
 """Meshes, partition rules, and golden files of where every leaf of the state lies.
 
-`python -m tests.multi_device.test_mesh_rules` in a process with eight devices writes the golden file anew.
+`python -m tests.multi_device.test_mesh_rules` in a process with eight devices writes the golden
+file anew.
 """
 
 import functools
@@ -21,8 +22,12 @@ from lowrank_jax.trees import path_of
 
 GOLDEN = Path(__file__).parent / "golden_shardings.json"
 VIEWS = lr.Views(stacked=(r"layers/.*",))
-STRATEGIES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "tensor": {"tensor": 8},
-              "fsdp x tensor": {"fsdp": 4, "tensor": 2}}  # fmt: skip
+STRATEGIES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 8},
+    "fsdp x tensor": {"fsdp": 4, "tensor": 2},
+}
 PRESETS = ("nano", "60M", "1B", "7B")
 
 
@@ -31,7 +36,9 @@ def optimizers(width):
     return {
         "adamw": optax.adamw(1e-3),
         "galore": lr.galore(1e-2, rank=rank, views=VIEWS),
-        "galore, 8 bit": lr.galore(1e-2, rank=rank, views=VIEWS, inner=lr.inner.stored8(inner=lr.inner.adam())),
+        "galore, 8 bit": lr.galore(
+            1e-2, rank=rank, views=VIEWS, inner=lr.inner.stored8(inner=lr.inner.adam())
+        ),
         "dct_adamw": lr.dct_adamw(1e-2, rank=rank, views=VIEWS),
     }
 
@@ -50,7 +57,9 @@ def case(preset, strategy, optimizer):
     state = jax.eval_shape(tx.init, params)
     found = lr.state_shardings(tx, params, placed, spread=True)
     specs = {}
-    for (keys, kind), leaf in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(state), strict=True):
+    for (keys, kind), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(state), strict=True
+    ):
         kind.shard_shape(leaf.shape)  # raises where a mesh axis does not divide
         specs[path_of(keys)] = str(kind.spec)
     return specs
@@ -76,7 +85,10 @@ def state_bytes(preset, strategy, optimizer):
     tx = optimizers(llama.preset(preset).width)[optimizer]
     leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
     kinds = jax.tree.leaves(lr.state_shardings(tx, params, placed, spread=True))
-    own = sum(math.prod(kind.shard_shape(x.shape)) * x.dtype.itemsize for x, kind in zip(leaves, kinds, strict=True))
+    own = sum(
+        math.prod(kind.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, kind in zip(leaves, kinds, strict=True)
+    )
     return own, sum(x.size * x.dtype.itemsize for x in leaves)
 
 
@@ -92,7 +104,9 @@ def test_state_on_a_device_is_its_share(preset, optimizer, strategy):
 
 
 def test_the_vision_transformer_is_covered():
-    params = jax.eval_shape(vit.Vit(vit.preset("digits")).init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    params = jax.eval_shape(
+        vit.Vit(vit.preset("digits")).init, jax.random.key(0), jnp.zeros((1, 8, 8, 1))
+    )["params"]
     found = meshes.specs(params, axes.VIT, meshes.make_mesh(fsdp=4, tensor=2))
     assert str(found["layers"]["mlp"]["up_proj"]["kernel"]) == "P(None, 'fsdp', 'tensor')"
     assert str(found["layers"]["mlp"]["up_proj"]["bias"]) == "P(None, 'tensor')"
@@ -100,7 +114,10 @@ def test_the_vision_transformer_is_covered():
 
 def test_what_is_not_divided_is_said():
     text = meshes.describe(parameters("1B"), axes.LLAMA, meshes.make_mesh(fsdp=4, tensor=2))
-    said = "(24, 2048, 5461)  P(None, 'fsdp', None)  (mlp = 5461 stays whole: 'tensor' does not divide it)"
+    said = (
+        "(24, 2048, 5461)  P(None, 'fsdp', None)  (mlp = 5461 stays whole: 'tensor' does not "
+        "divide it)"
+    )
     assert f"layers/mlp/up_proj/kernel  {said}" in text
 
 
@@ -128,7 +145,9 @@ def test_sizes_that_do_not_fit_are_errors():
     ):
         with pytest.raises(ValueError, match=message):
             meshes.make_mesh(**sizes)
-    assert meshes.make_mesh(data=8, explicit=True).axis_types == (jax.sharding.AxisType.Explicit,) * 4
+    assert (
+        meshes.make_mesh(data=8, explicit=True).axis_types == (jax.sharding.AxisType.Explicit,) * 4
+    )
 
 
 @pytest.mark.parametrize("explicit", [False, True])

@@ -1,4 +1,5 @@
-"""Pre-training on meshes of data, fsdp, sequence and tensor axes: the losses of one device, and what is sent."""
+"""Pre-training on meshes of data, fsdp, sequence and tensor axes: the losses of one device, and
+what is sent."""
 
 import dataclasses
 import math
@@ -20,7 +21,15 @@ from experiments.tasks import Pretraining
 from lowrank_jax import meshes, sharding
 from lowrank_jax.projection import layout
 
-MODEL = {"preset": "nano", "layers": 2, "width": 32, "hidden": 64, "heads": 4, "kv_heads": 4, "sequence_length": 16}
+MODEL = {
+    "preset": "nano",
+    "layers": 2,
+    "width": 32,
+    "hidden": 64,
+    "heads": 4,
+    "kv_heads": 4,
+    "sequence_length": 16,
+}
 OPTIMIZERS = {
     "adamw": {"name": "adamw"},
     "galore projected": {"name": "galore", "rank": 8, "projector": "alternating", "refresh_every": 2, "eps": 1e-4,
@@ -36,10 +45,17 @@ MESHES = {
 
 
 def task_of(optimizer, mesh):
-    return Pretraining(configuration.from_dict({
-        "model": MODEL, "data": {"sequence_length": 16, "batch_size": 8}, "optimizer": OPTIMIZERS[optimizer],
-        "schedule": {"steps": 4}, "mesh": mesh,
-    }))  # fmt: skip
+    return Pretraining(
+        configuration.from_dict(
+            {
+                "model": MODEL,
+                "data": {"sequence_length": 16, "batch_size": 8},
+                "optimizer": OPTIMIZERS[optimizer],
+                "schedule": {"steps": 4},
+                "mesh": mesh,
+            }
+        )
+    )
 
 
 def batches(task):
@@ -56,7 +72,9 @@ def alone():
             task = task_of(name, {})
             projected = task.config.optimizer.backprop
             make = updates.train_step if projected is None else updates.fused_step
-            update = jax.jit(make(task.model, task.optimizer, 1, *([projected] if projected else [])))
+            update = jax.jit(
+                make(task.model, task.optimizer, 1, *([projected] if projected else []))
+            )
             state = jax.tree.map(np.asarray, task.initial())
             losses = []
             for batch in batches(task):
@@ -69,7 +87,11 @@ def alone():
 
 
 # GaLore by full gradients is compared in test_mesh_resume
-RUNS = [("galore projected", "fsdp x tensor"), ("dct_adamw", "data x fsdp"), ("adamw", "fsdp x sequence")]
+RUNS = [
+    ("galore projected", "fsdp x tensor"),
+    ("dct_adamw", "data x fsdp"),
+    ("adamw", "fsdp x sequence"),
+]
 RUNS += [("apollo_mini", "fsdp x tensor")]
 
 
@@ -78,7 +100,10 @@ def test_losses_are_those_of_one_device(alone, name, mesh):
     task = task_of(name, MESHES[mesh])
     state = task.initial()
     kernel = state["params"]["layers"]["mlp"]["up_proj"]["kernel"]
-    assert math.prod(kernel.sharding.shard_shape(kernel.shape)) * task.mesh.shape["fsdp"] <= kernel.size
+    assert (
+        math.prod(kernel.sharding.shard_shape(kernel.shape)) * task.mesh.shape["fsdp"]
+        <= kernel.size
+    )
     assert (task.check(state) is not None) == ("backprop" in OPTIMIZERS[name])
     update = jax.jit(task.update(), donate_argnums=0)
     losses = []
@@ -90,20 +115,32 @@ def test_losses_are_those_of_one_device(alone, name, mesh):
 
 
 def test_a_mesh_of_another_size_is_an_error_before_any_work():
-    with pytest.raises(configuration.ConfigurationError, match="data=1 x fsdp=3 x sequence=1 x tensor=1 is not 8"):
+    with pytest.raises(
+        configuration.ConfigurationError, match="data=1 x fsdp=3 x sequence=1 x tensor=1 is not 8"
+    ):
         task_of("adamw", {"data": 1, "fsdp": 3})
 
 
-STRATEGIES = {"fsdp": {"fsdp": 8}, "tensor": {"tensor": 8}, "fsdp x tensor": {"fsdp": 4, "tensor": 2},
-              "data x fsdp": {"data": 2, "fsdp": 4}}  # fmt: skip
-CONFIG = llama.preset("nano", layers=2, width=64, hidden=128, heads=8, kv_heads=8, sequence_length=16)
+STRATEGIES = {
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 8},
+    "fsdp x tensor": {"fsdp": 4, "tensor": 2},
+    "data x fsdp": {"data": 2, "fsdp": 4},
+}
+CONFIG = llama.preset(
+    "nano", layers=2, width=64, hidden=128, heads=8, kv_heads=8, sequence_length=16
+)
 DENSE = dataclasses.replace(CONFIG, layers=1, scan=False)
 VIEWS = lr.Views(stacked=(r"layers/.*",))
 AFTER = lr.clocks.every(period=5, when="after")
 METHODS = {
     "galore, power": partial(lr.galore, 1e-2, projector=lr.projectors.power(rank=8)),
-    "galore, alternating": partial(lr.galore, 1e-2, projector=lr.projectors.alternating(rank=8), clock=AFTER),
-    "galore, random": partial(lr.galore, 1e-2, projector=lr.projectors.random(rank=8, kind="orthonormal")),
+    "galore, alternating": partial(
+        lr.galore, 1e-2, projector=lr.projectors.alternating(rank=8), clock=AFTER
+    ),
+    "galore, random": partial(
+        lr.galore, 1e-2, projector=lr.projectors.random(rank=8, kind="orthonormal")
+    ),
     "dct_adamw": partial(lr.dct_adamw, 1e-2, rank=8),
     "frugal, columns": partial(lr.frugal, 1e-2, projector=lr.projectors.columns(rank=8)),
     "apollo": partial(lr.apollo, 1e-2, rank=8),
@@ -139,16 +176,26 @@ def update_program(tx, sizes, spread, scan=True):
 
 
 def whole_matrices(program):
-    """Collectives of something as large as a block's matrix; the embedding and the head are vectors of rows."""
+    """Collectives of something as large as a block's matrix; the embedding and the head are vectors
+    of rows."""
     found = collectives.read(program.as_text())
     return [one for one in found if math.prod(one.shape) >= 64 * 64 and 259 not in one.shape]
 
 
-# Stacks of layers, whose state is spread or follows the parameters, and layers that are matrices of their own.
-PROGRAMS = [(method, strategy, True, True) for method in METHODS for strategy in ("fsdp", "fsdp x tensor")]
-PROGRAMS += [(method, "tensor", False, True) for method in METHODS if method != "galore, alternating"]
+# Stacks of layers, whose state is spread or follows the parameters, and layers that are matrices of
+# their own.
+PROGRAMS = [
+    (method, strategy, True, True) for method in METHODS for strategy in ("fsdp", "fsdp x tensor")
+]
+PROGRAMS += [
+    (method, "tensor", False, True) for method in METHODS if method != "galore, alternating"
+]
 PROGRAMS += [(method, "fsdp x tensor", True, False) for method in METHODS]
-PROGRAMS += [(method, own, True, False) for method in ("galore, power", "dct_adamw") for own in ("fsdp", "tensor")]
+PROGRAMS += [
+    (method, own, True, False)
+    for method in ("galore, power", "dct_adamw")
+    for own in ("fsdp", "tensor")
+]
 PROGRAMS += [(method, "data x fsdp", True, True) for method in ("galore, power", "dct_adamw")]
 
 
@@ -159,7 +206,10 @@ def test_no_update_sends_a_whole_matrix(method, strategy, spread, scan):
 
 
 def step_program(task):
-    batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=task.rows) for k, x in task.host_batch(0).items()}
+    batch = {
+        k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=task.rows)
+        for k, x in task.host_batch(0).items()
+    }
     return jax.jit(task.update(), donate_argnums=0).lower(task.abstract, batch).compile().as_text()
 
 
@@ -189,8 +239,14 @@ def test_rows_that_are_divided_become_orthonormal_by_gram_matrices(rows):
     mesh = meshes.make_mesh(fsdp=8)
     x = jax.random.normal(jax.random.key(0), (3, 64, 8))
     x = {"full": x, "zero": 0 * x, "deficient": x.at[..., 4:].set(x[..., :4])}.get(rows, x)
-    if rows == "one direction":  # rounding of its Gram matrices exceeds a shift that heeds the columns alone
-        x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (16, 4096, 1)), (16, 4096, 2)).at[0].set(0)
+    if (
+        rows == "one direction"
+    ):  # rounding of its Gram matrices exceeds a shift that heeds the columns alone
+        x = (
+            jnp.broadcast_to(jax.random.normal(jax.random.key(0), (16, 4096, 1)), (16, 4096, 2))
+            .at[0]
+            .set(0)
+        )
 
     def on_mesh(x):
         with meshes.use(mesh):
@@ -223,7 +279,9 @@ def test_a_refresh_on_whole_rows_receives_less_than_on_matrices_as_they_lie():
 
 def test_a_side_that_keeps_the_divided_dimension_whole_sends_nothing_of_the_matrix():
     mesh = meshes.make_mesh(fsdp=8)
-    params = jax.eval_shape(llama.Llama(CONFIG).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    params = jax.eval_shape(
+        llama.Llama(CONFIG).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
+    )["params"]
     sides = lr.sides_for(params, meshes.shardings(params, axes.LLAMA, mesh), views=VIEWS)
     assert dict(sides) == {
         f"layers/{block}/{name}/kernel": "rows" if name in ("o_proj", "down_proj") else "cols"
@@ -250,7 +308,8 @@ def test_a_mesh_that_does_not_divide_k_pads_a_refresh_of_rows():
 
 @pytest.mark.parametrize("k", [24, 20])
 def test_replicas_take_their_part_of_rows_and_gather_no_matrix(k):
-    """k over the replicas first: at once, the partitioner gathers the whole matrix on each device."""
+    """k over the replicas first: at once, the partitioner gathers the whole matrix on each
+    device."""
     mesh = meshes.make_mesh(data=2, fsdp=4)
     x = jax.device_put(jnp.ones((2, 16, k)), jax.NamedSharding(mesh, jax.P(None, "fsdp")))
 
@@ -268,7 +327,9 @@ def test_replicas_take_their_part_of_rows_and_gather_no_matrix(k):
 def test_replicas_take_their_part_of_columns_that_are_divided_without_sending_any():
     mesh = meshes.make_mesh(data=2, tensor=4)
     x = jax.device_put(jnp.ones((2, 16, 24)), jax.NamedSharding(mesh, jax.P(None, None, "tensor")))
-    view = lr.resolve({"kernel": x}, lr.Views(stacked=("kernel",)), rank=4, side="rows").projected[0]
+    view = lr.resolve({"kernel": x}, lr.Views(stacked=("kernel",)), rank=4, side="rows").projected[
+        0
+    ]
 
     def rows(x):
         with meshes.use(mesh, parameters={"kernel": x_lies}):
@@ -282,11 +343,15 @@ def test_replicas_take_their_part_of_columns_that_are_divided_without_sending_an
 
 def test_parameters_that_lie_elsewhere_are_refused_by_name():
     mesh = meshes.make_mesh(fsdp=8)
-    with pytest.raises(ValueError, match="at 'kernel', not a NamedSharding on this mesh"), \
-            meshes.use(mesh, parameters={"kernel": jnp.ones((8, 8))}):  # fmt: skip
+    with (
+        pytest.raises(ValueError, match="at 'kernel', not a NamedSharding on this mesh"),
+        meshes.use(mesh, parameters={"kernel": jnp.ones((8, 8))}),
+    ):
         pass
     params = {"kernel": jax.device_put(jnp.ones((16, 24)), jax.NamedSharding(mesh, jax.P("fsdp")))}
-    scalars = params | {"temperature": jax.device_put(jnp.ones(()), jax.NamedSharding(mesh, jax.P()))}
+    scalars = params | {
+        "temperature": jax.device_put(jnp.ones(()), jax.NamedSharding(mesh, jax.P()))
+    }
     tx = lr.galore(1e-2, rank=4)
 
     def update(params, state):

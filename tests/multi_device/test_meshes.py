@@ -14,14 +14,24 @@ import lowrank_jax as lr
 
 from .conftest import SPECS, mesh_of, put, tree
 
-VIEWS = lr.Views(rules=((r"heads/kernel", lr.MatrixView(rows=(0,), cols=(1, 2))),), stacked=(r"layers/.*",))
+VIEWS = lr.Views(
+    rules=((r"heads/kernel", lr.MatrixView(rows=(0,), cols=(1, 2))),), stacked=(r"layers/.*",)
+)
 common = {"views": VIEWS}
 METHODS = {
     "galore": lambda: lr.galore(1e-2, rank=4, refresh_every=2, **common),
-    "galore power": lambda: lr.galore(1e-2, projector=lr.projectors.power(rank=4), refresh_every=2, **common),
+    "galore power": lambda: lr.galore(
+        1e-2, projector=lr.projectors.power(rank=4), refresh_every=2, **common
+    ),
     "galore full": lambda: lr.galore(1e-2, rank=4, refresh_every=2, proj_type="full", **common),
     "dct_adamw": lambda: lr.dct_adamw(
-        1e-2, rank=4, refresh_every=2, error_feedback=True, weight_decay=0.1, clip_norm=1.0, **common
+        1e-2,
+        rank=4,
+        refresh_every=2,
+        error_feedback=True,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        **common,
     ),
     "frugal columns": lambda: lr.frugal(1e-2, refresh_every=2, projection="columns", **common),
     "columns by norm": lambda: lr.frugal(
@@ -36,7 +46,9 @@ METHODS = {
         transport=lr.transports.rotate(),
         **common,
     ),
-    "hadamard": lambda: lr.galore(1e-2, projector=lr.projectors.hadamard(rank=4), refresh_every=2, **common),
+    "hadamard": lambda: lr.galore(
+        1e-2, projector=lr.projectors.hadamard(rank=4), refresh_every=2, **common
+    ),
     "structured": lambda: lr.galore(
         1e-2, projector=lr.projectors.random(rank=4, kind="structured"), refresh_every=2, **common
     ),
@@ -76,7 +88,10 @@ def assert_close(got, want):
 def specs_of(arrays):
     """Partition entries by path, without the trailing Nones."""
     flat, _ = jax.tree_util.tree_flatten_with_path(arrays)
-    strip = lambda spec: tuple(spec[: max((i + 1 for i, e in enumerate(spec) if e is not None), default=0)])  # noqa: E731
+
+    def strip(spec):
+        return tuple(spec[: max((i + 1 for i, e in enumerate(spec) if e is not None), default=0)])
+
     return {jax.tree_util.keystr(path): strip(getattr(x, "sharding", x).spec) for path, x in flat}
 
 
@@ -106,7 +121,10 @@ def test_auto_mesh(method):
     places = lr.state_shardings(tx, params)
     state = jax.jit(tx.init, out_shardings=places)(params)
     step = jax.jit(
-        step_of(tx), in_shardings=(kinds, places, kinds), out_shardings=(kinds, places, kinds), donate_argnums=(0, 1)
+        step_of(tx),
+        in_shardings=(kinds, places, kinds),
+        out_shardings=(kinds, places, kinds),
+        donate_argnums=(0, 1),
     )
     for i in range(STEPS):
         before = (params, state)
@@ -121,7 +139,11 @@ UNIFORM = {
     "replicated": (P(), P(), P()),
     "rows": (P("data"), P(None, "data"), P("data")),
     "cols": (P(None, "model"), P(None, None, "model"), P(None, "model")),
-    "both axes on one dimension": (P(("data", "model")), P(None, ("data", "model")), P(("data", "model"))),
+    "both axes on one dimension": (
+        P(("data", "model")),
+        P(None, ("data", "model")),
+        P(("data", "model")),
+    ),
     "stack": (P("data", "model"), P(("data",), "model"), P("data", "model")),
 }
 
@@ -130,10 +152,15 @@ UNIFORM = {
 def test_every_layout_on_an_explicit_mesh_and_updates_without_a_mesh_context(layout):
     mesh, tx = mesh_of(AxisType.Explicit), METHODS["dct_adamw"]()
     dense, stack, heads = UNIFORM[layout]
-    specs = {name: {"kernel": dense} for name in SPECS} | {"layers": {"kernel": stack}, "heads": {"kernel": heads}}
+    specs = {name: {"kernel": dense} for name in SPECS} | {
+        "layers": {"kernel": stack},
+        "heads": {"kernel": heads},
+    }
     specs["fsdp"]["bias"] = P()
     params = put(tree(0), mesh, specs)
-    with jax.set_mesh(mesh):  # a jitted init reads no array, so that jax knows its devices only from here
+    with jax.set_mesh(
+        mesh
+    ):  # a jitted init reads no array, so that jax knows its devices only from here
         state = jax.jit(tx.init)(params)
     step = jax.jit(step_of(tx))
     for i in range(STEPS):
@@ -145,7 +172,9 @@ def test_every_layout_on_an_explicit_mesh_and_updates_without_a_mesh_context(lay
 def test_an_eager_init_on_an_explicit_mesh_gives_the_state_that_update_returns():
     mesh, views = mesh_of(AxisType.Explicit), lr.Views(stacked=(".*",))
     tx = lr.frugal(1e-2, rank=4, projection="columns", views=views)
-    params = put({"kernel": tree(0)["layers"]["kernel"]}, mesh, {"kernel": P("data", None, "model")})
+    params = put(
+        {"kernel": tree(0)["layers"]["kernel"]}, mesh, {"kernel": P("data", None, "model")}
+    )
     state, update = tx.init(params), jax.jit(tx.update)
     updates, after = update(params, state, params)
     assert specs_of(state) == specs_of(after)

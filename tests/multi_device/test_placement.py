@@ -16,8 +16,14 @@ def shape(*sizes):
     return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
 
-PARAMS = {"dense": {"kernel": shape(16, 32), "bias": shape(32)}, "layers": {"kernel": shape(4, 16, 32)}}
-SPECS = {"dense": {"kernel": P("data", "model"), "bias": P("model")}, "layers": {"kernel": P("data", None, "model")}}
+PARAMS = {
+    "dense": {"kernel": shape(16, 32), "bias": shape(32)},
+    "layers": {"kernel": shape(4, 16, 32)},
+}
+SPECS = {
+    "dense": {"kernel": P("data", "model"), "bias": P("model")},
+    "layers": {"kernel": P("data", None, "model")},
+}
 VIEWS = lr.Views(stacked=(r"layers/.*",))
 
 
@@ -32,7 +38,12 @@ def matrices(tx, kind=AxisType.Auto):
     both = []
     for name in ("dense", "layers"):
         node = state[name]["kernel"]
-        both.append(jax.tree.map(lambda x: tuple(x.spec), (node.basis, node.residual, node.inner.count, node.inner.mu)))
+        both.append(
+            jax.tree.map(
+                lambda x: tuple(x.spec),
+                (node.basis, node.residual, node.inner.count, node.inner.mu),
+            )
+        )
     return both
 
 
@@ -77,12 +88,19 @@ def test_every_leaf_of_a_projected_kernel_has_the_promised_spec(tx, dense, stack
     pad = lambda spec, like: tuple(spec) + (None,) * (len(like) - len(spec))  # noqa: E731
     is_spec = lambda x: isinstance(x, tuple) and all(e is None or isinstance(e, str) for e in x)  # noqa: E731
     for got, want in zip(matrices(tx, kind), (dense, stack), strict=True):
-        jax.tree.map(lambda w, g: (_ for _ in ()).throw(AssertionError((w, g))) if pad(g, w) != w else None,
-                     want, got, is_leaf=is_spec)  # fmt: skip
+        jax.tree.map(
+            lambda w, g: (_ for _ in ()).throw(AssertionError((w, g))) if pad(g, w) != w else None,
+            want,
+            got,
+            is_leaf=is_spec,
+        )
 
 
 def by_path(tree):
-    return {jax.tree_util.keystr(path): tuple(x.spec) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        jax.tree_util.keystr(path): tuple(x.spec)
+        for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 @pytest.mark.parametrize(
@@ -95,38 +113,56 @@ def by_path(tree):
         ).gradient_transformation(),
         optax.masked(optax.sgd(1e-2, momentum=0.9), {"dense": True, "layers": {"kernel": False}}),
         optax.partition(
-            {"a": lr.galore(1e-2, rank=4), "b": optax.adam(1e-3)}, {"dense": "a", "layers": {"kernel": "b"}}
+            {"a": lr.galore(1e-2, rank=4), "b": optax.adam(1e-3)},
+            {"dense": "a", "layers": {"kernel": "b"}},
         ),
     ],
     ids=["adamw", "inject", "multi_steps", "masked", "partition"],
 )
-def test_any_pipeline_covers_its_whole_state_and_keeps_parameter_like_leaves_with_their_parameter(tx):
+def test_any_pipeline_covers_its_whole_state_and_keeps_parameter_like_leaves_with_their_parameter(
+    tx,
+):
     places = lr.state_shardings(tx, PARAMS, shardings())
     abstract = jax.eval_shape(tx.init, PARAMS)
     assert jax.tree.structure(places) == jax.tree.structure(abstract)
-    jax.tree.map(lambda place, leaf: place.shard_shape(leaf.shape), places, abstract)  # raises where it cannot divide
+    jax.tree.map(
+        lambda place, leaf: place.shard_shape(leaf.shape), places, abstract
+    )  # raises where it cannot divide
     found = by_path(places)
     moments = {spec for path, spec in found.items() if path.endswith("['dense']['bias']")}
     assert moments == {("model",)}
-    scalars = [spec for (_, spec), leaf in zip(found.items(), jax.tree.leaves(abstract), strict=True) if not leaf.shape]
+    scalars = [
+        spec
+        for (_, spec), leaf in zip(found.items(), jax.tree.leaves(abstract), strict=True)
+        if not leaf.shape
+    ]
     assert all(spec == () for spec in scalars)
 
 
 def test_state_made_without_the_parameters_sharding_is_placed_by_its_path():
     def init(params):
-        return {"copy": jax.tree.map(lambda p: jnp.zeros(p.shape), params), "other": jnp.zeros((16, 32))}
+        return {
+            "copy": jax.tree.map(lambda p: jnp.zeros(p.shape), params),
+            "other": jnp.zeros((16, 32)),
+        }
 
-    places = lr.state_shardings(optax.GradientTransformation(init, lambda *a: a), PARAMS, shardings())
+    places = lr.state_shardings(
+        optax.GradientTransformation(init, lambda *a: a), PARAMS, shardings()
+    )
     assert tuple(places["copy"]["dense"]["kernel"].spec) == ("data", "model")
     assert tuple(places["other"].spec) == ()
 
 
 def test_shardings_come_from_the_leaves_or_are_demanded_by_name():
-    placed = jax.tree.map(lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind), PARAMS, shardings())
+    placed = jax.tree.map(
+        lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind), PARAMS, shardings()
+    )
     assert by_path(lr.state_shardings(optax.adamw(1e-3), placed)) == by_path(
         lr.state_shardings(optax.adamw(1e-3), PARAMS, shardings())
     )
-    with pytest.raises(ValueError, match=r"leaf 'dense/bias' has None, not a NamedSharding.*pass shardings="):
+    with pytest.raises(
+        ValueError, match=r"leaf 'dense/bias' has None, not a NamedSharding.*pass shardings="
+    ):
         lr.state_shardings(optax.adamw(1e-3), PARAMS)
     with pytest.raises(ValueError, match="shardings has 2 leaves, params 3"):
         lr.state_shardings(optax.adamw(1e-3), PARAMS, shardings()["dense"])
@@ -136,7 +172,8 @@ def test_shardings_come_from_the_leaves_or_are_demanded_by_name():
 
 
 @pytest.mark.parametrize(
-    "spec, side", [(P("data"), "cols"), (P(None, "model"), "rows"), (P(), "rows"), (P("data", "model"), "rows")]
+    "spec, side",
+    [(P("data"), "cols"), (P(None, "model"), "rows"), (P(), "rows"), (P("data", "model"), "rows")],
 )
 def test_sides_keep_the_sharded_dimension_whole(spec, side):
     params = {"kernel": shape(16, 32)}
@@ -156,7 +193,9 @@ def test_an_explicit_mesh_resolves_sharding_sides_by_itself_and_an_auto_mesh_ask
     with pytest.raises(ValueError, match="pass side=lr.sides_for"):
         tx.init(jax.tree.map(lambda x: jnp.zeros(x.shape), PARAMS))
     placed = jax.tree.map(
-        lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind), PARAMS, shardings(AxisType.Explicit)
+        lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind),
+        PARAMS,
+        shardings(AxisType.Explicit),
     )
     assert lr.resolved_sides(tx, placed) == (("dense/kernel", "rows"), ("layers/kernel", "rows"))
 

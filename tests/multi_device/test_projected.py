@@ -1,4 +1,5 @@
-"""Projected backprop under data parallelism: what is reduced is low-rank, and the numbers are those of one device."""
+"""Projected backprop under data parallelism: what is reduced is low-rank, and the numbers are those
+of one device."""
 
 import re
 
@@ -31,7 +32,9 @@ AFTER = lr.clocks.every(period=3, when="after")
 
 def loss(params, x):
     def layer(x, kernels):
-        return x + lr.matmul(jnp.tanh(lr.matmul(x, kernels["up"]["kernel"])), kernels["down"]["kernel"]), None
+        return x + lr.matmul(
+            jnp.tanh(lr.matmul(x, kernels["up"]["kernel"])), kernels["down"]["kernel"]
+        ), None
 
     x, _ = jax.lax.scan(layer, x + params["bias"], params["layers"])
     return jnp.mean(jnp.square(x - 1))
@@ -53,7 +56,10 @@ def test_eight_devices_are_one(name, kind):
     options = {
         "svd": {"projector": lr.projectors.svd(rank=RANK), "clock": lr.clocks.every(period=3)},
         "alternating": {"projector": lr.projectors.alternating(rank=RANK), "clock": AFTER},
-        "random after": {"projector": lr.projectors.random(rank=RANK, kind="orthonormal"), "clock": AFTER},
+        "random after": {
+            "projector": lr.projectors.random(rank=RANK, kind="orthonormal"),
+            "clock": AFTER,
+        },
     }[name]
     tx = lr.galore(1e-2, views=VIEWS, eps=1e-3, clip_norm=1.0, **options)
     step = lr.train_step(loss, tx)
@@ -62,7 +68,11 @@ def test_eight_devices_are_one(name, kind):
     with jax.set_mesh(mesh):
         got, others = run(step, tx, lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)))
     np.testing.assert_allclose(others, values, rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=2e-3, atol=2e-4), got, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=2e-3, atol=2e-4),
+        got,
+        expected,
+    )
 
 
 def reduced(compiled):
@@ -75,14 +85,23 @@ def reduced(compiled):
 def test_reductions_carry_low_rank_gradients():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     whole, rows = NamedSharding(mesh, Spec()), NamedSharding(mesh, Spec("data"))
-    tx = lr.galore(1e-2, projector=lr.projectors.random(rank=RANK, kind="orthonormal"), clock=AFTER, views=VIEWS)
+    tx = lr.galore(
+        1e-2,
+        projector=lr.projectors.random(rank=RANK, kind="orthonormal"),
+        clock=AFTER,
+        views=VIEWS,
+    )
     shapes = {}
     for backprop in ("projected", "full"):
         step = lr.train_step(loss, tx, backprop=backprop)
         place = lambda tree, to: jax.tree.map(  # noqa: E731
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), tree
         )
-        abstract = place(PARAMS, whole), place(jax.eval_shape(tx.init, PARAMS), whole), place(X, rows)
+        abstract = (
+            place(PARAMS, whole),
+            place(jax.eval_shape(tx.init, PARAMS), whole),
+            place(X, rows),
+        )
         shapes[backprop] = reduced(jax.jit(step).lower(*abstract).compile())
     full = {(WIDTH, HIDDEN), (HIDDEN, WIDTH), (LAYERS, WIDTH, HIDDEN), (LAYERS, HIDDEN, WIDTH)}
     assert shapes["full"] & full
@@ -91,12 +110,20 @@ def test_reductions_carry_low_rank_gradients():
 
 
 def test_the_benchmark_counts_what_a_step_reduces():
-    """Loops count their trips, and taps divide the bytes of the blocks' kernels by width over rank."""
+    """Loops count their trips, and taps divide the bytes of the blocks' kernels by width over
+    rank."""
     found = data_parallel.measure("nano", length=8, parts=(8,))["rows"]
     config = llama.preset("nano")
     kernels = 4 * llama.layer_matrix_parameters(config) * config.layers
     assert [row["axis"] for row in found] == ["data"] * 2 + ["fsdp"] * 2
     for row in found:
-        assert row["block_bytes"] == (kernels * row["rank"] // config.width if row["rank"] else kernels)
-        # FSDP gathers every kernel for the forward and for the backward pass, whatever the optimizer
-        assert (row["gathered_bytes"] >= 2 * kernels) if row["axis"] == "fsdp" else row["gathered_bytes"] == 0
+        assert row["block_bytes"] == (
+            kernels * row["rank"] // config.width if row["rank"] else kernels
+        )
+        # FSDP gathers every kernel for the forward and for the backward pass, whatever the
+        # optimizer
+        assert (
+            (row["gathered_bytes"] >= 2 * kernels)
+            if row["axis"] == "fsdp"
+            else row["gathered_bytes"] == 0
+        )

@@ -1,4 +1,5 @@
-"""Quantised parameters on meshes: where codes and scales lie, QLoRA and a quantised projected step on eight devices."""
+"""Quantised parameters on meshes: where codes and scales lie, QLoRA and a quantised projected step
+on eight devices."""
 
 import functools
 
@@ -38,8 +39,13 @@ def test_every_device_holds_its_share(form, sizes):
     mesh, own = meshes.make_mesh(**sizes), params(form)
     placed = meshes.shardings(own, TABLE, mesh)
     moved = jax.device_put(own, placed)
-    for node, want in zip(*(jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "dequantize")) for tree in (moved, own)),
-                          strict=True):  # fmt: skip
+    for node, want in zip(
+        *(
+            jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "dequantize"))
+            for tree in (moved, own)
+        ),
+        strict=True,
+    ):
         np.testing.assert_array_equal(node.dequantize(), want.dequantize())
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(own))
     assert on_a_device(own, placed) <= 1.02 * total / 8  # scales of scales are whole
@@ -51,14 +57,23 @@ def test_blocks_stay_in_one_piece():
     mesh, table = meshes.make_mesh(fsdp=8), [("kernel", ("embed", "mlp"))]
     tree = {"kernel": linalg.quantize_nf4(jnp.ones((256, 64)))}  # four blocks for eight devices
     assert meshes.specs(tree, table, mesh)["kernel"].codes == jax.P(None, "tensor")
-    text = "kernel  (256, 64)  P(None, 'tensor')  (embed = 256, 4 blocks, stays whole: 'fsdp' does not divide it)"
+    text = (
+        "kernel  (256, 64)  P(None, 'tensor')  (embed = 256, 4 blocks, stays whole: 'fsdp' does "
+        "not divide it)"
+    )
     assert meshes.describe(tree, table, mesh) == text
     flat = {"kernel": linalg.quantize_blocks(jnp.ones((64, 2000)), block=256)}
-    assert meshes.specs(flat, [("kernel", (None, "embed"))], mesh)["kernel"].codes == jax.P(None, None)
-    odd = {"kernel": linalg.quantize_nf4(jnp.ones((512, 12)), double=True)}  # 96 scales of 8 x 12 blocks
+    assert meshes.specs(flat, [("kernel", (None, "embed"))], mesh)["kernel"].codes == jax.P(
+        None, None
+    )
+    odd = {
+        "kernel": linalg.quantize_nf4(jnp.ones((512, 12)), double=True)
+    }  # 96 scales of 8 x 12 blocks
     assert meshes.specs(odd, table, mesh)["kernel"].absmax.codes == jax.P(("tensor", "fsdp"))
     odd = {"kernel": linalg.quantize_nf4(jnp.ones((60, 12)), double=True)}
-    assert meshes.specs(odd, [("kernel", (None, "embed"))], mesh)["kernel"].absmax.codes == jax.P(None)
+    assert meshes.specs(odd, [("kernel", (None, "embed"))], mesh)["kernel"].absmax.codes == jax.P(
+        None
+    )
 
 
 X = jnp.asarray(np.random.default_rng(9).normal(size=(16, N)), jnp.float32)
@@ -73,13 +88,20 @@ def loss(params, x, **place):
 def qlora(own, family=lr.adapters.lora, **place):
     adaptation = lr.adapt(own, family(rank=4), jax.random.key(0))
     random = np.random.default_rng(3)
-    train = jax.tree.map(lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), adaptation.train)
+    train = jax.tree.map(
+        lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), adaptation.train
+    )
     adaptation = adaptation.replace(train=train)
 
     def step(own, train, fixed, x):
         if place:  # on explicit axes the model gathers kernels and says where sums lie
-            own = jax.tree.map(lambda w: meshes.at_input(w, x), own, is_leaf=lambda w: hasattr(w, "dequantize"))
-        of = lambda train: loss(lr.attach(own, adaptation.replace(train=train, fixed=fixed)), x, **place)  # noqa: E731
+            own = jax.tree.map(
+                lambda w: meshes.at_input(w, x), own, is_leaf=lambda w: hasattr(w, "dequantize")
+            )
+
+        def of(train):
+            return loss(lr.attach(own, adaptation.replace(train=train, fixed=fixed)), x, **place)
+
         value, grads = jax.value_and_grad(of)(train)
         return value, jax.tree.map(lambda w, g: w - 0.5 * g, train, grads)
 
@@ -101,7 +123,9 @@ def test_a_step_of_qlora_is_that_of_one_device_and_sends_no_decoded_matrix(form,
     assert train["sites"]["up/kernel"]["a"].spec == jax.P("fsdp", None)
     rows = jax.NamedSharding(mesh, meshes.spec(("batch", None), mesh))
     with meshes.use(mesh, parameters=jax.tree.map(jax.device_put, own, placed)):
-        program = jax.jit(step, in_shardings=(placed, train, fixed, rows), out_shardings=(None, train))
+        program = jax.jit(
+            step, in_shardings=(placed, train, fixed, rows), out_shardings=(None, train)
+        )
         compiled = program.lower(own, adaptation.train, adaptation.fixed, X).compile()
     value, new = compiled(
         *jax.device_put((own, adaptation.train, adaptation.fixed, X), (placed, train, fixed, rows))
@@ -109,11 +133,16 @@ def test_a_step_of_qlora_is_that_of_one_device_and_sends_no_decoded_matrix(form,
     np.testing.assert_allclose(value, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), new, trained)
     largest = max(found.bytes / found.times for found in collectives.read(compiled.as_text()))
-    assert largest <= N * M // sizes.get("tensor", 1)  # codes of a byte at the most; a decoded matrix has four
+    assert largest <= N * M // sizes.get(
+        "tensor", 1
+    )  # codes of a byte at the most; a decoded matrix has four
 
 
 def test_a_tied_output_sends_codes():
-    mesh, own = meshes.make_mesh(fsdp=8), {"table": FORMS["nf4"](params("nf4")["up"]["kernel"].dequantize())}
+    mesh, own = (
+        meshes.make_mesh(fsdp=8),
+        {"table": FORMS["nf4"](params("nf4")["up"]["kernel"].dequantize())},
+    )
     adaptation = lr.adapt(own, {"table": lr.adapters.lora(rank=4)}, jax.random.key(0))
     placed = meshes.shardings(own, [("table", ("vocabulary", "embed"))], mesh)
     rows = jax.NamedSharding(mesh, meshes.spec(("batch", None), mesh))
@@ -134,7 +163,8 @@ def test_a_step_of_qlora_on_explicit_axes(form):
     step = qlora(own, out_sharding=jax.P("fsdp", None))[1]
     placed, rows = meshes.shardings(own, TABLE, mesh), jax.NamedSharding(mesh, jax.P("fsdp", None))
     given = jax.device_put(
-        (own, adaptation.train, adaptation.fixed, X), (placed, *lr.adapters.shardings(adaptation, placed), rows)
+        (own, adaptation.train, adaptation.fixed, X),
+        (placed, *lr.adapters.shardings(adaptation, placed), rows),
     )
     with jax.set_mesh(mesh):
         gathered = jax.eval_shape(meshes.at_input, given[0]["up"]["kernel"], given[-1])
@@ -144,10 +174,17 @@ def test_a_step_of_qlora_on_explicit_axes(form):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), new, trained)
 
 
-@pytest.mark.parametrize("columns", [M, 12])  # of 12 columns two devices have halves, of their 96 scales eight shares
+@pytest.mark.parametrize(
+    "columns", [M, 12]
+)  # of 12 columns two devices have halves, of their 96 scales eight shares
 def test_a_rest_of_rows_is_cut_off_on_explicit_axes(columns):
-    mesh, value = meshes.make_mesh(fsdp=4, tensor=2, explicit=True), params("double")["up"]["kernel"].dequantize()
-    short = {"kernel": linalg.quantize_nf4(value[:510, :columns], double=True)}  # 8 blocks for fsdp=4
+    mesh, value = (
+        meshes.make_mesh(fsdp=4, tensor=2, explicit=True),
+        params("double")["up"]["kernel"].dequantize(),
+    )
+    short = {
+        "kernel": linalg.quantize_nf4(value[:510, :columns], double=True)
+    }  # 8 blocks for fsdp=4
     placed = meshes.shardings(short, [("kernel", ("embed", "mlp"))], mesh)
     with jax.set_mesh(mesh):
         got = jax.jit(lambda w: w.dequantize())(jax.device_put(short["kernel"], placed["kernel"]))
@@ -174,21 +211,42 @@ def test_a_quantised_projected_step_is_that_of_one_device(spread):
     rows = jax.NamedSharding(mesh, meshes.spec(("batch", None), mesh))
     given = jax.device_put((own, tx.init(own), X), (placed, state, rows))
     with meshes.use(mesh, parameters=given[0]):
-        got, _, _ = jax.jit(step, in_shardings=(placed, state, rows), out_shardings=(placed, state, None))(*given)
+        got, _, _ = jax.jit(
+            step, in_shardings=(placed, state, rows), out_shardings=(placed, state, None)
+        )(*given)
     for a, b, old in zip(*map(jax.tree.leaves, (got, want, own)), strict=True):
         apart = np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32))
-        assert np.mean(apart > 1e-5) < 1e-3 and apart.max() <= 1  # a code that lies halfway may go either way
+        assert (
+            np.mean(apart > 1e-5) < 1e-3 and apart.max() <= 1
+        )  # a code that lies halfway may go either way
         assert np.any(np.asarray(b) != np.asarray(old))
 
 
 def test_sides_and_state_follow_codes_not_scales():
     mesh, own = meshes.make_mesh(fsdp=8), params("double")
     placed = meshes.shardings(own, TABLE, mesh)
-    assert lr.sides_for(own, placed) == (("down/kernel", "rows"), ("up/kernel", "cols"))  # fsdp divides "embed"
+    assert lr.sides_for(own, placed) == (
+        ("down/kernel", "rows"),
+        ("up/kernel", "cols"),
+    )  # fsdp divides "embed"
     tx = lr.fused(lr.galore(1e-2, rank=8, side=lr.sides_for(own, placed)))
-    moments = lr.state_shardings(tx, own, placed, spread=True).projection.matrices["up"]["kernel"].inner.mu
-    assert moments.spec == lr.state_shardings(
-        tx, jax.tree.map(lambda x: x, {name: {"kernel": jnp.ones(node["kernel"].shape)} for name, node in own.items()}),
-        {name: {"kernel": node["kernel"].codes} for name, node in placed.items()}, spread=True,
-    ).projection.matrices["up"]["kernel"].inner.mu.spec  # fmt: skip
+    moments = (
+        lr.state_shardings(tx, own, placed, spread=True)
+        .projection.matrices["up"]["kernel"]
+        .inner.mu
+    )
+    assert (
+        moments.spec
+        == lr.state_shardings(
+            tx,
+            jax.tree.map(
+                lambda x: x,
+                {name: {"kernel": jnp.ones(node["kernel"].shape)} for name, node in own.items()},
+            ),
+            {name: {"kernel": node["kernel"].codes} for name, node in placed.items()},
+            spread=True,
+        )
+        .projection.matrices["up"]["kernel"]
+        .inner.mu.spec
+    )
     assert "fsdp" in str(moments.spec)

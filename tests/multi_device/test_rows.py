@@ -1,4 +1,5 @@
-"""Products on one axis of rows send nothing that those on all axes do not, whatever the mesh divides."""
+"""Products on one axis of rows send nothing that those on all axes do not, whatever the mesh
+divides."""
 
 import collections
 
@@ -80,8 +81,10 @@ def test_rows_are_folded_where_the_batch_alone_is_divided(mesh, folded, explicit
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_attention_on_explicit_axes_is_that_of_one_device(sizes):
     mesh = meshes.make_mesh(**sizes, explicit=True)
-    q, k, v = (np.random.default_rng(i).normal(size=(8, 16, heads, 8)).astype(np.float32)
-               for i, heads in enumerate((8, 4, 4)))  # fmt: skip
+    q, k, v = (
+        np.random.default_rng(i).normal(size=(8, 16, heads, 8)).astype(np.float32)
+        for i, heads in enumerate((8, 4, 4))
+    )
     expected = attention.attention(*map(jnp.asarray, (q, k, v)), causal=True)
 
     def run(q, k, v):

@@ -1,4 +1,5 @@
-"""Inside `jax.shard_map` with its defaults, where array types say over which mesh axes numbers vary."""
+"""Inside `jax.shard_map` with its defaults, where array types say over which mesh axes numbers
+vary."""
 
 import functools
 
@@ -13,9 +14,17 @@ from jax.sharding import PartitionSpec as P
 import lowrank_jax as lr
 from experiments.models.attention import chunked_attention
 
-DRAW = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 4, jnp.float32)  # noqa: E731
+
+def DRAW(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 4, jnp.float32)
+
+
 VIEWS = lr.Views(stacked=("layers/.*",))
-PARAMS = {"in": {"kernel": DRAW(0, 12, 16)}, "layers": {"kernel": DRAW(1, 3, 16, 16)}, "bias": jnp.zeros(16)}
+PARAMS = {
+    "in": {"kernel": DRAW(0, 12, 16)},
+    "layers": {"kernel": DRAW(1, 3, 16, 16)},
+    "bias": jnp.zeros(16),
+}
 X, Y = DRAW(2, 32, 12), DRAW(3, 32, 16)
 STACK = lr.Stack(
     before=lambda rest, x, y: lr.matmul(x, rest["in"]["kernel"]) + rest["bias"],
@@ -26,7 +35,9 @@ galore = functools.partial(lr.galore, 1e-2, views=VIEWS)
 AFTER = lr.clocks.every(period=2, when="after")
 OPTIMIZERS = {
     "svd": galore(rank=4, refresh_every=2, clip_norm=1.0),
-    "svd staggered": galore(projector=lr.projectors.svd(rank=4), clock=lr.clocks.staggered(period=2)),
+    "svd staggered": galore(
+        projector=lr.projectors.svd(rank=4), clock=lr.clocks.staggered(period=2)
+    ),
     "sketch": galore(projector=lr.projectors.alternating(rank=4), clock=AFTER),
     "random": galore(projector=lr.projectors.random(rank=4), clock=AFTER),
     "frugal": lr.frugal(1e-2, projection="columns", refresh_every=2, views=VIEWS),
@@ -53,7 +64,11 @@ def assert_close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
 
 
-ROWS = [("svd", 1), ("sketch", 2), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in OPTIMIZERS)]
+ROWS = [
+    ("svd", 1),
+    ("sketch", 2),
+    *(pytest.param(name, 1, marks=pytest.mark.slow) for name in OPTIMIZERS),
+]
 
 
 @pytest.mark.parametrize("name, accumulate", ROWS)
@@ -64,7 +79,9 @@ def test_a_training_step_over_rows_is_that_of_one_device(name, accumulate):
         batch, rows = tuple(x.reshape(accumulate, -1, x.shape[-1]) for x in batch), P(None, "data")
     alone = trained(jax.jit(lr.train_step(STACK.loss, tx, accumulate=accumulate)), tx, *batch)
     step = lr.train_step(averaged(STACK.loss), tx, accumulate=accumulate)
-    assert_close(trained(mapped(step, in_specs=(P(), P(), rows, rows), out_specs=P()), tx, *batch), alone)
+    assert_close(
+        trained(mapped(step, in_specs=(P(), P(), rows, rows), out_specs=P()), tx, *batch), alone
+    )
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -76,12 +93,17 @@ def test_a_layerwise_step_over_rows_is_that_of_one_device(accumulate):
     if accumulate > 1:
         batch, rows = tuple(x.reshape(accumulate, -1, x.shape[-1]) for x in batch), P(None, "data")
     alone = trained(jax.jit(lr.layerwise_step(STACK, tx, accumulate=accumulate)), tx, *batch)
-    step = mapped(lr.layerwise_step(over, tx, accumulate=accumulate), in_specs=(P(), P(), rows, rows), out_specs=P())
+    step = mapped(
+        lr.layerwise_step(over, tx, accumulate=accumulate),
+        in_specs=(P(), P(), rows, rows),
+        out_specs=P(),
+    )
     assert_close(trained(step, tx, *batch), alone)
 
 
 def test_a_value_that_varies():
-    """A loss of the device's own rows: gradients are summed over devices, as by `jax.value_and_grad`."""
+    """A loss of the device's own rows: gradients are summed over devices, as by
+    `jax.value_and_grad`."""
     taps = lr.taps(OPTIMIZERS["random"].init(PARAMS))
 
     def own(params, x, y):
@@ -89,7 +111,9 @@ def test_a_value_that_varies():
         value, low = lr.projected_value_and_grad(STACK.loss, taps, accumulate=2)(params, *parts)
         return value[None], low, jax.grad(STACK.loss)(params, x, y)
 
-    value, low, full = mapped(own, in_specs=(P(), P("data"), P("data")), out_specs=(P("data"), P(), P()))(PARAMS, X, Y)
+    value, low, full = mapped(
+        own, in_specs=(P(), P("data"), P("data")), out_specs=(P("data"), P(), P())
+    )(PARAMS, X, Y)
     np.testing.assert_allclose(jnp.mean(value), STACK.loss(PARAMS, X, Y), rtol=1e-5)
     for path, tap in taps.taps.items():
         room, leaf = path.split("/")
@@ -98,26 +122,37 @@ def test_a_value_that_varies():
 
 
 def test_kernels_of_which_every_device_has_a_part():
-    """Columns of the first and rows of the second kernel are divided, and the input is not: its gradient is a sum."""
+    """Columns of the first and rows of the second kernel are divided, and the input is not: its
+    gradient is a sum."""
     params = {"up": {"kernel": DRAW(5, 12, 64)}, "down": {"kernel": DRAW(6, 64, 16)}}
     specs = {"up": {"kernel": P(None, "data")}, "down": {"kernel": P("data", None)}}
     tx = lr.galore(1e-2, projector=lr.projectors.random(rank=4))
 
     def loss(params, x, y):
         hidden = jnp.tanh(lr.matmul(x, params["up"]["kernel"]))
-        return jnp.mean(jnp.square(jax.lax.psum(lr.matmul(hidden, params["down"]["kernel"]), "data") - y))
+        return jnp.mean(
+            jnp.square(jax.lax.psum(lr.matmul(hidden, params["down"]["kernel"]), "data") - y)
+        )
 
     def own(params, x, y):
         taps = lr.taps(tx.init(params))
         _, low = lr.projected_value_and_grad(loss, taps)(params, x, y)
         full, dx = jax.grad(loss, (0, 1))(params, x, y)
-        _, tapped_dx = lr.projected_value_and_grad(lambda p, y: loss(p, p["x"], y), taps)(params | {"x": x}, y)
-        expected = {path: tap.projector.down(tap.view, tap.basis, tap.view.orient(full[path.split("/")[0]]["kernel"]))
-                    for path, tap in taps.taps.items()}  # fmt: skip
+        _, tapped_dx = lr.projected_value_and_grad(lambda p, y: loss(p, p["x"], y), taps)(
+            params | {"x": x}, y
+        )
+        expected = {
+            path: tap.projector.down(
+                tap.view, tap.basis, tap.view.orient(full[path.split("/")[0]]["kernel"])
+            )
+            for path, tap in taps.taps.items()
+        }
         errors = [low[path.split("/")[0]]["kernel"].low - value for path, value in expected.items()]
         return jnp.stack([jnp.max(jnp.abs(x)) for x in errors])[None], tapped_dx["x"] - dx
 
-    errors, difference = mapped(own, in_specs=(specs, P(), P()), out_specs=(P("data"), P()))(params, X, Y)
+    errors, difference = mapped(own, in_specs=(specs, P(), P()), out_specs=(P("data"), P()))(
+        params, X, Y
+    )
     assert np.max(errors) < 1e-6
     assert np.max(np.abs(difference)) < 1e-6
 
@@ -125,7 +160,8 @@ def test_kernels_of_which_every_device_has_a_part():
 @pytest.mark.parametrize("shared", [(), ("a",)], ids=["own factors", "one a for all"])
 @pytest.mark.parametrize("name", ["altlora", "altlora_plus"])
 def test_pairs_that_differ_by_device_take_turns(name, shared):
-    """A task on each device: the branches of the turn and of the rest have one type, whatever of a pair varies."""
+    """A task on each device: the branches of the turn and of the rest have one type, whatever of a
+    pair varies."""
     tx = getattr(lr, name)(1e-2, scale=2.0, alternate=1)
     factors = {"a": DRAW(11, 8, 6, 2), "b": DRAW(12, 8, 2, 5)}
     for side in shared:
@@ -155,7 +191,9 @@ CUSTOM = {
     "thin_linear": lambda x, p: lr.kernels.thin_linear(x, p["w"], p["a"], p["b"]),
     "nf4_linear": lambda x, p: lr.kernels.nf4_linear(x + p["a"][:, 0], CODES),
     "shira": lambda x, p: SHIRA.apply(x, p["w"], p["sparse"]),
-    "attention": lambda x, p: chunked_attention(*[(x @ p["w"]).reshape(-1, 4, 2, 8)] * 3, chunk=2) + p["b"][:, :8],
+    "attention": lambda x, p: (
+        chunked_attention(*[(x @ p["w"]).reshape(-1, 4, 2, 8)] * 3, chunk=2) + p["b"][:, :8]
+    ),
 }
 
 
@@ -170,6 +208,8 @@ def test_gradients_of_custom_products_are_those_of_one_device(name):
         return jnp.mean(jnp.sin(CUSTOM[name](x, p)))
 
     alone = jax.grad(objective)(free, FACTORS["x"])
-    found = mapped(jax.grad(averaged(objective)), in_specs=(P(), P("data")), out_specs=P())(free, FACTORS["x"])
+    found = mapped(jax.grad(averaged(objective)), in_specs=(P(), P("data")), out_specs=P())(
+        free, FACTORS["x"]
+    )
     assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(alone))
     assert_close(found, alone)

@@ -1,4 +1,5 @@
-"""`state_shardings(spread=True)`: what each device holds, for every row of the table of methods; nothing runs."""
+"""`state_shardings(spread=True)`: what each device holds, for every row of the table of methods;
+nothing runs."""
 
 import math
 
@@ -16,12 +17,23 @@ from tests.laws.methods import METHODS
 
 # as tests.laws.methods.SHAPES, in multiples that eight devices divide
 PARAMS = {"dense": {"bias": (32,), "kernel": (16, 32)}, "stack": {"kernel": (3, 16, 16)}}
-PARAMS = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), PARAMS, is_leaf=lambda x: isinstance(x, tuple))
+PARAMS = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s, jnp.float32), PARAMS, is_leaf=lambda x: isinstance(x, tuple)
+)
 TABLE = [(".*/bias", ("mlp",)), (".*/kernel", ("embed", "mlp"))]
 # Given arrays and indices are of other sizes than these matrices.
 OTHER = {"given-amsgrad"}
-BITS8 = [lr.galore(1e-2, rank=8, views=lr.Views(stacked=("stack/.*",)), inner=lr.inner.stored8(inner=lr.inner.adam()))]
-ROWS = [pytest.param(method.build, id=method.name) for method in METHODS if method.name not in OTHER]
+BITS8 = [
+    lr.galore(
+        1e-2,
+        rank=8,
+        views=lr.Views(stacked=("stack/.*",)),
+        inner=lr.inner.stored8(inner=lr.inner.adam()),
+    )
+]
+ROWS = [
+    pytest.param(method.build, id=method.name) for method in METHODS if method.name not in OTHER
+]
 ROWS += [pytest.param(lambda: BITS8[0], id="8 bit")]
 
 
@@ -43,23 +55,33 @@ def entries(tree):
 def test_each_device_holds_its_share_of_bases_and_low_rank_moments(build):
     tx, mesh = build(), meshes.make_mesh(fsdp=4, tensor=2)
     placed = meshes.shardings(PARAMS, TABLE, mesh)
-    plain, spread = (lr.state_shardings(tx, PARAMS, placed, spread=spread) for spread in (False, True))
+    plain, spread = (
+        lr.state_shardings(tx, PARAMS, placed, spread=spread) for spread in (False, True)
+    )
     state = jax.eval_shape(tx.init, PARAMS)
     assert jax.tree.structure(spread) == jax.tree.structure(state)
     more = jax.tree.map(lambda a, b, x: per_device(b, x) <= per_device(a, x), plain, spread, state)
     assert all(jax.tree.leaves(more))
     for before, own, leaves in zip(nodes(plain), nodes(spread), nodes(state), strict=True):
         view = leaves.view
-        for kind, leaf in zip(jax.tree.leaves(own.basis), jax.tree.leaves(leaves.basis), strict=True):
+        for kind, leaf in zip(
+            jax.tree.leaves(own.basis), jax.tree.leaves(leaves.basis), strict=True
+        ):
             if leaf.shape == (*view.batch, view.shrunk, view.rank):
                 assert per_device(kind, leaf) * 8 == leaf.size
-        for kind, leaf in zip(jax.tree.leaves(own.inner), jax.tree.leaves(leaves.inner), strict=True):
+        for kind, leaf in zip(
+            jax.tree.leaves(own.inner), jax.tree.leaves(leaves.inner), strict=True
+        ):
             if leaf.shape == (*view.batch, view.rank, view.kept):
                 assert per_device(kind, leaf) * 8 == leaf.size
         assert entries(own.residual) == entries(before.residual)
 
 
-FAMILIES = {"lora": lr.adapters.lora(rank=8), "dora": lr.adapters.dora(rank=8), "oft": lr.adapters.oft(block=4)}
+FAMILIES = {
+    "lora": lr.adapters.lora(rank=8),
+    "dora": lr.adapters.dora(rank=8),
+    "oft": lr.adapters.oft(block=4),
+}
 OPTIMIZERS = {"adamw": optax.adamw(1e-3), "altlora": lr.altlora(1e-3, scale=1.0)}
 # The moments of `a` lie like the kernel's rows; AltLoRA's are of its projected gradient.
 ADAPTED = [("lora", "adamw"), ("dora", "adamw"), ("oft", "adamw"), ("lora", "altlora")]
@@ -69,17 +91,25 @@ ADAPTED = [("lora", "adamw"), ("dora", "adamw"), ("oft", "adamw"), ("lora", "alt
 def test_adapters_and_their_state_follow_their_kernels(family, optimizer):
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
     kernels = {"dense": {"kernel": jnp.ones((16, 32))}, "stack": {"kernel": jnp.ones((3, 16, 16))}}
-    adaptation = lr.adapt(kernels, FAMILIES[family], jax.random.key(0), views=lr.Views(stacked=("stack/.*",)))
+    adaptation = lr.adapt(
+        kernels, FAMILIES[family], jax.random.key(0), views=lr.Views(stacked=("stack/.*",))
+    )
     trees = specs(adaptation, meshes.specs(kernels, TABLE, mesh))
-    placed = jax.tree.map(lambda own: NamedSharding(mesh, own), trees, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    jax.tree.map(per_device, placed, (adaptation.train, adaptation.fixed))  # raises where it cannot divide
+    placed = jax.tree.map(
+        lambda own: NamedSharding(mesh, own), trees, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+    jax.tree.map(
+        per_device, placed, (adaptation.train, adaptation.fixed)
+    )  # raises where it cannot divide
     tx = OPTIMIZERS[optimizer]
     state = lr.state_shardings(tx, adaptation.train, placed[0], spread=True)
     leaves = jax.eval_shape(tx.init, adaptation.train)
     found = dict(jax.tree_util.tree_leaves_with_path(state))
     like = [
         (kind, placed[0]["sites"]["dense/kernel"][path[-1].key])
-        for (path, leaf), kind in zip(jax.tree_util.tree_leaves_with_path(leaves), found.values(), strict=True)
+        for (path, leaf), kind in zip(
+            jax.tree_util.tree_leaves_with_path(leaves), found.values(), strict=True
+        )
         if "dense/kernel" in jax.tree_util.keystr(path) and leaf.ndim > 1
     ]
     assert len(like) >= 2 and all(kind.spec == own.spec for kind, own in like)
@@ -88,10 +118,16 @@ def test_adapters_and_their_state_follow_their_kernels(family, optimizer):
 
 def test_shardings_of_adapters_leave_whole_what_the_mesh_does_not_divide():
     mesh, params = meshes.make_mesh(fsdp=4, tensor=2), {"kernel": jnp.ones((8, 6))}
-    adaptation = lr.adapt(params, lr.adapters.oft(block=4), jax.random.key(0))  # two blocks for four devices
+    adaptation = lr.adapt(
+        params, lr.adapters.oft(block=4), jax.random.key(0)
+    )  # two blocks for four devices
     placed = meshes.shardings(params, [("kernel", ("embed", "mlp"))], mesh)
     train, _ = lr.adapters.shardings(adaptation, placed)
     (own,) = jax.tree.leaves(train["sites"]["kernel"])
-    assert not any(own.spec) and any(jax.tree.leaves(specs(adaptation, {"kernel": placed["kernel"].spec})[0]))
-    with pytest.raises(ValueError, match="None at 'kernel' is no NamedSharding; give lr.meshes.shardings"):
+    assert not any(own.spec) and any(
+        jax.tree.leaves(specs(adaptation, {"kernel": placed["kernel"].spec})[0])
+    )
+    with pytest.raises(
+        ValueError, match="None at 'kernel' is no NamedSharding; give lr.meshes.shardings"
+    ):
         lr.adapters.shardings(adaptation, {"kernel": None})

@@ -47,28 +47,66 @@ class Processes:
       flags: further flags of all.
     """
 
-    def __init__(self, folder, workdir, count, *flags, program="pretrain", config="tiny.py", values=FLAGS, **changes):
+    def __init__(
+        self,
+        folder,
+        workdir,
+        count,
+        *flags,
+        program="pretrain",
+        config="tiny.py",
+        values=FLAGS,
+        **changes,
+    ):
         self.port, self.logs, self.children = free_port(), [], []
-        values = values | {"data.name": str(folder / "text"), "data.directory": str(folder / "cache")}
-        values |= {key.replace("__", "."): value for key, value in changes.items()}
-        environment = os.environ | ENVIRONMENT | {
-            # of the Makefile, and one device a process
-            "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        values = values | {
+            "data.name": str(folder / "text"),
+            "data.directory": str(folder / "cache"),
         }
+        values |= {key.replace("__", "."): value for key, value in changes.items()}
+        environment = (
+            os.environ
+            | ENVIRONMENT
+            | {
+                # of the Makefile, and one device a process
+                "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false "
+                "--xla_cpu_parallel_codegen_split_count=1",
+                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+                "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }
+        )
         for process in range(count):
-            own = {key: value[process] if isinstance(value, list) else value for key, value in values.items()}
+            own = {
+                key: value[process] if isinstance(value, list) else value
+                for key, value in values.items()
+            }
             place = workdir[process] if isinstance(workdir, list) else workdir
-            command = [sys.executable, "-m", f"experiments.{program}", f"--config=experiments/configs/{config}"]
+            command = [
+                sys.executable,
+                "-m",
+                f"experiments.{program}",
+                f"--config=experiments/configs/{config}",
+            ]
             command += [f"--config.{key}={value}" for key, value in own.items()]
-            command += [f"--workdir={place}", "--noreport", "--join_timeout=60", "--silence_timeout=10", *flags]
+            command += [
+                f"--workdir={place}",
+                "--noreport",
+                "--join_timeout=60",
+                "--silence_timeout=10",
+                *flags,
+            ]
             if count > 1:
-                command += [f"--coordinator=127.0.0.1:{self.port}", f"--processes={count}", f"--process={process}"]
+                command += [
+                    f"--coordinator=127.0.0.1:{self.port}",
+                    f"--processes={count}",
+                    f"--process={process}",
+                ]
             log = folder / f"{self.port}.{process}.log"
             with open(log, "w") as file:
-                child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                child = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+                )
             self.logs.append(log)
             self.children.append(child)
 
@@ -88,7 +126,9 @@ class Processes:
             try:
                 child.wait(max(0.1, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                raise AssertionError(f"still running after {seconds} s:\n" + "\n".join(self.outputs())) from None
+                raise AssertionError(
+                    f"still running after {seconds} s:\n" + "\n".join(self.outputs())
+                ) from None
         return [child.returncode for child in self.children]
 
     def outputs(self) -> list[str]:
@@ -103,7 +143,13 @@ class Processes:
     def wait_for(self, workdir, step, seconds=60) -> None:
         """Return when the run in `workdir` has ended update `step`."""
         end, path = time.monotonic() + seconds, workdir / "metrics.jsonl"
-        while not (path.exists() and any(row["kind"] == "train" and row["step"] >= step for row in metrics.read(path))):
+        while not (
+            path.exists()
+            and any(row["kind"] == "train" and row["step"] >= step for row in metrics.read(path))
+        ):
             ended = [child.poll() for child in self.children]
-            assert ended == [None] * len(ended) and time.monotonic() < end, (ended, "\n".join(self.outputs()))
+            assert ended == [None] * len(ended) and time.monotonic() < end, (
+                ended,
+                "\n".join(self.outputs()),
+            )
             time.sleep(0.01)

@@ -25,10 +25,23 @@ FLAGS = {
     "run.trigram": False,
 }
 LORA = {"adapter.method": "lora(rank=2)"}
-GALORE = {"adapter.method": "", "optimizer.name": "galore", "optimizer.rank": 4, "optimizer.backprop": "projected",
-          "optimizer.projector": "power", "optimizer.eps": 1e-4, "optimizer.learning_rate": 1e-3,
-          "schedule.steps": 8, "mesh.data": 1, "mesh.fsdp": -1}  # fmt: skip
-SHARED = {"mesh__data": 1, "mesh__fsdp": -1, "mesh__explicit": True}  # the base, on a mesh of explicit axes
+GALORE = {
+    "adapter.method": "",
+    "optimizer.name": "galore",
+    "optimizer.rank": 4,
+    "optimizer.backprop": "projected",
+    "optimizer.projector": "power",
+    "optimizer.eps": 1e-4,
+    "optimizer.learning_rate": 1e-3,
+    "schedule.steps": 8,
+    "mesh.data": 1,
+    "mesh.fsdp": -1,
+}
+SHARED = {
+    "mesh__data": 1,
+    "mesh__fsdp": -1,
+    "mesh__explicit": True,
+}  # the base, on a mesh of explicit axes
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +55,9 @@ def start(folder, workdir, count, values, **changes):
     """Processes that tune `folder`/base on `folder`/text."""
     values = FLAGS | values | {"base.source": str(folder / "base")}
     config = "finetune/documentation.py"
-    return Processes(folder, workdir, count, program="finetune", config=config, values=values, **changes)
+    return Processes(
+        folder, workdir, count, program="finetune", config=config, values=values, **changes
+    )
 
 
 def test_two_processes_that_share_a_base_have_the_losses_of_one_and_lose_nothing(folder):

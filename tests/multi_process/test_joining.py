@@ -1,4 +1,5 @@
-"""What is wrong with several processes is said before any work, by each of them, with exit code 2."""
+"""What is wrong with several processes is said before any work, by each of them, with exit code
+2."""
 
 import threading
 import time
@@ -22,7 +23,10 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"coordinator": "a:1", "processes": 2, "process": 2}, "process=2: with processes=2 give 0 to 1"),
+        (
+            {"coordinator": "a:1", "processes": 2, "process": 2},
+            "process=2: with processes=2 give 0 to 1",
+        ),
         ({"coordinator": "a:1", "processes": 2, "process": -1}, "process=-1: "),
         ({"coordinator": "a:1", "processes": 0, "process": 0}, "processes=0: "),
         ({"coordinator": "a", "processes": 2, "process": 0}, "coordinator='a': write host:port"),
@@ -41,7 +45,9 @@ def test_wrong_flags(values, message):
 
 def test_a_coordinator_that_nobody_reaches():
     address, began = f"127.0.0.1:{free_port()}", time.monotonic()
-    with pytest.raises(ConfigurationError, match=f"coordinator='{address}': no process listens there after 1 s"):
+    with pytest.raises(
+        ConfigurationError, match=f"coordinator='{address}': no process listens there after 1 s"
+    ):
         distributed.join(Hosts(coordinator=address, processes=2, process=1, join_timeout=1))
     assert 0.9 < time.monotonic() - began < 5
 
@@ -74,7 +80,12 @@ def test_the_command_refuses_wrong_flags(folder):
 
 
 def test_processes_that_do_not_come(folder):
-    flags = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--process=0", "--join_timeout=2")
+    flags = (
+        f"--coordinator=127.0.0.1:{free_port()}",
+        "--processes=2",
+        "--process=0",
+        "--join_timeout=2",
+    )
     with Processes(folder, folder / "run", 1, *flags) as run:
         (said,) = refused(run)
     assert "process 0 of 2 could not join the others (some did not come within 2 s)" in said

@@ -1,4 +1,5 @@
-"""Runs of two and four processes: the numbers of one process, and nothing lost when one of them is."""
+"""Runs of two and four processes: the numbers of one process, and nothing lost when one of them
+is."""
 
 import json
 import re
@@ -60,7 +61,9 @@ def assert_close(left, right):
     for ours, theirs in zip(losses(left), losses(right), strict=True):
         assert ours.keys() == theirs.keys()
         for step in ours:
-            np.testing.assert_allclose(ours[step], theirs[step], rtol=0, atol=1e-5, err_msg=f"{left} step {step}")
+            np.testing.assert_allclose(
+                ours[step], theirs[step], rtol=0, atol=1e-5, err_msg=f"{left} step {step}"
+            )
 
 
 def test_two_processes_have_the_losses_of_one(one, two):
@@ -74,10 +77,22 @@ def test_the_lead_writes_what_a_run_has_once(one, two):
     assert ours["device"].startswith("2 x ") and theirs["device"].startswith("1 x ")
     assert ours["sample"]
     assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], abs=1e-5)
-    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
-    assert sorted(path.name for path in (two / "checkpoints").iterdir()) == ["10", "20", "30", "40", "50", "60"]
+    assert sorted(path.name for path in two.iterdir()) == sorted(
+        path.name for path in one.iterdir()
+    )
+    assert sorted(path.name for path in (two / "checkpoints").iterdir()) == [
+        "10",
+        "20",
+        "30",
+        "40",
+        "50",
+        "60",
+    ]
     manifest = json.loads((two / "checkpoints" / "60" / "manifest.json").read_text())
-    files = {str(path.relative_to(two / "checkpoints/60/state")) for path in two.glob("checkpoints/60/state/**/*")}
+    files = {
+        str(path.relative_to(two / "checkpoints/60/state"))
+        for path in two.glob("checkpoints/60/state/**/*")
+    }
     assert manifest["files"].keys() <= files and manifest["extra"]["tokens"] == ours["tokens"]
 
 
@@ -87,7 +102,10 @@ def test_a_signal_to_one_stops_all_at_one_update(stopped, two, folder):
     assert len(updates) == 1
     (step,) = map(int, updates)
     assert 12 <= step < STEPS
-    assert max(losses(workdir)[0]) == step and (workdir / "checkpoints" / str(step) / "manifest.json").exists()
+    assert (
+        max(losses(workdir)[0]) == step
+        and (workdir / "checkpoints" / str(step) / "manifest.json").exists()
+    )
     assert_bitwise_equal(resumed(folder, workdir, "stopped-two", 2), two)
 
 
@@ -142,5 +160,7 @@ def test_four_processes_lose_their_lead_and_two_go_on(one, folder):
         codes = run.codes(40)
         said = run.outputs()
     assert codes[0] == -signal.SIGKILL and 0 not in codes
-    assert all("start all of them again" in text or "another task died" in text for text in said[1:]), said
+    assert all(
+        "start all of them again" in text or "another task died" in text for text in said[1:]
+    ), said
     assert_close(resumed(folder, workdir, "four-two", 2), one)

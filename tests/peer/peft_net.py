@@ -17,11 +17,16 @@ peft = pytest.importorskip("peft", reason="needs PEFT: run `make test-peer`")
 import lowrank_jax as lr  # noqa: E402
 
 torch.set_num_threads(1)
-# of peft 0.21.2: hints of UserWarning, and its use of an attribute that transformers 5.24 calls otherwise
+# of peft 0.21.2: hints of UserWarning, and its use of an attribute that transformers 5.24 calls
+# otherwise
 QUIET = pytest.mark.filterwarnings(
-    "ignore::UserWarning:peft", "ignore::UserWarning:torch", "ignore:.*is_gradient_checkpointing:FutureWarning"
+    "ignore::UserWarning:peft",
+    "ignore::UserWarning:torch",
+    "ignore:.*is_gradient_checkpointing:FutureWarning",
 )
-FAST = {"compiler_options": {"xla_backend_optimization_level": 0}}  # compiling is what takes time here
+FAST = {
+    "compiler_options": {"xla_backend_optimization_level": 0}
+}  # compiling is what takes time here
 CONVOLUTIONS = {
     "conv1/kernel": lr.MatrixView(rows=(0, 1), cols=(2,)),
     "conv2/kernel": lr.MatrixView(rows=(0, 1, 2), cols=(3,)),
@@ -71,12 +76,17 @@ def net(params, ids, image):
 
 
 def tree_of(model):
-    """The parameters of a torch model as a Flax tree, by the layouts of the kinds of module, not by the bridge."""
+    """The parameters of a torch model as a Flax tree, by the layouts of the kinds of module, not by
+    the bridge."""
     tree = {}
     for name, module in model.named_children():
         weight = module.weight.detach().numpy()
-        leaf = {torch.nn.Embedding: "embedding", torch.nn.LayerNorm: "scale"}.get(type(module), "kernel")
-        own = {leaf: jnp.asarray(np.moveaxis(weight, (0, 1), (-1, -2)) if leaf == "kernel" else weight)}
+        leaf = {torch.nn.Embedding: "embedding", torch.nn.LayerNorm: "scale"}.get(
+            type(module), "kernel"
+        )
+        own = {
+            leaf: jnp.asarray(np.moveaxis(weight, (0, 1), (-1, -2)) if leaf == "kernel" else weight)
+        }
         if getattr(module, "bias", None) is not None:
             own["bias"] = jnp.asarray(module.bias.detach().numpy())
         tree[name] = own
@@ -95,7 +105,9 @@ def torch_outputs(model):
 @functools.partial(jax.jit, **FAST)
 def both_outputs(params, adaptation):
     inputs = jnp.asarray(IDS), jnp.asarray(np.moveaxis(IMAGE, 1, -1))
-    return net(lr.attach(params, adaptation), *inputs), net(lr.effective(params, adaptation), *inputs)
+    return net(lr.attach(params, adaptation), *inputs), net(
+        lr.effective(params, adaptation), *inputs
+    )
 
 
 def our_outputs(params, adaptation):
@@ -146,6 +158,10 @@ def on(names, adapter):
 
 
 def adapted(params, rules, options):
-    views = lr.Views(rules=tuple((path, view) for path, view in CONVOLUTIONS.items() if path in rules))
-    adapt = jax.jit(lambda params: lr.adapt(params, rules, jax.random.key(0), views=views, **options), **FAST)
+    views = lr.Views(
+        rules=tuple((path, view) for path, view in CONVOLUTIONS.items() if path in rules)
+    )
+    adapt = jax.jit(
+        lambda params: lr.adapt(params, rules, jax.random.key(0), views=views, **options), **FAST
+    )
     return randomised(adapt(params))

@@ -1,7 +1,8 @@
-"""Adapters against Hugging Face PEFT, through its own files: what it saves we load, what we save it loads.
+"""Adapters against Hugging Face PEFT, through its own files: what it saves we load, what we save it
+loads.
 
-Every method runs both ways with random arrays, and the outputs of both models are compared. So PEFT is an oracle of the
-adapters themselves, too.
+Every method runs both ways with random arrays, and the outputs of both models are compared. So PEFT
+is an oracle of the adapters themselves, too.
 """
 
 import jax
@@ -143,15 +144,21 @@ def test_weights_and_masks_are_worked_in(tmp_path):
     """A weight of 0.5, and ranks masked one by one."""
     params = tree_of(Net())
     for names, adapter in (
-        (EVERY, lr.adapters.dora(rank=4)), (EVERY, lr.adapters.hira(rank=4)), (LINEAR, lr.adapters.oft(block=4)),
-    ):  # fmt: skip
+        (EVERY, lr.adapters.dora(rank=4)),
+        (EVERY, lr.adapters.hira(rank=4)),
+        (LINEAR, lr.adapters.oft(block=4)),
+    ):
         adaptation = adapted(params, on(names, adapter), {})
         scaled = jax.tree.map(lambda x: x, adaptation.fixed)
         for own in scaled["sites"].values():
-            own["scale"] = own["scale"] * (jnp.array([1.0, 0.5, 0.0, 0.25]) if own["scale"].ndim else 0.5)
+            own["scale"] = own["scale"] * (
+                jnp.array([1.0, 0.5, 0.0, 0.25]) if own["scale"].ndim else 0.5
+            )
         adaptation = adaptation.replace(fixed=scaled)
         bridge.save(tmp_path, adaptation, params, **FILES)
-        compare(our_outputs(params, adaptation), torch_outputs(loaded(tmp_path)), torch_outputs(Net()))
+        compare(
+            our_outputs(params, adaptation), torch_outputs(loaded(tmp_path)), torch_outputs(Net())
+        )
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -166,7 +173,9 @@ def test_offsets_that_peft_converted(init, tmp_path):
     randomise(model)
     theirs = torch_outputs(model)
     model.save_pretrained(tmp_path / "raw")
-    model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    model.save_pretrained(
+        tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
     converted = bridge.load(tmp_path / "lora", params, **FILES)
     compare(our_outputs(params, converted), theirs, base)
     raw = bridge.load(tmp_path / "raw", params, **FILES)

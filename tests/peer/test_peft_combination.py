@@ -27,26 +27,39 @@ class Model(torch.nn.Module):
 def factors():
     random = np.random.default_rng(0)
     return {
-        name: {at: (random.normal(size=(n, RANK)), random.normal(size=(RANK, m))) for at, (n, m) in SHAPES.items()}
+        name: {
+            at: (random.normal(size=(n, RANK)), random.normal(size=(RANK, m)))
+            for at, (n, m) in SHAPES.items()
+        }
         for name in ALPHAS
     }
 
 
 def theirs(factors, method, **options):
     """`{layer: delta (n, m)}` of the combined adapter."""
-    config = {name: peft.LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["dense", "embed"])
-              for name, alpha in ALPHAS.items()}  # fmt: skip
+    config = {
+        name: peft.LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["dense", "embed"])
+        for name, alpha in ALPHAS.items()
+    }
     model = peft.get_peft_model(Model(), config["one"], adapter_name="one")
     for name in ("two", "three"):
         model.add_adapter(name, config[name])
     base = model.base_model.model
     for name, own in factors.items():
-        tensors = {where: [torch.from_numpy(x.T.astype(np.float32)) for x in pair] for where, pair in own.items()}
+        tensors = {
+            where: [torch.from_numpy(x.T.astype(np.float32)) for x in pair]
+            for where, pair in own.items()
+        }
         base.dense.lora_A[name].weight.data, base.dense.lora_B[name].weight.data = tensors["dense"]
-        base.embed.lora_embedding_A[name].data, base.embed.lora_embedding_B[name].data = tensors["embed"]
+        base.embed.lora_embedding_A[name].data, base.embed.lora_embedding_B[name].data = tensors[
+            "embed"
+        ]
     model.add_weighted_adapter(list(ALPHAS), WEIGHTS, "all", combination_type=method, **options)
     # a linear layer's weight is the transposed kernel, an embedding's is the table itself
-    delta = {"dense": base.dense.get_delta_weight("all").T, "embed": base.embed.get_delta_weight("all")}
+    delta = {
+        "dense": base.dense.get_delta_weight("all").T,
+        "embed": base.embed.get_delta_weight("all"),
+    }
     return {where: x.detach().numpy() for where, x in delta.items()}
 
 
@@ -56,8 +69,16 @@ def ours(factors, method, **options):
     for name, own in factors.items():
         rules = {"(dense|embed)/.*": lr.adapters.lora(rank=RANK, alpha=ALPHAS[name])}
         one = lr.adapt(params, rules, jax.random.key(0))
-        sites = {path: dict(zip("ab", (jnp.asarray(x, jnp.float32) for x in own[path.split("/")[0]]), strict=True))
-                 for path in one.plan.by_path}  # fmt: skip
+        sites = {
+            path: dict(
+                zip(
+                    "ab",
+                    (jnp.asarray(x, jnp.float32) for x in own[path.split("/")[0]]),
+                    strict=True,
+                )
+            )
+            for path in one.plan.by_path
+        }
         each[name] = one.replace(train=one.train | {"sites": sites})
     found = lr.effective(params, lr.adapters.combine(each, WEIGHTS, method=method, **options))
     return {"dense": found["dense"]["kernel"], "embed": found["embed"]["embedding"]}
@@ -85,9 +106,15 @@ def test_every_method_is_theirs(factors, method, options, monkeypatch):
     # one pattern of dropped entries for both, equal to its transpose
     pattern = lambda rows, cols: (np.arange(rows)[:, None] + np.arange(cols)) % 3 > 0  # noqa: E731
     monkeypatch.setattr(jax.random, "bernoulli", lambda key, p, shape: jnp.asarray(pattern(*shape)))
-    monkeypatch.setattr(torch, "bernoulli", lambda p: torch.from_numpy(pattern(*p.shape).astype(np.float32)))
+    monkeypatch.setattr(
+        torch, "bernoulli", lambda p: torch.from_numpy(pattern(*p.shape).astype(np.float32))
+    )
     names = {"rank": "svd_rank", "majority_sign": "majority_sign_method"}
-    want = theirs(factors, method, **{names.get(name, name): value for name, value in options.items()})
-    got = ours(factors, method, **options, **({"key": jax.random.key(0)} if "dare" in method else {}))
+    want = theirs(
+        factors, method, **{names.get(name, name): value for name, value in options.items()}
+    )
+    got = ours(
+        factors, method, **options, **({"key": jax.random.key(0)} if "dare" in method else {})
+    )
     for where in SHAPES:
         np.testing.assert_allclose(got[where], want[where], atol=3e-5)

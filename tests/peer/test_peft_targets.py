@@ -31,7 +31,16 @@ from tests.peer.peft_net import (
 )
 
 pytestmark = QUIET
-MODULES = ["layers.0.q", "layers.1.q", "layers.1.x.v", "m.layers.0.q", "m.layers.1.q", "m.h.1.experts.0.q", "q", "m.v"]
+MODULES = [
+    "layers.0.q",
+    "layers.1.q",
+    "layers.1.x.v",
+    "m.layers.0.q",
+    "m.layers.1.q",
+    "m.h.1.experts.0.q",
+    "q",
+    "m.v",
+]
 TARGETS = [["q"], ["q", "m.layers.0.q"], ["layers.0.q", "v"], r".*\.q", ["x.v", "layers.1.x.v"]]
 LAYERS = [None, [], 1, [0], [1, 2]]
 PATTERNS = [None, "", "layers", ["h", "layers"], "blocks"]
@@ -41,7 +50,11 @@ def test_targets_are_those_of_peft():
     theirs = peft.tuners.tuners_utils.check_target_module_exists
     found = 0
     for targets, layers, pattern in itertools.product(TARGETS, LAYERS, PATTERNS):
-        fields = {"target_modules": targets, "layers_to_transform": layers, "layers_pattern": pattern}
+        fields = {
+            "target_modules": targets,
+            "layers_to_transform": layers,
+            "layers_pattern": pattern,
+        }
         others = dict.fromkeys(["exclude_modules", "modules_to_save", "target_parameters"])
         config = type("Config", (), fields | others)
         for module in MODULES:
@@ -53,7 +66,8 @@ def test_targets_are_those_of_peft():
 
 @pytest.mark.parametrize("pattern", [{"lin0": 3}, {"lin0": 1}, {}], ids=str)
 def test_hira_of_ranks_by_module(pattern, tmp_path):
-    """PEFT makes every module of rank r; what we save with ranks by module is padded to the largest."""
+    """PEFT makes every module of rank r; what we save with ranks by module is padded to the
+    largest."""
     config = peft.HiraConfig(r=2, target_modules=["emb", "lin0", "lin1"], rank_pattern=pattern)
     model = peft.get_peft_model(Net(), config)
     randomise(model)
@@ -61,11 +75,17 @@ def test_hira_of_ranks_by_module(pattern, tmp_path):
     params = tree_of(Net())
     adaptation = bridge.load(tmp_path, params, **FILES)
     compare(our_outputs(params, adaptation), torch_outputs(model), torch_outputs(Net()))
-    own = lr.adapt(params, {"(emb|lin.)/(embedding|kernel)": lr.adapters.hira(rank=2)}, jax.random.key(0),
-                   ranks={f"{name}/kernel": rank for name, rank in pattern.items()})  # fmt: skip
+    own = lr.adapt(
+        params,
+        {"(emb|lin.)/(embedding|kernel)": lr.adapters.hira(rank=2)},
+        jax.random.key(0),
+        ranks={f"{name}/kernel": rank for name, rank in pattern.items()},
+    )
     own = randomised(own)
     bridge.save(tmp_path / "ours", own, params, **FILES)
-    compare(our_outputs(params, own), torch_outputs(loaded(tmp_path / "ours")), torch_outputs(Net()))
+    compare(
+        our_outputs(params, own), torch_outputs(loaded(tmp_path / "ours")), torch_outputs(Net())
+    )
 
 
 def test_training_alone(tmp_path):
@@ -121,4 +141,6 @@ def test_adapters_of_different_targets_in_one_batch(tmp_path):
     for row, name in enumerate(rows):
         with torch.no_grad():
             model.eval().set_adapter(name) if name else model.base_model.disable_adapter_layers()
-            np.testing.assert_allclose(ours[row], states(torch.from_numpy(ids[row])).numpy(), atol=2e-6)
+            np.testing.assert_allclose(
+                ours[row], states(torch.from_numpy(ids[row])).numpy(), atol=2e-6
+            )

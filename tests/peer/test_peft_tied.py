@@ -1,4 +1,5 @@
-"""Adapters of a table that the output layer shares, against Hugging Face PEFT on a tied LLaMA, in both directions."""
+"""Adapters of a table that the output layer shares, against Hugging Face PEFT on a tied LLaMA, in
+both directions."""
 
 import functools
 
@@ -17,7 +18,9 @@ from lowrank_jax.interop import llama
 from lowrank_jax.interop import peft as bridge
 from tests.peer.peft_net import FAST, QUIET, loaded, peft, randomised, torch
 
-transformers = pytest.importorskip("transformers", reason="needs Transformers: run `make test-peer`")
+transformers = pytest.importorskip(
+    "transformers", reason="needs Transformers: run `make test-peer`"
+)
 
 pytestmark = QUIET
 TOKENS = np.random.default_rng(5).integers(0, 32, (2, 6))
@@ -28,9 +31,16 @@ FILES = {"names": llama.torch_name, "views": lr.Views(stacked=("layers/.*",))}
 def causal():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=True, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -54,13 +64,18 @@ def parts(model):
     """What the look-up and the output layer are by themselves, for exact comparison."""
     rows, states = torch.arange(32), torch.eye(16)
     with torch.no_grad():
-        head = model.get_output_embeddings() if model.get_output_embeddings() is not None else model.lm_head
+        head = (
+            model.get_output_embeddings()
+            if model.get_output_embeddings() is not None
+            else model.lm_head
+        )
         return model.eval().get_input_embeddings()(rows).numpy(), head(states).numpy()
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """`(params, logits of (params, adaptation), look-up and output layer of them)` of the base in JAX."""
+    """`(params, logits of (params, adaptation), look-up and output layer of them)` of the base in
+    JAX."""
     folder = tmp_path_factory.mktemp("base")
     causal().save_pretrained(folder)
     config, params = huggingface.load(folder, scan=True)
@@ -72,7 +87,11 @@ def base(tmp_path_factory):
         table = lr.attach(params, adaptation)["embed"]["embedding"]
         return lr.adapters.embed(jnp.arange(32), table), lr.adapters.attend(jnp.eye(16), table)
 
-    return params, lambda adaptation: np.asarray(apply(params, adaptation)), functools.partial(split, params)
+    return (
+        params,
+        lambda adaptation: np.asarray(apply(params, adaptation)),
+        functools.partial(split, params),
+    )
 
 
 def close(ours, theirs, relative=1e-7):
@@ -146,7 +165,9 @@ def test_what_one_leaf_cannot_say_is_refused_and_an_untied_tree_says_it(case, ba
     config, error = REFUSED[case]
     model = moved(config())
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=error + ".*a kernel of its own in params, the transposed table"):
+    with pytest.raises(
+        ValueError, match=error + ".*a kernel of its own in params, the transposed table"
+    ):
         bridge.load(tmp_path, params, **FILES)
     if case == "magnitudes":
         return  # the file says that they are tied, and its DoRA of both is another one for each
@@ -159,9 +180,14 @@ def test_what_one_leaf_cannot_say_is_refused_and_an_untied_tree_says_it(case, ba
 
 
 def test_scales_that_differ_between_the_two_modules_are_refused(base, tmp_path):
-    config = LORA(target_modules=["embed_tokens"], ensure_weight_tying=True, alpha_pattern={"lm_head": 12})
+    config = LORA(
+        target_modules=["embed_tokens"], ensure_weight_tying=True, alpha_pattern={"lm_head": 12}
+    )
     moved(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"rank and alpha are \(2, 6\) for 'model.embed_tokens' and \(2, 12\) for 'lm"):
+    with pytest.raises(
+        ValueError,
+        match=r"rank and alpha are \(2, 6\) for 'model.embed_tokens' and \(2, 12\) for 'lm",
+    ):
         bridge.load(tmp_path, base[0], **FILES)
 
 
@@ -170,10 +196,22 @@ def test_saving_refuses_what_peft_cannot_say(base, tmp_path):
     adapt = functools.partial(lr.adapt, params, key=jax.random.key(0), views=FILES["views"])
     table = "embed/embedding"
     for adaptation, error in (
-        (adapt({table: lr.adapters.hira(rank=2)}), "'model.embed_tokens' is adapted as the look-up and as the output"),
-        (adapt({table: lr.adapters.dora(rank=2)}), "'model.embed_tokens' has DoRA as the look-up and as the output"),
-        (adapt({".*/q_proj/kernel": lr.adapters.oft(block=2)}, whole=table), "'model.embed_tokens' is trained as the"),
-        (adapt({table: lr.adapters.lora(rank=2)}, uses={table: ("dot_general",)}), r"adapted at \('dot_general',\)"),
+        (
+            adapt({table: lr.adapters.hira(rank=2)}),
+            "'model.embed_tokens' is adapted as the look-up and as the output",
+        ),
+        (
+            adapt({table: lr.adapters.dora(rank=2)}),
+            "'model.embed_tokens' has DoRA as the look-up and as the output",
+        ),
+        (
+            adapt({".*/q_proj/kernel": lr.adapters.oft(block=2)}, whole=table),
+            "'model.embed_tokens' is trained as the",
+        ),
+        (
+            adapt({table: lr.adapters.lora(rank=2)}, uses={table: ("dot_general",)}),
+            r"adapted at \('dot_general',\)",
+        ),
     ):
         with pytest.raises(ValueError, match=error):
             bridge.save(tmp_path, adaptation, params, **FILES)

@@ -1,4 +1,5 @@
-"""Adapters against Hugging Face PEFT on modules of transformers: LLaMA, scanned or not, and the linear one of GPT-2."""
+"""Adapters against Hugging Face PEFT on modules of transformers: LLaMA, scanned or not, and the
+linear one of GPT-2."""
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,28 @@ from experiments.models import huggingface
 from experiments.models.llama import Llama
 from lowrank_jax.interop import llama
 from lowrank_jax.interop import peft as bridge
-from tests.peer.peft_net import FAST, QUIET, compare, convolve, loaded, peft, randomise, randomised, torch
+from tests.peer.peft_net import (
+    FAST,
+    QUIET,
+    compare,
+    convolve,
+    loaded,
+    peft,
+    randomise,
+    randomised,
+    torch,
+)
 
-transformers = pytest.importorskip("transformers", reason="needs Transformers: run `make test-peer`")
+transformers = pytest.importorskip(
+    "transformers", reason="needs Transformers: run `make test-peer`"
+)
 
 pytestmark = QUIET
 
 
 class Transposed(torch.nn.Module):
-    """GPT-2's kind of linear module, which stores its weight as `(n, m)`, and a 1 x 1 convolution."""
+    """GPT-2's kind of linear module, which stores its weight as `(n, m)`, and a 1 x 1
+    convolution."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +89,11 @@ def test_transposed_modules_and_points(config, tmp_path):
     back = Transposed()
     back.mlp.bias.data.zero_()
     back.point.bias.data.zero_()
-    compare(np.asarray(ours(lr.attach(params, adaptation)))[:, :, 0], theirs(loaded(tmp_path / "ours", back)), base)
+    compare(
+        np.asarray(ours(lr.attach(params, adaptation)))[:, :, 0],
+        theirs(loaded(tmp_path / "ours", back)),
+        base,
+    )
 
 
 TOKENS = np.random.default_rng(5).integers(0, 32, (2, 6))
@@ -97,10 +115,17 @@ LLAMA = {
 def causal():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=False, attention_bias=True,
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+        attention_bias=True,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     model = transformers.LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

@@ -1,4 +1,5 @@
-"""What the adapters draw by a seed is what PyTorch draws: positions, and the banks of VeRA, bit for bit."""
+"""What the adapters draw by a seed is what PyTorch draws: positions, and the banks of VeRA, bit for
+bit."""
 
 import math
 
@@ -14,7 +15,9 @@ from lowrank_jax.adapters.positions import torch_permutation
 torch = pytest.importorskip("torch")
 
 
-@pytest.mark.parametrize("size, count, seed", [(100, 100, 777), (4096 * 32, 1000, 777), (50_000_000, 2000, 0)])
+@pytest.mark.parametrize(
+    "size, count, seed", [(100, 100, 777), (4096 * 32, 1000, 777), (50_000_000, 2000, 0)]
+)
 def test_permutations_are_those_of_randperm(size, count, seed):
     wanted = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
     assert np.array_equal(torch_permutation(size, count, seed), wanted.numpy())
@@ -28,7 +31,9 @@ def test_fourierft_is_ifft2_of_a_sparse_spectrum():
     dense[flat // 20, flat % 20] = torch.tensor(spectrum)
     wanted = 150 * torch.fft.ifft2(dense).real
     p = adapter.start(jax.random.key(0), kernel) | {"spectrum": jnp.asarray(spectrum)}
-    np.testing.assert_allclose(adapter.effective(adapter.site((20, 12)), kernel, p).T, wanted.numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        adapter.effective(adapter.site((20, 12)), kernel, p).T, wanted.numpy(), atol=1e-5
+    )
 
 
 def test_banks_of_vera_are_uniform_of_one_generator():
@@ -36,6 +41,13 @@ def test_banks_of_vera_are_uniform_of_one_generator():
     bound = lambda fan: math.sqrt(3.0) * math.sqrt(2) / math.sqrt(fan)  # noqa: E731
     a = torch.empty(7, 33).uniform_(-bound(33), bound(33), generator=generator)
     b = torch.empty(41, 7).uniform_(-bound(7), bound(7), generator=generator)
-    sites = {"q": Site(path="q", shape=(33, 20), rank=7), "v": Site(path="v", shape=(20, 41), rank=7)}
-    found = lr.adapters.vera(rank=7, seed=5).init_shared(None, Group(sites=sites, order=(("q", 0), ("v", 0))))[1]
-    assert np.array_equal(found["bank_a"], a.numpy().T) and np.array_equal(found["bank_b"], b.numpy().T)
+    sites = {
+        "q": Site(path="q", shape=(33, 20), rank=7),
+        "v": Site(path="v", shape=(20, 41), rank=7),
+    }
+    found = lr.adapters.vera(rank=7, seed=5).init_shared(
+        None, Group(sites=sites, order=(("q", 0), ("v", 0)))
+    )[1]
+    assert np.array_equal(found["bank_a"], a.numpy().T) and np.array_equal(
+        found["bank_b"], b.numpy().T
+    )

@@ -35,7 +35,9 @@ def test_orthonormal_basis_spans_what_theirs_spans(x):
     tall = tall[..., :3]
     ours = np.asarray(linalg.orthonormalize(tall))
     theirs = torch.linalg.qr(torch.from_numpy(tall)).Q.numpy()
-    np.testing.assert_allclose(ours @ np.swapaxes(ours, -1, -2), theirs @ np.swapaxes(theirs, -1, -2), atol=2e-5)
+    np.testing.assert_allclose(
+        ours @ np.swapaxes(ours, -1, -2), theirs @ np.swapaxes(theirs, -1, -2), atol=2e-5
+    )
 
 
 def test_power_step_spans_what_theirs_spans(x):
@@ -43,7 +45,9 @@ def test_power_step_spans_what_theirs_spans(x):
     ours = np.asarray(linalg.power_step(x, basis))
     product = torch.from_numpy(x) @ (torch.from_numpy(x).mT @ torch.from_numpy(basis))
     theirs = torch.linalg.qr(product).Q.numpy()
-    np.testing.assert_allclose(ours @ np.swapaxes(ours, -1, -2), theirs @ np.swapaxes(theirs, -1, -2), atol=1e-4)
+    np.testing.assert_allclose(
+        ours @ np.swapaxes(ours, -1, -2), theirs @ np.swapaxes(theirs, -1, -2), atol=1e-4
+    )
 
 
 def test_dct_by_torch_fft(x):
@@ -57,7 +61,9 @@ def test_dct_by_torch_fft(x):
     expected = (values * scale).transpose(-1, -2).numpy()
     for method in ("fft", "matmul"):
         np.testing.assert_allclose(linalg.dct(x, kind=2, method=method), expected, atol=1e-5)
-        np.testing.assert_allclose(linalg.dct(expected.astype(np.float32), kind=3, method=method), x, atol=1e-5)
+        np.testing.assert_allclose(
+            linalg.dct(expected.astype(np.float32), kind=3, method=method), x, atol=1e-5
+        )
 
 
 def problem(shape, t):
@@ -86,4 +92,6 @@ def test_adamw_is_theirs_and_the_recorded_one(golden, shape):
     moved = weight.detach().numpy() - first
     trace = row["traces"][f"{shape[0]}x{shape[1]}"]
     found = [np.linalg.norm(moved), moved[0, 0], moved[1, 2]]
-    np.testing.assert_allclose(found, [trace["norm"], trace["entry_0_0"], trace["entry_1_2"]], rtol=row["tolerance"])
+    np.testing.assert_allclose(
+        found, [trace["norm"], trace["entry_0_0"], trace["entry_1_2"]], rtol=row["tolerance"]
+    )

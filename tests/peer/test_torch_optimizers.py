@@ -1,4 +1,5 @@
-"""At the identity projector a projection optimizer is its inner one: torch's AdamW, trained on the same loss."""
+"""At the identity projector a projection optimizer is its inner one: torch's AdamW, trained on the
+same loss."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,9 @@ def test_identity_projector_is_torch_adamw(shape, weight_decay):
         torch.mean((torch.tensor(inputs) @ weight - torch.tensor(targets)) ** 2).backward()
         peer.step()
 
-    tx = lr.frugal(1e-2, projector=lr.projectors.identity(), rule="discard", weight_decay=weight_decay)
+    tx = lr.frugal(
+        1e-2, projector=lr.projectors.identity(), rule="discard", weight_decay=weight_decay
+    )
     params = {"kernel": jnp.asarray(start)}
     state = tx.init(params)
 

@@ -1,4 +1,5 @@
-"""Numbers and dtypes that are refused at construction or `init`, and those of NumPy that are taken."""
+"""Numbers and dtypes that are refused at construction or `init`, and those of NumPy that are
+taken."""
 
 import functools
 import math
@@ -36,13 +37,30 @@ NUMBERS = [(PROJECTIONS[name], field) for name in PROJECTIONS for field in COMMO
 NUMBERS += [(PROJECTIONS[name], "eps") for name in ("galore", "dct_adamw", "ldadam")]
 NUMBERS += [(PROJECTIONS[name], "scale") for name in ("galore", "apollo", "apollo_mini")]
 NUMBERS += [(PROJECTIONS["frugal"], field) for field in ("active_scale", "inactive_scale")]
-NUMBERS += [(PROJECTIONS["apollo"], "limiter"), (PROJECTIONS["ldadam"], "mix"), (PROJECTIONS["galore"], "seed")]
+NUMBERS += [
+    (PROJECTIONS["apollo"], "limiter"),
+    (PROJECTIONS["ldadam"], "mix"),
+    (PROJECTIONS["galore"], "seed"),
+]
 NUMBERS += [(lr.clocks.every, "period")]
 NUMBERS += [(make, field) for make in PAIRS.values() for field in ("rate", "weight_decay", "b1")]
-NUMBERS += [(PAIRS["lora_plus"], "ratio"), (PAIRS["altlora"], "scale"), (PAIRS["altlora"], "damping")]
-NUMBERS += [(lambda **o: lr.precondition_pairs(**o), "scale"), (lambda **o: lr.precondition_pairs(**o), "damping")]
-NUMBERS += [(lambda **o: lr.scale_by_projection(P.svd(rank=2), **o), field) for field in ("scale", "clip_norm")]
-NUMBERS += [(lambda rate=0.1, **o: lr.apply_learning_rate(rate, **o), field) for field in ("rate", "weight_decay")]
+NUMBERS += [
+    (PAIRS["lora_plus"], "ratio"),
+    (PAIRS["altlora"], "scale"),
+    (PAIRS["altlora"], "damping"),
+]
+NUMBERS += [
+    (lambda **o: lr.precondition_pairs(**o), "scale"),
+    (lambda **o: lr.precondition_pairs(**o), "damping"),
+]
+NUMBERS += [
+    (lambda **o: lr.scale_by_projection(P.svd(rank=2), **o), field)
+    for field in ("scale", "clip_norm")
+]
+NUMBERS += [
+    (lambda rate=0.1, **o: lr.apply_learning_rate(rate, **o), field)
+    for field in ("rate", "weight_decay")
+]
 NUMBERS += [(lr.inner.adam, "b2"), (lr.residuals.sign, "scale"), (lr.residuals.sgd, "scale")]
 NUMBERS += [(make, "alpha") for make in (lora, A.loha, A.fourierft)] + [(A.vera, "initial")]
 
@@ -54,7 +72,9 @@ def test_a_number_that_is_not_finite_is_refused_at_construction(make, field):
         positional = [value] if field == "rate" else [0.1] if make in PAIRS.values() else []
         options = {} if field == "rate" else {field: value}
         name = "learning_rate" if field == "rate" else field
-        with pytest.raises(ValueError, match=f"(?s){'(scale|' + name + ')'}=.*(nan|inf|000) must be"):
+        with pytest.raises(
+            ValueError, match=f"(?s){'(scale|' + name + ')'}=.*(nan|inf|000) must be"
+        ):
             make(*positional, **options)
 
 
@@ -77,7 +97,9 @@ def test_a_period_is_an_integer(period):
 
 def test_traced_numbers_arrays_and_schedules_pass():
     def init(rate):
-        return lr.galore(rate, rank=2, scale=rate, weight_decay=rate, b1=rate, clip_norm=rate).init(KERNEL)
+        return lr.galore(rate, rank=2, scale=rate, weight_decay=rate, b1=rate, clip_norm=rate).init(
+            KERNEL
+        )
 
     jax.eval_shape(init, jnp.float32(0.1))
     init(jnp.float32(0.1))
@@ -86,19 +108,34 @@ def test_traced_numbers_arrays_and_schedules_pass():
     lr.lora_plus(schedule, weight_decay=schedule).init(PAIR)
 
 
-RANKS = [np.int64(4), np.int32(4), np.float32(0.5), {"dense/.*": 4}, {"x": 2, ".*": np.int64(4)}, (("dense/.*", 4),)]
+RANKS = [
+    np.int64(4),
+    np.int32(4),
+    np.float32(0.5),
+    {"dense/.*": 4},
+    {"x": 2, ".*": np.int64(4)},
+    (("dense/.*", 4),),
+]
 
 
 @pytest.mark.parametrize("rank", RANKS, ids=repr)
 def test_ranks_of_numpy_and_ranks_by_a_dict(rank):
     params = {"dense": {"kernel": jnp.ones((8, 10))}}
-    for projector in (P.svd(rank=rank), P.dct(rank=rank), P.random(rank=rank), P.columns(rank=rank)):
+    for projector in (
+        P.svd(rank=rank),
+        P.dct(rank=rank),
+        P.random(rank=rank),
+        P.columns(rank=rank),
+    ):
         hash(projector)
         view = lr.explain(lr.scale_by_projection(projector), params).projected[0]
         assert (view.rank, type(view.rank)) == (4, int)
     assert lr.explain(lr.galore(0.1, rank=rank), params).projected[0].rank == 4
     injected = optax.inject_hyperparams(lr.galore, static_args=("rank",))(0.1, rank=rank)
-    assert injected.init(params).inner_state.projection.matrices["dense"]["kernel"].basis.shape == (8, 4)
+    assert injected.init(params).inner_state.projection.matrices["dense"]["kernel"].basis.shape == (
+        8,
+        4,
+    )
 
 
 def test_integers_of_numpy_elsewhere():
@@ -199,9 +236,15 @@ def test_masks_of_decay_may_be_prefixes(fused):
 
 def test_a_mask_inside_partition_and_masked():
     params = KERNEL | {"other": jnp.ones(3)}
-    for mask in ({"dense": {"kernel": True, "bias": False}, "other": True}, {"dense": True, "other": False}, True):
+    for mask in (
+        {"dense": {"kernel": True, "bias": False}, "other": True},
+        {"dense": True, "other": False},
+        True,
+    ):
         inner = lr.galore(0.1, rank=2, weight_decay=0.5, mask=mask)
-        tx = optax.partition({"low": inner, "plain": optax.sgd(0.1)}, {"dense": "low", "other": "plain"})
+        tx = optax.partition(
+            {"low": inner, "plain": optax.sgd(0.1)}, {"dense": "low", "other": "plain"}
+        )
         zeros = jax.tree.map(jnp.zeros_like, params)
         updates, _ = tx.update(zeros, tx.init(params), params)
         np.testing.assert_allclose(updates["dense"]["kernel"], -0.05, rtol=1e-6)
@@ -235,7 +278,10 @@ def test_decay_follows_a_schedule_of_accepted_steps_in_every_form():
 
 def test_decay_of_pairs_follows_a_schedule():
     tx = lr.lora_plus(
-        0.1, ratio=1.0, weight_decay=optax.piecewise_constant_schedule(0.5, {1: 0.5}), mask={"q": True, "bias": False}
+        0.1,
+        ratio=1.0,
+        weight_decay=optax.piecewise_constant_schedule(0.5, {1: 0.5}),
+        mask={"q": True, "bias": False},
     )
     params, state = PAIR, tx.init(PAIR)
     for _ in range(2):
@@ -248,10 +294,15 @@ def test_decay_of_pairs_follows_a_schedule():
 def test_an_injected_schedule_of_decay():
     schedule = optax.piecewise_constant_schedule(0.5, {1: 0.5})
     plain = lr.galore(0.1, rank=2, weight_decay=schedule)
-    injected = optax.inject_hyperparams(lr.galore, static_args=("rank",))(0.1, rank=2, weight_decay=schedule)
+    injected = optax.inject_hyperparams(lr.galore, static_args=("rank",))(
+        0.1, rank=2, weight_decay=schedule
+    )
     states = [plain.init(KERNEL), injected.init(KERNEL)]
     for _ in range(2):
-        made = [tx.update(KERNEL, state, KERNEL) for tx, state in zip((plain, injected), states, strict=True)]
+        made = [
+            tx.update(KERNEL, state, KERNEL)
+            for tx, state in zip((plain, injected), states, strict=True)
+        ]
         (first, second), states = (updates for updates, _ in made), [state for _, state in made]
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), first, second)
 
@@ -264,7 +315,9 @@ def test_decay_of_the_layerwise_form_follows_the_schedule_and_the_mask():
     stack = lr.Stack(before=lambda rest, x: x, layer=layer, after=lambda rest, x, _: jnp.mean(x**2))
     params = {"layers": {"kernel": jnp.stack([jnp.eye(4)] * 2), "bias": jnp.ones((2, 4))}}
     schedule, mask = optax.linear_schedule(0.5, 0.1, 2), {"layers": {"kernel": True, "bias": False}}
-    tx = lr.dct_adamw(0.1, rank=2, views=lr.Views(stacked="layers/.*"), weight_decay=schedule, mask=mask)
+    tx = lr.dct_adamw(
+        0.1, rank=2, views=lr.Views(stacked="layers/.*"), weight_decay=schedule, mask=mask
+    )
     found = []
     for make in (lr.layerwise_step(stack, tx), lr.train_step(stack.loss, tx)):
         step, own, state = jax.jit(make), params, tx.init(params)

@@ -9,13 +9,17 @@ import pytest
 import lowrank_jax as lr
 
 
-@pytest.mark.parametrize("period, phase, first", [(1, 0, True), (4, 0, True), (4, 3, True), (4, 3, False), (3, 7, 0)])
+@pytest.mark.parametrize(
+    "period, phase, first", [(1, 0, True), (4, 0, True), (4, 3, True), (4, 3, False), (3, 7, 0)]
+)
 def test_every(period, phase, first):
     expected = [t for t in range(20) if t % period == phase % period or (first and t == 0)]
     clock = lr.clocks.every(period=period, phase=phase, first=first)
     assert [t for t in range(20) if clock.due(jnp.int32(t))] == expected
     traced = jax.jit(lambda p, f, t: lr.clocks.every(period=p, phase=f, first=first).due(t))
-    assert [t for t in range(20) if traced(jnp.int32(period), jnp.int32(phase), jnp.int32(t))] == expected
+    assert [
+        t for t in range(20) if traced(jnp.int32(period), jnp.int32(phase), jnp.int32(t))
+    ] == expected
 
 
 def test_every_step_and_never():
@@ -40,9 +44,11 @@ def test_staggered_moves_every_layer_once_in_a_period(period, layers):
 def test_staggered_refreshes_only_its_layers():
     """Of five layers with period 3 each step moves two, or the last one; step 0 moves all."""
     transformation = lr.scale_by_projection(
-        lr.projectors.svd(rank=2), clock=lr.clocks.staggered(period=3), views=lr.Views(stacked=("kernel",)),
+        lr.projectors.svd(rank=2),
+        clock=lr.clocks.staggered(period=3),
+        views=lr.Views(stacked=("kernel",)),
         inner=optax.identity(),
-    )  # fmt: skip
+    )
     params = {"kernel": jnp.ones((5, 4, 6))}
     phase = transformation.projection.phase(lr.explain(transformation, params).projected[0])
     grads = np.random.default_rng(0).normal(size=(7, 5, 4, 6)).astype(np.float32)
@@ -69,7 +75,9 @@ def test_after_uses_the_old_basis_and_leaves_the_new_one():
     for when, row in (("before", best), ("after", 0)):
         clock = lr.clocks.every_step(when=when)
         transformation = lr.scale_by_projection(projector, clock=clock, inner=optax.identity())
-        updates, state = transformation.update(jnp.asarray(grads), transformation.init(jnp.asarray(grads)))
+        updates, state = transformation.update(
+            jnp.asarray(grads), transformation.init(jnp.asarray(grads))
+        )
         expected = np.zeros_like(grads)
         expected[row] = grads[row]
         np.testing.assert_allclose(updates, expected)

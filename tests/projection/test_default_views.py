@@ -1,4 +1,5 @@
-"""Kernels of more than two axes: what the defaults read from names and neighbours, and the error where nothing says."""
+"""Kernels of more than two axes: what the defaults read from names and neighbours, and the error
+where nothing says."""
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,12 @@ class Convolutions(nn.Module):
         return nn.Dense(4, use_bias=self.bias)(nn.ConvTranspose(4, (2, 2), use_bias=self.bias)(x))
 
 
-CONVOLUTIONS = {"Conv_0/kernel": WINDOW, "depthwise_conv/kernel": WINDOW, "ConvTranspose_0/kernel": WINDOW,
-                "Dense_0/kernel": lr.MatrixView()}  # fmt: skip
+CONVOLUTIONS = {
+    "Conv_0/kernel": WINDOW,
+    "depthwise_conv/kernel": WINDOW,
+    "ConvTranspose_0/kernel": WINDOW,
+    "Dense_0/kernel": lr.MatrixView(),
+}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -52,7 +57,12 @@ def test_attention_of_linen_and_nnx(bias, heads):
 
     def make():
         return nnx.MultiHeadAttention(
-            num_heads=heads, in_features=12, qkv_features=24, use_bias=bias, decode=False, rngs=nnx.Rngs(0)
+            num_heads=heads,
+            in_features=12,
+            qkv_features=24,
+            use_bias=bias,
+            decode=False,
+            rngs=nnx.Rngs(0),
         )
 
     for tree in (shapes(linen, X, X), nnx.state(nnx.eval_shape(make), nnx.Param)):
@@ -67,7 +77,9 @@ def test_attention_of_linen_and_nnx(bias, heads):
 def test_convolutions(bias):
     tree = shapes(Convolutions(bias=bias), IMAGE)
     assert views(tree) == CONVOLUTIONS
-    model = nnx.eval_shape(lambda: nnx.Dict(conv=nnx.Conv(3, 8, (3, 3), use_bias=bias, rngs=nnx.Rngs(0))))
+    model = nnx.eval_shape(
+        lambda: nnx.Dict(conv=nnx.Conv(3, 8, (3, 3), use_bias=bias, rngs=nnx.Rngs(0)))
+    )
     assert views(nnx.state(model, nnx.Param)) == {"conv/kernel": WINDOW}
 
 
@@ -83,7 +95,7 @@ def test_names_of_axes():
         "a": {"kernel": box((8, 2, 4), "embed", "heads", "kv")},
         "b": {"kernel": box((2, 4, 8), "heads", "kv", "embed")},
         "c": {"kernel": box((3, 8, 2, 4), "layers", "embed", "kv_heads", "head_dim")},
-    }  # fmt: skip
+    }
     assert views(tree) == {"a/kernel": SPLIT, "b/kernel": JOIN, "c/kernel": SPLIT.stacked()}
 
 
@@ -101,7 +113,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, _):
-        x = nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12, use_bias=self.bias, name="attention")(x)
+        x = nn.MultiHeadDotProductAttention(
+            num_heads=3, qkv_features=12, use_bias=self.bias, name="attention"
+        )(x)
         return nn.Dense(12, use_bias=self.bias)(nn.Conv(12, (3,), use_bias=self.bias)(x)), None
 
 
@@ -117,8 +131,9 @@ def test_scanned_layers_are_read_once_they_are_declared_and_never_before(length,
     with pytest.raises(ValueError, match=r"stacked=\('decoder/layers/\.\*',\)"):
         views(tree)
     expected = attention(f"{root}/attention/") | {
-        f"{root}/Dense_0/kernel": lr.MatrixView(), f"{root}/Conv_0/kernel": JOIN
-    }  # fmt: skip
+        f"{root}/Dense_0/kernel": lr.MatrixView(),
+        f"{root}/Conv_0/kernel": JOIN,
+    }
     if not bias:  # a convolution under layers might be one of two axes
         expected.pop(f"{root}/Conv_0/kernel")
         tree["decoder"]["layers"].pop("Conv_0")
@@ -127,7 +142,8 @@ def test_scanned_layers_are_read_once_they_are_declared_and_never_before(length,
 
 
 def test_dense_layers_named_as_attention_are_not_read_as_heads():
-    """Stacked (L, D, D) kernels of Dense layers named query and out, with and without biases, even where L = D."""
+    """Stacked (L, D, D) kernels of Dense layers named query and out, with and without biases, even
+    where L = D."""
     for length in (4, 8):
         for bias in ({}, {"bias": jnp.ones((length, 8))}):
             layer = {"kernel": jnp.ones((length, 8, 8))} | bias
@@ -152,8 +168,19 @@ def remedy(error):
 def test_the_error_shows_every_leaf_and_a_remedy_that_can_be_pasted():
     with pytest.raises(ValueError, match="A proposal") as error:
         lr.galore(1e-2, rank=1).init(HARD)
-    undecided = ["a+b/kernel", "batched/kernel", "decoder/decoder/layers/Dense_0/kernel", "mix/kernel", "moe/up/kernel"]
-    for path in [*undecided, "o_proj/kernel", "stem/kernel", "decoder/decoder/layers/Conv_0/kernel"]:
+    undecided = [
+        "a+b/kernel",
+        "batched/kernel",
+        "decoder/decoder/layers/Dense_0/kernel",
+        "mix/kernel",
+        "moe/up/kernel",
+    ]
+    for path in [
+        *undecided,
+        "o_proj/kernel",
+        "stem/kernel",
+        "decoder/decoder/layers/Conv_0/kernel",
+    ]:
         assert f"\n{path}  " in str(error.value)
     assert "conv_stem" not in str(error.value)
     pasted = eval(remedy(error), {"lr": lr})
@@ -168,7 +195,8 @@ def test_the_error_shows_every_leaf_and_a_remedy_that_can_be_pasted():
 
 def test_the_remedy_keeps_the_rules_that_were_given():
     given = lr.Views(
-        rules=(("mix/kernel", None), ("dense/kernel", lr.MatrixView(rows=(1,), cols=(0,)))), stacked="moe/.*"
+        rules=(("mix/kernel", None), ("dense/kernel", lr.MatrixView(rows=(1,), cols=(0,)))),
+        stacked="moe/.*",
     )
     with pytest.raises(ValueError, match="A proposal") as error:
         lr.resolve(HARD, given, rank=1)
@@ -178,9 +206,12 @@ def test_the_remedy_keeps_the_rules_that_were_given():
 
 
 def test_every_leaf_is_compared_with_the_stacked_patterns_once(monkeypatch):
-    """The work of a report grows with the leaves, not with the leaves times the kernels of three or more axes."""
+    """The work of a report grows with the leaves, not with the leaves times the kernels of three or
+    more axes."""
     compared, own = [], resolution.is_stacked
-    monkeypatch.setattr(resolution, "is_stacked", lambda path, *rest: compared.append(path) or own(path, *rest))
+    monkeypatch.setattr(
+        resolution, "is_stacked", lambda path, *rest: compared.append(path) or own(path, *rest)
+    )
     tree = {f"conv_{i}": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)} for i in range(5)}
     assert len(views(tree)) == 5
     assert sorted(compared) == sorted(path for path, *_ in leaves_with_metadata(tree))
@@ -193,7 +224,9 @@ def kernels_of(tree):
 
 
 HIDDEN = {
-    "stacked convolution": {"tower": {"conv": {"kernel": jnp.ones((12, 3, 8, 8)), "bias": jnp.ones((12, 8))}}},
+    "stacked convolution": {
+        "tower": {"conv": {"kernel": jnp.ones((12, 3, 8, 8)), "bias": jnp.ones((12, 8))}}
+    },
     "convolution": {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}},
     "DenseGeneral": {"qkv": {"kernel": jnp.ones((16, 4, 8)), "bias": jnp.ones((4, 8))}},
 }
@@ -201,7 +234,8 @@ HIDDEN = {
 
 @pytest.mark.parametrize("name", HIDDEN)
 def test_a_masked_bias_is_not_an_absent_one(name):
-    """Of a stack of convolutions the bias shows the stack; where a mask hides it nothing is guessed."""
+    """Of a stack of convolutions the bias shows the stack; where a mask hides it nothing is
+    guessed."""
     tree = HIDDEN[name]
     if name == "stacked convolution":
         with pytest.raises(ValueError, match="no rule, name or bias says"):
@@ -217,7 +251,9 @@ def test_a_masked_bias_is_not_an_absent_one(name):
         assert views(kernels_of(tree), pasted) == views(tree)
     labels = lambda tree: jax.tree.map(lambda x: "low" if x.ndim > 2 else "plain", tree)  # noqa: E731
     with pytest.raises(ValueError, match=hidden):
-        optax.partition({"low": lr.galore(1e-2, rank=1), "plain": optax.sgd(1.0)}, labels).init(tree)
+        optax.partition({"low": lr.galore(1e-2, rank=1), "plain": optax.sgd(1.0)}, labels).init(
+            tree
+        )
 
 
 def test_masked_biases_of_kernels_that_other_things_decide_are_not_missed():
@@ -225,7 +261,9 @@ def test_masked_biases_of_kernels_that_other_things_decide_are_not_missed():
     tree = {
         "a": {"kernel": box, "bias": optax.MaskedNode()},
         "d": {"kernel": jnp.ones((4, 4)), "bias": optax.MaskedNode()},
-        "self": kernels_of(shapes(nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12), X, X)),
+        "self": kernels_of(
+            shapes(nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12), X, X)
+        ),
         "conv": {"kernel": jnp.ones((3, 3, 4, 8))},
     }
     expected = {"a/kernel": SPLIT, "d/kernel": lr.MatrixView(), "conv/kernel": WINDOW}
@@ -234,18 +272,27 @@ def test_masked_biases_of_kernels_that_other_things_decide_are_not_missed():
 
 def test_adapters_read_the_same_axes_and_raise_the_same_error():
     tree = shapes(nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12), X, X)
-    tree = jax.tree.map(lambda x: jnp.ones(x.shape), {"attention": tree, "net": shapes(Convolutions(), IMAGE)})
+    tree = jax.tree.map(
+        lambda x: jnp.ones(x.shape), {"attention": tree, "net": shapes(Convolutions(), IMAGE)}
+    )
     adaptation = lr.adapt(tree, lr.adapters.lora(rank=2), jax.random.key(0))
     assert {site.path: site.view for site in adaptation.plan.sites} == views(tree)
     with pytest.raises(ValueError, match="A proposal") as error:
         lr.adapt(HARD, {".*/kernel": lr.adapters.lora(rank=1)}, jax.random.key(0))
-    made = lr.adapt(jax.tree.map(lambda x: jnp.ones(x.shape), HARD), {".*/kernel": lr.adapters.lora(rank=1)},
-                    jax.random.key(0), views=eval(remedy(error), {"lr": lr}))  # fmt: skip
-    assert len(made.plan.sites) == sum(path.endswith("kernel") for path, *_ in leaves_with_metadata(HARD))
+    made = lr.adapt(
+        jax.tree.map(lambda x: jnp.ones(x.shape), HARD),
+        {".*/kernel": lr.adapters.lora(rank=1)},
+        jax.random.key(0),
+        views=eval(remedy(error), {"lr": lr}),
+    )
+    assert len(made.plan.sites) == sum(
+        path.endswith("kernel") for path, *_ in leaves_with_metadata(HARD)
+    )
 
 
 def test_a_model_of_flax_trains_without_any_view():
-    """Attention and convolutions under `lr.galore`: the low-rank state has the shapes of the matrices."""
+    """Attention and convolutions under `lr.galore`: the low-rank state has the shapes of the
+    matrices."""
     tree = shapes(nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12), X, X)
     params = jax.tree.map(lambda x: jnp.ones(x.shape), tree)
     tx = lr.galore(1e-2, rank=4)
@@ -253,6 +300,8 @@ def test_a_model_of_flax_trains_without_any_view():
     updates, state = jax.eval_shape(tx.update, params, state, params)
     assert state.projection.matrices["out"]["kernel"].basis.shape == (12, 4)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
-    inside = optax.partition({"low": tx, "plain": optax.adam(1e-2)}, lambda tree: jax.tree.map(
-        lambda x: "low" if x.ndim == 3 else "plain", tree))  # fmt: skip
+    inside = optax.partition(
+        {"low": tx, "plain": optax.adam(1e-2)},
+        lambda tree: jax.tree.map(lambda x: "low" if x.ndim == 3 else "plain", tree),
+    )
     assert jax.eval_shape(inside.init, params)

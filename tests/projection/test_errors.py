@@ -14,15 +14,39 @@ PARAMS = {"kernel": jnp.ones((6, 10))}
 
 AT_CONSTRUCTION = [
     (lambda: lr.scale_by_projection("svd"), "projector='svd' must be one of lr.projectors"),
-    (lambda: lr.scale_by_projection(P.svd(rank=2), clock=200), "clock=200 must be one of lr.clocks"),
-    (lambda: lr.scale_by_projection(P.svd(rank=2), residual="sign"), "residual='sign' must be one of lr.residuals"),
+    (
+        lambda: lr.scale_by_projection(P.svd(rank=2), clock=200),
+        "clock=200 must be one of lr.clocks",
+    ),
+    (
+        lambda: lr.scale_by_projection(P.svd(rank=2), residual="sign"),
+        "residual='sign' must be one of lr.residuals",
+    ),
     (lambda: lr.scale_by_projection(P.svd(rank=2), views=(".*",)), "must be one of lr.Views"),
-    (lambda: lr.scale_by_projection(P.svd(rank=2), transport="keep"), "transport='keep' must be one of"),
-    (lambda: lr.scale_by_projection(P.svd(rank=2), inner="adam"), "inner='adam' must be lr.inner.adam"),
-    (lambda: lr.scale_by_projection(P.svd(rank=2), side="left"), "side='left' is unknown; use one of"),
-    (lambda: lr.scale_by_projection(P.svd(rank=2), tie="left"), "tie='left' must be 'rows' or 'cols'"),
-    (lambda: lr.scale_by_projection(P.svd(rank=2), clip_norm=0), "clip_norm=0 must be a finite number above 0"),
-    (lambda: lr.scale_by_projection(P.svd(rank=2), clock=C.every(period=2, first=False)), "first=False leaves Svd"),
+    (
+        lambda: lr.scale_by_projection(P.svd(rank=2), transport="keep"),
+        "transport='keep' must be one of",
+    ),
+    (
+        lambda: lr.scale_by_projection(P.svd(rank=2), inner="adam"),
+        "inner='adam' must be lr.inner.adam",
+    ),
+    (
+        lambda: lr.scale_by_projection(P.svd(rank=2), side="left"),
+        "side='left' is unknown; use one of",
+    ),
+    (
+        lambda: lr.scale_by_projection(P.svd(rank=2), tie="left"),
+        "tie='left' must be 'rows' or 'cols'",
+    ),
+    (
+        lambda: lr.scale_by_projection(P.svd(rank=2), clip_norm=0),
+        "clip_norm=0 must be a finite number above 0",
+    ),
+    (
+        lambda: lr.scale_by_projection(P.svd(rank=2), clock=C.every(period=2, first=False)),
+        "first=False leaves Svd",
+    ),
     (lambda: P.svd(rank=0), "rank=0 must be a positive integer"),
     (lambda: P.svd(rank=1.5), "rank=1.5 must be a positive integer, or a fraction"),
     (lambda: P.svd(rank=True), "rank=True must be an integer"),
@@ -52,7 +76,10 @@ AT_CONSTRUCTION = [
     (lambda: lr.galore(0.1, rank=2, projector=P.svd(rank=2)), "both fix the rank"),
     (lambda: lr.galore(0.1, rank=2, proj_type="up"), "proj_type='up' must be one of"),
     (lambda: lr.frugal(0.1, rule="adam"), "rule='adam'"),
-    (lambda: lr.galore(0.1, rank=2, weight_decay=-1.0), "weight_decay=-1.0 must be a finite number of at least 0"),
+    (
+        lambda: lr.galore(0.1, rank=2, weight_decay=-1.0),
+        "weight_decay=-1.0 must be a finite number of at least 0",
+    ),
 ]
 
 AT_INIT = [
@@ -72,13 +99,17 @@ AT_INIT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("build, message", AT_CONSTRUCTION, ids=[message[:30] for _, message in AT_CONSTRUCTION])
+@pytest.mark.parametrize(
+    "build, message", AT_CONSTRUCTION, ids=[message[:30] for _, message in AT_CONSTRUCTION]
+)
 def test_at_construction(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
 
-@pytest.mark.parametrize("transformation, params, message", AT_INIT, ids=[message[:30] for *_, message in AT_INIT])
+@pytest.mark.parametrize(
+    "transformation, params, message", AT_INIT, ids=[message[:30] for *_, message in AT_INIT]
+)
 def test_at_init(transformation, params, message):
     with pytest.raises(ValueError, match=message):
         transformation.init(params)
@@ -96,8 +127,10 @@ def test_a_state_of_another_model_is_refused():
         transformation.update(PARAMS, state, PARAMS)
 
 
-STORED = {"NormalFloat4": lr.linalg.quantize_nf4(jnp.ones((6, 10))),
-          "QuantizedBlocks(code='signed')": lr.linalg.quantize_blocks(jnp.ones((6, 10)), "signed")}  # fmt: skip
+STORED = {
+    "NormalFloat4": lr.linalg.quantize_nf4(jnp.ones((6, 10))),
+    "QuantizedBlocks(code='signed')": lr.linalg.quantize_blocks(jnp.ones((6, 10)), "signed"),
+}
 
 
 @pytest.mark.parametrize("kind", STORED)
@@ -105,6 +138,9 @@ def test_stochastic_rounding_of_what_rounds_to_nearest(kind):
     params = {"kernel": jnp.ones((6, 10)), "other": {"kernel": STORED[kind]}}
     form = lr.fused(lr.galore(1e-2, rank=2), rounding="stochastic")
     grads = {"kernel": jnp.ones((6, 10)), "other": {"kernel": jnp.ones((6, 10))}}
-    message = f"leaf 'other/kernel': rounding='stochastic' cannot write {re.escape(kind)}, .* give rounding='nearest'"
+    message = (
+        f"leaf 'other/kernel': rounding='stochastic' cannot write {re.escape(kind)}, .* give "
+        "rounding='nearest'"
+    )
     with pytest.raises(ValueError, match=message):
         form.step(params, grads, form.init(params))

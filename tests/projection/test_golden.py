@@ -1,4 +1,5 @@
-"""The recorded displacements of the official implementations (third_party/golden), both orientations."""
+"""The recorded displacements of the official implementations (third_party/golden), both
+orientations."""
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +18,48 @@ def problem(m, n, steps):
     i, j = np.arange(m)[:, None], np.arange(n)[None]
     weight = 0.1 * np.sin(1 + 0.7 * i + 0.3 * j**2)
     grads = [
-        np.sin(0.5 + 1.3 * i * (j + 1) + 0.9 * t) + 0.5 * np.cos(0.2 * t * (i + 1) + 1.1 * j) for t in range(steps)
+        np.sin(0.5 + 1.3 * i * (j + 1) + 0.9 * t) + 0.5 * np.cos(0.2 * t * (i + 1) + 1.1 * j)
+        for t in range(steps)
     ]
     return weight.astype(np.float32), [grad.astype(np.float32) for grad in grads]
 
 
 def fixed_basis(m, n, rank):
     i, k = np.arange(min(m, n))[:, None], np.arange(rank)[None]
-    return lr.projectors.given(matrix=(np.cos(1 + 2 * i + 3 * i * k) / np.sqrt(rank)).astype(np.float32))
+    return lr.projectors.given(
+        matrix=(np.cos(1 + 2 * i + 3 * i * k) / np.sqrt(rank)).astype(np.float32)
+    )
 
 
 def apollo_projector(configuration, m, n, rank):
-    return lr.projectors.svd(rank=rank) if configuration["projector"] == "svd" else fixed_basis(m, n, rank)
+    return (
+        lr.projectors.svd(rank=rank)
+        if configuration["projector"] == "svd"
+        else fixed_basis(m, n, rank)
+    )
 
 
 def galore(c, m, n):
     return lr.galore(
-        0.01, rank=c["rank"], refresh_every=c["refresh_every"], scale=c["scale"], proj_type=c["side"], weight_decay=0.1
+        0.01,
+        rank=c["rank"],
+        refresh_every=c["refresh_every"],
+        scale=c["scale"],
+        proj_type=c["side"],
+        weight_decay=0.1,
     )
 
 
 def apollo(c, m, n):
     axis = c["norm_by"]
-    return lr.apollo(0.01, projector=apollo_projector(c, m, n, c["rank"]), axis=axis, scale=c["scale"],
-                     limiter=c["limiter"], weight_decay=0.1)  # fmt: skip
+    return lr.apollo(
+        0.01,
+        projector=apollo_projector(c, m, n, c["rank"]),
+        axis=axis,
+        scale=c["scale"],
+        limiter=c["limiter"],
+        weight_decay=0.1,
+    )
 
 
 def frugal(c, m, n):
@@ -53,18 +72,36 @@ def frugal(c, m, n):
 
 
 def ldadam(c, m, n):
-    return lr.ldadam(0.01, rank=c["rank"], mix=c["rho"], b1=c["b1"], b2=c["b2"], weight_decay=0.1,
-                     error_feedback=c["error_feedback"])  # fmt: skip
+    return lr.ldadam(
+        0.01,
+        rank=c["rank"],
+        mix=c["rho"],
+        b1=c["b1"],
+        b2=c["b2"],
+        weight_decay=0.1,
+        error_feedback=c["error_feedback"],
+    )
 
 
 def dct_adamw(c, m, n):
     return lr.dct_adamw(
-        0.01, rank=c["rank"], refresh_every=c["refresh_every"], kind=int(c["transform"][-1]), norm=c["norm"],
-        error_feedback=c["error_feedback"], weight_decay=0.1,
-    )  # fmt: skip
+        0.01,
+        rank=c["rank"],
+        refresh_every=c["refresh_every"],
+        kind=int(c["transform"][-1]),
+        norm=c["norm"],
+        error_feedback=c["error_feedback"],
+        weight_decay=0.1,
+    )
 
 
-METHODS = {"galore": galore, "apollo": apollo, "frugal": frugal, "ldadam": ldadam, "dct_adamw": dct_adamw}
+METHODS = {
+    "galore": galore,
+    "apollo": apollo,
+    "frugal": frugal,
+    "ldadam": ldadam,
+    "dct_adamw": dct_adamw,
+}
 ROWS = {"galore": 3, "apollo": 4, "frugal": 5, "ldadam": 2, "dct_adamw": 4}
 
 
@@ -92,4 +129,6 @@ def test_golden_traces(golden, method, shape):
         want = row["traces"][shape]
         got = {"norm": np.linalg.norm(moved), "entry_0_0": moved[0, 0], "entry_1_2": moved[1, 2]}
         for name, value in want.items():
-            np.testing.assert_allclose(got[name], value, rtol=row["tolerance"], err_msg=f"{row['name']} {name}")
+            np.testing.assert_allclose(
+                got[name], value, rtol=row["tolerance"], err_msg=f"{row['name']} {name}"
+            )

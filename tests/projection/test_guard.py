@@ -1,4 +1,5 @@
-"""The NaN guard in single steps; that a skipped step is bitwise one that was never made is a law (tests/laws)."""
+"""The NaN guard in single steps; that a skipped step is bitwise one that was never made is a law
+(tests/laws)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,14 @@ import pytest
 import lowrank_jax as lr
 
 PARAMS = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
-GOOD = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), jnp.float32), PARAMS)
+GOOD = jax.tree.map(
+    lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), jnp.float32), PARAMS
+)
 
 
-@pytest.mark.parametrize("residual", [lr.residuals.discard(), lr.residuals.sign()], ids=["low", "full"])
+@pytest.mark.parametrize(
+    "residual", [lr.residuals.discard(), lr.residuals.sign()], ids=["low", "full"]
+)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20])
 def test_one_bad_entry_skips_the_step(residual, when, bad):
@@ -27,14 +32,22 @@ def test_one_bad_entry_skips_the_step(residual, when, bad):
             updates, after = update(grads, states[-1])
             assert not any(np.any(x) for x in jax.tree.leaves(updates))
             assert int(after.skipped) == 1
-            jax.tree.map(np.testing.assert_array_equal, after._replace(skipped=states[-1].skipped), states[-1])
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                after._replace(skipped=states[-1].skipped),
+                states[-1],
+            )
         states.append(update(GOOD, states[-1])[1])
         assert int(states[-1].step) == step + 1
 
 
 def test_only_what_the_basis_reads_is_tested():
-    """Coordinates that were not chosen are dropped with whatever is in them, except where a refresh reads them."""
-    given, by_norm = lr.projectors.columns(select=(0, 1)), lr.projectors.columns(rank=2, select="l2")
+    """Coordinates that were not chosen are dropped with whatever is in them, except where a refresh
+    reads them."""
+    given, by_norm = (
+        lr.projectors.columns(select=(0, 1)),
+        lr.projectors.columns(rank=2, select="l2"),
+    )
     for projector, skipped in ((given, 0), (by_norm, 1)):
         transformation = lr.scale_by_projection(projector, inner=optax.identity())
         grads = GOOD | {"kernel": GOOD["kernel"].at[3, 3].set(np.nan)}
@@ -44,21 +57,31 @@ def test_only_what_the_basis_reads_is_tested():
 
 
 def test_a_refresh_that_reads_what_the_basis_drops_skips_the_training_step_too():
-    """The basis does not move, and what it keeps is finite: full gradients of a due refresh tell."""
+    """The basis does not move, and what it keeps is finite: full gradients of a due refresh
+    tell."""
     tx = lr.galore(1e-2, projector=lr.projectors.columns(rank=2, select="l2"))
     x = jnp.ones((3, 4)).at[:, 3].set(jnp.nan)  # the gradient of row i is x[:, i]ᵀ 1
     step = lr.train_step(lambda params, x: jnp.sum(lr.matmul(x, params["kernel"])), tx)
     params = {"kernel": PARAMS["kernel"]}
     new, state, _ = jax.jit(step)(params, tx.init(params), x)
-    assert (int(state.projection.skipped), int(state.projection.step), int(state.projection.refreshes)) == (1, 0, 0)
+    assert (
+        int(state.projection.skipped),
+        int(state.projection.step),
+        int(state.projection.refreshes),
+    ) == (1, 0, 0)
     np.testing.assert_array_equal(new["kernel"], params["kernel"])
 
 
-@pytest.mark.parametrize("residual", [lr.residuals.error_feedback(), lr.residuals.ldadam_error_feedback()])
+@pytest.mark.parametrize(
+    "residual", [lr.residuals.error_feedback(), lr.residuals.ldadam_error_feedback()]
+)
 def test_errors_that_add_up_make_no_later_step_impossible(residual):
-    """A coordinate that no basis sees gets errors without end; each gradient is below what overflows."""
+    """A coordinate that no basis sees gets errors without end; each gradient is below what
+    overflows."""
     inner = lr.inner.from_optax(optax.trace(0.9), decay=(("first", 0.9),))
-    transformation = lr.scale_by_projection(lr.projectors.columns(select=(0, 1)), residual=residual, inner=inner)
+    transformation = lr.scale_by_projection(
+        lr.projectors.columns(select=(0, 1)), residual=residual, inner=inner
+    )
     update = jax.jit(transformation.update)
     for size in (1e10, 1e18):
         state = transformation.init(PARAMS)
@@ -92,7 +115,10 @@ def test_clip_norm():
     indices = (0, 2)
     kept = np.zeros((4, 6), np.float32)
     kept[list(indices)] = GOOD["kernel"][np.array(indices)]
-    for residual, reads in ((lr.residuals.discard(), kept), (lr.residuals.sgd(), np.asarray(GOOD["kernel"]))):
+    for residual, reads in (
+        (lr.residuals.discard(), kept),
+        (lr.residuals.sgd(), np.asarray(GOOD["kernel"])),
+    ):
         norm = np.sqrt(np.sum(reads**2) + np.sum(np.asarray(GOOD["bias"]) ** 2))
         for limit in (0.5, 100.0):
             transformation = lr.scale_by_projection(
@@ -110,7 +136,11 @@ def test_scale_and_plain_and_seed_do_something():
     )
     run = lambda transformation: transformation.update(GOOD, transformation.init(PARAMS))[0]  # noqa: E731
     plain = run(build())
-    scaled, other, seeded = run(build(scale=2.0)), run(build(plain=optax.scale(-1.0))), run(build(seed=1))
+    scaled, other, seeded = (
+        run(build(scale=2.0)),
+        run(build(plain=optax.scale(-1.0))),
+        run(build(seed=1)),
+    )
     np.testing.assert_allclose(scaled["kernel"], 2 * plain["kernel"], rtol=1e-5)
     np.testing.assert_array_equal(scaled["bias"], plain["bias"])
     np.testing.assert_array_equal(other["bias"], -plain["bias"])

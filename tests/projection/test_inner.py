@@ -48,7 +48,9 @@ def test_debias_does_not_cancel(decay):
     for count in (1, 10, 1000):
         expected = -np.expm1(count * np.log(decay)) if decay else 1.0
         np.testing.assert_allclose(inner_lib.debias(decay, jnp.int32(count)), expected, rtol=1e-5)
-    np.testing.assert_allclose(inner_lib.debias(jnp.float32(0.9), jnp.int32(5)), 1 - 0.9**5, rtol=1e-5)
+    np.testing.assert_allclose(
+        inner_lib.debias(jnp.float32(0.9), jnp.int32(5)), 1 - 0.9**5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,10 @@ def test_moments_of_optax_states(transformation, kinds):
     state = inner.init(jnp.ones((3, 5)))
     assert [moment.kind for moment in inner_lib.moments(inner, state)] == kinds
     doubled = inner_lib.map_moments(inner, state, lambda moment, value: value + 1)
-    changed = [np.any(a != b) for a, b in zip(jax.tree.leaves(doubled), jax.tree.leaves(state), strict=True)]
+    changed = [
+        np.any(a != b)
+        for a, b in zip(jax.tree.leaves(doubled), jax.tree.leaves(state), strict=True)
+    ]
     assert sum(changed) == len(kinds)
 
 
@@ -78,10 +83,15 @@ def test_register_moments_teaches_a_new_state():
         average: Any
 
     own = optax.GradientTransformation(
-        lambda params: OwnState(jnp.zeros_like(params)), lambda g, state, params=None: (g, OwnState(state.average + g))
+        lambda params: OwnState(jnp.zeros_like(params)),
+        lambda g, state, params=None: (g, OwnState(state.average + g)),
     )
     build = lambda: lr.scale_by_projection(  # noqa: E731
-        lr.projectors.svd(rank=2), inner=own, plain=optax.identity(), transport=lr.transports.rotate())  # fmt: skip
+        lr.projectors.svd(rank=2),
+        inner=own,
+        plain=optax.identity(),
+        transport=lr.transports.rotate(),
+    )
     with pytest.raises(ValueError, match="unregistered"):
         build().init({"kernel": jnp.ones((4, 6))})
     inner_lib.register_moments(OwnState, {"average": "first"})

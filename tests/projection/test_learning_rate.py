@@ -13,7 +13,9 @@ U = {"a": np.array([1.0, 3.0], np.float32), "b": np.array([-1.0], np.float32)}
 
 
 @pytest.mark.parametrize("when", ["pre", "post"])
-@pytest.mark.parametrize("mask", [None, {"a": True, "b": False}, lambda params: {"a": True, "b": False}])
+@pytest.mark.parametrize(
+    "mask", [None, {"a": True, "b": False}, lambda params: {"a": True, "b": False}]
+)
 def test_two_steps(when, mask):
     schedule = lambda count: 0.1 / (1 + count)  # noqa: E731
     transformation = lr.apply_learning_rate(schedule, 0.5, when=when, mask=mask)
@@ -36,14 +38,18 @@ def test_two_steps(when, mask):
 def test_a_refused_step_neither_decays_nor_counts():
     transformation = lr.apply_learning_rate(0.1, 0.5)
     zero = jax.tree.map(np.zeros_like, U)
-    updates, state = jax.jit(transformation.update)(zero, transformation.init(W), W, accepted=jnp.asarray(False))
+    updates, state = jax.jit(transformation.update)(
+        zero, transformation.init(W), W, accepted=jnp.asarray(False)
+    )
     assert not any(np.any(x) for x in jax.tree.leaves(updates))
     assert int(state.count) == 0
 
 
 def test_dtype_and_params():
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), U)
-    updates, _ = lr.apply_learning_rate(jnp.float32(0.1)).update(half, lr.apply_learning_rate(0.1).init(None))
+    updates, _ = lr.apply_learning_rate(jnp.float32(0.1)).update(
+        half, lr.apply_learning_rate(0.1).init(None)
+    )
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
     with pytest.raises(ValueError, match="needs params"):
         lr.apply_learning_rate(0.1, 0.5).update(U, lr.apply_learning_rate(0.1).init(None))

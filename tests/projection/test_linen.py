@@ -21,9 +21,15 @@ HEADS = (
 def check(model, x, views, *, side="paper", tolerance=1e-3, loss=None):
     """Equal losses and plain gradients, and every tap the projection of the full gradient."""
     params = model.init(jax.random.key(0), x)["params"]
-    plain = loss or (lambda params, x: jnp.mean(jnp.square(model.apply({"params": params}, x).astype(jnp.float32) - 1)))
+    plain = loss or (
+        lambda params, x: jnp.mean(
+            jnp.square(model.apply({"params": params}, x).astype(jnp.float32) - 1)
+        )
+    )
     tapped = lr.linen.tapped(plain)
-    tx = lr.scale_by_projection(lr.projectors.random(rank=3, kind="orthonormal"), views=views, side=side)
+    tx = lr.scale_by_projection(
+        lr.projectors.random(rank=3, kind="orthonormal"), views=views, side=side
+    )
     taps = lr.taps(tx.init(params))
     value, grads = jax.jit(lr.projected_value_and_grad(tapped, taps))(params, x)
     expected, full = jax.jit(jax.value_and_grad(plain))(params, x)
@@ -35,7 +41,9 @@ def check(model, x, views, *, side="paper", tolerance=1e-3, loss=None):
         if isinstance(got, lr.Projected):
             seen += 1
             continue
-        np.testing.assert_allclose(np.float32(got), np.float32(leaf), rtol=10 * tolerance, atol=tolerance)
+        np.testing.assert_allclose(
+            np.float32(got), np.float32(leaf), rtol=10 * tolerance, atol=tolerance
+        )
     assert seen == len(taps.taps)
     return taps
 
@@ -48,7 +56,9 @@ class Layer(nn.Module):
         y = nn.LayerNorm()(x)
         heads = nn.DenseGeneral((2, 5), name="heads")(y)
         x = x + nn.DenseGeneral(x.shape[-1], axis=(-2, -1), name="out")(jnp.sin(heads))
-        return x + nn.Dense(x.shape[-1], name="down")(jnp.tanh(nn.Dense(12, use_bias=False, name="up")(x))), None
+        return x + nn.Dense(x.shape[-1], name="down")(
+            jnp.tanh(nn.Dense(12, use_bias=False, name="up")(x))
+        ), None
 
 
 class Foreign(nn.Module):
@@ -56,7 +66,9 @@ class Foreign(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        layers = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        layers = nn.scan(
+            nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
         x, _ = layers(name="layers")(x, None)
         return nn.Dense(4, name="head")(x)
 
@@ -72,14 +84,20 @@ def test_a_foreign_model_with_its_own_scan(side):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"scan": False}, {"remat": True}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"scan": False}, {"remat": True}, {"dtype": "bfloat16"}], ids=str
+)
 def test_our_model(options):
-    model = llama.Llama(llama.preset("nano", layers=2, width=32, hidden=48, heads=2, kv_heads=2, **options))
+    model = llama.Llama(
+        llama.preset("nano", layers=2, width=32, hidden=48, heads=2, kv_heads=2, **options)
+    )
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 259)
     views = lr.Views(stacked=() if options.get("scan") is False else (r"layers/.*",))
 
     def loss(params, tokens):
-        return llama.loss_and_metrics(model.apply({"params": params}, tokens), tokens, jnp.ones(tokens.shape))[0]
+        return llama.loss_and_metrics(
+            model.apply({"params": params}, tokens), tokens, jnp.ones(tokens.shape)
+        )[0]
 
     check(model, tokens, views, loss=loss, tolerance=3e-2 if "dtype" in options else 1e-3)
 
@@ -88,14 +106,26 @@ def test_our_model(options):
     "model, rules",
     [
         (nn.Dense(12), ()),
-        (nn.Dense(12, dtype=jnp.bfloat16, dot_general=functools.partial(jax.lax.dot_general, precision="highest")), ()),
-        (nn.Einsum((8, 3, 5), "bsd,dhk->bshk"), ((r"kernel", lr.MatrixView(rows=(0,), cols=(1, 2))),)),
+        (
+            nn.Dense(
+                12,
+                dtype=jnp.bfloat16,
+                dot_general=functools.partial(jax.lax.dot_general, precision="highest"),
+            ),
+            (),
+        ),
+        (
+            nn.Einsum((8, 3, 5), "bsd,dhk->bshk"),
+            ((r"kernel", lr.MatrixView(rows=(0,), cols=(1, 2))),),
+        ),
         (nn.Einsum((8, 12), "...d,df->...f", use_bias=False), ()),
     ],
     ids=["dense", "dense bf16", "einsum", "einsum ellipsis"],
 )
 def test_layers(model, rules):
-    check(model, X, lr.Views(rules=rules), tolerance=3e-2 if getattr(model, "dtype", None) else 1e-3)
+    check(
+        model, X, lr.Views(rules=rules), tolerance=3e-2 if getattr(model, "dtype", None) else 1e-3
+    )
 
 
 def test_experts_by_vmap():
@@ -104,7 +134,13 @@ def test_experts_by_vmap():
     class Experts(nn.Module):
         @nn.compact
         def __call__(self, x):
-            expert = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=0, out_axes=0)
+            expert = nn.vmap(
+                nn.Dense,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=0,
+                out_axes=0,
+            )
             return expert(12, name="experts")(x)
 
     check(Experts(), X, lr.Views(stacked=(r"experts/.*",)))
@@ -114,8 +150,12 @@ def test_boxes_with_metadata():
     init = nn.with_partitioning(nn.initializers.normal(1.0), ("in", "out"))
     model = nn.Dense(12, kernel_init=init)
     params = model.init(jax.random.key(0), X)["params"]
-    loss = lr.linen.tapped(lambda params, x: jnp.mean(jnp.square(model.apply({"params": params}, x))))
-    tx = lr.galore(1e-2, projector=lr.projectors.random(rank=3), clock=lr.clocks.every(period=9, when="after"))
+    loss = lr.linen.tapped(
+        lambda params, x: jnp.mean(jnp.square(model.apply({"params": params}, x)))
+    )
+    tx = lr.galore(
+        1e-2, projector=lr.projectors.random(rank=3), clock=lr.clocks.every(period=9, when="after")
+    )
     step = lr.train_step(loss, tx)
     new, state, _ = jax.jit(step)(params, tx.init(params), X)
     assert jax.tree.structure(new) == jax.tree.structure(params)
@@ -134,7 +174,9 @@ def test_an_unwrapped_loss_is_refused():
     params = model.init(jax.random.key(0), X)["params"]
     taps = lr.taps(lr.galore(1e-2, rank=2).init(params))
     with pytest.raises((ValueError, TypeError)):
-        lr.projected_value_and_grad(lambda p, x: jnp.mean(model.apply({"params": p}, x)), taps)(params, X)
+        lr.projected_value_and_grad(lambda p, x: jnp.mean(model.apply({"params": p}, x)), taps)(
+            params, X
+        )
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -150,10 +192,14 @@ def test_quantised_kernels(scanned):
     small = jax.tree_util.tree_map_with_path(quantize, params)
     is_leaf = lambda x: hasattr(x, "dequantize")  # noqa: E731
     decoded = jax.tree.map(lambda x: x.dequantize() if is_leaf(x) else x, small, is_leaf=is_leaf)
-    loss = lr.linen.tapped(lambda params, x: jnp.mean(jnp.square(model.apply({"params": params}, x) - 1)))
+    loss = lr.linen.tapped(
+        lambda params, x: jnp.mean(jnp.square(model.apply({"params": params}, x) - 1))
+    )
     np.testing.assert_allclose(loss(small, X), loss(decoded, X), rtol=1e-6)
     taps = lr.taps(tx.init(small))
     assert sorted(taps.taps) == sorted(paths)
-    got, expected = (lr.projected_value_and_grad(loss, taps)(tree, X)[1] for tree in (small, decoded))
+    got, expected = (
+        lr.projected_value_and_grad(loss, taps)(tree, X)[1] for tree in (small, decoded)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected)
     lr.check_taps(loss, taps, small, X)

@@ -14,11 +14,15 @@ from lowrank_jax import memory
 PARAMS = {
     "layers": {"mlp": {"kernel": jax.ShapeDtypeStruct((3, 16, 24), jnp.bfloat16)}},
     "experts": {"kernel": jax.ShapeDtypeStruct((2, 2, 32, 16), jnp.float32)},
-    "tall": {"kernel": jax.ShapeDtypeStruct((64, 16), jnp.float32), "bias": jax.ShapeDtypeStruct((16,), jnp.float32)},
+    "tall": {
+        "kernel": jax.ShapeDtypeStruct((64, 16), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((16,), jnp.float32),
+    },
     "embed": {"embedding": jax.ShapeDtypeStruct((10, 16), jnp.float32)},
 }
 VIEWS = lr.Views(
-    rules=((r"experts/.*", lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))),), stacked=(r"layers/.*", r"experts/.*")
+    rules=((r"experts/.*", lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))),),
+    stacked=(r"layers/.*", r"experts/.*"),
 )
 MATRICES = [(3, 16, 24), (4, 16, 32), (1, 16, 64)]  # (count, shrunk, kept), by hand
 PLAIN = 16 + 160
@@ -35,7 +39,10 @@ def projectors():
     return {
         "identity": (p.identity(), lambda s, k, r: 0),
         "given": (p.given(matrix=np.eye(16, RANK, dtype=np.float32)), lambda s, k, r: 4 * s * r),
-        "given bf16": (p.given(matrix=np.eye(16, RANK), dtype=jnp.bfloat16), lambda s, k, r: 2 * s * r),
+        "given bf16": (
+            p.given(matrix=np.eye(16, RANK), dtype=jnp.bfloat16),
+            lambda s, k, r: 2 * s * r,
+        ),
         "svd": (p.svd(**rank), lambda s, k, r: 4 * s * r),
         "svd bf16": (p.svd(dtype=jnp.bfloat16, **rank), lambda s, k, r: 2 * s * r),
         "svd fraction": (p.svd(rank=0.25), lambda s, k, r: 4 * s * r),
@@ -46,7 +53,10 @@ def projectors():
         "dct3": (p.dct3(**rank), lambda s, k, r: 4 * r),
         "hadamard": (p.hadamard(**rank), lambda s, k, r: 4 * r),
         "gaussian": (p.random(**rank), lambda s, k, r: 8),
-        "gaussian stored": (p.random(stored=True, dtype=jnp.bfloat16, **rank), lambda s, k, r: 2 * s * r),
+        "gaussian stored": (
+            p.random(stored=True, dtype=jnp.bfloat16, **rank),
+            lambda s, k, r: 2 * s * r,
+        ),
         "orthonormal": (p.random(kind="orthonormal", **rank), lambda s, k, r: 4 * s * r),
         "structured": (p.random(kind="structured", **rank), lambda s, k, r: 8),
         "columns": (p.columns(**rank), lambda s, k, r: 4 * r),
@@ -66,7 +76,9 @@ def by_component(rows, column):
 def test_every_projector_costs_what_its_formula_says(name):
     projector, basis_bytes = projectors()[name]
     ledger = memory.ledger(scaled(projector), PARAMS)
-    formula, measured = (by_component(ledger.rows, f"bytes_{column}") for column in ("formula", "measured"))
+    formula, measured = (
+        by_component(ledger.rows, f"bytes_{column}") for column in ("formula", "measured")
+    )
     assert formula == measured
     assert measured == {
         "parameters": 2 * 3 * 16 * 24 + 4 * (4 * 512 + 1024 + PLAIN),
@@ -127,16 +139,23 @@ def test_every_named_optimizer_costs_what_its_formula_says(name):
     rows = memory.ledger(tx, PARAMS).rows
     assert by_component(rows, "bytes_formula") == by_component(rows, "bytes_measured")
     state = jax.tree.leaves(jax.eval_shape(tx.init, PARAMS))
-    assert sum(row["bytes_measured"] for row in rows[2:]) == sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    assert sum(row["bytes_measured"] for row in rows[2:]) == sum(
+        leaf.size * leaf.dtype.itemsize for leaf in state
+    )
     assert by_component(rows, "bytes_formula")["scalars"] == 20
 
 
 def test_a_compiled_update_takes_parameters_gradients_and_state():
-    tx = scaled(lr.projectors.given(matrix=np.eye(16, RANK)), residual=lr.residuals.error_feedback())
+    tx = scaled(
+        lr.projectors.given(matrix=np.eye(16, RANK)), residual=lr.residuals.error_feedback()
+    )
     ledger = memory.ledger(tx, PARAMS)
     program = memory.measure(tx, PARAMS)
     assert program.arguments == sum(row["bytes_formula"] for row in ledger.rows)
-    assert program.aliased == program.arguments - by_component(ledger.rows, "bytes_formula")["gradients"]
+    assert (
+        program.aliased
+        == program.arguments - by_component(ledger.rows, "bytes_formula")["gradients"]
+    )
     undonated = memory.measure(memory.compile_update(tx, PARAMS, donate=False))
     assert (undonated.arguments, undonated.aliased) == (program.arguments, 0)
     assert program.peak < undonated.peak
@@ -156,7 +175,9 @@ def test_other_optimizers_are_measured_only():
 
 def test_a_chain_hides_the_formula_and_not_the_components():
     ours = RECIPES["apollo"]()
-    alone, chained = (memory.ledger(tx, PARAMS).rows for tx in (ours, optax.chain(optax.trace(0.9), ours)))
+    alone, chained = (
+        memory.ledger(tx, PARAMS).rows for tx in (ours, optax.chain(optax.trace(0.9), ours))
+    )
     trace = 2 * 3 * 16 * 24 + 4 * (4 * 512 + 1024 + PLAIN)
     expected = by_component(alone, "bytes_measured") | {"other": trace}
     assert by_component(chained, "bytes_measured") == expected

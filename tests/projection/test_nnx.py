@@ -114,7 +114,9 @@ def test_stacked_layers():
 
 @pytest.mark.slow
 def test_listed_layers_some_left_out():
-    taps = check(Listed(nnx.Rngs(0)), lr.Views(rules=((r"layers/0/up/kernel", None), *HEADS)), side="cols")
+    taps = check(
+        Listed(nnx.Rngs(0)), lr.Views(rules=((r"layers/0/up/kernel", None), *HEADS)), side="cols"
+    )
     assert len(taps.taps) == 7
 
 
@@ -137,14 +139,22 @@ HIGHEST = functools.partial(jax.lax.dot_general, precision="highest")
 @pytest.mark.parametrize(
     "make, rules",
     [
-        (functools.partial(nnx.Linear, 8, 12, dtype=jnp.bfloat16, preferred_element_type=jnp.float32), ()),
+        (
+            functools.partial(
+                nnx.Linear, 8, 12, dtype=jnp.bfloat16, preferred_element_type=jnp.float32
+            ),
+            (),
+        ),
         (functools.partial(nnx.Linear, 8, 12, dot_general=HIGHEST), ()),
         (functools.partial(nnx.LinearGeneral, 8, 12, dot_general_cls=lambda: HIGHEST), ()),
         (
             functools.partial(nnx.LinearGeneral, 8, 12, batch_axis={0: 4}),
             ((r"kernel", lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))),),
         ),
-        (functools.partial(nnx.Einsum, "bsd,dhk->bhsk", (8, 3, 5), (3, 5)), ((r"kernel", HEADS[0][1]),)),
+        (
+            functools.partial(nnx.Einsum, "bsd,dhk->bhsk", (8, 3, 5), (3, 5)),
+            ((r"kernel", HEADS[0][1]),),
+        ),
         (functools.partial(nnx.Einsum, "...d,df->...f", (8, 12)), ()),
     ],
     ids=["bf16", "partial", "cls", "batch", "einsum", "einsum ellipsis"],
@@ -156,7 +166,9 @@ def test_layers(make, rules):
 
 def test_a_state_in_place_of_a_dict():
     """The value of a Param is the leaf itself, under the path that it has in a dict of arrays."""
-    assert list(check(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), lr.Views(), pure=False).taps) == ["kernel"]
+    assert list(check(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), lr.Views(), pure=False).taps) == [
+        "kernel"
+    ]
 
 
 def test_a_kernel_shared_by_two_modules():
@@ -215,8 +227,13 @@ def test_quantised_kernels(pure):
     model = Stack(nnx.Rngs(0))
     graphdef, state = nnx.split(model)
     tree = nnx.to_pure_dict(state) if pure else state
-    is_kernel = lambda keys: [str(getattr(keys[i], "key", "")) for i in (0, 2)] == ["layers", "kernel"]  # noqa: E731
-    quantize = lambda keys, x: linalg.quantize_blocks(x, "linear") if len(keys) > 2 and is_kernel(keys) else x  # noqa: E731
+
+    def is_kernel(keys):
+        return [str(getattr(keys[i], "key", "")) for i in (0, 2)] == ["layers", "kernel"]
+
+    def quantize(keys, x):
+        return linalg.quantize_blocks(x, "linear") if len(keys) > 2 and is_kernel(keys) else x
+
     small = jax.tree_util.tree_map_with_path(quantize, tree)
     is_small = lambda x: hasattr(x, "dequantize")  # noqa: E731
     decoded = jax.tree.map(lambda x: x.dequantize() if is_small(x) else x, small, is_leaf=is_small)
@@ -227,7 +244,9 @@ def test_quantised_kernels(pure):
     assert jax.tree.structure(small) == before
     if pure:
         tapped, _, _, taps = setup(model, lr.Views(rules=HEADS, stacked=(r"layers/.*",)))
-        got, expected = (run(lr.projected_value_and_grad(tapped, taps), tree, X)[1] for tree in (small, decoded))
+        got, expected = (
+            run(lr.projected_value_and_grad(tapped, taps), tree, X)[1] for tree in (small, decoded)
+        )
         low = lambda grads: grads["layers"]["heads"]["kernel"].low  # noqa: E731
         np.testing.assert_allclose(low(got), low(expected), rtol=1e-4, atol=1e-6)
 
@@ -237,11 +256,15 @@ def own_product(*args, **kwargs):
 
 
 def test_a_custom_product_takes_quantised_kernels_and_no_taps():
-    tapped, plain, params, taps = setup(nnx.Linear(8, 12, dot_general=own_product, rngs=nnx.Rngs(0)), lr.Views())
+    tapped, plain, params, taps = setup(
+        nnx.Linear(8, 12, dot_general=own_product, rngs=nnx.Rngs(0)), lr.Views()
+    )
     with pytest.raises(ValueError, match=r"Linear has its own dot_general, .*own_product"):
         lr.projected_value_and_grad(tapped, taps)(params, X)
     small = params | {"kernel": linalg.quantize_blocks(params["kernel"], "linear")}
-    np.testing.assert_allclose(tapped(small, X), plain(params | {"kernel": small["kernel"].dequantize()}, X), rtol=1e-6)
+    np.testing.assert_allclose(
+        tapped(small, X), plain(params | {"kernel": small["kernel"].dequantize()}, X), rtol=1e-6
+    )
 
 
 class Convolved(nnx.Module):

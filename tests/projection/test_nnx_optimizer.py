@@ -1,7 +1,7 @@
 """Projection optimizers and adapters on nnx Variables: one path for a Variable and for its value.
 
-`nnx.Optimizer` gives `init` a state of Variables and `update` their values. What it trains is compared with the same
-optimizer on a dict of arrays.
+`nnx.Optimizer` gives `init` a state of Variables and `update` their values. What it trains is
+compared with the same optimizer on a dict of arrays.
 """
 
 import jax
@@ -26,13 +26,17 @@ class Model(nnx.Module):
     def __init__(self, seed=0):
         rngs = nnx.Rngs(seed)
         self.embed = nnx.Embed(10, 8, rngs=rngs)
-        make = nnx.split_rngs(splits=2)(nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs), in_axes=(0,), out_axes=0))
+        make = nnx.split_rngs(splits=2)(
+            nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs), in_axes=(0,), out_axes=0)
+        )
         self.layers = make(rngs)
         self.up = nnx.Linear(8, 16, rngs=rngs)
         self.down = nnx.Linear(16, 8, rngs=rngs)
 
     def __call__(self, tokens):
-        run = nnx.scan(lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        run = nnx.scan(
+            lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+        )
         x = run(self.embed(tokens), self.layers)
         return self.embed.attend(self.down(jnp.tanh(self.up(x))))
 
@@ -129,7 +133,11 @@ def test_parameters_by_path_train_alone():
     before = by_path(nnx.state(model, nnx.Param))
     optimizer = nnx.Optimizer(model, lr.galore(1e-2, rank=4), wrt=wrt)
     update(model, optimizer, wrt)
-    moved = {path for path, leaf in by_path(nnx.state(model, nnx.Param)).items() if np.any(leaf != before[path])}
+    moved = {
+        path
+        for path, leaf in by_path(nnx.state(model, nnx.Param)).items()
+        if np.any(leaf != before[path])
+    }
     assert moved == {"up/kernel", "up/bias"}
 
 
@@ -137,7 +145,9 @@ def test_inside_partition():
     """Masked Variables hold the mask; masked values are the mask."""
 
     def labels(params):
-        return jax.tree_util.tree_map_with_path(lambda keys, _: "low" if "kernel" in str(keys) else "plain", params)
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, _: "low" if "kernel" in str(keys) else "plain", params
+        )
 
     tx = optax.partition({"low": GALORE, "plain": optax.adam(1e-2)}, labels)
     model = Model()
@@ -172,7 +182,9 @@ def test_an_optimizer_comes_back_from_orbax(tmp_path):
     for one, its in ((model, optimizer), (other, restored)):
         update(one, its)
     for first, second in zip(
-        jax.tree.leaves(nnx.state((model, optimizer))), jax.tree.leaves(nnx.state((other, restored))), strict=True
+        jax.tree.leaves(nnx.state((model, optimizer))),
+        jax.tree.leaves(nnx.state((other, restored))),
+        strict=True,
     ):
         np.testing.assert_array_equal(first, second)
 
@@ -188,11 +200,15 @@ def test_shardings_of_a_state_of_variables():
 
 @pytest.mark.slow
 def test_adapters_of_variables_are_those_of_arrays():
-    """`adapt`, `attach`, `effective`, `merge`, `unmerge`, `partition`, `join`, `to_lora` and `absorb`."""
+    """`adapt`, `attach`, `effective`, `merge`, `unmerge`, `partition`, `join`, `to_lora` and
+    `absorb`."""
     graphdef, state, rest = nnx.split(Model(), nnx.Param, ...)
     values = []
     for params in (state, nnx.to_pure_dict(state)):
-        rules = {r".*/kernel": lr.adapters.lora(rank=2, init="pissa"), "embed/embedding": lr.adapters.lora(rank=2)}
+        rules = {
+            r".*/kernel": lr.adapters.lora(rank=2, init="pissa"),
+            "embed/embedding": lr.adapters.lora(rank=2),
+        }
         adaptation = lr.adapt(params, rules, jax.random.key(0), views=VIEWS, bias="adapted")
         adaptation = adaptation.replace(train=jax.tree.map(lambda x: x + 0.1, adaptation.train))
         attached = lr.nnx.merge(graphdef, lr.attach(params, adaptation), rest)
@@ -207,7 +223,9 @@ def test_adapters_of_variables_are_those_of_arrays():
             assert jax.tree.structure(tree) == jax.tree.structure(params)
         assert_same(unmerged, params)
         assert_same(kept, params)
-        assert sorted(lr.to_lora(params, adaptation)[0].train["sites"]) == sorted(adaptation.train["sites"])
+        assert sorted(lr.to_lora(params, adaptation)[0].train["sites"]) == sorted(
+            adaptation.train["sites"]
+        )
     assert values[0] == values[1]
 
 

@@ -1,8 +1,10 @@
-"""optax's own tests of contributed optimizers, which its wheel ships, with this library's named optimizers as rows.
+"""optax's own tests of contributed optimizers, which its wheel ships, with this library's named
+optimizers as rows.
 
-`optax/contrib/_common_test.py` makes a method of each test and row when it is imported. Here the test functions are
-taken from it again and called with our rows: extra arguments, no recompilation, convergence on four targets after
-`tree_map_params`, `inject_hyperparams`, dtypes of updates and states, `MultiSteps`, schedules of the learning rate.
+`optax/contrib/_common_test.py` makes a method of each test and row when it is imported. Here the
+test functions are taken from it again and called with our rows: extra arguments, no recompilation,
+convergence on four targets after `tree_map_params`, `inject_hyperparams`, dtypes of updates and
+states, `MultiSteps`, schedules of the learning rate.
 """
 
 import importlib
@@ -46,8 +48,15 @@ NOT_ROWS = {  # named optimizers that cannot be rows: why
 }
 
 INJECT = "test_optimizers_can_be_wrapped_in_inject_hyperparams"
-STACK = lr.Views(rules=(("1", lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))),))  # its second leaf has three axes
-TARGETS = ("_setup_parabola", "_setup_rosenbrock", "_setup_matrix_parabola", "_setup_mixed_tensor_target")
+STACK = lr.Views(
+    rules=(("1", lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))),)
+)  # its second leaf has three axes
+TARGETS = (
+    "_setup_parabola",
+    "_setup_rosenbrock",
+    "_setup_matrix_parabola",
+    "_setup_mixed_tensor_target",
+)
 CASES = {
     "test_optimizers_accept_extra_args": [{"wrap": False}],
     "test_optimizers": [{"target": getattr(COMMON, name), "dtype": "float32"} for name in TARGETS],
@@ -63,11 +72,17 @@ CASES = {
 
 def test_every_test_of_optax_and_every_named_optimizer_is_here():
     assert set(CASES) == set(METHODS)
-    named = {name for name in lr.__all__ if "learning_rate" in str(getattr(getattr(lr, name), "__annotations__", ""))}
+    named = {
+        name
+        for name in lr.__all__
+        if "learning_rate" in str(getattr(getattr(lr, name), "__annotations__", ""))
+    }
     assert named - {"Recipe"} == set(ROWS) | set(NOT_ROWS) | {"apply_learning_rate"}
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, marks=() if row in FAST else pytest.mark.slow) for row in ROWS])
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=() if row in FAST else pytest.mark.slow) for row in ROWS]
+)
 @pytest.mark.parametrize("test", CASES)
 def test_as_optax_does(row, test, monkeypatch):
     monkeypatch.setattr(COMMON, "_get_opt_factory", lambda name: getattr(lr, name))
@@ -83,7 +98,12 @@ def test_as_optax_does(row, test, monkeypatch):
 def run(row, test, options, case):
     """One call of optax's test; what it skips is a failure here."""
     own = next(name for name in vars(COMMON.ContribTest) if name.startswith("test_"))
-    arguments = {"opt_name": row, "opt_kwargs": options, "wrapper_name": None, "wrapper_kwargs": None} | case
+    arguments = {
+        "opt_name": row,
+        "opt_kwargs": options,
+        "wrapper_name": None,
+        "wrapper_kwargs": None,
+    } | case
     try:
         METHODS[test](COMMON.ContribTest(own), **arguments)
     except unittest.SkipTest as skipped:
@@ -95,7 +115,12 @@ def test_a_row_that_does_not_converge_fails(monkeypatch):
     """The test functions do test, called this way."""
     monkeypatch.setattr(COMMON, "_get_opt_factory", lambda name: getattr(lr, name))
     with pytest.raises(AssertionError):
-        run("frugal", "test_optimizers", ROWS["frugal"] | {"learning_rate": 1e-9}, CASES["test_optimizers"][2])
+        run(
+            "frugal",
+            "test_optimizers",
+            ROWS["frugal"] | {"learning_rate": 1e-9},
+            CASES["test_optimizers"][2],
+        )
 
 
 PARAMS = {"dense": {"kernel": jnp.ones((6, 10)), "bias": jnp.ones(10)}, "scale": jnp.ones(3)}
@@ -104,7 +129,8 @@ PARAMS = {"dense": {"kernel": jnp.ones((6, 10)), "bias": jnp.ones(10)}, "scale":
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("chained", [False, True])
 def test_what_is_shaped_like_parameters_is_mapped_and_the_rest_apart(row, chained):
-    """Moments of plain leaves are; counters are not, and the states of the projected leaves come as one tree."""
+    """Moments of plain leaves are; counters are not, and the states of the projected leaves come as
+    one tree."""
     tx = getattr(lr, row)(**ROWS[row])
     tx = optax.chain(optax.clip(1.0), tx) if chained else tx
     state = jax.eval_shape(tx.init, PARAMS)
@@ -125,11 +151,14 @@ def test_what_is_shaped_like_parameters_is_mapped_and_the_rest_apart(row, chaine
 
 @pytest.mark.parametrize("row", ROWS)
 def test_parameters_are_mapped_where_views_name_leaves(row):
-    """`tree_map_params` shows `init` a tree without leaves; rules and stacked patterns match in every other one."""
+    """`tree_map_params` shows `init` a tree without leaves; rules and stacked patterns match in
+    every other one."""
     rules = (("dense/kernel", lr.MatrixView(rows=(1,), cols=(0,))),)
     tx = getattr(lr, row)(**ROWS[row], views=lr.Views(rules=rules, stacked=("layers/.*",)))
     params = PARAMS | {"layers": {"kernel": jnp.ones((3, 6, 10))}}
-    apart = optax.partition({"low": tx, "plain": optax.sgd(1.0)}, {"dense": "low", "layers": "low", "scale": "plain"})
+    apart = optax.partition(
+        {"low": tx, "plain": optax.sgd(1.0)}, {"dense": "low", "layers": "low", "scale": "plain"}
+    )
     for transformation in (tx, apart):
         state = jax.eval_shape(transformation.init, params)
         same = optax.tree_utils.tree_map_params(transformation, lambda x: x, state)

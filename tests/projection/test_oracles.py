@@ -1,7 +1,8 @@
-"""Every named method against a short float64 NumPy reference, written from the papers' equations in (out, in) layout.
+"""Every named method against a short float64 NumPy reference, written from the papers' equations in
+(out, in) layout.
 
-Random gradients, several refreshes, tall, wide and square weights; moments are kept, rotated or reset across refreshes,
-so that signs, sides, counters and transports all matter.
+Random gradients, several refreshes, tall, wide and square weights; moments are kept, rotated or
+reset across refreshes, so that signs, sides, counters and transports all matter.
 """
 
 import jax
@@ -21,7 +22,12 @@ def adam(g, m, v, t, b1=0.9, b2=0.999, eps=1e-8, family="B"):
     """New moments, uncorrected direction and bias-correction scale of Adam at 1-based t."""
     m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
     correction = np.sqrt(1 - b2**t)
-    return m, v, m / (np.sqrt(v) + eps * (correction if family == "B" else 1)), correction / (1 - b1**t)
+    return (
+        m,
+        v,
+        m / (np.sqrt(v) + eps * (correction if family == "B" else 1)),
+        correction / (1 - b1**t),
+    )
 
 
 def signed(u):
@@ -57,7 +63,9 @@ def galore(w, grads, period=4, scale=0.25):
 
 
 @oriented
-def galore_full(w, grads, period=4, scale=0.25, eps=1e-2):  # a large eps: off-diagonal noise of R must not count
+def galore_full(
+    w, grads, period=4, scale=0.25, eps=1e-2
+):  # a large eps: off-diagonal noise of R must not count
     m = v = np.zeros((RANK, RANK))
     for t, g in enumerate(grads):
         if t % period == 0:
@@ -144,7 +152,12 @@ def apollo(w, grads, basis=None, axis=0, scale=2.0, limiter=1.01, period=4):
         if t == 0:
             m = v = np.zeros_like(low)
         m, v, n, c = adam(low, m, v, t + 1, eps=1e-6, family="A")
-        s = g * np.linalg.norm(n, axis=axis) / (np.linalg.norm(low, axis=axis) + 1e-8) * np.sqrt(scale)
+        s = (
+            g
+            * np.linalg.norm(n, axis=axis)
+            / (np.linalg.norm(low, axis=axis) + 1e-8)
+            * np.sqrt(scale)
+        )
         norm = np.linalg.norm(s)
         if limiter and previous is not None:
             growth = max(norm / (previous + 1e-8), limiter) / limiter
@@ -219,7 +232,9 @@ def test_named_methods_match_their_references(name, shape):
     for _ in range(STEPS):
         u, _, vt = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
         grads.append((u * spread) @ vt)
-    options = {key: value(min(shape)) if value is random_basis else value for key, value in options.items()}
+    options = {
+        key: value(min(shape)) if value is random_basis else value for key, value in options.items()
+    }
     want = reference(weight, grads, **options)
 
     tx = make(min(shape))

@@ -20,12 +20,16 @@ PARAMS = {
 }
 PLAIN = {
     "float32": lr.inner.adam(),
-    "8 bits": lr.inner.stored8(minimum=16, block=3),  # a block of three rows has 24 entries, the last one of one row 8
+    "8 bits": lr.inner.stored8(
+        minimum=16, block=3
+    ),  # a block of three rows has 24 entries, the last one of one row 8
 }
 
 
 def optimizer(plain, **options):
-    return lr.galore(1e-2, projector=lr.projectors.columns(rank=2), weight_decay=0.1, plain=plain, **options)
+    return lr.galore(
+        1e-2, projector=lr.projectors.columns(rank=2), weight_decay=0.1, plain=plain, **options
+    )
 
 
 def run(form, grads, params=PARAMS):
@@ -43,7 +47,9 @@ def test_blocks_are_whole_leaves(kind, clip_norm):
     expected = run(lr.fused(tx), grads)
     found = run(lr.fused(tx, plain_block=24), grads)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
     assert int(found[1].projection.plain.count) == 3
     assert int(found[1].projection.skipped) == 1
 
@@ -85,7 +91,9 @@ def test_the_layer_wise_step_takes_blocks_too():
     arguments = params, tx.init(params), jnp.arange(5)
     steps = [lr.layerwise_step(stack, lr.fused(tx, plain_block=block)) for block in (12, None)]
     found, expected = (jax.jit(step)(*arguments) for step in steps)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
     assert "f32[2,6] = dynamic_slice" in str(jax.make_jaxpr(steps[0])(*arguments))
 
 
@@ -100,5 +108,7 @@ def test_what_cannot_be_taken_in_blocks():
     params = jax.tree.map(lambda x: place(x, jax.P()), PARAMS)
     params["embed"]["embedding"] = place(PARAMS["embed"]["embedding"], jax.P("rows"))
     form = lr.fused(optimizer(lr.inner.adam()), plain_block=24)
-    with pytest.raises(ValueError, match="plain_block=24: leaf 'embed/embedding' is sharded along its rows"):
+    with pytest.raises(
+        ValueError, match="plain_block=24: leaf 'embed/embedding' is sharded along its rows"
+    ):
         form.step(params, params, form.init(params))

@@ -27,7 +27,11 @@ def test_columns_of_zeros_change_no_basis_of_rows(name):
     assert projector.of_rows
     for step in (0, 1):
         found = [
-            projector.refresh(view, projector.init(view, keys), lr.Evidence(grad=g, step=jnp.int32(step), key=keys))
+            projector.refresh(
+                view,
+                projector.init(view, keys),
+                lr.Evidence(grad=g, step=jnp.int32(step), key=keys),
+            )
             for g in (gradient, jnp.pad(gradient, [(0, 0), (0, 0), (0, 3)]))
         ]
         np.testing.assert_allclose(*found, atol=1e-5)

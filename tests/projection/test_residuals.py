@@ -31,10 +31,17 @@ def _kept(g):
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_sign_and_sgd(scale):
     for g, sign, sgd, none in zip(
-        G, *(_run(rule, optax.scale(3.0), scale=2.0)[0] for rule in (
-            lr.residuals.sign(scale=scale), lr.residuals.sgd(scale=scale), lr.residuals.discard())),
+        G,
+        *(
+            _run(rule, optax.scale(3.0), scale=2.0)[0]
+            for rule in (
+                lr.residuals.sign(scale=scale),
+                lr.residuals.sgd(scale=scale),
+                lr.residuals.discard(),
+            )
+        ),
         strict=False,
-    ):  # fmt: skip
+    ):
         rest = g - _kept(g)
         np.testing.assert_allclose(none, 6 * _kept(g), rtol=1e-6)
         np.testing.assert_allclose(sign, 6 * _kept(g) + scale * np.sign(rest), rtol=1e-6)
@@ -54,7 +61,8 @@ def test_error_feedback():
 @pytest.mark.parametrize("axis", ["channel", "tensor"])
 @pytest.mark.parametrize("limiter", [None, 1.01])
 def test_gradient_rescale(axis, limiter):
-    """`f = |N| / |R|` with the uncorrected direction, the limiter on the norm before the bias correction."""
+    """`f = |N| / |R|` with the uncorrected direction, the limiter on the norm before the bias
+    correction."""
     scale, eps, b1, b2 = 1.5, 1e-6, 0.9, 0.999
     rule = lr.residuals.gradient_rescale(axis=axis, scale=scale, limiter=limiter)
     updates, state = _run(rule, lr.inner.adam(convention="hf", eps=eps), steps=3)
@@ -65,13 +73,20 @@ def test_gradient_rescale(axis, limiter):
         low = g[ROWS]
         m, v = b1 * m + (1 - b1) * low, b2 * v + (1 - b2) * low**2
         direction = m / (np.sqrt(v) + eps)
-        rescaled = scale * g * np.linalg.norm(direction, axis=axes) / (np.linalg.norm(low, axis=axes) + 1e-8)
+        rescaled = (
+            scale
+            * g
+            * np.linalg.norm(direction, axis=axes)
+            / (np.linalg.norm(low, axis=axes) + 1e-8)
+        )
         if limiter is not None:
             norm = np.linalg.norm(rescaled)
             if norm_before is not None and norm > limiter * norm_before:
                 rescaled *= limiter * norm_before / norm
             norm_before = np.linalg.norm(rescaled)
-        np.testing.assert_allclose(update, np.sqrt(1 - b2**t) / (1 - b1**t) * rescaled, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            update, np.sqrt(1 - b2**t) / (1 - b1**t) * rescaled, rtol=1e-4, atol=1e-6
+        )
     if limiter is not None:
         np.testing.assert_allclose(state.matrices.residual, norm_before, rtol=1e-4)
 

@@ -44,7 +44,9 @@ def loss(params, x):
         heads = jnp.sin(lr.einsum("bsd,dhk->bhsk", x, kernels["heads"]["kernel"]))
         return x + lr.einsum("bhsk,hkd->bsd", heads, kernels["out"]["kernel"])
 
-    x, _ = jax.lax.scan(lambda x, kernels: (layer(x, kernels), None), x + params["bias"], params["layers"])
+    x, _ = jax.lax.scan(
+        lambda x, kernels: (layer(x, kernels), None), x + params["bias"], params["layers"]
+    )
     return jnp.mean(jnp.square(x - 1))
 
 
@@ -64,11 +66,14 @@ PROJECTORS = {
 }
 
 
-CASES = [(name, "paper") for name in PROJECTORS] + [(name, "larger") for name in ("svd_two_sided", "dct", "columns")]
+CASES = [(name, "paper") for name in PROJECTORS] + [
+    (name, "larger") for name in ("svd_two_sided", "dct", "columns")
+]
 
 
 @pytest.mark.parametrize(
-    "name, side", [c if c[0] in ("svd", "columns") else pytest.param(*c, marks=pytest.mark.slow) for c in CASES]
+    "name, side",
+    [c if c[0] in ("svd", "columns") else pytest.param(*c, marks=pytest.mark.slow) for c in CASES],
 )
 def test_cotangent_of_a_tap_is_the_projected_gradient(name, side):
     projector = PROJECTORS[name]
@@ -86,13 +91,15 @@ def test_cotangent_of_a_tap_is_the_projected_gradient(name, side):
         expected = projector.down(view, matrix.basis, view.orient(full["layers"][kernel]["kernel"]))
         low = grads["layers"][kernel]["kernel"].low
         assert low.dtype == jnp.float32
-        np.testing.assert_allclose(low, expected, atol=2e-6 * float(jnp.max(jnp.abs(expected))) + 1e-7)
+        np.testing.assert_allclose(
+            low, expected, atol=2e-6 * float(jnp.max(jnp.abs(expected))) + 1e-7
+        )
     lr.check_taps(loss, taps, PARAMS, X)
 
 
 def test_no_full_gradient_is_formed():
-    """No instruction of the compiled program has the shape of a tapped kernel's gradient, stacked or not, but slices
-    of the kernel itself."""
+    """No instruction of the compiled program has the shape of a tapped kernel's gradient, stacked
+    or not, but slices of the kernel itself."""
     params = {"kernel": normal(24, 40)}
     tx = lr.scale_by_projection(lr.projectors.random(rank=4, kind="orthonormal"))
     taps = lr.taps(tx.init(params))
@@ -102,9 +109,19 @@ def test_no_full_gradient_is_formed():
     def texts(function):
         return jax.jit(function).lower(params, x).compile().as_text()
 
-    shaped = lambda text: [line for line in text.splitlines() if "= f32[24,40]" in line and "parameter(" not in line]  # noqa: E731
+    def shaped(text):
+        return [
+            line
+            for line in text.splitlines()
+            if "= f32[24,40]" in line and "parameter(" not in line
+        ]
+
     assert shaped(texts(jax.grad(small)))
-    assert not shaped(texts(lambda params, x: lr.projected_value_and_grad(small, taps)(params, x)[1]["kernel"].low))
+    assert not shaped(
+        texts(
+            lambda params, x: lr.projected_value_and_grad(small, taps)(params, x)[1]["kernel"].low
+        )
+    )
 
 
 def test_rows_save_the_projected_input():
@@ -140,12 +157,15 @@ def test_aux_is_returned_and_stacked():
     with_aux = lambda params, x: (loss(params, x), {"n": jnp.sum(x)})  # noqa: E731
     (_, aux), _ = lr.projected_value_and_grad(with_aux, taps, has_aux=True)(PARAMS, X)
     np.testing.assert_allclose(aux["n"], jnp.sum(X), rtol=1e-5)
-    (_, aux), _ = lr.projected_value_and_grad(with_aux, taps, has_aux=True, accumulate=2)(PARAMS, X.reshape(2, 2, 6, 8))
+    (_, aux), _ = lr.projected_value_and_grad(with_aux, taps, has_aux=True, accumulate=2)(
+        PARAMS, X.reshape(2, 2, 6, 8)
+    )
     np.testing.assert_allclose(aux["n"], X.reshape(2, -1).sum(axis=1), rtol=1e-5)
 
 
 def test_bfloat16_sums_in_float32():
-    """Against float64 products of the same bfloat16 operands: the error is that of rounding XP, not of summing."""
+    """Against float64 products of the same bfloat16 operands: the error is that of rounding XP, not
+    of summing."""
     x, kernel = normal(4096, 16).astype(jnp.bfloat16), normal(16, 24).astype(jnp.bfloat16)
     params = {"kernel": kernel}
     tx = lr.scale_by_projection(lr.projectors.columns(select=(0, 5, 7)))
@@ -162,7 +182,9 @@ def test_vmap_gives_a_gradient_for_each_example():
     taps = lr.taps(tx.init(PARAMS))
     one = lambda x: lr.projected_value_and_grad(loss, taps)(PARAMS, x[None])[1]  # noqa: E731
     each = jax.vmap(one)(X)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-6), each, one(X[1]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-6), each, one(X[1])
+    )
 
 
 def test_batched_products():
@@ -171,15 +193,22 @@ def test_batched_products():
     views = lr.Views(stacked=(r"experts/.*",))
     tx = lr.scale_by_projection(lr.projectors.random(rank=3, kind="orthonormal"), views=views)
     x = normal(3, 5, 8)
-    expert = lambda params, x: jnp.mean(jnp.sin(lr.einsum("ecd,edf->ecf", x, params["experts"]["kernel"])))  # noqa: E731
+
+    def expert(params, x):
+        return jnp.mean(jnp.sin(lr.einsum("ecd,edf->ecf", x, params["experts"]["kernel"])))
+
     lr.check_taps(expert, lr.taps(tx.init(params)), params, x)
 
 
 def test_an_unused_tap_is_an_error():
     params = {"a": {"kernel": normal(8, 12)}, "b": {"kernel": normal(8, 12)}}
     taps = lr.taps(lr.scale_by_projection(lr.projectors.random(rank=2)).init(params))
-    with pytest.raises(ValueError, match=r"no product uses the taps of \['b/kernel'\].*lr.linen.tapped"):
-        lr.projected_value_and_grad(lambda p, x: jnp.sum(lr.matmul(x, p["a"]["kernel"])), taps)(params, X)
+    with pytest.raises(
+        ValueError, match=r"no product uses the taps of \['b/kernel'\].*lr.linen.tapped"
+    ):
+        lr.projected_value_and_grad(lambda p, x: jnp.sum(lr.matmul(x, p["a"]["kernel"])), taps)(
+            params, X
+        )
 
 
 def test_a_second_use_is_found():
@@ -188,7 +217,9 @@ def test_a_second_use_is_found():
 
     def decayed(params, x):
         kernel = params["kernel"]
-        return jnp.sum(lr.matmul(x, kernel)) + 10 * jnp.sum(jnp.square(getattr(kernel, "kernel", kernel)))
+        return jnp.sum(lr.matmul(x, kernel)) + 10 * jnp.sum(
+            jnp.square(getattr(kernel, "kernel", kernel))
+        )
 
     with pytest.raises(ValueError, match="'kernel' .*must be the kernel's only use"):
         lr.check_taps(decayed, taps, params, X)
@@ -268,7 +299,9 @@ def test_errors_of_update():
     with pytest.raises(ValueError, match="at every step by full gradients"):
         every.update(grads, every.init(params), params, taps=taps)
     with pytest.raises(ValueError, match=r"shape \(1, 12\), not \(2, 12\)"):
-        tx.update(grads | {"kernel": lr.Projected(grads["kernel"].low[:1])}, state, params, taps=taps)
+        tx.update(
+            grads | {"kernel": lr.Projected(grads["kernel"].low[:1])}, state, params, taps=taps
+        )
     with pytest.raises(ValueError, match="leaf that this transformation does not project"):
         tx.update(grads | {"bias": lr.Projected(grads["bias"])}, state, params, taps=taps)
     with pytest.raises(ValueError, match="accumulate=3"):
@@ -291,9 +324,13 @@ def test_wrappers_shaped_like_the_parameters_fail():
 def test_mixed_tapped_and_full_leaves():
     """Leaves may come full though they are projected: the step is that of full gradients."""
     params = {"a": {"kernel": normal(8, 12)}, "b": {"kernel": normal(12, 8)}}
-    function = lambda p, x: jnp.mean(lr.matmul(jnp.tanh(lr.matmul(x, p["a"]["kernel"])), p["b"]["kernel"]) ** 2)  # noqa: E731
+
+    def function(p, x):
+        return jnp.mean(lr.matmul(jnp.tanh(lr.matmul(x, p["a"]["kernel"])), p["b"]["kernel"]) ** 2)
+
     tx = lr.scale_by_projection(
-        lr.projectors.random(rank=2, kind="orthonormal"), clock=lr.clocks.every(period=3, first=False)
+        lr.projectors.random(rank=2, kind="orthonormal"),
+        clock=lr.clocks.every(period=3, first=False),
     )
     state = tx.init(params)
     state = state._replace(step=state.step + 1)

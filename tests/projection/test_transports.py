@@ -16,8 +16,11 @@ RNG = np.random.default_rng(0)
 def _state(count=3, rank=3, kept=5):
     mean, square = RNG.normal(size=(2, rank, kept))
     state = ADAM.init(jnp.zeros((rank, kept)))
-    return state._replace(count=jnp.int32(count), mu=jnp.asarray(mean, jnp.float32),
-                          nu=jnp.asarray(square**2 + mean**2, jnp.float32))  # fmt: skip
+    return state._replace(
+        count=jnp.int32(count),
+        mu=jnp.asarray(mean, jnp.float32),
+        nu=jnp.asarray(square**2 + mean**2, jnp.float32),
+    )
 
 
 def _orthogonal(size):
@@ -45,7 +48,9 @@ def test_the_same_basis_changes_nothing(transport, change):
 def test_reset():
     state = _state()
     fresh = ADAM.init(state.mu)
-    jax.tree.map(np.testing.assert_array_equal, lr.transports.reset()(ADAM, state, fresh, None), fresh)
+    jax.tree.map(
+        np.testing.assert_array_equal, lr.transports.reset()(ADAM, state, fresh, None), fresh
+    )
     kept = lr.transports.reset(count=False)(ADAM, state, fresh, None)
     assert int(kept.count) == 3
     assert not np.any(kept.mu)
@@ -83,19 +88,30 @@ def test_overlap_of_every_projector_is_the_product_of_its_bases():
     view = lr.explain(lr.galore(0.1, rank=3), {"kernel": jnp.ones((8, 10))}).projected[0]
     low = jnp.asarray(RNG.normal(size=(3, 10)), jnp.float32)
     keys = jax.random.key(0), jax.random.key(1)
-    for projector in (lr.projectors.dct2(rank=3), lr.projectors.columns(rank=3), lr.projectors.random(rank=3)):
+    for projector in (
+        lr.projectors.dct2(rank=3),
+        lr.projectors.columns(rank=3),
+        lr.projectors.random(rank=3),
+    ):
         old, new = (projector.init(view, key) for key in keys)
         if not isinstance(projector, lr.projectors.random):
             old, new = jnp.array([1, 2, 5]), jnp.array([0, 2, 5])
-        dense = [np.asarray(projector.up(view, basis, jnp.eye(3, 10)))[:, :3] for basis in (old, new)]
+        dense = [
+            np.asarray(projector.up(view, basis, jnp.eye(3, 10)))[:, :3] for basis in (old, new)
+        ]
         expected = dense[1].T @ dense[0] @ np.asarray(low)
-        np.testing.assert_allclose(projector.overlap(view, old, new).apply(low), expected, atol=1e-5)
+        np.testing.assert_allclose(
+            projector.overlap(view, old, new).apply(low), expected, atol=1e-5
+        )
 
 
 def test_an_unregistered_moment_is_an_error_that_names_it():
     factored = lr.scale_by_projection(
-        lr.projectors.svd(rank=4), inner=optax.scale_by_factored_rms(min_dim_size_to_factor=1),
+        lr.projectors.svd(rank=4),
+        inner=optax.scale_by_factored_rms(min_dim_size_to_factor=1),
         transport=lr.transports.rotate(),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"rotate does not know how to move \.v_row \(factored\).*register_moments"):
+    )
+    with pytest.raises(
+        ValueError, match=r"rotate does not know how to move \.v_row \(factored\).*register_moments"
+    ):
         factored.init({"kernel": jnp.ones((8, 10))})

@@ -27,10 +27,16 @@ def test_matrices_are_numpys_transpose_and_reshape(view, shape, matrices):
     np.testing.assert_array_equal(view.to_matrices(jnp.asarray(x)), expected)
     np.testing.assert_array_equal(view.from_matrices(jnp.asarray(expected), shape), x)
     for side in ("rows", "cols"):
-        resolved = lr.ResolvedView(path="w", shape=shape, view=view, rank=1, side=side, batch=matrices[:-2])
+        resolved = lr.ResolvedView(
+            path="w", shape=shape, view=view, rank=1, side=side, batch=matrices[:-2]
+        )
         oriented = resolved.orient(jnp.asarray(x))
-        np.testing.assert_array_equal(oriented, expected if side == "rows" else np.swapaxes(expected, -1, -2))
-        assert oriented.shape == resolved.oriented == (*matrices[:-2], resolved.shrunk, resolved.kept)
+        np.testing.assert_array_equal(
+            oriented, expected if side == "rows" else np.swapaxes(expected, -1, -2)
+        )
+        assert (
+            oriented.shape == resolved.oriented == (*matrices[:-2], resolved.shrunk, resolved.kept)
+        )
         np.testing.assert_array_equal(resolved.restore(oriented), x)
 
 
@@ -44,18 +50,30 @@ def test_matrices_are_numpys_transpose_and_reshape(view, shape, matrices):
     ],
 )  # fmt: skip
 def test_side(shape, side, tie, shrinks):
-    report = lr.resolve({"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}, rank=2, side=side, tie=tie)
+    report = lr.resolve(
+        {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}, rank=2, side=side, tie=tie
+    )
     assert report.sides == (("kernel", shrinks),)
-    assert lr.resolve({"kernel": jnp.ones(shape)}, rank=2, side=report.sides, tie="rows").sides == report.sides
+    assert (
+        lr.resolve({"kernel": jnp.ones(shape)}, rank=2, side=report.sides, tie="rows").sides
+        == report.sides
+    )
 
 
 def test_the_first_rule_that_matches_wins_and_defaults_leave_out_what_the_papers_do():
     params = {
-        "embed": {"embedding": jnp.ones((9, 4)), "kernel": jnp.ones((9, 4))}, "lm_head": {"kernel": jnp.ones((4, 9))},
-        "mlp": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}, "final_norm": {"kernel": jnp.ones((4, 4))},
-        "out": {"w": jnp.ones((2, 2, 4))}, "skip": {"kernel": jnp.ones((4, 4))},
-    }  # fmt: skip
-    rules = ((r"skip/.*", None), (r".*/w", lr.MatrixView(rows=(0, 1), cols=(2,))), (r"(skip|out)/.*", lr.MatrixView()))
+        "embed": {"embedding": jnp.ones((9, 4)), "kernel": jnp.ones((9, 4))},
+        "lm_head": {"kernel": jnp.ones((4, 9))},
+        "mlp": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)},
+        "final_norm": {"kernel": jnp.ones((4, 4))},
+        "out": {"w": jnp.ones((2, 2, 4))},
+        "skip": {"kernel": jnp.ones((4, 4))},
+    }
+    rules = (
+        (r"skip/.*", None),
+        (r".*/w", lr.MatrixView(rows=(0, 1), cols=(2,))),
+        (r"(skip|out)/.*", lr.MatrixView()),
+    )
     views = lr.Views(rules=rules[:2])
     report = lr.resolve(params, views, rank=2)
     assert [view.path for view in report.projected] == ["mlp/kernel", "out/w"]
@@ -72,31 +90,56 @@ def test_stacks_are_named_or_boxed_never_guessed():
     with pytest.raises(ValueError, match=r"views=lr.Views\(stacked=\('layers/.\*',\)\)"):
         lr.resolve({"layers": {"kernel": stack}}, rank=2)
     named = lr.resolve({"layers": {"kernel": stack}}, lr.Views(stacked="layers/.*"), rank=2)
-    boxed = lr.resolve({"layers": {"kernel": nn.Partitioned(stack, ("layers", "embed", "mlp"))}}, rank=2)
+    boxed = lr.resolve(
+        {"layers": {"kernel": nn.Partitioned(stack, ("layers", "embed", "mlp"))}}, rank=2
+    )
     assert named.projected == boxed.projected
     assert named.projected[0].oriented == (3, 4, 8)
-    bias = lr.resolve({"layers": {"kernel": stack, "bias": jnp.ones((3, 8))}}, lr.Views(stacked="layers/.*"), rank=2)
+    bias = lr.resolve(
+        {"layers": {"kernel": stack, "bias": jnp.ones((3, 8))}},
+        lr.Views(stacked="layers/.*"),
+        rank=2,
+    )
     assert len(bias.projected) == 1
 
 
 def test_masked_leaves_are_absent_and_excuse_only_rules_that_match_them():
     params = {"a": {"kernel": optax.MaskedNode()}, "b": {"kernel": jnp.ones((4, 8))}}
-    assert len(lr.resolve(params, lr.Views(rules=(("a/.*", lr.MatrixView()),)), rank=2).projected) == 1
+    assert (
+        len(lr.resolve(params, lr.Views(rules=(("a/.*", lr.MatrixView()),)), rank=2).projected) == 1
+    )
     with pytest.raises(ValueError, match="'c/.*' matches no leaf"):
         lr.resolve(params, lr.Views(rules=(("c/.*", lr.MatrixView()),)), rank=2)
-    below = {"a": optax.MaskedNode(), "b": {"kernel": jnp.ones((4, 8))}}  # a mask may take whole subtrees
-    assert len(lr.resolve(below, lr.Views(rules=(("a/kernel", lr.MatrixView()),)), rank=2).projected) == 1
+    below = {
+        "a": optax.MaskedNode(),
+        "b": {"kernel": jnp.ones((4, 8))},
+    }  # a mask may take whole subtrees
+    assert (
+        len(lr.resolve(below, lr.Views(rules=(("a/kernel", lr.MatrixView()),)), rank=2).projected)
+        == 1
+    )
     for pattern in (".*/w", "b/.*/w", "[ab]/w"):  # their heads match what is here too
-        with pytest.raises(ValueError, match="matches no leaf .* leave it out of the views of this optimizer"):
+        with pytest.raises(
+            ValueError, match="matches no leaf .* leave it out of the views of this optimizer"
+        ):
             lr.resolve(below, lr.Views(rules=((pattern, lr.MatrixView()),)), rank=2)
     all_masked = {"a": {"kernel": optax.MaskedNode()}}
-    assert lr.resolve(all_masked, lr.Views(rules=(("c/.*", lr.MatrixView()),)), rank=2).projected == ()
+    assert (
+        lr.resolve(all_masked, lr.Views(rules=(("c/.*", lr.MatrixView()),)), rank=2).projected == ()
+    )
 
 
 def test_one_views_for_groups_that_are_masked_whole():
-    """Labels may be prefixes of the tree: each optimizer sees the other's subtree as one masked node."""
-    tree = {name: {"block": {"w": jnp.ones((4, 8)), "b": jnp.ones(8)}} for name in ("encoder", "decoder", "a+b")}
-    rules = tuple((pattern, lr.MatrixView()) for pattern in (r".*enc[^/]*/.*/w", r".*dec[^/]*/.*/w", r"a\+b/.*/w"))
+    """Labels may be prefixes of the tree: each optimizer sees the other's subtree as one masked
+    node."""
+    tree = {
+        name: {"block": {"w": jnp.ones((4, 8)), "b": jnp.ones(8)}}
+        for name in ("encoder", "decoder", "a+b")
+    }
+    rules = tuple(
+        (pattern, lr.MatrixView())
+        for pattern in (r".*enc[^/]*/.*/w", r".*dec[^/]*/.*/w", r"a\+b/.*/w")
+    )
     one = lr.galore(1e-2, rank=2, views=lr.Views(rules=rules))
     tx = optax.partition({"x": one, "y": one}, {"encoder": "x", "decoder": "y", "a+b": "y"})
     assert jax.eval_shape(tx.init, tree)
@@ -134,7 +177,9 @@ TREES = [  # (tree, whether it is an error that nothing is projected)
 ]
 
 
-@pytest.mark.parametrize("tree, wrong", TREES, ids=[str(jax.tree.map(jnp.shape, tree)) for tree, _ in TREES])
+@pytest.mark.parametrize(
+    "tree, wrong", TREES, ids=[str(jax.tree.map(jnp.shape, tree)) for tree, _ in TREES]
+)
 def test_nothing_projected_is_an_error_exactly_where_there_are_matrices(tree, wrong):
     """Bare, and beside leaves that a mask or another optimizer takes."""
     inner = lr.galore(1e-2, rank=2)
@@ -143,25 +188,38 @@ def test_nothing_projected_is_an_error_exactly_where_there_are_matrices(tree, wr
     labels = {"own": jax.tree.map(lambda _: "low", tree), "other": "plain"}
     rest = optax.partition({"low": inner, "plain": optax.sgd(1.0)}, labels)
     for transformation, params in (
-        (inner, tree), (optax.masked(inner, mask), {"own": tree, "other": other}), (rest, {"own": tree, "other": other})
-    ):  # fmt: skip
+        (inner, tree),
+        (optax.masked(inner, mask), {"own": tree, "other": other}),
+        (rest, {"own": tree, "other": other}),
+    ):
         if wrong:
-            with pytest.raises(ValueError, match="no leaf is projected, and 1 have two or more axes"):
+            with pytest.raises(
+                ValueError, match="no leaf is projected, and 1 have two or more axes"
+            ):
                 transformation.init(params)
         else:
             assert jax.tree.leaves(jax.eval_shape(transformation.init, params))
 
 
 def test_a_tree_without_matrices_is_trained_as_by_the_inner_optimizer():
-    params, grads = {"bias": jnp.arange(4.0), "empty": {"kernel": jnp.ones((0, 3))}}, {"bias": jnp.ones(4)}
+    params, grads = (
+        {"bias": jnp.arange(4.0), "empty": {"kernel": jnp.ones((0, 3))}},
+        {"bias": jnp.ones(4)},
+    )
     grads |= {"empty": {"kernel": jnp.ones((0, 3))}}
-    clocks = (lr.clocks.staggered(period=2), lr.clocks.every_step(), lr.clocks.every(period=2, when="after"))
+    clocks = (
+        lr.clocks.staggered(period=2),
+        lr.clocks.every_step(),
+        lr.clocks.every(period=2, when="after"),
+    )
     expected, _ = optax.adam(1e-2).update(grads, optax.adam(1e-2).init(params))
     for clock in clocks:
         inner = lr.scale_by_projection(lr.projectors.svd(rank=2), clock=clock)
         transformation = optax.chain(inner, optax.scale_by_learning_rate(1e-2))
         updates, state = transformation.update(grads, transformation.init(params), params)
-        np.testing.assert_allclose(updates["bias"], expected["bias"], rtol=1e-5)  # optax rounds 1 - b2
+        np.testing.assert_allclose(
+            updates["bias"], expected["bias"], rtol=1e-5
+        )  # optax rounds 1 - b2
         assert updates["empty"]["kernel"].shape == (0, 3)
         assert int(state[0].step) == 1
         assert int(state[0].refreshes) == 0
@@ -169,13 +227,17 @@ def test_a_tree_without_matrices_is_trained_as_by_the_inner_optimizer():
 
 def test_no_entries_are_no_matrix():
     report = lr.resolve(
-        {"kernel": jnp.ones((0, 4)), "stack": {"kernel": jnp.ones((0, 4, 4))}}, lr.Views(stacked="stack/.*"), rank=2
+        {"kernel": jnp.ones((0, 4)), "stack": {"kernel": jnp.ones((0, 4, 4))}},
+        lr.Views(stacked="stack/.*"),
+        rank=2,
     )
     assert [leaf.note for leaf in report.leaves] == ["no entries", "no entries"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("projector", [lr.projectors.svd(rank=2), lr.projectors.alternating(rank=2)])
+@pytest.mark.parametrize(
+    "projector", [lr.projectors.svd(rank=2), lr.projectors.alternating(rank=2)]
+)
 def test_a_training_step_without_matrices(projector):
     params, x = {"bias": jnp.ones(4), "empty": {"kernel": jnp.ones((0, 4))}}, jnp.ones((3, 4))
     tx = lr.galore(1e-2, projector=projector, clip_norm=1.0)

@@ -1,6 +1,7 @@
 """Compiling for TPUs that are not there, with the compiler that libtpu brings.
 
-It proves that a program lowers, how large it is and how much memory it takes; not its numbers and not its speed.
+It proves that a program lowers, how large it is and how much memory it takes; not its numbers and
+not its speed.
 """
 
 import importlib.util
@@ -21,7 +22,8 @@ def topology():
 
 @pytest.fixture(scope="session")
 def compile_for(topology):
-    """`compile_for("v5e:2x2", function, *abstract)`: for one device, where the arguments' shardings do not say else.
+    """`compile_for("v5e:2x2", function, *abstract)`: for one device, where the arguments' shardings
+    do not say else.
 
     Keyword arguments go to `jax.jit`.
     """

@@ -1,4 +1,5 @@
-"""Kernels in programs for several TPUs: each chip runs them on its own block, and nothing larger is sent for it."""
+"""Kernels in programs for several TPUs: each chip runs them on its own block, and nothing larger is
+sent for it."""
 
 import functools
 import math
@@ -30,7 +31,9 @@ def sent(program):
 
 
 def abstract(mesh, shape, dtype, *spec):
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    return jax.ShapeDtypeStruct(
+        shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, PartitionSpec(*spec))
+    )
 
 
 def compiled(function, places, *operands, **options):
@@ -73,7 +76,9 @@ def test_nf4_is_gathered_as_codes(mesh):
     program = compiled(training, (dy.sharding, x.sharding), x, codes, scales, dy)
     assert program.as_text().count(CALL) == 2
     assert sent(program) == {("all-gather", 2048 * 11008), ("all-gather", 64 * 11008)}
-    assert program.memory_analysis().temp_size_in_bytes < 1.1 * 2048 * 11008  # the codes, and no decoded matrix
+    assert (
+        program.memory_analysis().temp_size_in_bytes < 1.1 * 2048 * 11008
+    )  # the codes, and no decoded matrix
 
 
 @pytest.mark.parametrize("part", ["projected", "full"])
@@ -81,10 +86,14 @@ def test_the_fused_form_writes_in_place_and_gathers_one_basis_after_the_other(me
     own, (layers, s, k, r) = mesh(fsdp=4), (4, 4096, 11264, 128)
     params = {"kernel": abstract(own, (layers, s, k), "bfloat16", None, None, "fsdp")}
     basis = lr.projectors.given(matrix=np.zeros((s, r), np.float32))
-    tx = lr.galore(1e-3, projector=basis, weight_decay=0.1, views=lr.Views(stacked=("kernel",)), side="rows")
+    tx = lr.galore(
+        1e-3, projector=basis, weight_decay=0.1, views=lr.Views(stacked=("kernel",)), side="rows"
+    )
     form, state = lr.fused(tx, products="kernel"), jax.eval_shape(tx.init, params)
     places = lr.state_shardings(tx, params, spread=True)
-    state = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), state, places)
+    state = jax.tree.map(
+        lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), state, places
+    )
     grads = params
     if part == "projected":
         low = abstract(own, (layers, r, k), "float32", None, None, "fsdp")
@@ -92,14 +101,18 @@ def test_the_fused_form_writes_in_place_and_gathers_one_basis_after_the_other(me
 
     def step(params, grads, state):
         with meshes.use(own, parameters=params_known):
-            return form.step(params, grads, state, taps=lr.taps(state) if part == "projected" else None)
+            return form.step(
+                params, grads, state, taps=lr.taps(state) if part == "projected" else None
+            )
 
     params_known = params
     placed = {"kernel": params["kernel"].sharding}
     program = compiled(step, (placed, places), params, grads, state, donate_argnums=(0, 2))
     assert program.as_text().count(CALL) == 1
     # a full gradient is projected by all bases at once, in XLA's form too
-    assert sent(program) == {("all-gather", s * r)} | ({("all-gather", layers * s * r)} if part == "full" else set())
+    assert sent(program) == {("all-gather", s * r)} | (
+        {("all-gather", layers * s * r)} if part == "full" else set()
+    )
     assert program.memory_analysis().temp_size_in_bytes < s * k  # half of a chip's share of W
 
 

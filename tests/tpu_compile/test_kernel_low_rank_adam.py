@@ -1,4 +1,5 @@
-"""Adam in a subspace as TPU programs: Mosaic takes them, for every chip, storage, side and cut tile."""
+"""Adam in a subspace as TPU programs: Mosaic takes them, for every chip, storage, side and cut
+tile."""
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,33 @@ def compiled(compile_for, name, case, **options):
     w, basis = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((count, s, r), dtype)
     low = jax.ShapeDtypeStruct((count, r, k), jnp.float32)
     if moments == "8 bits":
-        mu, nu = (jax.eval_shape(lambda x, c=c: linalg.quantize_blocks(x, c), low) for c in ("signed", "unsigned"))
+        mu, nu = (
+            jax.eval_shape(lambda x, c=c: linalg.quantize_blocks(x, c), low)
+            for c in ("signed", "unsigned")
+        )
     else:
         mu = nu = jax.ShapeDtypeStruct(low.shape, moments)
 
     def step(w, basis, low, mu, nu, key):
-        keys = jax.random.split(jax.random.wrap_key_data(key), count) if "stochastic" in case else None
+        keys = (
+            jax.random.split(jax.random.wrap_key_data(key), count) if "stochastic" in case else None
+        )
         return kernels.low_rank_adam(
-            w, basis, low, mu, nu, b1=0.9, b2=0.999, eps=1e-8, rate=1e-3, decay=1e-4, keys=keys, side=side,
-            chip=TOPOLOGIES[name], **options,
-        )  # fmt: skip
+            w,
+            basis,
+            low,
+            mu,
+            nu,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            rate=1e-3,
+            decay=1e-4,
+            keys=keys,
+            side=side,
+            chip=TOPOLOGIES[name],
+            **options,
+        )
 
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     return compile_for(name, step, w, basis, low, mu, nu, key, donate_argnums=(0, 3, 4))

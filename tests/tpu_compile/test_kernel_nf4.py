@@ -16,17 +16,29 @@ def compiled(compile_for, name, dtype, sizes, implementation):
 
     def training(x, codes, scales, dy):
         w = linalg.NormalFloat4(codes, scales, None, n, "xla")
-        own = lambda x: kernels.nf4_linear(x, w, implementation=implementation, chip=TOPOLOGIES[name])  # noqa: E731
+
+        def own(x):
+            return kernels.nf4_linear(x, w, implementation=implementation, chip=TOPOLOGIES[name])
+
         y, pull = jax.vjp(own, x)
         return y, *pull(dy)
 
-    arrays = [((rows, n), dtype), ((32 * blocks, m), "uint8"), ((blocks, m), "float32"), ((rows, m), dtype)]
-    return compile_for(name, training, *(jax.ShapeDtypeStruct(shape, jnp.dtype(kind)) for shape, kind in arrays))
+    arrays = [
+        ((rows, n), dtype),
+        ((32 * blocks, m), "uint8"),
+        ((blocks, m), "float32"),
+        ((rows, m), dtype),
+    ]
+    return compile_for(
+        name, training, *(jax.ShapeDtypeStruct(shape, jnp.dtype(kind)) for shape, kind in arrays)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", TOPOLOGIES)
-@pytest.mark.parametrize(("sizes", "cut"), [((1000, 768, 1408), False), ((1, 264, 300), True)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "cut"), [((1000, 768, 1408), False), ((1, 264, 300), True)], ids=str
+)
 def test_nf4_linear_is_taken_with_its_gradient(compile_for, name, dtype, sizes, cut):
     program = compiled(compile_for, name, dtype, sizes, "tpu")
     assert program.as_text().count(CALL) == 2
@@ -34,6 +46,8 @@ def test_nf4_linear_is_taken_with_its_gradient(compile_for, name, dtype, sizes, 
     assert cut or program.memory_analysis().temp_size_in_bytes < sizes[1] * sizes[2]
 
 
-@pytest.mark.parametrize(("sizes", "calls"), [((16, 4096, 11008), 2), ((16, 2048, 4096), 0)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "calls"), [((16, 4096, 11008), 2), ((16, 2048, 4096), 0)], ids=str
+)
 def test_nf4_linear_is_the_default_for_matrices_beyond_vmem(compile_for, sizes, calls):
     assert compiled(compile_for, "v5e:2x2", "bfloat16", sizes, None).as_text().count(CALL) == calls

@@ -21,7 +21,9 @@ def compiled(compile_for, name, dtype, sizes, **options):
     rows, n, m, r = sizes
     shapes = [(rows, n), (n, m), (n, r), (r, m), (rows, m)]
     abstract = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
-    return compile_for(name, functools.partial(training, chip=TOPOLOGIES[name], **options), *abstract)
+    return compile_for(
+        name, functools.partial(training, chip=TOPOLOGIES[name], **options), *abstract
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -29,10 +31,14 @@ def compiled(compile_for, name, dtype, sizes, **options):
 def test_thin_linear_is_taken_with_its_gradients(compile_for, name, dtype):
     program = compiled(compile_for, name, dtype, (1000, 256, 1408, 5))
     assert program.as_text().count(CALL) == 2
-    assert program.memory_analysis().temp_size_in_bytes < 1000 * 1408 * jnp.dtype(dtype).itemsize  # nothing like y
+    assert (
+        program.memory_analysis().temp_size_in_bytes < 1000 * 1408 * jnp.dtype(dtype).itemsize
+    )  # nothing like y
 
 
 @pytest.mark.parametrize(("implementation", "calls"), [("tpu", 2), (None, 0)])
 def test_thin_linear_of_cut_lanes_only_where_it_is_named(compile_for, implementation, calls):
-    program = compiled(compile_for, "v5e:2x2", "bfloat16", (1000, 264, 700, 5), implementation=implementation)
+    program = compiled(
+        compile_for, "v5e:2x2", "bfloat16", (1000, 264, 700, 5), implementation=implementation
+    )
     assert program.as_text().count(CALL) == calls

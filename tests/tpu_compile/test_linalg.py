@@ -27,6 +27,8 @@ def cosine(x):
 
 @pytest.mark.parametrize("refresh", [cosine, power, random_basis])
 def test_refresh_is_a_small_program(compile_for, refresh):
-    memory = compile_for("v5e:2x2", refresh, jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16)).memory_analysis()
+    memory = compile_for(
+        "v5e:2x2", refresh, jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16)
+    ).memory_analysis()
     assert memory.argument_size_in_bytes >= 2 * SHAPE[0] * SHAPE[1]
     assert 0 < memory.generated_code_size_in_bytes < LARGEST

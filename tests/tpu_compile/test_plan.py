@@ -1,4 +1,5 @@
-"""The planner with the TPU's compiler: fits and does not, shares of state, and what replicas reduce."""
+"""The planner with the TPU's compiler: fits and does not, shares of state, and what replicas
+reduce."""
 
 import pytest
 
@@ -6,7 +7,15 @@ from experiments import configuration
 from experiments.planning import cases, program, queue, report
 from experiments.planning.cases import Case
 
-MODEL = {"width": 128, "hidden": 256, "heads": 2, "kv_heads": 2, "layers": 3, "sequence_length": 128, "remat": True}
+MODEL = {
+    "width": 128,
+    "hidden": 256,
+    "heads": 2,
+    "kv_heads": 2,
+    "layers": 3,
+    "sequence_length": 128,
+    "remat": True,
+}
 GALORE = "galore:rank=16:projector=alternating:refresh_when=after:backprop=projected"
 
 
@@ -16,9 +25,14 @@ def planned(topology):
     topology("v5e:2x2")
 
     def planned(optimizer, mesh, **data):
-        values = {"model": MODEL, "data": {"sequence_length": 128, "batch_size": 8} | data,
-                  "schedule": {"accumulation": 2}}  # fmt: skip
-        config = cases.with_mesh(cases.with_optimizer(configuration.from_dict(values), optimizer), mesh)
+        values = {
+            "model": MODEL,
+            "data": {"sequence_length": 128, "batch_size": 8} | data,
+            "schedule": {"accumulation": 2},
+        }
+        config = cases.with_mesh(
+            cases.with_optimizer(configuration.from_dict(values), optimizer), mesh
+        )
         case = Case(config=config, topology="v5e:2x2")
         return queue.judged(queue.describe(case) | program.row(case))
 
@@ -26,12 +40,16 @@ def planned(topology):
 
 
 def test_replicas_reduce_low_rank_gradients(planned):
-    """At rank width / 8 the blocks' matrices are an eighth of AdamW's, loops counted: 3 layers, 2 microbatches."""
+    """At rank width / 8 the blocks' matrices are an eighth of AdamW's, loops counted: 3 layers, 2
+    microbatches."""
     adamw, galore = planned("adamw", "data=4"), planned(GALORE, "data=4")
     matrices = 4 * 2 * 3 * (4 * 128 * 128 + 3 * 128 * 256)
     assert adamw["collectives"]["block_reduced_bytes"] == pytest.approx(matrices, rel=0.02)
     assert galore["collectives"]["block_reduced_bytes"] == pytest.approx(matrices / 8, rel=0.1)
-    assert galore["collectives"]["normal"]["all-reduce"] < galore["collectives"]["with_refresh"]["all-reduce"]
+    assert (
+        galore["collectives"]["normal"]["all-reduce"]
+        < galore["collectives"]["with_refresh"]["all-reduce"]
+    )
     assert adamw["fits"] is True and adamw["limit_bytes"] == 16 * 2**30
     own, share = report.state_bytes(adamw)
     assert own == pytest.approx(4 * share, rel=0.01)  # replicated

@@ -26,7 +26,9 @@ def test_a_refresh_is_a_small_program(topology, name):
     "tx",
     [
         lr.dct_adamw(1e-3, rank=32, refresh_every=10, views=lr.Views(stacked=("kernel",))),
-        lr.galore(1e-3, projector=lr.projectors.power(rank=32), views=lr.Views(stacked=("kernel",))),
+        lr.galore(
+            1e-3, projector=lr.projectors.power(rank=32), views=lr.Views(stacked=("kernel",))
+        ),
         lr.apollo(1e-3, rank=32, views=lr.Views(stacked=("kernel",))),
     ],
     ids=["dct_adamw", "galore power", "apollo"],
@@ -34,6 +36,8 @@ def test_a_refresh_is_a_small_program(topology, name):
 def test_an_update_compiles_and_updates_in_place(compile_for, tx):
     params = {"kernel": jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16)}
     state = jax.eval_shape(tx.init, params)
-    memory = compile_for("v5e:2x2", tx.update, params, state, params, donate_argnums=(1,)).memory_analysis()
+    memory = compile_for(
+        "v5e:2x2", tx.update, params, state, params, donate_argnums=(1,)
+    ).memory_analysis()
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)]
     assert memory.alias_size_in_bytes >= sum(size for size in sizes if size > 4096)

@@ -1,4 +1,5 @@
-"""The shape of the workspace itself: attributions, rooms and their imports, recorded values, sizes of files."""
+"""The shape of the workspace itself: attributions, rooms and their imports, recorded values, sizes
+of files."""
 
 import ast
 import configparser
@@ -19,8 +20,19 @@ PROGRAMS = sorted((ROOT / "experiments").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MARK = "TO" + "DO"
 
-# What each room of the library may import from the library. A room that is missing here may not exist.
-_BASE = {"checks", "matrices", "trees", "resolution", "linalg", "kernels", "sharding", "rows", "products"}
+# What each room of the library may import from the library. A room that is missing here may not
+# exist.
+_BASE = {
+    "checks",
+    "matrices",
+    "trees",
+    "resolution",
+    "linalg",
+    "kernels",
+    "sharding",
+    "rows",
+    "products",
+}
 _BASE |= {"serialization"}
 MAY_IMPORT = {
     "version": set(),
@@ -67,7 +79,12 @@ def room(parts: tuple[str, ...] | list[str]) -> str:
 
 
 def test_library_never_imports_programs():
-    wrong = {str(p.relative_to(ROOT)): n for p in LIBRARY for n in imported(p) if n.split(".")[0] == "experiments"}
+    wrong = {
+        str(p.relative_to(ROOT)): n
+        for p in LIBRARY
+        for n in imported(p)
+        if n.split(".")[0] == "experiments"
+    }
     assert not wrong
 
 
@@ -77,7 +94,9 @@ def test_rooms_import_one_way():
         here = room(path.relative_to(ROOT).parts)
         if here == "__init__":
             continue
-        assert here in MAY_IMPORT, f"{path}: the room {here} is not in the table of who may import whom"
+        assert here in MAY_IMPORT, (
+            f"{path}: the room {here} is not in the table of who may import whom"
+        )
         for name in imported(path):
             parts = name.split(".")
             if parts[0] != "lowrank_jax" or len(parts) == 1 or room(parts) not in MAY_IMPORT:
@@ -111,7 +130,12 @@ def test_library_imports_only_what_it_requires():
     required = {re.split(r"[<>=\[]", line)[0].replace("-", "_") for line in lines}
     known = required - {"orbax_checkpoint", "absl_py"} | {"orbax", "absl", "numpy", "lowrank_jax"}
     known |= set(sys.stdlib_module_names)
-    wrong = {f"{p.relative_to(ROOT)}: {n}" for p in LIBRARY for n in imported(p) if n.split(".")[0] not in known}
+    wrong = {
+        f"{p.relative_to(ROOT)}: {n}"
+        for p in LIBRARY
+        for n in imported(p)
+        if n.split(".")[0] not in known
+    }
     assert not wrong
 
 
@@ -127,27 +151,50 @@ def test_every_requirement_is_bounded_on_both_sides():
 def test_import_is_light():
     heavy = ("flax.nnx", "tensorflow", "torch", "matplotlib", "experiments", "tensorflow_datasets")
     code = f"import sys, lowrank_jax; print([n for n in {heavy!r} if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
 
 
-# Files that parse JSON that is no file's: a round trip of their own values, or what a child process says.
-NO_FILE = {"experiments/planning/queue.py", "experiments/planning/program.py", "experiments/planning/cases.py",
-           "experiments/evidence.py", "experiments/checkpoint.py", "experiments/workdir.py", "experiments/manifest.py",
-           "experiments/distributed.py", "experiments/benchmarks/tpu_programs.py"}  # fmt: skip
+# Files that parse JSON that is no file's: a round trip of their own values, or what a child process
+# says.
+NO_FILE = {
+    "experiments/planning/queue.py",
+    "experiments/planning/program.py",
+    "experiments/planning/cases.py",
+    "experiments/evidence.py",
+    "experiments/checkpoint.py",
+    "experiments/workdir.py",
+    "experiments/manifest.py",
+    "experiments/distributed.py",
+    "experiments/benchmarks/tpu_programs.py",
+}
 
 
 def test_files_are_read_by_the_one_reader():
-    """`lowrank_jax.interop.documents` says what is wrong with a file; json alone raises, or lets it through."""
+    """`lowrank_jax.interop.documents` says what is wrong with a file; json alone raises, or lets it
+    through."""
     found = {}
     for path in LIBRARY + PROGRAMS:
-        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        calls = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+        ]
         texts = [ast.unparse(call) for call in calls]
-        found[str(path.relative_to(ROOT))] = [text for text in texts if re.match(r"json\.loads?\(", text)]
-    reading = {name for name, texts in found.items() if texts} - {"lowrank_jax/interop/documents.py"}
+        found[str(path.relative_to(ROOT))] = [
+            text for text in texts if re.match(r"json\.loads?\(", text)
+        ]
+    reading = {name for name, texts in found.items() if texts} - {
+        "lowrank_jax/interop/documents.py"
+    }
     assert reading <= NO_FILE
-    of_files = {name: text for name, texts in found.items() for text in texts if re.search(r"read|open\(|file", text)}
+    of_files = {
+        name: text
+        for name, texts in found.items()
+        for text in texts
+        if re.search(r"read|open\(|file", text)
+    }
     assert not of_files
 
 
@@ -174,7 +221,9 @@ def test_functions_are_short(path):
             has_docstring = ast.get_docstring(node) is not None and len(node.body) > 1
             first = node.body[1 if has_docstring else 0]
             lines = node.end_lineno - first.lineno + 1
-            assert lines <= 60, f"{path}:{node.lineno}: {node.name} has {lines} lines; is it two functions?"
+            assert lines <= 60, (
+                f"{path}:{node.lineno}: {node.name} has {lines} lines; is it two functions?"
+            )
 
 
 @pytest.mark.parametrize("path", LIBRARY + PROGRAMS + TESTS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -183,7 +232,11 @@ def test_files_are_finished(path):
 
 
 def test_every_attribution_is_complete():
-    lines = [line for line in (ROOT / "third_party" / "README.md").read_text().splitlines() if line.startswith("|")]
+    lines = [
+        line
+        for line in (ROOT / "third_party" / "README.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert header == ["method", "paper", "official code", "licence", "what of it is used"]
     methods = " ".join(row[0] for row in rows)
@@ -192,7 +245,17 @@ def test_every_attribution_is_complete():
         assert all(row), row
         if "NC" in row[3] or row[3] == "none stated":
             assert "facts only" in row[4] or row[4] == "recorded values", row
-    for method in ("GaLore", "DCT-AdamW", "FRUGAL", "LDAdam", "APOLLO", "Fira", "Muon", "optax", "LLaMA"):
+    for method in (
+        "GaLore",
+        "DCT-AdamW",
+        "FRUGAL",
+        "LDAdam",
+        "APOLLO",
+        "Fira",
+        "Muon",
+        "optax",
+        "LLaMA",
+    ):
         assert method in methods
     repositories = "\n".join(row[2] for row in rows)
     for recorded in traces()["rows"]:
@@ -210,7 +273,9 @@ def test_recorded_rows_are_complete():
     for row in rows:
         assert set(row) == {"name", "method", "configuration", "official", "tolerance", "traces"}
         assert set(row["traces"]) == {"6x4", "4x6"}
-        assert all(set(trace) == {"norm", "entry_0_0", "entry_1_2"} for trace in row["traces"].values())
+        assert all(
+            set(trace) == {"norm", "entry_0_0", "entry_1_2"} for trace in row["traces"].values()
+        )
         assert 2e-4 <= row["tolerance"] <= 5e-2
 
 
@@ -221,12 +286,16 @@ def test_problem_as_written_gives_the_recorded_values(name, shape):
     data = traces()
     setting = data["defaults"]
     row = next(row for row in data["rows"] if row["name"] == name)
-    learning_rate, decay, b1, b2 = (setting[k] for k in ("learning_rate", "weight_decay", "b1", "b2"))
+    learning_rate, decay, b1, b2 = (
+        setting[k] for k in ("learning_rate", "weight_decay", "b1", "b2")
+    )
     i, j = np.arange(shape[0])[:, None], np.arange(shape[1])[None, :]
     first = weight = 0.1 * np.sin(1 + 0.7 * i + 0.3 * j**2)
     m = v = np.zeros(shape)
     for t in range(setting["steps"]):
-        gradient = np.sin(0.5 + 1.3 * i * (j + 1) + 0.9 * t) + 0.5 * np.cos(0.2 * t * (i + 1) + 1.1 * j)
+        gradient = np.sin(0.5 + 1.3 * i * (j + 1) + 0.9 * t) + 0.5 * np.cos(
+            0.2 * t * (i + 1) + 1.1 * j
+        )
         m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
         correction, epsilon = np.sqrt(1 - b2 ** (t + 1)), row["configuration"]["eps"]
         if name == "frugal_sign_only":

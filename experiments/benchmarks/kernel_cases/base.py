@@ -1,4 +1,5 @@
-"""One comparison: the program that a user would write in jnp, and the kernel's, on the same operands."""
+"""One comparison: the program that a user would write in jnp, and the kernel's, on the same
+operands."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

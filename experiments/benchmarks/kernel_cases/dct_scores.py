@@ -1,9 +1,11 @@
-"""The scores that a refresh of DCT-AdamW ranks: float32 gradients of LLaMA 7B and 1B matrices, the smaller side shrunk.
+"""The scores that a refresh of DCT-AdamW ranks: float32 gradients of LLaMA 7B and 1B matrices, the
+smaller side shrunk.
 
-The kernel against the product with Q, which `lr.linalg.dct` takes on TPUs ("product", kind 3, the default), and against
-its own two stages written in jnp, which take as few operations as the kernel ("two stages", kind 2). Operations are
-those of the products, each counted once; at `Precision.HIGHEST` a TPU makes six passes of each. There is no program for
-GPUs, which take the FFT; the verdict in `experiments/results/kernels.json` has what that moves.
+The kernel against the product with Q, which `lr.linalg.dct` takes on TPUs ("product", kind 3, the
+default), and against its own two stages written in jnp, which take as few operations as the kernel
+("two stages", kind 2). Operations are those of the products, each counted once; at
+`Precision.HIGHEST` a TPU makes six passes of each. There is no program for GPUs, which take the
+FFT; the verdict in `experiments/results/kernels.json` has what that moves.
 """
 
 from collections.abc import Iterator
@@ -15,7 +17,12 @@ from experiments.benchmarks.kernel_cases.base import Case
 from lowrank_jax import kernels, linalg
 from lowrank_jax.kernels import _dct, _platform
 
-MATRICES = {"7B up": (4096, 11008), "7B down": (11008, 4096), "7B square": (4096, 4096), "1B up": (2048, 5461)}
+MATRICES = {
+    "7B up": (4096, 11008),
+    "7B down": (11008, 4096),
+    "7B square": (4096, 4096),
+    "1B up": (2048, 5461),
+}
 
 
 def product(x):
@@ -29,7 +36,9 @@ def two_stages(x):
     a, b = _dct.split(d)
     turns, waves = _dct.factors(a, b)
     low = jnp.einsum("pj,jlk->plk", waves, x.reshape(a, b, k), precision=jax.lax.Precision.HIGHEST)
-    rows = jnp.einsum("plm,pmk->plk", turns, low.reshape(a, 2 * b, k), precision=jax.lax.Precision.HIGHEST)
+    rows = jnp.einsum(
+        "plm,pmk->plk", turns, low.reshape(a, 2 * b, k), precision=jax.lax.Precision.HIGHEST
+    )
     scores = jnp.sum(jnp.abs(rows), axis=-1).reshape(d)
     return scores[jnp.argsort(jnp.asarray(_dct.frequencies(a, b).ravel()))]
 

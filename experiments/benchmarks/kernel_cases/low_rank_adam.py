@@ -1,8 +1,10 @@
-"""A step of the fused form on one matrix: Adam at rank 1024 (1B: 512), weight in bfloat16, basis in float32.
+"""A step of the fused form on one matrix: Adam at rank 1024 (1B: 512), weight in bfloat16, basis in
+float32.
 
-"projected" starts from the projected gradient, as a step between refreshes does, "full" from a bfloat16 gradient. The
-guard reads the projected gradient before anything is written. On GPUs the kernel copies a projected gradient that is
-its caller's, in "projected"; in "full" it takes its memory.
+"projected" starts from the projected gradient, as a step between refreshes does, "full" from a
+bfloat16 gradient. The guard reads the projected gradient before anything is written. On GPUs the
+kernel copies a projected gradient that is its caller's, in "projected"; in "full" it takes its
+memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +19,15 @@ from experiments.benchmarks.kernel_cases.base import Case
 from lowrank_jax.kernels import _low_rank_adam_parts as parts
 from lowrank_jax.kernels import _platform
 
-MATRICES = {"7B up": ((4096, 11008), 1024), "7B down": ((11008, 4096), 1024), "1B up": ((2048, 5461), 512)}
-MOMENTS: dict[str, tuple[Any, int]] = {"float32": (lr.inner.adam(), 4), "8 bits": (lr.inner.stored8(), 1)}
+MATRICES = {
+    "7B up": ((4096, 11008), 1024),
+    "7B down": ((11008, 4096), 1024),
+    "1B up": ((2048, 5461), 512),
+}
+MOMENTS: dict[str, tuple[Any, int]] = {
+    "float32": (lr.inner.adam(), 4),
+    "8 bits": (lr.inner.stored8(), 1),
+}
 
 
 def program(transformation: Any, products: str) -> Callable[..., Any]:
@@ -33,12 +42,17 @@ def program(transformation: Any, products: str) -> Callable[..., Any]:
 
 
 def cases(kind: str, chip: str) -> Iterator[Case]:
-    """Every matrix and kind of moments, from both kinds of gradients; the form takes the tiles of the smallest chip."""
+    """Every matrix and kind of moments, from both kinds of gradients; the form takes the tiles of
+    the smallest chip."""
     for matrix, (shape, rank) in MATRICES.items():
         s, k = min(shape), max(shape)
         params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
-        low: Any = {"kernel": jax.eval_shape(lr.Projected, jax.ShapeDtypeStruct((rank, k), jnp.float32))}
-        basis = lr.projectors.given(matrix=np.zeros((s, rank), np.float32))  # its values are the state's
+        low: Any = {
+            "kernel": jax.eval_shape(lr.Projected, jax.ShapeDtypeStruct((rank, k), jnp.float32))
+        }
+        basis = lr.projectors.given(
+            matrix=np.zeros((s, rank), np.float32)
+        )  # its values are the state's
         for moments, (inner, itemsize) in MOMENTS.items():
             transformation = lr.galore(1e-3, projector=basis, inner=inner, weight_decay=0.1)
             block = inner.block if moments == "8 bits" else 0
@@ -52,5 +66,9 @@ def cases(kind: str, chip: str) -> Iterator[Case]:
                     xla=program(transformation, "xla"),
                     pallas=program(transformation, "kernel"),
                     donate=(0, 2),
-                    facts={"tile": tile, "fast_bytes": fast, "fast_limit": _platform.CHIPS[chip].bytes},
+                    facts={
+                        "tile": tile,
+                        "fast_bytes": fast,
+                        "fast_limit": _platform.CHIPS[chip].bytes,
+                    },
                 )

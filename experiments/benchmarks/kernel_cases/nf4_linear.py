@@ -1,7 +1,9 @@
-"""The frozen base of QLoRA: NF4 matrices of LLaMA 7B and 1B, bfloat16, 4096 tokens and the 16 of a decoding batch.
+"""The frozen base of QLoRA: NF4 matrices of LLaMA 7B and 1B, bfloat16, 4096 tokens and the 16 of a
+decoding batch.
 
-"forward" is y, "backward" the gradient of x. XLA's program is the best of those that were tried, which is the
-library's own `NormalFloat4.dequantize`: bytes unpacked by shifts, 15 selects, one fusion behind a barrier.
+"forward" is y, "backward" the gradient of x. XLA's program is the best of those that were tried,
+which is the library's own `NormalFloat4.dequantize`: bytes unpacked by shifts, 15 selects, one
+fusion behind a barrier.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +26,9 @@ def program(n: int, train: bool, implementation: str, chip: str) -> Callable:
         own = lambda x: _nf4.nf4_linear(x, w, implementation=implementation, chip=chip)  # noqa: E731
         if not train:
             return own(x)
-        _, pull = jax.vjp(own, jnp.zeros((x.shape[0], n), x.dtype))  # its product is not used, and XLA drops it
+        _, pull = jax.vjp(
+            own, jnp.zeros((x.shape[0], n), x.dtype)
+        )  # its product is not used, and XLA drops it
         return pull(x)[0]
 
     return run

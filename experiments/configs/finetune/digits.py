@@ -1,8 +1,10 @@
-"""A small vision transformer from new parameters on scikit-learn's digits: the base of `digits_rotated.py`.
+"""A small vision transformer from new parameters on scikit-learn's digits: the base of
+`digits_rotated.py`.
 
     python -m experiments.finetune --config=experiments/configs/finetune/digits.py --workdir=runs/digits
 
-Expect 94 to 95 % of the 348 validation images right after 600 updates, in less than a minute on 2 cores.
+Expect 94 to 95 % of the 348 validation images right after 600 updates, in less than a minute on 2
+cores.
 """
 
 from experiments import tuning_configuration

@@ -1,9 +1,11 @@
-"""DoRA of the digits' transformer for the same digits turned by 90 degrees; the upright ones are the base's domain.
+"""DoRA of the digits' transformer for the same digits turned by 90 degrees; the upright ones are
+the base's domain.
 
     python -m experiments.finetune --config=experiments/configs/finetune/digits_rotated.py --workdir=runs/digits_rotated
 
-Needs `runs/digits`, which `digits.py` makes. Expect the accuracy on turned digits to rise from 17 to 94 % with 12 % of
-the parameters trained, and that on upright ones, which the data no longer holds, to fall from 94 or 95 to about 40 %.
+Needs `runs/digits`, which `digits.py` makes. Expect the accuracy on turned digits to rise from 17
+to 94 % with 12 % of the parameters trained, and that on upright ones, which the data no longer
+holds, to fall from 94 or 95 to about 40 %.
 """
 
 from experiments.configs.finetune import digits

@@ -1,10 +1,12 @@
-"""What `make finetune` runs: LoRA of the model that `make train` left, from the library's source to its documentation.
+"""What `make finetune` runs: LoRA of the model that `make train` left, from the library's source to
+its documentation.
 
     python -m experiments.finetune --config=experiments/configs/finetune/documentation.py --workdir=runs/documentation
 
-Expect 1.0 M tokens in one to five minutes on 2 cores, 9 % of the parameters trained, and on the documentation of Python
-3.11.7's library a validation loss that falls from 2.01 to 1.62 nats a byte (a trigram model of the same text: 2.04),
-while the loss on the source code, the base's domain, rises from 1.51 to 1.60.
+Expect 1.0 M tokens in one to five minutes on 2 cores, 9 % of the parameters trained, and on the
+documentation of Python 3.11.7's library a validation loss that falls from 2.01 to 1.62 nats a byte
+(a trigram model of the same text: 2.04), while the loss on the source code, the base's domain,
+rises from 1.51 to 1.60.
 """
 
 from experiments import tuning_configuration

@@ -1,8 +1,10 @@
-"""`documentation.py` with the whole model by a projection optimizer: DCT-AdamW with projected backprop.
+"""`documentation.py` with the whole model by a projection optimizer: DCT-AdamW with projected
+backprop.
 
     python -m experiments.finetune --config=experiments/configs/finetune/documentation_full.py --workdir=runs/full
 
-Expect a validation loss of 1.57 nats a byte after as many tokens as `documentation.py`, and 1.58 on the base's domain.
+Expect a validation loss of 1.57 nats a byte after as many tokens as `documentation.py`, and 1.58 on
+the base's domain.
 """
 
 from experiments.configs.finetune import documentation

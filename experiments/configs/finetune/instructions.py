@@ -1,12 +1,15 @@
-"""rsLoRA of a LLaMA-family model from Hugging Face on instructions in a JSONL file, loss on the responses alone.
+"""rsLoRA of a LLaMA-family model from Hugging Face on instructions in a JSONL file, loss on the
+responses alone.
 
     python -m experiments.finetune --config=experiments/configs/finetune/instructions.py \\
-        --config.base.source=~/llama-3b --config.data.name=instructions.jsonl --workdir=runs/instructions
+        --config.base.source=~/llama-3b --config.data.name=instructions.jsonl
+        --workdir=runs/instructions
 
-Each line of the file is {"prompt": "...", "response": "..."}, has other usual keys of instructions, or is a talk,
-{"messages": [{"role": "user", "content": "..."}, ...]}; `--config.data.template=chatml` names what delimits turns. The
-base's folder holds a tokenizer.json or tokenizer.model, or name one by `--config.data.tokenizer`. Expect
-what the model card of your base lets you expect. Not yet run by us.
+Each line of the file is {"prompt": "...", "response": "..."}, has other usual keys of instructions,
+or is a talk, {"messages": [{"role": "user", "content": "..."}, ...]};
+`--config.data.template=chatml` names what delimits turns. The base's folder holds a tokenizer.json
+or tokenizer.model, or name one by `--config.data.tokenizer`. Expect what the model card of your
+base lets you expect. Not yet run by us.
 """
 
 from experiments import tuning_configuration

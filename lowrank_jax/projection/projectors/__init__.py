@@ -1,4 +1,5 @@
-"""Projectors: which subspace. See `base` for the interface; each is a frozen dataclass of pure functions."""
+"""Projectors: which subspace. See `base` for the interface; each is a frozen dataclass of pure
+functions."""
 
 from lowrank_jax.projection.projectors.base import Projector
 from lowrank_jax.projection.projectors.decomposed import (

@@ -1,19 +1,22 @@
 """The projector interface: which subspace, as a basis that is plain state and pure functions on it.
 
-    init(view, keys) -> basis                      valid before any refresh; every leaf has the batch axes in front
+    init(view, keys) -> basis                      valid before any refresh; every leaf has the
+                                                   batch axes in front
     refresh(view, basis, evidence) -> basis        may look at what `needs` declares
     down(view, basis, x (..., s, k)) -> low (..., r, k)
     up(view, basis, low) -> (..., s, k)
     rest(view, basis, target, low) -> (..., s, k)  what the basis does not see of the target
     rounding(view, target) -> (..., 1, k)          below what size an entry of the rest is rounding
-    thin(view, basis, x (..., n), axis) -> (..., n or r)   inputs ("rows") or cotangents ("cols") of a product, so that
-                                                   thin(X)ᵀ thin(dY) is the low-rank object of the gradient XᵀdY
+    thin(view, basis, x (..., n), axis) -> (..., n or r)   inputs ("rows") or cotangents ("cols") of
+                                                           a product, so that
+                                                   thin(X)ᵀ thin(dY) is the low-rank object of the
+                                                   gradient XᵀdY
     sketch_basis(view, evidence) -> (batch..., k, q)       of projectors that need a "sketch"
     overlap(view, old, new) -> change              what transports apply to moments
     measure(view, basis, x) -> (...)               captured energy, between 0 and 1
 
-Everything that fixes shapes lives in the frozen dataclass. Batch axes are handled by every function itself, never by
-vmap, so that conditions on scalars stay conditions.
+Everything that fixes shapes lives in the frozen dataclass. Batch axes are handled by every function
+itself, never by vmap, so that conditions on scalars stay conditions.
 """
 
 from __future__ import annotations
@@ -40,15 +43,18 @@ class Projector:
     """Base of the projectors.
 
     Args:
-      rank: r as an integer, as a fraction of the shrunk dimension (a float in (0, 1]), or by path as
-        `((pattern, rank), ...)` or a dict, where the first pattern that matches the whole path wins.
+      rank: r as an integer, as a fraction of the shrunk dimension (a float in (0, 1]), or by path
+        as `((pattern, rank), ...)` or a dict, where the first pattern that matches the whole path
+        wins.
 
-    A class also says what its `refresh` reads (`needs`), whether it moves the basis (`moves`), whether bases are
-    orthonormal, and whether a refresh depends on `G Gᵀ` or norms of rows alone (`of_rows`): it then may get a gradient
-    with columns of zeros beside its own, which on a mesh make k divisible.
+    A class also says what its `refresh` reads (`needs`), whether it moves the basis (`moves`),
+    whether bases are orthonormal, and whether a refresh depends on `G Gᵀ` or norms of rows alone
+    (`of_rows`): it then may get a gradient with columns of zeros beside its own, which on a mesh
+    make k divisible.
 
     Raises:
-      ValueError: for a rank that is traced, not positive, or larger than the shrunk dimension; it names the leaf.
+      ValueError: for a rank that is traced, not positive, or larger than the shrunk dimension; it
+        names the leaf.
     """
 
     rank: Any = 1.0
@@ -67,16 +73,22 @@ class Projector:
         return round(size)
 
     def rank_for(self, path: str, shrunk: int) -> int:
-        """r for a leaf. Fractions round half to even, as FRUGAL's code does; coordinate selections round down."""
+        """r for a leaf. Fractions round half to even, as FRUGAL's code does; coordinate selections
+        round down."""
         rank = self.rank
         if isinstance(rank, tuple):
             matching = [value for pattern, value in rank if re.fullmatch(pattern, path)]
             if not matching:
-                raise ValueError(f"rank: no pattern matches {path!r}; add ('.*', rank) as the last rule")
+                raise ValueError(
+                    f"rank: no pattern matches {path!r}; add ('.*', rank) as the last rule"
+                )
             rank = matching[0]
         rank = int(rank) if is_integer(rank) else max(1, self._round(float(rank) * shrunk))
         if rank > shrunk:
-            raise ValueError(f"rank={rank} exceeds {shrunk}, the shrunk dimension of {path!r}; use at most {shrunk}")
+            raise ValueError(
+                f"rank={rank} exceeds {shrunk}, the shrunk dimension of {path!r}; use at most "
+                f"{shrunk}"
+            )
         return rank
 
     def init(self, view: ResolvedView, keys: jax.Array) -> Any:
@@ -94,29 +106,36 @@ class Projector:
     def rest(self, view: ResolvedView, basis: Any, target: jax.Array, low: jax.Array) -> jax.Array:
         """What the basis does not see of the target `(..., s, k)`: `target - up(low)`.
 
-        Projectors onto coordinates say it without a difference. One of two equal numbers is rarely zero inside a
-        program: XLA contracts a multiplication that made the target into the subtraction, and rounds them differently.
+        Projectors onto coordinates say it without a difference. One of two equal numbers is rarely
+        zero inside a program: XLA contracts a multiplication that made the target into the
+        subtraction, and rounds them differently.
         """
         return target - self.up(view, basis, low)
 
     def rounding(self, view: ResolvedView, target: jax.Array) -> jax.Array:
-        """Size below which an entry of `rest` is rounding and has no sign, `(..., 1, k)`; 0 for coordinates.
+        """Size below which an entry of `rest` is rounding and has no sign, `(..., 1, k)`; 0 for
+        coordinates.
 
-        `up(down(x))` mixes the entries of a column, so its error follows the column's norm: at most 8 units in the last
-        place were measured, for shrunk dimensions from 32 to 1024 and products in float32.
+        `up(down(x))` mixes the entries of a column, so its error follows the column's norm: at most
+        8 units in the last place were measured, for shrunk dimensions from 32 to 1024 and products
+        in float32.
         """
         norm = jnp.sqrt(jnp.sum(jnp.square(target), axis=-2, keepdims=True))
         return 16 * float(jnp.finfo(jnp.float32).eps) * norm
 
     def thin(self, view: ResolvedView, basis: Any, x: jax.Array, axis: str) -> jax.Array:
-        """What a product keeps of its inputs (`axis="rows"`) or of its cotangents ("cols"), for one matrix."""
-        raise TypeError(f"{type(self).__name__} cannot project inside a product; use jax.value_and_grad")
+        """What a product keeps of its inputs (`axis="rows"`) or of its cotangents ("cols"), for one
+        matrix."""
+        raise TypeError(
+            f"{type(self).__name__} cannot project inside a product; use jax.value_and_grad"
+        )
 
     def sketch_basis(self, view: ResolvedView, evidence: Any) -> jax.Array:
         raise TypeError(f"{type(self).__name__} needs no sketch")
 
     def structure(self) -> Projector:
-        """What a basis of this projector means: enough for `down`, `up` and `thin`, and without any number."""
+        """What a basis of this projector means: enough for `down`, `up` and `thin`, and without any
+        number."""
         raise TypeError(f"{type(self).__name__} does not implement structure")
 
     def overlap(self, view: ResolvedView, old: Any, new: Any) -> Any:
@@ -135,7 +154,8 @@ class Projector:
         raise TypeError(f"{type(self).__name__} does not implement basis_bytes")
 
     def measure(self, view: ResolvedView, basis: Any, x: jax.Array) -> jax.Array:
-        """Captured energy `|PᵀX|² / |X|²` of each matrix, for orthonormal bases (0 where X is zero)."""
+        """Captured energy `|PᵀX|² / |X|²` of each matrix, for orthonormal bases (0 where X is
+        zero)."""
         energy = jnp.sum(jnp.square(x), axis=(-2, -1))
         captured = jnp.sum(jnp.square(self.down(view, basis, x)), axis=(-2, -1))
         return jnp.where(energy > 0, captured / jnp.where(energy > 0, energy, 1), 0)
@@ -145,13 +165,19 @@ def check_rank(rank: Any) -> None:
     """ValueError unless `rank` is a positive Python integer or a fraction in (0, 1]."""
     if isinstance(rank, jax.core.Tracer | jax.Array):
         raise ValueError(
-            "rank is a traced array: it fixes shapes and must be a Python number. Under optax.inject_hyperparams pass "
-            "static_args=('rank',), or give a projector such as lr.projectors.svd(rank=8), which passes through"
+            "rank is a traced array: it fixes shapes and must be a Python number. Under "
+            "optax.inject_hyperparams pass static_args=('rank',), or give a projector such as "
+            "lr.projectors.svd(rank=8), which passes through"
         )
     if not is_number(rank):
-        raise ValueError(f"rank={rank!r} must be an integer, a fraction in (0, 1], or ((pattern, rank), ...)")
+        raise ValueError(
+            f"rank={rank!r} must be an integer, a fraction in (0, 1], or ((pattern, rank), ...)"
+        )
     if not (rank > 0 and (is_integer(rank) or rank <= 1)):
-        raise ValueError(f"rank={rank} must be a positive integer, or a fraction in (0, 1] of the shrunk dimension")
+        raise ValueError(
+            f"rank={rank} must be a positive integer, or a fraction in (0, 1] of the shrunk "
+            "dimension"
+        )
 
 
 def count(view: ResolvedView) -> int:
@@ -180,8 +206,8 @@ class BasisProjector(Projector):
     def down(self, view, basis, x):
         x, columns = x.astype(jnp.float32), self.columns(view, basis)
         if view.side == "cols":
-            # x is a transpose of the leaf. On CPU (k, r) then comes out twice as fast as (r, k), and the barrier keeps
-            # XLA from rewriting one as the other.
+            # x is a transpose of the leaf. On CPU (k, r) then comes out twice as fast as (r, k),
+            # and the barrier keeps XLA from rewriting one as the other.
             low = jax.lax.optimization_barrier(jnp.einsum("...sk,...sr->...kr", x, columns))
             low = jnp.swapaxes(low, -1, -2)
         else:
@@ -219,10 +245,13 @@ class StoredProjector(BasisProjector):
         return self.store(view, jnp.broadcast_to(eye, shape))
 
     def store(self, view: ResolvedView, matrix: jax.Array) -> Any:
-        """The basis as it is kept: in `dtype`, or for int8 as codes with one scale for each 256 entries of a row."""
+        """The basis as it is kept: in `dtype`, or for int8 as codes with one scale for each 256
+        entries of a row."""
         spec = sharding.whole_spec(view.spec)
         if jnp.dtype(self.dtype) == jnp.int8:
-            return jax.tree.map(lambda x: sharding.reshard(x, spec), linalg.quantize_blocks(matrix, "linear"))
+            return jax.tree.map(
+                lambda x: sharding.reshard(x, spec), linalg.quantize_blocks(matrix, "linear")
+            )
         return sharding.reshard(matrix.astype(self.dtype), spec)
 
     def columns(self, view, basis):
@@ -232,14 +261,16 @@ class StoredProjector(BasisProjector):
         return self.matrix_bytes(view, view.shrunk)
 
     def matrix_bytes(self, view: ResolvedView, rows: int) -> int:
-        """Formula of a stored `(rows, r)`, over all matrices of the leaf; int8 adds 4 bytes for each block."""
+        """Formula of a stored `(rows, r)`, over all matrices of the leaf; int8 adds 4 bytes for
+        each block."""
         scales = 4 * -(-view.rank // 256) if jnp.dtype(self.dtype) == jnp.int8 else 0
         return count(view) * rows * (view.rank * jnp.dtype(self.dtype).itemsize + scales)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IndexProjector(Projector):
-    """Projectors whose basis is a set of sorted int32 indices `(..., r)` into a fixed basis of the shrunk dimension."""
+    """Projectors whose basis is a set of sorted int32 indices `(..., r)` into a fixed basis of the
+    shrunk dimension."""
 
     def init(self, view, keys):
         indices = jnp.broadcast_to(jnp.arange(view.rank, dtype=jnp.int32), (*view.batch, view.rank))

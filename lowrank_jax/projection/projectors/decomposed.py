@@ -1,4 +1,5 @@
-"""Bases computed from the gradient by a decomposition, and the two trivial ones: identity and a given matrix."""
+"""Bases computed from the gradient by a decomposition, and the two trivial ones: identity and a
+given matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from lowrank_jax.projection.transports import DenseChange, SameBasis
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Identity(Projector):
-    """`P = I`: the low-rank object is the gradient itself, and the projection optimizer is its inner one."""
+    """`P = I`: the low-rank object is the gradient itself, and the projection optimizer is its
+    inner one."""
 
     moves: ClassVar[bool] = False
 
@@ -73,7 +75,9 @@ class Given(StoredProjector):
 
     def __post_init__(self):
         if self.matrix is None:
-            raise ValueError("given: matrix=None; pass the basis as an array (s, r), or ((pattern, array), ...)")
+            raise ValueError(
+                "given: matrix=None; pass the basis as an array (s, r), or ((pattern, array), ...)"
+            )
 
     def _matrix(self, path: str) -> np.ndarray:
         rules = self.matrix if isinstance(self.matrix, tuple) else ((".*", self.matrix),)
@@ -85,12 +89,16 @@ class Given(StoredProjector):
     def rank_for(self, path, shrunk):
         shape = np.shape(self._matrix(path))
         if shape[-2] != shrunk:
-            raise ValueError(f"given: matrix of shape {shape} cannot shrink dimension {shrunk} of {path!r}")
+            raise ValueError(
+                f"given: matrix of shape {shape} cannot shrink dimension {shrunk} of {path!r}"
+            )
         return shape[-1]
 
     def init(self, view, keys):
         matrix = jnp.asarray(self._matrix(view.path), jnp.float32)
-        return self.store(view, jnp.array(jnp.broadcast_to(matrix, (*view.batch, view.shrunk, view.rank))))
+        return self.store(
+            view, jnp.array(jnp.broadcast_to(matrix, (*view.batch, view.shrunk, view.rank)))
+        )
 
     def overlap(self, view, old, new):
         return SameBasis()
@@ -99,8 +107,9 @@ class Given(StoredProjector):
 def singular_vectors(view: ResolvedView, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The leading `u (..., s, r)` and `v (..., k, r)`, with the signs that are canonical for u.
 
-    A matrix that lies row by row in memory is factored as its transpose: LAPACK reads column by column, and XLA would
-    otherwise copy every gradient on every step, due or not, to have it ready for the refresh.
+    A matrix that lies row by row in memory is factored as its transpose: LAPACK reads column by
+    column, and XLA would otherwise copy every gradient on every step, due or not, to have it ready
+    for the refresh.
     """
     if view.side == "cols":
         u, _, vt = linalg.truncated_svd(x, view.rank)
@@ -115,8 +124,8 @@ def singular_vectors(view: ResolvedView, x: jax.Array) -> tuple[jax.Array, jax.A
 class Svd(StoredProjector):
     """The r leading singular vectors of the gradient, with canonical signs (GaLore).
 
-    Exact and slow: on CPU an SVD costs some forty normal steps, on TPU minutes of compilation; `power`, `randomized`
-    and `dct` are the fast alternatives.
+    Exact and slow: on CPU an SVD costs some forty normal steps, on TPU minutes of compilation;
+    `power`, `randomized` and `dct` are the fast alternatives.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"grad"})
@@ -127,7 +136,8 @@ class Svd(StoredProjector):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoSidedSvd(StoredProjector):
-    """Both sides: `R = PᵀGQ (r, r)` with the leading left and right singular vectors (GaLore `full`)."""
+    """Both sides: `R = PᵀGQ (r, r)` with the leading left and right singular vectors (GaLore
+    `full`)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"grad"})
 
@@ -160,7 +170,9 @@ class TwoSidedSvd(StoredProjector):
 
     def overlap(self, view, old, new):
         old, new = ([self.columns(view, side) for side in basis] for basis in (old, new))
-        left, right = (jnp.einsum("...sr,...sq->...rq", b, a) for a, b in zip(old, new, strict=True))
+        left, right = (
+            jnp.einsum("...sr,...sq->...rq", b, a) for a, b in zip(old, new, strict=True)
+        )
         return DenseChange(left, right)
 
     def low_shape(self, view):
@@ -175,11 +187,12 @@ class TwoSidedSvd(StoredProjector):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Randomized(StoredProjector):
-    """A randomized range finder: power iterations from a fresh Gaussian block, products and QR only.
+    """A randomized range finder: power iterations from a fresh Gaussian block, products and QR
+    only.
 
-    `P = qr((G Gᵀ)^iterations Ω)` with Gaussian `Ω (s, r)`: the range finder of Halko, Martinsson and Tropp (2011) with
-    the sketch `G (GᵀΩ)`; without iterations `P = qr(GΩ)` with Gaussian `Ω (k, r)`, one product, which projected
-    backprop delivers without the full gradient.
+    `P = qr((G Gᵀ)^iterations Ω)` with Gaussian `Ω (s, r)`: the range finder of Halko, Martinsson
+    and Tropp (2011) with the sketch `G (GᵀΩ)`; without iterations `P = qr(GΩ)` with Gaussian
+    `Ω (k, r)`, one product, which projected backprop delivers without the full gradient.
 
     Args:
       iterations: each sharpens the decay of the spectrum by the power two.
@@ -200,7 +213,9 @@ class Randomized(StoredProjector):
     def init(self, view, keys):
         if self.iterations:
             return super().init(view, keys)
-        return self.store(view, structured(keys, view.shrunk, view.rank))  # of the steps before the first sketch
+        return self.store(
+            view, structured(keys, view.shrunk, view.rank)
+        )  # of the steps before the first sketch
 
     def sketch_basis(self, view, evidence):
         return normal(evidence.key, (view.kept, view.rank))
@@ -215,7 +230,8 @@ class Randomized(StoredProjector):
 
 
 def range_of(sketch: jax.Array) -> jax.Array:
-    """Orthonormal basis of the columns, with canonical signs; the scale is divided out first, so nothing underflows."""
+    """Orthonormal basis of the columns, with canonical signs; the scale is divided out first, so
+    nothing underflows."""
     size = jnp.max(jnp.abs(sketch), axis=(-2, -1), keepdims=True)
     scaled = sketch / jnp.where(size > 0, size, 1)
     return linalg.canonical_signs(linalg.orthonormalize(scaled))
@@ -223,10 +239,12 @@ def range_of(sketch: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Alternating(StoredProjector):
-    """Alternating-side power iteration: `P <- qr(G Q)`, `Q = qr(m̂ᵀ)` with the debiased first moment `m̂ ~ PᵀG`.
+    """Alternating-side power iteration: `P <- qr(G Q)`, `Q = qr(m̂ᵀ)` with the debiased first
+    moment `m̂ ~ PᵀG`.
 
-    The first moment is the other half of a power step, averaged over steps, so that a refresh needs one thin product
-    of the gradient, which projected backprop delivers; at the first refresh Q is Gaussian. Signs follow the old basis.
+    The first moment is the other half of a power step, averaged over steps, so that a refresh needs
+    one thin product of the gradient, which projected backprop delivers; at the first refresh Q is
+    Gaussian. Signs follow the old basis.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"sketch", "moments", "step", "key"})
@@ -251,13 +269,13 @@ class Alternating(StoredProjector):
 class Power(StoredProjector):
     """Block power iteration, warm from the last basis: `P <- qr(B Bᵀ P)`.
 
-    `B` is the gradient, or LDAdam's mix `mix up(m̂) + (1 - mix) G` of the debiased first moment and the gradient. Signs
-    follow the warm start, so that moments kept across a refresh stay aligned.
+    `B` is the gradient, or LDAdam's mix `mix up(m̂) + (1 - mix) G` of the debiased first moment and
+    the gradient. Signs follow the warm start, so that moments kept across a refresh stay aligned.
 
     Args:
       iterations: power steps at a refresh.
-      first: the first refresh: "svd" takes singular vectors (LDAdam); "range" iterates from the structured random
-        basis that `init` makes, with no SVD anywhere in the program.
+      first: the first refresh: "svd" takes singular vectors (LDAdam); "range" iterates from the
+        structured random basis that `init` makes, with no SVD anywhere in the program.
       mix: LDAdam's rho, or None to use the gradient alone.
     """
 

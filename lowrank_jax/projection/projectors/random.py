@@ -1,4 +1,5 @@
-"""Bases drawn at random: Gaussian (regenerated from its key), orthonormal (stored), structured (regenerated)."""
+"""Bases drawn at random: Gaussian (regenerated from its key), orthonormal (stored), structured
+(regenerated)."""
 
 from __future__ import annotations
 
@@ -26,8 +27,11 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def structured(keys: jax.Array, s: int, r: int) -> jax.Array:
-    """Orthonormal matrices `(s, r)`: r random columns of a DCT with random signs on its rows, one for each key."""
-    signs = per_matrix(lambda key: jax.random.rademacher(jax.random.fold_in(key, 0), (s, 1), jnp.float32), keys)
+    """Orthonormal matrices `(s, r)`: r random columns of a DCT with random signs on its rows, one
+    for each key."""
+    signs = per_matrix(
+        lambda key: jax.random.rademacher(jax.random.fold_in(key, 0), (s, 1), jnp.float32), keys
+    )
     indices = per_matrix(lambda key: linalg.random_rows(jax.random.fold_in(key, 1), s, r), keys)
     return signs * linalg.dct_columns(indices, s, 3)
 
@@ -41,12 +45,13 @@ class Random(BasisProjector):
 
     * "gaussian": entries `N(0, 1) / sqrt(r)`, not orthonormal (APOLLO, Flora);
     * "orthonormal": QR of a Gaussian matrix, uniform over subspaces (GoLore, FRUGAL `random`);
-    * "structured": r random columns of a DCT with random signs on its rows, orthonormal and as cheap as `dct`.
+    * "structured": r random columns of a DCT with random signs on its rows, orthonormal and as
+      cheap as `dct`.
 
     Args:
       kind: one of the above.
-      stored: keep `P (s, r)` as state, or regenerate it from its key (8 bytes) at every use. By default only
-        "orthonormal" is stored, since a QR costs about three times a projection.
+      stored: keep `P (s, r)` as state, or regenerate it from its key (8 bytes) at every use. By
+        default only "orthonormal" is stored, since a QR costs about three times a projection.
       dtype: of a stored basis.
 
     >>> Random(rank=4, kind="orthonormal").kind
@@ -81,7 +86,11 @@ class Random(BasisProjector):
         if self.kind == "structured":
             return structured(keys, s, r)
         gaussian = normal(keys, (s, r))
-        return gaussian / jnp.sqrt(jnp.float32(r)) if self.kind == "gaussian" else linalg.orthonormalize(gaussian)
+        return (
+            gaussian / jnp.sqrt(jnp.float32(r))
+            if self.kind == "gaussian"
+            else linalg.orthonormalize(gaussian)
+        )
 
     def init(self, view, keys):
         if self.stored:

@@ -1,6 +1,7 @@
 """Fixed bases of which r vectors are chosen: DCT, Hadamard, and the coordinate axes themselves.
 
-The state is r indices; the vectors are regenerated from them at every use, never stored and never a d x d constant.
+The state is r indices; the vectors are regenerated from them at every use, never stored and never a
+d x d constant.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class TransformProjector(IndexProjector, BasisProjector):
     """The r vectors of an orthonormal transform on which the gradient is largest.
 
     Args:
-      norm: the score of a transformed row, "l1" (DCT-AdamW's default) or "l2" (which minimises the projection error).
+      norm: the score of a transformed row, "l1" (DCT-AdamW's default) or "l2" (which minimises the
+        projection error).
     """
 
     norm: str = "l1"
@@ -47,12 +49,12 @@ class Dct(TransformProjector):
     """The r best vectors of the orthonormal DCT (DCT-AdamW, Trion).
 
     Args:
-      kind: 3, the columns of the DCT-II matrix (the official code's default path, "dct3"), or 2, its rows (its Makhoul
-        path, "dct2").
-      products: "xla", or "kernel": a refresh takes its scores from `lr.kernels.dct_scores`, on a TPU where the shrunk
-        dimension is a multiple of 128 from 2048 on, with XLA's scores to rounding. Inside `lr.meshes.use` of several
-        devices each scores its own columns. Where an explicit mesh divides a matrix, XLA's product stays. No device has
-        timed it.
+      kind: 3, the columns of the DCT-II matrix (the official code's default path, "dct3"), or 2,
+        its rows (its Makhoul path, "dct2").
+      products: "xla", or "kernel": a refresh takes its scores from `lr.kernels.dct_scores`, on a
+        TPU where the shrunk dimension is a multiple of 128 from 2048 on, with XLA's scores to
+        rounding. Inside `lr.meshes.use` of several devices each scores its own columns. Where an
+        explicit mesh divides a matrix, XLA's product stays. No device has timed it.
     """
 
     kind: int = 3
@@ -98,11 +100,15 @@ def dct3(**options: Any) -> Dct:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hadamard(TransformProjector):
-    """The r best vectors of the Sylvester-Hadamard basis; the shrunk dimension must be a power of two."""
+    """The r best vectors of the Sylvester-Hadamard basis; the shrunk dimension must be a power of
+    two."""
 
     def rank_for(self, path, shrunk):
         if shrunk & (shrunk - 1):
-            raise ValueError(f"hadamard: the shrunk dimension {shrunk} of {path!r} is not a power of two; use dct")
+            raise ValueError(
+                f"hadamard: the shrunk dimension {shrunk} of {path!r} is not a power of two; use "
+                "dct"
+            )
         return super().rank_for(path, shrunk)
 
     def _transform(self, x):
@@ -120,8 +126,9 @@ class Columns(IndexProjector):
     """r coordinates of the shrunk dimension: `down` gathers, `up` scatters (FRUGAL `columns`).
 
     Args:
-      select: "random" (uniform without replacement), "l1" or "l2" (largest norm of the gradient), or given indices;
-        given ones that are past the shrunk dimension are left out, and `rank` is their number.
+      select: "random" (uniform without replacement), "l1" or "l2" (largest norm of the gradient),
+        or given indices; given ones that are past the shrunk dimension are left out, and `rank` is
+        their number.
       rank: fractions round down, as in FRUGAL's code.
 
     Raises:
@@ -135,11 +142,15 @@ class Columns(IndexProjector):
         if isinstance(self.select, str):
             super().__post_init__()
             if self.select not in ("random", "l1", "l2"):
-                raise ValueError(f"columns: select={self.select!r} must be 'random', 'l1', 'l2' or given indices")
+                raise ValueError(
+                    f"columns: select={self.select!r} must be 'random', 'l1', 'l2' or given indices"
+                )
             return
         indices = tuple(int(index) for index in np.ravel(self.select))
         if len(set(indices)) != len(indices) or min(indices, default=-1) < 0:
-            raise ValueError(f"columns: select={indices} must be distinct indices >= 0, and at least one")
+            raise ValueError(
+                f"columns: select={indices} must be distinct indices >= 0, and at least one"
+            )
         object.__setattr__(self, "select", tuple(sorted(indices)))
 
     @property
@@ -158,7 +169,10 @@ class Columns(IndexProjector):
             return super().rank_for(path, shrunk)
         inside = sum(index < shrunk for index in self.select)
         if not inside:
-            raise ValueError(f"columns: no index of {self.select} is below {shrunk}, the shrunk dimension of {path!r}")
+            raise ValueError(
+                f"columns: no index of {self.select} is below {shrunk}, the shrunk dimension of "
+                f"{path!r}"
+            )
         return inside
 
     def init(self, view, keys):
@@ -170,7 +184,9 @@ class Columns(IndexProjector):
 
     def refresh(self, view, basis, evidence):
         if self.select == "random":
-            return per_matrix(lambda key: linalg.random_rows(key, view.shrunk, view.rank), evidence.key)
+            return per_matrix(
+                lambda key: linalg.random_rows(key, view.shrunk, view.rank), evidence.key
+            )
         return linalg.top_rows(evidence.grad, view.rank, self.select)
 
     def structure(self):
@@ -189,7 +205,9 @@ class Columns(IndexProjector):
     def rest(self, view, basis, target, low):
         # as a mask (..., s, 1), not as a difference of numbers that should be equal
         selected = linalg.scatter_rows(jnp.ones((*basis.shape, 1), bool), basis, view.shrunk)
-        selected = sharding.reshard(selected, None if view.spec is None else (*view.spec[:-1], None))
+        selected = sharding.reshard(
+            selected, None if view.spec is None else (*view.spec[:-1], None)
+        )
         return jnp.where(selected, 0, target)
 
     def rounding(self, view, target):
