@@ -209,7 +209,7 @@ class MeshConfig(Section):
       data, fsdp, sequence, tensor: sizes of the mesh's axes; one may be -1, which is what the
         others leave. data and fsdp together divide the batch.
       spread: divide the low-rank optimizer state as far as the parameters are
-        (`lr.state_shardings`), which needs an auto mesh; None does so there.
+        (`lrx.state_shardings`), which needs an auto mesh; None does so there.
       explicit: array types carry their sharding, and an operation that would need a choice by the
         compiler is an error in place of a silent gather; otherwise the compiler completes the
         shardings.

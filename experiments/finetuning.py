@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import bases, objectives, optimizers, runs
 from experiments.bases import Base, Place
 from experiments.configuration import LOWRANK, ConfigurationError, smallest_dimension
@@ -127,7 +127,7 @@ class Finetuning(Task):
         self.work = self._work()
         self._digest: str | None = None
         self.objective = objectives.classes if self.dataset.classes else objectives.language
-        self._run = lr.linen.adapted(self._loss) if self.parts.adapts else self._loss
+        self._run = lrx.linen.adapted(self._loss) if self.parts.adapts else self._loss
         self._check_types(jax.tree.map(placed, self.model.shapes, kernels))
         if self.parts.needs_base:
             self.frozen = self.parts.cut_off(self._read_base())
@@ -273,7 +273,7 @@ class Finetuning(Task):
         )
         function = objectives.classes if is_classes else objectives.language
         run = lambda tree, batch: function(self.model.net, tree, batch)  # noqa: E731
-        run = lr.linen.adapted(run) if self.parts.adapts else run
+        run = lrx.linen.adapted(run) if self.parts.adapts else run
 
         def sums(params, rest, batch, *frozen):
             with meshes.use(self.mesh, parameters=self._known):

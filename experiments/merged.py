@@ -13,7 +13,7 @@ import pathlib
 import sys
 from typing import Any
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import bases, checkpoint, outputs, tuning_configuration
 from experiments.bases import Base, Place
 from experiments.configuration import ConfigurationError
@@ -158,8 +158,13 @@ def _write_peft(
     adaptation = model.parts.adaptation(params, rest)
     fields = {"base_model_name_or_path": config.base.source, "task_type": "CAUSAL_LM"}
     try:
-        lr.interop.peft.save(
-            output, adaptation, base, lr.interop.llama.torch_name, views=model.parts.views, **fields
+        lrx.interop.peft.save(
+            output,
+            adaptation,
+            base,
+            lrx.interop.llama.torch_name,
+            views=model.parts.views,
+            **fields,
         )
     except ValueError as error:
         raise ConfigurationError(f"--export_format='peft': {error}") from error

@@ -6,7 +6,7 @@ sum_i w_i, sum_i w_i [right_i]), where right says that the likeliest token or cl
 
 import jax.numpy as jnp
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.models import llama, vit
 
 CLASSIFIER = "classifier"  # a head for classes that a LLaMA gets beside its own: {"kernel": (D, Y)}
@@ -40,7 +40,7 @@ def class_logits(model, params, batch):
     x_BxD = jnp.sum(
         jnp.where(is_last_BxS[..., None], x_BxSxD, 0), axis=1
     )  # a sum, wherever the positions lie
-    return lr.matmul(x_BxD, params[CLASSIFIER]["kernel"]).astype(jnp.float32)
+    return lrx.matmul(x_BxD, params[CLASSIFIER]["kernel"]).astype(jnp.float32)
 
 
 def _sums(logits, batch):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.configuration import LOWRANK, ConfigurationError, OptimizerConfig, ScheduleConfig
 from lowrank_jax.adapters.pair_update import PairsState
 from lowrank_jax.projection.learning_rate import LearningRateState
@@ -49,7 +49,7 @@ def build(
       rate: learning rate by update.
       stacked: the model's layers lie along a leading axis of each kernel under `layers`.
       seed: of random projections.
-      sides: what "sharding" comes to, of `lr.sides_for`.
+      sides: what "sharding" comes to, of `lrx.sides_for`.
 
     Raises ConfigurationError for a field that the method does not have.
     """
@@ -153,7 +153,7 @@ def full_gradients(config: OptimizerConfig) -> str | None:
         return None
     plain = dataclasses.replace(config, clip_norm=None, side=None)
     projection = build(plain, lambda step: 1.0, stacked=True, seed=0).projection
-    plan, projector = lr.plan(projection), type(projection.projector).__name__.lower()
+    plan, projector = lrx.plan(projection), type(projection.projector).__name__.lower()
     another = (
         "to hold none, take another method, such as galore with optimizer.projector=alternating"
     )
@@ -177,9 +177,9 @@ def full_gradients(config: OptimizerConfig) -> str | None:
     return f"full gradients at a refresh, which the peak of memory shows: {reason}; {remedy}"
 
 
-def views(stacked: bool) -> lr.Views:
+def views(stacked: bool) -> lrx.Views:
     """Which leaves of our models count layers."""
-    return lr.Views(stacked=(r"layers/.*",) if stacked else ())
+    return lrx.Views(stacked=(r"layers/.*",) if stacked else ())
 
 
 def skipped(state) -> jax.Array | int:
@@ -260,12 +260,12 @@ def _optax_galore(learning_rate, *, rank, refresh_every=200, scale=0.25, weight_
 
 
 def _apollo_mini(learning_rate, **settings):
-    """`lr.apollo_mini`, with the settings of `lr.apollo` by name; a projector brings its rank."""
+    """`lrx.apollo_mini`, with the settings of `lrx.apollo` by name; a projector brings its rank."""
     own = {"rank": None} if "projector" in settings else {}
-    return lr.apollo_mini(learning_rate, **own | settings)
+    return lrx.apollo_mini(learning_rate, **own | settings)
 
 
-_apollo_mini.__signature__ = inspect.signature(lr.apollo)  # type: ignore[attr-defined]
+_apollo_mini.__signature__ = inspect.signature(lrx.apollo)  # type: ignore[attr-defined]
 
 
 def _pairs(method: Callable) -> Callable:
@@ -281,26 +281,26 @@ def _pairs(method: Callable) -> Callable:
     return build
 
 
-PROJECTORS: dict[str, Callable[..., lr.projectors.Projector]] = {
-    "svd": lr.projectors.svd,
-    "power": lr.projectors.power,
-    "randomized": lr.projectors.randomized,
-    "alternating": lr.projectors.alternating,
-    "sketch": functools.partial(lr.projectors.randomized, iterations=0),
+PROJECTORS: dict[str, Callable[..., lrx.projectors.Projector]] = {
+    "svd": lrx.projectors.svd,
+    "power": lrx.projectors.power,
+    "randomized": lrx.projectors.randomized,
+    "alternating": lrx.projectors.alternating,
+    "sketch": functools.partial(lrx.projectors.randomized, iterations=0),
 }
 
 METHODS = {
     "adamw": optax.adamw,
     "sgd": optax.sgd,
     "optax_galore": _optax_galore,
-    "galore": lr.galore,
-    "dct_adamw": lr.dct_adamw,
-    "frugal": lr.frugal,
-    "ldadam": lr.ldadam,
-    "apollo": lr.apollo,
+    "galore": lrx.galore,
+    "dct_adamw": lrx.dct_adamw,
+    "frugal": lrx.frugal,
+    "ldadam": lrx.ldadam,
+    "apollo": lrx.apollo,
     "apollo_mini": _apollo_mini,
-    "lora_plus": lr.lora_plus,
-    "scaled_adamw": _pairs(lr.scaled_adamw),
-    "altlora": _pairs(lr.altlora),
-    "altlora_plus": _pairs(lr.altlora_plus),
+    "lora_plus": lrx.lora_plus,
+    "scaled_adamw": _pairs(lrx.scaled_adamw),
+    "altlora": _pairs(lrx.altlora),
+    "altlora_plus": _pairs(lrx.altlora_plus),
 }

@@ -63,7 +63,7 @@ def adapters(result: dict) -> str:
     """What each adapter trains, how it starts, and what its comparison with PEFT covered."""
     header = [
         "adapter",
-        "`lr.adapters.`",
+        "`lrx.adapters.`",
         "trained numbers",
         "delta at the start",
         "compared with PEFT",

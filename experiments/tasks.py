@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import distributed, evaluated, optimizers, updates
 from experiments import workdir as folder
 from experiments.configuration import ConfigurationError, MeshConfig, RunConfig
@@ -113,13 +113,13 @@ class Task:
         state."""
         settings = dataclasses.replace(self.config.optimizer, clip_norm=None)
         return list(
-            lr.memory.ledger(self.optimizer_of(settings), self.abstract["params"], compiled).rows
+            lrx.memory.ledger(self.optimizer_of(settings), self.abstract["params"], compiled).rows
         )
 
     def optimizer_of(self, settings) -> optax.GradientTransformation:
         """The optimizer that these settings describe."""
         if settings.side == "sharding" and not self._sides:
-            self._sides = lr.sides_for(
+            self._sides = lrx.sides_for(
                 self.shapes["params"], self.places["params"], views=optimizers.views(self.stacked)
             )
         return optimizers.build(
@@ -136,7 +136,7 @@ class Task:
             )
         except ValueError as error:
             raise ConfigurationError(f"optimizer.name={settings.name!r}: {error}") from error
-        follow = lr.state_shardings(
+        follow = lrx.state_shardings(
             self.optimizer, params, self.places["params"], spread=self.config.mesh.spreads
         )
         shapes, places = (
@@ -180,15 +180,15 @@ class Task:
         projected full ones."""
         if (
             self.config.optimizer.backprop != "projected"
-            or lr.plan(self.optimizer.projection) == "full"
+            or lrx.plan(self.optimizer.projection) == "full"
         ):
             return None
         begin = time.perf_counter()
         own = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // distributed.part(self.rows)[1]
         batch = self.on_devices({name: array[:own] for name, array in self.host_batch(0).items()})
         share = 1.0 / max(float(jnp.sum(batch["weights"])), 1.0)
-        loss, taps = updates.projected_loss(self.sums, self.frozen), lr.taps(state["opt_state"])
-        lr.check_taps(
+        loss, taps = updates.projected_loss(self.sums, self.frozen), lrx.taps(state["opt_state"])
+        lrx.check_taps(
             loss, taps, state["params"], batch, share, tolerance=1e-3 if self.exact else 5e-2
         )
         return f"projected gradients agree with the full ones ({time.perf_counter() - begin:.1f} s)"

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.configuration import ConfigurationError
 from experiments.tuning_configuration import AdapterConfig
 
@@ -112,8 +112,8 @@ class Adapted(Parts):
         """`new` holds patterns of leaves that train whole because the base has none of them."""
         rules = config.parsed()
         is_targeted = any(re.fullmatch(pattern, PATCHES) for pattern, _ in rules)
-        patches = ((PATCHES, lr.MatrixView(rows=(0, 1, 2), cols=(3,))),) if is_targeted else ()
-        self.views = lr.Views(stacked=(LAYERS,) if scan else (), rules=patches)
+        patches = ((PATCHES, lrx.MatrixView(rows=(0, 1, 2), cols=(3,))),) if is_targeted else ()
+        self.views = lrx.Views(stacked=(LAYERS,) if scan else (), rules=patches)
         self._options: dict[str, Any] = {
             "rules": rules,
             "exclude": config.exclude,
@@ -136,10 +136,10 @@ class Adapted(Parts):
         self.report = str(self._adaptation)
 
     def _adapt(self, tree, key):
-        return lr.adapt(tree, key=key, **self._options)
+        return lrx.adapt(tree, key=key, **self._options)
 
     def shardings(self, kernels):
-        train, fixed = lr.adapters.shardings(self._adaptation, kernels)
+        train, fixed = lrx.adapters.shardings(self._adaptation, kernels)
         mesh = jax.tree.leaves(kernels)[0].mesh
         return {"params": train, "fixed": fixed, "key": jax.NamedSharding(mesh, jax.P())}
 
@@ -161,16 +161,16 @@ class Adapted(Parts):
     def cut_off(self, tree):
         return (tree,)
 
-    def adaptation(self, params, rest) -> lr.adapters.Adaptation:
+    def adaptation(self, params, rest) -> lrx.adapters.Adaptation:
         """The adapters with the arrays of a state."""
         return self._adaptation.replace(train=params, fixed=rest["fixed"])
 
     def tree(self, params, rest, *frozen):
         """With dropout where `rest` has a key."""
-        return lr.attach(frozen[0], self.adaptation(params, rest), key=rest.get("key"))
+        return lrx.attach(frozen[0], self.adaptation(params, rest), key=rest.get("key"))
 
     def plain(self, params, rest, *frozen):
-        return lr.effective(frozen[0], self.adaptation(params, rest))
+        return lrx.effective(frozen[0], self.adaptation(params, rest))
 
     def merged(self, params, rest, *frozen):
-        return lr.merge(frozen[0], self.adaptation(params, rest))
+        return lrx.merge(frozen[0], self.adaptation(params, rest))

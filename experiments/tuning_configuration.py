@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.configuration import (
     LOWRANK,
     CheckpointConfig,
@@ -93,7 +93,7 @@ class AdapterConfig(Section):
     SECTION: ClassVar[str] = "adapter"
 
     method: str = "lora(rank=8)"
-    targets: str = lr.adapters.ALL_LINEAR
+    targets: str = lrx.adapters.ALL_LINEAR
     rules: tuple[tuple[str, str], ...] = ()
     exclude: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
@@ -126,8 +126,8 @@ class AdapterConfig(Section):
             )
         self.parsed()
 
-    def parsed(self) -> tuple[tuple[str, lr.adapters.Adapter | None], ...]:
-        """The rules for `lr.adapt`; empty when the whole model trains."""
+    def parsed(self) -> tuple[tuple[str, lrx.adapters.Adapter | None], ...]:
+        """The rules for `lrx.adapt`; empty when the whole model trains."""
         if not self.method:
             return ()
         rules = [(pattern, method, "adapter.rules") for pattern, method in self.rules]
@@ -137,7 +137,7 @@ class AdapterConfig(Section):
         )
 
 
-def parse(method: str, field: str = "adapter.method") -> lr.adapters.Adapter:
+def parse(method: str, field: str = "adapter.method") -> lrx.adapters.Adapter:
     """The adapter that an expression describes: calls of names in `lowrank_jax.adapters` on
     literals, nothing else.
 
@@ -167,7 +167,9 @@ def parse(method: str, field: str = "adapter.method") -> lr.adapters.Adapter:
         ):
             return refuse("write calls of adapters with keywords alone, such as 'lora(rank=8)'")
         known = [
-            name for name in lr.adapters.__all__ if name.islower() and isinstance(found(name), type)
+            name
+            for name in lrx.adapters.__all__
+            if name.islower() and isinstance(found(name), type)
         ]
         if node.func.id not in known:
             one_of_names(node.func.id, known)
@@ -176,7 +178,7 @@ def parse(method: str, field: str = "adapter.method") -> lr.adapters.Adapter:
         )
 
     def found(name: str) -> Any:
-        return getattr(lr.adapters, name)
+        return getattr(lrx.adapters, name)
 
     def one_of_names(name: str, known: list[str]) -> None:
         try:
@@ -201,7 +203,7 @@ def parse(method: str, field: str = "adapter.method") -> lr.adapters.Adapter:
     except SyntaxError:
         refuse("is no expression; write it as in Python, such as 'lora(rank=8)'")
     adapter = value(tree)
-    if not isinstance(adapter, lr.adapters.Adapter):
+    if not isinstance(adapter, lrx.adapters.Adapter):
         refuse("is no adapter; write one of lowrank_jax.adapters, such as 'lora(rank=8)'")
     return adapter
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import optimizers
 from experiments.models import llama
 from lowrank_jax import sharding
@@ -23,7 +23,9 @@ def loss_sums(model, params, batch):
 def projected_loss(sums, frozen=()):
     """`loss(params, batch, share)`: the sum of the losses of a batch times its share, for kernels
     with taps."""
-    return lr.linen.tapped(lambda params, batch, share: sums(params, batch, {}, *frozen)[0] * share)
+    return lrx.linen.tapped(
+        lambda params, batch, share: sums(params, batch, {}, *frozen)[0] * share
+    )
 
 
 def fused(sums, optimizer, accumulation: int, backprop: str):
@@ -34,7 +36,7 @@ def fused(sums, optimizer, accumulation: int, backprop: str):
     """
 
     def update(state, batch, *frozen):
-        step = lr.train_step(
+        step = lrx.train_step(
             projected_loss(sums, frozen),
             optimizer,
             accumulate=accumulation,
@@ -42,7 +44,7 @@ def fused(sums, optimizer, accumulation: int, backprop: str):
             backprop=backprop,
         )
         weight = jnp.maximum(jnp.sum(batch["weights"].astype(jnp.float32)), 1.0)
-        # `lr.train_step` averages over microbatches; with these shares the average is the exact
+        # `lrx.train_step` averages over microbatches; with these shares the average is the exact
         # token mean
         share = accumulation / weight
         if accumulation > 1:

@@ -1,9 +1,9 @@
 """lowrank_jax: low-rank training in JAX, as small pure functions.
 
 >>> import jax.numpy as jnp, optax
->>> import lowrank_jax as lr
+>>> import lowrank_jax as lrx
 >>> params = {"dense": {"kernel": jnp.ones((32, 64)), "bias": jnp.zeros(64)}}
->>> tx = optax.chain(optax.clip_by_global_norm(1.0), lr.galore(1e-2, rank=8))
+>>> tx = optax.chain(optax.clip_by_global_norm(1.0), lrx.galore(1e-2, rank=8))
 >>> state = tx.init(params)
 >>> updates, state = tx.update(params, state, params)
 """
@@ -132,7 +132,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> types.ModuleType:
-    """`lr.nnx` and `lr.interop`, which import flax.nnx and read other people's files, at their
+    """`lrx.nnx` and `lrx.interop`, which import flax.nnx and read other people's files, at their
     first use."""
     if name in ("nnx", "interop"):
         return importlib.import_module(f"lowrank_jax.{name}")

@@ -118,8 +118,8 @@ class ResolvedView:
       spec: PartitionSpec of the oriented matrices on an explicit mesh, else None.
 
     >>> import jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> view = lr.resolve(jnp.ones((16, 4)), rank=2).projected[0]
+    >>> import lowrank_jax as lrx
+    >>> view = lrx.resolve(jnp.ones((16, 4)), rank=2).projected[0]
     >>> view.side, view.oriented, view.orient(jnp.ones((16, 4))).shape
     ('cols', (4, 16), (4, 16))
     """

@@ -77,8 +77,10 @@ def formula(tx: optax.GradientTransformation, params: Any) -> list[dict[str, Any
     inside which nothing can look: pass ours.
 
     >>> import jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> rows = formula(lr.galore(1e-2, rank=4), {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)})
+    >>> import lowrank_jax as lrx
+    >>> rows = formula(
+    ...     lrx.galore(1e-2, rank=4), {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}
+    ... )
     >>> {row["component"]: row["bytes_formula"] for row in rows}
     {'parameters': 576, 'gradients': 576, 'basis': 128, 'moments': 516, 'residual': 0, 'plain': 132, 'scalars': 20}
     """
@@ -260,8 +262,8 @@ def ledger(
         their bytes are among its temporaries.
 
     >>> import jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> print(ledger(lr.galore(1e-2, rank=64), {"kernel": jnp.ones((256, 1024))}))
+    >>> import lowrank_jax as lrx
+    >>> print(ledger(lrx.galore(1e-2, rank=64), {"kernel": jnp.ones((256, 1024))}))
     component         formula (MiB)  measured (MiB)
     parameters                1.000           1.000
     gradients                 1.000           1.000

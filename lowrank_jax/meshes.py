@@ -2,7 +2,7 @@
 
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
     placed = meshes.shardings(params, table, mesh)           NamedShardings, a tree like params
-    state = lr.state_shardings(tx, params, placed)           those of the optimizer follow
+    state = lrx.state_shardings(tx, params, placed)           those of the optimizer follow
     step = jax.jit(step, in_shardings=(placed, state, rows), out_shardings=(placed, state),
     donate_argnums=(0, 1))
 
@@ -265,7 +265,7 @@ def _specs(mesh: Mesh, parameters: Any) -> dict[str, Any]:
             raise ValueError(
                 f"use: parameters has {place} at {path!r}, not a NamedSharding on this mesh; give "
                 "abstract or placed parameters, for instance with the shardings of "
-                "lr.meshes.shardings"
+                "lrx.meshes.shardings"
             )
         found[path] = sharding.spec_of(place, len(own.shape))
     return found
@@ -289,16 +289,16 @@ def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator
     matrices, on this mesh.
 
     Inside an optimizer's update on an auto mesh, refreshes need it: without it the compiler adds up
-    whole matrices for a DCT along a divided dimension. Kernels (`lr.kernels`) need it to be divided
-    over an auto mesh.
+    whole matrices for a DCT along a divided dimension. Kernels (`lrx.kernels`) need it to be
+    divided over an auto mesh.
 
     Args:
       mesh, rules: of the program.
       parameters: a tree of arrays or `jax.ShapeDtypeStruct`s with NamedShardings on an auto mesh.
         The update of an optimizer of this library then keeps its state divided as
-        `lr.state_shardings(..., spread=True)` says, and gathers what is low-rank layer by layer,
+        `lrx.state_shardings(..., spread=True)` says, and gathers what is low-rank layer by layer,
         where a layer is written. `products="kernel"` of adapters and of the fused form takes a
-        kernel where this tree, by the paths that `lr.adapt` or the optimizer sees, says that a
+        kernel where this tree, by the paths that `lrx.adapt` or the optimizer sees, says that a
         matrix is divided so that each device can run it on its own block. A quantised matrix with
         adapters is gathered as codes, before it is decoded (HiRA, which multiplies by it entry by
         entry, has values sent as well).

@@ -2,8 +2,8 @@
 
 A kernel is an array, a quantised array (`dequantize(dtype)`), or a node that knows how to multiply
 (`dot_general(x, dimension_numbers, ...)`): a kernel with a tap of projected backprop, or one with
-adapters. A loss that multiplies by `lr.matmul`, `lr.einsum` or `lr.dot_general` takes all of them;
-the Flax skins do so for Flax models.
+adapters. A loss that multiplies by `lrx.matmul`, `lrx.einsum` or `lrx.dot_general` takes all of
+them; the Flax skins do so for Flax models.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def dense(kernel: Any, dtype: Any, path: str | None = None) -> jax.Array:
     """The kernel as an array; only a quantised one is cast.
 
     One whose parameter's `path` is given is gathered for a product as codes, where
-    `lr.meshes.use(parameters=)` says how it lies: left to the compiler, its value is gathered, of 2
-    or 4 bytes an entry.
+    `lrx.meshes.use(parameters=)` says how it lies: left to the compiler, its value is gathered, of
+    2 or 4 bytes an entry.
     """
     if not hasattr(kernel, "dequantize"):
         return kernel
@@ -51,10 +51,10 @@ def decoding(function: Callable, kernel: Any) -> Callable:
 def undecoded(
     kernel: Any, spec: tuple[Any, Any] | None = None
 ) -> Callable[[jax.Array], jax.Array] | None:
-    """`x -> x K` by `lr.kernels.nf4_linear`, of one matrix in NF4 that asks for it; None of every
+    """`x -> x K` by `lrx.kernels.nf4_linear`, of one matrix in NF4 that asks for it; None of every
     other kernel.
 
-    `spec` says how K lies on the mesh of `lr.meshes.use`.
+    `spec` says how K lies on the mesh of `lrx.meshes.use`.
     """
     if (
         not isinstance(kernel, linalg.NormalFloat4)

@@ -368,11 +368,11 @@ def _code(views: Views) -> str:
             else {name: getattr(view, name) for name in ("batch", "rows", "cols")}
         )
         made = ", ".join(f"{name}={own}" for name, own in axes.items() if own)
-        return f"({pattern!r}, {None if view is None else f'lr.MatrixView({made})'}),"
+        return f"({pattern!r}, {None if view is None else f'lrx.MatrixView({made})'}),"
 
     rules = f"rules=({' '.join(rule(*entry) for entry in views.rules)})" if views.rules else ""
     stacked = f"stacked={views.stacked}" if views.stacked else ""
-    return f"lr.Views({', '.join(filter(None, (rules, stacked)))})"
+    return f"lrx.Views({', '.join(filter(None, (rules, stacked)))})"
 
 
 def _side_of(path: str, rows: int, cols: int, spec, side, tie: str) -> str:
@@ -390,7 +390,7 @@ def _side_of(path: str, rows: int, cols: int, spec, side, tie: str) -> str:
         if spec is None:
             raise ValueError(
                 "side='sharding' needs to know the sharding before tracing: pass "
-                "side=lr.sides_for(params, shardings)"
+                "side=lrx.sides_for(params, shardings)"
             )
         if (spec[-2] is None) != (spec[-1] is None):
             return "rows" if spec[-2] is None else "cols"
@@ -406,7 +406,7 @@ def check_side(side, tie: str) -> None:
     if isinstance(side, str) and side not in SIDES:
         raise ValueError(
             f"side={side!r} is unknown; use one of {SIDES} or the ((path, side), ...) of "
-            "lr.sides_for"
+            "lrx.sides_for"
         )
     if tie not in ("rows", "cols"):
         raise ValueError(

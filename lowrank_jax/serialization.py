@@ -24,8 +24,8 @@ def serializable(kind: T) -> T:
     fields or shapes.
 
     >>> import jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> gradient = lr.Projected(jnp.ones((2, 3)))
+    >>> import lowrank_jax as lrx
+    >>> gradient = lrx.Projected(jnp.ones((2, 3)))
     >>> saved = serialization.to_bytes(gradient)
     >>> serialization.from_bytes(gradient, saved).low.shape
     (2, 3)

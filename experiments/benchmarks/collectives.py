@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import collectives, outputs
 from experiments.benchmarks import commandline, workload
 from experiments.models import axes, llama
@@ -42,7 +42,7 @@ from lowrank_jax import meshes, sharding
 
 DEVICES = 8
 WAYS = ("as they lie", "rows whole", "by layers")
-PROJECTORS = {"power": lr.projectors.power, "dct": lr.projectors.dct, "svd": lr.projectors.svd}
+PROJECTORS = {"power": lrx.projectors.power, "dct": lrx.projectors.dct, "svd": lrx.projectors.svd}
 
 
 def received(found: list[collectives.Collective]) -> int:
@@ -58,7 +58,7 @@ def refresh(preset: str, name: str, rank: int, way: str) -> list[collectives.Col
     kernels = workload.matrices(preset)
     kinds = meshes.shardings(kernels, axes.LLAMA, mesh)
     projector = PROJECTORS[name](rank=rank)
-    views = lr.resolve(kernels, workload.VIEWS, rank=projector.rank_for).projected
+    views = lrx.resolve(kernels, workload.VIEWS, rank=projector.rank_for).projected
     whole = jax.NamedSharding(mesh, PartitionSpec())
     layers = jax.NamedSharding(mesh, PartitionSpec("fsdp"))
     keys = [jax.random.split(jax.random.key(0), view.batch) for view in views]
@@ -78,7 +78,7 @@ def refresh(preset: str, name: str, rank: int, way: str) -> list[collectives.Col
                 with meshes.use(mesh):
                     x = sharding.rows_whole(x)
             moved = projector.refresh(
-                view, basis, lr.Evidence(grad=x, step=jnp.ones((), jnp.int32))
+                view, basis, lrx.Evidence(grad=x, step=jnp.ones((), jnp.int32))
             )
             new.append(constrain(moved, layers) if way == "by layers" else moved)
         return new

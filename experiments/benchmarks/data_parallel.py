@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import collectives, outputs
 from experiments.benchmarks import commandline, training_step, workload
 from experiments.models import axes, llama
@@ -44,13 +44,13 @@ def compiled(preset: str, rank: int, length: int, axis: str = "data") -> Any:
     tx: Any = optax.adamw(1e-3)
     step = training_step.optax_step(tx, loss)
     if rank:
-        clock = lr.clocks.every(period=workload.PERIOD, when="after")
-        projector = lr.projectors.random(rank=rank, kind="orthonormal")
-        tx = lr.galore(1e-2, projector=projector, clock=clock, views=workload.VIEWS)
-        step = lr.train_step(lr.linen.tapped(loss), tx)
+        clock = lrx.clocks.every(period=workload.PERIOD, when="after")
+        projector = lrx.projectors.random(rank=rank, kind="orthonormal")
+        tx = lrx.galore(1e-2, projector=projector, clock=clock, views=workload.VIEWS)
+        step = lrx.train_step(lrx.linen.tapped(loss), tx)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     placed = meshes.shardings(params, axes.LLAMA, mesh)
-    kinds = lr.state_shardings(tx, params, placed)
+    kinds = lrx.state_shardings(tx, params, placed)
     place = lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind)  # noqa: E731
     state = jax.tree.map(place, jax.eval_shape(tx.init, params), kinds)
     rows = jax.NamedSharding(mesh, meshes.spec(("batch",), mesh))

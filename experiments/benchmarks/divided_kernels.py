@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import collectives, outputs
 from experiments.benchmarks import commandline
 from experiments.benchmarks import kernels as single
@@ -44,12 +44,12 @@ PRODUCTS: list[tuple[Any, Any, Any, int]] = [
 ]
 # mesh, leaf, its partition entries, rank, moments
 STEPS: list[tuple[Any, Any, Any, int, Any]] = [
-    ({"data": 4}, (4096, 11008), (None, None), 1024, lr.inner.adam()),
-    ({"tensor": 4}, (4096, 11264), (None, "tensor"), 1024, lr.inner.adam()),
-    ({"fsdp": 4}, (4096, 4096), ("fsdp", None), 1024, lr.inner.adam()),
-    ({"fsdp": 4}, (4096, 4096), ("fsdp", None), 1024, lr.inner.stored8()),
-    ({"fsdp": 4}, (4096, 11008), ("fsdp", None), 256, lr.inner.adam()),
-    ({"fsdp": 4}, (16, 4096, 4096), (None, "fsdp", None), 1024, lr.inner.adam()),
+    ({"data": 4}, (4096, 11008), (None, None), 1024, lrx.inner.adam()),
+    ({"tensor": 4}, (4096, 11264), (None, "tensor"), 1024, lrx.inner.adam()),
+    ({"fsdp": 4}, (4096, 4096), ("fsdp", None), 1024, lrx.inner.adam()),
+    ({"fsdp": 4}, (4096, 4096), ("fsdp", None), 1024, lrx.inner.stored8()),
+    ({"fsdp": 4}, (4096, 11008), ("fsdp", None), 256, lrx.inner.adam()),
+    ({"fsdp": 4}, (16, 4096, 4096), (None, "fsdp", None), 1024, lrx.inner.adam()),
 ]
 SCORES: list[tuple[Any, Any]] = [({"fsdp": 4}, (4096, 4096)), ({"fsdp": 4}, (4096, 11008))]
 
@@ -153,15 +153,15 @@ def _nf4(put, mesh, shape, spec, batch, form):
 
 def _step(mesh, shape, spec, rank, inner, part, form):
     params = {"kernel": abstract(mesh, shape, "bfloat16", *spec)}
-    views = lr.Views(stacked=("kernel",)) if len(shape) > 2 else lr.Views()
-    side = lr.sides_for(params, views=views)
-    view = lr.resolve(params, views, rank=rank, side=side).projected[0]
-    basis = lr.projectors.given(
+    views = lrx.Views(stacked=("kernel",)) if len(shape) > 2 else lrx.Views()
+    side = lrx.sides_for(params, views=views)
+    view = lrx.resolve(params, views, rank=rank, side=side).projected[0]
+    basis = lrx.projectors.given(
         matrix=np.zeros((view.shrunk, rank), np.float32)
     )  # its values are the state's
-    tx = lr.galore(1e-3, projector=basis, inner=inner, weight_decay=0.1, views=views, side=side)
-    places = lr.state_shardings(tx, params, spread=True)
-    optimizer = lr.fused(tx, products="xla" if form == "xla" else "kernel")
+    tx = lrx.galore(1e-3, projector=basis, inner=inner, weight_decay=0.1, views=views, side=side)
+    places = lrx.state_shardings(tx, params, spread=True)
+    optimizer = lrx.fused(tx, products="xla" if form == "xla" else "kernel")
     state = jax.tree.map(
         lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
         jax.eval_shape(tx.init, params),
@@ -171,12 +171,12 @@ def _step(mesh, shape, spec, rank, inner, part, form):
     if part == "projected":
         place = jax.tree.leaves(places.projection.matrices["kernel"].inner.mu)[0]
         low = jax.ShapeDtypeStruct((*view.batch, rank, view.kept), jnp.float32, sharding=place)
-        grads = {"kernel": jax.tree.map(lambda _: low, jax.eval_shape(lr.Projected, low))}
+        grads = {"kernel": jax.tree.map(lambda _: low, jax.eval_shape(lrx.Projected, low))}
 
     def run(own, grads, state):
         with meshes.use(mesh, parameters=params):
             return optimizer.step(
-                own, grads, state, taps=lr.taps(state) if part == "projected" else None
+                own, grads, state, taps=lrx.taps(state) if part == "projected" else None
             )
 
     return measured(

@@ -21,10 +21,10 @@ that its peak is that of a step with a refresh:
 slice: v5e:4x4, 16 chips, one sequence of 2048 on each; parameters, moments and bases in float32,
 products in bfloat16, each layer rematerialised, rank a quarter of the width. Every matrix is split
 over the chips along its larger dimension, which projection keeps, and moments with it
-(`lr.state_shardings`); layers are gathered as they are used. Bases are whole on every chip, as that
-function says, or "split" along the dimension that they shrink, by shardings given to `jax.jit`.
-Bytes are those of one chip; rows with a refresh are the layer-wise step, which makes one layer's
-basis at a time.
+(`lrx.state_shardings`); layers are gathered as they are used. Bases are whole on every chip, as
+that function says, or "split" along the dimension that they shrink, by shardings given to
+`jax.jit`. Bytes are those of one chip; rows with a refresh are the layer-wise step, which makes one
+layer's basis at a time.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as Spec
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import outputs
 from experiments.benchmarks import commandline, tpu_programs, training_step, workload
 from experiments.models import llama
@@ -77,7 +77,7 @@ PODS = (
 )
 
 
-def stack(config: llama.LlamaConfig) -> lr.Stack:
+def stack(config: llama.LlamaConfig) -> lrx.Stack:
     """`experiments.models.llama.Llama` in three parts."""
     block, norm = llama.Block(config), llama.RMSNorm(config)
     dtype = llama.DTYPES[config.dtype]
@@ -88,9 +88,9 @@ def stack(config: llama.LlamaConfig) -> lr.Stack:
         logits = jnp.einsum("bsd,dv->bsv", x, kernel, preferred_element_type=jnp.float32)
         return llama.loss_and_metrics(logits, tokens, jnp.ones(tokens.shape))[0]
 
-    return lr.Stack(
+    return lrx.Stack(
         before=lambda rest, tokens: rest["embed"]["embedding"][tokens].astype(dtype),
-        layer=lr.linen.tapped(lambda layer, x: block.apply({"params": layer}, x)[0]),
+        layer=lrx.linen.tapped(lambda layer, x: block.apply({"params": layer}, x)[0]),
         after=after,
     )
 
@@ -106,14 +106,14 @@ def optimizer(refresh: str, rank: int, *, dtype: Any, **options: Any) -> Any:
     """GaLore whose basis moves as the row says, every 200 steps."""
     projectors = {
         "none": Standing(rank=rank, kind="orthonormal", dtype=dtype),
-        "random": lr.projectors.random(rank=rank, kind="orthonormal", dtype=dtype),
-        "alternating": lr.projectors.alternating(rank=rank, dtype=dtype),
-        "power": lr.projectors.power(rank=rank, dtype=dtype),
+        "random": lrx.projectors.random(rank=rank, kind="orthonormal", dtype=dtype),
+        "alternating": lrx.projectors.alternating(rank=rank, dtype=dtype),
+        "power": lrx.projectors.power(rank=rank, dtype=dtype),
     }
-    clock = lr.clocks.every(
+    clock = lrx.clocks.every(
         period=workload.PERIOD, when="before" if refresh == "power" else "after"
     )
-    return lr.galore(
+    return lrx.galore(
         1e-2, projector=projectors[refresh], clock=clock, views=workload.VIEWS, **options
     )
 
@@ -130,19 +130,19 @@ def step_of(
 ) -> tuple[Any, Any, Any]:
     """The card's `(step, abstract parameters, abstract state)`."""
     params = abstract_parameters(config)
-    inner = lr.inner.stored8(inner=lr.inner.adam(eps=1e-6, convention="hf"))
+    inner = lrx.inner.stored8(inner=lrx.inner.adam(eps=1e-6, convention="hf"))
     tx = optimizer(refresh, rank, dtype=jnp.int8, inner=inner)
     if int8:
-        paths = {view.path for view in lr.explain(tx, params).projected}
+        paths = {view.path for view in lrx.explain(tx, params).projected}
 
         def small(x):
-            return jax.eval_shape(lambda: lr.linalg.quantize_blocks(jnp.zeros(x.shape), "linear"))
+            return jax.eval_shape(lambda: lrx.linalg.quantize_blocks(jnp.zeros(x.shape), "linear"))
 
         params = jax.tree_util.tree_map_with_path(
             lambda keys, x: small(x) if "/".join(key.key for key in keys) in paths else x, params
         )
-    form = lr.fused(tx, rounding="stochastic", plain_block=PLAIN_BLOCK)
-    return lr.layerwise_step(stack(config), form), params, jax.eval_shape(form.init, params)
+    form = lrx.fused(tx, rounding="stochastic", plain_block=PLAIN_BLOCK)
+    return lrx.layerwise_step(stack(config), form), params, jax.eval_shape(form.init, params)
 
 
 def nbytes(tree: Any) -> int:
@@ -179,7 +179,7 @@ def compiled(
     """Bytes of the compiled step; of its temporaries `kept` are the inputs of the layers."""
     begin = time.perf_counter()
     jitted = jax.jit(step, donate_argnums=(0, 1), **jit)
-    program = lr.memory.measure(jitted.lower(params, state, tokens).compile())
+    program = lrx.memory.measure(jitted.lower(params, state, tokens).compile())
     return parts(params, state) | {
         "argument_bytes": program.arguments,
         "input_bytes": kept,
@@ -230,9 +230,9 @@ def pod_shardings(mesh: Any, tx: Any, params: Any, *, split: bool) -> tuple[Any,
         )
 
     placed = jax.tree_util.tree_map_with_path(of_parameter, params)
-    state = lr.state_shardings(tx, params, placed)
+    state = lrx.state_shardings(tx, params, placed)
     if split:
-        is_matrix = lambda node: isinstance(node, lr.MatrixState)  # noqa: E731
+        is_matrix = lambda node: isinstance(node, lrx.MatrixState)  # noqa: E731
         by_rows = NamedSharding(mesh, Spec(None, axis, None))
 
         def divided(node):
@@ -274,9 +274,9 @@ def pod(preset: str, length: int) -> Iterator[dict[str, Any]]:
         step = (
             training_step.optax_step(tx, loss)
             if adamw
-            else lr.train_step(lr.linen.tapped(loss), tx)
+            else lrx.train_step(lrx.linen.tapped(loss), tx)
         )
-        step = lr.layerwise_step(stack(config), tx) if form == "layerwise_step" else step
+        step = lrx.layerwise_step(stack(config), tx) if form == "layerwise_step" else step
         placed, state_placed = pod_shardings(mesh, tx, params, split=split)
         place = lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind)  # noqa: E731
         state = jax.tree.map(place, jax.eval_shape(tx.init, params), state_placed)

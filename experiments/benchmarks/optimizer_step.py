@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import outputs
 from experiments.benchmarks import commandline, timing, tpu_programs, workload
 
@@ -45,13 +45,13 @@ class Runner:
         self.case = case
         self.gradients = workload.unstacked(gradients) if case.unstacked else gradients
         shapes = workload.unstacked(shapes) if case.unstacked else shapes
-        self.compiled = lr.memory.compile_update(case.tx, shapes)
+        self.compiled = lrx.memory.compile_update(case.tx, shapes)
         self.params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         self.state = jax.jit(case.tx.init)(self.params)
         working = case.working_steps(shapes) if case.staggered else []
         self.quiet = next(step for step in range(1, workload.PERIOD) if step not in working)
-        self.state_bytes = lr.memory.ledger(case.tx, shapes).state_bytes
-        self.temporary_bytes = lr.memory.measure(self.compiled).temporaries
+        self.state_bytes = lrx.memory.ledger(case.tx, shapes).state_bytes
+        self.temporary_bytes = lrx.memory.measure(self.compiled).temporaries
 
     def step(self, step: int) -> float:
         """Seconds of one update at this step."""

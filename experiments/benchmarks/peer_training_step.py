@@ -31,7 +31,7 @@ import jax
 import numpy as np
 import optax
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import outputs
 from experiments.benchmarks import commandline, timing, training_step, workload
 from experiments.models import huggingface, llama
@@ -92,17 +92,17 @@ def own_cases(
     """Our AdamW, and GaLore by projected backprop, whose refreshes are thin products after the
     update."""
     adamw = optax.adamw(1e-3, weight_decay=1e-4)
-    clock = lr.clocks.every(
+    clock = lrx.clocks.every(
         period=workload.PERIOD, phase=workload.PERIOD - 1, first=False, when="after"
     )
-    galore = lr.galore(
-        1e-2, projector=lr.projectors.alternating(rank=rank), clock=clock, views=workload.VIEWS
+    galore = lrx.galore(
+        1e-2, projector=lrx.projectors.alternating(rank=rank), clock=clock, views=workload.VIEWS
     )
     name = f"galore, rank {rank}, projected backprop, alternating"
     return [
         training_step.make("optax.adamw", training_step.optax_step(adamw, of.loss), adamw, of),
         training_step.make(
-            name, lr.train_step(of.loss, galore), galore, of, rank=rank, tapped=True
+            name, lrx.train_step(of.loss, galore), galore, of, rank=rank, tapped=True
         ),
     ]
 

@@ -56,7 +56,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import configuration, optimizers, outputs, updates, workdir
 from experiments.benchmarks import commandline, timing
 from experiments.models import llama
@@ -133,7 +133,7 @@ def measured_steps(period: int, steps: int, apart: int = 100) -> dict[int, list[
 class Probe:
     """Compares bases on full gradients, all matrices of all leaves in one jitted call each."""
 
-    def __init__(self, projection: lr.Projection, params: Any):
+    def __init__(self, projection: lrx.Projection, params: Any):
         self.projector: Any = projection.projector
         self.views = projection.report(params).projected
         self.exact = jax.jit(self._exact)
@@ -142,7 +142,7 @@ class Probe:
 
     def bases(self, opt_state: Any) -> list[Any]:
         """The bases of the optimizer's state, in the order of the views."""
-        taps = lr.taps(opt_state).taps
+        taps = lrx.taps(opt_state).taps
         return [taps[view.path].basis for view in self.views]
 
     def _oriented(self, grads: Any) -> list[jax.Array]:
@@ -153,9 +153,9 @@ class Probe:
         return [view.orient(by_path[view.path]) for view in self.views]
 
     def _exact(self, grads: Any) -> list[jax.Array]:
-        svd = lr.projectors.svd(rank=1)  # ranks are those of the views
+        svd = lrx.projectors.svd(rank=1)  # ranks are those of the views
         pairs = zip(self.views, self._oriented(grads), strict=True)
-        return [svd.refresh(view, None, lr.Evidence(grad=x)) for view, x in pairs]
+        return [svd.refresh(view, None, lrx.Evidence(grad=x)) for view, x in pairs]
 
     def _angles(self, bases: list[Any], exact: list[jax.Array]) -> list[jax.Array]:
         columns = [

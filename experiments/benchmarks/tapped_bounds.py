@@ -6,7 +6,7 @@ and a roofline.
 
 Replaces the target's rows in `experiments/results/tapped_bounds.json`. "forward" is `xW` and `xP`
 (rows shrunk), "backward" is `dY Wᵀ` and `(xP)ᵀ dY`, or where the columns are shrunk `dY Wᵀ`, `dY Q`
-and `xᵀ (dY Q)`; as `lr.projection.tapped` computes them, bfloat16, 4096 tokens. Nothing is run.
+and `xᵀ (dY Q)`; as `lrx.projection.tapped` computes them, bfloat16, 4096 tokens. Nothing is run.
 
     moved_bytes, least_bytes   XLA's, counted as in `kernels`; every operand and result once, dY
                                once of three readings

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.benchmarks import commandline, workload
 from experiments.planning.targets import TPU_ENVIRONMENT as ENVIRONMENT
 
@@ -34,30 +34,30 @@ LIMIT_BYTES = 5_000_000
 def projectors(rank: int) -> dict[str, Any]:
     """The refreshes whose programs are to be small."""
     return {
-        "dct2": lr.projectors.dct2(rank=rank),
-        "dct3": lr.projectors.dct3(rank=rank),
-        "random gaussian": lr.projectors.random(rank=rank),
-        "random orthonormal": lr.projectors.random(rank=rank, kind="orthonormal"),
-        "random structured": lr.projectors.random(rank=rank, kind="structured"),
-        "power": lr.projectors.power(rank=rank),
-        "randomized": lr.projectors.randomized(rank=rank),
+        "dct2": lrx.projectors.dct2(rank=rank),
+        "dct3": lrx.projectors.dct3(rank=rank),
+        "random gaussian": lrx.projectors.random(rank=rank),
+        "random orthonormal": lrx.projectors.random(rank=rank, kind="orthonormal"),
+        "random structured": lrx.projectors.random(rank=rank, kind="structured"),
+        "power": lrx.projectors.power(rank=rank),
+        "randomized": lrx.projectors.randomized(rank=rank),
     }
 
 
-def refresh_of(projector: Any, view: lr.ResolvedView):
+def refresh_of(projector: Any, view: lrx.ResolvedView):
     """`(basis, gradient, moments, step, seed) -> basis`: one refresh of a stack, as the optimizer
     makes it."""
 
     def refresh(basis, gradient, moments, step, seed):
         keys = jax.random.split(jax.random.key(seed), view.batch)
         return projector.refresh(
-            view, basis, lr.Evidence(grad=gradient, moments=moments, step=step, key=keys)
+            view, basis, lrx.Evidence(grad=gradient, moments=moments, step=step, key=keys)
         )
 
     return refresh
 
 
-def compile_row(name: str, projector: Any, view: lr.ResolvedView, device: Any) -> dict[str, Any]:
+def compile_row(name: str, projector: Any, view: lrx.ResolvedView, device: Any) -> dict[str, Any]:
     """Bytes of the program and of its memory for one leaf on one chip."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), view.batch))
     basis = jax.eval_shape(lambda keys: projector.init(view, keys), keys)
@@ -67,7 +67,7 @@ def compile_row(name: str, projector: Any, view: lr.ResolvedView, device: Any) -
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))  # noqa: E731
     arguments = jax.tree.map(place, (basis, float32(view.oriented), float32(low), scalar, scalar))
     start = time.perf_counter()
-    program = lr.memory.measure(jax.jit(refresh_of(projector, view)).lower(*arguments).compile())
+    program = lrx.memory.measure(jax.jit(refresh_of(projector, view)).lower(*arguments).compile())
     return {
         "projector": name,
         "shape": list(view.oriented),
@@ -85,8 +85,8 @@ def rows(preset: str) -> Iterator[dict[str, Any]]:
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices[0]
     shapes = workload.matrices(preset)
     for name, projector in projectors(workload.rank(preset)).items():
-        tx = lr.scale_by_projection(projector, views=workload.VIEWS)
-        view = max(lr.explain(tx, shapes).projected, key=lambda view: math.prod(view.oriented))
+        tx = lrx.scale_by_projection(projector, views=workload.VIEWS)
+        view = max(lrx.explain(tx, shapes).projected, key=lambda view: math.prod(view.oriented))
         yield compile_row(name, projector, view, device)
 
 

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import configuration, outputs, updates, workdir
 from experiments.benchmarks import commandline, timing, workload
 from experiments.models import llama
@@ -93,7 +93,7 @@ def work(config: llama.LlamaConfig, batch: int, *, head: bool = True) -> Work:
             return jnp.mean(jnp.square(jnp.asarray(model.apply({"params": params}, x))))
 
     params = jax.jit(model.init)(key, data[:1])["params"]
-    return Work(params, lr.linen.tapped(loss), data)
+    return Work(params, lrx.linen.tapped(loss), data)
 
 
 def operations(
@@ -188,7 +188,7 @@ def make(
     print(f"compiling {name}", file=sys.stderr, flush=True)
     state = at(jax.jit(tx.init)(of.params), 1)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(of.params, state, of.batch).compile()
-    program = lr.memory.measure(compiled)
+    program = lrx.memory.measure(compiled)
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (of.params, state)]
     clock = getattr(getattr(tx, "projection", None), "clock", None)
     refresh = PERIOD - 1 if clock is not None and clock.phase else 0
@@ -208,24 +208,26 @@ def cases(
         flat = work(dataclasses.replace(config, scan=False), batch)
         tx = METHODS["optax_galore"](1e-2, rank=rank)
         rows.append(make("optax.contrib.galore", optax_step(tx, flat.loss), tx, flat, rank=rank))
-    plain = lr.galore(1e-2, rank=rank, views=workload.VIEWS)
+    plain = lrx.galore(1e-2, rank=rank, views=workload.VIEWS)
     rows.append(make(f"galore, rank {rank}", optax_step(plain, of.loss), plain, of, rank=rank))
     name = f"galore, rank {rank}, projected backprop"
-    rows.append(make(name, lr.train_step(of.loss, plain), plain, of, rank=rank, tapped=True))
+    rows.append(make(name, lrx.train_step(of.loss, plain), plain, of, rank=rank, tapped=True))
     after: dict[str, Any] = {
-        "projector": lr.projectors.alternating(rank=rank),
-        "clock": lr.clocks.every(period=PERIOD, phase=PERIOD - 1, first=False, when="after"),
+        "projector": lrx.projectors.alternating(rank=rank),
+        "clock": lrx.clocks.every(period=PERIOD, phase=PERIOD - 1, first=False, when="after"),
     }
-    tx = lr.galore(1e-2, views=workload.VIEWS, **after)
+    tx = lrx.galore(1e-2, views=workload.VIEWS, **after)
     rows.append(
-        make(f"{name}, alternating", lr.train_step(of.loss, tx), tx, of, rank=rank, tapped=True)
+        make(f"{name}, alternating", lrx.train_step(of.loss, tx), tx, of, rank=rank, tapped=True)
     )
     if head:
-        views = dataclasses.replace(workload.VIEWS, rules=((r"lm_head/kernel", lr.MatrixView()),))
-        tx = lr.galore(1e-2, views=views, **after)
+        views = dataclasses.replace(workload.VIEWS, rules=((r"lm_head/kernel", lrx.MatrixView()),))
+        tx = lrx.galore(1e-2, views=views, **after)
         name = f"{name}, alternating, head too"
         rows.append(
-            make(name, lr.train_step(of.loss, tx), tx, of, rank=rank, tapped=True, head_tapped=True)
+            make(
+                name, lrx.train_step(of.loss, tx), tx, of, rank=rank, tapped=True, head_tapped=True
+            )
         )
     return rows
 
@@ -310,7 +312,7 @@ def losses(steps: int = 200) -> dict[str, Any]:
         "clip_norm": 1.0,
         "views": workload.VIEWS,
     }
-    tx = lr.galore(1e-2, **options)
+    tx = lrx.galore(1e-2, **options)
     key = jax.random.key(0)
     params = model.init(key, jnp.zeros((1, 64), jnp.int32))["params"]
     runs: dict[str, list[float]] = {}

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.models import llama
 
 PERIOD = 200  # T of every optimizer that refreshes periodically: GaLore's scripts
-VIEWS = lr.Views(stacked=(r"layers/.*",))
+VIEWS = lrx.Views(stacked=(r"layers/.*",))
 
 
 def rank(preset: str) -> int:
@@ -79,7 +79,7 @@ class Case:
     def staggered(self) -> bool:
         """Whether its refreshes are spread over the period."""
         return isinstance(
-            getattr(getattr(self.tx, "projection", None), "clock", None), lr.clocks.Staggered
+            getattr(getattr(self.tx, "projection", None), "clock", None), lrx.clocks.Staggered
         )
 
     def at(self, state: Any, step: int) -> Any:
@@ -109,13 +109,13 @@ class Case:
 def cases(rank: int) -> list[Case]:
     """The optimizers of the comparison, at one rank; AdamW is the first."""
     common: dict[str, Any] = {"views": VIEWS}
-    bases = lr.projectors
-    stagger = {"clock": lr.clocks.staggered(period=PERIOD)} | common
+    bases = lrx.projectors
+    stagger = {"clock": lrx.clocks.staggered(period=PERIOD)} | common
 
     def galore(projector, **options) -> Any:
-        return lr.galore(1e-2, projector=projector, **options)
+        return lrx.galore(1e-2, projector=projector, **options)
 
-    dct = lambda kind, T: lr.dct_adamw(1e-3, rank=rank, refresh_every=T, kind=kind, **common)  # noqa: E731
+    dct = lambda kind, T: lrx.dct_adamw(1e-3, rank=rank, refresh_every=T, kind=kind, **common)  # noqa: E731
     contrib = optax.contrib.galore(1e-2, rank, PERIOD, 0.25)
     return [
         Case(name="optax.adamw", tx=optax.adamw(1e-3)),
@@ -140,21 +140,21 @@ def cases(rank: int) -> list[Case]:
         Case(name="dct_adamw (dct3, T=200)", tx=dct(3, PERIOD), refresh=PERIOD - 1, aim=True),
         Case(name="dct_adamw (dct2, T=1)", tx=dct(2, 1), every_step=True),
         Case(name="dct_adamw (dct2, T=200)", tx=dct(2, PERIOD), refresh=PERIOD - 1, aim=True),
-        Case(name="frugal (svd)", tx=lr.frugal(1e-3, rank=rank, **common), refresh=PERIOD),
+        Case(name="frugal (svd)", tx=lrx.frugal(1e-3, rank=rank, **common), refresh=PERIOD),
         Case(
             name="frugal (columns)",
-            tx=lr.frugal(1e-3, rank=rank, projection="columns", **common),
+            tx=lrx.frugal(1e-3, rank=rank, projection="columns", **common),
             refresh=PERIOD,
         ),
-        Case(name="ldadam", tx=lr.ldadam(1e-3, rank=rank, **common), every_step=True),
-        Case(name="apollo", tx=lr.apollo(1e-2, rank=rank, **common), refresh=PERIOD),
+        Case(name="ldadam", tx=lrx.ldadam(1e-3, rank=rank, **common), every_step=True),
+        Case(name="apollo", tx=lrx.apollo(1e-2, rank=rank, **common), refresh=PERIOD),
     ]
 
 
 def thin_products(shapes: Any, rank: int) -> tuple[Callable[[], Any], int]:
     """A function that computes `PᵀG` and `P low` of every matrix, in the layout of the stacks, and
     its operations."""
-    report = lr.explain(lr.galore(1e-2, rank=rank, views=VIEWS), shapes)
+    report = lrx.explain(lrx.galore(1e-2, rank=rank, views=VIEWS), shapes)
     generator = np.random.default_rng(1)
     normal = lambda *shape: jnp.asarray(generator.standard_normal(shape, np.float32))  # noqa: E731
     operands = [

@@ -40,8 +40,8 @@ def attention(
     all heads.
 
     Query head h reads key/value head h // R. Scores and softmax are float32. An axis that the mesh
-    of `lr.meshes.use` divides (query heads, or the queries' positions) stays apart, so that nothing
-    is gathered.
+    of `lrx.meshes.use` divides (query heads, or the queries' positions) stays apart, so that
+    nothing is gathered.
 
     Args:
       q_BxSxHxK, k_BxTxGxK, v_BxTxGxK: of one floating dtype; G divides H.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import configuration, optimizers
 from experiments.configuration import LOWRANK, ConfigurationError, RunConfig
 from experiments.planning import targets
@@ -151,10 +151,10 @@ def optimizer_of(config: RunConfig) -> Any:
 
 
 def gradients_of(config: RunConfig) -> str:
-    """Which gradients the step takes: "full", or for projected backprop what `lr.plan` says."""
+    """Which gradients the step takes: "full", or for projected backprop what `lrx.plan` says."""
     if config.optimizer.backprop != "projected":
         return "full"
-    return lr.plan(optimizer_of(config).projection)
+    return lrx.plan(optimizer_of(config).projection)
 
 
 def with_optimizer(config: RunConfig, text: str) -> RunConfig:

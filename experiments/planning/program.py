@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.models import llama
 from experiments.planning import hlo, measured
 from experiments.planning.cases import Case, gradients_of
@@ -41,7 +41,7 @@ class Planned(Pretraining):
         """Views of the projected leaves; empty for an optimizer that projects nothing."""
         bare = self.optimizer_of(dataclasses.replace(self.config.optimizer, clip_norm=None))
         return (
-            [*lr.explain(bare, self.abstract["params"]).projected]
+            [*lrx.explain(bare, self.abstract["params"]).projected]
             if hasattr(bare, "projection")
             else []
         )
@@ -183,7 +183,7 @@ def row(case: Case) -> dict[str, Any]:
             raise
         return found | size | {"placed": False, "compile_seconds": time.perf_counter() - traced}
     found["compile_seconds"] = time.perf_counter() - traced
-    program = lr.memory.measure(compiled)
+    program = lrx.memory.measure(compiled)
     found |= {
         "placed": True,
         "argument_bytes": program.arguments,

@@ -1,9 +1,9 @@
 """Adapters: re-parameterisations of a frozen weight, each a frozen description of pure functions.
 
 >>> import jax, jax.numpy as jnp
->>> import lowrank_jax as lr
+>>> import lowrank_jax as lrx
 >>> params = {"dense": {"kernel": jnp.ones((8, 16))}}
->>> adaptation = lr.adapt(params, lr.adapters.lora(rank=4), jax.random.key(0))
+>>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=4), jax.random.key(0))
 >>> adaptation.trained
 96
 """

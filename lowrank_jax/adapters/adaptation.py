@@ -27,15 +27,15 @@ class Adaptation:
       matrices: static; the ranks and alphas it was made with, by path, for reports and files.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {
     ...     "layers": {"q": {"kernel": jnp.ones((2, 8, 8))}},
     ...     "head": {"kernel": jnp.ones((8, 3))},
     ... }
-    >>> views = lr.Views(stacked=("layers/.*",))
+    >>> views = lrx.Views(stacked=("layers/.*",))
     >>> print(
-    ...     lr.adapt(
-    ...         params, lr.adapters.lora(rank=2), jax.random.key(0), views=views, whole="head/.*"
+    ...     lrx.adapt(
+    ...         params, lrx.adapters.lora(rank=2), jax.random.key(0), views=views, whole="head/.*"
     ...     )
     ... )
     leaf             shape      adapter  rank  trained

@@ -339,7 +339,7 @@ class Adapter:
             return found
         raise TypeError(
             f"{type(self).__name__}.factors gives a {type(found).__name__}; return None or "
-            "lr.adapters.Factors(a, scale, b, rank_of), rank_of np.arange(r) for r components in "
+            "lrx.adapters.Factors(a, scale, b, rank_of), rank_of np.arange(r) for r components in "
             "the order of the rank"
         )
 
@@ -392,8 +392,8 @@ class Adapter:
         """All arrays of one bare `kernel (n, m)` as `apply` and `effective` want them, in one dict.
 
         >>> import jax, jax.numpy as jnp
-        >>> import lowrank_jax as lr
-        >>> lora, kernel = lr.adapters.lora(rank=2), jnp.ones((4, 6))
+        >>> import lowrank_jax as lrx
+        >>> lora, kernel = lrx.adapters.lora(rank=2), jnp.ones((4, 6))
         >>> p = lora.start(jax.random.key(0), kernel)
         >>> lora.apply(jnp.ones((3, 4)), kernel, p).shape, p["a"].shape
         ((3, 6), (4, 2))

@@ -128,7 +128,7 @@ def combine(
     adaptation trains them.
 
     Args:
-      adaptations: by name; families without factors go through `lr.to_lora` first.
+      adaptations: by name; families without factors go through `lrx.to_lora` first.
       weights: `{name: weight}`, or one for each in the order of the dict.
       method: see the module; "cat" is the sum itself (PEFT's default is "svd").
       rank: of methods with svd; by default the largest of the given ones.
@@ -146,10 +146,10 @@ def combine(
         adaptations train whole.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jnp.ones((8, 6))}
-    >>> start = lambda seed: lr.adapt(
-    ...     params, lr.adapters.lora(rank=2, init="orthogonal"), jax.random.key(seed)
+    >>> start = lambda seed: lrx.adapt(
+    ...     params, lrx.adapters.lora(rank=2, init="orthogonal"), jax.random.key(seed)
     ... )
     >>> one, two = start(0), start(1)
     >>> print(combine({"one": one, "two": two}, {"one": 1.0, "two": -0.5}))
@@ -246,7 +246,7 @@ def _thin(adaptation: Adaptation, path: str, name: str) -> SiteFactors:
     if thin is None:
         kind = type(adaptation.plan.by_path[path][0]).__name__
         raise ValueError(
-            f"{name!r}: {kind} at {path!r} has no factors; lr.to_lora(params, adaptation, rank=) "
+            f"{name!r}: {kind} at {path!r} has no factors; lrx.to_lora(params, adaptation, rank=) "
             "first"
         )
     return thin.compact()
@@ -282,7 +282,7 @@ def _by_factor(
         ranks = {name: sorted(set(one.ranks.reshape(-1).tolist())) for name, one in thin.items()}
         raise ValueError(
             f"method={method!r} adds factors entry by entry, and at {site.path!r} the ranks are "
-            f"{ranks}; take 'cat' or 'svd', or bring them to one rank by lr.to_lora"
+            f"{ranks}; take 'cat' or 'svd', or bring them to one rank by lrx.to_lora"
         )
     strength = jnp.stack([_times(w, one) for w, one in zip(weights, thin.values(), strict=True)])
     root = jnp.sqrt(jnp.abs(strength))

@@ -227,9 +227,9 @@ def to_lora(
         or under tracing; for a leaf that is not there.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2, init="pissa"), jax.random.key(1))
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2, init="pissa"), jax.random.key(1))
     >>> lora, report = to_lora(params, adaptation)
     >>> print(report)
     leaf    how       rank  largest error
@@ -370,9 +370,9 @@ def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
       ValueError: if there is no offset; for a quantised leaf that cannot be requantised.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
-    >>> before = lr.adapt(params, lr.adapters.lora(rank=2, init="pissa"), jax.random.key(1))
+    >>> before = lrx.adapt(params, lrx.adapters.lora(rank=2, init="pissa"), jax.random.key(1))
     >>> residual, after = absorb(params, before)
     >>> jnp.linalg.matrix_rank(residual["kernel"]).item(), sorted(after.fixed["sites"]["kernel"])
     (4, ['scale'])

@@ -38,9 +38,9 @@ class Dora(Lora):
     PEFT.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> kernel = jax.random.normal(jax.random.key(0), (8, 16))
-    >>> dora = lr.adapters.dora(rank=2)
+    >>> dora = lrx.adapters.dora(rank=2)
     >>> p = dora.start(jax.random.key(1), kernel)
     >>> bool(jnp.allclose(dora.effective(dora.site(kernel.shape), kernel, p), kernel, atol=1e-6))
     True

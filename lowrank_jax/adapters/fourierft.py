@@ -38,8 +38,8 @@ class FourierFT(Adapter):
     Trains k numbers.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> fourierft, kernel = lr.adapters.fourierft(frequencies=5), jnp.ones((4, 6))
+    >>> import lowrank_jax as lrx
+    >>> fourierft, kernel = lrx.adapters.fourierft(frequencies=5), jnp.ones((4, 6))
     >>> p = fourierft.start(jax.random.key(0), kernel)
     >>> (
     ...     p["spectrum"].shape,

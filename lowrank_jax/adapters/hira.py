@@ -28,8 +28,8 @@ class Hira(Adapter):
     Trains `r (n + m)` numbers.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> hira, kernel = lr.adapters.hira(rank=2), jnp.ones((4, 6))
+    >>> import lowrank_jax as lrx
+    >>> hira, kernel = lrx.adapters.hira(rank=2), jnp.ones((4, 6))
     >>> p = hira.start(jax.random.key(0), kernel)
     >>> hira.apply(jnp.ones((3, 4)), kernel, p).shape
     (3, 6)

@@ -1,8 +1,8 @@
 """Kernels with adapters, and the hosts that multiply by them.
 
-`attach(params, adaptation)` puts an `AdaptedKernel` in the place of each adapted leaf. `lr.matmul`,
-`lr.einsum` and `lr.dot_general` take it as they take an array; `embed`, `attend` and `conv` here
-are the other hosts. The Flax skins call the same functions from inside a model.
+`attach(params, adaptation)` puts an `AdaptedKernel` in the place of each adapted leaf.
+`lrx.matmul`, `lrx.einsum` and `lrx.dot_general` take it as they take an array; `embed`, `attend`
+and `conv` here are the other hosts. The Flax skins call the same functions from inside a model.
 """
 
 from __future__ import annotations
@@ -130,10 +130,10 @@ class AdaptedKernel:
     """A kernel that is given to a loss together with its adapters, in the order in which they act.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jnp.ones((4, 6))}
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
-    >>> lr.matmul(jnp.ones((3, 4)), lr.attach(params, adaptation)["kernel"]).shape
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0))
+    >>> lrx.matmul(jnp.ones((3, 4)), lrx.attach(params, adaptation)["kernel"]).shape
     (3, 6)
     """
 
@@ -175,10 +175,10 @@ class AdaptedKernel:
         """The error of a use that would pass the adapters by."""
         return RawKernelError(
             f"adapters of {self.bound[0].site.path!r}: the kernel {what}, by a layer or a product "
-            "that knows no adapters, which would pass them by. Multiply by lr.matmul, lr.einsum, "
-            "lr.adapters.embed, attend or conv, wrap a function of a linen model as "
-            "lr.linen.adapted(function), merge an nnx model by lr.nnx.merge, or give the model "
-            "lr.effective(params, adaptations) in place of lr.attach(...)"
+            "that knows no adapters, which would pass them by. Multiply by lrx.matmul, lrx.einsum, "
+            "lrx.adapters.embed, attend or conv, wrap a function of a linen model as "
+            "lrx.linen.adapted(function), merge an nnx model by lrx.nnx.merge, or give the model "
+            "lrx.effective(params, adaptations) in place of lrx.attach(...)"
         )
 
     def carried(self) -> AdaptedKernel:
@@ -215,10 +215,10 @@ class AdaptedKernel:
         product: Callable[..., jax.Array] | None = None,
         **options: Any,
     ) -> jax.Array:
-        """`lr.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes
+        """`lrx.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes
         its batch axes.
 
-        `product` stands in for `lr.dot_general` in the base product.
+        `product` stands in for `lrx.dot_general` in the base product.
         """
         options |= {"precision": precision}
         if preferred_element_type is not None:  # a product of one's own need not know it
@@ -343,10 +343,10 @@ def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.A
     """Rows of an embedding `(V, d)` that may have adapters: `table[indices]`.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"embedding": jnp.ones((9, 4))}
-    >>> adaptation = lr.adapt(params, {"embedding": lr.adapters.lora(rank=2)}, jax.random.key(0))
-    >>> lr.adapters.embed(jnp.array([[1, 2]]), lr.attach(params, adaptation)["embedding"]).shape
+    >>> adaptation = lrx.adapt(params, {"embedding": lrx.adapters.lora(rank=2)}, jax.random.key(0))
+    >>> lrx.adapters.embed(jnp.array([[1, 2]]), lrx.attach(params, adaptation)["embedding"]).shape
     (1, 2, 4)
     """
     own, table = base or _rows_of, _at(table, "gather")
@@ -408,16 +408,16 @@ def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.A
       ValueError: for a kernel whose view is another, and for a convolution in groups.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> layout = ("NWC", "WIO", "NWC")
     >>> convolve = lambda x, k: jax.lax.conv_general_dilated(
     ...     x, k, (1,), "SAME", dimension_numbers=layout
     ... )
     >>> params = {"kernel": jnp.ones((3, 4, 6))}
-    >>> views = lr.Views(rules={"kernel": lr.MatrixView(rows=(0, 1), cols=(2,))})
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0), views=views)
-    >>> lr.adapters.conv(
-    ...     jnp.ones((1, 5, 4)), lr.attach(params, adaptation)["kernel"], convolve
+    >>> views = lrx.Views(rules={"kernel": lrx.MatrixView(rows=(0, 1), cols=(2,))})
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0), views=views)
+    >>> lrx.adapters.conv(
+    ...     jnp.ones((1, 5, 4)), lrx.attach(params, adaptation)["kernel"], convolve
     ... ).shape
     (1, 5, 6)
     """
@@ -439,7 +439,7 @@ def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.A
             f"adapters of {kernel.bound[0].site.path!r}: convolve must take a kernel of any number "
             "of output channels, and cannot take one of a single channel: a convolution in groups "
             "is no product of its whole input with factors. Give it the kernel of "
-            "lr.effective(params, adaptations)"
+            "lrx.effective(params, adaptations)"
         ) from error
 
     def contract(x, factor):

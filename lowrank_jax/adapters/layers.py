@@ -67,7 +67,7 @@ def keyword_options(
     """The options of a product that is `default` but for keywords; ValueError, naming the layer,
     for any other.
 
-    `lr.dot_general` is `jax.lax.dot_general` on rows.
+    `lrx.dot_general` is `jax.lax.dot_general` on rows.
     """
     known = (default, dot_general) if default is jax.lax.dot_general else (default,)
     if own in known:
@@ -141,8 +141,8 @@ def convolution_of(
     if what is not None:
         raise ValueError(
             f"{where}: a convolution with {what} cannot have a tapped, adapted or quantised "
-            "kernel; leave it out, or give the model lr.effective(params, adaptations) in place of "
-            "lr.attach(...)"
+            "kernel; leave it out, or give the model lrx.effective(params, adaptations) in place "
+            "of lrx.attach(...)"
         )
 
     def convolve(x: jax.Array, given: Any, *rest: Any, **call: Any) -> jax.Array:

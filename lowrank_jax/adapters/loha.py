@@ -32,8 +32,8 @@ class Loha(Adapter):
     Trains `2 r (n + m)` numbers.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> loha, kernel = lr.adapters.loha(rank=2), jnp.ones((4, 6))
+    >>> import lowrank_jax as lrx
+    >>> loha, kernel = lrx.adapters.loha(rank=2), jnp.ones((4, 6))
     >>> p = loha.start(jax.random.key(0), kernel)
     >>> loha.apply(jnp.ones((3, 4)), kernel, p).tolist()[0]
     [4.0, 4.0, 4.0, 4.0, 4.0, 4.0]

@@ -5,7 +5,7 @@
 Hu et al. 2021 (arXiv:2106.09685), Kalajdzievski 2023 (arXiv:2312.03732). Initialisers are objects
 of their own: an ordinary start (`kaiming`, `gaussian`, `orthogonal`) has delta 0; one from the
 kernel (`pissa`, `milora`, `olora`) does too, by frozen factors `a0`, `b0` that are subtracted.
-Their offset stays data beside the kernel, exact in low precision, until `lr.absorb` writes it into
+Their offset stays data beside the kernel, exact in low precision, until `lrx.absorb` writes it into
 the kernel as the papers do.
 """
 
@@ -191,19 +191,19 @@ class Lora(Adapter):
       init: an `Init`, or one of "kaiming" (PEFT's default), "gaussian", "orthogonal", "pissa",
         "milora", "olora".
       trains: "both" factors, or only "a" or "b": LoRA-FA (arXiv:2308.03303) trains "b".
-      products: "xla", or "kernel": `lr.kernels.thin_linear` makes both products of a dense host in
+      products: "xla", or "kernel": `lrx.kernels.thin_linear` makes both products of a dense host in
         one pass over x, on a TPU or GPU. It takes float32 and bfloat16, x and kernel alike; where
         the host's product has a precision, a result dtype or a function of its own, or other
         adapters stand before, XLA makes them; so it does on a mesh of explicit axes, and inside
-        `lr.meshes.use` of several devices where its `parameters` do not name the kernel. No device
+        `lrx.meshes.use` of several devices where its `parameters` do not name the kernel. No device
         has timed it.
 
     Trains `r (n + m)` numbers; a frozen factor does not count.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"dense": {"kernel": jnp.ones((8, 16))}}
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=4, alpha=16), jax.random.key(0))
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=4, alpha=16), jax.random.key(0))
     >>> {name: leaf.shape for name, leaf in adaptation.train["sites"]["dense/kernel"].items()}
     {'a': (8, 4), 'b': (4, 16)}
     """

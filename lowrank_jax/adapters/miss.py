@@ -49,8 +49,8 @@ class Miss(Adapter):
     Trains `r m` numbers; "mini" `r mini_rank`.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> miss, kernel = lr.adapters.miss(rank=2), jnp.zeros((5, 3))
+    >>> import lowrank_jax as lrx
+    >>> miss, kernel = lrx.adapters.miss(rank=2), jnp.zeros((5, 3))
     >>> p = miss.start(jax.random.key(0), kernel) | {
     ...     "block": jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     ... }

@@ -1,6 +1,6 @@
 """Several adaptations of one base, by name: weights, padded ranks, a choice for each row, hot-swap.
 
-An ordinary dict is the store: `{"alice": adaptation, ...}` goes to `lr.attach`, whose `active=`
+An ordinary dict is the store: `{"alice": adaptation, ...}` goes to `lrx.attach`, whose `active=`
 orders it; to rename or delete an entry is what it is for any dict. Everything here is a pure
 function from adaptations to an adaptation and changes arrays, not shapes, wherever a compiled
 program could depend on them.
@@ -39,9 +39,9 @@ def weighted(adaptation: Adaptation, weight: Any) -> Adaptation:
       ValueError: if the weight is not a number.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> adaptation = lr.adapt(
-    ...     {"kernel": jnp.ones((4, 6))}, lr.adapters.lora(rank=2, alpha=4), jax.random.key(0)
+    >>> import lowrank_jax as lrx
+    >>> adaptation = lrx.adapt(
+    ...     {"kernel": jnp.ones((4, 6))}, lrx.adapters.lora(rank=2, alpha=4), jax.random.key(0)
     ... )
     >>> weighted(adaptation, 0.5).fixed["sites"]["kernel"]["scale"].tolist()
     [1.0, 1.0]
@@ -69,9 +69,9 @@ def padded(adaptation: Adaptation, rank: int) -> Adaptation:
       ValueError: if a site has a larger rank, or its family does not say which axes are its rank.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> adaptation = lr.adapt(
-    ...     {"kernel": jnp.ones((4, 6))}, lr.adapters.lora(rank=2), jax.random.key(0)
+    >>> import lowrank_jax as lrx
+    >>> adaptation = lrx.adapt(
+    ...     {"kernel": jnp.ones((4, 6))}, lrx.adapters.lora(rank=2), jax.random.key(0)
     ... )
     >>> padded(adaptation, 3).train["sites"]["kernel"]["a"].shape, padded(adaptation, 3).trained
     ((4, 3), 20)
@@ -80,7 +80,7 @@ def padded(adaptation: Adaptation, rank: int) -> Adaptation:
     larger = [f"{site.path!r} ({site.rank})" for site in adaptation.plan.sites if site.rank > rank]
     if larger:
         raise ValueError(
-            f"rank={rank} is smaller than that of {', '.join(larger)}; lr.to_lora(..., rank=) "
+            f"rank={rank} is smaller than that of {', '.join(larger)}; lrx.to_lora(..., rank=) "
             "compresses"
         )
     ranked = {site.path for adapter, site in adaptation.plan.by_path.values() if adapter.ranked}
@@ -128,7 +128,7 @@ def _pad_rank(x: jax.Array, axes: tuple[str | None, ...], rank: int) -> jax.Arra
 
 
 def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
-    """Adaptations among which each row of a batch chooses, by `ids=` of `lr.attach`; PEFT's
+    """Adaptations among which each row of a batch chooses, by `ids=` of `lrx.attach`; PEFT's
     `adapter_names=`.
 
     Their arrays are stacked along an axis behind the batch axes of a leaf (in front, where a group
@@ -145,14 +145,14 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
         alpha, start); for leaves trained whole, of which there is one for all rows.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jnp.ones((4, 6))}
-    >>> one, two = (lr.adapt(params, lr.adapters.lora(rank=r), jax.random.key(r)) for r in (2, 3))
+    >>> one, two = (lrx.adapt(params, lrx.adapters.lora(rank=r), jax.random.key(r)) for r in (2, 3))
     >>> both = candidates({"one": one, "two": two})
     >>> both.train["sites"]["kernel"]["a"].shape
     (2, 4, 3)
-    >>> adapted = lr.attach(params, both, ids=candidate_ids(both, ["two", None, "one"]))
-    >>> lr.matmul(jnp.ones((3, 4)), adapted["kernel"]).shape
+    >>> adapted = lrx.attach(params, both, ids=candidate_ids(both, ["two", None, "one"]))
+    >>> lrx.matmul(jnp.ones((3, 4)), adapted["kernel"]).shape
     (3, 6)
     """
     if not adaptations:
@@ -269,14 +269,14 @@ def _widened(one: Adaptation, donors: Mapping[str, Adaptation]) -> Adaptation:
 
 
 def candidate_ids(adaptation: Adaptation, names: Any) -> jax.Array:
-    """`ids` for `lr.attach`: the number of each name among the candidates, -1 for None, the base.
+    """`ids` for `lrx.attach`: the number of each name among the candidates, -1 for None, the base.
 
     Raises:
       ValueError: for a name that is not among them.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> one = lr.adapt({"kernel": jnp.ones((4, 6))}, lr.adapters.lora(rank=2), jax.random.key(0))
+    >>> import lowrank_jax as lrx
+    >>> one = lrx.adapt({"kernel": jnp.ones((4, 6))}, lrx.adapters.lora(rank=2), jax.random.key(0))
     >>> candidate_ids(candidates({"a": one, "b": one}), ["b", None]).tolist()
     [1, -1]
     """
@@ -300,11 +300,11 @@ def hot_swap(old: Adaptation, new: Adaptation) -> Adaptation:
         larger ranks, other views, families, options or arrays.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jnp.ones((4, 6))}
-    >>> room = padded(lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0)), 8)
+    >>> room = padded(lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0)), 8)
     >>> swapped = hot_swap(
-    ...     room, lr.adapt(params, lr.adapters.lora(rank=4, alpha=16), jax.random.key(1))
+    ...     room, lrx.adapt(params, lrx.adapters.lora(rank=4, alpha=16), jax.random.key(1))
     ... )
     >>> swapped.plan == room.plan, swapped.fixed["sites"]["kernel"]["scale"].tolist()
     (True, [4.0, 4.0, 4.0, 4.0, 0.0, 0.0, 0.0, 0.0])
@@ -321,8 +321,8 @@ def hot_swap(old: Adaptation, new: Adaptation) -> Adaptation:
         if site.rank > room.get(site.path, site.rank):
             problems.append(
                 f"{site.path!r}: rank {site.rank} exceeds {room[site.path]}; pad the old one by "
-                f"lr.adapters.padded(old, {site.rank}) before it is compiled, or compress the new "
-                "one by lr.to_lora"
+                f"lrx.adapters.padded(old, {site.rank}) before it is compiled, or compress the new "
+                "one by lrx.to_lora"
             )
     if problems:
         raise ValueError("hot_swap: the new adaptation does not fit: " + "; ".join(problems))
@@ -385,8 +385,8 @@ def _differences(
             ]
             if names[0] != names[1]:
                 found.append(
-                    f"{path!r}: arrays are {names[0]} and {names[1]}; lr.to_lora makes plain pairs "
-                    "of both"
+                    f"{path!r}: arrays are {names[0]} and {names[1]}; lrx.to_lora makes plain "
+                    "pairs of both"
                 )
             if shared[0] != shared[1] and any(any(each.values()) for each in shared):
                 found.append(

@@ -34,8 +34,8 @@ class Oft(Adapter):
     Q, so a weight of 0 is the identity.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> oft = lr.adapters.oft(block=4)
+    >>> import lowrank_jax as lrx
+    >>> oft = lrx.adapters.oft(block=4)
     >>> oft.start(jax.random.key(0), jnp.ones((8, 6)))["skew"].shape
     (2, 6)
     """

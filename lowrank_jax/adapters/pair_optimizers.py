@@ -71,11 +71,11 @@ def lora_plus(
         `((".*/bias", 16.0), ("embed/.*", 1e-6 / lr))`.
       b1, b2, eps: Adam's.
       weight_decay: before the step, with each leaf's own rate.
-      inner: in place of Adam, one of `lr.inner` or any optax transformation that does not couple
+      inner: in place of Adam, one of `lrx.inner` or any optax transformation that does not couple
         leaves.
       **common: `plain`, the inner transformation of leaves that are no factor (default: that of the
-        factors); `mask`, which leaves decay, see `lr.apply_learning_rate`; `guard=False` lets steps
-        through that are not finite.
+        factors); `mask`, which leaves decay, see `lrx.apply_learning_rate`; `guard=False` lets
+        steps through that are not finite.
 
     >>> import jax.numpy as jnp
     >>> params = {"q": {"a": jnp.ones((4, 2)), "b": jnp.zeros((2, 6))}, "bias": jnp.zeros(6)}
@@ -119,7 +119,7 @@ def scaled_adamw(
       learning_rate: number or schedule.
       scale: 1 in paper and code: Adam cancels a number. Ranks that differ within a stack want the
         frozen tree of the adapters, whose zeros mask what is padded; see
-        `lr.adapters.pairs.scale_of`.
+        `lrx.adapters.pairs.scale_of`.
       damping: delta; official default 1e-6, tuned from 1e-7 to 100 in its experiments.
       order: "joint", both gradients by the factors before the step, as in the paper's equations
         (and in PEFT); or "sequential", that of b by the new a, as in the official AdamW.
@@ -182,7 +182,7 @@ def altlora(
       learning_rate: number or schedule of the step, which the official code ignores. That of SGD on
         the kernel.
       scale: s = alpha / r, or a tree: the frozen one of the adapters; see
-        `lr.adapters.pairs.scale_of`. The official code leaves `s⁻²` out, which `scale=1.0` does.
+        `lrx.adapters.pairs.scale_of`. The official code leaves `s⁻²` out, which `scale=1.0` does.
         Where it changes in training, `update(..., scale=)` takes it.
       alternate: steps on a factor before its partner's turn, first a: 1 in the paper, 10 with the
         official trainer's switch. None steps a and then, by the new a, b, at every step: the

@@ -133,7 +133,7 @@ class PairOptimizer:
       ratio, ratios: learning rate of b over that of a; `((pattern, factor of the learning rate),
         ...)` by path, first.
       weight_decay, when, mask: decay, before ("pre") or after ("post") the step, see
-        `lr.apply_learning_rate`. A factor that waits for its turn does not decay.
+        `lrx.apply_learning_rate`. A factor that waits for its turn does not decay.
       guard: skip, and count, steps that are not finite.
     """
 

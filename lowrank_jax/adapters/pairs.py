@@ -117,7 +117,7 @@ def find_factors(tree: Any, method: str, *, both: bool = True) -> FactorLeaves:
             raise ValueError(
                 f"{method}: {'/'.join(names)!r} holds {have!r} and no {OTHER[have]!r}, by which "
                 "its gradient is preconditioned. Train both factors, or give this site another "
-                "optimizer with optax.partition; lr.lora_plus takes a factor whose partner is "
+                "optimizer with optax.partition; lrx.lora_plus takes a factor whose partner is "
                 "frozen, as in LoRA-FA"
             )
     return FactorLeaves(tuple(paths), tuple(sides), pairs)

@@ -1,8 +1,8 @@
 """A tree of parameters in two: what trains as it is, and the rest; for partial fine-tuning without
 adapters.
 
-    selected, rest = lr.partition(params, (r"head/.*", r".*/norm/scale"))
-    gradients = jax.grad(lambda selected: objective(lr.join(selected, rest), batch))(selected)
+    selected, rest = lrx.partition(params, (r"head/.*", r".*/norm/scale"))
+    gradients = jax.grad(lambda selected: objective(lrx.join(selected, rest), batch))(selected)
 
 Both trees have the structure of the whole, with `optax.MaskedNode` where a leaf is in the other: a
 node without leaves, so that jit, grad and every optax transformation see what is there and nothing
@@ -27,7 +27,7 @@ def partition(params: Any, patterns: str | Iterable[str]) -> tuple[Any, Any]:
 
     Args:
       params: arrays, boxes of metadata, quantised arrays; each is one leaf.
-      patterns: regular expressions, as in `lr.adapt`.
+      patterns: regular expressions, as in `lrx.adapt`.
 
     Raises:
       ValueError: for a pattern that matches nothing, with suggestions, or none at all.

@@ -79,7 +79,7 @@ class Plan:
                 "attach it instead, or give the other use a leaf of its own (a model whose output "
                 "layer is not tied, its kernel a copy of the transposed table) and adapt that tree "
                 "without uses; of a PEFT file for a model whose output layer shares no table, read "
-                "it by lr.interop.peft.load(..., head=None)"
+                "it by lrx.interop.peft.load(..., head=None)"
             )
 
     def banked(self) -> Plan:
@@ -132,7 +132,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The options of `lr.adapt` that choose leaves and ranks; they are described there."""
+    """The options of `lrx.adapt` that choose leaves and ranks; they are described there."""
 
     rules: Any
     exclude: Any = ()
@@ -437,7 +437,7 @@ def chosen_rows(plans: Iterable[Plan], ids: Any) -> jax.Array | None:
     if ids is not None and not names:
         raise ValueError(
             "ids choose among candidates, and no active adaptation has any; see "
-            "lr.adapters.candidates"
+            "lrx.adapters.candidates"
         )
     return None if ids is None else jnp.asarray(ids)
 

@@ -48,8 +48,8 @@ class Shira(Adapter):
     Trains `r (n + m)` numbers.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> shira, kernel = lr.adapters.shira(rank=1), jnp.ones((4, 6))
+    >>> import lowrank_jax as lrx
+    >>> shira, kernel = lrx.adapters.shira(rank=1), jnp.ones((4, 6))
     >>> p = shira.start(jax.random.key(0), kernel) | {"values": jnp.ones(10)}
     >>> float(shira.effective(shira.site(kernel.shape), kernel, p).sum())
     34.0

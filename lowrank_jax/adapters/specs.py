@@ -31,15 +31,15 @@ def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dic
     Args:
       adaptation: arrays or ShapeDtypeStructs.
       param_specs: a tree like the parameters of PartitionSpecs; None is replicated. Of a quantised
-        parameter, its matrix's, or what `lr.meshes.specs` makes.
+        parameter, its matrix's, or what `lrx.meshes.specs` makes.
 
     Raises:
       ValueError: for an adapted leaf without a spec, or with one of more axes than it has.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> adaptation = lr.adapt(
-    ...     {"kernel": jnp.ones((8, 6))}, lr.adapters.lora(rank=2), jax.random.key(0)
+    >>> import lowrank_jax as lrx
+    >>> adaptation = lrx.adapt(
+    ...     {"kernel": jnp.ones((8, 6))}, lrx.adapters.lora(rank=2), jax.random.key(0)
     ... )
     >>> train, fixed = specs(adaptation, {"kernel": jax.P("fsdp", "tensor")})
     >>> train["sites"]["kernel"]
@@ -83,17 +83,17 @@ def shardings(
 
     Args:
       adaptation: arrays or ShapeDtypeStructs.
-      param_shardings: a tree like the parameters, on one mesh, as `lr.meshes.shardings` makes.
+      param_shardings: a tree like the parameters, on one mesh, as `lrx.meshes.shardings` makes.
 
     Raises:
       ValueError: for anything but a NamedSharding; and as `specs`.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> params, mesh = {"kernel": jnp.ones((8, 6))}, lr.meshes.make_mesh(data=-1)
-    >>> placed = lr.meshes.shardings(params, [("kernel", ("embed", "mlp"))], mesh)
+    >>> import lowrank_jax as lrx
+    >>> params, mesh = {"kernel": jnp.ones((8, 6))}, lrx.meshes.make_mesh(data=-1)
+    >>> placed = lrx.meshes.shardings(params, [("kernel", ("embed", "mlp"))], mesh)
     >>> train, fixed = shardings(
-    ...     lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0)), placed
+    ...     lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0)), placed
     ... )
     >>> train["sites"]["kernel"]["b"].spec
     P(None, 'tensor')
@@ -107,7 +107,7 @@ def shardings(
         if not isinstance(own, NamedSharding):
             raise ValueError(
                 f"param_shardings: {own!r} at {path_of(keys)!r} is no NamedSharding; give "
-                "lr.meshes.shardings(params, table, mesh)"
+                "lrx.meshes.shardings(params, table, mesh)"
             )
     mesh = flat[0][1].mesh
 

@@ -1,10 +1,10 @@
 """Adapters on trees: `adapt`, `attach`, `effective`, `merge` and what belongs to them.
 
-    adaptation = lr.adapt(params, {r".*/(q|v)_proj/kernel": lr.adapters.lora(rank=8)}, key)
+    adaptation = lrx.adapt(params, {r".*/(q|v)_proj/kernel": lrx.adapters.lora(rank=8)}, key)
     print(adaptation)                                                   what is adapted, what trains, what does not
-    loss = lambda train: objective(lr.attach(params, adaptation.replace(train=train)), batch)
+    loss = lambda train: objective(lrx.attach(params, adaptation.replace(train=train)), batch)
     grads = jax.grad(loss)(adaptation.train)                            only what trains
-    merged = lr.merge(params, adaptation)                               plain parameters again
+    merged = lrx.merge(params, adaptation)                               plain parameters again
 
 `adaptation.train` goes straight into any optax optimizer; the parameters of the model are never in
 it.
@@ -59,7 +59,7 @@ def adapt(
         adapter for all linear layers, like the pattern "all-linear": leaves named `kernel` outside
         embeddings, heads and norms.
       key: of the initialisers; each site and layer draws its own from its name.
-      views: which axes are rows, columns, layers; as for `lr.resolve`.
+      views: which axes are rows, columns, layers; as for `lrx.resolve`.
       exclude: patterns of leaves that no rule takes.
       layers: numbers of the layers that are adapted. In a stack the others keep their place with
         scale 0 and train nothing; elsewhere the number is in the path.
@@ -83,10 +83,10 @@ def adapt(
         have, a leaf both adapted and trained whole.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"dense": {"kernel": jnp.ones((8, 16)), "bias": jnp.zeros(16)}}
-    >>> adaptation = lr.adapt(
-    ...     params, {".*/kernel": lr.adapters.lora(rank=4)}, jax.random.key(0), bias="adapted"
+    >>> adaptation = lrx.adapt(
+    ...     params, {".*/kernel": lrx.adapters.lora(rank=4)}, jax.random.key(0), bias="adapted"
     ... )
     >>> sorted(adaptation.train["sites"]), sorted(adaptation.train["whole"]), adaptation.trained
     (['dense/kernel'], ['dense/bias'], 112)
@@ -195,8 +195,8 @@ def attach(
     Where a leaf is in a box that names its axes (`nn.Partitioned`), the arrays of its adapters are
     in boxes like it.
 
-    Bare functions multiply by `lr.matmul`, `lr.einsum`, `lr.dot_general`, `lr.adapters.embed`,
-    `attend` and `conv`; `lr.linen.adapted(loss)` and, inside a loss, `lr.nnx.merge` do that for
+    Bare functions multiply by `lrx.matmul`, `lrx.einsum`, `lrx.dot_general`, `lrx.adapters.embed`,
+    `attend` and `conv`; `lrx.linen.adapted(loss)` and, inside a loss, `lrx.nnx.merge` do that for
     Flax models.
 
     Args:
@@ -206,7 +206,7 @@ def attach(
       active: names in that order; None takes all, () none.
       key: draws dropout, and whatever else is random in a family (`stochastic`), of its own for
         each site and layer; None is deterministic.
-      ids: for adaptations of `lr.adapters.candidates`: which one each row of the batch takes, -1
+      ids: for adaptations of `lrx.adapters.candidates`: which one each row of the batch takes, -1
         for none (a number that no candidate has gives NaN).
 
     Raises:
@@ -214,11 +214,11 @@ def attach(
         train one leaf.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jnp.ones((4, 6))}
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
-    >>> loss = lambda train: lr.matmul(
-    ...     jnp.ones(4), lr.attach(params, adaptation.replace(train=train))["kernel"]
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0))
+    >>> loss = lambda train: lrx.matmul(
+    ...     jnp.ones(4), lrx.attach(params, adaptation.replace(train=train))["kernel"]
     ... ).sum()
     >>> jax.grad(loss)(adaptation.train)["sites"]["kernel"]["b"].shape
     (2, 6)
@@ -265,10 +265,10 @@ def effective(
         leaf can say.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jnp.ones((4, 6))}
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
-    >>> bool(jnp.array_equal(lr.effective(params, adaptation)["kernel"], params["kernel"]))
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0))
+    >>> bool(jnp.array_equal(lrx.effective(params, adaptation)["kernel"], params["kernel"]))
     True
     """
     chosen = named(adaptations, active)
@@ -290,10 +290,10 @@ def merge(params: Any, adaptations: Adaptations, *, active: tuple[str, ...] | No
       ValueError: as `attach`; and naming the leaf, where a merged matrix is not finite.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jnp.ones((4, 6))}
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
-    >>> lr.merge(params, adaptation)["kernel"].shape
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0))
+    >>> lrx.merge(params, adaptation)["kernel"].shape
     (4, 6)
     """
     chosen = named(adaptations, active)
@@ -316,12 +316,14 @@ def unmerge(
         trained whole.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jnp.ones((4, 6))}
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
-    >>> merged = lr.merge(params, adaptation)
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0))
+    >>> merged = lrx.merge(params, adaptation)
     >>> bool(
-    ...     jnp.array_equal(lr.unmerge(merged, adaptation, base=params)["kernel"], params["kernel"])
+    ...     jnp.array_equal(
+    ...         lrx.unmerge(merged, adaptation, base=params)["kernel"], params["kernel"]
+    ...     )
     ... )
     True
     """

@@ -38,9 +38,9 @@ class UniLora(Adapter):
     Trains d numbers in all.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"q": {"kernel": jnp.ones((8, 8))}, "v": {"kernel": jnp.ones((8, 4))}}
-    >>> adaptation = lr.adapt(params, lr.adapters.uni_lora(rank=2, size=16), jax.random.key(0))
+    >>> adaptation = lrx.adapt(params, lrx.adapters.uni_lora(rank=2, size=16), jax.random.key(0))
     >>> adaptation.train["shared"]["unilora"]["theta"].shape, adaptation.trained
     ((16,), 16)
     """

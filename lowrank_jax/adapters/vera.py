@@ -52,9 +52,9 @@ class Vera(Adapter):
     Trains `r + m` numbers.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"q": {"kernel": jnp.ones((8, 6))}, "v": {"kernel": jnp.ones((6, 4))}}
-    >>> adaptation = lr.adapt(params, lr.adapters.vera(rank=5), jax.random.key(0))
+    >>> adaptation = lrx.adapt(params, lrx.adapters.vera(rank=5), jax.random.key(0))
     >>> (
     ...     {name: bank.shape for name, bank in adaptation.fixed["shared"]["vera"].items()},
     ...     adaptation.trained,

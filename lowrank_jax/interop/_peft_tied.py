@@ -247,7 +247,7 @@ def _check_both(family: Family, head: str, module: str, what: str) -> None:
     if FIELD not in family.reads or module.rsplit(".", 1)[-1] != TABLE:
         raise ValueError(
             f"{module!r} {what} alone, but for LoRA on a table named {TABLE!r} with {FIELD}. Adapt "
-            f"the look-up by uses=('gather',) in lr.adapt, or {untie(head, module)}"
+            f"the look-up by uses=('gather',) in lrx.adapt, or {untie(head, module)}"
         )
 
 

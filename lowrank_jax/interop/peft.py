@@ -1,8 +1,8 @@
 """Adapters in the files of Hugging Face PEFT: a folder with `adapter_model.safetensors` and
 `adapter_config.json`.
 
-    adaptation = lr.interop.peft.load(folder, params, lr.interop.llama.torch_name, views=views)
-    lr.interop.peft.save(folder, adaptation, params, lr.interop.llama.torch_name, views=views)
+    adaptation = lrx.interop.peft.load(folder, params, lrx.interop.llama.torch_name, views=views)
+    lrx.interop.peft.save(folder, adaptation, params, lrx.interop.llama.torch_name, views=views)
 
     PEFT        ours            key after base_model.model.<module>.         shape, for a kernel (n, m)
     LORA        lora, dora      lora_A.weight, lora_B.weight                 (r, n), (m, r)
@@ -19,7 +19,7 @@
 
 Convolutions have `lora_A (r, c_in, window...)` and `lora_B (c_out, r, 1, ...)`. A stack of layers
 is one leaf here and a module for each layer there. What PEFT trains whole (`modules_to_save`,
-`bias`) is what `lr.adapt` trains whole.
+`bias`) is what `lrx.adapt` trains whole.
 
 Of a table that the output layer shares (no leaf of its own here, `head` there) PEFT adapts the
 look-up alone, which is `uses=("gather",)`; only LoRA with `ensure_weight_tying` adapts both, which
@@ -83,12 +83,12 @@ def load(
 
     Args:
       folder: what PEFT's `save_pretrained` wrote.
-      params: the base, as for `lr.adapt`.
+      params: the base, as for `lrx.adapt`.
       names: `(path, index) -> torch's name` of a leaf's parameter,
         "model.layers.3.self_attn.q_proj.weight"; the index counts along the batch axes of a stack
-        and is None for other leaves. `lr.interop.llama.torch_name` for the LLaMA family, scanned or
-        not; by default that of a linen tree, with dots for slashes.
-      views: which axes are inputs, outputs and layers, as for `lr.adapt`.
+        and is None for other leaves. `lrx.interop.llama.torch_name` for the LLaMA family, scanned
+        or not; by default that of a linen tree, with dots for slashes.
+      views: which axes are inputs, outputs and layers, as for `lrx.adapt`.
       convolutions: patterns of kernels `(window, c_in, c_out)` of one-dimensional convolutions,
         which look like a projection `(heads, head_dim, d)`. Those with more window axes need no
         word.
@@ -107,9 +107,9 @@ def load(
         shares a table and is adapted by itself, or a copy of the table that only the look-up reads.
 
     >>> import jax, jax.numpy as jnp, tempfile
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"dense": {"kernel": jnp.ones((4, 6))}}
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     files = save(folder, adaptation, params)
     ...     back = load(folder, params)
@@ -161,7 +161,7 @@ def save(
 
     Scales other than alpha / r (weights, masked ranks) are worked into the tensors. Starts with an
     offset (PiSSA, OLoRA) are written as LoRA of rank 2 r, which is exact; after
-    `lr.adapters.absorb` there is no offset, the rank stays, and the file belongs to the absorbed
+    `lrx.adapters.absorb` there is no offset, the rank stays, and the file belongs to the absorbed
     base. Which factor trains is not written.
 
     Args:
@@ -184,10 +184,10 @@ def save(
         from the adaptation's.
 
     >>> import jax, jax.numpy as jnp, tempfile
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"table": {"embedding": jnp.ones((7, 4))}}
-    >>> adaptation = lr.adapt(
-    ...     params, {"table/embedding": lr.adapters.lora(rank=2)}, jax.random.key(0)
+    >>> adaptation = lrx.adapt(
+    ...     params, {"table/embedding": lrx.adapters.lora(rank=2)}, jax.random.key(0)
     ... )
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     tensors, config = save(folder, adaptation, params, head=None, task_type="CAUSAL_LM")

@@ -14,7 +14,7 @@ operations, d = a b. With j = b j₁ + j₂ and i = 2a q ± p,
 since i j₁ counts modulo 2a: first all j₁ of a residue ("waves", 2a x a), then all j₂ of a p
 ("turns", b x 2b for each of a slots; slot 0 has p = 0 and p = a, which have no sine). Kind 2 runs
 so, kind 3 is the transpose. No reordering of x, no twiddle pass. Products are those of float32
-(`Precision.HIGHEST`), as in `lr.linalg.dct`.
+(`Precision.HIGHEST`), as in `lrx.linalg.dct`.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def dct_scores(
     chip: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`lr.linalg.row_scores(lr.linalg.dct(x, kind), norm)` with the transform nowhere in device
+    """`lrx.linalg.row_scores(lrx.linalg.dct(x, kind), norm)` with the transform nowhere in device
     memory.
 
     Args:
       x: `(..., d, k)`, float32 or bfloat16, counted in float32; `(..., k, d)` with axis=-1.
-        Inside `lr.meshes.use` of several devices each takes the norms of its own share of k, where
+        Inside `lrx.meshes.use` of several devices each takes the norms of its own share of k, where
         that is a multiple of 128, and they are added up.
-      kind: 2 or 3, as in `lr.linalg.dct`. norm: "l1" or "l2". axis: of the transform, -2 or -1.
+      kind: 2 or 3, as in `lrx.linalg.dct`. norm: "l1" or "l2". axis: of the transform, -2 or -1.
       implementation: "tpu" (Mosaic), "reference" (jnp), or None for that of the device which the
         program is compiled for: the reference on CPUs, on GPUs, whose FFT takes fewer operations,
         where d is no multiple of 128, and below d = 2048, where the fewer operations come in

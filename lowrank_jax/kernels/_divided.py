@@ -2,7 +2,7 @@
 `shard_map`.
 
 The partitioner of an auto mesh cannot divide a kernel, and a traced array does not say where it
-lies there. What is known comes from `lr.meshes.use(mesh, rules, parameters=...)`: the mesh axes of
+lies there. What is known comes from `lrx.meshes.use(mesh, rules, parameters=...)`: the mesh axes of
 parameters by their paths, and those of activations' rows by the rules. A `Division` says how
 operands and results lie; where none can be made, because nothing is known or the mathematics is not
 local, the reference runs, which the partitioner divides.
@@ -32,7 +32,7 @@ class Division:
     """How one call is divided over a mesh.
 
     Attributes:
-      mesh: of `lr.meshes.use`.
+      mesh: of `lrx.meshes.use`.
       operands: a PartitionSpec for each operand; of a tree for all of its leaves.
       results: likewise.
       around: `(program, name of its implementation)` -> what each device runs, for instance a
@@ -68,10 +68,10 @@ def mesh() -> Any:
 @dataclasses.dataclass(frozen=True)
 class Product:
     """Mesh axes of a product `x (..., n) W (n, m)`; a backward pass, traced outside
-    `lr.meshes.use`, finds them here.
+    `lrx.meshes.use`, finds them here.
 
     Attributes:
-      mesh: of `lr.meshes.use`.
+      mesh: of `lrx.meshes.use`.
       rows: of each leading axis of x.
       n, m: of the contracted dimension and of the columns.
       gathers: whether W is divided over axes of the rows too, so that it is gathered for the

@@ -10,7 +10,7 @@ On TPUs one program makes a tile of moments, keeps its d in VMEM, and writes the
 XLA reads both new moments again for P d, and of 8-bit moments writes float32 ones beside them. On
 GPUs, where XLA writes P d in float32 and reads it again, two programs serve: moments, whose d takes
 the place of `low`, then the product, which ends on W. Moments are float32, bfloat16 or
-`linalg.QuantizedBlocks` in the dynamic codes (`lr.inner.stored8`); arithmetic is float32, products
+`linalg.QuantizedBlocks` in the dynamic codes (`lrx.inner.stored8`); arithmetic is float32, products
 have the platform's default precision.
 """
 
@@ -75,7 +75,7 @@ def low_rank_adam(
         or None for that of the device which the program is compiled for: the reference on CPUs,
         where a kernel does not fit, and on TPUs where a dimension of w is no multiple of 128, since
         XLA would copy w for the kernel.
-      spec: partition entries, on the mesh of `lr.meshes.use`, of L, of the k of w, low, mu and nu,
+      spec: partition entries, on the mesh of `lrx.meshes.use`, of L, of the k of w, low, mu and nu,
         and of the s of the basis alone. Each device then writes its own block, and bases are
         gathered one after the other. The reference runs there without it, and on TPUs where the
         float32 step of a block fits a quarter of VMEM and moments are arrays: XLA moves no more.

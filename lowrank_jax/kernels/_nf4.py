@@ -55,7 +55,7 @@ def nf4_linear(
     chip: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`x W` of a matrix from `lr.linalg.quantize_nf4`, differentiable in x alone.
+    """`x W` of a matrix from `lrx.linalg.quantize_nf4`, differentiable in x alone.
 
     Args:
       x: `(..., n)`, float32 or bfloat16; leading axes are rows.
@@ -66,8 +66,8 @@ def nf4_linear(
         and would copy them for the kernel, and where the decoded W fits half of VMEM, since XLA
         then keeps it there and moves no more; on GPUs above 512 rows, since each tile of 128 rows
         decodes W again, and by formula more than four cost more than to write one W and read it.
-      spec: partition entries of w's two axes on the mesh of `lr.meshes.use`, as of
-        `lr.kernels.thin_linear`; codes and scales are gathered, never a decoded matrix. Where a
+      spec: partition entries of w's two axes on the mesh of `lrx.meshes.use`, as of
+        `lrx.kernels.thin_linear`; codes and scales are gathered, never a decoded matrix. Where a
         device's rows of w would cut a block, the reference runs.
       chip: key of `CHIPS`, whose fast memory sizes the tiles; None for the smallest of the
         platform.

@@ -99,9 +99,9 @@ def dispatch(
     for, if it fits there.
 
     The choice is made when the program is lowered, so that compiling for a device that is not there
-    takes its branch. Inside `lr.meshes.use` of several devices on an auto mesh each device runs the
-    kernel on its own block by a `division`; without one, on other platforms, and where no tile fits
-    unless the division says otherwise, the partitioner divides the reference.
+    takes its branch. Inside `lrx.meshes.use` of several devices on an auto mesh each device runs
+    the kernel on its own block by a `division`; without one, on other platforms, and where no tile
+    fits unless the division says otherwise, the partitioner divides the reference.
 
     Raises:
       ValueError: for an unknown implementation, or `interpret` without the name of a kernel.

@@ -11,7 +11,7 @@ summed in fast memory and written once. The backward pass is the same kernel,
 
 and saves `low` in place of computing it again. W is frozen: its cotangent is taken only where it is
 asked for. Products are counted in the dtype of x and summed in float32, `low` is rounded to the
-dtype of x as `lr.adapters` round it; the sum of both parts is rounded once, where two programs
+dtype of x as `lrx.adapters` round it; the sum of both parts is rounded once, where two programs
 round it twice.
 """
 
@@ -72,7 +72,7 @@ def thin_linear(
         device which the program is compiled for: the reference on CPUs, where a kernel does not
         fit, and on TPUs where n or m is no multiple of 128, since XLA lays such arrays out
         otherwise and would copy them for the kernel.
-      spec: partition entries of w's two axes on the mesh of `lr.meshes.use`. Each device then
+      spec: partition entries of w's two axes on the mesh of `lrx.meshes.use`. Each device then
         multiplies its own rows of x, which lie as the rules say of "batch" and "length", by its own
         part of w. The reference runs there without it, and where the mesh does not divide evenly;
         on TPUs also where w is divided over axes of the rows, since XLA gathers it while it

@@ -174,9 +174,9 @@ def quantize_nf4(x: Any, *, double: bool = False, products: str = "xla") -> Norm
         matrices first.
       double: the scales, less their mean, in 8 bits (section 3 of the paper); codes are chosen by
         the exact scales.
-      products: "xla" decodes where the matrix is multiplied. "kernel": `lr.matmul(x, w)` of one
-        matrix, with adapters or without, takes `lr.kernels.nf4_linear`, which never forms it; x is
-        float32 or bfloat16. Inside `lr.meshes.use` of several devices only a matrix with adapters
+      products: "xla" decodes where the matrix is multiplied. "kernel": `lrx.matmul(x, w)` of one
+        matrix, with adapters or without, takes `lrx.kernels.nf4_linear`, which never forms it; x is
+        float32 or bfloat16. Inside `lrx.meshes.use` of several devices only a matrix with adapters
         does, which its `parameters` name. Other products decode. No device has timed it.
 
     A block of zeros gives exact zeros. A block with an entry that is not finite gives NaN; doubly

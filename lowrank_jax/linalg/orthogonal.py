@@ -135,7 +135,7 @@ def orthonormalize(x: Any) -> Array:
     One scalar test over the whole stack (everything finite and orthonormal to 1000 machine
     epsilons, 1e-4 in float32) decides by ``lax.cond``, so a good stack never pays for Householder
     QR; under ``vmap`` the cond becomes a select and both are paid: pass the stack itself. TPU
-    programs hold Householder QR alone, which compiles to a third. Inside ``lr.meshes.use`` of
+    programs hold Householder QR alone, which compiles to a third. Inside ``lrx.meshes.use`` of
     several devices the rows of x may be divided, and QR would gather them on every device: there
     Gram matrices do all, and noise stands in for what x does not span. Zero and rank-deficient x
     give orthonormal columns everywhere (the spare ones complete the basis). Non-finite x gives

@@ -1,8 +1,9 @@
 """Adapters and projected backprop in Flax linen models, also unmodified ones of other people.
 
-    loss = lr.linen.adapted(lambda params, batch: objective(model.apply({"params": params}, batch)))
-    value = loss(lr.attach(params, adaptation), batch)                                          adapters
-    value, grads = lr.projected_value_and_grad(loss, lr.taps(opt_state))(params, batch)         taps
+    loss = lrx.linen.adapted(lambda params, batch: objective(model.apply({"params": params},
+    batch)))
+    value = loss(lrx.attach(params, adaptation), batch)                                          adapters
+    value, grads = lrx.projected_value_and_grad(loss, lrx.taps(opt_state))(params, batch)         taps
 
 A kernel travels with its adapters or its tap as one node in its place inside `params`, the only
 collection that other people's `nn.scan`, `nn.vmap` and `nn.remat` lift: every array in it has the

@@ -24,12 +24,12 @@ def adapted(function: Callable[..., Any], *, partial: bool = False) -> Callable[
     """A function of a linen model, made to accept kernels with adapters, tapped and quantised ones
     in its parameters.
 
-    `lr.linen.tapped` is another name for it. The products of `nn.Dense`, `nn.DenseGeneral`,
+    `lrx.linen.tapped` is another name for it. The products of `nn.Dense`, `nn.DenseGeneral`,
     `nn.Einsum` and `nn.Conv`, the look-up and `attend` of `nn.Embed`, and those of classes derived
-    from them, take what `lr.attach` or `lr.projected_value_and_grad` put into `params`; a module of
-    your own hands `self.param(...)` to `lr.matmul` and its like. A quantised kernel (an object with
-    `shape` and `dequantize(dtype)`) is decoded where it is multiplied, one layer at a time. Without
-    any of them the function is unchanged.
+    from them, take what `lrx.attach` or `lrx.projected_value_and_grad` put into `params`; a module
+    of your own hands `self.param(...)` to `lrx.matmul` and its like. A quantised kernel (an object
+    with `shape` and `dequantize(dtype)`) is decoded where it is multiplied, one layer at a time.
+    Without any of them the function is unchanged.
 
     Embeddings and convolutions can be adapted, not tapped. Scanned models keep their layers on axis
     0 (`variable_axes={"params": 0}`), and `nn.vmap` over a batch hides the rows that `ids` choose
@@ -49,18 +49,18 @@ def adapted(function: Callable[..., Any], *, partial: bool = False) -> Callable[
         convolution.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> model, x = nn.Dense(6), jnp.ones((3, 4))
     >>> params = model.init(jax.random.key(0), x)["params"]
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(1))
-    >>> function = lr.linen.adapted(
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(1))
+    >>> function = lrx.linen.adapted(
     ...     lambda params, x: jnp.sum(model.apply({"params": params}, x) ** 2)
     ... )
-    >>> loss = lambda train: function(lr.attach(params, adaptation.replace(train=train)), x)
+    >>> loss = lambda train: function(lrx.attach(params, adaptation.replace(train=train)), x)
     >>> jax.grad(loss)(adaptation.train)["sites"]["kernel"]["b"].shape
     (2, 6)
-    >>> state = lr.galore(1e-2, rank=2).init(params)
-    >>> value, grads = lr.projected_value_and_grad(function, lr.taps(state))(params, x)
+    >>> state = lrx.galore(1e-2, rank=2).init(params)
+    >>> value, grads = lrx.projected_value_and_grad(function, lrx.taps(state))(params, x)
     >>> grads["kernel"].low.shape, grads["bias"].shape
     ((2, 6), (6,))
     """
@@ -107,7 +107,7 @@ def _check_reached(params: Any, reached: set[str], function: Callable[[Any], Any
     """ValueError for an adapted leaf that no product used.
 
     A layer that was not seen may have been traced before, under a jit within the function, or
-    belong to a module that calls `lr.matmul`: then the program does read the arrays of its
+    belong to a module that calls `lrx.matmul`: then the program does read the arrays of its
     adapters.
     """
     nodes = [node for node in jax.tree.leaves(params, is_leaf=_is_adapted) if _is_adapted(node)]
@@ -132,8 +132,8 @@ def _check_reached(params: Any, reached: set[str], function: Callable[[Any], Any
         raise ValueError(
             f"adapters of {sorted(missing)}: no layer and no product used these kernels, so their "
             "adapters do nothing. Leave them out with exclude=, or, where this function needs only "
-            "a part of the model, write lr.linen.adapted(function, partial=True). A model that "
-            "uses them in a way of its own takes lr.effective(params, adaptations)"
+            "a part of the model, write lrx.linen.adapted(function, partial=True). A model that "
+            "uses them in a way of its own takes lrx.effective(params, adaptations)"
         )
 
 

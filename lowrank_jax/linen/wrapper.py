@@ -29,24 +29,24 @@ _SLOT = r"(?P<leaf>(?:.*/)?(?:kernel|embedding))_[a-z0-9_]+"
 
 class WithAdapter(nn.Module):
     """A layer whose adapter is part of the model:
-    `WithAdapter(nn.Dense(64), lr.adapters.lora(rank=8))(x)`.
+    `WithAdapter(nn.Dense(64), lrx.adapters.lora(rank=8))(x)`.
 
     For authors of models whose surroundings know one tree of plain arrays, made by `model.init`:
     shardings from `nn.get_partition_spec`, checkpoints, export, serving. To adapt a model that
-    exists, leave it as it is and wrap the function: `lr.linen.adapted`. There adapters can also
+    exists, leave it as it is and wrap the function: `lrx.linen.adapted`. There adapters can also
     share arrays (Uni-LoRA, VeRA), come by name, be chosen by row.
 
     The paths of the wrapped layer stay as they were, and beside its kernel stand the arrays of the
     adapter, trained and frozen: `kernel`, `kernel_lora/a`, `kernel_lora/b`, `kernel_lora/scale`.
     Where the kernel is in a box that names its axes (`nn.with_partitioning`), they are too. `init`
     makes them zeros, and zeros are off: the layer is the base layer. So it is with the parameters
-    of the base model, without these arrays. The only initialiser is `lr.adapt` on the loaded
-    parameters, with the adapters that the model names; `lr.linen.insert` puts its arrays in their
+    of the base model, without these arrays. The only initialiser is `lrx.adapt` on the loaded
+    parameters, with the adapters that the model names; `lrx.linen.insert` puts its arrays in their
     places:
 
         declared = jax.eval_shape(model.init, key, x)["params"]
-        adaptation = lr.adapt(base, {".*/up/kernel": lr.adapters.lora(rank=8)}, key)
-        params = lambda train: lr.linen.insert(declared, base, adaptation.replace(train=train))
+        adaptation = lrx.adapt(base, {".*/up/kernel": lrx.adapters.lora(rank=8)}, key)
+        params = lambda train: lrx.linen.insert(declared, base, adaptation.replace(train=train))
         loss = lambda train: objective(model.apply({"params": params(train)}, x))
 
     Dropout, and whatever else is random in the adapter, is drawn where `apply` is given
@@ -55,15 +55,15 @@ class WithAdapter(nn.Module):
     Args:
       wrapped: an `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv` or `nn.Embed`, or of a class
         derived from them.
-      adapter: such as `lr.adapters.lora(rank=8)`.
+      adapter: such as `lrx.adapters.lora(rank=8)`.
 
     Raises:
       ValueError: when called: for another layer, an adapter that does not fit the kernel, or one
         that shares arrays.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> model = lr.linen.WithAdapter(nn.Dense(6), lr.adapters.lora(rank=2))
+    >>> import lowrank_jax as lrx
+    >>> model = lrx.linen.WithAdapter(nn.Dense(6), lrx.adapters.lora(rank=2))
     >>> params = model.init(jax.random.key(0), jnp.ones((3, 4)))["params"]
     >>> sorted(params), {name: leaf.shape for name, leaf in params["kernel_lora"].items()}
     (['bias', 'kernel', 'kernel_lora'], {'scale': (2,), 'a': (4, 2), 'b': (2, 6)})
@@ -164,7 +164,7 @@ class WithAdapter(nn.Module):
 def _declared(
     adapter: Adapter, path: str, shape: tuple[int, ...], view: MatrixView
 ) -> tuple[Adapter, Site, dict[str, Any]]:
-    """The adapter of one layer, its site, and the shapes of its arrays, as `lr.adapt` makes
+    """The adapter of one layer, its site, and the shapes of its arrays, as `lrx.adapt` makes
     them."""
     views = Views(rules=((re.escape(path), view),))
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32)}
@@ -176,7 +176,7 @@ def _declared(
     if arrays.pop("shared"):
         raise ValueError(
             f"{path!r}: {adapter.kind} shares arrays between layers, which no layer can hold; "
-            "leave the model as it is and wrap the function, lr.linen.adapted(function)"
+            "leave the model as it is and wrap the function, lrx.linen.adapted(function)"
         )
     return *made.plan.by_path[path], arrays
 
@@ -209,19 +209,19 @@ def insert(declared: Any, base: Any, adaptation: Adaptation) -> Any:
       declared: the parameters that `model.init` makes, or their shapes (`jax.eval_shape`).
       base: those of the base model, for instance from its checkpoint; arrays of adapters in it do
         not count.
-      adaptation: of `lr.adapt(base, ...)`, with the adapters that the model names.
+      adaptation: of `lrx.adapt(base, ...)`, with the adapters that the model names.
 
     Raises:
       ValueError: naming the path: a parameter that the base lacks, an array of another shape than
         the declared one, an adapter that the model does not declare.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> lora, x = lr.adapters.lora(rank=2), jnp.ones((3, 4))
+    >>> import lowrank_jax as lrx
+    >>> lora, x = lrx.adapters.lora(rank=2), jnp.ones((3, 4))
     >>> base = nn.Dense(6).init(jax.random.key(0), x)["params"]
-    >>> model = lr.linen.WithAdapter(nn.Dense(6), lora)
+    >>> model = lrx.linen.WithAdapter(nn.Dense(6), lora)
     >>> declared = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-    >>> params = lr.linen.insert(declared, base, lr.adapt(base, lora, jax.random.key(1)))
+    >>> params = lrx.linen.insert(declared, base, lrx.adapt(base, lora, jax.random.key(1)))
     >>> model.apply({"params": params}, x).shape
     (3, 6)
     """
@@ -269,16 +269,16 @@ def extract(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
     """The inverse of `insert`: the parameters of the base model, and the adaptation with the arrays
     in `params`.
 
-    For `lr.merge`, files, and another model. Leaves trained whole are in both.
+    For `lrx.merge`, files, and another model. Leaves trained whole are in both.
 
     Raises:
       ValueError: if `params` lacks an array of the adaptation.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> lora, x = lr.adapters.lora(rank=2), jnp.ones((3, 4))
-    >>> params = lr.linen.WithAdapter(nn.Dense(6), lora).init(jax.random.key(0), x)["params"]
-    >>> base, _ = lr.linen.extract(params, lr.adapt(params, lora, jax.random.key(1)))
+    >>> import lowrank_jax as lrx
+    >>> lora, x = lrx.adapters.lora(rank=2), jnp.ones((3, 4))
+    >>> params = lrx.linen.WithAdapter(nn.Dense(6), lora).init(jax.random.key(0), x)["params"]
+    >>> base, _ = lrx.linen.extract(params, lrx.adapt(params, lora, jax.random.key(1)))
     >>> sorted(base)
     ['bias', 'kernel']
     """

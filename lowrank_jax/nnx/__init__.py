@@ -7,16 +7,16 @@ kernel:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = nnx.to_pure_dict(params)               # paths such as "layers/0/up/kernel", as the
                                                     default rules want
-    loss = lambda params, batch: objective(lr.nnx.merge(graphdef, params, rest)(batch))
-    value = loss(lr.attach(params, adaptation), batch)                                          adapters
-    value, grads = lr.projected_value_and_grad(loss, lr.taps(opt_state))(params, batch)         taps
+    loss = lambda params, batch: objective(lrx.nnx.merge(graphdef, params, rest)(batch))
+    value = loss(lrx.attach(params, adaptation), batch)                                          adapters
+    value, grads = lrx.projected_value_and_grad(loss, lrx.taps(opt_state))(params, batch)         taps
 
 Models that hold their adapters. Layers are changed in place and keep their paths; what trains, what
 is frozen and what was a parameter are Variables of three types, none of them an `nnx.Param`:
 
-    lr.nnx.insert(model, adaptation)
-    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=lr.nnx.AdapterParam)
-    value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, lr.nnx.AdapterParam))(model,
+    lrx.nnx.insert(model, adaptation)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=lrx.nnx.AdapterParam)
+    value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, lrx.nnx.AdapterParam))(model,
     batch)
 
 Known to work with flax 0.12.8 on jax 0.10.2. The nnx of flax 0.12.8 cannot be imported on jax
@@ -32,8 +32,8 @@ try:
 except (ImportError, AttributeError) as error:
     raise ImportError(
         f"flax.nnx of flax {flax.__version__} cannot be imported with jax {jax.__version__} "
-        f"({error}): flax 0.12.8 needs jax<0.11.1. Linen models (lr.linen) and bare functions work "
-        "without it"
+        f"({error}): flax 0.12.8 needs jax<0.11.1. Linen models (lrx.linen) and bare functions "
+        "work without it"
     ) from error
 
 from lowrank_jax.nnx.held import merge

@@ -1,4 +1,4 @@
-"""`lr.nnx.merge`: a model from states whose kernels are more than arrays."""
+"""`lrx.nnx.merge`: a model from states whose kernels are more than arrays."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def merge(graphdef: Any, *states: Any) -> Any:
     """`nnx.merge(graphdef, *states)` for states with adapted, tapped or quantised kernels.
 
     Where the `kernel` of a `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` or `nnx.Conv`, or the
-    `embedding` of a `nnx.Embed`, or of a class derived from them, is what `lr.attach` or
-    `lr.projected_value_and_grad` put there, or a quantised array (an object with `shape` and
+    `embedding` of a `nnx.Embed`, or of a class derived from them, is what `lrx.attach` or
+    `lrx.projected_value_and_grad` put there, or a quantised array (an object with `shape` and
     `dequantize(dtype)`), the products of the merged module use it; dtypes, promotion and bias stay
     Flax's. Stacked layers work when the model maps or scans over axis 0 of their parameters.
     Without such kernels this is `nnx.merge`. A module of your own hands its value,
-    `self.kernel[...]`, to `lr.matmul`. Any other use of a kernel with adapters is an error that
+    `self.kernel[...]`, to `lrx.matmul`. Any other use of a kernel with adapters is an error that
     names it.
 
     Where adapters share arrays (Uni-LoRA, VeRA), jit from outside: a `nnx.jit` within the model is
@@ -41,18 +41,18 @@ def merge(graphdef: Any, *states: Any) -> Any:
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> graphdef, params = nnx.split(nnx.Linear(4, 6, rngs=nnx.Rngs(0)))
     >>> params = nnx.to_pure_dict(params)
-    >>> loss = lambda params, x: jnp.sum(lr.nnx.merge(graphdef, params)(x) ** 2)
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
+    >>> loss = lambda params, x: jnp.sum(lrx.nnx.merge(graphdef, params)(x) ** 2)
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0))
     >>> of = lambda train: loss(
-    ...     lr.attach(params, adaptation.replace(train=train)), jnp.ones((3, 4))
+    ...     lrx.attach(params, adaptation.replace(train=train)), jnp.ones((3, 4))
     ... )
     >>> jax.grad(of)(adaptation.train)["sites"]["kernel"]["b"].shape
     (2, 6)
-    >>> state = lr.galore(1e-2, rank=2).init(params)
-    >>> value, grads = lr.projected_value_and_grad(loss, lr.taps(state))(params, jnp.ones((3, 4)))
+    >>> state = lrx.galore(1e-2, rank=2).init(params)
+    >>> value, grads = lrx.projected_value_and_grad(loss, lrx.taps(state))(params, jnp.ones((3, 4)))
     >>> grads["kernel"].low.shape, grads["bias"].shape
     ((2, 6), (6,))
     """
@@ -85,7 +85,7 @@ def _prepare(module: nnx.Module, value: Any, path: str) -> None:
 def _refused(module: nnx.Module, name: str, value: Any, path: str) -> ValueError:
     done, remedy = "tapped or quantised", "Views(rules=((path, None),))"
     if isinstance(value, AdaptedKernel):
-        done, remedy = "adapted", "exclude=, or give the model lr.effective(params, adaptations)"
+        done, remedy = "adapted", "exclude=, or give the model lrx.effective(params, adaptations)"
     return ValueError(
         f"{path}: {name} of nnx.{flax_class(module).__name__} is {done}, but only kernels of "
         "nnx.Linear, nnx.LinearGeneral and nnx.Einsum can be, and untapped nnx.Conv and nnx.Embed; "

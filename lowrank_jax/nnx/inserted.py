@@ -1,4 +1,4 @@
-"""Models that hold their adapters: `lr.nnx.insert` and what belongs to it."""
+"""Models that hold their adapters: `lrx.nnx.insert` and what belongs to it."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class AdapterOfLayer(nnx.Module):
             raise ValueError(
                 f"adapters of {self.site.path!r}: {self.adapter.kind} shares arrays that live on "
                 "the model, and this layer is called on its own; call the model, or write "
-                "`with lr.nnx.sharing(model): ...` around the call"
+                "`with lrx.nnx.sharing(model): ...` around the call"
             )
         keys = None
         if not getattr(self, "deterministic", True):
             if self.keys is None:
                 raise ValueError(
                     f"adapters of {self.site.path!r}: the model trains with dropout that has no "
-                    "keys; call lr.nnx.seed_dropout(model, key) in each step, or model.eval()"
+                    "keys; call lrx.nnx.seed_dropout(model, key) in each step, or model.eval()"
                 )
             keys = self.keys.get_value()
         arrays = {
@@ -97,12 +97,12 @@ def insert(model: nnx.Module, adaptation: Adaptation) -> None:
 
     Make optimizers and references to Variables afterwards. What a group shares (Uni-LoRA, VeRA)
     lives on the model, whose call lends it to its layers: call layers of such a model within
-    `lr.nnx.sharing(model)`. A kernel that is used otherwise than by its layer, such as the table of
-    a tied head, is an error that names it. Choices by row (`lr.adapters.candidates`) are for
-    `lr.nnx.merge`.
+    `lrx.nnx.sharing(model)`. A kernel that is used otherwise than by its layer, such as the table
+    of a tied head, is an error that names it. Choices by row (`lrx.adapters.candidates`) are for
+    `lrx.nnx.merge`.
 
     Args:
-      model: of which `lr.adapt(nnx.to_pure_dict(nnx.state(model, nnx.Param)), ...)` made the
+      model: of which `lrx.adapt(nnx.to_pure_dict(nnx.state(model, nnx.Param)), ...)` made the
         adaptation.
       adaptation: one.
 
@@ -112,15 +112,15 @@ def insert(model: nnx.Module, adaptation: Adaptation) -> None:
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from flax import nnx
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
     >>> params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    >>> lr.nnx.insert(model, lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0)))
-    >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=lr.nnx.AdapterParam)
+    >>> lrx.nnx.insert(model, lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0)))
+    >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=lrx.nnx.AdapterParam)
     >>> loss = lambda model: jnp.mean(model(jnp.ones((3, 4))) ** 2)
-    >>> grads = nnx.grad(loss, argnums=nnx.DiffState(0, lr.nnx.AdapterParam))(model)
+    >>> grads = nnx.grad(loss, argnums=nnx.DiffState(0, lrx.nnx.AdapterParam))(model)
     >>> _ = optimizer.update(model, grads)
-    >>> [leaf.shape for leaf in jax.tree.leaves(nnx.state(model, lr.nnx.AdapterParam))]
+    >>> [leaf.shape for leaf in jax.tree.leaves(nnx.state(model, lrx.nnx.AdapterParam))]
     [(4, 2), (2, 6)]
     """
     plan = adaptation.plan
@@ -184,12 +184,12 @@ def _check(
     if plan.candidates:
         raise ValueError(
             f"{plan.name!r} holds candidates {plan.candidates} for rows; attach it and call "
-            "lr.nnx.merge"
+            "lrx.nnx.merge"
         )
     known = {one.name for _, one in nnx.iter_graph(model) if isinstance(one, AdapterOfLayer)}
     if plan.name in known:
         raise ValueError(
-            f"the model has an adaptation {plan.name!r} already; give lr.adapt another name="
+            f"the model has an adaptation {plan.name!r} already; give lrx.adapt another name="
         )
     missing = [path for path in (*plan.by_path, *plan.whole) if path not in holders]
     if missing:
@@ -208,7 +208,7 @@ def _check(
                 raise ValueError(
                     f"adapters of {path!r}: it belongs to {type(module).__name__}, which "
                     "multiplies in its own way; leave it out with exclude=, or compute with "
-                    "lr.effective(params, adaptation)"
+                    "lrx.effective(params, adaptation)"
                 )
             kernel = AdaptedKernel(value, (Bound({}, {}, None, None, adapter, site),))
             hosts.product_fields(module, kernel, path.rpartition("/")[0] or type(module).__name__)
@@ -278,11 +278,11 @@ def sharing(model: Any) -> Iterator[None]:
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
     >>> params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    >>> lr.nnx.insert(
-    ...     model, lr.adapt(params, lr.adapters.uni_lora(rank=2, size=8), jax.random.key(0))
+    >>> lrx.nnx.insert(
+    ...     model, lrx.adapt(params, lrx.adapters.uni_lora(rank=2, size=8), jax.random.key(0))
     ... )
     >>> model(jnp.ones((3, 4))).shape
     (3, 6)
@@ -311,18 +311,18 @@ def seed_dropout(model: nnx.Module, key: jax.Array) -> None:
     each training step.
 
     They draw while `model.train()` holds; `model.eval()` and a model as it is inserted are
-    deterministic. The masks are those of `lr.attach(params, adaptation, key=key)`.
+    deterministic. The masks are those of `lrx.attach(params, adaptation, key=key)`.
 
     Raises:
       ValueError: if no adapter is stochastic.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
     >>> params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    >>> lr.nnx.insert(
-    ...     model, lr.adapt(params, lr.adapters.lora(rank=2, dropout=0.5), jax.random.key(0))
+    >>> lrx.nnx.insert(
+    ...     model, lrx.adapt(params, lrx.adapters.lora(rank=2, dropout=0.5), jax.random.key(0))
     ... )
     >>> model.train()
     >>> seed_dropout(model, jax.random.key(1))
@@ -345,19 +345,19 @@ def extract(model: nnx.Module, adaptation: Adaptation) -> tuple[dict[str, Any], 
     """The parameters of the base model as a pure dict, and the adaptation with the arrays that the
     model holds.
 
-    For `lr.merge`, files, and another model. Leaves trained whole are in both.
+    For `lrx.merge`, files, and another model. Leaves trained whole are in both.
 
     Raises:
       ValueError: if the model does not hold this adaptation.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
     >>> params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    >>> adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
-    >>> lr.nnx.insert(model, adaptation)
-    >>> sorted(lr.merge(*lr.nnx.extract(model, adaptation)))
+    >>> adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0))
+    >>> lrx.nnx.insert(model, adaptation)
+    >>> sorted(lrx.merge(*lrx.nnx.extract(model, adaptation)))
     ['bias', 'kernel']
     """
     plan = adaptation.plan

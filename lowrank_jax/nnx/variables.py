@@ -50,7 +50,7 @@ class AdaptedParam(FrozenParam):
         return RawKernelError(
             f"adapters of {self.get_metadata('adapted')!r}: the kernel {what}, outside of its "
             "layer, which would pass its adapters by. Call the layer (nnx.Embed has attend), or "
-            "compute with lr.effective(params, adaptation); get_value() gives the array of the "
+            "compute with lrx.effective(params, adaptation); get_value() gives the array of the "
             "base model"
         )
 

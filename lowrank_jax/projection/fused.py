@@ -49,10 +49,10 @@ class Fused:
       rounding: of parameters stored in bfloat16 or as "linear" quantised blocks: "nearest" or
         "stochastic".
       plain_block: entries of a plain leaf that are updated at once, or None for all of it.
-      products: "xla" or "kernel", see `lr.fused`.
+      products: "xla" or "kernel", see `lrx.fused`.
 
-    >>> import lowrank_jax as lr
-    >>> lr.fused(lr.galore(1e-2, rank=2)).recipe.when
+    >>> import lowrank_jax as lrx
+    >>> lrx.fused(lrx.galore(1e-2, rank=2)).recipe.when
     'post'
     """
 
@@ -76,7 +76,7 @@ class Fused:
         if block is not None and not getattr(plain, "elementwise", False):
             raise ValueError(
                 f"plain_block={block}: {type(plain).__name__} may couple the entries of a leaf; "
-                "leave it None, or give plain=lr.inner.adam(...), stored8 or not"
+                "leave it None, or give plain=lrx.inner.adam(...), stored8 or not"
             )
 
     def init(self, params: Any) -> RecipeState:
@@ -101,7 +101,7 @@ class Fused:
           grads: like `params`, with `Projected` leaves where taps were.
           state: of `init`.
           learning_rate: a number in place of the recipe's learning rate or schedule.
-          taps: of `lr.taps(state)`, where grads hold `Projected` leaves.
+          taps: of `lrx.taps(state)`, where grads hold `Projected` leaves.
           rebased: grads and state come from `rebase`, so that no basis moves again.
           **extra: for the inner transformation.
         """
@@ -112,7 +112,7 @@ class Fused:
         """`(projected gradients, state)` at a due refresh: the part of a step that reads full
         gradients.
 
-        What remains, `step(..., taps=lr.taps(state), rebased=True)`, is the same at a refresh and
+        What remains, `step(..., taps=lrx.taps(state), rebased=True)`, is the same at a refresh and
         between two.
         """
         with sharding.mesh_of((params, grads)):
@@ -200,7 +200,7 @@ class Write:
                 raise ValueError(
                     f"leaf {self.path!r}: rounding='stochastic' cannot write {kind}, which rounds "
                     "to the nearest value alone; give rounding='nearest', or store the leaf by "
-                    "lr.linalg.quantize_blocks(w, code='linear')"
+                    "lrx.linalg.quantize_blocks(w, code='linear')"
                 )
             return select(self.accepted, param.requantize(value, key), param)
         if key is None or param.dtype == jnp.float32:
@@ -342,18 +342,18 @@ def fused(
     """The fused form of a named optimizer of this library.
 
     Args:
-      transformation: `lr.galore(...)` or another named optimizer.
+      transformation: `lrx.galore(...)` or another named optimizer.
       rounding: "nearest", or "stochastic" for parameters in bfloat16 or "linear" quantised blocks,
         so that updates below half a unit in the last place are not lost but made with the right
         probability.
       plain_block: entries of leaves that are not projected that are updated at once, in blocks of
         rows; None for whole leaves. On one device a block of some millions saves the float32
         scratch of embedding and head.
-      products: "xla", or "kernel": `lr.kernels.low_rank_adam` makes moments, product and weight of
+      products: "xla", or "kernel": `lrx.kernels.low_rank_adam` makes moments, product and weight of
         a stack in one program on a TPU and two on a GPU. It is for Adam, stored in 8 bits or not,
         with a stored basis in float32 or bfloat16, which drops the rest of the gradient. Inside
-        `lr.meshes.use(mesh, parameters=...)` of an auto mesh each writes its own block of leaves
-        whose shrunk dimension is whole (`side=lr.sides_for(...)`), and XLA's form serves the
+        `lrx.meshes.use(mesh, parameters=...)` of an auto mesh each writes its own block of leaves
+        whose shrunk dimension is whole (`side=lrx.sides_for(...)`), and XLA's form serves the
         others; a warning says where it serves all. No device has timed it.
 
     Raises:
@@ -365,8 +365,8 @@ def fused(
         a leaf, is one that the kernel does not take.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> optimizer = lr.fused(lr.galore(1e-2, rank=2))
+    >>> import lowrank_jax as lrx
+    >>> optimizer = lrx.fused(lrx.galore(1e-2, rank=2))
     >>> params = {"kernel": jnp.ones((4, 8))}
     >>> grads, state = {"kernel": jnp.ones((4, 8))}, optimizer.init(params)
     >>> params, state = jax.jit(optimizer.step, donate_argnums=(0, 2))(params, grads, state)
@@ -378,7 +378,7 @@ def fused(
         raise TypeError(
             f"{type(transformation).__name__} has no fused form: nothing can look inside "
             "optax.chain or inject_hyperparams, and scale_by_projection has no learning rate. Pass "
-            "a named optimizer such as lr.galore(...), with clip_norm= in place of a chained clip "
+            "a named optimizer such as lrx.galore(...), with clip_norm= in place of a chained clip "
             "and learning_rate= of step in place of an injected one"
         )
     return Fused(recipe=recipe, rounding=rounding, plain_block=plain_block, products=products)

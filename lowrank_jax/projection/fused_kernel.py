@@ -30,8 +30,8 @@ def check(config: Projection) -> None:
     core, kind = inner_lib.core(config.inner), config.projector.structure()
     if type(core) is not inner_lib.Adam:
         raise ValueError(
-            f"products='kernel' runs Adam, and inner={core!r} is another; give lr.inner.adam(...), "
-            "stored8 or not, or products='xla'"
+            f"products='kernel' runs Adam, and inner={core!r} is another; give "
+            "lrx.inner.adam(...), stored8 or not, or products='xla'"
         )
     for name in ("mu_dtype", "nu_dtype"):
         own = getattr(core, name)
@@ -83,9 +83,9 @@ def local(steps: dict[int, MatrixStep], params: list[Any]) -> frozenset[int]:
     found = frozenset(i for i, step in steps.items() if _is_local(step))
     if steps and not found:
         warnings.warn(
-            "lr.fused(products='kernel'): on this mesh no leaf is written by the kernel; name the "
-            "parameters in lr.meshes.use(mesh, parameters=...), and keep the dimension whole that "
-            "is shrunk (side=lr.sides_for(...))",
+            "lrx.fused(products='kernel'): on this mesh no leaf is written by the kernel; name the "
+            "parameters in lrx.meshes.use(mesh, parameters=...), and keep the dimension whole that "
+            "is shrunk (side=lrx.sides_for(...))",
             stacklevel=2,
         )
     return found

@@ -205,8 +205,8 @@ class FromOptax:
             if "params" in str(error) and not self.params:
                 raise ValueError(
                     "inner: this optax transformation demands params; wrap it as "
-                    "lr.inner.from_optax(tx, params=True), which hands it the projected parameter, "
-                    "or chain it outside scale_by_projection"
+                    "lrx.inner.from_optax(tx, params=True), which hands it the projected "
+                    "parameter, or chain it outside scale_by_projection"
                 ) from error
             raise
         return direction, jnp.ones((), jnp.float32), state
@@ -236,7 +236,7 @@ def as_inner(inner: Any) -> Inner:
         return FromOptax(inner)
     if not isinstance(inner, Inner):
         raise ValueError(
-            f"inner={inner!r} must be lr.inner.adam(...) or an optax GradientTransformation"
+            f"inner={inner!r} must be lrx.inner.adam(...) or an optax GradientTransformation"
         )
     return inner
 
@@ -258,7 +258,7 @@ class Stored8:
     leaves stay.
 
     Args:
-      inner: what is stored, `lr.inner.adam(...)` or another with registered moments.
+      inner: what is stored, `lrx.inner.adam(...)` or another with registered moments.
       block: entries of a block along the last axis (256: bitsandbytes).
       minimum: moments of fewer entries stay as they are (4096: bitsandbytes).
 
@@ -433,7 +433,7 @@ def first_moment(inner: Inner, state: Any) -> tuple[Moment, jax.Array]:
     if len(firsts) != 1 or firsts[0].decay is None:
         raise ValueError(
             f"inner {type(inner).__name__} has {len(firsts)} registered first moments with a known "
-            "decay; this rule needs exactly one: use lr.inner.adam, or from_optax(tx, "
+            "decay; this rule needs exactly one: use lrx.inner.adam, or from_optax(tx, "
             "decay=(('first', 0.9),)) and register_moments"
         )
     values = {tuple(p): v for p, v in jax.tree_util.tree_flatten_with_path(state)[0]}

@@ -78,15 +78,15 @@ def layerwise_step(
         form with products="kernel", or `exact_skip` of an optimizer with guard=False.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> stack = lr.Stack(
+    >>> import lowrank_jax as lrx
+    >>> stack = lrx.Stack(
     ...     before=lambda rest, x: x,
-    ...     layer=lambda layer, x: jnp.tanh(lr.matmul(x, layer["kernel"])),
+    ...     layer=lambda layer, x: jnp.tanh(lrx.matmul(x, layer["kernel"])),
     ...     after=lambda rest, x, _: jnp.mean(x**2),
     ... )
     >>> params = {"layers": {"kernel": jnp.stack([jnp.eye(8)] * 3)}}
-    >>> tx = lr.galore(1e-2, rank=2, views=lr.Views(stacked=("layers/.*",)))
-    >>> step = jax.jit(lr.layerwise_step(stack, tx), donate_argnums=(0, 1))
+    >>> tx = lrx.galore(1e-2, rank=2, views=lrx.Views(stacked=("layers/.*",)))
+    >>> step = jax.jit(lrx.layerwise_step(stack, tx), donate_argnums=(0, 1))
     >>> params, state, value = step(params, tx.init(params), jnp.ones((4, 8)))
     >>> int(state.projection.step)
     1

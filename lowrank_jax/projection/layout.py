@@ -87,7 +87,7 @@ def current(view: ResolvedView) -> Layout | None:
     entries = specs[view.path]
     if len(entries) < len(view.shape):
         raise ValueError(
-            f"leaf {view.path!r} of shape {view.shape}: lr.meshes.use(parameters=) has "
+            f"leaf {view.path!r} of shape {view.shape}: lrx.meshes.use(parameters=) has "
             f"{len(entries)} axes there; give it the parameters that this optimizer updates"
         )
     return Layout.of(view, sharding.current_mesh.get(), entries[len(entries) - len(view.shape) :])

@@ -251,13 +251,13 @@ def _checked(
         raise ValueError(
             f"leaf {view.path!r}: residual {type(config.residual).__name__} reads the full "
             "gradient, and this one is projected; take jax.value_and_grad(loss) for this "
-            "optimizer, or residual=lr.residuals.discard()"
+            "optimizer, or residual=lrx.residuals.discard()"
         )
     shape = (*view.batch, *config.projector.low_shape(view))
     if tuple(grad.low.shape) != shape:
         raise ValueError(
             f"leaf {view.path!r}: the projected gradient has shape {tuple(grad.low.shape)}, not "
-            f"{shape}; something between lr.projected_value_and_grad and update broadcast or "
+            f"{shape}; something between lrx.projected_value_and_grad and update broadcast or "
             "stacked it. Accumulate with projected_value_and_grad(..., accumulate=k), not "
             "optax.MultiSteps"
         )

@@ -30,8 +30,8 @@ class Recipe:
       projection: the slots of the projection transformation.
       learning_rate, weight_decay, when, mask: see `apply_learning_rate`.
 
-    >>> import lowrank_jax as lr
-    >>> recipe = lr.galore(1e-2, rank=8).recipe
+    >>> import lowrank_jax as lrx
+    >>> recipe = lrx.galore(1e-2, rank=8).recipe
     >>> recipe.when, recipe.projection.scale
     ('post', 0.25)
     """
@@ -96,7 +96,7 @@ def _recipe(
 
 def _sparing(clock: clocks.Clock, projector: Any, residual: Any) -> clocks.Clock:
     """The clock, after the update where projected backprop then never takes a full gradient (see
-    `lr.plan`).
+    `lrx.plan`).
 
     That is where a refresh reads a thin product of the gradient or none of it, and nothing else
     reads all of it.
@@ -161,7 +161,7 @@ def galore(
         "full" both (state r x r).
       b1, b2, eps: of Adam. The paper says eps 1e-8, its code 1e-6; we follow the code.
       weight_decay: after the step, as in the official code.
-      projector: in place of `svd(rank=rank)`, for instance `lr.projectors.power(rank=128)`. One
+      projector: in place of `svd(rank=rank)`, for instance `lrx.projectors.power(rank=128)`. One
         that reads a thin product (`alternating`, `randomized(iterations=0)`) or a key (`random`)
         moves after the update, not before it as in the paper, so that projected backprop takes no
         full gradient; give a `clock` for another choice.
@@ -172,14 +172,14 @@ def galore(
     fails for "reverse_std" at large ranks; here the side is fixed at `init`.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> tx = lr.galore(1e-2, rank=4)
+    >>> import lowrank_jax as lrx
+    >>> tx = lrx.galore(1e-2, rank=4)
     >>> params = {"kernel": jnp.ones((8, 16))}
     >>> state = tx.init(params)
     >>> updates, state = jax.jit(tx.update)(params, state, params)
     >>> state.projection.matrices["kernel"]
     MatrixState('kernel', rank=4, shrinks=rows, basis=[(8, 4)], 644 bytes)
-    >>> lr.galore(1e-2, projector=lr.projectors.alternating(rank=4)).projection.clock.when
+    >>> lrx.galore(1e-2, projector=lrx.projectors.alternating(rank=4)).projection.clock.when
     'after'
     """
     if proj_type not in _GALORE_SIDES:
@@ -237,8 +237,8 @@ def dct_adamw(
 
     The official in-place rotation gives wrong values for some shapes; here it is an index gather.
 
-    >>> import lowrank_jax as lr
-    >>> lr.dct_adamw(1e-3, rank=0.25).projection.projector
+    >>> import lowrank_jax as lrx
+    >>> lrx.dct_adamw(1e-3, rank=0.25).projection.projector
     Dct(rank=0.25, norm='l1', kind=3, products='xla')
     """
     phase = refresh_every - 1
@@ -292,8 +292,8 @@ def frugal(
       projector: in place of `projection`.
       **common: see `galore`; `inner=` replaces AdamW (the official code offers Lion and SGD).
 
-    >>> import lowrank_jax as lr
-    >>> lr.frugal(1e-3, rank=0.5, projection="columns").projection.residual
+    >>> import lowrank_jax as lrx
+    >>> lrx.frugal(1e-3, rank=0.5, projection="columns").projection.residual
     Sign(scale=1.0)
     """
     check_number("frugal: active_scale", active_scale)
@@ -373,8 +373,8 @@ def ldadam(
 
     Squares shrink the outputs here, and the inputs in GaLore, as in the official codes.
 
-    >>> import lowrank_jax as lr
-    >>> lr.ldadam(1e-3, rank=8).projection.clock
+    >>> import lowrank_jax as lrx
+    >>> lrx.ldadam(1e-3, rank=8).projection.clock
     EveryStep(when='before')
     """
     if projector is None:
@@ -421,14 +421,14 @@ def apollo(
       axis: "channel", or "tensor" for one factor a matrix (Mini).
       limiter: 1.01, or None.
       b1, b2, eps, weight_decay: Adam's in the "hf" convention, decay after the step.
-      projector: in place of `random(kind="gaussian")`, for instance `lr.projectors.svd(rank=128)`.
+      projector: in place of `random(kind="gaussian")`, for instance `lrx.projectors.svd(rank=128)`.
       **common: see `galore`.
 
     P is not orthonormal, as in the paper. Defaults are facts from the official code, whose licence
     (CC-BY-NC) allows no more; nothing else of it is used.
 
-    >>> import lowrank_jax as lr
-    >>> lr.apollo(1e-2, rank=1, axis="tensor", scale=4.0).projection.residual
+    >>> import lowrank_jax as lrx
+    >>> lrx.apollo(1e-2, rank=1, axis="tensor", scale=4.0).projection.residual
     GradientRescale(axis='tensor', scale=2.0, limiter=1.01)
     """
     check_number("apollo: scale", scale, at_least=0)
@@ -452,8 +452,8 @@ def apollo_mini(
     """APOLLO-Mini: `apollo` at rank 1 with one factor for each matrix and scale 128 (paper; lr .01,
     .02 is better).
 
-    >>> import lowrank_jax as lr
-    >>> lr.apollo_mini(1e-2).projection.projector
+    >>> import lowrank_jax as lrx
+    >>> lrx.apollo_mini(1e-2).projection.projector
     Random(rank=1, kind='gaussian', stored=False, dtype=<class 'jax.numpy.float32'>)
     """
     common |= common.pop("common", {})  # see _recipe

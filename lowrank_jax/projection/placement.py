@@ -40,20 +40,20 @@ def state_shardings(
       spread: divide the low-rank state too over every axis that its matrix is divided over, so that
         each device holds its share of all of it; `projection.layout` says how. An update on an auto
         mesh then needs to know where the parameters lie,
-        `with lr.meshes.use(mesh, parameters=...)`: without, the partitioner may gather whole
+        `with lrx.meshes.use(mesh, parameters=...)`: without, the partitioner may gather whole
         matrices (`tests/multi_device/test_mesh_training.py`).
 
     Raises:
       ValueError: if a leaf has no NamedSharding, or the leaves lie on different meshes.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> mesh = jax.make_mesh(
     ...     (1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
     ... )
     >>> params = {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}
     >>> shardings = {"kernel": jax.NamedSharding(mesh, jax.P("data", "model"))}
-    >>> state = state_shardings(lr.dct_adamw(1e-3, rank=4), params, shardings)
+    >>> state = state_shardings(lrx.dct_adamw(1e-3, rank=4), params, shardings)
     >>> tuple(state.projection.matrices["kernel"].inner.mu.spec)
     (None, 'model')
     """
@@ -174,10 +174,10 @@ def sides_for(
     Args:
       params: arrays or ShapeDtypeStructs.
       shardings: a tree like `params`; by default what the leaves carry.
-      views, side, tie: as of the optimizer, see `lr.resolve`.
+      views, side, tie: as of the optimizer, see `lrx.resolve`.
 
     Raises:
-      ValueError: as `lr.state_shardings`, and as `lr.resolve`.
+      ValueError: as `lrx.state_shardings`, and as `lrx.resolve`.
 
     >>> import jax, jax.numpy as jnp
     >>> mesh = jax.sharding.AbstractMesh((8,), ("model",))
@@ -195,8 +195,8 @@ def resolved_sides(transformation: Any, params: Any) -> tuple[tuple[str, str], .
     () if there is none.
 
     >>> import jax.numpy as jnp, optax
-    >>> import lowrank_jax as lr
-    >>> tx = optax.chain(optax.clip(1.0), lr.galore(1e-2, rank=4))
+    >>> import lowrank_jax as lrx
+    >>> tx = optax.chain(optax.clip(1.0), lrx.galore(1e-2, rank=4))
     >>> resolved_sides(tx, {"kernel": jnp.ones((8, 16))})
     (('kernel', 'rows'),)
     """

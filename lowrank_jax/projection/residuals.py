@@ -41,7 +41,7 @@ class Residual:
         if self.splits and not inner.splits:
             raise ValueError(
                 f"residual {type(self).__name__} needs the inner direction without bias "
-                f"correction, which {type(inner).__name__} cannot give; use lr.inner.adam(...)"
+                f"correction, which {type(inner).__name__} cannot give; use lrx.inner.adam(...)"
             )
 
     def target(self, state, grad):

@@ -20,15 +20,15 @@ class Stack:
 
     Attributes:
       before: `(rest, *args) -> x`.
-      layer: `(layer parameters, x) -> x`, which multiplies by taps (`lr.linen.tapped`).
+      layer: `(layer parameters, x) -> x`, which multiplies by taps (`lrx.linen.tapped`).
       after: `(rest, x, *args) -> value`, a scalar.
       name: the entry of `params` with the stacked layers; `rest` is the parameters without it.
 
     >>> import jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> stack = Stack(
     ...     before=lambda rest, x: x,
-    ...     layer=lambda layer, x: jnp.tanh(lr.matmul(x, layer["kernel"])),
+    ...     layer=lambda layer, x: jnp.tanh(lrx.matmul(x, layer["kernel"])),
     ...     after=lambda rest, x, _: jnp.mean(x**2),
     ... )
     >>> stack.name

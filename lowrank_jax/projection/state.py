@@ -29,8 +29,10 @@ class ProjectionState(NamedTuple):
       plain: state of the inner transformation of the leaves that are not projected.
 
     >>> import jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> state = lr.scale_by_projection(lr.projectors.svd(rank=2)).init({"kernel": jnp.ones((4, 8))})
+    >>> import lowrank_jax as lrx
+    >>> state = lrx.scale_by_projection(lrx.projectors.svd(rank=2)).init(
+    ...     {"kernel": jnp.ones((4, 8))}
+    ... )
     >>> int(state.format_version), int(state.step), int(state.skipped)
     (2, 0, 0)
     """
@@ -58,8 +60,10 @@ class MatrixState:
       projector: static; what the basis means (`Projector.structure()`), without any number.
 
     >>> import jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> state = lr.scale_by_projection(lr.projectors.svd(rank=2)).init({"kernel": jnp.ones((4, 8))})
+    >>> import lowrank_jax as lrx
+    >>> state = lrx.scale_by_projection(lrx.projectors.svd(rank=2)).init(
+    ...     {"kernel": jnp.ones((4, 8))}
+    ... )
     >>> state.matrices["kernel"]  # basis 4 x 2, two moments 2 x 8, a count
     MatrixState('kernel', rank=2, shrinks=rows, basis=[(4, 2)], 164 bytes)
     """
@@ -100,8 +104,8 @@ class Projected:
       sketch: `(batch..., s, q)` float32, `G Q`, or None.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> len(jax.tree.leaves(lr.Projected(jnp.ones((2, 8)))))
+    >>> import lowrank_jax as lrx
+    >>> len(jax.tree.leaves(lrx.Projected(jnp.ones((2, 8)))))
     1
     """
 
@@ -125,12 +129,12 @@ class Evidence(NamedTuple):
     A projector is used without an optimizer by making its evidence by hand:
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> x = jnp.outer(jnp.arange(1.0, 5.0), jnp.ones(8))
-    >>> projector = lr.projectors.svd(rank=1)
-    >>> view = lr.resolve(x, rank=projector.rank_for).projected[0]
+    >>> projector = lrx.projectors.svd(rank=1)
+    >>> view = lrx.resolve(x, rank=projector.rank_for).projected[0]
     >>> basis = projector.refresh(
-    ...     view, projector.init(view, jax.random.key(0)), lr.Evidence(grad=view.orient(x))
+    ...     view, projector.init(view, jax.random.key(0)), lrx.Evidence(grad=view.orient(x))
     ... )
     >>> print(projector.measure(view, basis, view.orient(x)))
     1.0

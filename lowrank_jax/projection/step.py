@@ -210,7 +210,7 @@ def update(
     references = prepared.references
     if any(hasattr(leaf, "dequantize") for leaf in references):
         raise ValueError(
-            "params: quantised leaves cannot take an update by addition; use lr.fused(tx).step"
+            "params: quantised leaves cannot take an update by addition; use lrx.fused(tx).step"
         )
     outputs: list[Any] = list(references)
     for i, step in prepared.steps.items():
@@ -293,7 +293,7 @@ def _check_projected(leaves: list[Any], references: list[Any], params: Any, taps
     if projected and (params is None or taps is None):
         raise ValueError(
             "updates hold projected gradients: call update(grads, state, params, taps=taps) with "
-            "the taps that lr.projected_value_and_grad took, so that gradients of another basis "
+            "the taps that lrx.projected_value_and_grad took, so that gradients of another basis "
             "are noticed"
         )
     if len(leaves) != len(references):

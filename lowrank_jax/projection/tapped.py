@@ -87,11 +87,11 @@ class Tapped:
     take it.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jnp.ones((4, 6))}
-    >>> state = lr.scale_by_projection(lr.projectors.svd(rank=2)).init(params)
-    >>> loss = lambda params, x: jnp.sum(lr.matmul(x, params["kernel"]) ** 2)
-    >>> value, grads = lr.projected_value_and_grad(loss, lr.taps(state))(params, jnp.ones((3, 4)))
+    >>> state = lrx.scale_by_projection(lrx.projectors.svd(rank=2)).init(params)
+    >>> loss = lambda params, x: jnp.sum(lrx.matmul(x, params["kernel"]) ** 2)
+    >>> value, grads = lrx.projected_value_and_grad(loss, lrx.taps(state))(params, jnp.ones((3, 4)))
     >>> grads["kernel"].low.shape
     (2, 6)
     """
@@ -114,8 +114,8 @@ class Tapped:
     def __jax_array__(self) -> jax.Array:
         raise ValueError(
             f"tap {self.tap.view.path!r}: the kernel is read as an array, and its projected "
-            "gradient would lack that use; multiply by lr.matmul, lr.einsum or lr.dot_general, or "
-            "leave it out with Views(rules=((path, None),))"
+            "gradient would lack that use; multiply by lrx.matmul, lrx.einsum or lrx.dot_general, "
+            "or leave it out with Views(rules=((path, None),))"
         )
 
     def dot_general(
@@ -127,10 +127,10 @@ class Tapped:
         product: Callable[..., jax.Array] | None = None,
         **options: Any,
     ) -> jax.Array:
-        """`lr.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes
+        """`lrx.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes
         its batch axes.
 
-        `product` makes the base product in place of `lr.dot_general`, as equal numbers.
+        `product` makes the base product in place of `lrx.dot_general`, as equal numbers.
         """
         options |= {"dimension_numbers": dimension_numbers, "precision": precision}
         if preferred_element_type is not None:  # keywords of `product` stay

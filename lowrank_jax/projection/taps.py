@@ -1,15 +1,15 @@
 """Projected backprop: gradients that are low-rank from birth.
 
-    taps = lr.taps(opt_state)                                         bases, found anywhere in an optimizer state
-    value, grads = lr.projected_value_and_grad(loss, taps)(params, batch)     `Projected` leaves where a tap was
+    taps = lrx.taps(opt_state)                                         bases, found anywhere in an optimizer state
+    value, grads = lrx.projected_value_and_grad(loss, taps)(params, batch)     `Projected` leaves where a tap was
     updates, opt_state = tx.update(grads, opt_state, params, taps=taps)
 
 `loss(params, ...)` finds a `Tapped` in place of each projected kernel. Bare functions hand it to
-`lr.matmul`, `lr.einsum` or `lr.dot_general`; `lr.linen.tapped(loss)` and, inside a loss,
-`lr.nnx.merge` do that for Flax models.
+`lrx.matmul`, `lrx.einsum` or `lrx.dot_general`; `lrx.linen.tapped(loss)` and, inside a loss,
+`lrx.nnx.merge` do that for Flax models.
 
 The full gradient of a tapped kernel is never formed. What reads it (a residual rule, an exact SVD
-at a refresh) needs `jax.value_and_grad` at that step; `lr.train_step` chooses.
+at a refresh) needs `jax.value_and_grad` at that step; `lrx.train_step` chooses.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Taps:
     seen.
 
     >>> import jax.numpy as jnp
-    >>> import lowrank_jax as lr
-    >>> state = lr.galore(1e-2, rank=2).init({"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)})
-    >>> lr.taps(state)
+    >>> import lowrank_jax as lrx
+    >>> state = lrx.galore(1e-2, rank=2).init({"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)})
+    >>> lrx.taps(state)
     Taps(kernel: rank 2, rows)
     """
 
@@ -63,7 +63,7 @@ def projection_states(opt_state: Any) -> list[ProjectionState]:
     if not found:
         raise ValueError(
             f"opt_state of type {type(opt_state).__name__} holds no ProjectionState: taps exist "
-            "for optimizers of this library only, such as lr.galore(...).init(params), alone or "
+            "for optimizers of this library only, such as lrx.galore(...).init(params), alone or "
             "inside an optax chain"
         )
     return found
@@ -80,9 +80,9 @@ def taps(opt_state: Any, sketches: dict[str, jax.Array] | None = None) -> Taps:
       ValueError: where there is no projection state, or two of them project the same leaf.
 
     >>> import jax.numpy as jnp, optax
-    >>> import lowrank_jax as lr
-    >>> tx = optax.chain(optax.clip_by_global_norm(1.0), lr.galore(1e-2, rank=2))
-    >>> lr.taps(tx.init({"kernel": jnp.ones((4, 8))})).taps["kernel"].basis.shape
+    >>> import lowrank_jax as lrx
+    >>> tx = optax.chain(optax.clip_by_global_norm(1.0), lrx.galore(1e-2, rank=2))
+    >>> lrx.taps(tx.init({"kernel": jnp.ones((4, 8))})).taps["kernel"].basis.shape
     (4, 2)
     """
     states = projection_states(opt_state)
@@ -108,7 +108,7 @@ def projected_value_and_grad(
 
     Args:
       loss: `loss(params, *args) -> value`, or `(value, aux)` with `has_aux`.
-      taps: of `lr.taps(opt_state)`.
+      taps: of `lrx.taps(opt_state)`.
       accumulate: k; every array of `*args` then has a leading axis of k microbatches. Values and
         gradients are averaged over them in float32, low-rank ones in the subspace; `aux` is
         stacked. The basis is constant within the window.
@@ -121,12 +121,12 @@ def projected_value_and_grad(
         argument has no leading axis of k.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params, x = {"kernel": jnp.ones((4, 6))}, jnp.arange(12.0).reshape(3, 4)
-    >>> tx = lr.scale_by_projection(lr.projectors.columns(select=(1, 2)))
+    >>> tx = lrx.scale_by_projection(lrx.projectors.columns(select=(1, 2)))
     >>> state = tx.init(params)
-    >>> loss = lambda params, x: jnp.sum(lr.matmul(x, params["kernel"]))
-    >>> _, grads = lr.projected_value_and_grad(loss, lr.taps(state))(params, x)
+    >>> loss = lambda params, x: jnp.sum(lrx.matmul(x, params["kernel"]))
+    >>> _, grads = lrx.projected_value_and_grad(loss, lrx.taps(state))(params, x)
     >>> bool(jnp.all(grads["kernel"].low == jax.grad(loss)(params, x)["kernel"][1:3]))
     True
     """
@@ -223,9 +223,9 @@ def _check_used(of: Callable, free: Any, paths: list[str], *args: Any) -> None:
     if unused:
         raise ValueError(
             f"no product uses the taps of {unused}: wrap a loss of a linen model as "
-            "lr.linen.tapped(loss), and in one of an nnx model call lr.nnx.merge; bare functions "
-            "multiply with lr.matmul, lr.einsum, lr.dot_general. A kernel that the loss does not "
-            "use in a product can be left out with Views(rules=((path, None),))"
+            "lrx.linen.tapped(loss), and in one of an nnx model call lrx.nnx.merge; bare functions "
+            "multiply with lrx.matmul, lrx.einsum, lrx.dot_general. A kernel that the loss does "
+            "not use in a product can be left out with Views(rules=((path, None),))"
         )
 
 
@@ -247,20 +247,20 @@ def check_taps(
         tied use.
 
     >>> import jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params = {"kernel": jnp.ones((4, 6))}
-    >>> state = lr.galore(1e-2, rank=2).init(params)
-    >>> lr.check_taps(
-    ...     lambda p, x: jnp.sum(lr.matmul(x, p["kernel"])),
-    ...     lr.taps(state),
+    >>> state = lrx.galore(1e-2, rank=2).init(params)
+    >>> lrx.check_taps(
+    ...     lambda p, x: jnp.sum(lrx.matmul(x, p["kernel"])),
+    ...     lrx.taps(state),
     ...     params,
     ...     jnp.ones((3, 4)),
     ... )
     >>> decayed = lambda p, x: (
-    ...     jnp.sum(lr.matmul(x, p["kernel"]))
+    ...     jnp.sum(lrx.matmul(x, p["kernel"]))
     ...     + jnp.sum(getattr(p["kernel"], "kernel", p["kernel"]))
     ... )
-    >>> lr.check_taps(decayed, lr.taps(state), params, jnp.ones((3, 4)))
+    >>> lrx.check_taps(decayed, lrx.taps(state), params, jnp.ones((3, 4)))
     Traceback (most recent call last):
         ...
     ValueError: the projected gradient differs from the full one for 'kernel' (by 0.25): a product must be the ...

@@ -39,11 +39,11 @@ def plan(projection: Projection) -> str:
       update;
     * "sketch at a refresh": a thin product with a second tap, after the update.
 
-    >>> import lowrank_jax as lr
-    >>> plan(lr.galore(1e-2, rank=8).projection)
+    >>> import lowrank_jax as lrx
+    >>> plan(lrx.galore(1e-2, rank=8).projection)
     'full at a refresh'
-    >>> after = lr.clocks.every(period=200, when="after")
-    >>> plan(lr.galore(1e-2, projector=lr.projectors.alternating(rank=8), clock=after).projection)
+    >>> after = lrx.clocks.every(period=200, when="after")
+    >>> plan(lrx.galore(1e-2, projector=lrx.projectors.alternating(rank=8), clock=after).projection)
     'sketch at a refresh'
     """
     if projection.residual.sees_gradient:
@@ -76,7 +76,7 @@ def train_step(
     Args:
       loss: `loss(params, *args) -> value`, which multiplies by taps; see
         `projected_value_and_grad`.
-      optimizer: a named optimizer, or its fused form `lr.fused(tx, ...)`.
+      optimizer: a named optimizer, or its fused form `lrx.fused(tx, ...)`.
       accumulate: k microbatches along a leading axis of every argument; see
         `projected_value_and_grad`.
       has_aux: the loss returns `(value, aux)`, and so does the step, in place of the value.
@@ -88,10 +88,10 @@ def train_step(
       TypeError: for an optimizer without a fused form.
 
     >>> import jax, jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> params, x = {"kernel": jnp.ones((4, 8))}, jnp.ones((3, 4))
-    >>> tx = lr.galore(1e-2, rank=2)
-    >>> step = lr.train_step(lambda params, x: jnp.mean(lr.matmul(x, params["kernel"]) ** 2), tx)
+    >>> tx = lrx.galore(1e-2, rank=2)
+    >>> step = lrx.train_step(lambda params, x: jnp.mean(lrx.matmul(x, params["kernel"]) ** 2), tx)
     >>> params, state, value = jax.jit(step, donate_argnums=(0, 1))(params, tx.init(params), x)
     >>> print(value)
     16.0

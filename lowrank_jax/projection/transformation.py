@@ -49,8 +49,8 @@ from lowrank_jax.trees import as_float32, is_placeholder, pure
 class Projection:
     """The slots of `scale_by_projection`, validated; `init` and `update` are pure functions of it.
 
-    >>> import lowrank_jax as lr
-    >>> lr.Projection(projector=lr.projectors.svd(rank=8)).clock
+    >>> import lowrank_jax as lrx
+    >>> lrx.Projection(projector=lrx.projectors.svd(rank=8)).clock
     Every(when='before', period=200, phase=0, first=True)
     """
 
@@ -72,9 +72,11 @@ class Projection:
         kinds = {"projector": Projector, "clock": Clock, "residual": Residual, "views": Views}
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of lr.{_ROOMS[name]}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be one of lrx.{_ROOMS[name]}"
+                )
         if not callable(self.transport) or not hasattr(self.transport, "moves"):
-            raise ValueError(f"transport={self.transport!r} must be one of lr.transports")
+            raise ValueError(f"transport={self.transport!r} must be one of lrx.transports")
         object.__setattr__(self, "inner", inner_lib.as_inner(self.inner))
         object.__setattr__(
             self, "plain", self.inner if self.plain is None else inner_lib.as_inner(self.plain)
@@ -184,7 +186,7 @@ class Projection:
 
     def sketch_bases(self, state: ProjectionState) -> dict[str, jax.Array]:
         """`{path: (batch..., k, q)}`: what a refresh through taps contracts the gradients with, for
-        `lr.taps`."""
+        `lrx.taps`."""
         return {
             matrix.view.path: sketch_basis(
                 self, matrix.view, matrix, state.step, layer_numbers(matrix.view)
@@ -209,15 +211,15 @@ def scale_by_projection(projector: Projector, **slots: Any) -> ProjectionTransfo
     Returns the positive direction, as optax's `scale_by_*` do; chain a learning rate after it.
 
     Args:
-      projector: which subspace, one of `lr.projectors`.
-      inner: what runs inside, `lr.inner.adam(...)` (default) or any optax transformation.
-      clock: when the basis moves, one of `lr.clocks` (default `every(period=200)`).
-      transport: what becomes of the moments, one of `lr.transports` (default `keep()`).
-      residual: what becomes of the rest of the gradient, one of `lr.residuals` (default
+      projector: which subspace, one of `lrx.projectors`.
+      inner: what runs inside, `lrx.inner.adam(...)` (default) or any optax transformation.
+      clock: when the basis moves, one of `lrx.clocks` (default `every(period=200)`).
+      transport: what becomes of the moments, one of `lrx.transports` (default `keep()`).
+      residual: what becomes of the rest of the gradient, one of `lrx.residuals` (default
         `discard()`).
       scale: factor on the step inside the subspace (GaLore's alpha); a residual rule has its own.
-      side, tie: which dimension is shrunk, and which of a square; see `lr.resolve`.
-      views: which leaves are matrices, `lr.Views(...)`.
+      side, tie: which dimension is shrunk, and which of a square; see `lrx.resolve`.
+      views: which leaves are matrices, `lrx.Views(...)`.
       plain: the inner transformation of leaves that are not projected (default: `inner`).
       guard: skip, and count, steps whose gradients are not finite or have a norm above 2^40, about
         1e12.
@@ -230,9 +232,9 @@ def scale_by_projection(projector: Projector, **slots: Any) -> ProjectionTransfo
         dimension; all at construction or `init`, naming field, value and remedy.
 
     >>> import jax.numpy as jnp, optax
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> tx = optax.chain(
-    ...     lr.scale_by_projection(lr.projectors.dct(rank=2)), optax.scale_by_learning_rate(1e-2)
+    ...     lrx.scale_by_projection(lrx.projectors.dct(rank=2)), optax.scale_by_learning_rate(1e-2)
     ... )
     >>> params = {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
     >>> state = tx.init(params)
@@ -255,10 +257,10 @@ def explain(transformation: Any, params: Any) -> Report:
     """What a projection optimizer does with each leaf, as a printable report.
 
     >>> import jax.numpy as jnp
-    >>> import lowrank_jax as lr
+    >>> import lowrank_jax as lrx
     >>> print(
-    ...     lr.explain(
-    ...         lr.galore(1e-2, rank=4),
+    ...     lrx.explain(
+    ...         lrx.galore(1e-2, rank=4),
     ...         {"dense": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}},
     ...     )
     ... )
@@ -277,15 +279,15 @@ def explain(transformation: Any, params: Any) -> Report:
 def projection_of(transformation: Any) -> Projection:
     """The `Projection` behind a transformation of this library; TypeError for any other.
 
-    >>> import lowrank_jax as lr
-    >>> lr.projection_of(lr.galore(1e-2, rank=8)).scale
+    >>> import lowrank_jax as lrx
+    >>> lrx.projection_of(lrx.galore(1e-2, rank=8)).scale
     0.25
     """
     projection = getattr(transformation, "projection", None)
     if projection is None:
         raise TypeError(
             f"{type(transformation).__name__} was not made by lowrank_jax. Nothing can look inside "
-            "optax.chain or inject_hyperparams: pass the transformation itself, lr.galore(...) or "
-            "lr.scale_by_projection(...)"
+            "optax.chain or inject_hyperparams: pass the transformation itself, lrx.galore(...) or "
+            "lrx.scale_by_projection(...)"
         )
     return projection

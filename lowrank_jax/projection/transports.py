@@ -135,7 +135,7 @@ class LDAdam:
         if len(seconds) != 1 or seconds[0].decay is None or seconds[0].count is None:
             raise ValueError(
                 "transport ldadam needs one second moment with a known decay and count; "
-                f"{type(inner).__name__} has {len(seconds)}: use lr.inner.adam"
+                f"{type(inner).__name__} has {len(seconds)}: use lrx.inner.adam"
             )
 
     def __call__(self, inner, state, fresh, change):
@@ -167,7 +167,7 @@ def _check_registered(name: str, inner: Any, state: Any) -> None:
             raise ValueError(
                 f"transport {name} does not know how to move {jax.tree_util.keystr(path)} "
                 f"({kind or 'unregistered'}) of {type(inner).__name__}; use transports.keep() or "
-                "reset(), or lr.inner.register_moments"
+                "reset(), or lrx.inner.register_moments"
             )
 
 

@@ -5,17 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-A = lr.adapters
+A = lrx.adapters
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 8)), jnp.float32)
 KEY = jax.random.key(0)
 RULES = {
-    "heads/kernel": lr.MatrixView(rows=(0,), cols=(1, 2)),
-    "out/kernel": lr.MatrixView(rows=(0, 1), cols=(2,)),
-    "mix/kernel": lr.MatrixView(batch=(0,), rows=(1,), cols=(2,)),
-    "conv/kernel": lr.MatrixView(rows=(0, 1, 2), cols=(3,)),
+    "heads/kernel": lrx.MatrixView(rows=(0,), cols=(1, 2)),
+    "out/kernel": lrx.MatrixView(rows=(0, 1), cols=(2,)),
+    "mix/kernel": lrx.MatrixView(batch=(0,), rows=(1,), cols=(2,)),
+    "conv/kernel": lrx.MatrixView(rows=(0, 1, 2), cols=(3,)),
 }
 FAMILIES = {
     "lora": A.lora(rank=2),
@@ -57,10 +57,10 @@ def every_bare(params, x, image, ids):
         return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=LAYOUT)
 
     return {
-        "dense": lr.matmul(x, kernel("dense")) + bias("dense"),
-        "heads": lr.einsum("bsd,dhk->bshk", x, kernel("heads")) + bias("heads"),
-        "out": lr.einsum("bshk,hkd->bsd", heads, kernel("out")) + bias("out"),
-        "mix": lr.einsum("bsd,sdf->bsf", x, kernel("mix")) + bias("mix"),
+        "dense": lrx.matmul(x, kernel("dense")) + bias("dense"),
+        "heads": lrx.einsum("bsd,dhk->bshk", x, kernel("heads")) + bias("heads"),
+        "out": lrx.einsum("bshk,hkd->bsd", heads, kernel("out")) + bias("out"),
+        "mix": lrx.einsum("bsd,sdf->bsf", x, kernel("mix")) + bias("mix"),
         "conv": A.conv(image, kernel("conv"), convolve) + bias("conv"),
         "embed": A.embed(ids, params["embed"]["embedding"]),
         "attend": A.attend(x, params["embed"]["embedding"]),
@@ -85,7 +85,7 @@ def every_params():
 
 def adapted(params, rules, seed=0, **options):
     """An adaptation whose arrays have moved away from their start."""
-    return moved(lr.adapt(params, rules, jax.random.key(seed), **options), seed)
+    return moved(lrx.adapt(params, rules, jax.random.key(seed), **options), seed)
 
 
 def moved(adaptation, seed=0):
@@ -96,7 +96,7 @@ def moved(adaptation, seed=0):
 
 def every_adaptation(family, seed=0):
     rules = {".*/(kernel|embedding)": FAMILIES[family]}
-    return adapted(every_params(), rules, seed, views=lr.Views(rules=RULES))
+    return adapted(every_params(), rules, seed, views=lrx.Views(rules=RULES))
 
 
 def run(function, *args):
@@ -122,7 +122,7 @@ def close(got, expected, rtol=2e-5, atol=2e-5):
 
 def on(model, **options):
     """`model.apply` as a function that takes adapters."""
-    return lr.linen.adapted(
+    return lrx.linen.adapted(
         lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs), **options
     )
 

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 
 class EveryNnx(nnx.Module):
@@ -37,9 +37,9 @@ def parameters(model):
 
 
 def merged(model, params):
-    """`lr.nnx.merge` of a model with other parameters."""
+    """`lrx.nnx.merge` of a model with other parameters."""
     graphdef, _, rest = nnx.split(model, nnx.Param, ...)
-    return lr.nnx.merge(graphdef, params, rest)
+    return lrx.nnx.merge(graphdef, params, rest)
 
 
 def plainly(model, params):
@@ -52,5 +52,5 @@ def inserted(model, *adaptations):
     """The model itself, with adapters, and what it was before as a function of parameters."""
     before = functools.partial(plainly, nnx.clone(model))
     for adaptation in adaptations:
-        lr.nnx.insert(model, adaptation)
+        lrx.nnx.insert(model, adaptation)
     return model, before

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.adapters.combination import METHODS, combine, largest
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
-VIEWS = lr.Views(stacked=("layers/.*",))
+VIEWS = lrx.Views(stacked=("layers/.*",))
 PARAMS = {"layers": {"kernel": jnp.zeros((2, 6, 5))}, "out": {"kernel": jnp.zeros((5, 7))}}
 PATHS = ("layers/kernel", "out/kernel")
 KEY = jax.random.key(0)
@@ -23,8 +23,8 @@ def normal(seed, *shape):
 
 
 def made(seed, params=PARAMS, rules=None, **options):
-    rules = lr.adapters.lora(rank=3, alpha=2.0 + seed) if rules is None else rules
-    adaptation = lr.adapt(params, rules, KEY, views=VIEWS if params is PARAMS else None, **options)
+    rules = lrx.adapters.lora(rank=3, alpha=2.0 + seed) if rules is None else rules
+    adaptation = lrx.adapt(params, rules, KEY, views=VIEWS if params is PARAMS else None, **options)
     leaves, treedef = jax.tree.flatten(adaptation.train)
     new = [jnp.asarray(normal(100 * seed + i, *leaf.shape)) for i, leaf in enumerate(leaves)]
     return adaptation.replace(train=jax.tree.unflatten(treedef, new))
@@ -140,7 +140,7 @@ def test_the_sheet_example_of_ties():
     params = {"kernel": jnp.zeros((1, 4))}
     each = {}
     for i, task in enumerate(tasks):
-        one = lr.adapt(params, lr.adapters.lora(rank=1, alpha=1), KEY)
+        one = lrx.adapt(params, lrx.adapters.lora(rank=1, alpha=1), KEY)
         factors = {"kernel": {"a": jnp.ones((1, 1)), "b": jnp.asarray([task])}}
         each[str(i)] = one.replace(train=one.train | {"sites": factors})
     for method in ("ties", "ties_svd"):
@@ -184,7 +184,7 @@ def test_dare_drops_by_the_key_and_is_plain_at_density_1(method):
 @pytest.mark.slow
 def test_dare_keeps_the_mean_and_draws_each_factor_task_and_layer_apart():
     params = {"layers": {"kernel": jnp.zeros((2, 64, 32))}}
-    one = lr.adapt(params, lr.adapters.lora(rank=32, alpha=32), KEY, views=VIEWS)
+    one = lrx.adapt(params, lrx.adapters.lora(rank=32, alpha=32), KEY, views=VIEWS)
     eye = {"a": jnp.ones((2, 64, 32)), "b": jnp.ones((2, 32, 32))}
     one = one.replace(train=one.train | {"sites": {"layers/kernel": eye}})
     found = combine({"one": one}, [1], method="dare_linear", density=0.25, key=KEY).train["sites"][
@@ -202,10 +202,10 @@ def test_dare_keeps_the_mean_and_draws_each_factor_task_and_layer_apart():
 
 def test_one_sum_of_two_is_both_attached_and_subtraction_undoes_it():
     x = jnp.asarray(normal(5, 3, 5))
-    both = lr.matmul(x, lr.attach(PARAMS, {"one": ONE, "two": TWO})["out"]["kernel"])
+    both = lrx.matmul(x, lrx.attach(PARAMS, {"one": ONE, "two": TWO})["out"]["kernel"])
     found = combine({"one": ONE, "two": TWO}, {"two": 1, "one": 1}, method="cat", name="sum")
     np.testing.assert_allclose(
-        lr.matmul(x, lr.attach(PARAMS, found)["out"]["kernel"]), both, rtol=1e-5, atol=1e-5
+        lrx.matmul(x, lrx.attach(PARAMS, found)["out"]["kernel"]), both, rtol=1e-5, atol=1e-5
     )
     assert found.plan.name == "sum"
     back = combine({"sum": found, "two": TWO}, [1, -1], method="svd", rank=3)
@@ -222,8 +222,8 @@ def test_one_task_of_weight_1_is_itself(method):
 
 
 def test_energy_chooses_ranks_matrix_by_matrix():
-    one = lr.adapt(
-        {"layers": PARAMS["layers"]}, lr.adapters.lora(rank=3, alpha=3), KEY, views=VIEWS
+    one = lrx.adapt(
+        {"layers": PARAMS["layers"]}, lrx.adapters.lora(rank=3, alpha=3), KEY, views=VIEWS
     )
     left, right = (np.stack([np.linalg.qr(normal(i, n, 3))[0] for i in range(2)]) for n in (6, 5))
     s = np.array([[4.0, 2.0, 0.1], [1.0, 0.01, 0.01]])
@@ -245,7 +245,7 @@ def test_energy_chooses_ranks_matrix_by_matrix():
 
 @pytest.mark.slow
 def test_ranks_padded_in_a_stack_count_as_what_they_are():
-    options = {"rules": lr.adapters.lora(rank=3, alpha=3), "ranks": {"layers/kernel": (1, 3)}}
+    options = {"rules": lrx.adapters.lora(rank=3, alpha=3), "ranks": {"layers/kernel": (1, 3)}}
     one, two = made(1, **options), made(2, **options)
     sites = one.train["sites"]
     poison = (
@@ -296,7 +296,7 @@ def test_ranks_padded_in_a_stack_count_as_what_they_are():
 
 def test_a_leaf_that_one_alone_adapts_takes_that_one_and_whole_leaves_go_along():
     params = {"out": {"kernel": jnp.zeros((5, 7))}, "head": {"kernel": jnp.ones((2, 2))}}
-    lora = lr.adapters.lora(rank=2)
+    lora = lrx.adapters.lora(rank=2)
     one = made(1, params, {"out/kernel": lora}, whole="head/.*")
     two = made(2, params | {"more": {"kernel": jnp.zeros((3, 3))}}, {"more/kernel": lora})
     found = combine({"one": one, "two": two}, [2, 3])
@@ -317,12 +317,12 @@ def test_a_leaf_that_one_alone_adapts_takes_that_one_and_whole_leaves_go_along()
 def test_families_with_factors_and_offsets_combine():
     params = {"kernel": jnp.asarray(normal(1, 8, 6))}
     each = {
-        "uni": made(1, params, lr.adapters.uni_lora(rank=2, size=8)),
-        "pissa": made(2, params, lr.adapters.lora(rank=2, init="pissa")),
+        "uni": made(1, params, lrx.adapters.uni_lora(rank=2, size=8)),
+        "pissa": made(2, params, lrx.adapters.lora(rank=2, init="pissa")),
     }
     found = combine(each, [1, 2], method="cat")
     kernels = {
-        name: np.asarray(lr.effective(params, one)["kernel"] - params["kernel"])
+        name: np.asarray(lrx.effective(params, one)["kernel"] - params["kernel"])
         for name, one in each.items()
     }
     np.testing.assert_allclose(
@@ -359,13 +359,13 @@ def test_errors_name_what_is_wrong():
         combine(both, [1])
     with pytest.raises(ValueError, match="there is no adaptation"):
         combine({}, [])
-    other = made(1, rules=lr.adapters.lora(rank=2))
+    other = made(1, rules=lrx.adapters.lora(rank=2))
     with pytest.raises(
         ValueError, match=r"at 'layers/kernel' the ranks are \{'one': \[3\], 'two': \[2\]\}"
     ):
         combine({"one": ONE, "two": other}, [1, 1], method="linear")
     with pytest.raises(ValueError, match="'oft': Oft at 'out/kernel' has no factors"):
-        combine({"oft": made(1, rules={"out/kernel": lr.adapters.oft(block=5)})}, [1])
+        combine({"oft": made(1, rules={"out/kernel": lrx.adapters.oft(block=5)})}, [1])
     flat = made(1, {"layers": {"kernel": jnp.zeros((6, 5))}})
     with pytest.raises(ValueError, match=r"'layers/kernel': 'one' sees \(2, 6, 5\)"):
         combine({"one": ONE, "two": flat}, [1, 1])

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.adapters import absorb, padded, to_lora, weighted
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
-VIEWS = lr.Views(stacked=("layers/.*",))
+VIEWS = lrx.Views(stacked=("layers/.*",))
 KEY = jax.random.key(0)
 
 
@@ -29,7 +29,7 @@ PARAMS = {
 
 
 def made(rules, params=PARAMS, spread=0.3, **options):
-    adaptation = lr.adapt(
+    adaptation = lrx.adapt(
         params, rules, KEY, views=VIEWS if "layers" in params else None, **options
     )
     leaves, treedef = jax.tree.flatten(adaptation.train)
@@ -39,7 +39,7 @@ def made(rules, params=PARAMS, spread=0.3, **options):
 
 def deltas(adaptation, params=PARAMS):
     """What an adaptation adds to each kernel, float64."""
-    found = lr.effective(params, adaptation)
+    found = lrx.effective(params, adaptation)
     tops = {path: path.split("/")[0] for path in adaptation.plan.by_path}
     return {
         path: np.asarray(found[top]["kernel"], np.float64) - params[top]["kernel"]
@@ -48,11 +48,11 @@ def deltas(adaptation, params=PARAMS):
 
 
 EXACT = {
-    "lora": (lr.adapters.lora(rank=2, alpha=5), 2),
-    "rslora": (lr.adapters.lora(rank=2, alpha=5, rank_stabilized=True), 2),
-    "pissa": (lr.adapters.lora(rank=2, alpha=3, init="pissa"), 4),
-    "olora": (lr.adapters.lora(rank=2, init="olora"), 4),
-    "uni_lora": (lr.adapters.uni_lora(rank=2, size=16), 2),
+    "lora": (lrx.adapters.lora(rank=2, alpha=5), 2),
+    "rslora": (lrx.adapters.lora(rank=2, alpha=5, rank_stabilized=True), 2),
+    "pissa": (lrx.adapters.lora(rank=2, alpha=3, init="pissa"), 4),
+    "olora": (lrx.adapters.lora(rank=2, init="olora"), 4),
+    "uni_lora": (lrx.adapters.uni_lora(rank=2, size=16), 2),
 }
 
 
@@ -65,7 +65,8 @@ def test_factors_convert_exactly(name):
         np.testing.assert_allclose(deltas(found)[path], delta, atol=1e-6)
         adapter, site = found.plan.by_path[path]
         assert (
-            type(adapter) is lr.adapters.lora and adapter.alpha == adapter.rank == site.rank == rank
+            type(adapter) is lrx.adapters.lora
+            and adapter.alpha == adapter.rank == site.rank == rank
         )
         assert (found.fixed["sites"][path]["scale"] == 1).all()
         assert report.how[path] == "as it is" and not report.errors[path].any()
@@ -74,7 +75,7 @@ def test_factors_convert_exactly(name):
 
 def test_the_offset_refers_to_the_kernel_as_it_was():
     """alpha' = 2 alpha at rank 2 r: the same s, against the original kernel."""
-    adaptation = made(lr.adapters.lora(rank=2, alpha=3, init="pissa"), spread=0.0)
+    adaptation = made(lrx.adapters.lora(rank=2, alpha=3, init="pissa"), spread=0.0)
     found, _ = to_lora(PARAMS, adaptation)
     assert max(np.abs(delta).max() for delta in deltas(found).values()) < 1e-6
     arrays = found.train["sites"]["out/kernel"]
@@ -82,10 +83,10 @@ def test_the_offset_refers_to_the_kernel_as_it_was():
 
 
 SMALLER = [
-    lr.adapters.lora(rank=4),
-    lr.adapters.dora(rank=2),
-    lr.adapters.oft(block=2),
-    lr.adapters.hira(rank=1),
+    lrx.adapters.lora(rank=4),
+    lrx.adapters.dora(rank=2),
+    lrx.adapters.oft(block=2),
+    lrx.adapters.hira(rank=1),
 ]
 
 
@@ -93,7 +94,7 @@ SMALLER = [
 def test_a_smaller_rank_is_the_best_one_and_its_error_is_reported(family):
     adaptation = made(family)
     found, report = to_lora(PARAMS, adaptation, rank=2)
-    squeezed = isinstance(family, lr.adapters.lora) and not isinstance(family, lr.adapters.dora)
+    squeezed = isinstance(family, lrx.adapters.lora) and not isinstance(family, lrx.adapters.dora)
     for path, delta in deltas(adaptation).items():
         u, s, vt = np.linalg.svd(delta, full_matrices=False)
         best = (u[..., :2] * s[..., None, :2]) @ vt[..., :2, :]
@@ -109,13 +110,13 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_reported(family):
 
 
 def test_full_rank_is_exact_and_never_more_than_a_matrix_has():
-    adaptation = made(lr.adapters.oft(block=2))
+    adaptation = made(lrx.adapters.oft(block=2))
     found, report = to_lora(PARAMS, adaptation, rank=64)
     assert [found.plan.by_path[path][1].rank for path in ("layers/kernel", "out/kernel")] == [6, 4]
     for path, delta in deltas(adaptation).items():
         np.testing.assert_allclose(deltas(found)[path], delta, atol=5e-6)
         assert not report.errors[path].any()
-    small, report = to_lora(PARAMS, made(lr.adapters.lora(rank=2)), rank=5)
+    small, report = to_lora(PARAMS, made(lrx.adapters.lora(rank=2)), rank=5)
     assert small.plan.by_path["out/kernel"][1].rank == 2 and report.how["out/kernel"] == "as it is"
 
 
@@ -125,7 +126,7 @@ def spectrum(values, n=8, m=6):
 
 
 def test_energy_gives_each_matrix_its_rank_padded_in_a_stack():
-    adaptation = made({"layers/kernel": lr.adapters.lora(rank=3, alpha=3)})
+    adaptation = made({"layers/kernel": lrx.adapters.lora(rank=3, alpha=3)})
     pairs = [spectrum([4.0, 2.0, 0.1]), spectrum([1.0, 0.01, 0.01])]
     a, b = (jnp.stack(side) for side in zip(*pairs, strict=True))
     sites = {"layers/kernel": {"a": a, "b": b}}
@@ -151,7 +152,7 @@ def test_energy_gives_each_matrix_its_rank_padded_in_a_stack():
 
 
 def test_energy_of_a_family_without_factors():
-    adaptation = made({"out/kernel": lr.adapters.oft(block=2)})
+    adaptation = made({"out/kernel": lrx.adapters.oft(block=2)})
     s = np.linalg.svd(deltas(adaptation)["out/kernel"], compute_uv=False)
     share = np.cumsum(s**2) / (s**2).sum()
     _, report = to_lora(PARAMS, adaptation, energy=float((share[0] + share[1]) / 2))
@@ -162,8 +163,8 @@ def test_energy_of_a_family_without_factors():
 @pytest.mark.slow
 def test_masks_weights_and_ranks_of_a_stack_are_worked_in():
     for family in (
-        lr.adapters.lora(rank=3, alpha=3),
-        lr.adapters.lora(rank=3, alpha=3, init="pissa"),
+        lrx.adapters.lora(rank=3, alpha=3),
+        lrx.adapters.lora(rank=3, alpha=3, init="pissa"),
     ):
         adaptation = made(family, ranks={"layers/kernel": (1, 3)}, alphas={"layers/kernel": (2, 5)})
         wide = weighted(padded(adaptation, 4), 0.5)
@@ -181,7 +182,7 @@ def test_masks_weights_and_ranks_of_a_stack_are_worked_in():
 
 
 def test_layers_that_are_left_out_stay_out():
-    for family in (lr.adapters.lora(rank=2), lr.adapters.oft(block=2)):
+    for family in (lrx.adapters.lora(rank=2), lrx.adapters.oft(block=2)):
         adaptation = made({"layers/kernel": family}, layers=(1,))
         found, report = to_lora(PARAMS, adaptation, rank=2)
         assert report.ranks["layers/kernel"].tolist() == [0, 2]
@@ -192,7 +193,7 @@ def test_layers_that_are_left_out_stay_out():
 def test_what_is_trained_whole_and_dropout_go_along_and_bases_may_be_boxed():
     params = {"kernel": jnp.asarray(normal(1, 6, 4)), "bias": jnp.ones(4)}
     adaptation = made(
-        {"kernel": lr.adapters.lora(rank=2, dropout=0.25)}, params, whole="bias", name="mine"
+        {"kernel": lrx.adapters.lora(rank=2, dropout=0.25)}, params, whole="bias", name="mine"
     )
     found, _ = to_lora(params, adaptation)
     assert found.plan.whole == ("bias",) and found.plan.name == "mine"
@@ -204,21 +205,21 @@ def test_conversion_errors():
     with pytest.raises(
         ValueError, match=r"'layers/kernel': Oft has no factors.*give rank= or energy="
     ):
-        to_lora(PARAMS, made(lr.adapters.oft(block=2)))
+        to_lora(PARAMS, made(lrx.adapters.oft(block=2)))
     with pytest.raises(ValueError, match="rank=0 must be a positive integer"):
-        to_lora(PARAMS, made(lr.adapters.oft(block=2)), rank=0)
+        to_lora(PARAMS, made(lrx.adapters.oft(block=2)), rank=0)
     with pytest.raises(ValueError, match=r"energy=1.5 must lie in \(0, 1\]"):
-        to_lora(PARAMS, made(lr.adapters.lora(rank=2)), energy=1.5)
+        to_lora(PARAMS, made(lrx.adapters.lora(rank=2)), energy=1.5)
     with pytest.raises(ValueError, match="adapted leaf 'layers/kernel'.*is not in params"):
-        to_lora({"out": PARAMS["out"]}, made(lr.adapters.oft(block=2)), rank=1)
-    one = made(lr.adapters.lora(rank=2))
+        to_lora({"out": PARAMS["out"]}, made(lrx.adapters.oft(block=2)), rank=1)
+    one = made(lrx.adapters.lora(rank=2))
     with pytest.raises(ValueError, match="give one of the adaptations that they were made of"):
-        to_lora(PARAMS, lr.adapters.candidates({"one": one}))
+        to_lora(PARAMS, lrx.adapters.candidates({"one": one}))
 
 
 @pytest.mark.parametrize("init", ["pissa", "milora", "olora"])
 def test_absorbing_writes_the_offset_into_the_kernel(init):
-    before = made(lr.adapters.lora(rank=2, alpha=3, init=init))
+    before = made(lrx.adapters.lora(rank=2, alpha=3, init=init))
     absorbed, after = absorb(PARAMS, before)
     for path in ("layers", "out"):
         own = before.fixed["sites"][f"{path}/kernel"]
@@ -235,15 +236,15 @@ def test_absorbing_writes_the_offset_into_the_kernel(init):
     assert all(set(arrays) == {"scale"} for arrays in after.fixed["sites"].values())
     assert after.train is before.train
     for a, b in zip(
-        jax.tree.leaves(lr.merge(absorbed, after)),
-        jax.tree.leaves(lr.merge(PARAMS, before)),
+        jax.tree.leaves(lrx.merge(absorbed, after)),
+        jax.tree.leaves(lrx.merge(PARAMS, before)),
         strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 def test_what_was_trained_on_an_absorbed_base_goes_back_to_the_original():
-    before = made(lr.adapters.lora(rank=2, init="pissa"), spread=0.0)
+    before = made(lrx.adapters.lora(rank=2, init="pissa"), spread=0.0)
     absorbed, after = absorb(PARAMS, before)
     moved = after.replace(train=jax.tree.map(lambda x: x + 0.1, after.train))
     found, _ = to_lora(absorbed, moved)  # refers to the absorbed base: rank r
@@ -252,15 +253,15 @@ def test_what_was_trained_on_an_absorbed_base_goes_back_to_the_original():
         PARAMS, before.replace(train=moved.train)
     )  # refers to the original: rank 2 r
     assert other.plan.by_path["out/kernel"][1].rank == 4
-    want = lr.merge(absorbed, moved)
-    for got in (lr.merge(absorbed, found), lr.merge(PARAMS, other)):
+    want = lrx.merge(absorbed, moved)
+    for got in (lrx.merge(absorbed, found), lrx.merge(PARAMS, other)):
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 def test_absorbing_into_bfloat16_loses_what_data_would_keep():
     params = {"kernel": jnp.asarray(normal(5, 64, 64), jnp.bfloat16)}
-    before = made({"kernel": lr.adapters.lora(rank=16, init="pissa")}, params, spread=0.0)
+    before = made({"kernel": lrx.adapters.lora(rank=16, init="pissa")}, params, spread=0.0)
     absorbed, after = absorb(params, before)
     assert absorbed["kernel"].dtype == jnp.bfloat16
     wide = params["kernel"].astype(jnp.float32)
@@ -303,11 +304,11 @@ class Recoded(Coded):
 def test_quantised_and_boxed_kernels_absorb():
     codes = jnp.round(64 * normal(1, 6, 4)).astype(jnp.int32)
     before = made(
-        {"kernel": lr.adapters.lora(rank=2, init="pissa")}, {"kernel": Recoded(codes)}, spread=0.0
+        {"kernel": lrx.adapters.lora(rank=2, init="pissa")}, {"kernel": Recoded(codes)}, spread=0.0
     )
     absorbed, after = absorb({"kernel": Recoded(codes)}, before)
     assert isinstance(absorbed["kernel"], Recoded)
-    merged = lr.merge(absorbed, after)["kernel"].dequantize(jnp.float32)
+    merged = lrx.merge(absorbed, after)["kernel"].dequantize(jnp.float32)
     np.testing.assert_allclose(merged, codes / 64, atol=1 / 64 + 1e-5)
     with pytest.raises(
         ValueError, match="'kernel': Coded has no requantize; keep the offset as data"
@@ -320,7 +321,7 @@ def test_quantised_and_boxed_kernels_absorb():
 
 def test_absorbing_errors():
     with pytest.raises(ValueError, match="'default' has no offset a0, b0: there is nothing"):
-        absorb(PARAMS, made(lr.adapters.lora(rank=2)))
-    before = made(lr.adapters.lora(rank=2, init="pissa"))
+        absorb(PARAMS, made(lrx.adapters.lora(rank=2)))
+    before = made(lrx.adapters.lora(rank=2, init="pissa"))
     with pytest.raises(ValueError, match=r"adapted leaves \['layers/kernel'\] are not in params"):
         absorb({"out": PARAMS["out"]}, before)

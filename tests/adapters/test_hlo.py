@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
-A = lr.adapters
+A = lrx.adapters
 N, M, TOKENS = 256, 384, 4
 KERNEL = 4 * N * M
 THIN = {
@@ -31,12 +31,12 @@ def temporaries(adapter) -> int:
         "down": jax.ShapeDtypeStruct((M, N), jnp.float32),
     }
     adaptation = jax.eval_shape(
-        lambda params, key: lr.adapt(params, {".*": adapter}, key), params, jax.random.key(0)
+        lambda params, key: lrx.adapt(params, {".*": adapter}, key), params, jax.random.key(0)
     )
 
     def loss(train, fixed, params, x):
-        tree = lr.attach(params, adaptation.replace(train=train, fixed=fixed))
-        return jnp.sum(lr.matmul(jnp.tanh(lr.matmul(x, tree["up"])), tree["down"]) ** 2)
+        tree = lrx.attach(params, adaptation.replace(train=train, fixed=fixed))
+        return jnp.sum(lrx.matmul(jnp.tanh(lrx.matmul(x, tree["up"])), tree["down"]) ** 2)
 
     x = jax.ShapeDtypeStruct((TOKENS, N), jnp.float32)
     compiled = (

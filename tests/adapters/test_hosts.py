@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.adapters.base import matrix_op
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
-A = lr.adapters
+A = lrx.adapters
 KEY = jax.random.key(0)
 # one of each way to act: factors, factors of a shared vector, a gain on the columns, a rotation of
 # the rows, a sum of shards, a dense delta, a product with the kernel, entries in blocks
@@ -34,11 +34,11 @@ every_family = pytest.mark.parametrize(
     "name", [*FAST, *slow(*(name for name in FAMILIES if name not in FAST))]
 )
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-HEADS = lr.MatrixView(rows=(0,), cols=(1, 2))
-OUT = lr.MatrixView(rows=(0, 1), cols=(2,))
-WINDOW = lr.MatrixView(rows=(0, 1, 2), cols=(3,))
-EXPERTS = lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))
-VIEWS = lr.Views(rules={"heads": HEADS, "out": OUT, "conv": WINDOW, "experts": EXPERTS})
+HEADS = lrx.MatrixView(rows=(0,), cols=(1, 2))
+OUT = lrx.MatrixView(rows=(0, 1), cols=(2,))
+WINDOW = lrx.MatrixView(rows=(0, 1, 2), cols=(3,))
+EXPERTS = lrx.MatrixView(batch=(0,), rows=(1,), cols=(2,))
+VIEWS = lrx.Views(rules={"heads": HEADS, "out": OUT, "conv": WINDOW, "experts": EXPERTS})
 SHAPES = {
     "dense": (8, 12),
     "heads": (8, 3, 4),
@@ -61,7 +61,7 @@ def kernels(dtype=jnp.float32):
 @functools.cache
 def adaptation(family, seed=3, name="default"):
     """Of all hosts' kernels, somewhere else than at the start."""
-    adapt = lambda params: lr.adapt(params, {".*": FAMILIES[family]}, KEY, views=VIEWS, name=name)  # noqa: E731
+    adapt = lambda params: lrx.adapt(params, {".*": FAMILIES[family]}, KEY, views=VIEWS, name=name)  # noqa: E731
     return moved(jax.jit(adapt, compiler_options=FAST_COMPILE)(kernels()), seed)
 
 
@@ -92,12 +92,12 @@ def hosts(tree):
     x, heads = normal((2, 5, 8), 1, dtype), normal((2, 5, 2, 4), 2, dtype)
     numbers = (((2, 3), (0, 1)), ((), ()))
     return {
-        "matmul": lr.matmul(x, tree["dense"]),
-        "heads": lr.einsum("bsd,dhk->bhsk", x, tree["heads"]),
-        "rows of heads": lr.einsum("...hk,hkd->...d", heads, tree["out"]),
-        "dot_general": lr.dot_general(heads, tree["out"], numbers),
-        "experts": lr.einsum("end,edf->enf", normal((3, 6, 8), 4, dtype), tree["experts"]),
-        "experts in the middle": lr.einsum(
+        "matmul": lrx.matmul(x, tree["dense"]),
+        "heads": lrx.einsum("bsd,dhk->bhsk", x, tree["heads"]),
+        "rows of heads": lrx.einsum("...hk,hkd->...d", heads, tree["out"]),
+        "dot_general": lrx.dot_general(heads, tree["out"], numbers),
+        "experts": lrx.einsum("end,edf->enf", normal((3, 6, 8), 4, dtype), tree["experts"]),
+        "experts in the middle": lrx.einsum(
             "ned,edf->nfe", normal((6, 3, 8), 5, dtype), tree["experts"]
         ),
         "embed": A.embed(jnp.array([[1, 7, 1], [0, 11, 3]]), tree["embedding"]),
@@ -122,7 +122,7 @@ def compared(name):
 
             return jax.grad(of, has_aux=True)(adaptation.train)
 
-        return loss(lr.attach), loss(lr.effective), hosts(params)
+        return loss(lrx.attach), loss(lrx.effective), hosts(params)
 
     return jax.jit(run, compiler_options=FAST_COMPILE)(kernels(), adaptation(name))
 
@@ -151,8 +151,8 @@ def test_a_bfloat16_base_with_float32_adapters_gives_bfloat16(name):
     def run(form):
         return jax.jit(lambda params, own: hosts(form(params, own)), compiler_options=FAST_COMPILE)
 
-    outputs = run(lr.attach)(params, adaptation(name))
-    exact = run(lr.effective)(
+    outputs = run(lrx.attach)(params, adaptation(name))
+    exact = run(lrx.effective)(
         jax.tree.map(lambda x: x.astype(jnp.float32), params), adaptation(name)
     )
     for host, output in outputs.items():
@@ -165,9 +165,9 @@ def test_a_bfloat16_base_with_float32_adapters_gives_bfloat16(name):
         (((1,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-    adapted = lr.dot_general(
+    adapted = lrx.dot_general(
         normal((5, 8), 1, jnp.bfloat16),
-        lr.attach(params, adaptation(name))["dense"],
+        lrx.attach(params, adaptation(name))["dense"],
         (((1,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
@@ -183,15 +183,15 @@ def test_several_adaptations_act_in_their_order():
     def run(params):
         rules = {"rotate": A.oft(block=4), "add": A.lora(rank=2)}
         both = {
-            name: moved(lr.adapt(params, {"dense": own}, KEY, name=name), 3)
+            name: moved(lrx.adapt(params, {"dense": own}, KEY, name=name), 3)
             for name, own in rules.items()
         }
         outputs = [
-            lr.matmul(normal((5, 8)), lr.attach(params, both, active=active)["dense"])
+            lrx.matmul(normal((5, 8)), lrx.attach(params, both, active=active)["dense"])
             for active in orders
         ]
-        effective = [lr.effective(params, both, active=active)["dense"] for active in orders]
-        return outputs, effective, lr.unmerge(lr.merge(params, both), both)
+        effective = [lrx.effective(params, both, active=active)["dense"] for active in orders]
+        return outputs, effective, lrx.unmerge(lrx.merge(params, both), both)
 
     outputs, effective, back = jax.jit(run, compiler_options=FAST_COMPILE)(params)
     for output, kernel in zip(outputs, effective, strict=True):
@@ -212,12 +212,12 @@ def test_an_operator_of_a_bare_matrix():
 
 
 def test_a_host_may_bring_its_own_product_and_precision():
-    tree, x = lr.attach(kernels(), adaptation("lora")), normal((5, 8))
+    tree, x = lrx.attach(kernels(), adaptation("lora")), normal((5, 8))
     wrong = lambda x, matrix, *_, **options: jnp.full((*x.shape[:-1], matrix.shape[-1]), 7.0)  # noqa: E731
     numbers = (((1,), (0,)), ((), ()))
-    base = lr.matmul(x, kernels()["dense"])
+    base = lrx.matmul(x, kernels()["dense"])
     found = tree["dense"].dot_general(x, numbers, product=wrong) - 7.0
-    np.testing.assert_allclose(found, lr.matmul(x, tree["dense"]) - base, atol=1e-5)
+    np.testing.assert_allclose(found, lrx.matmul(x, tree["dense"]) - base, atol=1e-5)
     ids = jnp.array([1, 5])
     found = (
         A.embed(ids, tree["embedding"], lambda ids, matrix: 3 * matrix[ids])
@@ -231,7 +231,7 @@ def test_a_host_may_bring_its_own_product_and_precision():
     np.testing.assert_allclose(found, A.attend(x, tree["embedding"]), atol=1e-5)
 
     def highest(x):
-        return lr.dot_general(x, tree["dense"], numbers, precision=jax.lax.Precision.HIGHEST)
+        return lrx.dot_general(x, tree["dense"], numbers, precision=jax.lax.Precision.HIGHEST)
 
     assert (
         str(jax.make_jaxpr(highest)(x)).count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
@@ -243,24 +243,24 @@ def test_a_host_may_bring_its_own_product_and_precision():
 
 
 def test_products_that_the_view_does_not_fit_are_refused():
-    tree = lr.attach(kernels(), adaptation("lora"))
+    tree = lrx.attach(kernels(), adaptation("lora"))
     with pytest.raises(
         ValueError, match=r"'dense': the product contracts axes \(1,\) and batches axes \(\)"
     ):
-        lr.einsum("bd,fd->bf", normal((5, 12)), tree["dense"])
+        lrx.einsum("bd,fd->bf", normal((5, 12)), tree["dense"])
     with pytest.raises(
         ValueError, match=r"'experts': the product contracts axes \(1,\) and batches axes \(\)"
     ):
-        lr.einsum("bd,edf->bef", normal((5, 8)), tree["experts"])
+        lrx.einsum("bd,edf->bef", normal((5, 8)), tree["experts"])
     with pytest.raises(
         ValueError, match="every index of the product must be contracted or kept, once"
     ):
-        lr.einsum("bd,df->b", normal((5, 8)), tree["dense"])
+        lrx.einsum("bd,df->b", normal((5, 8)), tree["dense"])
     params, views = (
         {"out": kernels()["out"]},
-        lr.Views(rules={"out": lr.MatrixView(rows=(1, 0), cols=(2,))}),
+        lrx.Views(rules={"out": lrx.MatrixView(rows=(1, 0), cols=(2,))}),
     )
-    kernel = lr.attach(params, lr.adapt(params, {"out": A.lora(rank=2)}, KEY, views=views))["out"]
+    kernel = lrx.attach(params, lrx.adapt(params, {"out": A.lora(rank=2)}, KEY, views=views))["out"]
     with pytest.raises(
         ValueError, match=r"'out': a convolution's kernel \(2, 4, 12\) wants .* not rows=\(1, 0\)"
     ):
@@ -268,18 +268,18 @@ def test_products_that_the_view_does_not_fit_are_refused():
 
 
 def test_a_convolution_in_groups_is_refused_and_works_through_effective():
-    tree = lr.attach(kernels(), adaptation("lora"))
+    tree = lrx.attach(kernels(), adaptation("lora"))
     grouped = functools.partial(convolve, groups=2)
     x = normal((2, 5, 6, 8), 6)
     with pytest.raises(ValueError, match=r"'conv': convolve must take .* a convolution in groups"):
         A.conv(x, tree["conv"], grouped)
-    assert A.conv(x, lr.effective(kernels(), adaptation("lora"))["conv"], grouped).shape[-1] == 8
+    assert A.conv(x, lrx.effective(kernels(), adaptation("lora"))["conv"], grouped).shape[-1] == 8
 
 
 # dropout
 
 
-def dropped(name, key, rate=0.5, tree="dense", host=lr.matmul):
+def dropped(name, key, rate=0.5, tree="dense", host=lrx.matmul):
     families = {
         "lora": A.lora(rank=2, dropout=rate, init="pissa"),
         "dora": A.dora(rank=2, dropout=rate),
@@ -287,8 +287,8 @@ def dropped(name, key, rate=0.5, tree="dense", host=lr.matmul):
         "vera": A.vera(rank=3, initial=2.0, dropout=rate),
     }
     params = {tree: kernels()[tree]}
-    made = lr.adapt(params, {tree: families[name]}, KEY)
-    return host(normal((4, 8), 1), lr.attach(params, moved(made, 7), key=key)[tree])
+    made = lrx.adapt(params, {tree: families[name]}, KEY)
+    return host(normal((4, 8), 1), lrx.attach(params, moved(made, 7), key=key)[tree])
 
 
 @pytest.mark.parametrize("host", ["dense", *slow("attend")])
@@ -315,10 +315,10 @@ def test_dropout_of_lora_is_on_the_branch_alone():
     """Inverted dropout of the branch's input: with K = 0 and one input 1, the branch is 0 or 2
     times itself."""
     params = {"kernel": jnp.zeros((8, 4))}
-    made = lr.adapt(params, {"kernel": A.lora(rank=2, alpha=2.0, dropout=0.5)}, KEY)
+    made = lrx.adapt(params, {"kernel": A.lora(rank=2, alpha=2.0, dropout=0.5)}, KEY)
     made = made.replace(train=jax.tree.map(jnp.ones_like, made.train))
     x = jnp.zeros((1, 8)).at[0, 3].set(1.0)
-    run = jax.vmap(lambda key: lr.matmul(x, lr.attach(params, made, key=key)["kernel"])[0, 0])
+    run = jax.vmap(lambda key: lrx.matmul(x, lrx.attach(params, made, key=key)["kernel"])[0, 0])
     outputs = np.asarray(run(jax.random.split(KEY, 400)))
     assert set(outputs.round(4)) == {0.0, 4.0} and 0.4 < (outputs > 0).mean() < 0.6
 
@@ -327,31 +327,31 @@ def test_dropout_of_dora_leaves_the_base_alone_at_the_start():
     """The base term sees the dropped input only through `gain - 1`, which is 0 there, as in
     PEFT."""
     for tree, host, x in (
-        ("dense", lr.matmul, normal((4, 8), 1)),
+        ("dense", lrx.matmul, normal((4, 8), 1)),
         ("embedding", A.attend, normal((4, 8), 1)),
     ):
         params = {tree: kernels()[tree]}
-        made = lr.adapt(params, {tree: A.dora(rank=2, dropout=0.5, init="gaussian")}, KEY)
+        made = lrx.adapt(params, {tree: A.dora(rank=2, dropout=0.5, init="gaussian")}, KEY)
         own = made.train["sites"][tree]
         zero = "a" if tree == "embedding" else "b"
         assert not own[zero].any()
-        found = host(x, lr.attach(params, made, key=jax.random.key(1))[tree])
+        found = host(x, lrx.attach(params, made, key=jax.random.key(1))[tree])
         np.testing.assert_allclose(found, host(x, params[tree]), atol=1e-6)
 
 
 def test_dropout_differs_between_sites_layers_and_names():
     params = {name: jnp.zeros((2, 8, 4)) for name in ("one", "two")}
-    views = lr.Views(stacked=".*")
+    views = lrx.Views(stacked=".*")
 
     def outputs(name):
-        made = lr.adapt(params, {".*": A.miss(rank=8, dropout=0.5)}, KEY, views=views, name=name)
+        made = lrx.adapt(params, {".*": A.miss(rank=8, dropout=0.5)}, KEY, views=views, name=name)
         places = jnp.arange(8.0)[:, None]
         made = made.replace(
             train=jax.tree.map(lambda x: jnp.broadcast_to(places, x.shape), made.train)
         )
-        tree, x = lr.attach(params, made, key=jax.random.key(5)), jnp.ones((2, 20, 8))
+        tree, x = lrx.attach(params, made, key=jax.random.key(5)), jnp.ones((2, 20, 8))
         return [
-            lr.einsum("end,edf->enf", x, tree[leaf])[layer] for leaf in params for layer in (0, 1)
+            lrx.einsum("end,edf->enf", x, tree[leaf])[layer] for leaf in params for layer in (0, 1)
         ]
 
     draws = [np.asarray(out) for name in ("default", "other") for out in outputs(name)]
@@ -375,11 +375,11 @@ def decodings(jaxpr) -> int:
 
 
 def quantised(adapter):
-    params = {"kernel": lr.linalg.quantize_blocks(kernels()["dense"])}
-    made = moved(lr.adapt(params, {"kernel": adapter}, KEY), 7)
+    params = {"kernel": lrx.linalg.quantize_blocks(kernels()["dense"])}
+    made = moved(lrx.adapt(params, {"kernel": adapter}, KEY), 7)
 
     def loss(train, x):
-        return jnp.sum(lr.matmul(x, lr.attach(params, made.replace(train=train))["kernel"]) ** 2)
+        return jnp.sum(lrx.matmul(x, lrx.attach(params, made.replace(train=train))["kernel"]) ** 2)
 
     return params, made, loss
 
@@ -388,10 +388,10 @@ def quantised(adapter):
 def test_a_quantised_base_gives_what_its_decoded_kernel_gives(name):
     params, made, loss = quantised(FAMILIES[name])
     plain = {"kernel": params["kernel"].dequantize()}
-    wanted = lr.matmul(normal((5, 8)), lr.effective(plain, made)["kernel"])
-    output = lr.matmul(normal((5, 8)), lr.attach(params, made)["kernel"])
+    wanted = lrx.matmul(normal((5, 8)), lrx.effective(plain, made)["kernel"])
+    output = lrx.matmul(normal((5, 8)), lrx.attach(params, made)["kernel"])
     np.testing.assert_allclose(output, wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
-    assert isinstance(lr.effective(params, made)["kernel"], lr.linalg.QuantizedBlocks)
+    assert isinstance(lrx.effective(params, made)["kernel"], lrx.linalg.QuantizedBlocks)
     # only the base product decodes: thin adapters, rotations and shards never read the kernel
     reads = name in ("dora", "hira", "shira", "loha", "fourierft", "bat")
     asked = []
@@ -408,8 +408,8 @@ def test_the_backward_pass_keeps_the_codes_of_a_quantised_base(name):
     """Between the passes there is no decoded kernel: 8 bits an entry are kept, and decoded again
     where dx needs it."""
     params, made, loss = quantised(FAMILIES[name])
-    plain = lambda x: jnp.sum(lr.matmul(x, params["kernel"]) ** 2)  # noqa: E731
-    einsum = lambda x: jnp.sum(lr.einsum("bd,df->bf", x, params["kernel"]) ** 2)  # noqa: E731
+    plain = lambda x: jnp.sum(lrx.matmul(x, params["kernel"]) ** 2)  # noqa: E731
+    einsum = lambda x: jnp.sum(lrx.einsum("bd,df->bf", x, params["kernel"]) ** 2)  # noqa: E731
     for function, args in ((loss, (made.train,)), (plain, ()), (einsum, ())):
         _, backward = jax.vjp(function, *args, normal((5, 8)))
         assert {leaf.dtype.name for leaf in jax.tree.leaves(backward) if leaf.shape == (8, 12)} == {
@@ -431,17 +431,19 @@ def test_every_row_takes_its_own_candidate(family):
 
     def products(tree):
         return (
-            lr.matmul(x, tree["dense"]),
+            lrx.matmul(x, tree["dense"]),
             A.embed(indices, tree["embedding"]),
             A.attend(x, tree["embedding"]),
         )
 
     def run(params, ids):
-        adapt = lambda i: lr.adapt(params, {".*": FAMILIES[family]}, jax.random.key(i), name=str(i))  # noqa: E731
+        def adapt(i):
+            return lrx.adapt(params, {".*": FAMILIES[family]}, jax.random.key(i), name=str(i))
+
         made = [moved(adapt(i), 20 * i) for i in (0, 1)]
         both = A.candidates({one.plan.name: one for one in made})
-        alone = [products(params), *(products(lr.effective(params, one)) for one in made)]
-        return products(lr.attach(params, both, ids=ids)), alone
+        alone = [products(params), *(products(lrx.effective(params, one)) for one in made)]
+        return products(lrx.attach(params, both, ids=ids)), alone
 
     found, alone = jax.jit(run, compiler_options=FAST_COMPILE)(params, ids)
     for host, output in enumerate(found):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.models import llama
 from lowrank_jax import linalg
 from tests.adapters.linen_models import (
@@ -35,7 +35,7 @@ from tests.adapters.linen_models import (
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
 
-def gradients(function, params, adaptation, *args, work=lr.attach):
+def gradients(function, params, adaptation, *args, work=lrx.attach):
     """Of `total(function)` for what trains."""
     loss = lambda train: total(function(work(params, adaptation.replace(train=train)), *args))  # noqa: E731
     return jax.grad(loss)(adaptation.train)
@@ -53,7 +53,7 @@ def test_every_layer_computes_what_a_bare_function_does(family):
     params, adaptation, inputs = every_params(), every_adaptation(family), every_input()
 
     def outputs(params):
-        attached, plain = lr.attach(params, adaptation), lr.effective(params, adaptation)
+        attached, plain = lrx.attach(params, adaptation), lrx.effective(params, adaptation)
         return (
             on(Every())(attached, *inputs),
             every_bare(attached, *inputs),
@@ -74,7 +74,7 @@ def test_gradients_are_those_through_effective(family):
 
     def both(params):
         of = lambda function, work: gradients(function, params, adaptation, *inputs, work=work)  # noqa: E731
-        return of(on(Every()), lr.attach), of(plain, lr.effective)
+        return of(on(Every()), lrx.attach), of(plain, lrx.effective)
 
     got, expected = run(both, params)
     close(got, expected, 1e-3, 1e-3)
@@ -127,17 +127,17 @@ def foreign():
     params = initial(Foreign(), X)
     rules = {"(.*/heads|.*/down)/kernel": A.lora(rank=2), ".*/up/kernel": FAMILIES["uni_lora"]}
     rules |= {".*/out/kernel": A.oft(block=2)}
-    return params, adapted(params, rules, views=lr.Views(rules=FOREIGN), whole="head/.*")
+    return params, adapted(params, rules, views=lrx.Views(rules=FOREIGN), whole="head/.*")
 
 
 def test_a_foreign_model_with_its_own_scan():
     params, adaptation = foreign()
-    attached = lr.attach(params, adaptation)
+    attached = lrx.attach(params, adaptation)
     assert jax.tree.structure(nn.unbox(params)) == jax.tree.structure(
         jax.tree.map(
-            lambda x: x.kernel if isinstance(x, lr.AdaptedKernel) else x,
+            lambda x: x.kernel if isinstance(x, lrx.AdaptedKernel) else x,
             nn.unbox(attached),
-            is_leaf=lambda x: isinstance(x, lr.AdaptedKernel),
+            is_leaf=lambda x: isinstance(x, lrx.AdaptedKernel),
         )
     )
     plain = lambda params, x: Foreign().apply({"params": params}, x)  # noqa: E731
@@ -147,7 +147,7 @@ def test_a_foreign_model_with_its_own_scan():
             function(work(params, adaptation), x),
             gradients(function, params, adaptation, x, work=work),
         )
-        return of(on(Foreign()), lr.attach), of(plain, lr.effective)
+        return of(on(Foreign()), lrx.attach), of(plain, lrx.effective)
 
     got, expected = run(both, params, X)
     close(got, expected, rtol=1e-3, atol=1e-4)
@@ -155,7 +155,7 @@ def test_a_foreign_model_with_its_own_scan():
 
 def test_partitioning_is_inherited():
     params, adaptation = foreign()
-    specs = nn.get_partition_spec(lr.attach(params, adaptation))["layers"]
+    specs = nn.get_partition_spec(lrx.attach(params, adaptation))["layers"]
     arrays = lambda name: specs[name]["kernel"].bound[0].arrays  # noqa: E731
     assert specs["heads"]["kernel"].kernel == PartitionSpec("layers", "embed", "heads", None)
     assert arrays("heads") == {
@@ -185,9 +185,9 @@ def test_experts_by_vmap():
             return expert(6, name="experts")(x)
 
     params = initial(Experts(), X)
-    adaptation = adapted(params, FAMILIES["dora"], views=lr.Views(stacked=("experts/.*",)))
-    expected = Experts().apply({"params": lr.effective(params, adaptation)}, X)
-    close(on(Experts())(lr.attach(params, adaptation), X), expected, atol=1e-4)
+    adaptation = adapted(params, FAMILIES["dora"], views=lrx.Views(stacked=("experts/.*",)))
+    expected = Experts().apply({"params": lrx.effective(params, adaptation)}, X)
+    close(on(Experts())(lrx.attach(params, adaptation), X), expected, atol=1e-4)
 
 
 def test_several_adapters_act_in_their_order():
@@ -198,8 +198,8 @@ def test_several_adapters_act_in_their_order():
     }
     results = {}
     for active in (("oft", "dora"), ("dora", "oft"), ("oft",)):
-        results[active] = on(nn.Dense(6))(lr.attach(params, both, active=active), X)
-        plain = lr.effective(params, both, active=active)
+        results[active] = on(nn.Dense(6))(lrx.attach(params, both, active=active), X)
+        plain = lrx.effective(params, both, active=active)
         close(results[active], nn.Dense(6).apply({"params": plain}, X), atol=1e-4)
     assert not np.allclose(*list(results.values())[:2], atol=1e-3)
 
@@ -221,7 +221,7 @@ class Stack(nn.Module):
         return layers(name="layers")(x, None)[0]
 
 
-STACKED = lr.Views(stacked=("layers/.*",))
+STACKED = lrx.Views(stacked=("layers/.*",))
 
 
 def test_rows_choose_among_candidates():
@@ -230,16 +230,16 @@ def test_rows_choose_among_candidates():
         name: adapted(params, A.lora(rank=2), seed, views=STACKED) for seed, name in enumerate("ab")
     }
     some = A.candidates(own)
-    got = on(Stack())(lr.attach(params, some, ids=A.candidate_ids(some, ["b", None, "a"])), X)
+    got = on(Stack())(lrx.attach(params, some, ids=A.candidate_ids(some, ["b", None, "a"])), X)
     for row, name in enumerate(["b", None, "a"]):
-        plain = params if name is None else lr.effective(params, own[name])
+        plain = params if name is None else lrx.effective(params, own[name])
         close(got[row], Stack().apply({"params": plain}, X[row]), atol=1e-4)
 
 
 def test_dropout_differs_by_layer_and_is_the_same_when_recomputed():
     params = initial(Stack(), X)
     adaptation = adapted(params, A.lora(rank=2, dropout=0.5), views=STACKED)
-    attach = functools.partial(lr.attach, key=jax.random.key(5))
+    attach = functools.partial(lrx.attach, key=jax.random.key(5))
 
     def by_hand(attached, x, one_key=False):
         node = attached["layers"]["dense"]["kernel"]
@@ -249,7 +249,7 @@ def test_dropout_differs_by_layer_and_is_the_same_when_recomputed():
                 one = dataclasses.replace(
                     one, bound=(dataclasses.replace(one.bound[0], keys=node.bound[0].keys[0]),)
                 )
-            x = lr.matmul(x, one)
+            x = lrx.matmul(x, one)
         return x
 
     def outputs(params):
@@ -261,7 +261,7 @@ def test_dropout_differs_by_layer_and_is_the_same_when_recomputed():
             of(on(Stack(remat=True))),
             of(by_hand),
             by_hand(attached, X, one_key=True),
-            on(Stack())(lr.attach(params, adaptation), X),
+            on(Stack())(lrx.attach(params, adaptation), X),
         )
 
     got, expected, grads, expected_grads, one_key, without = run(outputs, params)
@@ -289,8 +289,8 @@ def test_a_quantised_base():
         return (
             of(small),
             of(decoded),
-            of(lr.attach(small, adaptation)),
-            of(lr.attach(decoded, adaptation)),
+            of(lrx.attach(small, adaptation)),
+            of(lrx.attach(decoded, adaptation)),
         )
 
     got, expected, with_adapters, expected_with = run(outputs, small, decoded)
@@ -305,10 +305,10 @@ def test_dtypes_are_those_of_the_layer():
     ):
         params = initial(layer, x)
         adaptation = adapted(params, {"kernel|embedding": A.lora(rank=2)})
-        got = on(layer)(lr.attach(params, adaptation), x)
+        got = on(layer)(lrx.attach(params, adaptation), x)
         assert got.dtype == jnp.bfloat16
         close(
-            got, layer.apply({"params": lr.effective(params, adaptation)}, x), rtol=2e-2, atol=2e-2
+            got, layer.apply({"params": lrx.effective(params, adaptation)}, x), rtol=2e-2, atol=2e-2
         )
 
 
@@ -323,9 +323,11 @@ def test_a_product_of_the_layers_own():
     layer = nn.Dense(6, use_bias=False, precision="highest", dot_general=own)
     params = initial(layer, X)
     adaptation = adapted(params, A.lora(rank=2))
-    delta = lr.effective(params, adaptation)["kernel"] - params["kernel"]
+    delta = lrx.effective(params, adaptation)["kernel"] - params["kernel"]
     close(
-        on(layer)(lr.attach(params, adaptation), X), 2 * X @ params["kernel"] + X @ delta, atol=1e-4
+        on(layer)(lrx.attach(params, adaptation), X),
+        2 * X @ params["kernel"] + X @ delta,
+        atol=1e-4,
     )
     assert calls
     assert set(calls) == {"highest"}
@@ -345,7 +347,7 @@ def test_our_model(options):
     model = llama.Llama(llama.preset("nano", **sizes, **options))
     tokens = jax.random.randint(KEY, (2, 6), 0, 31)
     params = initial(model, tokens)
-    views = lr.Views(stacked=() if options.get("scan") is False else ("layers/.*",))
+    views = lrx.Views(stacked=() if options.get("scan") is False else ("layers/.*",))
     rules = {"all-linear": A.lora(rank=2), "embed/.*": A.lora(rank=2)}
     adaptation = adapted(params, rules, views=views, whole="norm/.*")
 
@@ -360,7 +362,7 @@ def test_our_model(options):
                 lambda train: loss(work(params, adaptation.replace(train=train)))
             )(train)
 
-        return of(lr.linen.adapted(loss), lr.attach), of(loss, lr.effective)
+        return of(lrx.linen.adapted(loss), lrx.attach), of(loss, lrx.effective)
 
     got, expected = run(both, adaptation.train, params)
     close(got, expected, rtol=1e-3, atol=1e-5)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from tests.adapters.linen_models import (
     FAMILIES,
     KEY,
@@ -20,11 +20,11 @@ from tests.adapters.linen_models import (
 )
 
 UNI = A.uni_lora(rank=2, size=16)
-CONV = lr.Views(rules={"kernel": lr.MatrixView(rows=(0, 1), cols=(2,))})
+CONV = lrx.Views(rules={"kernel": lrx.MatrixView(rows=(0, 1), cols=(2,))})
 
 
 class Own(nn.Module):
-    """A product of the model's own: by jax, or by lr.matmul."""
+    """A product of the model's own: by jax, or by lrx.matmul."""
 
     multiply: object
 
@@ -66,36 +66,36 @@ def test_a_use_that_passes_adapters_by_is_refused(model, x, rules):
         lambda params, x: model.apply({"params": params}, x),
     ):
         with pytest.raises(
-            ValueError, match=rf"adapters of '{path}': the kernel is .*lr.effective"
+            ValueError, match=rf"adapters of '{path}': the kernel is .*lrx.effective"
         ):
-            program(lr.attach(params, adaptation), x)
+            program(lrx.attach(params, adaptation), x)
 
 
 def test_a_product_by_lr_matmul_is_no_such_use():
-    model = Own(lr.matmul)
+    model = Own(lrx.matmul)
     params = initial(model, X)
     adaptation = adapted(params, {"kernel": A.lora(rank=2)})
-    expected = model.apply({"params": lr.effective(params, adaptation)}, X)
-    close(on(model)(lr.attach(params, adaptation), X), expected, atol=1e-5)
-    close(jax.jit(on(model))(lr.attach(params, adaptation), X), expected, atol=1e-5)
+    expected = model.apply({"params": lrx.effective(params, adaptation)}, X)
+    close(on(model)(lrx.attach(params, adaptation), X), expected, atol=1e-5)
+    close(jax.jit(on(model))(lrx.attach(params, adaptation), X), expected, atol=1e-5)
 
 
 def test_a_kernel_that_nothing_uses_is_an_error():
     params = {"up": initial(nn.Dense(6), X), "down": initial(nn.Dense(6), X)}
     adaptation = adapted(params, A.lora(rank=2))
-    attached = lr.attach(params, adaptation)
+    attached = lrx.attach(params, adaptation)
     half = lambda params, x: nn.Dense(6).apply({"params": params["up"]}, x)  # noqa: E731
-    for program in (lr.linen.adapted(half), jax.jit(lr.linen.adapted(half))):
+    for program in (lrx.linen.adapted(half), jax.jit(lrx.linen.adapted(half))):
         with pytest.raises(
             ValueError, match=r"adapters of \['down/kernel'\]: no layer .* partial=True"
         ):
             program(attached, X)
-    expected = half(lr.effective(params, adaptation), X)
-    close(lr.linen.adapted(half, partial=True)(attached, X), expected, atol=1e-4)
+    expected = half(lrx.effective(params, adaptation), X)
+    close(lrx.linen.adapted(half, partial=True)(attached, X), expected, atol=1e-4)
     with pytest.raises(ValueError, match="down/kernel"):  # reading it for nothing is no use
-        lr.linen.adapted(lambda params, x: half(params, x) + 0 * params["down"]["kernel"].shape[0])(
-            attached, X
-        )
+        lrx.linen.adapted(
+            lambda params, x: half(params, x) + 0 * params["down"]["kernel"].shape[0]
+        )(attached, X)
 
 
 def test_an_inner_jit_that_was_traced_before_is_no_such_error():
@@ -111,15 +111,15 @@ def test_an_inner_jit_that_was_traced_before_is_no_such_error():
         adaptation = adapted(params, adapter)
         for seed in range(3):  # the second and third time nothing runs but compiled programs
             other = moved(adaptation, seed)
-            function = lr.linen.adapted(lambda params, x, inner=inner: inner(params, x))
-            got = function(lr.attach(params, other), X)
-            close(got, nn.Dense(6).apply({"params": lr.effective(params, other)}, X), atol=1e-4)
+            function = lrx.linen.adapted(lambda params, x, inner=inner: inner(params, x))
+            got = function(lrx.attach(params, other), X)
+            close(got, nn.Dense(6).apply({"params": lrx.effective(params, other)}, X), atol=1e-4)
 
 
 def test_wrapping_twice_is_wrapping_once():
     params = initial(nn.Dense(6), X)
-    attached = lr.attach(params, adapted(params, FAMILIES["dora"]))
-    close(lr.linen.adapted(on(nn.Dense(6)))(attached, X), on(nn.Dense(6))(attached, X))
+    attached = lrx.attach(params, adapted(params, FAMILIES["dora"]))
+    close(lrx.linen.adapted(on(nn.Dense(6)))(attached, X), on(nn.Dense(6))(attached, X))
 
 
 class Scaled(nn.Embed):
@@ -133,7 +133,7 @@ def test_derived_classes_and_named_arguments():
     layer, ids = Scaled(9, 4), jnp.array([[1, 2], [8, 0]])
     params = initial(layer, ids)
     adaptation = adapted(params, {"embedding": A.lora(rank=2)})
-    plain, attached = lr.effective(params, adaptation), lr.attach(params, adaptation)
+    plain, attached = lrx.effective(params, adaptation), lrx.attach(params, adaptation)
     close(on(layer)(attached, ids), 3 * plain["embedding"][ids], atol=1e-5)
     close(on(nn.Embed(9, 4))(attached, inputs=ids), plain["embedding"][ids], atol=1e-5)
     close(
@@ -154,11 +154,11 @@ def test_derived_classes_and_named_arguments():
 )
 def test_convolutions_that_are_not_one_matrix(layer, what):
     params = initial(layer, X)
-    adaptation = lr.adapt(params, A.lora(rank=2), KEY, views=CONV)
+    adaptation = lrx.adapt(params, A.lora(rank=2), KEY, views=CONV)
     with pytest.raises(
-        ValueError, match=f"{type(layer).__name__}: a convolution with {what}.*lr.effective"
+        ValueError, match=f"{type(layer).__name__}: a convolution with {what}.*lrx.effective"
     ):
-        on(layer)(lr.attach(params, adaptation), X)
+        on(layer)(lrx.attach(params, adaptation), X)
 
 
 @pytest.mark.parametrize(
@@ -174,25 +174,25 @@ def test_options_of_convolutions(options):
     layer = nn.Conv(4, (3,), **options)
     params = initial(layer, X)
     adaptation = adapted(params, A.lora(rank=2), views=CONV)
-    expected = layer.apply({"params": lr.effective(params, adaptation)}, X)
-    close(on(layer)(lr.attach(params, adaptation), X), expected, atol=1e-4)
+    expected = layer.apply({"params": lrx.effective(params, adaptation)}, X)
+    close(on(layer)(lrx.attach(params, adaptation), X), expected, atol=1e-4)
 
 
 def test_taps_of_layers_that_only_take_adapters():
     for layer, x, shape in ((nn.Embed(9, 4), jnp.arange(3), (0,)), (nn.Conv(4, (3,)), X, (0, 1))):
         params = initial(layer, x)
-        rules = ((".*(kernel|embedding)", lr.MatrixView(rows=shape, cols=(len(shape),))),)
-        taps = lr.taps(lr.galore(1e-2, rank=2, views=lr.Views(rules=rules)).init(params))
-        loss = lr.linen.tapped(
+        rules = ((".*(kernel|embedding)", lrx.MatrixView(rows=shape, cols=(len(shape),))),)
+        taps = lrx.taps(lrx.galore(1e-2, rank=2, views=lrx.Views(rules=rules)).init(params))
+        loss = lrx.linen.tapped(
             lambda params, x, layer=layer: total(layer.apply({"params": params}, x))
         )
         with pytest.raises(ValueError, match="taps|cannot be tapped"):
-            lr.projected_value_and_grad(loss, taps)(params, x)
+            lrx.projected_value_and_grad(loss, taps)(params, x)
 
 
 def test_a_use_that_passes_a_tap_by_is_refused():
     model = Own(lambda x, kernel: x @ kernel)
     params = initial(model, X)
-    taps = lr.taps(lr.galore(1e-2, rank=2).init(params))
+    taps = lrx.taps(lrx.galore(1e-2, rank=2).init(params))
     with pytest.raises(ValueError, match="tap 'kernel': the kernel is read as an array"):
-        lr.projected_value_and_grad(lambda *args: total(on(model)(*args)), taps)(params, X)
+        lrx.projected_value_and_grad(lambda *args: total(on(model)(*args)), taps)(params, X)

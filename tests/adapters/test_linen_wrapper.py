@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from tests.adapters.linen_models import (
     FAMILIES,
     RULES,
@@ -36,7 +36,7 @@ class EveryWrapped(nn.Module):
 
     @nn.compact
     def __call__(self, x, image, ids):
-        own = functools.partial(lr.linen.WithAdapter, adapter=self.adapter)
+        own = functools.partial(lrx.linen.WithAdapter, adapter=self.adapter)
         embed = own(nn.Embed(12, 8, name="embed"))
         return {
             "dense": own(nn.Dense(6, name="dense"))(x),
@@ -61,17 +61,17 @@ def test_zeros_are_off_and_an_adaptation_goes_in_and_out(family):
         name: set(base[name]) for name in base
     }
     rules = {".*/(kernel|embedding)": adapter}
-    adaptation = moved(lr.adapt(base, rules, KEY, views=lr.Views(rules=RULES)))
-    params = lr.linen.insert(declared, base, adaptation)
+    adaptation = moved(lrx.adapt(base, rules, KEY, views=lrx.Views(rules=RULES)))
+    params = lrx.linen.insert(declared, base, adaptation)
     assert jax.tree.structure(params) == jax.tree.structure(declared)
-    off = lr.linen.insert(declared, base, lr.adapt(base, {"dense/kernel": adapter}, KEY))
+    off = lrx.linen.insert(declared, base, lrx.adapt(base, {"dense/kernel": adapter}, KEY))
 
     def outputs(params, off, base):
         of = lambda tree: model.apply({"params": tree}, *inputs)  # noqa: E731
-        on = lr.linen.adapted(lambda params: Every().apply({"params": params}, *inputs))
+        on = lrx.linen.adapted(lambda params: Every().apply({"params": params}, *inputs))
         return (
             of(params),
-            on(lr.attach(base, adaptation)),
+            on(lrx.attach(base, adaptation)),
             of(base),
             of(off),
             Every().apply({"params": base}, *inputs),
@@ -81,7 +81,7 @@ def test_zeros_are_off_and_an_adaptation_goes_in_and_out(family):
     close(got, expected)
     close(without, plain, rtol=0, atol=0)
     close(at_zero, plain, atol=1e-4 if family == "pissa" else 1e-5)
-    again, back = lr.linen.extract(params, adaptation)
+    again, back = lrx.linen.extract(params, adaptation)
     close(again, base, rtol=0, atol=0)
     close(back, adaptation, rtol=0, atol=0)
 
@@ -92,7 +92,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
         init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
-        up = lr.linen.WithAdapter(nn.Dense(12, kernel_init=init), self.adapter)
+        up = lrx.linen.WithAdapter(nn.Dense(12, kernel_init=init), self.adapter)
         return nn.Dense(8)(jnp.tanh(up(x))), None
 
 
@@ -125,18 +125,18 @@ def test_a_scan_with_partitioning_dropout_and_gradients():
         "b": PartitionSpec("layers", None, "mlp"),
         "scale": PartitionSpec("layers", None),
     }
-    base, _ = lr.linen.extract(params, lr.adapt(params, {".*/Dense_0/kernel": lora}, KEY))
-    adaptation = moved(lr.adapt(base, {".*/Dense_0/kernel": lora}, KEY, whole=".*/Dense_1/bias"))
+    base, _ = lrx.linen.extract(params, lrx.adapt(params, {".*/Dense_0/kernel": lora}, KEY))
+    adaptation = moved(lrx.adapt(base, {".*/Dense_0/kernel": lora}, KEY, whole=".*/Dense_1/bias"))
     adaptation.train["whole"]["layers/Dense_1/bias"] = jnp.ones((2, 8))
 
     def loss(train, key, model=model):
-        inserted = lr.linen.insert(params, base, adaptation.replace(train=train))
+        inserted = lrx.linen.insert(params, base, adaptation.replace(train=train))
         rngs = {} if key is None else {"dropout": key}
         return total(model.apply({"params": inserted}, X, rngs=rngs))
 
     def expected(train):
-        on = lr.linen.adapted(lambda params: model.apply({"params": params}, X))
-        return total(on(lr.attach(base, adaptation.replace(train=train))))
+        on = lrx.linen.adapted(lambda params: model.apply({"params": params}, X))
+        return total(on(lrx.attach(base, adaptation.replace(train=train))))
 
     key = jax.random.key(3)
     without = lambda train: loss(train, None)  # noqa: E731
@@ -147,7 +147,7 @@ def test_a_scan_with_partitioning_dropout_and_gradients():
     close(with_dropout, with_remat, rtol=1e-4, atol=1e-5)
     assert abs(got[0] - with_dropout[0]) > 1e-3
     assert (
-        lr.linen.extract(lr.linen.insert(params, base, adaptation), adaptation)[1]
+        lrx.linen.extract(lrx.linen.insert(params, base, adaptation), adaptation)[1]
         .train["whole"]
         .keys()
     )
@@ -155,16 +155,16 @@ def test_a_scan_with_partitioning_dropout_and_gradients():
 
 def test_it_composes_with_attached_adapters():
     lora = A.lora(rank=2)
-    model = lr.linen.WithAdapter(nn.Dense(6), lora)
+    model = lrx.linen.WithAdapter(nn.Dense(6), lora)
     base = nn.Dense(6).init(KEY, X)["params"]
     own, more = (
-        moved(lr.adapt(base, lora, KEY, name=name), seed) for seed, name in enumerate("ab")
+        moved(lrx.adapt(base, lora, KEY, name=name), seed) for seed, name in enumerate("ab")
     )
-    params = lr.linen.insert(model.init(KEY, X)["params"], base, own)
-    got = lr.linen.adapted(lambda params: model.apply({"params": params}, X))(
-        lr.attach(params, more)
+    params = lrx.linen.insert(model.init(KEY, X)["params"], base, own)
+    got = lrx.linen.adapted(lambda params: model.apply({"params": params}, X))(
+        lrx.attach(params, more)
     )
-    plain = lr.effective(base, {"a": own, "b": more})
+    plain = lrx.effective(base, {"a": own, "b": more})
     close(got, nn.Dense(6).apply({"params": plain}, X), atol=1e-4)
 
 
@@ -172,38 +172,38 @@ def test_names_that_look_like_adapters_are_parameters():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return lr.linen.WithAdapter(nn.Dense(6, name="kernel_net"), A.lora(rank=2))(x)
+            return lrx.linen.WithAdapter(nn.Dense(6, name="kernel_net"), A.lora(rank=2))(x)
 
     base = {"kernel_net": nn.Dense(6).init(KEY, X)["params"]}
     declared = Model().init(KEY, X)["params"]
-    params = lr.linen.insert(declared, base, lr.adapt(base, A.lora(rank=2), KEY))
+    params = lrx.linen.insert(declared, base, lrx.adapt(base, A.lora(rank=2), KEY))
     close(params["kernel_net"]["kernel"], base["kernel_net"]["kernel"], rtol=0, atol=0)
-    close(lr.linen.extract(params, lr.adapt(base, A.lora(rank=2), KEY))[0], base, rtol=0, atol=0)
+    close(lrx.linen.extract(params, lrx.adapt(base, A.lora(rank=2), KEY))[0], base, rtol=0, atol=0)
 
 
 def test_errors():
     lora, x = A.lora(rank=2), X
-    wrap = functools.partial(lr.linen.WithAdapter, adapter=lora)
+    wrap = functools.partial(lrx.linen.WithAdapter, adapter=lora)
     base = nn.Dense(6).init(KEY, x)["params"]
     model = wrap(nn.Dense(6))
     declared = jax.eval_shape(model.init, KEY, x)["params"]
-    adaptation = lr.adapt(base, lora, KEY)
+    adaptation = lrx.adapt(base, lora, KEY)
     with pytest.raises(ValueError, match="wrapped=LayerNorm: an adapter belongs to one layer"):
         wrap(nn.LayerNorm()).init(KEY, x)
-    with pytest.raises(ValueError, match="'kernel': unilora shares arrays.*lr.linen.adapted"):
-        lr.linen.WithAdapter(nn.Dense(6), A.uni_lora(rank=2, size=16)).init(KEY, x)
+    with pytest.raises(ValueError, match="'kernel': unilora shares arrays.*lrx.linen.adapted"):
+        lrx.linen.WithAdapter(nn.Dense(6), A.uni_lora(rank=2, size=16)).init(KEY, x)
     with pytest.raises(ValueError, match="rank=9 exceeds the 6 singular values"):
-        lr.linen.WithAdapter(nn.Dense(6), A.lora(rank=9, init="pissa")).init(KEY, x)
+        lrx.linen.WithAdapter(nn.Dense(6), A.lora(rank=9, init="pissa")).init(KEY, x)
     lifted = wrap(nn.remat(nn.Dense)(6))
     with pytest.raises(ValueError, match="did not run the product of the layer it derives from"):
-        lifted.apply({"params": lr.linen.insert(declared, base, adaptation)}, x)
+        lifted.apply({"params": lrx.linen.insert(declared, base, adaptation)}, x)
     with pytest.raises(ValueError, match="base: 'bias', which the model declares, is missing"):
-        lr.linen.insert(declared, {"kernel": base["kernel"]}, adaptation)
+        lrx.linen.insert(declared, {"kernel": base["kernel"]}, adaptation)
     with pytest.raises(
         ValueError, match=r"'kernel_lora/a': shape \(8, 3\), and the model declares \(8, 2\)"
     ):
-        lr.linen.insert(declared, base, lr.adapt(base, A.lora(rank=3), KEY))
+        lrx.linen.insert(declared, base, lrx.adapt(base, A.lora(rank=3), KEY))
     with pytest.raises(ValueError, match=r"declares no \['kernel_dora/a'"):
-        lr.linen.insert(declared, base, lr.adapt(base, A.dora(rank=2), KEY))
+        lrx.linen.insert(declared, base, lrx.adapt(base, A.dora(rank=2), KEY))
     with pytest.raises(ValueError, match="'kernel_lora/a' is missing"):
-        lr.linen.extract(base, adaptation)
+        lrx.linen.extract(base, adaptation)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.adapters import candidate_ids, candidates, hot_swap, padded, weighted
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
-VIEWS = lr.Views(stacked=("layers/.*",))
+VIEWS = lrx.Views(stacked=("layers/.*",))
 KEY = jax.random.key(0)
 
 
@@ -39,36 +39,36 @@ def trained(adaptation, seed):
 
 
 def made(rules, seed, **options):
-    rules = rules if isinstance(rules, lr.adapters.Adapter) else tuple(rules.items())
+    rules = rules if isinstance(rules, lrx.adapters.Adapter) else tuple(rules.items())
     return cached(rules, seed, tuple(options.items()))
 
 
 @functools.cache
 def cached(rules, seed, options):
     return trained(
-        lr.adapt(PARAMS, rules, jax.random.key(seed), views=VIEWS, **dict(options)), 100 * seed
+        lrx.adapt(PARAMS, rules, jax.random.key(seed), views=VIEWS, **dict(options)), 100 * seed
     )
 
 
 def forward(params, x):
     """Two scanned layers and an output."""
     x, _ = jax.lax.scan(
-        lambda x, layer: (jnp.tanh(lr.matmul(x, layer["kernel"])), None), x, params["layers"]
+        lambda x, layer: (jnp.tanh(lrx.matmul(x, layer["kernel"])), None), x, params["layers"]
     )
-    return lr.matmul(x, params["out"]["kernel"]) + params["out"]["bias"]
+    return lrx.matmul(x, params["out"]["kernel"]) + params["out"]["bias"]
 
 
 @jax.jit
 def out(adaptations, ids=None):
-    return forward(lr.attach(PARAMS, adaptations, ids=ids), X)
+    return forward(lrx.attach(PARAMS, adaptations, ids=ids), X)
 
 
 BASE = forward(PARAMS, X)
-lora = functools.partial(lr.adapters.lora, dropout=0.0)
+lora = functools.partial(lrx.adapters.lora, dropout=0.0)
 
 
 @pytest.mark.parametrize(
-    "family", [lr.adapters.dora(rank=2), lr.adapters.oft(block=2)], ids=lambda one: one.kind
+    "family", [lrx.adapters.dora(rank=2), lrx.adapters.oft(block=2)], ids=lambda one: one.kind
 )
 def test_a_weight_of_0_is_the_base_and_one_program_serves_all(family):
     adaptation, traces = made(family, 1), []
@@ -87,7 +87,7 @@ def test_a_weight_of_0_is_the_base_and_one_program_serves_all(family):
 def test_weights_scale_deltas_and_nothing_else():
     adaptation = made(lora(rank=2, alpha=6), 1, whole="out/bias")
     half = weighted(adaptation, -0.5)
-    plain, found = lr.effective(PARAMS, adaptation), lr.effective(PARAMS, half)
+    plain, found = lrx.effective(PARAMS, adaptation), lrx.effective(PARAMS, half)
     for path in ("layers", "out"):
         kernel = PARAMS[path]["kernel"]
         np.testing.assert_allclose(
@@ -108,10 +108,10 @@ def united(family):
 
 
 DIFFERENT = {
-    "lora": lora(rank=2), "dora": lr.adapters.dora(rank=2), "oft": lr.adapters.oft(block=2),
-    "hira": lr.adapters.hira(rank=2),
-    "miss": lr.adapters.miss(rank=2), "shira": lr.adapters.shira(rank=1),
-    "fourierft": lr.adapters.fourierft(frequencies=5),
+    "lora": lora(rank=2), "dora": lrx.adapters.dora(rank=2), "oft": lrx.adapters.oft(block=2),
+    "hira": lrx.adapters.hira(rank=2),
+    "miss": lrx.adapters.miss(rank=2), "shira": lrx.adapters.shira(rank=1),
+    "fourierft": lrx.adapters.fourierft(frequencies=5),
 }  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_candidates_of_different_leaves_stand_in_one_batch(name):
 
 
 def test_groups_that_share_otherwise_are_refused_as_candidates():
-    vera = united(lr.adapters.vera(rank=2))
+    vera = united(lrx.adapters.vera(rank=2))
     for one, other, error in (
         (
             "a",
@@ -155,9 +155,9 @@ def test_groups_that_share_otherwise_are_refused_as_candidates():
 
 FAMILIES = {
     "lora": lora(rank=2),
-    "dora": lr.adapters.dora(rank=2),
-    "vera": lr.adapters.vera(rank=2),
-    "uni_lora": lr.adapters.uni_lora(rank=2, size=16),
+    "dora": lrx.adapters.dora(rank=2),
+    "vera": lrx.adapters.vera(rank=2),
+    "uni_lora": lrx.adapters.uni_lora(rank=2, size=16),
 }
 
 
@@ -166,8 +166,8 @@ def test_padding_changes_arrays_and_not_the_function(name):
     adaptation = made(FAMILIES[name], 1)
     wide = padded(adaptation, 5)
     for got, want in zip(
-        jax.tree.leaves(lr.effective(PARAMS, wide)),
-        jax.tree.leaves(lr.effective(PARAMS, adaptation)),
+        jax.tree.leaves(lrx.effective(PARAMS, wide)),
+        jax.tree.leaves(lrx.effective(PARAMS, adaptation)),
         strict=True,
     ):
         np.testing.assert_allclose(got, want, atol=1e-6)
@@ -189,10 +189,10 @@ def test_padding_is_refused_where_it_cannot_be():
         padded(made(lora(rank=2), 1), 1)
     with pytest.raises(ValueError, match="rank=0 must be a positive integer"):
         padded(made(lora(rank=2), 1), 0)
-    oft = made(lr.adapters.oft(block=2), 1)
+    oft = made(lrx.adapters.oft(block=2), 1)
     assert jax.tree.structure(padded(oft, 3)) == jax.tree.structure(oft)
 
-    class Silent(lr.adapters.lora):
+    class Silent(lrx.adapters.lora):
         axes: ClassVar = {}
 
     with pytest.raises(
@@ -209,16 +209,16 @@ SETS = {
         lora(rank=2, init="gaussian"),
     ],
     "pissa": [lora(rank=1, init="pissa"), lora(rank=3, init="olora")],
-    "dora": [lr.adapters.dora(rank=1), lr.adapters.dora(rank=2)],
-    "oft": [lr.adapters.oft(block=2), lr.adapters.oft(block=2)],
-    "uni_lora": [lr.adapters.uni_lora(rank=2, size=16), lr.adapters.uni_lora(rank=2, size=16)],
+    "dora": [lrx.adapters.dora(rank=1), lrx.adapters.dora(rank=2)],
+    "oft": [lrx.adapters.oft(block=2), lrx.adapters.oft(block=2)],
+    "uni_lora": [lrx.adapters.uni_lora(rank=2, size=16), lrx.adapters.uni_lora(rank=2, size=16)],
 }
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_each_row_takes_its_candidate_as_if_it_were_alone(name):
     where = (
-        "out/kernel" if name == "uni_lora" else lr.adapters.ALL_LINEAR
+        "out/kernel" if name == "uni_lora" else lrx.adapters.ALL_LINEAR
     )  # a bare scan cannot carry what is shared
     each = {f"{name} {i}": made({where: family}, i + 1) for i, family in enumerate(SETS[name])}
     both = candidates(each)
@@ -233,15 +233,15 @@ def test_each_row_takes_its_candidate_as_if_it_were_alone(name):
 
 def test_rows_of_an_embedding_and_a_second_adaptation_beside_the_choice():
     params = {"embedding": jnp.asarray(normal(1, 9, 4))}
-    make = lambda seed, rank: trained(lr.adapt(params, {"embedding": lora(rank=rank)}, KEY), seed)  # noqa: E731
+    make = lambda seed, rank: trained(lrx.adapt(params, {"embedding": lora(rank=rank)}, KEY), seed)  # noqa: E731
     one, two, plain = make(1, 1), make(2, 2), make(3, 2)
     ids, tokens = jnp.array([1, -1]), jnp.array([[3, 4], [5, 3]])
-    attached = lr.attach(
+    attached = lrx.attach(
         params, {"plain": plain, "users": candidates({"one": one, "two": two})}, ids=ids
     )
-    got = lr.adapters.embed(tokens, attached["embedding"])
+    got = lrx.adapters.embed(tokens, attached["embedding"])
     for row, chosen in enumerate(({"plain": plain, "two": two}, {"plain": plain})):
-        want = lr.effective(params, chosen)["embedding"][tokens[row]]
+        want = lrx.effective(params, chosen)["embedding"][tokens[row]]
         np.testing.assert_allclose(got[row], want, atol=1e-6)
 
 
@@ -251,7 +251,7 @@ def test_candidates_train_together_and_each_row_trains_its_own():
     def loss(train):
         return jnp.sum(
             forward(
-                lr.attach(PARAMS, both.replace(train=train), ids=jnp.array([0, 0, 0, -1, -1])), X
+                lrx.attach(PARAMS, both.replace(train=train), ids=jnp.array([0, 0, 0, -1, -1])), X
             )
             ** 2
         )
@@ -271,9 +271,9 @@ def test_a_number_without_a_candidate_is_not_the_last_one():
 
 def test_rows_drop_out_apart():
     params = {"kernel": jnp.zeros((64, 4))}
-    one = trained(lr.adapt(params, lr.adapters.lora(rank=2, dropout=0.5), KEY), 1)
-    attached = lr.attach(params, candidates({"one": one}), ids=jnp.zeros(2, jnp.int32), key=KEY)
-    first, second = lr.matmul(jnp.ones((2, 64)), attached["kernel"])
+    one = trained(lrx.adapt(params, lrx.adapters.lora(rank=2, dropout=0.5), KEY), 1)
+    attached = lrx.attach(params, candidates({"one": one}), ids=jnp.zeros(2, jnp.int32), key=KEY)
+    first, second = lrx.matmul(jnp.ones((2, 64)), attached["kernel"])
     assert float(jnp.abs(first - second).max()) > 1e-3
 
 
@@ -281,13 +281,13 @@ def test_candidates_that_differ_in_more_than_arrays_are_refused():
     one = made(lora(rank=2), 1)
     cases = [
         (
-            made(lr.adapters.lora(rank=2, dropout=0.1), 1),
+            made(lrx.adapters.lora(rank=2, dropout=0.1), 1),
             r"'layers/kernel': dropout is 0.0 and 0.1; 'out/",
         ),
-        (made(lr.adapters.hira(rank=2), 1), "the adapter is Lora and Hira"),
+        (made(lrx.adapters.hira(rank=2), 1), "the adapter is Lora and Hira"),
         (
             made(lora(rank=2, init="pissa"), 1),
-            r"arrays are \['scale'\] and \['a0', 'b0', 'scale'\]; lr.to_lora",
+            r"arrays are \['scale'\] and \['a0', 'b0', 'scale'\]; lrx.to_lora",
         ),
         (made(lora(rank=2, trains="b"), 1), "trains is 'both' and 'b'"),
         (
@@ -299,7 +299,7 @@ def test_candidates_that_differ_in_more_than_arrays_are_refused():
     for two, message in cases:
         with pytest.raises(ValueError, match=message):
             candidates({"one": one, "two": two})
-    oft = [made(lr.adapters.oft(block=block), 1) for block in (2, 3)]
+    oft = [made(lrx.adapters.oft(block=block), 1) for block in (2, 3)]
     with pytest.raises(ValueError, match="block is 2 and 3"):
         candidates({"one": oft[0], "two": oft[1]})
     with pytest.raises(ValueError, match="no adaptation to choose from"):
@@ -312,14 +312,14 @@ def test_a_choice_needs_ids_and_ids_a_choice():
     with pytest.raises(
         ValueError, match=r"chooses among the candidates \['one', 'two'\]: pass ids="
     ):
-        lr.attach(PARAMS, both)
-    for function in (lr.effective, lr.merge):
+        lrx.attach(PARAMS, both)
+    for function in (lrx.effective, lrx.merge):
         with pytest.raises(ValueError, match="give one of the adaptations that they were made of"):
             function(PARAMS, both)
     with pytest.raises(
         ValueError, match="ids choose among candidates, and no active adaptation has any"
     ):
-        lr.attach(PARAMS, one, ids=jnp.array([0]))
+        lrx.attach(PARAMS, one, ids=jnp.array([0]))
     with pytest.raises(
         ValueError, match=r"\['three'\] are not among the candidates \('one', 'two'\)"
     ):
@@ -334,7 +334,7 @@ def test_hot_swap_does_not_recompile():
     @jax.jit
     def run(adaptation):
         traces.append(1)
-        return lr.effective(PARAMS, adaptation)
+        return lrx.effective(PARAMS, adaptation)
 
     room = padded(made(lora(rank=2), 1), 4)
     run(room)
@@ -343,7 +343,7 @@ def test_hot_swap_does_not_recompile():
             lora(rank=rank, alpha=alpha, rank_stabilized=rank == 3, init="gaussian"), rank + 1
         )
         swapped = hot_swap(room, new)
-        found, want = run(swapped)["out"]["kernel"], lr.effective(PARAMS, new)["out"]["kernel"]
+        found, want = run(swapped)["out"]["kernel"], lrx.effective(PARAMS, new)["out"]["kernel"]
         np.testing.assert_allclose(found, want, atol=1e-6)
         assert str(swapped) == str(room)
     assert len(traces) == 1
@@ -356,7 +356,7 @@ def test_hot_swap_turns_off_what_the_new_one_does_not_adapt_and_keeps_dtypes():
     assert {x.dtype for x in jax.tree.leaves(swapped.train)} == {jnp.bfloat16.dtype}
     assert jax.tree.structure(swapped) == jax.tree.structure(old)
     np.testing.assert_array_equal(
-        lr.effective(PARAMS, swapped)["layers"]["kernel"], PARAMS["layers"]["kernel"]
+        lrx.effective(PARAMS, swapped)["layers"]["kernel"], PARAMS["layers"]["kernel"]
     )
     assert float(jnp.abs(out(swapped) - BASE).max()) > 1e-3
 
@@ -364,19 +364,19 @@ def test_hot_swap_turns_off_what_the_new_one_does_not_adapt_and_keeps_dtypes():
 def test_hot_swap_lists_everything_that_does_not_fit():
     old = made({"out/kernel": lora(rank=2)}, 1, whole="out/bias")
     with pytest.raises(ValueError, match="does not fit") as error:
-        hot_swap(old, made(lr.adapters.lora(rank=3, dropout=0.1), 2))
+        hot_swap(old, made(lrx.adapters.lora(rank=3, dropout=0.1), 2))
     for text in (
         "'old' does not adapt ['layers/kernel']; give it these sites",
         "'out/kernel': dropout is 0.0 and 0.1",
         "leaves ['out/bias'] are trained whole by one of them alone",
-        "'out/kernel': rank 3 exceeds 2; pad the old one by lr.adapters.padded(old, 3)",
+        "'out/kernel': rank 3 exceeds 2; pad the old one by lrx.adapters.padded(old, 3)",
     ):
         assert text in str(error.value)
-    stacked = lr.adapt(
+    stacked = lrx.adapt(
         {"out": {"kernel": jnp.ones((3, 6, 4))}},
         lora(rank=2),
         KEY,
-        views=lr.Views(stacked=("out/.*",)),
+        views=lrx.Views(stacked=("out/.*",)),
     )
     with pytest.raises(ValueError, match=r"shape is \(6, 4\) and \(3, 6, 4\)"):
         hot_swap(made({"out/kernel": lora(rank=2)}, 1), stacked)

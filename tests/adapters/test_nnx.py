@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import linalg
 from tests.adapters.linen_models import (
     FAMILIES,
@@ -30,8 +30,8 @@ from tests.adapters.nnx_models import EveryNnx, inserted, merged, parameters, pl
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
-TRAINED = nnx.DiffState(0, lr.nnx.AdapterParam)
-STACKED = lr.Views(stacked=("layers/.*",))
+TRAINED = nnx.DiffState(0, lrx.nnx.AdapterParam)
+STACKED = lrx.Views(stacked=("layers/.*",))
 
 
 @pytest.mark.parametrize(
@@ -45,28 +45,28 @@ def test_every_layer_computes_what_linen_does(family):
     params, adaptation, inputs = every_params(), every_adaptation(family), every_input()
     model = EveryNnx(nnx.Rngs(0))
     nnx.update(model, params)
-    state = nnx.graphdef(merged(model, lr.attach(params, adaptation)))
-    assert nnx.graphdef(merged(model, lr.attach(params, adaptation))) == state
+    state = nnx.graphdef(merged(model, lrx.attach(params, adaptation)))
+    assert nnx.graphdef(merged(model, lrx.attach(params, adaptation))) == state
     graphdef = nnx.graphdef(model)
     held = nnx.clone(model)
-    lr.nnx.insert(held, adaptation)
+    lrx.nnx.insert(held, adaptation)
     held_graphdef, held_state = nnx.split(held)
 
     def outputs(params, held_state):
-        attached = lr.attach(params, adaptation)
-        linen = lr.linen.adapted(lambda params: Every().apply({"params": params}, *inputs))(
+        attached = lrx.attach(params, adaptation)
+        linen = lrx.linen.adapted(lambda params: Every().apply({"params": params}, *inputs))(
             attached
         )
         return (
             linen,
-            lr.nnx.merge(graphdef, attached)(*inputs),
+            lrx.nnx.merge(graphdef, attached)(*inputs),
             nnx.merge(held_graphdef, held_state)(*inputs),
         )
 
     linen, functional, stateful = run(outputs, params, held_state)
     close(functional, linen)
     close(stateful, linen)
-    base, back = lr.nnx.extract(held, adaptation)
+    base, back = lrx.nnx.extract(held, adaptation)
     close(base, params, rtol=0, atol=0)
     close(back, adaptation, rtol=0, atol=0)
 
@@ -122,8 +122,8 @@ def test_stacked_layers_that_share():
         loss = lambda model: total(model(IDS))  # noqa: E731
         value, grads = nnx.value_and_grad(loss, argnums=TRAINED)(nnx.merge(graphdef, state))
         return (
-            of(lr.attach, functools.partial(merged, model)),
-            of(lr.effective, before),
+            of(lrx.attach, functools.partial(merged, model)),
+            of(lrx.effective, before),
             value,
             nnx.to_pure_dict(grads),
         )
@@ -153,12 +153,12 @@ def test_nothing_trains_that_is_not_named():
         return {"/".join(map(str, keys)) for keys, _ in nnx.to_flat_state(nnx.state(model))}
 
     before = paths(model)
-    lr.nnx.insert(model, lr.adapt(params, {kernel: A.lora(rank=2)}, KEY))
+    lrx.nnx.insert(model, lrx.adapt(params, {kernel: A.lora(rank=2)}, KEY))
     assert before < paths(model)
     assert not jax.tree.leaves(nnx.state(model, nnx.Param))
     loss = lambda model, x: jnp.mean(model(x) ** 2)  # noqa: E731
     first = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
-    for wrt, argnums, moves in ((nnx.Param, 0, False), (lr.nnx.AdapterParam, TRAINED, True)):
+    for wrt, argnums, moves in ((nnx.Param, 0, False), (lrx.nnx.AdapterParam, TRAINED, True)):
         optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=wrt)
         assert len(jax.tree.leaves(nnx.state(optimizer, nnx.optimizer.OptState))) == (
             2 + 4 if moves else 2
@@ -189,16 +189,16 @@ def test_several_adapters_act_in_their_order():
         for seed, name in enumerate(("oft", "dora"))
     }
     for active in (("oft", "dora"), ("dora", "oft")):
-        expected = plainly(model, lr.effective(params, both, active=active))(X)
-        close(merged(model, lr.attach(params, both, active=active))(X), expected, atol=1e-4)
+        expected = plainly(model, lrx.effective(params, both, active=active))(X)
+        close(merged(model, lrx.attach(params, both, active=active))(X), expected, atol=1e-4)
         held, _ = inserted(nnx.clone(model), *(both[name] for name in active))
         close(held(X), expected, atol=1e-4)
         # and one that is held, one that is attached
         half, _ = inserted(nnx.clone(model), both[active[1]])
         graphdef, state = nnx.split(half)
         pure = nnx.to_pure_dict(state)
-        pure["kernel"] = lr.attach(params, both, active=active[:1])["kernel"]
-        close(lr.nnx.merge(graphdef, pure)(X), expected, atol=1e-4)
+        pure["kernel"] = lrx.attach(params, both, active=active[:1])["kernel"]
+        close(lrx.nnx.merge(graphdef, pure)(X), expected, atol=1e-4)
 
 
 def test_rows_choose_among_candidates():
@@ -206,12 +206,12 @@ def test_rows_choose_among_candidates():
     params = parameters(model)
     own = {name: adapted(params, A.lora(rank=2), seed) for seed, name in enumerate("ab")}
     some = A.candidates(own)
-    got = merged(model, lr.attach(params, some, ids=A.candidate_ids(some, ["b", None, "a"])))(X)
+    got = merged(model, lrx.attach(params, some, ids=A.candidate_ids(some, ["b", None, "a"])))(X)
     for row, name in enumerate(["b", None, "a"]):
-        plain = params if name is None else lr.effective(params, own[name])
+        plain = params if name is None else lrx.effective(params, own[name])
         close(got[row], plainly(model, plain)(X[row]), atol=1e-5)
-    with pytest.raises(ValueError, match="holds candidates .* call lr.nnx.merge"):
-        lr.nnx.insert(model, some)
+    with pytest.raises(ValueError, match="holds candidates .* call lrx.nnx.merge"):
+        lrx.nnx.insert(model, some)
 
 
 def test_dropout_draws_the_masks_of_attach():
@@ -220,23 +220,23 @@ def test_dropout_draws_the_masks_of_attach():
     adaptation = adapted(params, {".*/up/kernel": A.lora(rank=2, dropout=0.5)}, views=STACKED)
     held, _ = inserted(nnx.clone(model), adaptation)
     apply = nnx.jit(lambda model: model(IDS))
-    expected = apply(merged(model, lr.attach(params, adaptation)))
+    expected = apply(merged(model, lrx.attach(params, adaptation)))
     close(apply(held), expected)
     held.train()
     with pytest.raises(
         ValueError,
-        match=r"'layers/up/kernel': the model trains .* lr.nnx.seed_dropout\(model, key\)",
+        match=r"'layers/up/kernel': the model trains .* lrx.nnx.seed_dropout\(model, key\)",
     ):
         apply(held)
     for seed in (1, 2):
-        lr.nnx.seed_dropout(held, jax.random.key(seed))
-        dropped = apply(merged(model, lr.attach(params, adaptation, key=jax.random.key(seed))))
+        lrx.nnx.seed_dropout(held, jax.random.key(seed))
+        dropped = apply(merged(model, lrx.attach(params, adaptation, key=jax.random.key(seed))))
         close(apply(held), dropped)
         assert not np.allclose(dropped, expected, atol=1e-3)
     held.eval()
     close(apply(held), expected)
     with pytest.raises(ValueError, match="no adapter of the model has dropout"):
-        lr.nnx.seed_dropout(model, KEY)
+        lrx.nnx.seed_dropout(model, KEY)
 
 
 @pytest.mark.slow
@@ -253,7 +253,7 @@ def test_a_quantised_base():
     )
     model = EveryNnx(nnx.Rngs(0))
     of = lambda params: merged(model, params)(*inputs)  # noqa: E731
-    both = lambda tree: [of(tree), of(lr.attach(tree, adaptation))]  # noqa: E731
+    both = lambda tree: [of(tree), of(lrx.attach(tree, adaptation))]  # noqa: E731
     got, expected = run(lambda *trees: [both(tree) for tree in trees], small, decoded)
     close(got, expected)
 
@@ -264,7 +264,7 @@ def test_metadata_of_shardings_is_inherited():
     ):
         init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
         model = nnx.Linear(8, 6, kernel_init=init, rngs=nnx.Rngs(0))
-        lr.nnx.insert(model, adapted(parameters(model), A.dora(rank=2)))
+        lrx.nnx.insert(model, adapted(parameters(model), A.dora(rank=2)))
         names = {
             keys[-1]: variable.get_metadata("out_sharding", None)
             for keys, variable in nnx.to_flat_state(nnx.state(model))
@@ -286,14 +286,14 @@ def test_what_is_shared_is_lent_by_the_model():
     held, _ = inserted(model, adaptation)
     layer = nnx.jit(nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None)))
     with pytest.raises(
-        ValueError, match=r"'layers/down/kernel': unilora shares .* `with lr.nnx.sharing\(model\)"
+        ValueError, match=r"'layers/down/kernel': unilora shares .* `with lrx.nnx.sharing\(model\)"
     ):
         layer(held.layers, X)
-    with lr.nnx.sharing(held):
+    with lrx.nnx.sharing(held):
         got = layer(held.layers, X)
         held(IDS)  # its own call lends within, and takes nothing away
         close(layer(held.layers, X), got)
-    plain = lr.effective(params, adaptation)
+    plain = lrx.effective(params, adaptation)
     expected = layer(plainly(Stack(nnx.Rngs(0)), plain).layers, X)
     close(got, expected, atol=1e-4)
     with pytest.raises(ValueError, match="shares arrays"):

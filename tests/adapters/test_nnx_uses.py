@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from tests.adapters.linen_models import KEY, A, X, adapted, close, moved
 from tests.adapters.nnx_models import inserted, merged, parameters, plainly
 
@@ -25,9 +25,9 @@ def test_derived_classes():
     model = Scaled(9, 4, rngs=nnx.Rngs(0))
     params = parameters(model)
     adaptation = adapted(params, {"embedding": A.lora(rank=2)})
-    plain = lr.effective(params, adaptation)["embedding"]
+    plain = lrx.effective(params, adaptation)["embedding"]
     for made in (
-        merged(model, lr.attach(params, adaptation)),
+        merged(model, lrx.attach(params, adaptation)),
         inserted(nnx.clone(model), adaptation)[0],
     ):
         assert isinstance(made, Scaled)
@@ -37,7 +37,7 @@ def test_derived_classes():
     general = nnx.LinearGeneral(8, 12, dot_general_cls=lambda: product, rngs=nnx.Rngs(0))
     params = parameters(general)
     adaptation = adapted(params, A.lora(rank=2))
-    expected = plainly(general, lr.effective(params, adaptation))(X)
+    expected = plainly(general, lrx.effective(params, adaptation))(X)
     close(inserted(nnx.clone(general), adaptation)[0](X), expected, atol=1e-5)
 
 
@@ -65,17 +65,17 @@ def test_a_use_that_passes_adapters_by_is_refused(use):
     model = Tied(USES[use], nnx.Rngs(0))
     params = parameters(model)
     adaptation = adapted(params, {"embed/embedding": A.lora(rank=2)})
-    message = r"adapters of 'embed/embedding': the kernel is .*lr.effective"
+    message = r"adapters of 'embed/embedding': the kernel is .*lrx.effective"
     with pytest.raises(ValueError, match=message):
         inserted(nnx.clone(model), adaptation)[0](IDS)
     error, message = (AttributeError, "__matmul__") if use == "operand" else (ValueError, message)
     with pytest.raises(error, match=message):
-        merged(model, lr.attach(params, adaptation))(IDS)
+        merged(model, lrx.attach(params, adaptation))(IDS)
     held, _ = inserted(model, adaptation)
     close(held.embed.embedding.get_value(), params["embed"]["embedding"], rtol=0, atol=0)
     held.embed.embedding[...] = jnp.ones((9, 4))
     close(
-        lr.nnx.extract(held, adaptation)[0]["embed"]["embedding"], jnp.ones((9, 4)), rtol=0, atol=0
+        lrx.nnx.extract(held, adaptation)[0]["embed"]["embedding"], jnp.ones((9, 4)), rtol=0, atol=0
     )
 
 
@@ -91,8 +91,8 @@ def test_a_kernel_of_two_layers():
     model = Shared(nnx.Rngs(0))
     params = parameters(model)
     adaptation = adapted(params, {"first/kernel": A.lora(rank=2)})
-    expected = plainly(model, lr.effective(params, adaptation))(X)
-    close(merged(model, lr.attach(params, adaptation))(X), expected, atol=1e-4)
+    expected = plainly(model, lrx.effective(params, adaptation))(X)
+    close(merged(model, lrx.attach(params, adaptation))(X), expected, atol=1e-4)
     close(inserted(model, adaptation)[0](X), expected, atol=1e-4)
 
 
@@ -112,7 +112,7 @@ def own_einsum(*args, **kwargs):
 @pytest.mark.parametrize(
     "path, message, when_merged",
     [
-        ("own", "'own': it belongs to Held, which multiplies in its own way.*lr.effective", None),
+        ("own", "'own': it belongs to Held, which multiplies in its own way.*lrx.effective", None),
         ("mixed/kernel", "mixed has its own einsum, .*own_einsum.*cannot be adapted", None),
         ("grouped/kernel", "grouped: a convolution with feature_group_count=2", None),
         (
@@ -126,38 +126,38 @@ def test_what_cannot_be_adapted_is_refused(path, message, when_merged):
     model = Held(nnx.Rngs(0))
     params = parameters(model)
     folded = path in ("grouped/kernel", "back/kernel")
-    views = lr.Views(rules={path: lr.MatrixView(rows=(0, 1), cols=(2,))}) if folded else None
-    adaptation = lr.adapt(params, {path: A.lora(rank=2)}, KEY, views=views)
+    views = lrx.Views(rules={path: lrx.MatrixView(rows=(0, 1), cols=(2,))}) if folded else None
+    adaptation = lrx.adapt(params, {path: A.lora(rank=2)}, KEY, views=views)
     with pytest.raises(ValueError, match=message):
-        lr.nnx.insert(model, adaptation)
+        lrx.nnx.insert(model, adaptation)
     assert jax.tree.leaves(nnx.state(model, nnx.Param))  # nothing was changed
-    if path != "own":  # a module of one's own may call lr.matmul
+    if path != "own":  # a module of one's own may call lrx.matmul
         with pytest.raises(ValueError, match=when_merged or message):
-            merged(model, lr.attach(params, adaptation))
+            merged(model, lrx.attach(params, adaptation))
 
 
 def test_errors():
     model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
     params = parameters(model)
-    adaptation = lr.adapt(params, A.lora(rank=2), KEY)
+    adaptation = lrx.adapt(params, A.lora(rank=2), KEY)
     with pytest.raises(
         ValueError,
         match="adaptation 'default': the model has no adapters of it at .*insert it first",
     ):
-        lr.nnx.extract(model, adaptation)
+        lrx.nnx.extract(model, adaptation)
     with pytest.raises(
         ValueError, match=r"leaves \['kernel'\] are no parameters of the model, .* \['embedding'\]"
     ):
-        lr.nnx.insert(nnx.Embed(9, 4, rngs=nnx.Rngs(0)), adaptation)
+        lrx.nnx.insert(nnx.Embed(9, 4, rngs=nnx.Rngs(0)), adaptation)
     with pytest.raises(
         ValueError, match=r"adapted leaf 'kernel', \(8, 6\), is of shape \(8, 5\) in the model"
     ):
-        lr.nnx.insert(nnx.Linear(8, 5, rngs=nnx.Rngs(0)), adaptation)
-    lr.nnx.insert(model, adaptation)
+        lrx.nnx.insert(nnx.Linear(8, 5, rngs=nnx.Rngs(0)), adaptation)
+    lrx.nnx.insert(model, adaptation)
     with pytest.raises(
-        ValueError, match="has an adaptation 'default' already; give lr.adapt another name="
+        ValueError, match="has an adaptation 'default' already; give lrx.adapt another name="
     ):
-        lr.nnx.insert(model, adaptation)
+        lrx.nnx.insert(model, adaptation)
 
     class Plain(nnx.Module):
         def __init__(self):
@@ -168,7 +168,7 @@ def test_errors():
     with pytest.raises(
         ValueError, match=r"parameters \['free/scale'\] are in containers .* nnx.Dict"
     ):
-        lr.nnx.insert(plain, lr.adapt(parameters(plain), A.lora(rank=2), KEY))
+        lrx.nnx.insert(plain, lrx.adapt(parameters(plain), A.lora(rank=2), KEY))
 
 
 def test_an_inner_jit_that_was_traced_before():
@@ -190,6 +190,6 @@ def test_an_inner_jit_that_was_traced_before():
         other = moved(adaptation, seed)
         theta = held.adapter_groups["default"]["unilora"]["trained"]["theta"]
         theta[...] = other.train["shared"]["unilora"]["theta"]
-        expected = plainly(model, lr.effective(params, other))(X)
+        expected = plainly(model, lrx.effective(params, other))(X)
         close(held(X), expected, atol=1e-4)
-        close(merged(model, lr.attach(params, other))(X), expected, atol=1e-4)
+        close(merged(model, lrx.attach(params, other))(X), expected, atol=1e-4)

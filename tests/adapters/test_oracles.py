@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
-A = lr.adapters
+A = lrx.adapters
 N, M, TOKENS = 12, 8, 5
 KERNEL = np.random.default_rng(0).normal(size=(N, M)) / np.sqrt(N)
 INPUTS = np.random.default_rng(1).normal(size=(TOKENS, N))
@@ -254,7 +254,7 @@ UNFIT = {
 def test_sites_that_do_not_fit_are_refused_by_path(name):
     adapter, message = UNFIT[name]
     with pytest.raises(ValueError, match=message):
-        lr.adapt({"here": jnp.ones((N, M))}, {"here": adapter}, jax.random.key(0))
+        lrx.adapt({"here": jnp.ones((N, M))}, {"here": adapter}, jax.random.key(0))
 
 
 def test_a_frozen_factor_of_zero_is_refused():
@@ -266,8 +266,10 @@ def test_a_frozen_factor_of_zero_is_refused():
         with pytest.raises(
             ValueError, match=rf"'{path}': trains=.* starts at 0, so no gradient would ever differ"
         ):
-            lr.adapt({path: jnp.ones((N, M))}, {path: A.lora(rank=2, **options)}, jax.random.key(0))
-    lr.adapt(
+            lrx.adapt(
+                {path: jnp.ones((N, M))}, {path: A.lora(rank=2, **options)}, jax.random.key(0)
+            )
+    lrx.adapt(
         {"embedding": jnp.ones((N, M))},
         {"embedding": A.lora(rank=2, trains="a")},
         jax.random.key(0),
@@ -276,6 +278,6 @@ def test_a_frozen_factor_of_zero_is_refused():
 
 def test_uni_lora_of_more_numbers_than_entries_is_refused():
     with pytest.raises(ValueError, match="size=81 exceeds the 80 entries of all factors"):
-        lr.adapt(
+        lrx.adapt(
             {"here": jnp.ones((N, M))}, {"here": A.uni_lora(rank=4, size=81)}, jax.random.key(0)
         )

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.adapters import pair_optimizers as A
 from lowrank_jax.adapters import pairs
 from tests.adapters.pair_methods import (
@@ -48,8 +48,8 @@ def test_other_leaves_take_adamw(name):
         "altlora_plus official",
     )
     eps, convention = (1e-6, "hf") if "adamw" in name else (1e-8, "torch")
-    adam = lr.inner.adam(eps=eps, convention=convention)
-    final = lr.apply_learning_rate(0.1, 0.1, when="post" if when_post else "pre")
+    adam = lrx.inner.adam(eps=eps, convention=convention)
+    final = lrx.apply_learning_rate(0.1, 0.1, when="post" if when_post else "pre")
     leaf = lambda tree: tree["q"]["kernel"]["magnitude"]  # noqa: E731
     params, state, rate = leaf(params_like()), adam.init(leaf(params_like())), final.init(None)
     for step in range(3):
@@ -91,7 +91,7 @@ def test_lora_plus_rates():
     assert_close(some, jax.tree.map(lambda rate, u: rate * u, rates, one))
     sign = first(A.lora_plus(0.1, inner=optax.scale_by_sign()))
     assert_close(sign["q"]["kernel"]["b"], -1.6 * jnp.sign(at(gradients(), 0)["q"]["kernel"]["b"]))
-    weighted = lr.inner.from_optax(optax.add_decayed_weights(1.0), params=True)
+    weighted = lrx.inner.from_optax(optax.add_decayed_weights(1.0), params=True)
     assert_close(
         first(A.lora_plus(1.0, ratio=1.0, inner=weighted))["experts"]["a"],
         -at(gradients(), 0)["experts"]["a"] - params["experts"]["a"],
@@ -367,7 +367,7 @@ def test_meshes(name, axis_type):
     params, grads = draw(), [draw() for _ in range(3)]
     tx = build(name, scale=np.array([[2.0, 1.0], [0.5, 1.0]]))
     one, many = (params, tx.init(params)), place(params)
-    shardings = lr.state_shardings(tx, many)
+    shardings = lrx.state_shardings(tx, many)
     many = (many, jax.jit(tx.init, out_shardings=shardings)(many))
     update = jax.jit(tx.update)
     for grad in grads:
@@ -388,12 +388,12 @@ def test_the_trees_of_an_adaptation():
         "head": {"kernel": jnp.zeros((5, 3))},
     }
     path = "layers/q/kernel"
-    adaptation = lr.adapt(
+    adaptation = lrx.adapt(
         params,
-        {path: lr.adapters.lora(rank=2, alpha=3)},
+        {path: lrx.adapters.lora(rank=2, alpha=3)},
         jax.random.key(0),
         ranks={path: (2, 1)},
-        views=lr.Views(stacked=("layers/.*",)),
+        views=lrx.Views(stacked=("layers/.*",)),
         whole="head/.*",
     )
     rng = np.random.default_rng(0)
@@ -401,7 +401,7 @@ def test_the_trees_of_an_adaptation():
     gradient = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
 
     def kernels(train):
-        return lr.effective(params, adaptation.replace(train=train))
+        return lrx.effective(params, adaptation.replace(train=train))
 
     def loss(train):
         return sum(

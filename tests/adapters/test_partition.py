@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.adapters import join, partition
 
 PARAMS = {
@@ -17,7 +17,7 @@ PARAMS = {
 
 
 def paths(tree):
-    nodes = lr.resolution.leaves_with_metadata(tree)
+    nodes = lrx.resolution.leaves_with_metadata(tree)
     return {path for path, node, _ in nodes if not isinstance(node, optax.MaskedNode)}
 
 

@@ -11,9 +11,9 @@ import optax
 import pytest
 from flax import linen as nn
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
-A = lr.adapters
+A = lrx.adapters
 KEY = jax.random.key(0)
 LORA = A.lora(rank=2)
 
@@ -42,15 +42,15 @@ def stack():
     }
 
 
-STACKED = lr.Views(
+STACKED = lrx.Views(
     stacked=("layers/.*",),
-    rules={"layers/experts/.*": lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))},
+    rules={"layers/experts/.*": lrx.MatrixView(batch=(0,), rows=(1,), cols=(2,))},
 )
 
 
 def sites(rules, tree=None, **options):
     return sorted(
-        lr.adapt(params() if tree is None else tree, rules, KEY, **options).train["sites"]
+        lrx.adapt(params() if tree is None else tree, rules, KEY, **options).train["sites"]
     )
 
 
@@ -68,7 +68,7 @@ def test_one_adapter_takes_all_linear_layers_but_heads():
 
 def test_the_first_rule_that_matches_decides():
     rules = [("layers_0/q/.*kernel", None), (".*/q/kernel", A.lora(rank=3)), ("all-linear", LORA)]
-    adaptation = lr.adapt(params(), rules, KEY)
+    adaptation = lrx.adapt(params(), rules, KEY)
     assert "layers_0/q/kernel" not in adaptation.train["sites"]
     ranks = {path: own["a"].shape[1] for path, own in adaptation.train["sites"].items()}
     assert ranks == {
@@ -90,7 +90,7 @@ def test_exclusions_win_over_rules():
 
 
 def test_embeddings_and_heads_are_adapted_where_a_rule_names_them():
-    adaptation = lr.adapt(params(), {"embed/embedding|head/kernel": LORA}, KEY)
+    adaptation = lrx.adapt(params(), {"embed/embedding|head/kernel": LORA}, KEY)
     assert sorted(adaptation.train["sites"]) == ["embed/embedding", "head/kernel"]
     assert not adaptation.train["sites"]["embed/embedding"][
         "a"
@@ -105,15 +105,15 @@ def test_masked_leaves_are_not_there():
 
 def test_views_fold_axes_and_boxes_name_layers():
     tree = {"q": {"kernel": jnp.ones((8, 2, 3))}, "o": {"kernel": jnp.ones((2, 3, 8))}}
-    heads, out = lr.MatrixView(rows=(0,), cols=(1, 2)), lr.MatrixView(rows=(0, 1), cols=(2,))
-    views = lr.Views(rules={"q/.*": heads, "o/.*": out})
-    shapes = jax.tree.map(jnp.shape, lr.adapt(tree, LORA, KEY, views=views).train["sites"])
+    heads, out = lrx.MatrixView(rows=(0,), cols=(1, 2)), lrx.MatrixView(rows=(0, 1), cols=(2,))
+    views = lrx.Views(rules={"q/.*": heads, "o/.*": out})
+    shapes = jax.tree.map(jnp.shape, lrx.adapt(tree, LORA, KEY, views=views).train["sites"])
     assert shapes == {
         "q/kernel": {"a": (8, 2), "b": (2, 6)},
         "o/kernel": {"a": (6, 2), "b": (2, 8)},
     }
     boxed = {"kernel": nn.Partitioned(jnp.ones((3, 8, 6)), names=("layers", None, None))}
-    assert lr.adapt(boxed, LORA, KEY).train["sites"]["kernel"]["a"].shape == (3, 8, 2)
+    assert lrx.adapt(boxed, LORA, KEY).train["sites"]["kernel"]["a"].shape == (3, 8, 2)
 
 
 def test_layers_are_chosen_by_number_in_paths_and_in_stacks():
@@ -124,7 +124,7 @@ def test_layers_are_chosen_by_number_in_paths_and_in_stacks():
     assert sites(LORA, named, layers=(7,), layers_pattern=pattern) == [
         f"encoder_7/{name}/kernel" for name in "qv"
     ]
-    adaptation = lr.adapt(stack(), LORA, KEY, views=STACKED, layers=(0, 2))
+    adaptation = lrx.adapt(stack(), LORA, KEY, views=STACKED, layers=(0, 2))
     scale = adaptation.fixed["sites"]["layers/q/kernel"]["scale"]
     assert scale.tolist() == [[4.0, 4.0], [0.0, 0.0], [4.0, 4.0]]
     assert adaptation.fixed["sites"]["layers/experts/kernel"]["scale"].any((1, 2)).tolist() == [
@@ -139,7 +139,7 @@ def test_layers_are_chosen_by_number_in_paths_and_in_stacks():
 
 
 def test_ranks_and_alphas_follow_patterns():
-    adaptation = lr.adapt(
+    adaptation = lrx.adapt(
         params(),
         A.lora(rank=4, alpha=8.0),
         KEY,
@@ -160,7 +160,7 @@ def test_ranks_and_alphas_follow_patterns():
 
 def test_every_layer_of_a_stack_may_have_its_own_rank_and_alpha():
     lora = A.lora(rank=4, alpha=8.0, rank_stabilized=True)
-    adaptation = lr.adapt(
+    adaptation = lrx.adapt(
         stack(),
         lora,
         KEY,
@@ -176,13 +176,13 @@ def test_every_layer_of_a_stack_may_have_its_own_rank_and_alpha():
     assert "0 to 4" in str(adaptation)
     # only what is not padding acts
     full = adaptation.replace(train=jax.tree.map(jnp.ones_like, adaptation.train))
-    change = lr.effective(stack(), full)["layers"]["q"]["kernel"] - 1
+    change = lrx.effective(stack(), full)["layers"]["q"]["kernel"] - 1
     np.testing.assert_allclose(change[:, 0, 0], [1, 4, 0])
 
 
 def test_adapters_of_one_rule_share_whatever_their_ranks():
     adapter = A.vera(rank=4)
-    adaptation = lr.adapt(params(), adapter, KEY, ranks={"layers_0/.*": 2, "layers_1/.*": 6})
+    adaptation = lrx.adapt(params(), adapter, KEY, ranks={"layers_0/.*": 2, "layers_1/.*": 6})
     assert list(adaptation.fixed["shared"]) == ["vera"]
     assert adaptation.fixed["shared"]["vera"]["bank_a"].shape == (8, 6)
     assert adaptation.trained == 2 * ((2 + 6) + (6 + 6) + (4 + 6))
@@ -193,26 +193,26 @@ def test_groups_keep_apart_what_is_shared():
         ".*/q/kernel": A.uni_lora(rank=2, size=8),
         ".*/v/kernel": A.uni_lora(rank=2, size=8, group="values"),
     }
-    adaptation = lr.adapt(params(), rules, KEY)
+    adaptation = lrx.adapt(params(), rules, KEY)
     assert sorted(adaptation.train["shared"]) == ["unilora", "values"] and adaptation.trained == 16
     first, second = (adaptation.train["shared"][name]["theta"] for name in ("unilora", "values"))
     assert not np.array_equal(first, second)
     other = {".*/q/kernel": A.uni_lora(rank=2, size=8), ".*/v/kernel": A.uni_lora(rank=2, size=9)}
-    assert sorted(lr.adapt(params(), other, KEY).train["shared"]) == ["unilora", "unilora_1"]
+    assert sorted(lrx.adapt(params(), other, KEY).train["shared"]) == ["unilora", "unilora_1"]
     together = {
         f".*/{name}/kernel": A.uni_lora(rank=rank, size=8, group="g")
         for name, rank in (("q", 2), ("v", 3))
     }
-    assert list(lr.adapt(params(), together, KEY).train["shared"]) == ["g"]
+    assert list(lrx.adapt(params(), together, KEY).train["shared"]) == ["g"]
 
 
 def test_order_is_layer_by_layer_or_as_given():
-    plan = lr.adapt(stack(), LORA, KEY, views=STACKED, exclude=".*experts.*").plan
+    plan = lrx.adapt(stack(), LORA, KEY, views=STACKED, exclude=".*experts.*").plan
     assert plan.order == tuple(("layers/q/kernel", i) for i in range(3))
-    paths = [path for path, _ in lr.adapt(params(), LORA, KEY).plan.order]
+    paths = [path for path, _ in lrx.adapt(params(), LORA, KEY).plan.order]
     assert paths == [f"layers_{i}/{name}/kernel" for i in (0, 1, 10) for name in "qv"]
     given = tuple((path, 0) for path in reversed(paths))
-    assert lr.adapt(params(), LORA, KEY, order=given).plan.order == given
+    assert lrx.adapt(params(), LORA, KEY, order=given).plan.order == given
 
 
 # what trains whole
@@ -220,22 +220,22 @@ def test_order_is_layer_by_layer_or_as_given():
 
 def test_biases_and_whole_leaves_train_beside_the_adapters():
     def whole(**options):
-        return sorted(lr.adapt(params(), {".*/q/kernel": LORA}, KEY, **options).train["whole"])
+        return sorted(lrx.adapt(params(), {".*/q/kernel": LORA}, KEY, **options).train["whole"])
 
     assert whole() == []
     assert whole(bias="adapted") == [f"layers_{i}/q/bias" for i in (0, 1, 10)]
     assert len(whole(bias="all")) == 7
     assert whole(whole="head/.*") == ["head/bias", "head/kernel"]
-    assert sorted(lr.adapt(params(), {}, KEY, whole=("norm/.*",)).train["whole"]) == ["norm/scale"]
+    assert sorted(lrx.adapt(params(), {}, KEY, whole=("norm/.*",)).train["whole"]) == ["norm/scale"]
 
 
 def test_whole_leaves_reach_the_model_in_their_boxes():
     head = nn.Partitioned(jnp.ones((8, 9)), names=(None, "vocab"))
     tree = {"q": {"kernel": jnp.ones((8, 6))}, "head": {"kernel": head}}
-    adaptation = lr.adapt(tree, LORA, KEY, whole="head/kernel")
+    adaptation = lrx.adapt(tree, LORA, KEY, whole="head/kernel")
     assert adaptation.train["whole"]["head/kernel"].shape == (8, 9)
     moved = adaptation.replace(train=jax.tree.map(lambda x: x + 1, adaptation.train))
-    for form in (lr.attach, lr.effective, lr.merge):
+    for form in (lrx.attach, lrx.effective, lrx.merge):
         head = form(tree, moved)["head"]["kernel"]
         assert (
             isinstance(head, nn.Partitioned)
@@ -247,42 +247,47 @@ def test_whole_leaves_reach_the_model_in_their_boxes():
 def test_a_leaf_trained_whole_by_one_adaptation_may_be_adapted_by_another():
     tree = {"q": {"kernel": jnp.ones((8, 6))}}
     whole, lora = (
-        lr.adapt(tree, {}, KEY, whole="q/kernel", name="whole"),
-        lr.adapt(tree, LORA, KEY, name="lora"),
+        lrx.adapt(tree, {}, KEY, whole="q/kernel", name="whole"),
+        lrx.adapt(tree, LORA, KEY, name="lora"),
     )
     both = {"whole": whole, "lora": lora}
     both = {
         name: one.replace(train=jax.tree.map(lambda x: x + 1.0, one.train))
         for name, one in both.items()
     }
-    x, kernel = jnp.ones((2, 8)), lr.effective(tree, both)["q"]["kernel"]
-    alone = lr.effective({"q": {"kernel": 2 * jnp.ones((8, 6))}}, both["lora"])["q"]["kernel"]
+    x, kernel = jnp.ones((2, 8)), lrx.effective(tree, both)["q"]["kernel"]
+    alone = lrx.effective({"q": {"kernel": 2 * jnp.ones((8, 6))}}, both["lora"])["q"]["kernel"]
     np.testing.assert_allclose(kernel, alone, rtol=1e-6)
     np.testing.assert_allclose(
-        lr.matmul(x, lr.attach(tree, both)["q"]["kernel"]), x @ alone, rtol=1e-5
+        lrx.matmul(x, lrx.attach(tree, both)["q"]["kernel"]), x @ alone, rtol=1e-5
     )
 
 
 def test_boxes_survive_a_merge_and_the_way_back():
     tree = {"kernel": nn.Partitioned(jnp.ones((8, 6)), names=("in", "out"))}
-    adaptation = lr.adapt(tree, LORA, KEY)
-    merged = lr.merge(tree, adaptation)
-    for back in (merged, lr.unmerge(merged, adaptation), lr.unmerge(merged, adaptation, base=tree)):
+    adaptation = lrx.adapt(tree, LORA, KEY)
+    merged = lrx.merge(tree, adaptation)
+    for back in (
+        merged,
+        lrx.unmerge(merged, adaptation),
+        lrx.unmerge(merged, adaptation, base=tree),
+    ):
         assert isinstance(back["kernel"], nn.Partitioned) and back["kernel"].names == ("in", "out")
     with pytest.raises(ValueError, match=r"base: leaves \['kernel'\] are missing"):
-        lr.unmerge(merged, adaptation, base={})
+        lrx.unmerge(merged, adaptation, base={})
 
 
 def test_two_adaptations_must_see_a_leaf_alike():
     tree = {"kernel": jnp.ones((2, 3, 6))}
     views = [
-        lr.Views(rules={"kernel": lr.MatrixView(rows=rows, cols=(2,))}) for rows in ((0, 1), (1, 0))
+        lrx.Views(rules={"kernel": lrx.MatrixView(rows=rows, cols=(2,))})
+        for rows in ((0, 1), (1, 0))
     ]
     both = {
-        name: lr.adapt(tree, LORA, KEY, views=own, name=name)
+        name: lrx.adapt(tree, LORA, KEY, views=own, name=name)
         for name, own in zip("ab", views, strict=True)
     }
-    for form in (lr.attach, lr.effective):
+    for form in (lrx.attach, lrx.effective):
         with pytest.raises(
             ValueError, match="'kernel' is seen as .* by one active adaptation and as .* by another"
         ):
@@ -297,7 +302,7 @@ def test_keys_belong_to_names_and_not_to_the_tree():
     otherwise."""
 
     def start(rules, key=KEY, **options):
-        return lr.adapt(params(), rules, key, **options).train["sites"]
+        return lrx.adapt(params(), rules, key, **options).train["sites"]
 
     alone, all_of_them = start({"layers_1/q/kernel": LORA}), start(LORA)
     assert np.array_equal(alone["layers_1/q/kernel"]["a"], all_of_them["layers_1/q/kernel"]["a"])
@@ -320,7 +325,7 @@ def test_initialisers_see_the_statistics_that_are_given():
             }, {}
 
     stats = {"layers/q/kernel": {"mean": jnp.arange(24.0).reshape(3, 8)}}
-    adaptation = lr.adapt(
+    adaptation = lrx.adapt(
         stack(), Seen(rank=2), KEY, views=STACKED, exclude=".*experts.*", stats=stats
     )
     found, wanted = (
@@ -340,7 +345,7 @@ def test_the_report_says_what_trains():
         "head/kernel": A.oft(block=4),
     }
     tree = {name: params()[name] for name in ("layers_0", "norm", "head")}
-    assert str(lr.adapt(tree, rules, KEY, whole="norm/scale", bias="adapted")) == "\n".join(
+    assert str(lrx.adapt(tree, rules, KEY, whole="norm/scale", bias="adapted")) == "\n".join(
         [
             "leaf               shape   adapter  rank  trained",
             "head/kernel        (8, 9)  oft      -     12",
@@ -368,7 +373,7 @@ UNUSED = {
     "ranks": ({"ranks": {"layers_0/k/kernel": 3}}, r"ranks: 'layers_0/k/kernel' .* Did you mean"),
     "ranks of none": ({"ranks": {"head/kernel": 3}}, "ranks: 'head/kernel' matches no leaf that it could apply to"),
     "alphas": ({"alphas": {"layers_0/k/kernel": 3.0}}, r"alphas: 'layers_0/k/kernel' .* Did you mean"),
-    "views": ({"views": lr.Views(stacked="blocks/.*")}, r"views: 'blocks/\.\*' matches no leaf"),
+    "views": ({"views": lrx.Views(stacked="blocks/.*")}, r"views: 'blocks/\.\*' matches no leaf"),
     "layers": ({"layers": (0, 2)}, r"no adapted leaf is of layer \[2\], only of \['0', '1', '10'\]"),
     "nothing": ({"rules": {}}, r"nothing is adapted and nothing trained whole. Paths here: \['embed/embedding'"),
     "no matrix": ({"rules": {"norm/.*": LORA}}, "'norm/scale' of shape .* is no matrix; write the pattern of"),
@@ -392,7 +397,7 @@ UNUSED = {
 def test_what_cannot_be_is_an_error_that_says_how(name):
     options, message = UNUSED[name]
     with pytest.raises(ValueError, match=message):
-        lr.adapt(
+        lrx.adapt(
             params(),
             options.get("rules", LORA),
             KEY,
@@ -402,59 +407,59 @@ def test_what_cannot_be_is_an_error_that_says_how(name):
 
 def test_axes_that_nobody_claimed_are_an_error():
     with pytest.raises(ValueError, match=r"A proposal:\nleaf .*\nq     \(3, 8, 6\)  3x48"):
-        lr.adapt({"q": jnp.ones((3, 8, 6))}, {"q": LORA}, KEY)
+        lrx.adapt({"q": jnp.ones((3, 8, 6))}, {"q": LORA}, KEY)
 
 
 @pytest.mark.parametrize("adapter", [A.miss(rank=2), A.shira(rank=1)], ids=["miss", "shira"])
 def test_ranks_that_cannot_be_padded_are_one_in_a_stack(adapter):
-    tree, views = {"kernel": jnp.ones((2, 8, 6))}, lr.Views(stacked="kernel")
+    tree, views = {"kernel": jnp.ones((2, 8, 6))}, lrx.Views(stacked="kernel")
     with pytest.raises(
         ValueError, match=r"ranks: \(1, 2\) for 'kernel'; those of .* cannot be padded"
     ):
-        lr.adapt(tree, adapter, KEY, views=views, ranks={"kernel": (1, 2)})
-    adaptation = lr.adapt(tree, adapter, KEY, views=views, ranks={"kernel": (2, 0)})
+        lrx.adapt(tree, adapter, KEY, views=views, ranks={"kernel": (1, 2)})
+    adaptation = lrx.adapt(tree, adapter, KEY, views=views, ranks={"kernel": (2, 0)})
     assert adaptation.trained == adaptation.plan.adapters[0].count(adaptation.plan.sites[0])
 
 
 def test_quantised_leaves_are_adapted_and_not_trained_whole():
-    tree = {"q": {"kernel": lr.linalg.quantize_blocks(jnp.ones((8, 6)))}}
-    assert lr.adapt(tree, LORA, KEY).trained == 28
+    tree = {"q": {"kernel": lrx.linalg.quantize_blocks(jnp.ones((8, 6)))}}
+    assert lrx.adapt(tree, LORA, KEY).trained == 28
     with pytest.raises(ValueError, match="whole: 'q/kernel' is quantised, and codes do not train"):
-        lr.adapt(tree, {}, KEY, whole="q/kernel")
+        lrx.adapt(tree, {}, KEY, whole="q/kernel")
 
 
 def test_the_tree_must_be_the_one_that_adapt_saw():
-    adaptation = lr.adapt(params(), LORA, KEY)
+    adaptation = lrx.adapt(params(), LORA, KEY)
     wrong = params() | {"layers_0": block(m=5)}
-    for form in (lr.attach, lr.effective, lr.merge, lr.unmerge):
+    for form in (lrx.attach, lrx.effective, lrx.merge, lrx.unmerge):
         with pytest.raises(
             ValueError, match=r"'layers_0/q/kernel', \(8, 6\), is of shape \(8, 5\); give the tree"
         ):
             form(wrong, adaptation)
     without = {name: own for name, own in params().items() if name != "layers_1"}
     with pytest.raises(ValueError, match="'layers_1/q/kernel', .* is missing"):
-        lr.attach(without, adaptation)
+        lrx.attach(without, adaptation)
     with pytest.raises(
         ValueError, match=r"active: \['new'\] are not among the adaptations \['default'\]"
     ):
-        lr.attach(params(), adaptation, active=("new",))
-    both = {name: lr.adapt(params(), {}, KEY, whole="norm/scale", name=name) for name in "ab"}
+        lrx.attach(params(), adaptation, active=("new",))
+    both = {name: lrx.adapt(params(), {}, KEY, whole="norm/scale", name=name) for name in "ab"}
     with pytest.raises(
         ValueError, match=r"\['norm/scale'\] are trained whole by two active adaptations"
     ):
-        lr.attach(params(), both)
+        lrx.attach(params(), both)
     with pytest.raises(
         ValueError, match="were trained whole; only base= brings back what they were"
     ):
-        lr.unmerge(params(), both["a"])
+        lrx.unmerge(params(), both["a"])
 
 
 def test_merge_refuses_what_is_not_finite():
-    adaptation = lr.adapt(params(), {".*/q/kernel": LORA}, KEY)
+    adaptation = lrx.adapt(params(), {".*/q/kernel": LORA}, KEY)
     train = jax.tree.map(lambda x: x, adaptation.train)
     train["sites"]["layers_1/q/kernel"]["b"] = jnp.full((2, 6), jnp.nan)
     with pytest.raises(ValueError, match=r"\['layers_1/q/kernel'\] are not finite"):
-        lr.merge(params(), adaptation.replace(train=train))
+        lrx.merge(params(), adaptation.replace(train=train))
 
 
 BOUNDS = {  # on a kernel of 6 x 4
@@ -469,7 +474,7 @@ def test_a_rank_larger_than_a_matrix_can_have_is_refused_with_the_familys_own_bo
     family, bound = BOUNDS[name]
     options = {"size": 8} if name == "uni_lora" else {}
     params = {"stack": jnp.ones((2, 6, 4)), "one": jnp.ones((6, 4))}
-    adapt = functools.partial(lr.adapt, params, key=KEY, views=lr.Views(stacked=("stack",)))
+    adapt = functools.partial(lrx.adapt, params, key=KEY, views=lrx.Views(stacked=("stack",)))
     error = (
         f"rank=99999 exceeds {bound}, the largest of {family.__name__.lower()} on a 6 x 4 kernel; "
         "use at mo"
@@ -497,7 +502,7 @@ def test_where_no_rank_fits_the_leaf_is_to_be_left_out():
         ValueError,
         match="rank=1 exceeds 0, the largest of shira on a 1 x 64 kernel; leave it out by",
     ):
-        lr.adapt({"one": jnp.ones((1, 64))}, {".*": A.shira(rank=1)}, KEY)
+        lrx.adapt({"one": jnp.ones((1, 64))}, {".*": A.shira(rank=1)}, KEY)
 
 
 def test_every_family_with_a_rank_has_a_bound():
@@ -518,15 +523,15 @@ class Triple(A.lora):
 
 def test_factors_of_another_kind_are_refused_by_the_name_of_the_family():
     tree = {"kernel": jnp.ones((4, 6))}
-    adaptation = lr.adapt(tree, Triple(rank=2), KEY)
-    attached = lr.attach(tree, adaptation)
+    adaptation = lrx.adapt(tree, Triple(rank=2), KEY)
+    attached = lrx.attach(tree, adaptation)
     message = (
-        r"Triple.factors gives a tuple; return None or lr.adapters.Factors\(a, scale, b, rank_of\)"
+        r"Triple.factors gives a tuple; return None or lrx.adapters.Factors\(a, scale, b, rank_of\)"
     )
     for use in (
-        lambda: lr.matmul(jnp.ones((3, 4)), attached["kernel"]),
-        lambda: lr.effective(tree, adaptation),
-        lambda: lr.to_lora(tree, adaptation),
+        lambda: lrx.matmul(jnp.ones((3, 4)), attached["kernel"]),
+        lambda: lrx.effective(tree, adaptation),
+        lambda: lrx.to_lora(tree, adaptation),
     ):
         with pytest.raises(TypeError, match=message):
             use()

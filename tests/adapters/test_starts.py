@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.adapters.base import Group, Site
 from lowrank_jax.adapters.positions import keyed_positions, torch_permutation
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
-A = lr.adapters
+A = lrx.adapters
 N, M = 12, 8
 
 
@@ -95,11 +95,11 @@ def test_a_smaller_rank_in_a_stack_starts_as_if_it_were_alone():
     u, s, vt = np.linalg.svd(kernel, full_matrices=False)
     params = {"kernel": jnp.asarray(kernel, jnp.float32)}
     for init, take in (("pissa", np.arange(M)), ("milora", np.arange(M)[::-1])):
-        adaptation = lr.adapt(
+        adaptation = lrx.adapt(
             params,
             A.lora(rank=4, alpha=4.0, init=init),
             jax.random.key(0),
-            views=lr.Views(stacked="kernel"),
+            views=lrx.Views(stacked="kernel"),
             ranks={"kernel": (4, 2)},
         )
         p = as64(adaptation.train["sites"]["kernel"]) | as64(adaptation.fixed["sites"]["kernel"])
@@ -109,11 +109,11 @@ def test_a_smaller_rank_in_a_stack_starts_as_if_it_were_alone():
             np.testing.assert_allclose(
                 (p["a"][layer] * p["scale"][layer]) @ p["b"][layer], best, atol=1e-5
             )
-    adaptation = lr.adapt(
+    adaptation = lrx.adapt(
         params,
         A.lora(rank=4, init="orthogonal"),
         jax.random.key(0),
-        views=lr.Views(stacked="kernel"),
+        views=lrx.Views(stacked="kernel"),
         ranks={"kernel": (4, 2)},
     )
     p = as64(adaptation.train["sites"]["kernel"]) | as64(adaptation.fixed["sites"]["kernel"])
@@ -167,7 +167,7 @@ def test_uni_lora_draws_the_indices_of_peft():
         "layers_0": {"q": {"kernel": jnp.ones((12, 8))}, "v": {"kernel": jnp.ones((12, 4))}},
         "layers_1": {"q": {"kernel": jnp.ones((12, 8))}, "v": {"kernel": jnp.ones((12, 4))}},
     }
-    adaptation = lr.adapt(
+    adaptation = lrx.adapt(
         params, A.uni_lora(rank=rank, size=size, seed=7, bound=0.5), jax.random.key(0)
     )
     order = [(f"layers_{i}/{name}/kernel", m) for i in range(2) for name, m in (("q", 8), ("v", 4))]
@@ -198,14 +198,14 @@ def test_uni_lora_counts_only_what_is_adapted(stacked):
         A.uni_lora(rank=3, size=9),
         {"ranks": {"q/kernel": (3, 1, 2)}, "layers": (0, 1)},
     )
-    params, options["views"] = {"q": {"kernel": jnp.ones((3, 6, 4))}}, lr.Views(stacked="q/.*")
+    params, options["views"] = {"q": {"kernel": jnp.ones((3, 6, 4))}}, lrx.Views(stacked="q/.*")
     if not stacked:
         params = {
             "layer_0": {"q": {"kernel": jnp.ones((6, 4))}},
             "layer_1": {"q": {"kernel": jnp.ones((6, 4))}},
         }
         options = {"ranks": {"layer_1/.*": 1}}
-    adaptation = lr.adapt(params, adapter, jax.random.key(0), **options)
+    adaptation = lrx.adapt(params, adapter, jax.random.key(0), **options)
     assert set(adaptation.fixed["shared"]) == {"unilora"} and adaptation.trained == 9
     norm, uses = np.asarray(adaptation.fixed["shared"]["unilora"]["norm"], np.float64), np.zeros(9)
     for p in adaptation.fixed["sites"].values():
@@ -220,10 +220,10 @@ def test_uni_lora_counts_only_what_is_adapted(stacked):
 
 
 def test_uni_lora_follows_a_given_order_within_a_stack():
-    params, views = {"kernel": jnp.ones((2, 6, 4))}, lr.Views(stacked="kernel")
+    params, views = {"kernel": jnp.ones((2, 6, 4))}, lrx.Views(stacked="kernel")
 
     def adapt(order):
-        return lr.adapt(
+        return lrx.adapt(
             params, A.uni_lora(rank=2, size=8), jax.random.key(0), views=views, order=order
         )
 

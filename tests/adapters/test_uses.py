@@ -8,11 +8,11 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.models.llama import Llama, preset
 from tests.adapters.nnx_models import inserted, merged
 
-A = lr.adapters
+A = lrx.adapters
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 12, (2, 5)))
 PARAMS = {
     "embed": {"embedding": jnp.asarray(np.random.default_rng(1).normal(size=(12, 8)), jnp.float32)}
@@ -27,7 +27,7 @@ FAMILIES = {
 
 
 def made(family=FAMILIES["lora"], params=PARAMS, **options):
-    adaptation = lr.adapt(params, {".*embedding": family}, jax.random.key(0), **options)
+    adaptation = lrx.adapt(params, {".*embedding": family}, jax.random.key(0), **options)
     return adaptation.replace(train=jax.tree.map(lambda x: x + 0.3, adaptation.train))
 
 
@@ -40,9 +40,9 @@ class Tied(nn.Module):
     def __call__(self, ids):
         embed = nn.Embed(12, 8, name="embed")
         x = jnp.tanh(embed(ids))
-        return x, lr.einsum("bsd,vd->bsv", x, embed.embedding) if self.transposed else embed.attend(
-            x
-        )
+        return x, lrx.einsum(
+            "bsd,vd->bsv", x, embed.embedding
+        ) if self.transposed else embed.attend(x)
 
 
 class TiedNnx(nnx.Module):
@@ -55,18 +55,18 @@ class TiedNnx(nnx.Module):
 
 
 def bare(params, adaptation):
-    table = lr.attach(params, adaptation)["embed"]["embedding"]
+    table = lrx.attach(params, adaptation)["embed"]["embedding"]
     x = jnp.tanh(A.embed(IDS, table))
     return x, A.attend(x, table)
 
 
 def linen(params, adaptation, **options):
     apply = lambda params: Tied(**options).apply({"params": params}, IDS)  # noqa: E731
-    return lr.linen.adapted(apply)(lr.attach(params, adaptation))
+    return lrx.linen.adapted(apply)(lrx.attach(params, adaptation))
 
 
 def nnx_merged(params, adaptation):
-    return merged(TiedNnx(nnx.Rngs(0)), lr.attach(params, adaptation))(IDS)
+    return merged(TiedNnx(nnx.Rngs(0)), lrx.attach(params, adaptation))(IDS)
 
 
 def nnx_inserted(params, adaptation):
@@ -91,7 +91,7 @@ CASES = [
 
 @pytest.mark.parametrize("host, family", CASES)
 def test_a_use_that_is_not_named_sees_the_base(host, family):
-    effective = lr.effective(PARAMS, made(FAMILIES[family]))
+    effective = lrx.effective(PARAMS, made(FAMILIES[family]))
     both = HOSTS[host](PARAMS, made(FAMILIES[family]))
     for uses, wanted in (
         ("gather", untied(effective, PARAMS)),
@@ -104,7 +104,7 @@ def test_a_use_that_is_not_named_sees_the_base(host, family):
 
 
 def test_a_product_by_the_table_itself_sees_it_as_it_is():
-    wanted = untied(lr.effective(PARAMS, made()), PARAMS)
+    wanted = untied(lrx.effective(PARAMS, made()), PARAMS)
     for y, want in zip(linen(PARAMS, made(uses=EVERY), transposed=True), wanted, strict=True):
         np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
     with pytest.raises(
@@ -117,22 +117,22 @@ def test_a_product_by_the_table_itself_sees_it_as_it_is():
 def test_kernels_and_convolutions(coded):
     """Where no use of a dense kernel is named, its product is the base's."""
     kernel = jnp.asarray(np.random.default_rng(1).normal(size=(64, 6)), jnp.float32)
-    params = {"kernel": lr.linalg.quantize_nf4(kernel) if coded else kernel}
+    params = {"kernel": lrx.linalg.quantize_nf4(kernel) if coded else kernel}
     x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 64)), jnp.float32)
-    adaptation = lr.adapt(
+    adaptation = lrx.adapt(
         params,
         {"kernel": A.lora(rank=2, init="orthogonal")},
         jax.random.key(0),
         uses={"kernel": ("conv_general_dilated",)},
     )
-    y = lr.matmul(x, lr.attach(params, adaptation)["kernel"])
-    np.testing.assert_array_equal(y, lr.matmul(x, params["kernel"]))
+    y = lrx.matmul(x, lrx.attach(params, adaptation)["kernel"])
+    np.testing.assert_array_equal(y, lrx.matmul(x, params["kernel"]))
 
 
 def test_what_a_plain_leaf_cannot_say_is_refused_by_name():
     one, base = made(uses=EVERY), made()
     assert "lora at gather" in str(one)
-    for function in (lr.effective, lr.merge, lambda params, it: lr.unmerge(params, it)):
+    for function in (lrx.effective, lrx.merge, lambda params, it: lrx.unmerge(params, it)):
         with pytest.raises(
             ValueError,
             match=r"\{'embed/embedding': \('gather',\)\}, and a plain leaf serves.*attach",
@@ -149,7 +149,7 @@ def test_what_a_plain_leaf_cannot_say_is_refused_by_name():
 
 def test_a_conversion_keeps_the_uses():
     one = made(A.oft(block=3), uses=EVERY)
-    lora, _ = lr.to_lora(PARAMS, one, rank=8)
+    lora, _ = lrx.to_lora(PARAMS, one, rank=8)
     assert lora.plan.sites[0].uses == ("gather",)
     for found, wanted in zip(bare(PARAMS, lora), bare(PARAMS, one), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
@@ -189,8 +189,8 @@ def test_our_model_with_a_tied_head():
     model, other = (Llama(preset("nano", tied_head=tied, **shape)) for tied in (True, False))
     params = model.init(jax.random.key(0), IDS)["params"]
     params = params | {"embed": jax.tree.map(lambda x: 20 * x, params["embed"])}
-    logits = lr.linen.adapted(lambda params: model.apply({"params": params}, IDS))
-    effective = lr.effective(params, made(params=params))
+    logits = lrx.linen.adapted(lambda params: model.apply({"params": params}, IDS))
+    effective = lrx.effective(params, made(params=params))
     for uses in ((), ("gather",), ("dot_general",)):
         table, head = (
             (effective if use in (uses or ("gather", "dot_general")) else params)["embed"][
@@ -202,7 +202,7 @@ def test_our_model_with_a_tied_head():
             {"params": params | {"embed": {"embedding": table}, "lm_head": {"kernel": head.T}}}, IDS
         )
         found = logits(
-            lr.attach(params, made(params=params, uses={".*embedding": uses} if uses else ()))
+            lrx.attach(params, made(params=params, uses={".*embedding": uses} if uses else ()))
         )
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     assert not np.allclose(wanted, model.apply({"params": params}, IDS), atol=1e-2)

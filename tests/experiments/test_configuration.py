@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import arguments, configuration, optimizers, tuning_configuration
 from experiments.arguments import load
 from experiments.configuration import (
@@ -233,7 +233,7 @@ def test_full_gradients_are_told_with_what_avoids_them(backprop, projector):
     optimizer = optimizers.build(plain, lambda step: 0.1, stacked=True, seed=0)
     is_thin = projector in ("alternating", "sketch")
     assert optimizer.projection.clock.when == ("after" if is_thin else "before")
-    plan = lr.plan(optimizer.projection)
+    plan = lrx.plan(optimizer.projection)
     assert plan == ("sketch at a refresh" if is_thin else "full at a refresh")
     for _ in range(3):
         note = optimizers.full_gradients(config)

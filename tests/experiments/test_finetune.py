@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import bases, finetuning, merged, metrics, training
 from experiments.bases import open_base
 from experiments.configuration import ConfigurationError
@@ -226,12 +226,12 @@ def test_an_exported_model_is_a_base_and_a_folder_of_transformers(folder, whole)
     assert config.layers == 2
     jax.tree.map(np.testing.assert_array_equal, params, tuned)
     merged.export(workdir, folder / "peft", "peft")
-    base, views = params_of(folder / "base"), lr.Views(stacked=("layers/.*",))
-    adaptation = lr.interop.peft.load(
-        folder / "peft", base, lr.interop.llama.torch_name, views=views
+    base, views = params_of(folder / "base"), lrx.Views(stacked=("layers/.*",))
+    adaptation = lrx.interop.peft.load(
+        folder / "peft", base, lrx.interop.llama.torch_name, views=views
     )
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), lr.merge(base, adaptation), tuned
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), lrx.merge(base, adaptation), tuned
     )
     with pytest.raises(ConfigurationError, match="export=.*holds files; give another folder"):
         merged.export(workdir, folder / "exported", "run")
@@ -484,10 +484,10 @@ def test_optimizers_of_the_factors_take_the_adapters_scale(folder, name):
         return jax.jit(lambda grads: method.update(grads, method.init(begun), begun)[0])(grads)
 
     if name == "lora_plus":
-        expected = moves(lr.lora_plus(1e-2, ratio=4.0))
+        expected = moves(lrx.lora_plus(1e-2, ratio=4.0))
     else:
-        expected = moves(lr.altlora(10.0, scale=state["fixed"], damping=1e-3))
-        other = moves(lr.altlora(10.0, scale=1.0, damping=1e-3))
+        expected = moves(lrx.altlora(10.0, scale=state["fixed"], damping=1e-3))
+        other = moves(lrx.altlora(10.0, scale=1.0, damping=1e-3))
         assert (
             float(optax.tree.norm(optax.tree.sub(other, expected)) / optax.tree.norm(expected))
             > 0.5

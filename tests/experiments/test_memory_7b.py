@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import tables
 from experiments.benchmarks import memory_7b, workload
 from experiments.models import llama
@@ -44,7 +44,7 @@ def test_every_refresh_makes_a_step(refresh, int8):
         "alternating": "sketch at a refresh",
         "power": "full at a refresh",
     }
-    assert lr.plan(memory_7b.optimizer(refresh, 8, dtype=jnp.int8).projection) == plans[refresh]
+    assert lrx.plan(memory_7b.optimizer(refresh, 8, dtype=jnp.int8).projection) == plans[refresh]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import tables
 from experiments.benchmarks import refresh_subspaces
 from tests.experiments.runs import tiny, write_text
@@ -34,13 +34,13 @@ def test_alternating_is_a_power_step_where_the_moment_is_the_projected_gradient(
     """The docstring's identity: `range(G qr((PᵀG)ᵀ)) = range(G GᵀP)`."""
     gradient = jnp.asarray(RNG.normal(size=(10, 16)), jnp.float32)
     basis = jnp.asarray(orthonormal(10, 3))
-    view = lr.resolve(gradient, rank=3).projected[0]
-    alternating, power = lr.projectors.alternating(rank=3), lr.projectors.power(rank=3)
-    evidence = lr.Evidence(
+    view = lrx.resolve(gradient, rank=3).projected[0]
+    alternating, power = lrx.projectors.alternating(rank=3), lrx.projectors.power(rank=3)
+    evidence = lrx.Evidence(
         grad=gradient, moments=basis.T @ gradient, step=jnp.asarray(5), key=jax.random.key(0)
     )
     sketch = gradient @ alternating.sketch_basis(view, evidence)
-    own = alternating.refresh(view, basis, lr.Evidence(sketch=sketch))
+    own = alternating.refresh(view, basis, lrx.Evidence(sketch=sketch))
     angles = refresh_subspaces.principal_angles(own, power.refresh(view, basis, evidence))
     assert float(angles.max()) < 0.1
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.benchmarks.workload import VIEWS
 from experiments.models import divided, llama, vit
 
@@ -54,17 +54,17 @@ def plain_gradient(params, loss, x):
 
 
 def tapped_gradient(params, loss, x):
-    tx = lr.galore(1e-2, projector=lr.projectors.alternating(rank=4), views=VIEWS)
-    step = lr.train_step(lr.linen.tapped(loss), tx)
+    tx = lrx.galore(1e-2, projector=lrx.projectors.alternating(rank=4), views=VIEWS)
+    step = lrx.train_step(lrx.linen.tapped(loss), tx)
     return contracted(step, params, tx.init(params), x)
 
 
 def adapted_gradient(params, loss, x):
-    adaptation = lr.adapt(
-        params, {".*_proj/kernel": lr.adapters.dora(rank=2)}, jax.random.key(1), views=VIEWS
+    adaptation = lrx.adapt(
+        params, {".*_proj/kernel": lrx.adapters.dora(rank=2)}, jax.random.key(1), views=VIEWS
     )
-    function = lr.linen.adapted(loss)
-    train = lambda train: function(lr.attach(params, adaptation.replace(train=train)), x)  # noqa: E731
+    function = lrx.linen.adapted(loss)
+    train = lambda train: function(lrx.attach(params, adaptation.replace(train=train)), x)  # noqa: E731
     return contracted(jax.grad(train), adaptation.train)
 
 
@@ -135,7 +135,7 @@ def test_every_derivative_is_that_of_the_product():
         for i, size in enumerate([(2, 3, 4), (4, 5, 6)])
     )
     numbers = (((2,), (0,)), ((), ()))
-    own = lambda x, kernel: jnp.sin(lr.dot_general(x, kernel, numbers))  # noqa: E731
+    own = lambda x, kernel: jnp.sin(lrx.dot_general(x, kernel, numbers))  # noqa: E731
     reference = lambda x, kernel: jnp.sin(jax.lax.dot_general(x, kernel, numbers))  # noqa: E731
     assert own(x, kernel).shape == (2, 3, 5, 6)
     tangents = (jnp.cos(x), jnp.cos(kernel))

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import configuration, tuning_configuration
 from experiments.configuration import ConfigurationError
 from experiments.tuning_configuration import TuningConfig, from_dict, parse, template, to_dict
@@ -134,7 +134,7 @@ def test_wrong_values_name_field_value_and_remedy(values, message):
 
 
 def test_an_expression_is_the_adapter_that_python_makes_of_it():
-    adapters = lr.adapters
+    adapters = lrx.adapters
     assert parse("lora(rank=4, alpha=-2, dropout=0.5)") == adapters.lora(
         rank=4, alpha=-2, dropout=0.5
     )
@@ -149,13 +149,13 @@ def test_an_expression_is_the_adapter_that_python_makes_of_it():
 
 
 def is_adapter(name):
-    kind = getattr(lr.adapters, name)
-    return name.islower() and isinstance(kind, type) and issubclass(kind, lr.adapters.Adapter)
+    kind = getattr(lrx.adapters, name)
+    return name.islower() and isinstance(kind, type) and issubclass(kind, lrx.adapters.Adapter)
 
 
-@pytest.mark.parametrize("name", [name for name in lr.adapters.__all__ if is_adapter(name)])
+@pytest.mark.parametrize("name", [name for name in lrx.adapters.__all__ if is_adapter(name)])
 def test_every_adapter_of_the_library_can_be_written(name):
-    kind = getattr(lr.adapters, name)
+    kind = getattr(lrx.adapters, name)
     needed = {
         field.name: 2
         for field in dataclasses.fields(kind)

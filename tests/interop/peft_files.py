@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.interop import llama, peft, safetensors
 
 GENERATOR = np.random.default_rng(0)
@@ -18,7 +18,7 @@ SHAPES = {
     name.format(layer): shape for layer in range(2) for name, shape in ((Q, (8, 4)), (V, (4, 4)))
 }
 WEIGHTS = {name: GENERATOR.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
-VIEWS = lr.Views(stacked=("layers/.*",))
+VIEWS = lrx.Views(stacked=("layers/.*",))
 FORMS = {"stacked": VIEWS, "unstacked": None}
 
 

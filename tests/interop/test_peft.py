@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.interop import _peft_config, llama, peft, safetensors
 from tests.interop.peft_files import (
     CASES,
@@ -31,7 +31,7 @@ from tests.interop.peft_files import (
     write,
 )
 
-merged = jax.jit(lr.effective)
+merged = jax.jit(lrx.effective)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -183,9 +183,9 @@ def test_ranks_larger_than_a_dimension_are_loaded_and_written_though_adapt_refus
     )
     assert {k: x.tolist() for k, x in again.items()} == {k: x.tolist() for k, x in once.items()}
     with pytest.raises(ValueError, match="rank=6 exceeds 4, the largest of lora on a 4 x 8 kernel"):
-        lr.adapt(
+        lrx.adapt(
             params,
-            {".*/q_proj/kernel": lr.adapters.lora(rank=6)},
+            {".*/q_proj/kernel": lrx.adapters.lora(rank=6)},
             jax.random.key(0),
             views=FORMS[form],
         )
@@ -205,11 +205,11 @@ def test_a_kernel_of_heads_and_convolutions_lie_as_torch_wants_them(tmp_path):
         "conv": ((0, 1, 2), (3,)),
         "line": ((0, 1), (2,)),
     }
-    views = lr.Views(
-        rules=tuple((f"{k}/kernel", lr.MatrixView(rows=r, cols=c)) for k, (r, c) in rows.items())
+    views = lrx.Views(
+        rules=tuple((f"{k}/kernel", lrx.MatrixView(rows=r, cols=c)) for k, (r, c) in rows.items())
     )
-    rules = {".*/kernel": lr.adapters.lora(rank=2), "table/.*": lr.adapters.lora(rank=2)}
-    adaptation = jax.jit(lambda params: lr.adapt(params, rules, jax.random.key(0), views=views))(
+    rules = {".*/kernel": lrx.adapters.lora(rank=2), "table/.*": lrx.adapters.lora(rank=2)}
+    adaptation = jax.jit(lambda params: lrx.adapt(params, rules, jax.random.key(0), views=views))(
         params
     )
     train = {
@@ -444,7 +444,7 @@ def test_numbers_of_numpy_are_written_as_pythons(name, tmp_path):
     single = {int: np.int64, float: np.float32}
     of_numpy = {field: single[type(value)](value) for field, value in options.items()}
     for folder, given in (("python", options), ("numpy", of_numpy)):
-        adaptation = lr.adapt(params, getattr(lr.adapters, name)(**given), jax.random.key(0))
+        adaptation = lrx.adapt(params, getattr(lrx.adapters, name)(**given), jax.random.key(0))
         peft.save(tmp_path / folder, adaptation, params)
     texts = [
         (tmp_path / folder / "adapter_config.json").read_text() for folder in ("python", "numpy")
@@ -454,7 +454,7 @@ def test_numbers_of_numpy_are_written_as_pythons(name, tmp_path):
 
 def test_a_field_that_json_cannot_say_leaves_no_half_of_a_folder(tmp_path):
     params = {"up": {"kernel": jnp.asarray(normal(4, 6))}}
-    adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
+    adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0))
     with pytest.raises(
         ValueError,
         match=r"auto_mapping=\{'x': <object .* cannot be written as JSON: .*leave it out",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.interop import peft
 from tests.interop.peft_files import (
     CASES,
@@ -143,12 +143,12 @@ def test_what_the_caller_says(tmp_path):
 
 def adapted(rules, **options):
     params = whole_params()
-    return params, jax.jit(lambda params: lr.adapt(params, rules, jax.random.key(0), **options))(
+    return params, jax.jit(lambda params: lrx.adapt(params, rules, jax.random.key(0), **options))(
         params
     )
 
 
-UP, DOWN, FEW = "body/up/kernel", "body/down/kernel", lr.adapters.lora(rank=2)
+UP, DOWN, FEW = "body/up/kernel", "body/down/kernel", lrx.adapters.lora(rank=2)
 
 
 def other_names(path, index):
@@ -172,22 +172,23 @@ def halved(adaptation):
 
 # rules, options of adapt, what becomes of the adaptation, options of save
 SAVES = {
-    "methods": ("adapters .'hira', 'lora'.; a PEFT file", {UP: FEW, DOWN: lr.adapters.hira(rank=2)}),
-    "dora and lora": ("use_dora: the adapters have .False, True.", {UP: lr.adapters.dora(rank=2), DOWN: FEW}),
-    "dropouts": ("dropout: the adapters have .0.0, 0.1.", {UP: lr.adapters.lora(rank=2, dropout=0.1), DOWN: FEW}),
-    "cayley": ("cayley: the", {UP: lr.adapters.oft(block=2), DOWN: lr.adapters.oft(block=2, cayley="neumann")}),
-    "blocks": ("block: PEFT has one", {UP: lr.adapters.oft(block=4), DOWN: lr.adapters.oft(block=2)}),
-    "ranks": ("rank: the adapters have", {UP: lr.adapters.shira(rank=1), DOWN: lr.adapters.shira(rank=2)}),
-    "groups": ("group: .'vera', 'x'. share", {UP: lr.adapters.vera(rank=2, group="x"), DOWN: lr.adapters.vera(rank=2)}),
+    "methods": ("adapters .'hira', 'lora'.; a PEFT file", {UP: FEW, DOWN: lrx.adapters.hira(rank=2)}),
+    "dora and lora": ("use_dora: the adapters have .False, True.", {UP: lrx.adapters.dora(rank=2), DOWN: FEW}),
+    "dropouts": ("dropout: the adapters have .0.0, 0.1.", {UP: lrx.adapters.lora(rank=2, dropout=0.1), DOWN: FEW}),
+    "cayley": ("cayley: the", {UP: lrx.adapters.oft(block=2), DOWN: lrx.adapters.oft(block=2, cayley="neumann")}),
+    "blocks": ("block: PEFT has one", {UP: lrx.adapters.oft(block=4), DOWN: lrx.adapters.oft(block=2)}),
+    "ranks": ("rank: the adapters have", {UP: lrx.adapters.shira(rank=1), DOWN: lrx.adapters.shira(rank=2)}),
+    "groups": ("group: .'vera', 'x'. share", {UP: lrx.adapters.vera(rank=2, group="x"),
+                                              DOWN: lrx.adapters.vera(rank=2)}),
     "own fields": ("'r'. follow from the adaptation", {UP: FEW}, {}, None, {"r": 3}),
     "options of others": ("'save_indices'. follow", {UP: FEW}, {}, None, {"save_indices": True}),
     "views": ("views: 'body/up/kernel' is", {UP: FEW}, {}, None, {
-        "views": lr.Views(rules=((UP, lr.MatrixView(rows=(1,), cols=(0,))),))}),
-    "biases": ("'body.up.bias'. belong to adapted modules", {UP: lr.adapters.hira(rank=2)}, {"bias": "adapted"}),
+        "views": lrx.Views(rules=((UP, lrx.MatrixView(rows=(1,), cols=(0,))),))}),
+    "biases": ("'body.up.bias'. belong to adapted modules", {UP: lrx.adapters.hira(rank=2)}, {"bias": "adapted"}),
     "kernels whole": ("would take .'xnorm'. too", {UP: FEW}, {"whole": "body/norm/.*"}, None, {"names": other_names}),
-    "positions": ("positions: PEFT files hold none", {UP: lr.adapters.fourierft(frequencies=5)}, {}, moved),
-    "no weights": ("scale: a UNILORA file holds", {UP: lr.adapters.uni_lora(rank=2, size=8)}, {}, halved),
-    "candidates": ("rows choose among", {UP: FEW}, {}, lambda one: lr.adapters.candidates({"a": one, "b": one})),
+    "positions": ("positions: PEFT files hold none", {UP: lrx.adapters.fourierft(frequencies=5)}, {}, moved),
+    "no weights": ("scale: a UNILORA file holds", {UP: lrx.adapters.uni_lora(rank=2, size=8)}, {}, halved),
+    "candidates": ("rows choose among", {UP: FEW}, {}, lambda one: lrx.adapters.candidates({"a": one, "b": one})),
 }  # fmt: skip
 
 
@@ -210,7 +211,7 @@ def test_frequencies_by_name(tmp_path):
     """PEFT matches n_frequency_pattern by other rules than ranks: an end after a dot, or the whole
     name."""
     params, adaptation = adapted(
-        {UP: lr.adapters.fourierft(frequencies=5), DOWN: lr.adapters.fourierft(frequencies=6)}
+        {UP: lrx.adapters.fourierft(frequencies=5), DOWN: lrx.adapters.fourierft(frequencies=6)}
     )
     peft.save(tmp_path, adaptation, params)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

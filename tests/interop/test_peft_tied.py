@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.interop import peft, safetensors
 from tests.interop.peft_files import LORA, PREFIX, normal, write
 
@@ -31,8 +31,8 @@ def uses(adaptation):
 
 def parts(adaptation, params=PARAMS):
     """What the look-up and the output layer are."""
-    table = lr.attach(params, adaptation)["embed_tokens"]["embedding"]
-    return lr.adapters.embed(jnp.arange(9), table), lr.adapters.attend(jnp.eye(4), table).T
+    table = lrx.attach(params, adaptation)["embed_tokens"]["embedding"]
+    return lrx.adapters.embed(jnp.arange(9), table), lrx.adapters.attend(jnp.eye(4), table).T
 
 
 @pytest.mark.parametrize(
@@ -83,15 +83,15 @@ def test_a_tree_with_an_output_layer_of_its_own_has_every_file(tmp_path):
     both = CONFIG | {"target_modules": ["embed_tokens", "lm_head"]}
     adaptation = peft.load(write(tmp_path, both, LOOK_UP | HEAD), UNTIED)
     assert all(site.uses == () for site in adaptation.plan.sites)
-    merged = lr.merge(UNTIED, adaptation)
+    merged = lrx.merge(UNTIED, adaptation)
     np.testing.assert_allclose(
         merged["lm_head"]["kernel"], merged["embed_tokens"]["embedding"].T, atol=1e-6
     )
     adaptation = peft.load(write(tmp_path, SAVED, UP | {"embed_tokens.weight": COPY}), UNTIED)
-    np.testing.assert_array_equal(lr.merge(UNTIED, adaptation)["lm_head"]["kernel"], TABLE.T)
+    np.testing.assert_array_equal(lrx.merge(UNTIED, adaptation)["lm_head"]["kernel"], TABLE.T)
     # so says the caller where no output layer shares the table
     adaptation = peft.load(write(tmp_path, CONFIG, LOOK_UP), PARAMS, head=None)
-    merged = lr.merge(PARAMS, adaptation)["embed_tokens"]["embedding"]
+    merged = lrx.merge(PARAMS, adaptation)["embed_tokens"]["embedding"]
     np.testing.assert_allclose(merged, TABLE + 3 * A.T @ B.T, atol=1e-6)
 
 
@@ -117,11 +117,11 @@ def test_an_encoder_shares_no_table(tmp_path):
     with pytest.raises(
         ValueError, match=r"\{'embeddings/word_embeddings/embedding': .*peft.load\(.*head=None\)"
     ):
-        lr.merge(params, adaptation)
-    for table in jax.tree.leaves(lr.merge(params, peft.load(folder, params, head=None))):
+        lrx.merge(params, adaptation)
+    for table in jax.tree.leaves(lrx.merge(params, peft.load(folder, params, head=None))):
         np.testing.assert_allclose(table, TABLE + 3 * A.T @ B.T, atol=1e-6)
     rules = {f"embeddings/{name}/embedding": FEW for name in names[1:]}
-    peft.save(tmp_path / "again", lr.adapt(params, rules, jax.random.key(0)), params)
+    peft.save(tmp_path / "again", lrx.adapt(params, rules, jax.random.key(0)), params)
     whole = SAVED | {"target_modules": [names[1]], "modules_to_save": [names[2]]}
     tensors = of(names[1]) | {f"embeddings.{names[2]}.weight": COPY}
     found = peft.load(write(tmp_path, whole, tensors), params).train["whole"]
@@ -166,12 +166,12 @@ def test_what_one_leaf_cannot_say_is_not_loaded(case, tmp_path):
         peft.load(write(tmp_path, config, tensors), PARAMS)
 
 
-FEW = lr.adapters.lora(rank=2)
+FEW = lrx.adapters.lora(rank=2)
 OTHER = {"table": PARAMS["embed_tokens"], "up": PARAMS["up"]}
 SAVES = {
-    "method": ({PATH: lr.adapters.hira(rank=2)}, {}, "'embed_tokens' is adapted as the look-up and as the output la"),
-    "magnitudes": ({PATH: lr.adapters.dora(rank=2)}, {}, "'embed_tokens' has DoRA as the look-up and as the output la"),
-    "whole": ({"up/kernel": lr.adapters.hira(rank=2)}, {"whole": PATH}, "'embed_tokens' is trained as the look-up and"),
+    "method": ({PATH: lrx.adapters.hira(rank=2)}, {}, "'embed_tokens' is adapted as the look-up and as the output la"),
+    "magnitudes": ({PATH: lrx.adapters.dora(rank=2)}, {}, "'embed_tokens' has DoRA as the look-up and as the output"),
+    "whole": ({"up/kernel": lrx.adapters.hira(rank=2)}, {"whole": PATH}, "'embed_tokens' is trained as the look-up"),
     "output layer": ({PATH: FEW}, {"uses": {PATH: ("dot_general",)}}, r"adapted at \('dot_general',\), which no PEFT"),
     "kernel": ({"up/kernel": FEW}, {"uses": {"up/.*": ("gather",)}}, r"'up/kernel' is adapted at \('gather',\), which"),
     "name": ({"table/embedding": FEW}, {}, "'table' is adapted as .* but for LoRA on a table named 'embed_tokens' wi"),
@@ -182,7 +182,7 @@ SAVES = {
 def test_what_peft_cannot_say_is_not_written(case, tmp_path):
     rules, options, expected = SAVES[case]
     params = OTHER if case == "name" else PARAMS
-    adaptation = lr.adapt(params, rules, jax.random.key(0), **options)
+    adaptation = lrx.adapt(params, rules, jax.random.key(0), **options)
     with pytest.raises(ValueError, match=expected):
         peft.save(tmp_path, adaptation, params)
     assert not list(tmp_path.iterdir())
@@ -190,7 +190,7 @@ def test_what_peft_cannot_say_is_not_written(case, tmp_path):
 
 def test_a_pattern_of_targets_matches_the_bare_name_by_which_peft_ties(tmp_path):
     params = {"m": PARAMS, "x": {"embed_tokens": {"kernel": jnp.ones((4, 4))}}}
-    adaptation = lr.adapt(params, {f"m/{PATH}": FEW}, jax.random.key(0))
+    adaptation = lrx.adapt(params, {f"m/{PATH}": FEW}, jax.random.key(0))
     peft.save(tmp_path, adaptation, params)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["m.embed_tokens"]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import kernels
 from lowrank_jax.kernels import _dct
 
@@ -62,7 +62,7 @@ def test_scores_are_those_of_float64(shape, dtype, kind, norm):
 def test_every_vector_is_found_by_its_own_score():
     d = 256
     for kind in (2, 3):
-        basis = lr.linalg.dct_matrix(d, kind)
+        basis = lrx.linalg.dct_matrix(d, kind)
         for axis, given in ((-2, basis.T[:, :, None]), (-1, basis.T[:, None, :])):
             scores = kernels.dct_scores(given, kind, axis=axis, **NAMED)
             np.testing.assert_allclose(scores, np.eye(d), atol=1e-5)
@@ -119,7 +119,7 @@ def test_split_takes_few_operations_and_covers_every_frequency_once():
 
 def lowered(shape, platform, **options):
     """Text of an update whose refresh is every step, for a platform that is not here."""
-    tx = lr.scale_by_projection(lr.projectors.dct(rank=4, **options))
+    tx = lrx.scale_by_projection(lrx.projectors.dct(rank=4, **options))
     params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
     state = jax.eval_shape(tx.init, params)
     return (
@@ -144,10 +144,12 @@ def test_projector_refreshes_to_the_same_basis(monkeypatch):
     monkeypatch.setattr(kernels, "dct_scores", lambda *args: real(*args, **NAMED))
     for shape in ((128, 200), (200, 128), (2, 128, 200)):
         grads = {"kernel": operand(shape)}
-        views = lr.Views(stacked=("kernel",)) if len(shape) == 3 else lr.Views()
+        views = lrx.Views(stacked=("kernel",)) if len(shape) == 3 else lrx.Views()
         bases = []
         for products in ("xla", "kernel"):
-            tx = lr.scale_by_projection(lr.projectors.dct(rank=32, products=products), views=views)
+            tx = lrx.scale_by_projection(
+                lrx.projectors.dct(rank=32, products=products), views=views
+            )
             state = tx.update(grads, tx.init(grads), grads)[1]
             bases.append(jax.tree.leaves(state.matrices["kernel"].basis)[0])
         np.testing.assert_array_equal(*bases)
@@ -155,4 +157,4 @@ def test_projector_refreshes_to_the_same_basis(monkeypatch):
 
 def test_projector_refuses_another_word():
     with pytest.raises(ValueError, match="products='pallas' must be 'xla' or 'kernel'"):
-        lr.projectors.dct(products="pallas")
+        lrx.projectors.dct(products="pallas")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import kernels, linalg
 from lowrank_jax.kernels import _low_rank_adam_parts as parts
 from lowrank_jax.kernels import _platform
@@ -187,11 +187,11 @@ PARAMS = {
 def galore(**options):
     options = {
         "rank": 3,
-        "views": lr.Views(stacked=("layers/.*",)),
+        "views": lrx.Views(stacked=("layers/.*",)),
         "eps": 1e-3,
         "clip_norm": 1.0,
     } | options
-    return lr.galore(options.pop("learning_rate", 1e-1), weight_decay=0.1, **options)
+    return lrx.galore(options.pop("learning_rate", 1e-1), weight_decay=0.1, **options)
 
 
 def spoiled(grads, leaf):
@@ -231,15 +231,15 @@ CASES = {
          "learning_rate": lambda step: 0.1 / (1 + step)},
         {},
     ),
-    "reset at a refresh": ("tpu", {"clock": lr.clocks.every(period=2), "transport": lr.transports.reset()}, {}),
-    "8 bits": ("gpu", {"inner": lr.inner.stored8(minimum=1, block=8)}, {}),
+    "reset at a refresh": ("tpu", {"clock": lrx.clocks.every(period=2), "transport": lrx.transports.reset()}, {}),
+    "8 bits": ("gpu", {"inner": lrx.inner.stored8(minimum=1, block=8)}, {}),
     "no guard, stochastic": (
         None,
-        {"projector": lr.projectors.svd(rank=3, dtype=jnp.bfloat16), "rank": None, "guard": False, "clip_norm": None,
-         "inner": lr.inner.adam(convention="hf")},
+        {"projector": lrx.projectors.svd(rank=3, dtype=jnp.bfloat16), "rank": None, "guard": False, "clip_norm": None,
+         "inner": lrx.inner.adam(convention="hf")},
         {"rounding": "stochastic"},
     ),
-    "bases move after the step": ("tpu", {"clock": lr.clocks.every(period=2, when="after")}, {}),
+    "bases move after the step": ("tpu", {"clock": lrx.clocks.every(period=2, when="after")}, {}),
 }  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def test_the_fused_form_by_the_kernel_is_the_fused_form(name, interpreted):
     interpreted(implementation)
     dtype = "bfloat16" if "rounding" in form else "float32"
     expected, found = (
-        trained(lr.fused(galore(**options), products=p, **form), dtype) for p in ("xla", "kernel")
+        trained(lrx.fused(galore(**options), products=p, **form), dtype) for p in ("xla", "kernel")
     )
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert int(found[1].projection.skipped) == (0 if name.startswith("no guard") else 1)
@@ -284,7 +284,7 @@ def test_decay_before_the_step_and_a_gradient_that_is_not_finite(implementation,
     """`trained` asserts that a skipped step leaves parameters and state as they were, a projected
     leaf's NaN too."""
     interpreted(implementation)
-    recipe = dataclasses.replace(galore(clock=lr.clocks.every(period=3)).recipe, when="pre")
+    recipe = dataclasses.replace(galore(clock=lrx.clocks.every(period=3)).recipe, when="pre")
     found = {}
     for products in ("xla", "kernel"):
         found[products] = trained(fused.Fused(recipe=recipe, products=products), leaf="down")
@@ -307,11 +307,11 @@ def test_a_gradient_that_is_not_finite_at_a_refresh_is_what_xla_makes_of_it(guar
     options = {
         "guard": guard,
         "clip_norm": None,
-        "clock": lr.clocks.every(period=2),
-        "projector": lr.projectors.random(rank=3, stored=True),
+        "clock": lrx.clocks.every(period=2),
+        "projector": lrx.projectors.random(rank=3, stored=True),
         "rank": None,
     }
-    form = {p: lr.fused(galore(**options), products=p) for p in ("xla", "kernel")}
+    form = {p: lrx.fused(galore(**options), products=p) for p in ("xla", "kernel")}
     found = {products: trained(own, leaf="up") for products, own in form.items()}
     compare(found["kernel"], found["xla"], 1e-5)
     assert np.isnan(found["kernel"][0]["layers"]["up"]["kernel"]).any() == (not guard)
@@ -319,15 +319,15 @@ def test_a_gradient_that_is_not_finite_at_a_refresh_is_what_xla_makes_of_it(guar
 
 @pytest.mark.parametrize(
     ("implementation", "moments", "form", "dtype"),
-    [("tpu", lr.inner.adam(), {}, "float32"),
-     ("gpu", lr.inner.stored8(minimum=1, block=8), {"rounding": "stochastic"}, "bfloat16")],
+    [("tpu", lrx.inner.adam(), {}, "float32"),
+     ("gpu", lrx.inner.stored8(minimum=1, block=8), {"rounding": "stochastic"}, "bfloat16")],
 )  # fmt: skip
 def test_a_leaf_with_two_batch_axes(implementation, moments, form, dtype, interpreted):
     interpreted(implementation)
     params = {"layers": {"up": {"kernel": jnp.ones((2, 3, 16, 24))}}, "bias": jnp.zeros(16)}
-    view = lr.MatrixView(batch=(0, 1), rows=(2,), cols=(3,))
-    tx = galore(views=lr.Views(rules=(("layers/.*", view),)), inner=moments)
-    own = (lr.fused(tx, products=products, **form) for products in ("xla", "kernel"))
+    view = lrx.MatrixView(batch=(0, 1), rows=(2,), cols=(3,))
+    tx = galore(views=lrx.Views(rules=(("layers/.*", view),)), inner=moments)
+    own = (lrx.fused(tx, products=products, **form) for products in ("xla", "kernel"))
     expected, found = (trained(one, dtype, params, "up") for one in own)
     # the form's noise is one draw for an index of the first axis, the kernel's one for each matrix
     compare(found, expected, 1e-5 if dtype == "float32" else 2e-2)
@@ -336,7 +336,7 @@ def test_a_leaf_with_two_batch_axes(implementation, moments, form, dtype, interp
 def test_the_kernel_is_taken_only_where_it_is_told_to():
     params = {"kernel": jnp.ones((2, 128, 256))}
     for products in ("xla", "kernel"):
-        form = lr.fused(galore(views=lr.Views(stacked=("kernel",))), products=products)
+        form = lrx.fused(galore(views=lrx.Views(stacked=("kernel",))), products=products)
         text = (
             jax.jit(form.step)
             .trace(params, params, form.init(params))
@@ -349,11 +349,11 @@ def test_the_kernel_is_taken_only_where_it_is_told_to():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner": lr.inner.from_optax(lr.galore(1.0, rank=1))}, "runs Adam"),
-        ({"residual": lr.residuals.sign()}, "drops the rest of the gradient"),
-        ({"projector": lr.projectors.dct(rank=3), "rank": None}, "reads a stored basis"),
+        ({"inner": lrx.inner.from_optax(lrx.galore(1.0, rank=1))}, "runs Adam"),
+        ({"residual": lrx.residuals.sign()}, "drops the rest of the gradient"),
+        ({"projector": lrx.projectors.dct(rank=3), "rank": None}, "reads a stored basis"),
         (
-            {"projector": lr.projectors.svd(rank=3, dtype=jnp.int8), "rank": None},
+            {"projector": lrx.projectors.svd(rank=3, dtype=jnp.int8), "rank": None},
             "reads a stored basis",
         ),
     ],
@@ -361,13 +361,13 @@ def test_the_kernel_is_taken_only_where_it_is_told_to():
 )
 def test_the_form_refuses_what_the_kernel_does_not_compute(options, message):
     with pytest.raises(ValueError, match=message):
-        lr.fused(galore(**options), products="kernel")
+        lrx.fused(galore(**options), products="kernel")
     with pytest.raises(ValueError, match="must be one of"):
-        lr.fused(galore(), products="pallas")
+        lrx.fused(galore(), products="pallas")
 
 
 def test_leaves_and_layer_wise_steps_that_it_cannot_write_are_refused():
-    form = lr.fused(galore(views=lr.Views()), products="kernel")
+    form = lrx.fused(galore(views=lrx.Views()), products="kernel")
     for kernel, message in (
         (jnp.ones((8, 8), jnp.float16), "writes float32 or bfloat16, not float16"),
         (linalg.quantize_blocks(jnp.ones((8, 8)), "linear"), "not QuantizedBlocks"),
@@ -375,13 +375,13 @@ def test_leaves_and_layer_wise_steps_that_it_cannot_write_are_refused():
         params, state = {"kernel": kernel}, form.init({"kernel": jnp.ones((8, 8))})
         with pytest.raises(ValueError, match=message):
             form.step(params, {"kernel": jnp.ones((8, 8))}, state)
-    turned = lr.Views(rules=((".*", lr.MatrixView(rows=(1,), cols=(0,))),))
-    form = lr.fused(galore(views=turned), products="kernel")
+    turned = lrx.Views(rules=((".*", lrx.MatrixView(rows=(1,), cols=(0,))),))
+    form = lrx.fused(galore(views=turned), products="kernel")
     params = {"kernel": jnp.ones((8, 16))}
     with pytest.raises(ValueError, match=r"the view takes axes \(1, 0\)"):
         form.step(params, params, form.init(params))
-    stack = lr.Stack(
+    stack = lrx.Stack(
         before=lambda rest, x: x, layer=lambda layer, x: x, after=lambda rest, x: jnp.mean(x)
     )
     with pytest.raises(ValueError, match="products='kernel' writes whole stacks"):
-        lr.layerwise_step(stack, dataclasses.replace(form))
+        lrx.layerwise_step(stack, dataclasses.replace(form))

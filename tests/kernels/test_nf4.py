@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import kernels, linalg
 from lowrank_jax.kernels import _nf4, _platform
 
@@ -175,11 +175,13 @@ def test_matmul_takes_the_kernel_only_where_the_matrix_asks_for_it(adapted):
         x, w = operands((5, 70, 24), "float32", products=products)
         params = {"kernel": w}
         if adapted:
-            made = lr.adapt(params, lr.adapters.lora(rank=2, init="orthogonal"), jax.random.key(0))
-            params = lr.attach(params, made)
+            made = lrx.adapt(
+                params, lrx.adapters.lora(rank=2, init="orthogonal"), jax.random.key(0)
+            )
+            params = lrx.attach(params, made)
 
         def loss(x, params=params):
-            return jnp.sum(jnp.sin(lr.matmul(x, params["kernel"])))
+            return jnp.sum(jnp.sin(lrx.matmul(x, params["kernel"])))
 
         found[products] = jax.value_and_grad(loss)(x)
         text = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
@@ -193,8 +195,8 @@ def test_a_product_of_another_form_decodes():
     x, w = operands((5, 64, 24), "float32", products="kernel")
     exact = np.asarray(x, np.float64) @ decoded(w)
     np.testing.assert_allclose(
-        lr.dot_general(w.dequantize(), w, (((0,), (0,)), ((), ()))).shape, (24, 24)
+        lrx.dot_general(w.dequantize(), w, (((0,), (0,)), ((), ()))).shape, (24, 24)
     )
-    np.testing.assert_allclose(lr.einsum("bn,nm->bm", x, w), exact, atol=1e-4)
-    high = lr.dot_general(x, w, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    np.testing.assert_allclose(lrx.einsum("bn,nm->bm", x, w), exact, atol=1e-4)
+    high = lrx.dot_general(x, w, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
     np.testing.assert_allclose(high, exact, atol=1e-4)

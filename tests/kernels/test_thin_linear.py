@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import kernels
 from lowrank_jax.kernels import _platform, _thin
 
@@ -137,14 +137,14 @@ def test_what_does_not_fit_falls_back_unless_it_is_named():
 
 def adapted_loss(products, **options):
     params = {"kernel": jax.random.normal(jax.random.key(0), (128, 256)) / 8}
-    adapter = lr.adapters.lora(rank=4, alpha=16, products=products, **options)
-    adaptation = lr.adapt(params, adapter, jax.random.key(1))
+    adapter = lrx.adapters.lora(rank=4, alpha=16, products=products, **options)
+    adaptation = lrx.adapt(params, adapter, jax.random.key(1))
     x = jax.random.normal(jax.random.key(2), (5, 128))
 
     def loss(train):
         train = jax.tree.map(lambda leaf: leaf + 0.01, train)  # b starts at 0
-        own = lr.attach(params, adaptation.replace(train=train))
-        return jnp.sum(jnp.sin(lr.matmul(x, own["kernel"])))
+        own = lrx.attach(params, adaptation.replace(train=train))
+        return jnp.sum(jnp.sin(lrx.matmul(x, own["kernel"])))
 
     return loss, adaptation.train
 
@@ -175,19 +175,19 @@ def test_lora_takes_the_kernel_only_where_it_is_told_to(products):
 )
 def test_lora_refuses_what_the_kernel_cannot_do(options, message):
     with pytest.raises(ValueError, match=message):
-        lr.adapters.lora(rank=2, **options)
+        lrx.adapters.lora(rank=2, **options)
 
 
 def test_rows_that_choose_among_adapters_take_the_kernel_too():
     params, found = {"kernel": jax.random.normal(jax.random.key(0), (128, 256)) / 8}, {}
     x = jax.random.normal(jax.random.key(2), (3, 5, 128))  # sequences, each with its own adapter
     for products in ("xla", "kernel"):
-        adapter = lr.adapters.lora(rank=4, init="orthogonal", products=products)
-        made = {name: lr.adapt(params, adapter, jax.random.key(i)) for i, name in enumerate("ab")}
-        both = lr.adapters.candidates(made)
+        adapter = lrx.adapters.lora(rank=4, init="orthogonal", products=products)
+        made = {name: lrx.adapt(params, adapter, jax.random.key(i)) for i, name in enumerate("ab")}
+        both = lrx.adapters.candidates(made)
 
         def run(x, both=both):
-            return lr.matmul(x, lr.attach(params, both, ids=jnp.asarray([1, -1, 0]))["kernel"])
+            return lrx.matmul(x, lrx.attach(params, both, ids=jnp.asarray([1, -1, 0]))["kernel"])
 
         found[products] = run(x)
         assert ("triton" in lowered(run, (x,), "cuda")) == (products == "kernel")
@@ -198,13 +198,13 @@ def test_rows_that_choose_among_adapters_take_the_kernel_too():
 def test_lora_leaves_to_xla_what_the_kernel_would_change(change):
     params = {"kernel": jax.random.normal(jax.random.key(0), (128, 256)) / 8}
     x = jnp.ones((5, 128), jnp.bfloat16 if change == "dtype of x" else jnp.float32)
-    kernel = lr.adapters.lora(rank=4, products="kernel")
-    chosen = {"own": lr.adapt(params, kernel, jax.random.key(1))}
+    kernel = lrx.adapters.lora(rank=4, products="kernel")
+    chosen = {"own": lrx.adapt(params, kernel, jax.random.key(1))}
     if change == "an adapter before":
-        chosen = {"first": lr.adapt(params, lr.adapters.dora(rank=2), jax.random.key(2))} | chosen
-    tree = lr.attach(params, chosen)
+        chosen = {"first": lrx.adapt(params, lrx.adapters.dora(rank=2), jax.random.key(2))} | chosen
+    tree = lrx.attach(params, chosen)
     options = {"precision": "highest"} if change == "precision" else {}
     numbers = (((1,), (0,)), ((), ()))
-    text = lowered(lambda x: lr.dot_general(x, tree["kernel"], numbers, **options), (x,), "tpu")
+    text = lowered(lambda x: lrx.dot_general(x, tree["kernel"], numbers, **options), (x,), "tpu")
     assert "tpu_custom_call" not in text
     assert change != "precision" or text.count("HIGHEST") >= 2

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.adapters.hosts import Outside
 
-A = lr.adapters
+A = lrx.adapters
 LAYERS, BATCH = 3, 5
-VIEWS = lr.Views(stacked=("stack/.*",))
+VIEWS = lrx.Views(stacked=("stack/.*",))
 SHAPES = {"dense": {"kernel": (12, 8)}, "stack": {"kernel": (LAYERS, 8, 8)}}
 MATRICES = ((12, 8), *((8, 8),) * LAYERS)
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -134,15 +134,15 @@ def inputs(dtype: Any = jnp.float32):
 
 
 @functools.cache
-def start(row: Row) -> lr.Adaptation:
+def start(row: Row) -> lrx.Adaptation:
     """The adaptation as it starts."""
-    return jax.jit(lambda params, key: lr.adapt(params, row.adapter, key, views=VIEWS))(
+    return jax.jit(lambda params, key: lrx.adapt(params, row.adapter, key, views=VIEWS))(
         params(), jax.random.key(0)
     )
 
 
 @functools.cache
-def moved(row: Row) -> lr.Adaptation:
+def moved(row: Row) -> lrx.Adaptation:
     """The adaptation somewhere else: random numbers added to everything that trains."""
     generator = np.random.default_rng(2)
     add = lambda x: x + 0.2 * jnp.asarray(generator.normal(size=x.shape), x.dtype)  # noqa: E731
@@ -155,7 +155,7 @@ def low_precision(row: Row) -> dict[str, Any]:
 
     def run(params, adaptation, x):
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        effective = lr.effective(params, adaptation)
+        effective = lrx.effective(params, adaptation)
         return {
             "attached": attached(params, adaptation, x),
             "effective": effective,
@@ -168,12 +168,12 @@ def low_precision(row: Row) -> dict[str, Any]:
     )
 
 
-def padded(row: Row) -> lr.Adaptation:
+def padded(row: Row) -> lrx.Adaptation:
     """As `moved`, with a rank of its own for each layer of the stack where the family has ranks, 0
     for the last."""
     rank = getattr(row.adapter, "rank", 0)
     ranks = {"stack/kernel": (rank, max(rank // 2, 1), 0)} if row.adapter.ranked else {}
-    adaptation = lr.adapt(params(), row.adapter, jax.random.key(0), views=VIEWS, ranks=ranks)
+    adaptation = lrx.adapt(params(), row.adapter, jax.random.key(0), views=VIEWS, ranks=ranks)
     generator = np.random.default_rng(3)
     add = lambda x: x + 0.2 * jnp.asarray(generator.normal(size=x.shape), x.dtype)  # noqa: E731
     return adaptation.replace(train=jax.tree.map(add, adaptation.train))
@@ -184,13 +184,13 @@ def converted(row: Row, rank: int) -> tuple[Any, Any, dict[str, jax.Array]]:
     reported."""
 
     def run(params, adaptation):
-        lora, report = lr.to_lora(params, adaptation, rank=rank)
-        return lr.effective(params, lora), lr.effective(params, adaptation), report.errors
+        lora, report = lrx.to_lora(params, adaptation, rank=rank)
+        return lrx.effective(params, lora), lrx.effective(params, adaptation), report.errors
 
     return jax.jit(run, compiler_options=FAST_COMPILE)(params(), padded(row))
 
 
-def off(adaptation: lr.Adaptation) -> lr.Adaptation:
+def off(adaptation: lrx.Adaptation) -> lrx.Adaptation:
     """With a weight of 0 in every scale."""
     sites = {
         path: own | {"scale": 0 * own["scale"]} for path, own in adaptation.fixed["sites"].items()
@@ -200,24 +200,24 @@ def off(adaptation: lr.Adaptation) -> lr.Adaptation:
 
 def model(tree: Any, x: jax.Array, *, scan: bool = True) -> jax.Array:
     """A dense layer and a stack, by `lax.scan` or unrolled."""
-    x, stack = jnp.tanh(lr.matmul(x, tree["dense"]["kernel"])), scannable(tree["stack"]["kernel"])
+    x, stack = jnp.tanh(lrx.matmul(x, tree["dense"]["kernel"])), scannable(tree["stack"]["kernel"])
     if scan:
-        return jax.lax.scan(lambda x, kernel: (jnp.tanh(lr.matmul(x, kernel)), None), x, stack)[0]
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(lrx.matmul(x, kernel)), None), x, stack)[0]
     for number in range(LAYERS):
-        x = jnp.tanh(lr.matmul(x, jax.tree.map(lambda leaf, i=number: leaf[i], stack)))
+        x = jnp.tanh(lrx.matmul(x, jax.tree.map(lambda leaf, i=number: leaf[i], stack)))
     return x
 
 
 def scannable(kernel: Any) -> Any:
     """A kernel whose shared arrays, which have no layer axis, stay outside of the scan."""
-    if not isinstance(kernel, lr.AdaptedKernel):
+    if not isinstance(kernel, lrx.AdaptedKernel):
         return kernel
     bound = tuple(dataclasses.replace(one, shared=Outside(one.shared)) for one in kernel.bound)
     return dataclasses.replace(kernel, bound=bound)
 
 
 def attached(params, adaptation, x, **options):
-    return model(lr.attach(params, adaptation), x, **options)
+    return model(lrx.attach(params, adaptation), x, **options)
 
 
 def weighted(output: jax.Array) -> jax.Array:
@@ -240,18 +240,18 @@ def program(row: Row) -> Callable:
             (_, output), gradient = jax.value_and_grad(of, has_aux=True)(adaptation.train)
             return output, gradient
 
-        merged = lr.merge(params, adaptation)
+        merged = lrx.merge(params, adaptation)
         found = {
             "attached": loss(attached),
             "effective": loss(
-                lambda params, adaptation, x: model(lr.effective(params, adaptation), x)
+                lambda params, adaptation, x: model(lrx.effective(params, adaptation), x)
             ),
             "unrolled": attached(params, adaptation, x, scan=False),
             "base": model(params, x),
             "merged": merged,
-            "kernels": lr.effective(params, adaptation),
+            "kernels": lrx.effective(params, adaptation),
         }
-        return found | ({"unmerged": lr.unmerge(merged, adaptation)} if row.removable else {})
+        return found | ({"unmerged": lrx.unmerge(merged, adaptation)} if row.removable else {})
 
     return jax.jit(run, compiler_options=FAST_COMPILE)
 

@@ -19,10 +19,10 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 STEPS = 6
-VIEWS = lr.Views(stacked=("stack/.*",))
+VIEWS = lrx.Views(stacked=("stack/.*",))
 SHAPES = {"dense": {"bias": (12,), "kernel": (8, 12)}, "stack": {"kernel": (3, 8, 8)}}
 BASIS = np.linalg.qr(np.random.default_rng(5).normal(size=(8, 4)))[0].astype(np.float32)
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -50,7 +50,7 @@ class Method:
 
     @property
     def named(self) -> bool:
-        return self.factory is not lr.scale_by_projection
+        return self.factory is not lrx.scale_by_projection
 
     def build(self, **overrides):
         options = {"views": VIEWS} | self.options | overrides
@@ -74,10 +74,10 @@ def _named(factory, name, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=
 
 
 def _custom(name, projector, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, **options):
-    clock = {"clock": lr.clocks.every(period=2)}
+    clock = {"clock": lrx.clocks.every(period=2)}
     return Method(
         name=name,
-        factory=lr.scale_by_projection,
+        factory=lrx.scale_by_projection,
         options={"projector": projector} | clock | options,
         due=due,
         seeded=seeded,
@@ -86,14 +86,14 @@ def _custom(name, projector, *, due=(0, 2, 4), seeded=False, fast=False, toleran
     )
 
 
-P, C, T, R = lr.projectors, lr.clocks, lr.transports, lr.residuals
+P, C, T, R = lrx.projectors, lrx.clocks, lrx.transports, lrx.residuals
 ALL = tuple(range(STEPS))
-_galore = functools.partial(_named, lr.galore, refresh_every=2)
-_frugal = functools.partial(_named, lr.frugal, refresh_every=2)
-_apollo = functools.partial(_named, lr.apollo, refresh_every=2, seeded=True)
-_low_bits = lr.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16)
-_decayed_trace = lr.inner.from_optax(optax.trace(0.9), decay=(("first", 0.9),))
-_factored = lr.inner.from_optax(optax.scale_by_factored_rms(), params=True)
+_galore = functools.partial(_named, lrx.galore, refresh_every=2)
+_frugal = functools.partial(_named, lrx.frugal, refresh_every=2)
+_apollo = functools.partial(_named, lrx.apollo, refresh_every=2, seeded=True)
+_low_bits = lrx.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16)
+_decayed_trace = lrx.inner.from_optax(optax.trace(0.9), decay=(("first", 0.9),))
+_factored = lrx.inner.from_optax(optax.scale_by_factored_rms(), params=True)
 
 
 def _only_dense(params):
@@ -113,11 +113,11 @@ METHODS = (
     _galore("galore-randomized", projector=P.randomized(rank=4), seeded=True),
     _galore("galore-dct", projector=P.dct(rank=4)),
     _galore("galore-svd-bf16", projector=P.svd(rank=4, dtype=jnp.bfloat16), inner=_low_bits, tolerance=2e-3),
-    _named(lr.dct_adamw, "dct_adamw", rank=4, due=ALL),
-    _named(lr.dct_adamw, "dct_adamw-dct2", rank=4, kind=2, norm="l2", refresh_every=3, due=(0, 2, 5)),
-    _named(lr.dct_adamw, "dct_adamw-ef", rank=4, error_feedback=True, refresh_every=3, due=(0, 2, 5)),
-    _named(lr.dct_adamw, "dct_adamw-keep", rank=4, rotate=False, refresh_every=2, due=(0, 1, 3, 5)),
-    _named(lr.dct_adamw, "dct_adamw-decays", rank=4, due=ALL, weight_decay=optax.linear_schedule(0.4, 0.0, STEPS),
+    _named(lrx.dct_adamw, "dct_adamw", rank=4, due=ALL),
+    _named(lrx.dct_adamw, "dct_adamw-dct2", rank=4, kind=2, norm="l2", refresh_every=3, due=(0, 2, 5)),
+    _named(lrx.dct_adamw, "dct_adamw-ef", rank=4, error_feedback=True, refresh_every=3, due=(0, 2, 5)),
+    _named(lrx.dct_adamw, "dct_adamw-keep", rank=4, rotate=False, refresh_every=2, due=(0, 1, 3, 5)),
+    _named(lrx.dct_adamw, "dct_adamw-decays", rank=4, due=ALL, weight_decay=optax.linear_schedule(0.4, 0.0, STEPS),
            mask=_only_dense),
     _frugal("frugal"),
     _frugal("frugal-columns", rank=0.5, projection="columns", seeded=True, fast=True),
@@ -126,11 +126,11 @@ METHODS = (
     _frugal("frugal-rho0-sgd", rank=0, rule="sgd", inactive_scale=0.5, due=()),
     _frugal("frugal-sgd", rule="sgd", inactive_scale=0.5, reset=False),
     _frugal("frugal-sgdm", inner=optax.trace(0.9), active_scale=0.5),
-    _named(lr.ldadam, "ldadam", rank=4, due=ALL, fast=True),
-    _named(lr.ldadam, "ldadam-no-ef", rank=4, error_feedback=False, first="range", due=ALL, seeded=True),
+    _named(lrx.ldadam, "ldadam", rank=4, due=ALL, fast=True),
+    _named(lrx.ldadam, "ldadam-no-ef", rank=4, error_feedback=False, first="range", due=ALL, seeded=True),
     _apollo("apollo", rank=4),
     _apollo("apollo-tensor", projector=P.svd(rank=4), axis="tensor", limiter=None),
-    _named(lr.apollo_mini, "apollo_mini", refresh_every=2, seeded=True),
+    _named(lrx.apollo_mini, "apollo_mini", refresh_every=2, seeded=True),
     _custom("columns-l2", P.columns(rank=4, select="l2"), transport=T.reset(count=False)),
     _custom("columns-l1-rotate", P.columns(rank=4, select="l1"), transport=T.rotate(), residual=R.sign(scale=0.1)),
     _custom("columns-given", P.columns(select=(1, 2, 5, 9)), due=(), inner=optax.scale_by_rms()),
@@ -242,8 +242,8 @@ def trajectory(method: Method):
     return run(method, gradients())
 
 
-def projection_state(state) -> lr.ProjectionState:
-    return state if isinstance(state, lr.ProjectionState) else state.projection
+def projection_state(state) -> lrx.ProjectionState:
+    return state if isinstance(state, lrx.ProjectionState) else state.projection
 
 
 def same(a, b) -> bool:

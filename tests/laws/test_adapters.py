@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.adapters.lora import INITS
 from lowrank_jax.matrices import DENSE
 from tests.laws import adapters as a
@@ -61,8 +61,8 @@ def test_merged_kernels_are_the_effective_ones_and_come_apart_again(row):
         with pytest.raises(
             ValueError, match=r"'dense/kernel'.*pass the parameters from before the merge as base="
         ):
-            lr.unmerge(found["merged"], a.moved(row))
-    same = lr.unmerge(found["merged"], a.moved(row), base=a.params())
+            lrx.unmerge(found["merged"], a.moved(row))
+    same = lrx.unmerge(found["merged"], a.moved(row), base=a.params())
     assert all(map(np.array_equal, jax.tree.leaves(same), jax.tree.leaves(a.params())))
 
 
@@ -138,7 +138,7 @@ def test_what_trains_is_counted_by_the_formula(row):
 
 @a.every_row()
 def test_adapt_works_on_shapes_alone(row):
-    adapt = functools.partial(lr.adapt, rules=row.adapter, views=a.VIEWS)
+    adapt = functools.partial(lrx.adapt, rules=row.adapter, views=a.VIEWS)
     shapes = jax.eval_shape(
         lambda params, key: adapt(params, key=key), a.params(), jax.random.key(0)
     )
@@ -194,10 +194,10 @@ def test_arrays_survive_a_checkpoint(tmp_path):
 
 def test_every_family_and_initialiser_is_a_row():
     """A new family, or a new start of LoRA, must be a row of the table."""
-    families = {getattr(lr.adapters, name) for name in lr.adapters.__all__}
+    families = {getattr(lrx.adapters, name) for name in lrx.adapters.__all__}
     families = {
-        one for one in families if isinstance(one, type) and issubclass(one, lr.adapters.Adapter)
+        one for one in families if isinstance(one, type) and issubclass(one, lrx.adapters.Adapter)
     }
-    assert families - {lr.adapters.Adapter} == {type(row.adapter) for row in a.ROWS}
-    starts = {row.adapter.start_of for row in a.ROWS if isinstance(row.adapter, lr.adapters.lora)}
+    assert families - {lrx.adapters.Adapter} == {type(row.adapter) for row in a.ROWS}
+    starts = {row.adapter.start_of for row in a.ROWS if isinstance(row.adapter, lrx.adapters.lora)}
     assert starts >= set(INITS.values())

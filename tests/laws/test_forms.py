@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 RNG = np.random.default_rng(3)
 DRAW = lambda *shape: jnp.asarray(RNG.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)  # noqa: E731
-VIEWS = lr.Views(stacked=(r"layers/.*",))
+VIEWS = lrx.Views(stacked=(r"layers/.*",))
 PARAMS = {
     "layers": {"up": {"kernel": DRAW(3, 10, 16)}, "down": {"kernel": DRAW(3, 16, 10)}},
     "square": {"kernel": DRAW(10, 10)},
@@ -26,27 +26,27 @@ AFTER = {"when": "after"}
 
 def loss(params, x, y):
     def layer(x, kernels):
-        return x + lr.matmul(
-            jnp.tanh(lr.matmul(x, kernels["up"]["kernel"])), kernels["down"]["kernel"]
+        return x + lrx.matmul(
+            jnp.tanh(lrx.matmul(x, kernels["up"]["kernel"])), kernels["down"]["kernel"]
         ), None
 
     x, _ = jax.lax.scan(layer, x + params["bias"], params["layers"])
-    return jnp.mean(jnp.square(lr.matmul(x, params["square"]["kernel"]) - y))
+    return jnp.mean(jnp.square(lrx.matmul(x, params["square"]["kernel"]) - y))
 
 
 def galore(projector, clock, **options):
     options = {"eps": 1e-3, "clip_norm": 1.0, "weight_decay": 0.1} | options
-    return lr.galore(1e-2, projector=projector, clock=clock, views=VIEWS, **options)
+    return lrx.galore(1e-2, projector=projector, clock=clock, views=VIEWS, **options)
 
 
-every, staggered = lr.clocks.every, lr.clocks.staggered
-P = lr.projectors
+every, staggered = lrx.clocks.every, lrx.clocks.staggered
+P = lrx.projectors
 ROWS = {
     "svd": (galore(P.svd(rank=3), every(period=3)), "full at a refresh"),
     "svd after": (galore(P.svd(rank=3), every(period=3, **AFTER)), "full at a refresh"),
     "svd staggered": (galore(P.svd(rank=3), staggered(period=3)), "full at a refresh"),
-    "svd reset": (galore(P.svd(rank=3), every(period=3), transport=lr.transports.reset()), "full at a refresh"),
-    "svd rotate": (galore(P.svd(rank=3), every(period=3), transport=lr.transports.rotate()), "full at a refresh"),
+    "svd reset": (galore(P.svd(rank=3), every(period=3), transport=lrx.transports.reset()), "full at a refresh"),
+    "svd rotate": (galore(P.svd(rank=3), every(period=3), transport=lrx.transports.rotate()), "full at a refresh"),
     "power": (galore(P.power(rank=3), every(period=3)), "full at a refresh"),
     "dct": (galore(P.dct(rank=3), every(period=3)), "full at a refresh"),
     "columns": (galore(P.columns(rank=3), every(period=3)), "full at a refresh"),
@@ -61,14 +61,14 @@ ROWS = {
     "bf16 basis": (galore(P.svd(rank=3, dtype=jnp.bfloat16), every(period=3)), "full at a refresh"),
     "int8 basis": (galore(P.svd(rank=3, dtype=jnp.int8), every(period=3)), "full at a refresh"),
     "no guard": (galore(P.svd(rank=3), every(period=3), guard=False), "full at a refresh"),
-    "schedule": (lr.galore(optax.linear_schedule(1e-2, 0.0, 7), rank=3, views=VIEWS, eps=1e-3), "full at a refresh"),
+    "schedule": (lrx.galore(optax.linear_schedule(1e-2, 0.0, 7), rank=3, views=VIEWS, eps=1e-3), "full at a refresh"),
     "masked decay": (galore(P.svd(rank=3), every(period=3), mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
                      "full at a refresh"),
-    "dct_adamw": (lr.dct_adamw(1e-2, rank=3, views=VIEWS, weight_decay=0.1), "full"),
-    "dct_adamw T": (lr.dct_adamw(1e-2, rank=3, refresh_every=3, views=VIEWS), "full at a refresh"),
-    "frugal": (lr.frugal(1e-2, views=VIEWS, refresh_every=3), "full"),
-    "ldadam": (lr.ldadam(1e-2, rank=3, views=VIEWS), "full"),
-    "apollo": (lr.apollo(1e-2, rank=3, views=VIEWS), "full"),
+    "dct_adamw": (lrx.dct_adamw(1e-2, rank=3, views=VIEWS, weight_decay=0.1), "full"),
+    "dct_adamw T": (lrx.dct_adamw(1e-2, rank=3, refresh_every=3, views=VIEWS), "full at a refresh"),
+    "frugal": (lrx.frugal(1e-2, views=VIEWS, refresh_every=3), "full"),
+    "ldadam": (lrx.ldadam(1e-2, rank=3, views=VIEWS), "full"),
+    "apollo": (lrx.apollo(1e-2, rank=3, views=VIEWS), "full"),
 }  # fmt: skip
 
 
@@ -94,13 +94,13 @@ SPARING = {
 def test_a_recipe_refreshes_without_full_gradients_where_it_can(name):
     """Unless a clock is given, or something else reads all of the gradient anyway."""
     projector, when, plan = SPARING[name]
-    recipe = lr.galore(1e-2, projector=projector, refresh_every=3).projection
-    assert (recipe.clock.when, recipe.clock.period, lr.plan(recipe)) == (when, 3, plan)
-    given = lr.galore(1e-2, projector=projector, clock=every(period=3)).projection
+    recipe = lrx.galore(1e-2, projector=projector, refresh_every=3).projection
+    assert (recipe.clock.when, recipe.clock.period, lrx.plan(recipe)) == (when, 3, plan)
+    given = lrx.galore(1e-2, projector=projector, clock=every(period=3)).projection
     assert given.clock == every(period=3)
-    reading = lr.galore(1e-2, projector=projector, residual=lr.residuals.sign()).projection
-    assert (reading.clock.when, lr.plan(reading)) == ("before", "full")
-    injected = optax.inject_hyperparams(lr.galore)(1e-2, projector=projector, views=VIEWS)
+    reading = lrx.galore(1e-2, projector=projector, residual=lrx.residuals.sign()).projection
+    assert (reading.clock.when, lrx.plan(reading)) == ("before", "full")
+    injected = optax.inject_hyperparams(lrx.galore)(1e-2, projector=projector, views=VIEWS)
     assert jax.eval_shape(injected.init, PARAMS).inner_state.projection.step.shape == ()
 
 
@@ -137,12 +137,12 @@ FAST = ("svd", "alternating", "columns after")
 )
 def test_optax_fused_and_projected_are_one(name):
     tx, plan = ROWS[name]
-    assert lr.plan(tx.projection) == plan
+    assert lrx.plan(tx.projection) == plan
     params, state, values = run(optax_step(tx), tx)
-    fused_params, fused_state, fused_values = run(lr.train_step(loss, tx, backprop="full"), tx)
+    fused_params, fused_state, fused_values = run(lrx.train_step(loss, tx, backprop="full"), tx)
     close(fused_params, params, 2e-5)
     close(fused_values, values, 1e-5)
-    low_params, low_state, low_values = run(lr.train_step(loss, tx), tx)
+    low_params, low_state, low_values = run(lrx.train_step(loss, tx), tx)
     # int8 codes jump where float noise crosses a boundary
     tolerance = 3e-3 if name == "int8 basis" else 2e-4
     close(low_params, params, tolerance)
@@ -160,10 +160,10 @@ def test_optax_fused_and_projected_are_one(name):
 @pytest.mark.parametrize("name", ["svd", "columns after", "alternating", "apollo"])
 def test_accumulation_is_the_large_batch(name):
     tx, _ = ROWS[name]
-    _, _, values = run(lr.train_step(loss, tx), tx)
+    _, _, values = run(lrx.train_step(loss, tx), tx)
     parts = [(x.reshape(4, 10, 10), y.reshape(4, 10, 10)) for x, y in BATCHES]
     for backprop in ("projected", "full"):
-        _, _, got = run(lr.train_step(loss, tx, accumulate=4, backprop=backprop), tx, parts)
+        _, _, got = run(lrx.train_step(loss, tx, accumulate=4, backprop=backprop), tx, parts)
         np.testing.assert_allclose(got, values, rtol=2e-3)
 
 
@@ -172,7 +172,7 @@ def test_accumulation_is_the_large_batch(name):
 def test_a_bad_batch_is_skipped_and_counted(name):
     """Bitwise as if it had never come, also at a refresh."""
     tx, _ = ROWS[name]
-    step = jax.jit(lr.train_step(loss, tx))
+    step = jax.jit(lrx.train_step(loss, tx))
     params, state = PARAMS, tx.init(PARAMS)
     bad = (X.at[0, 0].set(np.nan), Y)
     for i, batch in enumerate(BATCHES[:4]):
@@ -188,7 +188,7 @@ def test_a_bad_batch_is_skipped_and_counted(name):
 @pytest.mark.slow
 def test_an_explicit_learning_rate_replaces_the_schedule():
     tx, _ = ROWS["schedule"]
-    form, grads = lr.fused(tx), jax.grad(loss)(PARAMS, X, Y)
+    form, grads = lrx.fused(tx), jax.grad(loss)(PARAMS, X, Y)
     state = form.init(PARAMS)
     same, _ = form.step(PARAMS, grads, state)
     given, _ = form.step(PARAMS, grads, state, 1e-2)
@@ -203,18 +203,18 @@ def test_no_stack_is_copied_layer_by_layer(layerwise):
     """A loop over layers writes moments in place: one copy of a stack in it would be made for every
     layer."""
     params = {"layers": {"kernel": jnp.zeros((5, 24, 48))}}
-    tx = lr.galore(
+    tx = lrx.galore(
         1e-2,
         projector=P.random(rank=7, kind="orthonormal"),
         views=VIEWS,
         clock=every(period=9, **AFTER),
     )
-    stack = lr.Stack(
+    stack = lrx.Stack(
         before=lambda rest, x: x,
-        layer=lambda p, x: jnp.tanh(lr.matmul(x, p["kernel"]))[..., :24],
+        layer=lambda p, x: jnp.tanh(lrx.matmul(x, p["kernel"]))[..., :24],
         after=lambda rest, x, _: jnp.mean(x**2),
     )
-    step = lr.layerwise_step(stack, tx) if layerwise else lr.train_step(stack.loss, tx)
+    step = lrx.layerwise_step(stack, tx) if layerwise else lrx.train_step(stack.loss, tx)
     compiled = (
         jax.jit(step, donate_argnums=(0, 1))
         .lower(params, tx.init(params), jnp.ones((8, 24)))
@@ -227,30 +227,30 @@ def test_no_stack_is_copied_layer_by_layer(layerwise):
 
 def test_fused_needs_a_recipe():
     for tx in (
-        optax.chain(optax.clip(1.0), lr.galore(1e-2, rank=2)),
-        lr.scale_by_projection(P.svd(rank=2)),
+        optax.chain(optax.clip(1.0), lrx.galore(1e-2, rank=2)),
+        lrx.scale_by_projection(P.svd(rank=2)),
     ):
         with pytest.raises(TypeError, match="has no fused form"):
-            lr.fused(tx)
+            lrx.fused(tx)
     with pytest.raises(ValueError, match="rounding='up'"):
-        lr.fused(lr.galore(1e-2, rank=2), rounding="up")
+        lrx.fused(lrx.galore(1e-2, rank=2), rounding="up")
     with pytest.raises(ValueError, match="backprop='low'"):
-        lr.train_step(loss, lr.galore(1e-2, rank=2), backprop="low")
+        lrx.train_step(loss, lrx.galore(1e-2, rank=2), backprop="low")
 
 
 def test_no_update_of_full_size():
     """The fused form needs the scratch of one layer where the optax form needs that of the
     stack."""
     params = {"layers": {"kernel": jnp.zeros((16, 128, 256))}}
-    tx = lr.galore(1e-2, projector=P.random(rank=8, kind="orthonormal"), views=VIEWS, guard=False)
+    tx = lrx.galore(1e-2, projector=P.random(rank=8, kind="orthonormal"), views=VIEWS, guard=False)
     state = tx.init(params)
-    grads = {"layers": {"kernel": lr.Projected(jnp.zeros((16, 8, 256)))}}
+    grads = {"layers": {"kernel": lrx.Projected(jnp.zeros((16, 8, 256)))}}
 
     def fused(params, grads, state):
-        return lr.fused(tx).step(params, grads, state, taps=lr.taps(state), rebased=True)
+        return lrx.fused(tx).step(params, grads, state, taps=lrx.taps(state), rebased=True)
 
     def plain(params, grads, state):
-        updates, state = tx.update(grads, state, params, taps=lr.taps(state))
+        updates, state = tx.update(grads, state, params, taps=lrx.taps(state))
         return optax.apply_updates(params, updates), state
 
     small, large = (
@@ -270,8 +270,8 @@ def test_bfloat16_weights(rounding):
     """Updates far below half a unit in the last place vanish when rounded to nearest, and add up
     stochastically."""
     params = {"layers": {"kernel": jnp.ones((2, 32, 64), jnp.bfloat16)}}
-    tx = lr.galore(1e-4, projector=P.identity(), scale=1.0, views=VIEWS)
-    form = lr.fused(tx, rounding=rounding)
+    tx = lrx.galore(1e-4, projector=P.identity(), scale=1.0, views=VIEWS)
+    form = lrx.fused(tx, rounding=rounding)
     grads, state = jax.tree.map(jnp.ones_like, params), form.init(params)
     step = jax.jit(form.step)
     for _ in range(30):
@@ -294,7 +294,7 @@ def test_int8_weights_train(projector, when):
         lambda x: linalg.quantize_blocks(x, "linear") if x.ndim == 3 else x, PARAMS
     )
     tx = galore(projector, every(period=3, when=when))
-    step = jax.jit(lr.train_step(loss, lr.fused(tx, rounding="stochastic")))
+    step = jax.jit(lrx.train_step(loss, lrx.fused(tx, rounding="stochastic")))
     params, state = small, tx.init(small)
     first = None
     for batch in BATCHES * 6:
@@ -306,7 +306,7 @@ def test_int8_weights_train(projector, when):
     again, after, _ = step(params, state, X.at[0, 0].set(np.nan), Y)
     assert int(after.projection.skipped) == 1
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    with pytest.raises(ValueError, match="use lr.fused"):
+    with pytest.raises(ValueError, match="use lrx.fused"):
         tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(small), small)
 
 
@@ -314,12 +314,12 @@ def test_int8_weights_train(projector, when):
 @pytest.mark.parametrize("transport", ["keep", "rotate", "ldadam", "reset"])
 def test_moments_in_8_bits(transport):
     """Close to float32 moments, at a quarter of the bytes; transports see decoded moments."""
-    inner = lr.inner.adam(eps=1e-3)
-    slots = {"transport": getattr(lr.transports, transport)()}
-    stored = lr.inner.stored8(inner=inner, minimum=0, block=64)
+    inner = lrx.inner.adam(eps=1e-3)
+    slots = {"transport": getattr(lrx.transports, transport)()}
+    stored = lrx.inner.stored8(inner=inner, minimum=0, block=64)
     make = lambda inner: galore(P.svd(rank=4), every(period=3), inner=inner, **slots)  # noqa: E731
     _, state, values = run(optax_step(make(inner)), make(inner))
-    _, small_state, small = run(lr.train_step(loss, make(stored)), make(stored))
+    _, small_state, small = run(lrx.train_step(loss, make(stored)), make(stored))
     np.testing.assert_allclose(small, values, rtol=2e-2)
     assert small != values
 
@@ -331,12 +331,12 @@ def test_moments_in_8_bits(transport):
 
 
 def test_the_minimum_keeps_small_moments():
-    state = lr.inner.stored8(minimum=64).init({"large": jnp.ones((8, 8)), "small": jnp.ones(7)})
+    state = lrx.inner.stored8(minimum=64).init({"large": jnp.ones((8, 8)), "small": jnp.ones(7)})
     assert state.mu["large"].codes.shape == (8, 8)
     assert state.mu["small"].dtype == jnp.float32
-    assert lr.inner.stored8(minimum=0, block=4).init(jnp.ones((3, 8))).nu.scales.shape == (3, 2)
+    assert lrx.inner.stored8(minimum=0, block=4).init(jnp.ones((3, 8))).nu.scales.shape == (3, 2)
     for options, message in (({"block": 0}, "block=0"), ({"minimum": -1}, "minimum=-1")):
         with pytest.raises(ValueError, match=message):
-            lr.inner.stored8(**options)
+            lrx.inner.stored8(**options)
     with pytest.raises(ValueError, match="wrap it once"):
-        lr.inner.stored8(inner=lr.inner.stored8())
+        lrx.inner.stored8(inner=lrx.inner.stored8())

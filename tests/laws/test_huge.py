@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from tests.adapters import pair_methods as pairs
 from tests.laws import methods as m
 
@@ -68,4 +68,4 @@ def test_altlora_from_the_start():
     damping."""
     params = {"q": {"a": m.tree(0, shapes={"a": (16, 4)})["a"], "b": jnp.zeros((4, 16))}}
     gradients = {"q": m.tree(1, steps=3, shapes={"a": (16, 4), "b": (4, 16)})}
-    check(lr.altlora(1.0, scale=2.0), params, gradients)
+    check(lrx.altlora(1.0, scale=2.0), params, gradients)

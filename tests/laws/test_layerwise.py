@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 RNG = np.random.default_rng(5)
 DRAW = lambda *shape: jnp.asarray(RNG.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)  # noqa: E731
-VIEWS = lr.Views(stacked=(r"layers/.*",), rules=((r"(embed|out)/kernel", None),))
+VIEWS = lrx.Views(stacked=(r"layers/.*",), rules=((r"(embed|out)/kernel", None),))
 PARAMS = {
     "embed": {"kernel": DRAW(6, 10)},
     "layers": {
@@ -22,19 +22,19 @@ PARAMS = {
 }
 X, Y = DRAW(40, 6) * 5, DRAW(40, 4) * 5
 BATCHES = [(X + 0.1 * i, Y) for i in range(5)]
-STACK = lr.Stack(
+STACK = lrx.Stack(
     before=lambda rest, x, y: x @ rest["embed"]["kernel"],
-    layer=lambda layer, x: x + lr.matmul(
-        jnp.tanh(lr.matmul(x * layer["norm"]["scale"], layer["up"]["kernel"])), layer["down"]["kernel"]
+    layer=lambda layer, x: x + lrx.matmul(
+        jnp.tanh(lrx.matmul(x * layer["norm"]["scale"], layer["up"]["kernel"])), layer["down"]["kernel"]
     ),
     after=lambda rest, x, x0, y: jnp.mean(jnp.square(x @ rest["out"]["kernel"] - y)),
 )  # fmt: skip
 AFTER = {"when": "after"}
-every, P = lr.clocks.every, lr.projectors
+every, P = lrx.clocks.every, lrx.projectors
 
 
 def galore(projector, clock, **options):
-    return lr.galore(
+    return lrx.galore(
         1e-2, projector=projector, clock=clock, views=VIEWS, **({"eps": 1e-3} | options)
     )
 
@@ -42,17 +42,17 @@ def galore(projector, clock, **options):
 ROWS = {
     "svd": galore(P.svd(rank=3), every(period=3), weight_decay=0.1),
     "svd clipped": galore(P.svd(rank=3), every(period=3), clip_norm=0.5),
-    "svd reset": galore(P.svd(rank=3), every(period=2), transport=lr.transports.reset()),
-    "svd staggered": galore(P.svd(rank=3), lr.clocks.staggered(period=2)),
+    "svd reset": galore(P.svd(rank=3), every(period=2), transport=lrx.transports.reset()),
+    "svd staggered": galore(P.svd(rank=3), lrx.clocks.staggered(period=2)),
     "random after": galore(P.random(rank=3), every(period=2, **AFTER), clip_norm=0.5),
     "alternating": galore(P.alternating(rank=3), every(period=3, **AFTER)),
     "masked decay": galore(P.svd(rank=3), every(period=3), weight_decay=0.5,
                            mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)),
-    "stored": galore(P.svd(rank=3), every(period=3), inner=lr.inner.stored8(minimum=0), plain=lr.inner.adam()),
-    "frugal": lr.frugal(1e-2, views=VIEWS, refresh_every=3, clip_norm=5.0),
-    "ldadam": lr.ldadam(1e-2, rank=3, views=VIEWS),
-    "apollo": lr.apollo(1e-2, rank=3, views=VIEWS),
-    "dct_adamw": lr.dct_adamw(1e-2, rank=3, views=VIEWS, error_feedback=True),
+    "stored": galore(P.svd(rank=3), every(period=3), inner=lrx.inner.stored8(minimum=0), plain=lrx.inner.adam()),
+    "frugal": lrx.frugal(1e-2, views=VIEWS, refresh_every=3, clip_norm=5.0),
+    "ldadam": lrx.ldadam(1e-2, rank=3, views=VIEWS),
+    "apollo": lrx.apollo(1e-2, rank=3, views=VIEWS),
+    "dct_adamw": lrx.dct_adamw(1e-2, rank=3, views=VIEWS, error_feedback=True),
 }  # fmt: skip
 
 
@@ -73,8 +73,8 @@ def run(step, tx, batches):
 )
 def test_layer_by_layer_is_the_ordinary_step(name):
     tx = ROWS[name]
-    params, state, values = run(lr.train_step(STACK.loss, tx, backprop="full"), tx, BATCHES)
-    own_params, own_state, own_values = run(lr.layerwise_step(STACK, tx), tx, BATCHES)
+    params, state, values = run(lrx.train_step(STACK.loss, tx, backprop="full"), tx, BATCHES)
+    own_params, own_state, own_values = run(lrx.layerwise_step(STACK, tx), tx, BATCHES)
     np.testing.assert_allclose(own_values, values, rtol=2e-3 if name == "stored" else 2e-4)
     tolerance = 2e-3 if name == "stored" else 3e-4
     jax.tree.map(
@@ -91,22 +91,22 @@ def test_layer_by_layer_is_the_ordinary_step(name):
 @pytest.mark.parametrize("name", ["svd clipped", "random after", "frugal"])
 def test_accumulation_is_one_update_of_the_large_batch(name):
     tx = ROWS[name]
-    _, _, values = run(lr.layerwise_step(STACK, tx), tx, BATCHES)
+    _, _, values = run(lrx.layerwise_step(STACK, tx), tx, BATCHES)
     parts = [(x.reshape(4, 10, -1), y.reshape(4, 10, -1)) for x, y in BATCHES]
-    _, state, got = run(lr.layerwise_step(STACK, tx, accumulate=4), tx, parts)
+    _, state, got = run(lrx.layerwise_step(STACK, tx, accumulate=4), tx, parts)
     np.testing.assert_allclose(got, values, rtol=2e-3)
     assert int(state.projection.step) == len(BATCHES)
 
 
 @pytest.mark.slow
 def test_int8_kernels_refresh_by_the_gradients_of_their_values():
-    quantise = lambda x: lr.linalg.quantize_blocks(x, "linear") if x.ndim == 3 else x  # noqa: E731
+    quantise = lambda x: lrx.linalg.quantize_blocks(x, "linear") if x.ndim == 3 else x  # noqa: E731
     params = PARAMS | {"layers": jax.tree.map(quantise, PARAMS["layers"])}
     tx = ROWS["svd"]
     values = {}
     for name, step in (
-        ("own", lr.layerwise_step(STACK, tx)),
-        ("ordinary", lr.train_step(STACK.loss, tx)),
+        ("own", lrx.layerwise_step(STACK, tx)),
+        ("ordinary", lrx.train_step(STACK.loss, tx)),
     ):
         step, found, state = jax.jit(step), params, tx.init(params)
         values[name] = []
@@ -125,7 +125,7 @@ def test_int8_kernels_refresh_by_the_gradients_of_their_values():
 
 def test_a_bad_batch_is_skipped():
     tx = ROWS["svd"]
-    step, state = jax.jit(lr.layerwise_step(STACK, tx)), tx.init(PARAMS)
+    step, state = jax.jit(lrx.layerwise_step(STACK, tx)), tx.init(PARAMS)
     params, after, _ = step(PARAMS, state, X.at[0, 0].set(np.nan), Y)
     assert (int(after.projection.step), int(after.projection.skipped)) == (0, 1)
     jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
@@ -136,12 +136,12 @@ def test_a_bad_batch_is_skipped():
 def test_no_gradient_of_the_stack_is_held():
     layers, width = 16, 128
     params = {"layers": {"kernel": jnp.zeros((layers, width, width))}}
-    stack = lr.Stack(
+    stack = lrx.Stack(
         before=lambda rest, x: x,
-        layer=lambda p, x: jnp.tanh(lr.matmul(x, p["kernel"])),
+        layer=lambda p, x: jnp.tanh(lrx.matmul(x, p["kernel"])),
         after=lambda rest, x, _: jnp.mean(x**2),
     )
-    tx = lr.frugal(1e-2, views=lr.Views(stacked=("layers/.*",)), projection="columns")
+    tx = lrx.frugal(1e-2, views=lrx.Views(stacked=("layers/.*",)), projection="columns")
     x, state = jnp.ones((8, width)), tx.init(params)
     small, large = (
         jax.jit(f, donate_argnums=(0, 1))
@@ -149,18 +149,18 @@ def test_no_gradient_of_the_stack_is_held():
         .compile()
         .memory_analysis()
         .temp_size_in_bytes
-        for f in (lr.layerwise_step(stack, tx), lr.train_step(stack.loss, tx))
+        for f in (lrx.layerwise_step(stack, tx), lrx.train_step(stack.loss, tx))
     )
     assert small < 10 * width * width * 4
     assert large > layers * width * width * 4
 
 
 def test_what_cannot_be_taken_layer_by_layer():
-    tx = lr.galore(1e-2, rank=2, views=lr.Views(stacked=(r"layers/.*",)))
+    tx = lrx.galore(1e-2, rank=2, views=lrx.Views(stacked=(r"layers/.*",)))
     with pytest.raises(ValueError, match="out/kernel.*cannot be updated layer by layer"):
-        lr.layerwise_step(STACK, tx)(PARAMS, tx.init(PARAMS), X, Y)
+        lrx.layerwise_step(STACK, tx)(PARAMS, tx.init(PARAMS), X, Y)
     with pytest.raises(ValueError, match="accumulate=0"):
-        lr.layerwise_step(STACK, tx, accumulate=0)
+        lrx.layerwise_step(STACK, tx, accumulate=0)
 
 
 def _breaking():
@@ -179,7 +179,7 @@ def _breaking():
     )
     layer = lambda p, x: STACK.layer(p, through(x, p["mark"]["scale"][0]))  # noqa: E731
     before = lambda rest, x, y: through(STACK.before(rest, x, y), rest["mark"])  # noqa: E731
-    return lr.Stack(before=before, layer=layer, after=STACK.after)
+    return lrx.Stack(before=before, layer=layer, after=STACK.after)
 
 
 def _marked(where):
@@ -204,7 +204,7 @@ def _moved(params, new):
 
 BROKEN = {
     "exact": ({}, {"exact_skip": True}),
-    "exact, every step": ({"clock": lr.clocks.every_step()}, {"exact_skip": True}),
+    "exact, every step": ({"clock": lrx.clocks.every_step()}, {"exact_skip": True}),
     "clipped": ({"clip_norm": 0.5}, {}),
     "accumulated": ({}, {"exact_skip": True, "accumulate": 2}),
 }
@@ -221,7 +221,7 @@ def test_a_skipped_step_changes_nothing_but_a_counter(name, where):
     tx = galore(P.svd(rank=3), **({"clock": every(period=3)} | options))
     params = _marked(where)
     args = [x.reshape(2, 20, -1) if "accumulate" in form else x for x in (X, Y)]
-    step, state = jax.jit(lr.layerwise_step(_breaking(), tx, **form)), tx.init(params)
+    step, state = jax.jit(lrx.layerwise_step(_breaking(), tx, **form)), tx.init(params)
     new, after, value = step(params, state, *args)
     assert np.isfinite(value)
     jax.tree.map(np.testing.assert_array_equal, new, params)
@@ -236,7 +236,7 @@ def test_what_moves_at_a_skipped_step_without_a_first_pass(where):
     moves."""
     tx, params = ROWS["svd"], _marked(where)
     state = tx.init(params)
-    new, after, _ = jax.jit(lr.layerwise_step(_breaking(), tx))(params, state, X, Y)
+    new, after, _ = jax.jit(lrx.layerwise_step(_breaking(), tx))(params, state, X, Y)
     assert (int(after.projection.step), int(after.projection.skipped)) == (0, 1)
     expected = [where == "before", True, True]  # the mark breaks what leaves its layer
     moved = _moved(params, new)
@@ -266,7 +266,7 @@ def test_an_exact_skip_costs_one_backward_pass():
     state = tx.init(PARAMS)
 
     def flops(tx, **options):
-        step = jax.jit(lr.layerwise_step(STACK, tx, **options))
+        step = jax.jit(lrx.layerwise_step(STACK, tx, **options))
         return step.lower(PARAMS, state, X, Y).compile().cost_analysis()["flops"]
 
     assert 1.2 < flops(tx, exact_skip=True) / flops(tx) < 1.8
@@ -276,6 +276,6 @@ def test_an_exact_skip_costs_one_backward_pass():
 
 def test_an_exact_skip_needs_a_guard():
     with pytest.raises(ValueError, match="exact_skip=True.*guard=False"):
-        lr.layerwise_step(
+        lrx.layerwise_step(
             STACK, galore(P.svd(rank=3), every(period=3), guard=False), exact_skip=True
         )

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.projection.projectors.base import BasisProjector
 from tests.laws import methods as m
 
@@ -46,7 +46,7 @@ def _same_up_to_zero_sign(a, b):
 
 
 def _with_skipped(state, skipped):
-    if isinstance(state, lr.ProjectionState):
+    if isinstance(state, lrx.ProjectionState):
         return state._replace(skipped=skipped)
     return state._replace(projection=state.projection._replace(skipped=skipped))
 
@@ -74,7 +74,7 @@ def test_degenerate_gradients_leave_everything_finite_and_bases_orthonormal(meth
 
 
 def _assert_orthonormal(method, states):
-    projector = lr.projection_of(m.program(method)[0]).projector
+    projector = lrx.projection_of(m.program(method)[0]).projector
     for matrix in _matrices(states):
         basis = matrix.basis
         if (
@@ -96,7 +96,7 @@ def _assert_orthonormal(method, states):
 
 
 def _matrices(states):
-    is_matrix = lambda x: isinstance(x, lr.MatrixState)  # noqa: E731
+    is_matrix = lambda x: isinstance(x, lrx.MatrixState)  # noqa: E731
     return [
         x
         for x in jax.tree.leaves(m.projection_state(states).matrices, is_leaf=is_matrix)
@@ -173,7 +173,9 @@ def test_schedule_and_decay_are_the_named_optimizers_own(method):
     rate, decay = 0.1, 0.3
     transformation = method.build(learning_rate=rate, weight_decay=decay)
     decayed = m.eager(transformation.update, grads, m.eager(transformation.init, params), params)[0]
-    when = lr.galore(0.1, rank=1).recipe.when if method.factory in (lr.galore, lr.apollo) else "pre"
+    when = (
+        lrx.galore(0.1, rank=1).recipe.when if method.factory in (lrx.galore, lrx.apollo) else "pre"
+    )
     shrink = 1 - rate * decay if when == "post" else 1
     m.assert_close(
         decayed, jax.tree.map(lambda u, p: shrink * u - rate * decay * p, results[0], params)

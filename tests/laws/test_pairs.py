@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from tests.laws import methods as m
 
-P, C, T, R, A = lr.projectors, lr.clocks, lr.transports, lr.residuals, lr.inner
+P, C, T, R, A = lrx.projectors, lrx.clocks, lrx.transports, lrx.residuals, lrx.inner
 SLOTS = {
     "projector": {
         "svd": P.svd(rank=4), "two_sided": P.svd_two_sided(rank=4), "power": P.power(rank=4),
@@ -128,7 +128,7 @@ def _pair(one, two):
 
 
 def _build(row):
-    return lr.scale_by_projection(
+    return lrx.scale_by_projection(
         **{slot: SLOTS[slot][value] for slot, value in row.items()}, views=m.VIEWS
     )
 

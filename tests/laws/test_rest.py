@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from tests.laws.methods import FAST_COMPILE
 
-P, R = lr.projectors, lr.residuals
+P, R = lrx.projectors, lrx.residuals
 S, K = 16, 24
 W, G = (
     jnp.asarray(np.random.default_rng(seed).normal(size=(S, K)), jnp.float32) for seed in (1, 2)
@@ -57,12 +57,12 @@ def views_and_bases():
         for name, (projector, _) in PROJECTORS.items():
             found[name] = projector.init(views[name], key)
             if projector.moves:
-                evidence = lr.Evidence(grad=gradient, step=jnp.asarray(0), key=key)
+                evidence = lrx.Evidence(grad=gradient, step=jnp.asarray(0), key=key)
                 found[name] = projector.refresh(views[name], found[name], evidence)
         return found
 
     views = {
-        name: lr.resolve(W, rank=projector.rank_for, side="rows").projected[0]
+        name: lrx.resolve(W, rank=projector.rank_for, side="rows").projected[0]
         for name, (projector, _) in PROJECTORS.items()
     }
     return views, jax.jit(bases, compiler_options=FAST_COMPILE)(W, jax.random.key(3))
@@ -115,8 +115,8 @@ def test_a_gradient_that_lies_in_the_subspace_leaves_nothing():
     """One of rank 3 and a basis of rank 5: its rest is rounding."""
     gradient = W[:, :3] @ W[:3]
     projector = P.svd(rank=5)
-    view = lr.resolve(W, rank=projector.rank_for, side="rows").projected[0]
-    basis = projector.refresh(view, None, lr.Evidence(grad=gradient))
+    view = lrx.resolve(W, rank=projector.rank_for, side="rows").projected[0]
+    basis = projector.refresh(view, None, lrx.Evidence(grad=gradient))
     low = projector.down(view, basis, gradient)
     zero = jnp.zeros_like(low)
     update, _ = RULES["sign"].combine(projector, view, basis, (), gradient, low, zero, jnp.ones(()))
@@ -124,7 +124,7 @@ def test_a_gradient_that_lies_in_the_subspace_leaves_nothing():
 
 
 RATE = 1e-2
-TX = lr.frugal(RATE, rank=0.5, projection="columns", weight_decay=0.0, clip_norm=1.0, eps=0.0)
+TX = lrx.frugal(RATE, rank=0.5, projection="columns", weight_decay=0.0, clip_norm=1.0, eps=0.0)
 
 
 def _optax(params, state, gradient):
@@ -133,12 +133,12 @@ def _optax(params, state, gradient):
 
 
 def _fused(params, state, gradient):
-    return lr.fused(TX).step(params, {"kernel": 0.3 * gradient}, state)[0]
+    return lrx.fused(TX).step(params, {"kernel": 0.3 * gradient}, state)[0]
 
 
 def _accumulated(params, state, gradient):
     weights = jnp.asarray([0.5, 1.5, 1.0])
-    return lr.train_step(lambda p, w: jnp.sum(w * gradient * p["kernel"]), TX, accumulate=3)(
+    return lrx.train_step(lambda p, w: jnp.sum(w * gradient * p["kernel"]), TX, accumulate=3)(
         params, state, weights
     )[0]
 

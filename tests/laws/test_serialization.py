@@ -9,7 +9,7 @@ import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from tests.adapters import pair_methods
 from tests.laws import methods as m
 
@@ -37,7 +37,7 @@ def test_states_of_every_method():
         name: jax.eval_shape(pair_methods.build(name).init, pairs) for name in pair_methods.METHODS
     }
     states["stored"] = jax.eval_shape(
-        lr.galore(1e-2, rank=2, inner=lr.inner.stored8(minimum=1)).init,
+        lrx.galore(1e-2, rank=2, inner=lrx.inner.stored8(minimum=1)).init,
         {"kernel": jnp.ones((4, 8))},
     )
     for name, shapes in states.items():
@@ -47,18 +47,18 @@ def test_states_of_every_method():
 
 def test_nodes():
     params, x = {"kernel": jnp.ones((4, 8))}, jnp.ones((3, 4))
-    state = lr.galore(1e-2, projector=lr.projectors.alternating(rank=2)).init(params)
-    _, grads = lr.projected_value_and_grad(
-        lambda p, x: jnp.sum(lr.matmul(x, p["kernel"])), lr.taps(state)
+    state = lrx.galore(1e-2, projector=lrx.projectors.alternating(rank=2)).init(params)
+    _, grads = lrx.projected_value_and_grad(
+        lambda p, x: jnp.sum(lrx.matmul(x, p["kernel"])), lrx.taps(state)
     )(params, x)
-    adaptation = lr.adapt(params, lr.adapters.lora(rank=2), jax.random.key(0))
+    adaptation = lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0))
     nodes = {
         "projected": grads,
-        "taps": lr.taps(state),
+        "taps": lrx.taps(state),
         "adaptation": adaptation,
-        "attached": lr.attach(params, adaptation),
-        "blocks": lr.linalg.quantize_blocks(jnp.arange(64.0).reshape(2, 32), "signed", 16),
-        "nf4": lr.linalg.quantize_nf4(jnp.arange(128.0).reshape(64, 2)),
+        "attached": lrx.attach(params, adaptation),
+        "blocks": lrx.linalg.quantize_blocks(jnp.arange(64.0).reshape(2, 32), "signed", 16),
+        "nf4": lrx.linalg.quantize_nf4(jnp.arange(128.0).reshape(64, 2)),
     }
     for name, node in nodes.items():
         assert m.same(returned(node, cleared(node)), node), name
@@ -67,7 +67,7 @@ def test_nodes():
 def test_a_train_state():
     model = nn.Dense(6)
     params = model.init(jax.random.key(0), jnp.ones((2, 4)))
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=lr.galore(1e-2, rank=2))
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=lrx.galore(1e-2, rank=2))
     moved = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, params))
     back = returned(moved, state)
     assert back.step == 1
@@ -76,12 +76,12 @@ def test_a_train_state():
 
 def test_a_target_of_another_rank_or_kind():
     params = {"dense": {"kernel": jnp.ones((4, 8))}}
-    state = lr.galore(1e-2, rank=2).init(params)
+    state = lrx.galore(1e-2, rank=2).init(params)
     with pytest.raises(
         ValueError, match=r"MatrixState: basis was saved.*\(4, 2\).*'dense/kernel' has \[\(4, 3\)\]"
     ):
-        returned(state, lr.galore(1e-2, rank=3).init(params))
+        returned(state, lrx.galore(1e-2, rank=3).init(params))
     with pytest.raises(
         ValueError, match=r"Projected: saved fields \['basis', .*are not \['low', 'sketch'\]"
     ):
-        returned(state.projection.matrices["dense"]["kernel"], lr.Projected(jnp.ones(3)))
+        returned(state.projection.matrices["dense"]["kernel"], lrx.Projected(jnp.ones(3)))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from tests.adapters import linen_models as models
 from tests.adapters.nnx_models import EveryNnx, inserted, merged
 
-A = lr.adapters
-VIEWS = lr.Views(rules=tuple(models.RULES.items()))
+A = lrx.adapters
+VIEWS = lrx.Views(rules=tuple(models.RULES.items()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ NOISY, PARAMS = Noisy(rank=2, init="pissa"), models.every_params()
 
 def adapted(params, rules, **options):
     """An adaptation whose delta is not 0."""
-    adaptation = lr.adapt(params, rules, jax.random.key(0), **options)
+    adaptation = lrx.adapt(params, rules, jax.random.key(0), **options)
     return adaptation.replace(train=jax.tree.map(lambda x: x + 0.3, adaptation.train))
 
 
@@ -45,19 +45,19 @@ ADAPTATION = adapted(PARAMS, {".*/(kernel|embedding)": NOISY}, views=VIEWS)
 
 
 def bare(key):
-    return models.every_bare(lr.attach(PARAMS, ADAPTATION, key=key), *models.every_input())
+    return models.every_bare(lrx.attach(PARAMS, ADAPTATION, key=key), *models.every_input())
 
 
 def linen(key):
-    function = lr.linen.adapted(
+    function = lrx.linen.adapted(
         lambda params, *inputs: models.Every().apply({"params": params}, *inputs)
     )
-    return function(lr.attach(PARAMS, ADAPTATION, key=key), *models.every_input())
+    return function(lrx.attach(PARAMS, ADAPTATION, key=key), *models.every_input())
 
 
 def nnx_merged(key):
     model = EveryNnx(nnx.Rngs(0))
-    return merged(model, lr.attach(PARAMS, ADAPTATION, key=key))(*models.every_input())
+    return merged(model, lrx.attach(PARAMS, ADAPTATION, key=key))(*models.every_input())
 
 
 def nnx_inserted(key):
@@ -66,16 +66,16 @@ def nnx_inserted(key):
     model, _ = inserted(model, ADAPTATION)
     if key is not None:
         model.train()
-        lr.nnx.seed_dropout(model, key)
+        lrx.nnx.seed_dropout(model, key)
     return model(*models.every_input())
 
 
 def wrapped(key):
     """`WithAdapter` around one layer, whose parameters hold the arrays."""
     base, x = {name: PARAMS["dense"][name] for name in ("kernel", "bias")}, models.every_input()[0]
-    model = lr.linen.WithAdapter(nn.Dense(6), NOISY)
+    model = lrx.linen.WithAdapter(nn.Dense(6), NOISY)
     declared = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-    params = lr.linen.insert(declared, base, adapted(base, {"kernel": NOISY}))
+    params = lrx.linen.insert(declared, base, adapted(base, {"kernel": NOISY}))
     return {
         "dense": model.apply({"params": params}, x, rngs={} if key is None else {"dropout": key})
     }
@@ -84,8 +84,8 @@ def wrapped(key):
 def by_rows(key):
     """Rows that choose among candidates."""
     both = A.candidates({"a": ADAPTATION, "b": ADAPTATION})
-    params = lr.attach(PARAMS, both, ids=jnp.zeros(4, int), key=key)
-    return {"dense": lr.matmul(jnp.ones((4, 8)), params["dense"]["kernel"])}
+    params = lrx.attach(PARAMS, both, ids=jnp.zeros(4, int), key=key)
+    return {"dense": lrx.matmul(jnp.ones((4, 8)), params["dense"]["kernel"])}
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,10 @@ def test_rows_that_choose_draw_each_for_itself():
 
 def test_keys_differ_by_name_site_and_layer():
     params = {"a": jnp.ones((3, 4, 4)), "b": jnp.ones((3, 4, 4))}
-    adaptation = lr.adapt(params, {".*": NOISY}, jax.random.key(0), views=lr.Views(stacked=(".*",)))
-    attached = lr.attach(params, {"one": adaptation, "two": adaptation}, key=jax.random.key(1))
+    adaptation = lrx.adapt(
+        params, {".*": NOISY}, jax.random.key(0), views=lrx.Views(stacked=(".*",))
+    )
+    attached = lrx.attach(params, {"one": adaptation, "two": adaptation}, key=jax.random.key(1))
     keys = [jax.random.key_data(bound.keys) for node in attached.values() for bound in node.bound]
     assert len(np.unique(np.concatenate(keys), axis=0)) == 2 * 2 * 3
 
@@ -128,7 +130,7 @@ def test_keys_differ_by_name_site_and_layer():
 def test_a_family_says_whether_it_draws(family, draws):
     assert family.stochastic is draws
     kernel = {"kernel": jnp.ones((4, 4))}
-    attached = lr.attach(
-        kernel, lr.adapt(kernel, {"kernel": family}, jax.random.key(0)), key=jax.random.key(1)
+    attached = lrx.attach(
+        kernel, lrx.adapt(kernel, {"kernel": family}, jax.random.key(0)), key=jax.random.key(1)
     )
     assert (attached["kernel"].bound[0].keys is not None) is draws

@@ -14,7 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.projection.projectors.base import count
 from tests.laws import methods as m
 
@@ -45,7 +45,7 @@ def test_a_stack_is_its_layers_one_by_one(method):
             }
         }
 
-    layers = method.build(views=lr.Views())
+    layers = method.build(views=lrx.Views())
     updates, _ = _steps(layers, split(m.params_like(), 0), split(m.gradients(), 1), 3)
     for step, update in enumerate(updates):
         stacked = jnp.stack([update["stack"][str(i)]["kernel"] for i in range(3)])
@@ -57,7 +57,7 @@ def test_a_stack_is_its_layers_one_by_one(method):
 @m.every_method()
 def test_transposing_weight_and_gradient_transposes_the_update(method):
     other = {"rows": "cols", "cols": "rows"}
-    slots = lr.projection_of(m.program(method)[0])
+    slots = lrx.projection_of(m.program(method)[0])
     flipped = method.build(side=other.get(slots.side, slots.side), tie=other[slots.tie])
     transpose = lambda trees: jax.tree_util.tree_map_with_path(  # noqa: E731
         lambda path, x: jnp.swapaxes(x, -1, -2) if path[-1].key == "kernel" else x, trees
@@ -69,21 +69,21 @@ def test_transposing_weight_and_gradient_transposes_the_update(method):
 
 SHAPES = {"wide": (8, 12), "tall": (12, 8), "square": (2, 8, 8)}
 ROTATING = {
-    "svd": lr.projectors.svd(rank=1.0),
-    "randomized": lr.projectors.randomized(rank=1.0),
-    "power": lr.projectors.power(rank=1.0),
-    "dct2": lr.projectors.dct2(rank=1.0),
-    "dct3": lr.projectors.dct3(rank=1.0),
-    "hadamard": lr.projectors.hadamard(rank=1.0),
-    "columns": lr.projectors.columns(rank=1.0, select="l2"),
-    "orthonormal": lr.projectors.random(rank=1.0, kind="orthonormal"),
-    "structured": lr.projectors.random(rank=1.0, kind="structured"),
-    "given": lr.projectors.given(
+    "svd": lrx.projectors.svd(rank=1.0),
+    "randomized": lrx.projectors.randomized(rank=1.0),
+    "power": lrx.projectors.power(rank=1.0),
+    "dct2": lrx.projectors.dct2(rank=1.0),
+    "dct3": lrx.projectors.dct3(rank=1.0),
+    "hadamard": lrx.projectors.hadamard(rank=1.0),
+    "columns": lrx.projectors.columns(rank=1.0, select="l2"),
+    "orthonormal": lrx.projectors.random(rank=1.0, kind="orthonormal"),
+    "structured": lrx.projectors.random(rank=1.0, kind="structured"),
+    "given": lrx.projectors.given(
         matrix=np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
     ),
-    "identity": lr.projectors.identity(),
+    "identity": lrx.projectors.identity(),
 }
-FULL_VIEWS = lr.Views(rules=((".*", lr.MatrixView()),), stacked=("square",))
+FULL_VIEWS = lrx.Views(rules=((".*", lrx.MatrixView()),), stacked=("square",))
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ FULL_VIEWS = lr.Views(rules=((".*", lr.MatrixView()),), stacked=("square",))
 @pytest.mark.parametrize("inner", ["sgd", "momentum"])
 def test_full_rank_with_an_equivariant_inner_is_the_inner_optimizer(name, inner):
     inner = {"sgd": optax.identity(), "momentum": optax.trace(0.9)}[inner]
-    low = lr.scale_by_projection(
+    low = lrx.scale_by_projection(
         ROTATING[name],
         inner=inner,
-        clock=lr.clocks.every(period=2),
-        transport=lr.transports.rotate(),
+        clock=lrx.clocks.every(period=2),
+        transport=lrx.transports.rotate(),
         views=FULL_VIEWS,
     )
     params, grads = m.tree(0, shapes=SHAPES), m.tree(1, steps=4, shapes=SHAPES)
@@ -110,15 +110,15 @@ def test_error_feedback_telescopes(name):
     """`sum up(g_t) + E_T = sum G_t`, at a rank that loses something."""
     projector = ROTATING[name]
     if name == "given":
-        projector = lr.projectors.given(matrix=m.BASIS)
+        projector = lrx.projectors.given(matrix=m.BASIS)
     elif name != "identity":
         projector = type(projector)(**{**vars(projector), "rank": 3})
-    low = lr.scale_by_projection(
+    low = lrx.scale_by_projection(
         projector,
         inner=optax.identity(),
-        clock=lr.clocks.every(period=2),
+        clock=lrx.clocks.every(period=2),
         views=FULL_VIEWS,
-        residual=lr.residuals.error_feedback(),
+        residual=lrx.residuals.error_feedback(),
     )
     params, grads = m.tree(0, shapes=SHAPES), m.tree(1, steps=3, shapes=SHAPES)
     updates, state = _steps(low, params, grads, 3)
@@ -151,14 +151,14 @@ def test_ldadam_error_feedback_telescopes():
 
 @m.every_method()
 def test_state_bytes_are_the_formulas(method):
-    projection = lr.projection_of(m.program(method)[0])
+    projection = lrx.projection_of(m.program(method)[0])
     state = m.projection_state(jax.eval_shape(m.program(method)[0].init, m.params_like()))
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
     for matrix in (state.matrices["dense"]["kernel"], state.matrices["stack"]["kernel"]):
         view = matrix.view
         assert size(matrix.basis) == projection.projector.basis_bytes(view)
         assert size(matrix.residual) == projection.residual.state_bytes(view)
-        if isinstance(projection.inner, lr.inner.Adam):
+        if isinstance(projection.inner, lrx.inner.Adam):
             elements = math.prod(projection.projector.low_shape(view))
             assert size(matrix.inner) == count(view) * projection.inner.state_bytes([elements])
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from tests.laws import methods as m
 
 ONE = {"dense": m.SHAPES["dense"]}  # one matrix and one plain leaf
@@ -20,7 +20,7 @@ ONE = {"dense": m.SHAPES["dense"]}  # one matrix and one plain leaf
 def _one(method, **overrides):
     """`(transformation, params, three gradients)` on the small tree."""
     return (
-        method.build(views=lr.Views(), **overrides),
+        method.build(views=lrx.Views(), **overrides),
         m.tree(0, shapes=ONE),
         m.tree(1, steps=3, shapes=ONE),
     )
@@ -89,11 +89,11 @@ def _injected(method, **options):
 
         def chained(learning_rate):
             return optax.chain(
-                method.build(views=lr.Views()), optax.scale_by_learning_rate(learning_rate)
+                method.build(views=lrx.Views()), optax.scale_by_learning_rate(learning_rate)
             )
 
         return optax.inject_hyperparams(chained, **options)(learning_rate=0.1)
-    static = ("rank", "kind") if method.factory is lr.dct_adamw else ("rank",)
+    static = ("rank", "kind") if method.factory is lrx.dct_adamw else ("rank",)
     return optax.inject_hyperparams(method.factory, static_args=static, **options)(**method.options)
 
 
@@ -106,7 +106,7 @@ def test_inject_hyperparams(method):
     state = _start(method, transformation, params, grads)
     assert float(optax.tree_utils.tree_get(state, "learning_rate")) == pytest.approx(0.1)
     updates, after = m.eager(transformation.update, grads, state, params)
-    bare = method.build(views=lr.Views())
+    bare = method.build(views=lrx.Views())
     if not method.named:
         bare = optax.chain(bare, optax.scale_by_learning_rate(0.1))
     expected, _ = m.eager(bare.update, grads, m.eager(bare.init, params), params)
@@ -120,11 +120,11 @@ def test_inject_hyperparams(method):
 @pytest.mark.parametrize(
     "factory, options",
     [
-        (lr.galore, {"rank": 4}),
-        (lr.frugal, {}),
-        (lr.ldadam, {}),
-        (lr.apollo, {"rank": 4}),
-        (lr.dct_adamw, {"rank": 4}),
+        (lrx.galore, {"rank": 4}),
+        (lrx.frugal, {}),
+        (lrx.ldadam, {}),
+        (lrx.apollo, {"rank": 4}),
+        (lrx.dct_adamw, {"rank": 4}),
     ],
 )
 def test_a_traced_rank_names_static_args(factory, options):
@@ -134,7 +134,7 @@ def test_a_traced_rank_names_static_args(factory, options):
 
 
 def test_a_traced_kind_names_static_args():
-    transformation = optax.inject_hyperparams(lr.dct_adamw, static_args=("rank",))(
+    transformation = optax.inject_hyperparams(lrx.dct_adamw, static_args=("rank",))(
         learning_rate=0.1, rank=4
     )
     with pytest.raises(ValueError, match="kind.*static_args"):
@@ -144,12 +144,12 @@ def test_a_traced_kind_names_static_args():
 def test_injected_slots_reach_the_transformation():
     """`**slots` and `**common` pass through inject_hyperparams."""
     params = m.tree(0, shapes=ONE)
-    views = lr.Views(rules=(("dense/kernel", None), ("dense/bias", None)))
+    views = lrx.Views(rules=(("dense/kernel", None), ("dense/bias", None)))
     for transformation in (
-        optax.inject_hyperparams(lr.scale_by_projection)(
-            projector=lr.projectors.svd(rank=4), views=views
+        optax.inject_hyperparams(lrx.scale_by_projection)(
+            projector=lrx.projectors.svd(rank=4), views=views
         ),
-        optax.inject_hyperparams(lr.apollo_mini, static_args=("rank",))(
+        optax.inject_hyperparams(lrx.apollo_mini, static_args=("rank",))(
             learning_rate=0.1, views=views
         ),
     ):
@@ -204,8 +204,8 @@ def test_extra_arguments_reach_the_inner_transformation():
     params, grads = m.params_like(), m.at(m.gradients(), 0)
     inner = optax.chain(
         optax.clip_by_global_norm(1e9),
-        lr.scale_by_projection(
-            lr.projectors.columns(rank=4, select="l2"), inner=scaled(), views=m.VIEWS
+        lrx.scale_by_projection(
+            lrx.projectors.columns(rank=4, select="l2"), inner=scaled(), views=m.VIEWS
         ),
     )
     state = inner.init(params)

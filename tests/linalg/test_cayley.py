@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import linalg
 
 
@@ -60,12 +60,12 @@ def test_derivatives_of_both_directions_are_those_of_a_solve():
 def test_a_step_of_oft_solves_no_system():
     """LAPACK took one block after the other: a step of OFT cost ten of LoRA."""
     params = {"kernel": jnp.ones((12, 8))}
-    adaptation = lr.adapt(params, lr.adapters.oft(block=4), jax.random.key(0))
+    adaptation = lrx.adapt(params, lrx.adapters.oft(block=4), jax.random.key(0))
 
     def loss(train):
         return jnp.sum(
-            lr.matmul(
-                jnp.ones((3, 12)), lr.attach(params, adaptation.replace(train=train))["kernel"]
+            lrx.matmul(
+                jnp.ones((3, 12)), lrx.attach(params, adaptation.replace(train=train))["kernel"]
             )
             ** 2
         )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import linalg
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
@@ -150,7 +150,7 @@ def test_errors_name_value_and_remedy(call, message):
 
 
 @pytest.mark.parametrize(
-    "adapter", [lr.adapters.lora(rank=3, init="gaussian"), lr.adapters.dora(rank=3)], ids=repr
+    "adapter", [lrx.adapters.lora(rank=3, init="gaussian"), lrx.adapters.dora(rank=3)], ids=repr
 )
 def test_qlora_is_the_adapter_on_the_decoded_base(adapter):
     w = jnp.asarray(RNG.normal(size=(70, 8)), jnp.float32)
@@ -158,12 +158,12 @@ def test_qlora_is_the_adapter_on_the_decoded_base(adapter):
     plain = {"kernel": small["kernel"].dequantize()}
     x, found = jnp.asarray(RNG.normal(size=(5, 70)), jnp.float32), []
     for params in (small, plain):
-        made = lr.adapt(params, adapter, jax.random.key(0))
+        made = lrx.adapt(params, adapter, jax.random.key(0))
 
         def loss(train, x, params=params, made=made):
             train = jax.tree.map(lambda leaf: leaf + 0.1, train)
             return jnp.sum(
-                jnp.sin(lr.matmul(x, lr.attach(params, made.replace(train=train))["kernel"]))
+                jnp.sin(lrx.matmul(x, lrx.attach(params, made.replace(train=train))["kernel"]))
             )
 
         found.append(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(made.train, x))

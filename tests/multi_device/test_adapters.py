@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.adapters import candidates, specs
 
 SHAPES = {"layers": {"up": (2, 16, 32), "down": (2, 32, 16)}, "heads": {"kernel": (16, 4, 8)}}
@@ -19,22 +19,22 @@ SPECS = {
     "layers": {"up": P(None, "fsdp", "tensor"), "down": P(None, "tensor", "fsdp")},
     "heads": {"kernel": P("fsdp", "tensor", None)},
 }
-VIEWS = lr.Views(
-    rules=((r"heads/.*", lr.MatrixView(rows=(0,), cols=(1, 2))),), stacked=(r"layers/.*",)
+VIEWS = lrx.Views(
+    rules=((r"heads/.*", lrx.MatrixView(rows=(0,), cols=(1, 2))),), stacked=(r"layers/.*",)
 )
 # without FourierFT, whose gradient fails in XLA's transform for CPUs where a mesh brings it
 # transposed
 FAMILIES = {
-    "lora": lr.adapters.lora(rank=4),
-    "pissa": lr.adapters.lora(rank=4, init="pissa"),
-    "dora": lr.adapters.dora(rank=4),
-    "hira": lr.adapters.hira(rank=4),
-    "miss": lr.adapters.miss(rank=4),
-    "oft": lr.adapters.oft(block=4),
-    "shira": lr.adapters.shira(rank=2),
-    "uni_lora": lr.adapters.uni_lora(rank=2, size=32),
-    "vera": lr.adapters.vera(rank=4),
-    "loha": lr.adapters.loha(rank=2),
+    "lora": lrx.adapters.lora(rank=4),
+    "pissa": lrx.adapters.lora(rank=4, init="pissa"),
+    "dora": lrx.adapters.dora(rank=4),
+    "hira": lrx.adapters.hira(rank=4),
+    "miss": lrx.adapters.miss(rank=4),
+    "oft": lrx.adapters.oft(block=4),
+    "shira": lrx.adapters.shira(rank=2),
+    "uni_lora": lrx.adapters.uni_lora(rank=2, size=32),
+    "vera": lrx.adapters.vera(rank=4),
+    "loha": lrx.adapters.loha(rank=2),
 }
 
 
@@ -49,7 +49,7 @@ X = jnp.asarray(np.random.default_rng(9).normal(size=(8, 16)), jnp.float32)
 
 def made(family, seed=0):
     shares = family.kind in ("unilora", "vera")  # and a bare scan would slice what is shared
-    adaptation = lr.adapt(
+    adaptation = lrx.adapt(
         tree(0), {"heads/.*" if shares else ".*": family}, jax.random.key(seed), views=VIEWS
     )
     leaves, treedef = jax.tree.flatten(adaptation.train)
@@ -60,10 +60,10 @@ def made(family, seed=0):
 
 def forward(params, x, place):
     def layer(x, kernels):
-        hidden = jnp.tanh(lr.matmul(x, kernels["up"]))
-        return x + lr.dot_general(hidden, kernels["down"], (((1,), (0,)), ((), ())), **place), None
+        hidden = jnp.tanh(lrx.matmul(x, kernels["up"]))
+        return x + lrx.dot_general(hidden, kernels["down"], (((1,), (0,)), ((), ())), **place), None
 
-    return lr.einsum(
+    return lrx.einsum(
         "bd,dhk->bhk", jax.lax.scan(layer, x, params["layers"])[0], params["heads"]["kernel"]
     )
 
@@ -73,7 +73,7 @@ def step(params, train, fixed, x, adaptation, **place):
 
     def loss(train):
         return jnp.mean(
-            forward(lr.attach(params, adaptation.replace(train=train, fixed=fixed)), x, place) ** 2
+            forward(lrx.attach(params, adaptation.replace(train=train, fixed=fixed)), x, place) ** 2
         )
 
     value, grads = jax.value_and_grad(loss)(train)
@@ -140,7 +140,7 @@ def test_look_ups_and_products_on_an_explicit_mesh_lie_where_they_are_told(famil
         "up": tree(2)["layers"]["up"][0],
     }
     own = {"table": P(None, "fsdp"), "up": P("fsdp", "tensor")}
-    adaptation = lr.adapt(params, {".*": FAMILIES[family]}, jax.random.key(0))
+    adaptation = lrx.adapt(params, {".*": FAMILIES[family]}, jax.random.key(0))
     random = np.random.default_rng(5)
     moved = jax.tree.map(
         lambda x: x + 0.1 * random.normal(size=x.shape).astype(x.dtype), adaptation.train
@@ -148,10 +148,10 @@ def test_look_ups_and_products_on_an_explicit_mesh_lie_where_they_are_told(famil
     adaptation, ids = adaptation.replace(train=moved), jnp.arange(8)
 
     def products(params, train, fixed, ids, x, place=None, spread=None):
-        attached = lr.attach(params, adaptation.replace(train=train, fixed=fixed))
+        attached = lrx.attach(params, adaptation.replace(train=train, fixed=fixed))
         rows = lambda ids, table: table.at[ids].get(out_sharding=place) if place else table[ids]  # noqa: E731
-        told = lr.dot_general(x, attached["up"], (((1,), (0,)), ((), ())), out_sharding=spread)
-        return lr.adapters.embed(ids, attached["table"], rows), told, lr.matmul(x, attached["up"])
+        told = lrx.dot_general(x, attached["up"], (((1,), (0,)), ((), ())), out_sharding=spread)
+        return lrx.adapters.embed(ids, attached["table"], rows), told, lrx.matmul(x, attached["up"])
 
     want = products(params, adaptation.train, adaptation.fixed, ids, X)
     train, fixed = specs(adaptation, own)
@@ -176,7 +176,7 @@ def test_adapters_of_adapted_kernels_and_of_divided_rows_on_an_explicit_mesh():
         P("tensor", None),
     )
     one, two = (
-        lr.adapt(params, {".*": FAMILIES[name]}, jax.random.key(0)) for name in ("oft", "dora")
+        lrx.adapt(params, {".*": FAMILIES[name]}, jax.random.key(0)) for name in ("oft", "dora")
     )
     one = one.replace(train=jax.tree.map(lambda x: x + 0.1, one.train))
     place = lambda x, own: jax.device_put(x, NamedSharding(mesh, own))  # noqa: E731
@@ -187,8 +187,8 @@ def test_adapters_of_adapted_kernels_and_of_divided_rows_on_an_explicit_mesh():
     def run(params, arrays, x, ids, **place):
         pairs = zip(("one", "two"), (one, two), arrays, strict=True)
         both = {name: own.replace(train=train, fixed=fixed) for name, own, (train, fixed) in pairs}
-        y = lr.dot_general(x, lr.attach(params, both)["down"], (((1,), (0,)), ((), ())), **place)
-        return y, lr.effective(params, both)["down"], lr.adapters.embed(ids, params["up"])
+        y = lrx.dot_general(x, lrx.attach(params, both)["down"], (((1,), (0,)), ((), ())), **place)
+        return y, lrx.effective(params, both)["down"], lrx.adapters.embed(ids, params["up"])
 
     want = run(params, arrays((one, two)), x, jnp.arange(4))
     with jax.set_mesh(mesh):
@@ -199,7 +199,7 @@ def test_adapters_of_adapted_kernels_and_of_divided_rows_on_an_explicit_mesh():
         )
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-        alone = lambda x, params: lr.matmul(x, lr.attach(params, one)["down"])  # noqa: E731
+        alone = lambda x, params: lrx.matmul(x, lrx.attach(params, one)["down"])  # noqa: E731
         manual = jax.shard_map(
             alone, in_specs=(P("fsdp"), P()), out_specs=P("fsdp"), axis_names={"fsdp"}
         )
@@ -210,7 +210,7 @@ def test_adapters_of_adapted_kernels_and_of_divided_rows_on_an_explicit_mesh():
     choice = candidates({"a": two, "b": two})
 
     def chosen(params, x):
-        return lr.matmul(x, lr.attach(params, choice, ids=jnp.zeros(16, int))["down"])
+        return lrx.matmul(x, lrx.attach(params, choice, ids=jnp.zeros(16, int))["down"])
 
     with (
         jax.set_mesh(mesh),
@@ -230,7 +230,7 @@ def test_a_product_keeps_the_columns_divided_that_its_input_leaves_free():
     x = at((8, 16), "fsdp", None)
     with jax.sharding.use_abstract_mesh(mesh):
         for cols, kept in (("tensor", "tensor"), ("fsdp", None)):
-            y = jax.eval_shape(lr.adapters.base.product, x, at((16, 8), None, cols))
+            y = jax.eval_shape(lrx.adapters.base.product, x, at((16, 8), None, cols))
             assert y.sharding.spec == P("fsdp", kept)
 
 
@@ -238,22 +238,22 @@ def test_a_product_keeps_the_columns_divided_that_its_input_leaves_free():
 def test_stacks_that_an_explicit_mesh_divides_along_their_layers_convert(name):
     """A pair as it is, with its error, and by the SVD of matrices that are gathered for it."""
     mesh = jax.make_mesh((2, 4), ("layers", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-    kernels, views = {"up": tree(0)["layers"]["up"]}, lr.Views(stacked=("up",))
-    adaptation = lr.adapt(kernels, {"up": FAMILIES[name]}, jax.random.key(0), views=views)
+    kernels, views = {"up": tree(0)["layers"]["up"]}, lrx.Views(stacked=("up",))
+    adaptation = lrx.adapt(kernels, {"up": FAMILIES[name]}, jax.random.key(0), views=views)
     adaptation = adaptation.replace(train=jax.tree.map(lambda x: x + 0.1, adaptation.train))
     train, fixed = specs(adaptation, {"up": P("layers", "tensor", None)})
     given = adaptation.replace(
         train=placed(mesh, adaptation.train, train), fixed=placed(mesh, adaptation.fixed, fixed)
     )
     with jax.set_mesh(mesh):
-        found, report = lr.to_lora(
+        found, report = lrx.to_lora(
             placed(mesh, kernels, {"up": P("layers", "tensor", None)}), given, rank=16
         )
     assert report.ranks["up"].tolist() == [8, 8] if name == "pissa" else [16, 16]
     assert float(report.errors["up"].max()) < 1e-6
-    wanted = lr.effective(kernels, adaptation)["up"]
+    wanted = lrx.effective(kernels, adaptation)["up"]
     here = jax.tree.map(np.asarray, found)
-    np.testing.assert_allclose(lr.effective(kernels, here)["up"], wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lrx.effective(kernels, here)["up"], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_arrays_follow_their_kernels():
@@ -283,9 +283,9 @@ def test_arrays_follow_their_kernels():
 
 def test_stacks_folds_shared_and_whole_leaves():
     params = {"layers": jnp.ones((4, 8, 2, 6)), "head": jnp.ones((8, 3))}
-    views = lr.Views(rules=(("layers", lr.MatrixView(batch=(0,), rows=(1,), cols=(2, 3))),))
-    rules = {"layers": lr.adapters.uni_lora(rank=2, size=8)}
-    adaptation = lr.adapt(params, rules, jax.random.key(0), views=views, whole="head")
+    views = lrx.Views(rules=(("layers", lrx.MatrixView(batch=(0,), rows=(1,), cols=(2, 3))),))
+    rules = {"layers": lrx.adapters.uni_lora(rank=2, size=8)}
+    adaptation = lrx.adapt(params, rules, jax.random.key(0), views=views, whole="head")
     train, fixed = specs(
         adaptation, {"layers": P("stage", "fsdp", None, "tensor"), "head": P("fsdp")}
     )
@@ -302,8 +302,8 @@ def test_stacks_folds_shared_and_whole_leaves():
 
 def test_errors():
     adaptation = made(FAMILIES["lora"])
-    coded = {"up": lr.linalg.quantize_nf4(jnp.ones((64, 4)))}
-    whole = lr.adapt(coded, {"up": FAMILIES["lora"]}, jax.random.key(0))
+    coded = {"up": lrx.linalg.quantize_nf4(jnp.ones((64, 4)))}
+    whole = lrx.adapt(coded, {"up": FAMILIES["lora"]}, jax.random.key(0))
     assert specs(whole, jax.tree.map(lambda _: None, coded))[0]["sites"]["up"]["a"] == P(None, None)
     with pytest.raises(ValueError, match=r"no spec for \['heads/kernel'\]"):
         specs(adaptation, {"layers": SPECS["layers"]})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import kernels, linalg, meshes
 from lowrank_jax.kernels import _dct
 
@@ -136,13 +136,13 @@ PARAMS = {
     "layers": {"up": {"kernel": draw(2, 16, 128)}, "down": {"kernel": draw(2, 128, 16)}},
     "bias": draw(8),
 }
-VIEWS = lr.Views(stacked=("layers/.*",))
+VIEWS = lrx.Views(stacked=("layers/.*",))
 
 
 def galore(inner=None, **options):
-    inner = lr.inner.adam() if inner is None else inner
-    basis = lr.projectors.random(rank=4, kind="orthonormal", stored=True)
-    return lr.galore(
+    inner = lrx.inner.adam() if inner is None else inner
+    basis = lrx.projectors.random(rank=4, kind="orthonormal", stored=True)
+    return lrx.galore(
         1e-1, projector=basis, weight_decay=0.1, inner=inner, views=VIEWS, eps=1e-3, **options
     )
 
@@ -156,7 +156,7 @@ def steps(form, params, mesh=None, placed=None):
         )
         params = jax.device_put(params, placed)
         state = jax.device_put(
-            state, lr.state_shardings(form.recipe.optax(), params, placed, spread=True)
+            state, lrx.state_shardings(form.recipe.optax(), params, placed, spread=True)
         )
 
     def step(params, grads, state):
@@ -185,14 +185,14 @@ def placement(mesh, up, down):
 @pytest.mark.parametrize(
     ("implementation", "moments", "dtype", "place"),
     [
-        ("tpu", lr.inner.adam(), "float32", ((None, None, "fsdp"), (None, "fsdp"))),
+        ("tpu", lrx.inner.adam(), "float32", ((None, None, "fsdp"), (None, "fsdp"))),
         (
             "gpu",
-            lr.inner.stored8(minimum=1, block=8),
+            lrx.inner.stored8(minimum=1, block=8),
             "bfloat16",
             ((None, None, ("fsdp", "tensor")), (None, "fsdp")),
         ),
-        ("tpu", lr.inner.adam(), "bfloat16", (("tensor", None, "fsdp"), ("tensor", "fsdp"))),
+        ("tpu", lrx.inner.adam(), "bfloat16", (("tensor", None, "fsdp"), ("tensor", "fsdp"))),
     ],
     ids=["float32", "8 bits, stochastic", "layers, stochastic"],
 )
@@ -202,7 +202,7 @@ def test_the_fused_form_writes_each_device_its_own_block(
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     options = {"rounding": "stochastic"} if dtype == "bfloat16" else {}
-    form = lr.fused(galore(moments), products="kernel", **options)
+    form = lrx.fused(galore(moments), products="kernel", **options)
     expected, _ = steps(form, params)
     chosen = functools.partial(kernels.low_rank_adam, implementation=implementation, interpret=True)
     monkeypatch.setattr(kernels, "low_rank_adam", chosen)
@@ -222,14 +222,14 @@ def test_the_fused_form_writes_each_device_its_own_block(
 
 def test_leaves_that_are_not_local_take_the_form_of_xla():
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
-    kernel, xla = (lr.fused(galore(), products=products) for products in ("kernel", "xla"))
+    kernel, xla = (lrx.fused(galore(), products=products) for products in ("kernel", "xla"))
     place = placement(mesh, (None, "fsdp", "tensor"), (None, "tensor"))
     found, text = steps(kernel, PARAMS, mesh, place)
     assert (
         text.count("shard_map") == 2
     )  # of down, whose shrunk dimension is whole, on TPUs and on GPUs
     close(found, steps(xla, PARAMS)[0], 1e-4)
-    coded = lr.fused(galore(lr.inner.stored8(minimum=1, block=24)), products="kernel")
+    coded = lrx.fused(galore(lrx.inner.stored8(minimum=1, block=24)), products="kernel")
     with pytest.warns(
         UserWarning, match="no leaf is written by the kernel"
     ):  # a device would have part of a block
@@ -290,7 +290,7 @@ def test_a_divided_program_has_the_kernel_of_lora_where_the_mesh_knows_its_matri
     sizes, known, taken
 ):
     mesh, params = meshes.make_mesh(**sizes), {"up": {"kernel": draw(256, 512)}, "bias": draw(8)}
-    made = lr.adapt(params, lr.adapters.lora(rank=4, products="kernel"), jax.random.key(0))
+    made = lrx.adapt(params, lrx.adapters.lora(rank=4, products="kernel"), jax.random.key(0))
     place = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
     parameters = {"up": {"kernel": jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=place)}}
 
@@ -298,7 +298,7 @@ def test_a_divided_program_has_the_kernel_of_lora_where_the_mesh_knows_its_matri
         with meshes.use(
             mesh, parameters=parameters if known else None
         ):  # the backward pass is traced outside
-            y = lr.matmul(x, lr.attach(params, made.replace(train=train))["up"]["kernel"])
+            y = lrx.matmul(x, lrx.attach(params, made.replace(train=train))["up"]["kernel"])
         return jnp.sum(jnp.sin(y))
 
     calls = {"tpu": "tpu_custom_call", "cuda": "triton"}
@@ -316,7 +316,7 @@ def test_a_divided_program_has_the_kernel_of_lora_where_the_mesh_knows_its_matri
 def test_a_divided_program_has_the_kernel_of_nf4_under_adapters():
     mesh, x = meshes.make_mesh(fsdp=4, tensor=2), draw(8, 4, 256)
     params = {"up": {"kernel": linalg.quantize_nf4(draw(256, 512), products="kernel")}}
-    made = lr.adapt(params, lr.adapters.lora(rank=4, init="orthogonal"), jax.random.key(0))
+    made = lrx.adapt(params, lrx.adapters.lora(rank=4, init="orthogonal"), jax.random.key(0))
     place = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
     parameters = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params
@@ -325,9 +325,9 @@ def test_a_divided_program_has_the_kernel_of_nf4_under_adapters():
     def text(params):
         def loss(x):
             with meshes.use(mesh, parameters=parameters):
-                return jnp.sum(jnp.sin(lr.matmul(x, params["up"]["kernel"])))
+                return jnp.sum(jnp.sin(lrx.matmul(x, params["up"]["kernel"])))
 
         return jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
 
-    assert "triton" in text(lr.attach(params, made))
+    assert "triton" in text(lrx.attach(params, made))
     assert "triton" not in text(params)  # a bare matrix has no path

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.models import axes, llama, vit
 from lowrank_jax import meshes
 from lowrank_jax.trees import path_of
 
 GOLDEN = Path(__file__).parent / "golden_shardings.json"
-VIEWS = lr.Views(stacked=(r"layers/.*",))
+VIEWS = lrx.Views(stacked=(r"layers/.*",))
 STRATEGIES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},
@@ -35,11 +35,11 @@ def optimizers(width):
     rank = width // 4
     return {
         "adamw": optax.adamw(1e-3),
-        "galore": lr.galore(1e-2, rank=rank, views=VIEWS),
-        "galore, 8 bit": lr.galore(
-            1e-2, rank=rank, views=VIEWS, inner=lr.inner.stored8(inner=lr.inner.adam())
+        "galore": lrx.galore(1e-2, rank=rank, views=VIEWS),
+        "galore, 8 bit": lrx.galore(
+            1e-2, rank=rank, views=VIEWS, inner=lrx.inner.stored8(inner=lrx.inner.adam())
         ),
-        "dct_adamw": lr.dct_adamw(1e-2, rank=rank, views=VIEWS),
+        "dct_adamw": lrx.dct_adamw(1e-2, rank=rank, views=VIEWS),
     }
 
 
@@ -55,7 +55,7 @@ def case(preset, strategy, optimizer):
     placed = meshes.shardings(params, axes.LLAMA, mesh)
     tx = optimizers(llama.preset(preset).width)[optimizer]
     state = jax.eval_shape(tx.init, params)
-    found = lr.state_shardings(tx, params, placed, spread=True)
+    found = lrx.state_shardings(tx, params, placed, spread=True)
     specs = {}
     for (keys, kind), leaf in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(state), strict=True
@@ -84,7 +84,7 @@ def state_bytes(preset, strategy, optimizer):
     placed = meshes.shardings(params, axes.LLAMA, mesh)
     tx = optimizers(llama.preset(preset).width)[optimizer]
     leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
-    kinds = jax.tree.leaves(lr.state_shardings(tx, params, placed, spread=True))
+    kinds = jax.tree.leaves(lrx.state_shardings(tx, params, placed, spread=True))
     own = sum(
         math.prod(kind.shard_shape(x.shape)) * x.dtype.itemsize
         for x, kind in zip(leaves, kinds, strict=True)

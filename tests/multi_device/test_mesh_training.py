@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import collectives, configuration, optimizers, updates
 from experiments.benchmarks import collectives as refreshes
 from experiments.benchmarks import workload
@@ -131,25 +131,25 @@ CONFIG = llama.preset(
     "nano", layers=2, width=64, hidden=128, heads=8, kv_heads=8, sequence_length=16
 )
 DENSE = dataclasses.replace(CONFIG, layers=1, scan=False)
-VIEWS = lr.Views(stacked=(r"layers/.*",))
-AFTER = lr.clocks.every(period=5, when="after")
+VIEWS = lrx.Views(stacked=(r"layers/.*",))
+AFTER = lrx.clocks.every(period=5, when="after")
 METHODS = {
-    "galore, power": partial(lr.galore, 1e-2, projector=lr.projectors.power(rank=8)),
+    "galore, power": partial(lrx.galore, 1e-2, projector=lrx.projectors.power(rank=8)),
     "galore, alternating": partial(
-        lr.galore, 1e-2, projector=lr.projectors.alternating(rank=8), clock=AFTER
+        lrx.galore, 1e-2, projector=lrx.projectors.alternating(rank=8), clock=AFTER
     ),
     "galore, random": partial(
-        lr.galore, 1e-2, projector=lr.projectors.random(rank=8, kind="orthonormal")
+        lrx.galore, 1e-2, projector=lrx.projectors.random(rank=8, kind="orthonormal")
     ),
-    "dct_adamw": partial(lr.dct_adamw, 1e-2, rank=8),
-    "frugal, columns": partial(lr.frugal, 1e-2, projector=lr.projectors.columns(rank=8)),
-    "apollo": partial(lr.apollo, 1e-2, rank=8),
+    "dct_adamw": partial(lrx.dct_adamw, 1e-2, rank=8),
+    "frugal, columns": partial(lrx.frugal, 1e-2, projector=lrx.projectors.columns(rank=8)),
+    "apollo": partial(lrx.apollo, 1e-2, rank=8),
 }
 # Methods that factor a whole matrix at a refresh, and gather it for that.
 EXACT = {
-    "galore, svd": lr.galore(1e-2, rank=8, views=VIEWS),
-    "frugal, svd": lr.frugal(1e-2, rank=8, views=VIEWS),
-    "ldadam": lr.ldadam(1e-2, rank=8, views=VIEWS),  # its first basis is an SVD's
+    "galore, svd": lrx.galore(1e-2, rank=8, views=VIEWS),
+    "frugal, svd": lrx.frugal(1e-2, rank=8, views=VIEWS),
+    "ldadam": lrx.ldadam(1e-2, rank=8, views=VIEWS),  # its first basis is an SVD's
 }
 
 
@@ -159,7 +159,7 @@ def update_program(tx, sizes, spread, scan=True):
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     placed = meshes.shardings(params, axes.LLAMA, mesh)
     state = jax.eval_shape(tx.init, params)
-    state_placed = lr.state_shardings(tx, params, placed, spread=spread)
+    state_placed = lrx.state_shardings(tx, params, placed, spread=spread)
     place = lambda tree, kinds: jax.tree.map(  # noqa: E731
         lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind), tree, kinds
     )
@@ -250,7 +250,7 @@ def test_rows_that_are_divided_become_orthonormal_by_gram_matrices(rows):
 
     def on_mesh(x):
         with meshes.use(mesh):
-            return lr.linalg.orthonormalize(x)
+            return lrx.linalg.orthonormalize(x)
 
     divided = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "fsdp")))
     compiled = jax.jit(on_mesh).lower(divided).compile()
@@ -260,7 +260,7 @@ def test_rows_that_are_divided_become_orthonormal_by_gram_matrices(rows):
     np.testing.assert_allclose(q @ (np.swapaxes(q, -1, -2) @ x), x, atol=3e-4)
     assert max(math.prod(one.shape) for one in collectives.read(compiled.as_text())) <= gram.size
     if rows == "full":
-        np.testing.assert_allclose(q, lr.linalg.orthonormalize(x), atol=2e-5)
+        np.testing.assert_allclose(q, lrx.linalg.orthonormalize(x), atol=2e-5)
 
 
 @pytest.mark.parametrize("method", EXACT)
@@ -282,7 +282,7 @@ def test_a_side_that_keeps_the_divided_dimension_whole_sends_nothing_of_the_matr
     params = jax.eval_shape(
         llama.Llama(CONFIG).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
     )["params"]
-    sides = lr.sides_for(params, meshes.shardings(params, axes.LLAMA, mesh), views=VIEWS)
+    sides = lrx.sides_for(params, meshes.shardings(params, axes.LLAMA, mesh), views=VIEWS)
     assert dict(sides) == {
         f"layers/{block}/{name}/kernel": "rows" if name in ("o_proj", "down_proj") else "cols"
         for block, names in (("attention", "qkvo"), ("mlp", ("gate", "up", "down")))
@@ -290,7 +290,7 @@ def test_a_side_that_keeps_the_divided_dimension_whole_sends_nothing_of_the_matr
     }
     largest = {}
     for side in (sides, "paper"):
-        tx = lr.galore(1e-2, projector=lr.projectors.random(rank=8), views=VIEWS, side=side)
+        tx = lrx.galore(1e-2, projector=lrx.projectors.random(rank=8), views=VIEWS, side=side)
         found = collectives.read(update_program(tx, {"fsdp": 8}, False).as_text())
         largest[side] = max((math.prod(one.shape) for one in found), default=0)
     assert largest[sides] <= 1  # whether all is finite
@@ -327,9 +327,9 @@ def test_replicas_take_their_part_of_rows_and_gather_no_matrix(k):
 def test_replicas_take_their_part_of_columns_that_are_divided_without_sending_any():
     mesh = meshes.make_mesh(data=2, tensor=4)
     x = jax.device_put(jnp.ones((2, 16, 24)), jax.NamedSharding(mesh, jax.P(None, None, "tensor")))
-    view = lr.resolve({"kernel": x}, lr.Views(stacked=("kernel",)), rank=4, side="rows").projected[
-        0
-    ]
+    view = lrx.resolve(
+        {"kernel": x}, lrx.Views(stacked=("kernel",)), rank=4, side="rows"
+    ).projected[0]
 
     def rows(x):
         with meshes.use(mesh, parameters={"kernel": x_lies}):
@@ -352,7 +352,7 @@ def test_parameters_that_lie_elsewhere_are_refused_by_name():
     scalars = params | {
         "temperature": jax.device_put(jnp.ones(()), jax.NamedSharding(mesh, jax.P()))
     }
-    tx = lr.galore(1e-2, rank=4)
+    tx = lrx.galore(1e-2, rank=4)
 
     def update(params, state):
         with meshes.use(mesh, parameters=scalars):

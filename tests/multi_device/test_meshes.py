@@ -10,21 +10,21 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 from .conftest import SPECS, mesh_of, put, tree
 
-VIEWS = lr.Views(
-    rules=((r"heads/kernel", lr.MatrixView(rows=(0,), cols=(1, 2))),), stacked=(r"layers/.*",)
+VIEWS = lrx.Views(
+    rules=((r"heads/kernel", lrx.MatrixView(rows=(0,), cols=(1, 2))),), stacked=(r"layers/.*",)
 )
 common = {"views": VIEWS}
 METHODS = {
-    "galore": lambda: lr.galore(1e-2, rank=4, refresh_every=2, **common),
-    "galore power": lambda: lr.galore(
-        1e-2, projector=lr.projectors.power(rank=4), refresh_every=2, **common
+    "galore": lambda: lrx.galore(1e-2, rank=4, refresh_every=2, **common),
+    "galore power": lambda: lrx.galore(
+        1e-2, projector=lrx.projectors.power(rank=4), refresh_every=2, **common
     ),
-    "galore full": lambda: lr.galore(1e-2, rank=4, refresh_every=2, proj_type="full", **common),
-    "dct_adamw": lambda: lr.dct_adamw(
+    "galore full": lambda: lrx.galore(1e-2, rank=4, refresh_every=2, proj_type="full", **common),
+    "dct_adamw": lambda: lrx.dct_adamw(
         1e-2,
         rank=4,
         refresh_every=2,
@@ -33,30 +33,30 @@ METHODS = {
         clip_norm=1.0,
         **common,
     ),
-    "frugal columns": lambda: lr.frugal(1e-2, refresh_every=2, projection="columns", **common),
-    "columns by norm": lambda: lr.frugal(
-        1e-2, projector=lr.projectors.columns(rank=4, select="l2"), refresh_every=2, **common
+    "frugal columns": lambda: lrx.frugal(1e-2, refresh_every=2, projection="columns", **common),
+    "columns by norm": lambda: lrx.frugal(
+        1e-2, projector=lrx.projectors.columns(rank=4, select="l2"), refresh_every=2, **common
     ),
-    "ldadam": lambda: lr.ldadam(1e-2, rank=4, **common),
-    "apollo": lambda: lr.apollo(1e-2, rank=4, refresh_every=2, **common),
-    "staggered": lambda: lr.galore(
+    "ldadam": lambda: lrx.ldadam(1e-2, rank=4, **common),
+    "apollo": lambda: lrx.apollo(1e-2, rank=4, refresh_every=2, **common),
+    "staggered": lambda: lrx.galore(
         1e-2,
-        projector=lr.projectors.dct(rank=4),
-        clock=lr.clocks.staggered(period=2),
-        transport=lr.transports.rotate(),
+        projector=lrx.projectors.dct(rank=4),
+        clock=lrx.clocks.staggered(period=2),
+        transport=lrx.transports.rotate(),
         **common,
     ),
-    "hadamard": lambda: lr.galore(
-        1e-2, projector=lr.projectors.hadamard(rank=4), refresh_every=2, **common
+    "hadamard": lambda: lrx.galore(
+        1e-2, projector=lrx.projectors.hadamard(rank=4), refresh_every=2, **common
     ),
-    "structured": lambda: lr.galore(
-        1e-2, projector=lr.projectors.random(rank=4, kind="structured"), refresh_every=2, **common
+    "structured": lambda: lrx.galore(
+        1e-2, projector=lrx.projectors.random(rank=4, kind="structured"), refresh_every=2, **common
     ),
-    "orthonormal": lambda: lr.galore(
-        1e-2, projector=lr.projectors.random(rank=4, kind="orthonormal"), refresh_every=2, **common
+    "orthonormal": lambda: lrx.galore(
+        1e-2, projector=lrx.projectors.random(rank=4, kind="orthonormal"), refresh_every=2, **common
     ),
-    "injected": lambda: optax.inject_hyperparams(lr.galore, static_args=("rank", "refresh_every"))(
-        1e-2, projector=lr.projectors.dct(rank=4), b1=0.8, **common
+    "injected": lambda: optax.inject_hyperparams(lrx.galore, static_args=("rank", "refresh_every"))(
+        1e-2, projector=lrx.projectors.dct(rank=4), b1=0.8, **common
     ),
 }
 STEPS = 3  # the first and the third refresh
@@ -100,7 +100,7 @@ def test_explicit_mesh(method):
     mesh, tx = mesh_of(AxisType.Explicit), METHODS[method]()
     with jax.set_mesh(mesh):
         params = put(tree(0), mesh)
-        promised = specs_of(lr.state_shardings(tx, params))
+        promised = specs_of(lrx.state_shardings(tx, params))
         state, step = jax.jit(tx.init)(params), jax.jit(step_of(tx), donate_argnums=(0, 1))
         assert specs_of(jax.tree.map(jax.typeof, state)) == promised
         for i in range(STEPS):
@@ -118,7 +118,7 @@ def test_auto_mesh(method):
     mesh, tx = mesh_of(AxisType.Auto), METHODS[method]()
     params = put(tree(0), mesh)
     kinds = jax.tree.map(lambda x: x.sharding, params)
-    places = lr.state_shardings(tx, params)
+    places = lrx.state_shardings(tx, params)
     state = jax.jit(tx.init, out_shardings=places)(params)
     step = jax.jit(
         step_of(tx),
@@ -165,13 +165,13 @@ def test_every_layout_on_an_explicit_mesh_and_updates_without_a_mesh_context(lay
     step = jax.jit(step_of(tx))
     for i in range(STEPS):
         params, state, _ = step(params, state, put(tree(i + 1), mesh, specs))
-    assert specs_of(state) == specs_of(lr.state_shardings(tx, params))
+    assert specs_of(state) == specs_of(lrx.state_shardings(tx, params))
     assert_close(params, on_one_device("dct_adamw"))
 
 
 def test_an_eager_init_on_an_explicit_mesh_gives_the_state_that_update_returns():
-    mesh, views = mesh_of(AxisType.Explicit), lr.Views(stacked=(".*",))
-    tx = lr.frugal(1e-2, rank=4, projection="columns", views=views)
+    mesh, views = mesh_of(AxisType.Explicit), lrx.Views(stacked=(".*",))
+    tx = lrx.frugal(1e-2, rank=4, projection="columns", views=views)
     params = put(
         {"kernel": tree(0)["layers"]["kernel"]}, mesh, {"kernel": P("data", None, "model")}
     )

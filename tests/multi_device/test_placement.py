@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 
@@ -24,7 +24,7 @@ SPECS = {
     "dense": {"kernel": P("data", "model"), "bias": P("model")},
     "layers": {"kernel": P("data", None, "model")},
 }
-VIEWS = lr.Views(stacked=(r"layers/.*",))
+VIEWS = lrx.Views(stacked=(r"layers/.*",))
 
 
 def shardings(kind=AxisType.Auto):
@@ -34,7 +34,7 @@ def shardings(kind=AxisType.Auto):
 
 def matrices(tx, kind=AxisType.Auto):
     """(basis, residual, count, mu) specs of the dense and the stacked kernel."""
-    state = lr.state_shardings(tx, PARAMS, shardings(kind)).projection.matrices
+    state = lrx.state_shardings(tx, PARAMS, shardings(kind)).projection.matrices
     both = []
     for name in ("dense", "layers"):
         node = state[name]["kernel"]
@@ -52,32 +52,32 @@ def matrices(tx, kind=AxisType.Auto):
     "tx, dense, stack",
     [
         (
-            lr.galore(1e-2, rank=4, views=VIEWS),
+            lrx.galore(1e-2, rank=4, views=VIEWS),
             ((None, None), (), (), (None, "model")),
             (("data", None, None), (), ("data",), ("data", None, "model")),
         ),
         (
-            lr.dct_adamw(1e-2, rank=4, error_feedback=True, views=VIEWS),
+            lrx.dct_adamw(1e-2, rank=4, error_feedback=True, views=VIEWS),
             ((None,), ("data", "model"), (), (None, "model")),
             (("data", None), ("data", None, "model"), ("data",), ("data", None, "model")),
         ),
         (
-            lr.galore(1e-2, rank=4, proj_type="full", views=VIEWS),
+            lrx.galore(1e-2, rank=4, proj_type="full", views=VIEWS),
             (((None, None), (None, None)), (), (), (None, None)),
             ((("data", None, None),) * 2, (), ("data",), ("data", None, None)),
         ),
         (
-            lr.galore(1e-2, rank=4, proj_type="reverse_std", views=VIEWS),
+            lrx.galore(1e-2, rank=4, proj_type="reverse_std", views=VIEWS),
             ((None, None), (), (), (None, "data")),
             (("data", None, None), (), ("data",), ("data", None, None)),
         ),
         (
-            lr.apollo(1e-2, rank=4, views=VIEWS),
+            lrx.apollo(1e-2, rank=4, views=VIEWS),
             ((None,), (), (), (None, "model")),
             (("data", None), ("data",), ("data",), ("data", None, "model")),
         ),
         (
-            lr.galore(1e-2, projector=lr.projectors.identity(), views=VIEWS),
+            lrx.galore(1e-2, projector=lrx.projectors.identity(), views=VIEWS),
             ((), (), (), ("data", "model")),
             ((), (), ("data",), ("data", None, "model")),
         ),
@@ -109,11 +109,11 @@ def by_path(tree):
         optax.adamw(1e-3),
         optax.inject_hyperparams(optax.adamw)(1e-3),
         optax.MultiSteps(
-            optax.chain(optax.clip(1.0), lr.galore(1e-2, rank=4, views=VIEWS)), 2
+            optax.chain(optax.clip(1.0), lrx.galore(1e-2, rank=4, views=VIEWS)), 2
         ).gradient_transformation(),
         optax.masked(optax.sgd(1e-2, momentum=0.9), {"dense": True, "layers": {"kernel": False}}),
         optax.partition(
-            {"a": lr.galore(1e-2, rank=4), "b": optax.adam(1e-3)},
+            {"a": lrx.galore(1e-2, rank=4), "b": optax.adam(1e-3)},
             {"dense": "a", "layers": {"kernel": "b"}},
         ),
     ],
@@ -122,7 +122,7 @@ def by_path(tree):
 def test_any_pipeline_covers_its_whole_state_and_keeps_parameter_like_leaves_with_their_parameter(
     tx,
 ):
-    places = lr.state_shardings(tx, PARAMS, shardings())
+    places = lrx.state_shardings(tx, PARAMS, shardings())
     abstract = jax.eval_shape(tx.init, PARAMS)
     assert jax.tree.structure(places) == jax.tree.structure(abstract)
     jax.tree.map(
@@ -146,7 +146,7 @@ def test_state_made_without_the_parameters_sharding_is_placed_by_its_path():
             "other": jnp.zeros((16, 32)),
         }
 
-    places = lr.state_shardings(
+    places = lrx.state_shardings(
         optax.GradientTransformation(init, lambda *a: a), PARAMS, shardings()
     )
     assert tuple(places["copy"]["dense"]["kernel"].spec) == ("data", "model")
@@ -157,18 +157,18 @@ def test_shardings_come_from_the_leaves_or_are_demanded_by_name():
     placed = jax.tree.map(
         lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind), PARAMS, shardings()
     )
-    assert by_path(lr.state_shardings(optax.adamw(1e-3), placed)) == by_path(
-        lr.state_shardings(optax.adamw(1e-3), PARAMS, shardings())
+    assert by_path(lrx.state_shardings(optax.adamw(1e-3), placed)) == by_path(
+        lrx.state_shardings(optax.adamw(1e-3), PARAMS, shardings())
     )
     with pytest.raises(
         ValueError, match=r"leaf 'dense/bias' has None, not a NamedSharding.*pass shardings="
     ):
-        lr.state_shardings(optax.adamw(1e-3), PARAMS)
+        lrx.state_shardings(optax.adamw(1e-3), PARAMS)
     with pytest.raises(ValueError, match="shardings has 2 leaves, params 3"):
-        lr.state_shardings(optax.adamw(1e-3), PARAMS, shardings()["dense"])
+        lrx.state_shardings(optax.adamw(1e-3), PARAMS, shardings()["dense"])
     mixed = shardings() | {"layers": shardings(AxisType.Explicit)["layers"]}
     with pytest.raises(ValueError, match="'layers/kernel' lies on another mesh than 'dense/bias'"):
-        lr.state_shardings(optax.adamw(1e-3), PARAMS, mixed)
+        lrx.state_shardings(optax.adamw(1e-3), PARAMS, mixed)
 
 
 @pytest.mark.parametrize(
@@ -179,26 +179,26 @@ def test_sides_keep_the_sharded_dimension_whole(spec, side):
     params = {"kernel": shape(16, 32)}
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     places = {"kernel": NamedSharding(mesh, spec)}
-    sides = lr.sides_for(params, places)
+    sides = lrx.sides_for(params, places)
     assert sides == (("kernel", side),)
-    tx = lr.dct_adamw(1e-3, rank=4, side=sides)
-    assert lr.resolved_sides(optax.chain(optax.clip(1.0), tx), params) == sides
-    mu = lr.state_shardings(tx, params, places).projection.matrices["kernel"].inner.mu
+    tx = lrx.dct_adamw(1e-3, rank=4, side=sides)
+    assert lrx.resolved_sides(optax.chain(optax.clip(1.0), tx), params) == sides
+    mu = lrx.state_shardings(tx, params, places).projection.matrices["kernel"].inner.mu
     kept = spec[0] if side == "cols" else (spec[1] if len(spec) > 1 else None)
     assert (tuple(mu.spec) + (None,) * 2)[:2] == (None, kept)
 
 
 def test_an_explicit_mesh_resolves_sharding_sides_by_itself_and_an_auto_mesh_asks_for_them():
-    tx = lr.galore(1e-2, rank=4, side="sharding", views=VIEWS)
-    with pytest.raises(ValueError, match="pass side=lr.sides_for"):
+    tx = lrx.galore(1e-2, rank=4, side="sharding", views=VIEWS)
+    with pytest.raises(ValueError, match="pass side=lrx.sides_for"):
         tx.init(jax.tree.map(lambda x: jnp.zeros(x.shape), PARAMS))
     placed = jax.tree.map(
         lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind),
         PARAMS,
         shardings(AxisType.Explicit),
     )
-    assert lr.resolved_sides(tx, placed) == (("dense/kernel", "rows"), ("layers/kernel", "rows"))
+    assert lrx.resolved_sides(tx, placed) == (("dense/kernel", "rows"), ("layers/kernel", "rows"))
 
 
 def test_resolved_sides_of_a_pipeline_without_projection_are_empty():
-    assert lr.resolved_sides(optax.adamw(1e-3), PARAMS) == ()
+    assert lrx.resolved_sides(optax.adamw(1e-3), PARAMS) == ()

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.benchmarks import data_parallel
 from experiments.models import llama
 
@@ -26,14 +26,14 @@ PARAMS = {
     "bias": jnp.zeros(WIDTH),
 }
 X = jnp.asarray(RNG.normal(size=(16, 5, WIDTH)), jnp.float32)
-VIEWS = lr.Views(stacked=(r"layers/.*",))
-AFTER = lr.clocks.every(period=3, when="after")
+VIEWS = lrx.Views(stacked=(r"layers/.*",))
+AFTER = lrx.clocks.every(period=3, when="after")
 
 
 def loss(params, x):
     def layer(x, kernels):
-        return x + lr.matmul(
-            jnp.tanh(lr.matmul(x, kernels["up"]["kernel"])), kernels["down"]["kernel"]
+        return x + lrx.matmul(
+            jnp.tanh(lrx.matmul(x, kernels["up"]["kernel"])), kernels["down"]["kernel"]
         ), None
 
     x, _ = jax.lax.scan(layer, x + params["bias"], params["layers"])
@@ -54,15 +54,15 @@ def run(step, tx, place, steps=4):
 @pytest.mark.parametrize("name", ["svd", "alternating", "random after"])
 def test_eight_devices_are_one(name, kind):
     options = {
-        "svd": {"projector": lr.projectors.svd(rank=RANK), "clock": lr.clocks.every(period=3)},
-        "alternating": {"projector": lr.projectors.alternating(rank=RANK), "clock": AFTER},
+        "svd": {"projector": lrx.projectors.svd(rank=RANK), "clock": lrx.clocks.every(period=3)},
+        "alternating": {"projector": lrx.projectors.alternating(rank=RANK), "clock": AFTER},
         "random after": {
-            "projector": lr.projectors.random(rank=RANK, kind="orthonormal"),
+            "projector": lrx.projectors.random(rank=RANK, kind="orthonormal"),
             "clock": AFTER,
         },
     }[name]
-    tx = lr.galore(1e-2, views=VIEWS, eps=1e-3, clip_norm=1.0, **options)
-    step = lr.train_step(loss, tx)
+    tx = lrx.galore(1e-2, views=VIEWS, eps=1e-3, clip_norm=1.0, **options)
+    step = lrx.train_step(loss, tx)
     expected, values = run(step, tx, lambda x, spec: x)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     with jax.set_mesh(mesh):
@@ -85,15 +85,15 @@ def reduced(compiled):
 def test_reductions_carry_low_rank_gradients():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     whole, rows = NamedSharding(mesh, Spec()), NamedSharding(mesh, Spec("data"))
-    tx = lr.galore(
+    tx = lrx.galore(
         1e-2,
-        projector=lr.projectors.random(rank=RANK, kind="orthonormal"),
+        projector=lrx.projectors.random(rank=RANK, kind="orthonormal"),
         clock=AFTER,
         views=VIEWS,
     )
     shapes = {}
     for backprop in ("projected", "full"):
-        step = lr.train_step(loss, tx, backprop=backprop)
+        step = lrx.train_step(loss, tx, backprop=backprop)
         place = lambda tree, to: jax.tree.map(  # noqa: E731
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), tree
         )

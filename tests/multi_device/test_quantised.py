@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import collectives
 from lowrank_jax import linalg, meshes
 
@@ -80,13 +80,13 @@ X = jnp.asarray(np.random.default_rng(9).normal(size=(16, N)), jnp.float32)
 
 
 def loss(params, x, **place):
-    product = lambda x, kernel: lr.dot_general(x, kernel, (((1,), (0,)), ((), ())), **place)  # noqa: E731
+    product = lambda x, kernel: lrx.dot_general(x, kernel, (((1,), (0,)), ((), ())), **place)  # noqa: E731
     hidden = jnp.tanh(product(x, params["up"]["kernel"]))
     return jnp.mean((x + product(hidden, params["down"]["kernel"])) ** 2)
 
 
-def qlora(own, family=lr.adapters.lora, **place):
-    adaptation = lr.adapt(own, family(rank=4), jax.random.key(0))
+def qlora(own, family=lrx.adapters.lora, **place):
+    adaptation = lrx.adapt(own, family(rank=4), jax.random.key(0))
     random = np.random.default_rng(3)
     train = jax.tree.map(
         lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), adaptation.train
@@ -100,7 +100,7 @@ def qlora(own, family=lr.adapters.lora, **place):
             )
 
         def of(train):
-            return loss(lr.attach(own, adaptation.replace(train=train, fixed=fixed)), x, **place)
+            return loss(lrx.attach(own, adaptation.replace(train=train, fixed=fixed)), x, **place)
 
         value, grads = jax.value_and_grad(of)(train)
         return value, jax.tree.map(lambda w, g: w - 0.5 * g, train, grads)
@@ -108,7 +108,7 @@ def qlora(own, family=lr.adapters.lora, **place):
     return adaptation, step
 
 
-FAMILIES = [(form, lr.adapters.lora) for form in FORMS] + [("double", lr.adapters.dora)]
+FAMILIES = [(form, lrx.adapters.lora) for form in FORMS] + [("double", lrx.adapters.dora)]
 
 
 @pytest.mark.parametrize(("form", "family"), FAMILIES)
@@ -119,7 +119,7 @@ def test_a_step_of_qlora_is_that_of_one_device_and_sends_no_decoded_matrix(form,
     alone = jax.jit(lambda *given: step(*given))  # a trace of its own
     want, trained = alone(own, adaptation.train, adaptation.fixed, X)
     placed = meshes.shardings(own, TABLE, mesh)
-    train, fixed = lr.adapters.shardings(adaptation, placed)
+    train, fixed = lrx.adapters.shardings(adaptation, placed)
     assert train["sites"]["up/kernel"]["a"].spec == jax.P("fsdp", None)
     rows = jax.NamedSharding(mesh, meshes.spec(("batch", None), mesh))
     with meshes.use(mesh, parameters=jax.tree.map(jax.device_put, own, placed)):
@@ -143,11 +143,11 @@ def test_a_tied_output_sends_codes():
         meshes.make_mesh(fsdp=8),
         {"table": FORMS["nf4"](params("nf4")["up"]["kernel"].dequantize())},
     )
-    adaptation = lr.adapt(own, {"table": lr.adapters.lora(rank=4)}, jax.random.key(0))
+    adaptation = lrx.adapt(own, {"table": lrx.adapters.lora(rank=4)}, jax.random.key(0))
     placed = meshes.shardings(own, [("table", ("vocabulary", "embed"))], mesh)
     rows = jax.NamedSharding(mesh, meshes.spec(("batch", None), mesh))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(16, M)), jnp.float32)
-    logits = lambda own, x: lr.adapters.attend(x, lr.attach(own, adaptation)["table"])  # noqa: E731
+    logits = lambda own, x: lrx.adapters.attend(x, lrx.attach(own, adaptation)["table"])  # noqa: E731
     with meshes.use(mesh, parameters=jax.device_put(own, placed)):
         compiled = jax.jit(logits, in_shardings=(placed, rows)).lower(own, x).compile()
     got = compiled(*jax.device_put((own, x), (placed, rows)))
@@ -164,7 +164,7 @@ def test_a_step_of_qlora_on_explicit_axes(form):
     placed, rows = meshes.shardings(own, TABLE, mesh), jax.NamedSharding(mesh, jax.P("fsdp", None))
     given = jax.device_put(
         (own, adaptation.train, adaptation.fixed, X),
-        (placed, *lr.adapters.shardings(adaptation, placed), rows),
+        (placed, *lrx.adapters.shardings(adaptation, placed), rows),
     )
     with jax.set_mesh(mesh):
         gathered = jax.eval_shape(meshes.at_input, given[0]["up"]["kernel"], given[-1])
@@ -201,11 +201,11 @@ def test_variables_of_nnx_are_quantised_as_their_values_are():
 @pytest.mark.parametrize("spread", [False, True])
 def test_a_quantised_projected_step_is_that_of_one_device(spread):
     mesh, own = meshes.make_mesh(fsdp=4, tensor=2), params("linear")
-    tx = lr.fused(lr.dct_adamw(1e-2, rank=8))
-    step = lr.train_step(loss, tx)
+    tx = lrx.fused(lrx.dct_adamw(1e-2, rank=8))
+    step = lrx.train_step(loss, tx)
     want, _, _ = jax.jit(step)(own, tx.init(own), X)
     placed = meshes.shardings(own, TABLE, mesh)
-    state = lr.state_shardings(tx, own, placed, spread=spread)
+    state = lrx.state_shardings(tx, own, placed, spread=spread)
     kept = state.projection.matrices["up"]["kernel"].inner.mu.spec
     assert kept == (jax.P("fsdp", "tensor") if spread else jax.P(None, "tensor"))
     rows = jax.NamedSharding(mesh, meshes.spec(("batch", None), mesh))
@@ -225,19 +225,19 @@ def test_a_quantised_projected_step_is_that_of_one_device(spread):
 def test_sides_and_state_follow_codes_not_scales():
     mesh, own = meshes.make_mesh(fsdp=8), params("double")
     placed = meshes.shardings(own, TABLE, mesh)
-    assert lr.sides_for(own, placed) == (
+    assert lrx.sides_for(own, placed) == (
         ("down/kernel", "rows"),
         ("up/kernel", "cols"),
     )  # fsdp divides "embed"
-    tx = lr.fused(lr.galore(1e-2, rank=8, side=lr.sides_for(own, placed)))
+    tx = lrx.fused(lrx.galore(1e-2, rank=8, side=lrx.sides_for(own, placed)))
     moments = (
-        lr.state_shardings(tx, own, placed, spread=True)
+        lrx.state_shardings(tx, own, placed, spread=True)
         .projection.matrices["up"]["kernel"]
         .inner.mu
     )
     assert (
         moments.spec
-        == lr.state_shardings(
+        == lrx.state_shardings(
             tx,
             jax.tree.map(
                 lambda x: x,

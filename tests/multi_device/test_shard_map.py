@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.models.attention import chunked_attention
 
 
@@ -19,28 +19,28 @@ def DRAW(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 4, jnp.float32)
 
 
-VIEWS = lr.Views(stacked=("layers/.*",))
+VIEWS = lrx.Views(stacked=("layers/.*",))
 PARAMS = {
     "in": {"kernel": DRAW(0, 12, 16)},
     "layers": {"kernel": DRAW(1, 3, 16, 16)},
     "bias": jnp.zeros(16),
 }
 X, Y = DRAW(2, 32, 12), DRAW(3, 32, 16)
-STACK = lr.Stack(
-    before=lambda rest, x, y: lr.matmul(x, rest["in"]["kernel"]) + rest["bias"],
-    layer=lambda layer, x: jnp.tanh(lr.matmul(x, layer["kernel"])),
+STACK = lrx.Stack(
+    before=lambda rest, x, y: lrx.matmul(x, rest["in"]["kernel"]) + rest["bias"],
+    layer=lambda layer, x: jnp.tanh(lrx.matmul(x, layer["kernel"])),
     after=lambda rest, x, x0, y: jnp.mean(jnp.square(x - y)),
 )
-galore = functools.partial(lr.galore, 1e-2, views=VIEWS)
-AFTER = lr.clocks.every(period=2, when="after")
+galore = functools.partial(lrx.galore, 1e-2, views=VIEWS)
+AFTER = lrx.clocks.every(period=2, when="after")
 OPTIMIZERS = {
     "svd": galore(rank=4, refresh_every=2, clip_norm=1.0),
     "svd staggered": galore(
-        projector=lr.projectors.svd(rank=4), clock=lr.clocks.staggered(period=2)
+        projector=lrx.projectors.svd(rank=4), clock=lrx.clocks.staggered(period=2)
     ),
-    "sketch": galore(projector=lr.projectors.alternating(rank=4), clock=AFTER),
-    "random": galore(projector=lr.projectors.random(rank=4), clock=AFTER),
-    "frugal": lr.frugal(1e-2, projection="columns", refresh_every=2, views=VIEWS),
+    "sketch": galore(projector=lrx.projectors.alternating(rank=4), clock=AFTER),
+    "random": galore(projector=lrx.projectors.random(rank=4), clock=AFTER),
+    "frugal": lrx.frugal(1e-2, projection="columns", refresh_every=2, views=VIEWS),
 }
 
 
@@ -77,8 +77,8 @@ def test_a_training_step_over_rows_is_that_of_one_device(name, accumulate):
     batch, rows = (X, Y), P("data")
     if accumulate > 1:
         batch, rows = tuple(x.reshape(accumulate, -1, x.shape[-1]) for x in batch), P(None, "data")
-    alone = trained(jax.jit(lr.train_step(STACK.loss, tx, accumulate=accumulate)), tx, *batch)
-    step = lr.train_step(averaged(STACK.loss), tx, accumulate=accumulate)
+    alone = trained(jax.jit(lrx.train_step(STACK.loss, tx, accumulate=accumulate)), tx, *batch)
+    step = lrx.train_step(averaged(STACK.loss), tx, accumulate=accumulate)
     assert_close(
         trained(mapped(step, in_specs=(P(), P(), rows, rows), out_specs=P()), tx, *batch), alone
     )
@@ -86,15 +86,15 @@ def test_a_training_step_over_rows_is_that_of_one_device(name, accumulate):
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_layerwise_step_over_rows_is_that_of_one_device(accumulate):
-    views = lr.Views(stacked=("layers/.*",), rules=(("in/kernel", None),))
-    tx = lr.galore(1e-2, rank=4, refresh_every=2, views=views)
-    over = lr.Stack(before=STACK.before, layer=STACK.layer, after=averaged(STACK.after))
+    views = lrx.Views(stacked=("layers/.*",), rules=(("in/kernel", None),))
+    tx = lrx.galore(1e-2, rank=4, refresh_every=2, views=views)
+    over = lrx.Stack(before=STACK.before, layer=STACK.layer, after=averaged(STACK.after))
     batch, rows = (X, Y), P("data")
     if accumulate > 1:
         batch, rows = tuple(x.reshape(accumulate, -1, x.shape[-1]) for x in batch), P(None, "data")
-    alone = trained(jax.jit(lr.layerwise_step(STACK, tx, accumulate=accumulate)), tx, *batch)
+    alone = trained(jax.jit(lrx.layerwise_step(STACK, tx, accumulate=accumulate)), tx, *batch)
     step = mapped(
-        lr.layerwise_step(over, tx, accumulate=accumulate),
+        lrx.layerwise_step(over, tx, accumulate=accumulate),
         in_specs=(P(), P(), rows, rows),
         out_specs=P(),
     )
@@ -104,11 +104,11 @@ def test_a_layerwise_step_over_rows_is_that_of_one_device(accumulate):
 def test_a_value_that_varies():
     """A loss of the device's own rows: gradients are summed over devices, as by
     `jax.value_and_grad`."""
-    taps = lr.taps(OPTIMIZERS["random"].init(PARAMS))
+    taps = lrx.taps(OPTIMIZERS["random"].init(PARAMS))
 
     def own(params, x, y):
         parts = tuple(x.reshape(2, -1, x.shape[-1]) for x in (x, y))
-        value, low = lr.projected_value_and_grad(STACK.loss, taps, accumulate=2)(params, *parts)
+        value, low = lrx.projected_value_and_grad(STACK.loss, taps, accumulate=2)(params, *parts)
         return value[None], low, jax.grad(STACK.loss)(params, x, y)
 
     value, low, full = mapped(
@@ -126,19 +126,19 @@ def test_kernels_of_which_every_device_has_a_part():
     gradient is a sum."""
     params = {"up": {"kernel": DRAW(5, 12, 64)}, "down": {"kernel": DRAW(6, 64, 16)}}
     specs = {"up": {"kernel": P(None, "data")}, "down": {"kernel": P("data", None)}}
-    tx = lr.galore(1e-2, projector=lr.projectors.random(rank=4))
+    tx = lrx.galore(1e-2, projector=lrx.projectors.random(rank=4))
 
     def loss(params, x, y):
-        hidden = jnp.tanh(lr.matmul(x, params["up"]["kernel"]))
+        hidden = jnp.tanh(lrx.matmul(x, params["up"]["kernel"]))
         return jnp.mean(
-            jnp.square(jax.lax.psum(lr.matmul(hidden, params["down"]["kernel"]), "data") - y)
+            jnp.square(jax.lax.psum(lrx.matmul(hidden, params["down"]["kernel"]), "data") - y)
         )
 
     def own(params, x, y):
-        taps = lr.taps(tx.init(params))
-        _, low = lr.projected_value_and_grad(loss, taps)(params, x, y)
+        taps = lrx.taps(tx.init(params))
+        _, low = lrx.projected_value_and_grad(loss, taps)(params, x, y)
         full, dx = jax.grad(loss, (0, 1))(params, x, y)
-        _, tapped_dx = lr.projected_value_and_grad(lambda p, y: loss(p, p["x"], y), taps)(
+        _, tapped_dx = lrx.projected_value_and_grad(lambda p, y: loss(p, p["x"], y), taps)(
             params | {"x": x}, y
         )
         expected = {
@@ -162,7 +162,7 @@ def test_kernels_of_which_every_device_has_a_part():
 def test_pairs_that_differ_by_device_take_turns(name, shared):
     """A task on each device: the branches of the turn and of the rest have one type, whatever of a
     pair varies."""
-    tx = getattr(lr, name)(1e-2, scale=2.0, alternate=1)
+    tx = getattr(lrx, name)(1e-2, scale=2.0, alternate=1)
     factors = {"a": DRAW(11, 8, 6, 2), "b": DRAW(12, 8, 2, 5)}
     for side in shared:
         factors[side] = factors[side][:1]
@@ -184,12 +184,12 @@ def test_pairs_that_differ_by_device_take_turns(name, shared):
 
 
 KERNEL = DRAW(7, 64, 16)
-CODES = lr.linalg.quantize_nf4(KERNEL)
-SHIRA = lr.adapters.shira(rank=2)
+CODES = lrx.linalg.quantize_nf4(KERNEL)
+SHIRA = lrx.adapters.shira(rank=2)
 FACTORS = {"x": DRAW(8, 32, 64), "w": KERNEL, "a": DRAW(9, 64, 2), "b": DRAW(10, 2, 16)}
 CUSTOM = {
-    "thin_linear": lambda x, p: lr.kernels.thin_linear(x, p["w"], p["a"], p["b"]),
-    "nf4_linear": lambda x, p: lr.kernels.nf4_linear(x + p["a"][:, 0], CODES),
+    "thin_linear": lambda x, p: lrx.kernels.thin_linear(x, p["w"], p["a"], p["b"]),
+    "nf4_linear": lambda x, p: lrx.kernels.nf4_linear(x + p["a"][:, 0], CODES),
     "shira": lambda x, p: SHIRA.apply(x, p["w"], p["sparse"]),
     "attention": lambda x, p: (
         chunked_attention(*[(x @ p["w"]).reshape(-1, 4, 2, 8)] * 3, chunk=2) + p["b"][:, :8]

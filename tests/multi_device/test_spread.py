@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import meshes
 from lowrank_jax.adapters import specs
 from lowrank_jax.projection.state import MatrixState
@@ -24,11 +24,11 @@ TABLE = [(".*/bias", ("mlp",)), (".*/kernel", ("embed", "mlp"))]
 # Given arrays and indices are of other sizes than these matrices.
 OTHER = {"given-amsgrad"}
 BITS8 = [
-    lr.galore(
+    lrx.galore(
         1e-2,
         rank=8,
-        views=lr.Views(stacked=("stack/.*",)),
-        inner=lr.inner.stored8(inner=lr.inner.adam()),
+        views=lrx.Views(stacked=("stack/.*",)),
+        inner=lrx.inner.stored8(inner=lrx.inner.adam()),
     )
 ]
 ROWS = [
@@ -56,7 +56,7 @@ def test_each_device_holds_its_share_of_bases_and_low_rank_moments(build):
     tx, mesh = build(), meshes.make_mesh(fsdp=4, tensor=2)
     placed = meshes.shardings(PARAMS, TABLE, mesh)
     plain, spread = (
-        lr.state_shardings(tx, PARAMS, placed, spread=spread) for spread in (False, True)
+        lrx.state_shardings(tx, PARAMS, placed, spread=spread) for spread in (False, True)
     )
     state = jax.eval_shape(tx.init, PARAMS)
     assert jax.tree.structure(spread) == jax.tree.structure(state)
@@ -78,11 +78,11 @@ def test_each_device_holds_its_share_of_bases_and_low_rank_moments(build):
 
 
 FAMILIES = {
-    "lora": lr.adapters.lora(rank=8),
-    "dora": lr.adapters.dora(rank=8),
-    "oft": lr.adapters.oft(block=4),
+    "lora": lrx.adapters.lora(rank=8),
+    "dora": lrx.adapters.dora(rank=8),
+    "oft": lrx.adapters.oft(block=4),
 }
-OPTIMIZERS = {"adamw": optax.adamw(1e-3), "altlora": lr.altlora(1e-3, scale=1.0)}
+OPTIMIZERS = {"adamw": optax.adamw(1e-3), "altlora": lrx.altlora(1e-3, scale=1.0)}
 # The moments of `a` lie like the kernel's rows; AltLoRA's are of its projected gradient.
 ADAPTED = [("lora", "adamw"), ("dora", "adamw"), ("oft", "adamw"), ("lora", "altlora")]
 
@@ -91,8 +91,8 @@ ADAPTED = [("lora", "adamw"), ("dora", "adamw"), ("oft", "adamw"), ("lora", "alt
 def test_adapters_and_their_state_follow_their_kernels(family, optimizer):
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
     kernels = {"dense": {"kernel": jnp.ones((16, 32))}, "stack": {"kernel": jnp.ones((3, 16, 16))}}
-    adaptation = lr.adapt(
-        kernels, FAMILIES[family], jax.random.key(0), views=lr.Views(stacked=("stack/.*",))
+    adaptation = lrx.adapt(
+        kernels, FAMILIES[family], jax.random.key(0), views=lrx.Views(stacked=("stack/.*",))
     )
     trees = specs(adaptation, meshes.specs(kernels, TABLE, mesh))
     placed = jax.tree.map(
@@ -102,7 +102,7 @@ def test_adapters_and_their_state_follow_their_kernels(family, optimizer):
         per_device, placed, (adaptation.train, adaptation.fixed)
     )  # raises where it cannot divide
     tx = OPTIMIZERS[optimizer]
-    state = lr.state_shardings(tx, adaptation.train, placed[0], spread=True)
+    state = lrx.state_shardings(tx, adaptation.train, placed[0], spread=True)
     leaves = jax.eval_shape(tx.init, adaptation.train)
     found = dict(jax.tree_util.tree_leaves_with_path(state))
     like = [
@@ -118,16 +118,16 @@ def test_adapters_and_their_state_follow_their_kernels(family, optimizer):
 
 def test_shardings_of_adapters_leave_whole_what_the_mesh_does_not_divide():
     mesh, params = meshes.make_mesh(fsdp=4, tensor=2), {"kernel": jnp.ones((8, 6))}
-    adaptation = lr.adapt(
-        params, lr.adapters.oft(block=4), jax.random.key(0)
+    adaptation = lrx.adapt(
+        params, lrx.adapters.oft(block=4), jax.random.key(0)
     )  # two blocks for four devices
     placed = meshes.shardings(params, [("kernel", ("embed", "mlp"))], mesh)
-    train, _ = lr.adapters.shardings(adaptation, placed)
+    train, _ = lrx.adapters.shardings(adaptation, placed)
     (own,) = jax.tree.leaves(train["sites"]["kernel"])
     assert not any(own.spec) and any(
         jax.tree.leaves(specs(adaptation, {"kernel": placed["kernel"].spec})[0])
     )
     with pytest.raises(
-        ValueError, match="None at 'kernel' is no NamedSharding; give lr.meshes.shardings"
+        ValueError, match="None at 'kernel' is no NamedSharding; give lrx.meshes.shardings"
     ):
-        lr.adapters.shardings(adaptation, {"kernel": None})
+        lrx.adapters.shardings(adaptation, {"kernel": None})

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs PyTorch: run `make test-peer`")
 peft = pytest.importorskip("peft", reason="needs PEFT: run `make test-peer`")
 
-import lowrank_jax as lr  # noqa: E402
+import lowrank_jax as lrx  # noqa: E402
 
 torch.set_num_threads(1)
 # of peft 0.21.2: hints of UserWarning, and its use of an attribute that transformers 5.24 calls
@@ -28,10 +28,10 @@ FAST = {
     "compiler_options": {"xla_backend_optimization_level": 0}
 }  # compiling is what takes time here
 CONVOLUTIONS = {
-    "conv1/kernel": lr.MatrixView(rows=(0, 1), cols=(2,)),
-    "conv2/kernel": lr.MatrixView(rows=(0, 1, 2), cols=(3,)),
+    "conv1/kernel": lrx.MatrixView(rows=(0, 1), cols=(2,)),
+    "conv2/kernel": lrx.MatrixView(rows=(0, 1, 2), cols=(3,)),
 }
-VIEWS = lr.Views(rules=tuple(CONVOLUTIONS.items()))
+VIEWS = lrx.Views(rules=tuple(CONVOLUTIONS.items()))
 FILES = {"views": VIEWS, "convolutions": ("conv1/kernel",)}
 
 
@@ -62,16 +62,16 @@ def convolve(window, **options):
 
 def net(params, ids, image):
     """The same in JAX, on a tree that may hold adapters."""
-    x = lr.adapters.embed(ids, params["emb"]["embedding"])
-    x = jnp.tanh(lr.matmul(x, params["lin0"]["kernel"]) + params["lin0"]["bias"])
-    x = lr.matmul(x, params["lin1"]["kernel"])
+    x = lrx.adapters.embed(ids, params["emb"]["embedding"])
+    x = jnp.tanh(lrx.matmul(x, params["lin0"]["kernel"]) + params["lin0"]["bias"])
+    x = lrx.matmul(x, params["lin1"]["kernel"])
     one = convolve(1, window_strides=(1,), padding=[(1, 1)])
-    x = lr.adapters.conv(x, params["conv1"]["kernel"], one) + params["conv1"]["bias"]
+    x = lrx.adapters.conv(x, params["conv1"]["kernel"], one) + params["conv1"]["bias"]
     x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
     x = x * params["norm"]["scale"] + params["norm"]["bias"]
-    x = lr.matmul(x, params["head"]["kernel"]) + params["head"]["bias"]
+    x = lrx.matmul(x, params["head"]["kernel"]) + params["head"]["bias"]
     two = convolve(2, window_strides=(2, 2), padding=[(1, 1), (1, 1)])
-    y = lr.adapters.conv(image, params["conv2"]["kernel"], two) + params["conv2"]["bias"]
+    y = lrx.adapters.conv(image, params["conv2"]["kernel"], two) + params["conv2"]["bias"]
     return jnp.concatenate([x.ravel(), jnp.moveaxis(y, -1, 1).ravel()])
 
 
@@ -105,8 +105,8 @@ def torch_outputs(model):
 @functools.partial(jax.jit, **FAST)
 def both_outputs(params, adaptation):
     inputs = jnp.asarray(IDS), jnp.asarray(np.moveaxis(IMAGE, 1, -1))
-    return net(lr.attach(params, adaptation), *inputs), net(
-        lr.effective(params, adaptation), *inputs
+    return net(lrx.attach(params, adaptation), *inputs), net(
+        lrx.effective(params, adaptation), *inputs
     )
 
 
@@ -158,10 +158,10 @@ def on(names, adapter):
 
 
 def adapted(params, rules, options):
-    views = lr.Views(
+    views = lrx.Views(
         rules=tuple((path, view) for path, view in CONVOLUTIONS.items() if path in rules)
     )
     adapt = jax.jit(
-        lambda params: lr.adapt(params, rules, jax.random.key(0), views=views, **options), **FAST
+        lambda params: lrx.adapt(params, rules, jax.random.key(0), views=views, **options), **FAST
     )
     return randomised(adapt(params))

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="needs PyTorch: run `make test-peer`")
 pytest.importorskip("peft", reason="needs PEFT: run `make test-peer`")
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.interop import peft as bridge
 from tests.peer.peft_net import (
     EVERY,
@@ -101,34 +101,35 @@ def test_what_peft_saves_we_load(case, tmp_path):
 
 # what we save and PEFT loads: rules, and options of adapt
 OURS = {
-    "lora": (on(EVERY, lr.adapters.lora(rank=4, alpha=6)), {}),
+    "lora": (on(EVERY, lrx.adapters.lora(rank=4, alpha=6)), {}),
     "ranks and alphas": (
-        on(EVERY, lr.adapters.lora(rank=4, alpha=6)),
+        on(EVERY, lrx.adapters.lora(rank=4, alpha=6)),
         {"ranks": {"conv./.*": 3, "emb/.*": 2}, "alphas": {"lin0/.*": 5.0}},
     ),
-    "rslora": (on(EVERY, lr.adapters.lora(rank=4, alpha=3.0, rank_stabilized=True)), {}),
-    "dora": (on(EVERY, lr.adapters.dora(rank=4, alpha=6, dropout=0.1)), {"ranks": {"conv1/.*": 2}}),
+    "rslora": (on(EVERY, lrx.adapters.lora(rank=4, alpha=3.0, rank_stabilized=True)), {}),
+    "dora": (on(EVERY, lrx.adapters.dora(rank=4, alpha=6, dropout=0.1)), {"ranks": {"conv1/.*": 2}}),
     "pissa": (
-        on(LINEAR, lr.adapters.lora(rank=2, init="pissa")), {"ranks": {"lin1/.*": 3}, "alphas": {"lin0/.*": 5.0}},
+        on(LINEAR, lrx.adapters.lora(rank=2, init="pissa")), {"ranks": {"lin1/.*": 3}, "alphas": {"lin0/.*": 5.0}},
     ),
-    "olora": (on(LINEAR, lr.adapters.lora(rank=2, init="olora", rank_stabilized=True)), {"ranks": {"lin1/.*": 3}}),
-    "biases": (on(EVERY, lr.adapters.lora(rank=2)), {"bias": "adapted"}),
-    "all biases": (on(LINEAR, lr.adapters.lora(rank=2)), {"bias": "all"}),
-    "whole": (on(LINEAR, lr.adapters.lora(rank=2)), {"whole": ("head/kernel", "norm/.*", "conv./kernel", "emb/.*")}),
-    "hira": (on(EVERY, lr.adapters.hira(rank=3)), {}),
-    "uni-lora": (on(LINEAR, lr.adapters.uni_lora(rank=2, size=24)), {}),
-    "vera": (on(LINEAR, lr.adapters.vera(rank=5, seed=3)), {"bias": "adapted"}),
-    "vera, key": (on(LINEAR, lr.adapters.vera(rank=5, stored=False)), {}),
-    "loha": (on(EVERY[1:], lr.adapters.loha(rank=3, alpha=5)), {"ranks": {"conv2/.*": 2}, "alphas": {"conv1/.*": 2.0}}),
-    "oft": (on(LINEAR, lr.adapters.oft(block=4)), {}),
-    "oft, neumann": (on(LINEAR, lr.adapters.oft(block=4, cayley="neumann")), {}),
-    "miss": (on(LINEAR, lr.adapters.miss(rank=5)), {}),
-    "miss, mini": (on(LINEAR, lr.adapters.miss(rank=3, mode="mini", mini_rank=4)), {}),
-    "miss, bat": (on(LINEAR, lr.adapters.miss(rank=4, mode="bat")), {}),
+    "olora": (on(LINEAR, lrx.adapters.lora(rank=2, init="olora", rank_stabilized=True)), {"ranks": {"lin1/.*": 3}}),
+    "biases": (on(EVERY, lrx.adapters.lora(rank=2)), {"bias": "adapted"}),
+    "all biases": (on(LINEAR, lrx.adapters.lora(rank=2)), {"bias": "all"}),
+    "whole": (on(LINEAR, lrx.adapters.lora(rank=2)), {"whole": ("head/kernel", "norm/.*", "conv./kernel", "emb/.*")}),
+    "hira": (on(EVERY, lrx.adapters.hira(rank=3)), {}),
+    "uni-lora": (on(LINEAR, lrx.adapters.uni_lora(rank=2, size=24)), {}),
+    "vera": (on(LINEAR, lrx.adapters.vera(rank=5, seed=3)), {"bias": "adapted"}),
+    "vera, key": (on(LINEAR, lrx.adapters.vera(rank=5, stored=False)), {}),
+    "loha": (on(EVERY[1:], lrx.adapters.loha(rank=3, alpha=5)),
+             {"ranks": {"conv2/.*": 2}, "alphas": {"conv1/.*": 2.0}}),
+    "oft": (on(LINEAR, lrx.adapters.oft(block=4)), {}),
+    "oft, neumann": (on(LINEAR, lrx.adapters.oft(block=4, cayley="neumann")), {}),
+    "miss": (on(LINEAR, lrx.adapters.miss(rank=5)), {}),
+    "miss, mini": (on(LINEAR, lrx.adapters.miss(rank=3, mode="mini", mini_rank=4)), {}),
+    "miss, bat": (on(LINEAR, lrx.adapters.miss(rank=4, mode="bat")), {}),
     "fourierft": (
-        {f"lin{i}/kernel": lr.adapters.fourierft(frequencies=9 + 4 * i, alpha=20.0) for i in range(2)}, {},
+        {f"lin{i}/kernel": lrx.adapters.fourierft(frequencies=9 + 4 * i, alpha=20.0) for i in range(2)}, {},
     ),
-    "shira": (on(LINEAR, lr.adapters.shira(rank=1)), {}),
+    "shira": (on(LINEAR, lrx.adapters.shira(rank=1)), {}),
 }  # fmt: skip
 
 
@@ -144,9 +145,9 @@ def test_weights_and_masks_are_worked_in(tmp_path):
     """A weight of 0.5, and ranks masked one by one."""
     params = tree_of(Net())
     for names, adapter in (
-        (EVERY, lr.adapters.dora(rank=4)),
-        (EVERY, lr.adapters.hira(rank=4)),
-        (LINEAR, lr.adapters.oft(block=4)),
+        (EVERY, lrx.adapters.dora(rank=4)),
+        (EVERY, lrx.adapters.hira(rank=4)),
+        (LINEAR, lrx.adapters.oft(block=4)),
     ):
         adaptation = adapted(params, on(names, adapter), {})
         scaled = jax.tree.map(lambda x: x, adaptation.fixed)
@@ -184,7 +185,7 @@ def test_offsets_that_peft_converted(init, tmp_path):
     assert {adapter.rank for adapter in [*converted.plan.adapters, *ours.plan.adapters]} == {4}
     compare(our_outputs(params, ours), theirs, base)
     # absorbed, the rank stays and the base is another
-    other, absorbed = lr.adapters.absorb(params, raw)
+    other, absorbed = lrx.adapters.absorb(params, raw)
     bridge.save(tmp_path / "absorbed", absorbed, other, **FILES)
     changed = Net()
     for name in LINEAR:

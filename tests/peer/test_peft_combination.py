@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs PyTorch: run `make test-peer`")
 peft = pytest.importorskip("peft", reason="needs PEFT: run `make test-peer`")
 
-import lowrank_jax as lr  # noqa: E402
+import lowrank_jax as lrx  # noqa: E402
 
 RANK = 3
 ALPHAS = {"one": 6.0, "two": 2.0, "three": 3.0}
@@ -67,8 +67,8 @@ def ours(factors, method, **options):
     params = {"dense": {"kernel": jnp.zeros((8, 6))}, "embed": {"embedding": jnp.zeros((9, 5))}}
     each = {}
     for name, own in factors.items():
-        rules = {"(dense|embed)/.*": lr.adapters.lora(rank=RANK, alpha=ALPHAS[name])}
-        one = lr.adapt(params, rules, jax.random.key(0))
+        rules = {"(dense|embed)/.*": lrx.adapters.lora(rank=RANK, alpha=ALPHAS[name])}
+        one = lrx.adapt(params, rules, jax.random.key(0))
         sites = {
             path: dict(
                 zip(
@@ -80,7 +80,7 @@ def ours(factors, method, **options):
             for path in one.plan.by_path
         }
         each[name] = one.replace(train=one.train | {"sites": sites})
-    found = lr.effective(params, lr.adapters.combine(each, WEIGHTS, method=method, **options))
+    found = lrx.effective(params, lrx.adapters.combine(each, WEIGHTS, method=method, **options))
     return {"dense": found["dense"]["kernel"], "embed": found["embed"]["embedding"]}
 
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="needs PyTorch: run `make test-peer`")
 pytest.importorskip("peft", reason="needs PEFT: run `make test-peer`")
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.interop import _peft_config
 from lowrank_jax.interop import peft as bridge
 from tests.peer.peft_net import (
@@ -75,9 +75,9 @@ def test_hira_of_ranks_by_module(pattern, tmp_path):
     params = tree_of(Net())
     adaptation = bridge.load(tmp_path, params, **FILES)
     compare(our_outputs(params, adaptation), torch_outputs(model), torch_outputs(Net()))
-    own = lr.adapt(
+    own = lrx.adapt(
         params,
-        {"(emb|lin.)/(embedding|kernel)": lr.adapters.hira(rank=2)},
+        {"(emb|lin.)/(embedding|kernel)": lrx.adapters.hira(rank=2)},
         jax.random.key(0),
         ranks={f"{name}/kernel": rank for name, rank in pattern.items()},
     )
@@ -121,17 +121,17 @@ def test_adapters_of_different_targets_in_one_batch(tmp_path):
     model.save_pretrained(tmp_path)
     params = tree_of(Net())
     ones = {name: bridge.load(tmp_path / name, params, name=name, **FILES) for name in names}
-    both = lr.adapters.candidates(ones)
+    both = lrx.adapters.candidates(ones)
     rows = [*names, None]
     ids = np.stack([IDS[0]] * len(rows))
 
     def hidden(params):
-        x = lr.adapters.embed(jnp.asarray(ids), params["emb"]["embedding"])
-        x = jnp.tanh(lr.matmul(x, params["lin0"]["kernel"]) + params["lin0"]["bias"])
-        return lr.matmul(x, params["lin1"]["kernel"])
+        x = lrx.adapters.embed(jnp.asarray(ids), params["emb"]["embedding"])
+        x = jnp.tanh(lrx.matmul(x, params["lin0"]["kernel"]) + params["lin0"]["bias"])
+        return lrx.matmul(x, params["lin1"]["kernel"])
 
-    chosen = lr.adapters.candidate_ids(both, rows)
-    run = jax.jit(lambda params, both: hidden(lr.attach(params, both, ids=chosen)), **FAST)
+    chosen = lrx.adapters.candidate_ids(both, rows)
+    run = jax.jit(lambda params, both: hidden(lrx.attach(params, both, ids=chosen)), **FAST)
     ours = np.asarray(run(params, both))
 
     def states(ids):

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="needs PyTorch: run `make test-peer`")
 pytest.importorskip("peft", reason="needs PEFT: run `make test-peer`")
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.models import huggingface
 from experiments.models.llama import Llama
 from lowrank_jax.interop import llama
@@ -25,7 +25,7 @@ transformers = pytest.importorskip(
 pytestmark = QUIET
 TOKENS = np.random.default_rng(5).integers(0, 32, (2, 6))
 LORA = functools.partial(peft.LoraConfig, r=2, lora_alpha=6)
-FILES = {"names": llama.torch_name, "views": lr.Views(stacked=("layers/.*",))}
+FILES = {"names": llama.torch_name, "views": lrx.Views(stacked=("layers/.*",))}
 
 
 def causal():
@@ -80,12 +80,12 @@ def base(tmp_path_factory):
     causal().save_pretrained(folder)
     config, params = huggingface.load(folder, scan=True)
     assert config.tied_head and "lm_head" not in params
-    run = lr.linen.adapted(lambda params: Llama(config).apply({"params": params}, TOKENS))
-    apply = jax.jit(lambda params, adaptation: run(lr.attach(params, adaptation)), **FAST)
+    run = lrx.linen.adapted(lambda params: Llama(config).apply({"params": params}, TOKENS))
+    apply = jax.jit(lambda params, adaptation: run(lrx.attach(params, adaptation)), **FAST)
 
     def split(params, adaptation):
-        table = lr.attach(params, adaptation)["embed"]["embedding"]
-        return lr.adapters.embed(jnp.arange(32), table), lr.adapters.attend(jnp.eye(16), table)
+        table = lrx.attach(params, adaptation)["embed"]["embedding"]
+        return lrx.adapters.embed(jnp.arange(32), table), lrx.adapters.attend(jnp.eye(16), table)
 
     return (
         params,
@@ -173,7 +173,7 @@ def test_what_one_leaf_cannot_say_is_refused_and_an_untied_tree_says_it(case, ba
         return  # the file says that they are tied, and its DoRA of both is another one for each
     untied = params | {"lm_head": {"kernel": params["embed"]["embedding"].T}}
     adaptation = bridge.load(tmp_path, untied, **FILES)
-    found = lr.effective(untied, adaptation)  # a table of its own merges, too
+    found = lrx.effective(untied, adaptation)  # a table of its own merges, too
     look_up, head = parts(model.base_model.model)
     close(found["embed"]["embedding"], look_up)
     close(found["lm_head"]["kernel"], head)
@@ -193,23 +193,23 @@ def test_scales_that_differ_between_the_two_modules_are_refused(base, tmp_path):
 
 def test_saving_refuses_what_peft_cannot_say(base, tmp_path):
     params = base[0]
-    adapt = functools.partial(lr.adapt, params, key=jax.random.key(0), views=FILES["views"])
+    adapt = functools.partial(lrx.adapt, params, key=jax.random.key(0), views=FILES["views"])
     table = "embed/embedding"
     for adaptation, error in (
         (
-            adapt({table: lr.adapters.hira(rank=2)}),
+            adapt({table: lrx.adapters.hira(rank=2)}),
             "'model.embed_tokens' is adapted as the look-up and as the output",
         ),
         (
-            adapt({table: lr.adapters.dora(rank=2)}),
+            adapt({table: lrx.adapters.dora(rank=2)}),
             "'model.embed_tokens' has DoRA as the look-up and as the output",
         ),
         (
-            adapt({".*/q_proj/kernel": lr.adapters.oft(block=2)}, whole=table),
+            adapt({".*/q_proj/kernel": lrx.adapters.oft(block=2)}, whole=table),
             "'model.embed_tokens' is trained as the",
         ),
         (
-            adapt({table: lr.adapters.lora(rank=2)}, uses={table: ("dot_general",)}),
+            adapt({table: lrx.adapters.lora(rank=2)}, uses={table: ("dot_general",)}),
             r"adapted at \('dot_general',\)",
         ),
     ):

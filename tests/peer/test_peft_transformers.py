@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch", reason="needs PyTorch: run `make test-peer`")
 pytest.importorskip("peft", reason="needs PEFT: run `make test-peer`")
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.models import huggingface
 from experiments.models.llama import Llama
 from lowrank_jax.interop import llama
@@ -64,12 +64,12 @@ def test_transposed_modules_and_points(config, tmp_path):
         "mlp": {"kernel": jnp.asarray(model.mlp.weight.detach().numpy())},
         "point": {"kernel": jnp.asarray(model.point.weight.detach().numpy().transpose(2, 3, 1, 0))},
     }
-    views = lr.Views(rules=(("point/kernel", lr.MatrixView(rows=(0, 1, 2), cols=(3,))),))
+    views = lrx.Views(rules=(("point/kernel", lrx.MatrixView(rows=(0, 1, 2), cols=(3,))),))
 
     def ours(params):
-        y = jnp.tanh(lr.matmul(x, params["mlp"]["kernel"]))
+        y = jnp.tanh(lrx.matmul(x, params["mlp"]["kernel"]))
         one = convolve(2, window_strides=(1, 1), padding="SAME")
-        return lr.adapters.conv(y[:, :, None], params["point"]["kernel"], one)
+        return lrx.adapters.conv(y[:, :, None], params["point"]["kernel"], one)
 
     def theirs(model):
         with torch.no_grad():
@@ -82,7 +82,7 @@ def test_transposed_modules_and_points(config, tmp_path):
     randomise(wrapped)
     wrapped.save_pretrained(tmp_path)
     adaptation = bridge.load(tmp_path, params, views=views)
-    compare(np.asarray(ours(lr.attach(params, adaptation)))[:, :, 0], theirs(wrapped), base)
+    compare(np.asarray(ours(lrx.attach(params, adaptation)))[:, :, 0], theirs(wrapped), base)
     adaptation = randomised(adaptation)
     transposed = {} if config.peft_type == "OFT" else {"fan_in_fan_out": True}
     bridge.save(tmp_path / "ours", adaptation, params, views=views, **transposed)
@@ -90,14 +90,14 @@ def test_transposed_modules_and_points(config, tmp_path):
     back.mlp.bias.data.zero_()
     back.point.bias.data.zero_()
     compare(
-        np.asarray(ours(lr.attach(params, adaptation)))[:, :, 0],
+        np.asarray(ours(lrx.attach(params, adaptation)))[:, :, 0],
         theirs(loaded(tmp_path / "ours", back)),
         base,
     )
 
 
 TOKENS = np.random.default_rng(5).integers(0, 32, (2, 6))
-STACKED = lr.Views(stacked=("layers/.*",))
+STACKED = lrx.Views(stacked=("layers/.*",))
 LLAMA = {
     "patterns": lambda: peft.LoraConfig(
         r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_alpha=6, use_rslora=True,
@@ -148,7 +148,7 @@ def test_llama(case, scan, tmp_path):
     files = {"names": llama.torch_name, "views": STACKED if scan else None}
 
     def ours(adaptation):
-        return np.asarray(apply({"params": lr.effective(params, adaptation)}, TOKENS))
+        return np.asarray(apply({"params": lrx.effective(params, adaptation)}, TOKENS))
 
     model = peft.get_peft_model(causal(), LLAMA[case]())
     randomise(model)

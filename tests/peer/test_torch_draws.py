@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.adapters.base import Group, Site
 from lowrank_jax.adapters.positions import torch_permutation
 
@@ -24,7 +24,7 @@ def test_permutations_are_those_of_randperm(size, count, seed):
 
 
 def test_fourierft_is_ifft2_of_a_sparse_spectrum():
-    adapter, kernel = lr.adapters.fourierft(frequencies=30), jnp.zeros((20, 12))
+    adapter, kernel = lrx.adapters.fourierft(frequencies=30), jnp.zeros((20, 12))
     spectrum = np.random.default_rng(0).normal(size=30).astype(np.float32)
     flat = torch.randperm(20 * 12, generator=torch.Generator().manual_seed(777))[:30]
     dense = torch.zeros(12, 20)
@@ -45,7 +45,7 @@ def test_banks_of_vera_are_uniform_of_one_generator():
         "q": Site(path="q", shape=(33, 20), rank=7),
         "v": Site(path="v", shape=(20, 41), rank=7),
     }
-    found = lr.adapters.vera(rank=7, seed=5).init_shared(
+    found = lrx.adapters.vera(rank=7, seed=5).init_shared(
         None, Group(sites=sites, order=(("q", 0), ("v", 0)))
     )[1]
     assert np.array_equal(found["bank_a"], a.numpy().T) and np.array_equal(

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 torch = pytest.importorskip("torch")
 
@@ -26,8 +26,8 @@ def test_identity_projector_is_torch_adamw(shape, weight_decay):
         torch.mean((torch.tensor(inputs) @ weight - torch.tensor(targets)) ** 2).backward()
         peer.step()
 
-    tx = lr.frugal(
-        1e-2, projector=lr.projectors.identity(), rule="discard", weight_decay=weight_decay
+    tx = lrx.frugal(
+        1e-2, projector=lrx.projectors.identity(), rule="discard", weight_decay=weight_decay
     )
     params = {"kernel": jnp.asarray(start)}
     state = tx.init(params)

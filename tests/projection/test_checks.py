@@ -10,26 +10,26 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
-A, P = lr.adapters, lr.projectors
+A, P = lrx.adapters, lrx.projectors
 NAN = [math.nan, math.inf, np.float32("nan"), np.float64(-np.inf)]
 KERNEL = {"dense": {"kernel": jnp.ones((6, 10)), "bias": jnp.ones(10)}}
 PAIR = {"q": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 6))}, "bias": jnp.ones(6)}
 
 PROJECTIONS = {
-    "galore": lambda rate=0.1, **options: lr.galore(rate, rank=2, **options),
-    "dct_adamw": lambda rate=0.1, **options: lr.dct_adamw(rate, rank=2, **options),
-    "frugal": lambda rate=0.1, **options: lr.frugal(rate, rank=2, **options),
-    "ldadam": lambda rate=0.1, **options: lr.ldadam(rate, rank=2, **options),
-    "apollo": lambda rate=0.1, **options: lr.apollo(rate, rank=2, **options),
-    "apollo_mini": lambda rate=0.1, **options: lr.apollo_mini(rate, **options),
+    "galore": lambda rate=0.1, **options: lrx.galore(rate, rank=2, **options),
+    "dct_adamw": lambda rate=0.1, **options: lrx.dct_adamw(rate, rank=2, **options),
+    "frugal": lambda rate=0.1, **options: lrx.frugal(rate, rank=2, **options),
+    "ldadam": lambda rate=0.1, **options: lrx.ldadam(rate, rank=2, **options),
+    "apollo": lambda rate=0.1, **options: lrx.apollo(rate, rank=2, **options),
+    "apollo_mini": lambda rate=0.1, **options: lrx.apollo_mini(rate, **options),
 }
 PAIRS = {
-    "lora_plus": lr.lora_plus,
-    "scaled_adamw": lr.scaled_adamw,
-    "altlora": lambda rate, **options: lr.altlora(rate, **({"scale": 1.0} | options)),
-    "altlora_plus": lambda rate, **options: lr.altlora_plus(rate, **({"scale": 1.0} | options)),
+    "lora_plus": lrx.lora_plus,
+    "scaled_adamw": lrx.scaled_adamw,
+    "altlora": lambda rate, **options: lrx.altlora(rate, **({"scale": 1.0} | options)),
+    "altlora_plus": lambda rate, **options: lrx.altlora_plus(rate, **({"scale": 1.0} | options)),
 }
 lora = functools.partial(A.lora, rank=2)
 COMMON = ("rate", "weight_decay", "b1", "clip_norm")
@@ -42,7 +42,7 @@ NUMBERS += [
     (PROJECTIONS["ldadam"], "mix"),
     (PROJECTIONS["galore"], "seed"),
 ]
-NUMBERS += [(lr.clocks.every, "period")]
+NUMBERS += [(lrx.clocks.every, "period")]
 NUMBERS += [(make, field) for make in PAIRS.values() for field in ("rate", "weight_decay", "b1")]
 NUMBERS += [
     (PAIRS["lora_plus"], "ratio"),
@@ -50,18 +50,18 @@ NUMBERS += [
     (PAIRS["altlora"], "damping"),
 ]
 NUMBERS += [
-    (lambda **o: lr.precondition_pairs(**o), "scale"),
-    (lambda **o: lr.precondition_pairs(**o), "damping"),
+    (lambda **o: lrx.precondition_pairs(**o), "scale"),
+    (lambda **o: lrx.precondition_pairs(**o), "damping"),
 ]
 NUMBERS += [
-    (lambda **o: lr.scale_by_projection(P.svd(rank=2), **o), field)
+    (lambda **o: lrx.scale_by_projection(P.svd(rank=2), **o), field)
     for field in ("scale", "clip_norm")
 ]
 NUMBERS += [
-    (lambda rate=0.1, **o: lr.apply_learning_rate(rate, **o), field)
+    (lambda rate=0.1, **o: lrx.apply_learning_rate(rate, **o), field)
     for field in ("rate", "weight_decay")
 ]
-NUMBERS += [(lr.inner.adam, "b2"), (lr.residuals.sign, "scale"), (lr.residuals.sgd, "scale")]
+NUMBERS += [(lrx.inner.adam, "b2"), (lrx.residuals.sign, "scale"), (lrx.residuals.sgd, "scale")]
 NUMBERS += [(make, "alpha") for make in (lora, A.loha, A.fourierft)] + [(A.vera, "initial")]
 
 
@@ -80,11 +80,11 @@ def test_a_number_that_is_not_finite_is_refused_at_construction(make, field):
 
 def test_a_ratio_of_a_path_is_finite():
     with pytest.raises(ValueError, match="ratios: 'q/b'=nan must be"):
-        lr.lora_plus(0.1, ratios=(("q/b", math.nan),))
+        lrx.lora_plus(0.1, ratios=(("q/b", math.nan),))
 
 
 def test_a_rate_given_to_the_fused_step_is_finite_too():
-    form = lr.fused(lr.galore(0.1, rank=2))
+    form = lrx.fused(lrx.galore(0.1, rank=2))
     with pytest.raises(ValueError, match="learning_rate=nan must be a finite number"):
         form.step(KERNEL, KERNEL, form.init(KERNEL), math.nan)
 
@@ -92,20 +92,20 @@ def test_a_rate_given_to_the_fused_step_is_finite_too():
 @pytest.mark.parametrize("period", [2.5, math.nan])
 def test_a_period_is_an_integer(period):
     with pytest.raises(ValueError, match=f"period={period} must be an integer of at least 1"):
-        lr.galore(0.1, rank=2, refresh_every=period)
+        lrx.galore(0.1, rank=2, refresh_every=period)
 
 
 def test_traced_numbers_arrays_and_schedules_pass():
     def init(rate):
-        return lr.galore(rate, rank=2, scale=rate, weight_decay=rate, b1=rate, clip_norm=rate).init(
-            KERNEL
-        )
+        return lrx.galore(
+            rate, rank=2, scale=rate, weight_decay=rate, b1=rate, clip_norm=rate
+        ).init(KERNEL)
 
     jax.eval_shape(init, jnp.float32(0.1))
     init(jnp.float32(0.1))
     schedule = optax.linear_schedule(0.1, 0.0, 10)
-    lr.galore(schedule, rank=2, weight_decay=schedule).init(KERNEL)
-    lr.lora_plus(schedule, weight_decay=schedule).init(PAIR)
+    lrx.galore(schedule, rank=2, weight_decay=schedule).init(KERNEL)
+    lrx.lora_plus(schedule, weight_decay=schedule).init(PAIR)
 
 
 RANKS = [
@@ -128,10 +128,10 @@ def test_ranks_of_numpy_and_ranks_by_a_dict(rank):
         P.columns(rank=rank),
     ):
         hash(projector)
-        view = lr.explain(lr.scale_by_projection(projector), params).projected[0]
+        view = lrx.explain(lrx.scale_by_projection(projector), params).projected[0]
         assert (view.rank, type(view.rank)) == (4, int)
-    assert lr.explain(lr.galore(0.1, rank=rank), params).projected[0].rank == 4
-    injected = optax.inject_hyperparams(lr.galore, static_args=("rank",))(0.1, rank=rank)
+    assert lrx.explain(lrx.galore(0.1, rank=rank), params).projected[0].rank == 4
+    injected = optax.inject_hyperparams(lrx.galore, static_args=("rank",))(0.1, rank=rank)
     assert injected.init(params).inner_state.projection.matrices["dense"]["kernel"].basis.shape == (
         8,
         4,
@@ -140,19 +140,21 @@ def test_ranks_of_numpy_and_ranks_by_a_dict(rank):
 
 def test_integers_of_numpy_elsewhere():
     four = np.int64(4)
-    assert lr.clocks.every(period=np.int32(1)).due(3) is True
-    assert lr.clocks.staggered(period=four).layers_per_step(10) == 3
-    assert lr.frugal(0.1, rank=np.int64(0)).projection.projector == P.identity()
-    lr.fused(lr.galore(0.1, rank=2), plain_block=four)
-    stored = lr.inner.stored8(block=np.int64(64), minimum=np.int64(8)).init(jnp.ones((2, 64)))
+    assert lrx.clocks.every(period=np.int32(1)).due(3) is True
+    assert lrx.clocks.staggered(period=four).layers_per_step(10) == 3
+    assert lrx.frugal(0.1, rank=np.int64(0)).projection.projector == P.identity()
+    lrx.fused(lrx.galore(0.1, rank=2), plain_block=four)
+    stored = lrx.inner.stored8(block=np.int64(64), minimum=np.int64(8)).init(jnp.ones((2, 64)))
     assert stored.mu.scales.shape == (2, 1)
-    assert lr.dct_adamw(0.1, rank=2, kind=np.int64(3)).projection.projector == P.dct(rank=2, kind=3)
-    adaptation = lr.adapt(KERNEL, A.lora(rank=four), jax.random.key(0))
+    assert lrx.dct_adamw(0.1, rank=2, kind=np.int64(3)).projection.projector == P.dct(
+        rank=2, kind=3
+    )
+    adaptation = lrx.adapt(KERNEL, A.lora(rank=four), jax.random.key(0))
     assert adaptation.train["sites"]["dense/kernel"]["a"].shape == (6, 4)
     for options in ({}, {"ranks": {".*": np.int32(2)}, "alphas": {".*": np.float32(3)}}):
-        _, matrices = lr.adapt(KERNEL, A.lora(rank=four), jax.random.key(0), **options).matrices[0]
+        _, matrices = lrx.adapt(KERNEL, A.lora(rank=four), jax.random.key(0), **options).matrices[0]
         assert {type(x) for x in (*matrices.ranks, *matrices.alphas)} <= {int, float, type(None)}
-    lr.altlora(0.1, scale=1.0, alternate=four)
+    lrx.altlora(0.1, scale=1.0, alternate=four)
 
 
 LEAVES = {
@@ -168,11 +170,11 @@ def test_leaves_that_are_not_real_are_refused_by_name(dtype, leaf):
     wrong = {"dense": KERNEL["dense"] | {leaf: KERNEL["dense"][leaf].astype(dtype)}}
     message = f"leaf 'dense/{leaf}' is {dtype}, .*{LEAVES[dtype]}.*optax.partition"
     for make in PROJECTIONS.values():
-        for transformation in (make(), lr.fused(make()), optax.chain(optax.clip(1.0), make())):
+        for transformation in (make(), lrx.fused(make()), optax.chain(optax.clip(1.0), make())):
             with pytest.raises(ValueError, match=message):
                 jax.eval_shape(transformation.init, wrong)
-    tx = lr.scale_by_projection(P.svd(rank=2))
-    for transformation in (tx, lr.apply_learning_rate(0.1)):
+    tx = lrx.scale_by_projection(P.svd(rank=2))
+    for transformation in (tx, lrx.apply_learning_rate(0.1)):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(transformation.init, wrong)
     state = jax.eval_shape(tx.init, KERNEL)
@@ -185,7 +187,7 @@ def test_pairs_that_are_not_real_are_refused_by_name(dtype):
     factor = PAIR["q"] | {"a": PAIR["q"]["a"].astype(dtype)}
     bias = PAIR["bias"].astype(dtype)
     for wrong, path in ((PAIR | {"q": factor}, "q/a"), (PAIR | {"bias": bias}, "bias")):
-        for transformation in (*(make(0.1) for make in PAIRS.values()), lr.precondition_pairs()):
+        for transformation in (*(make(0.1) for make in PAIRS.values()), lrx.precondition_pairs()):
             with pytest.raises(ValueError, match=f"leaf '{path}' is {dtype}"):
                 jax.eval_shape(transformation.init, wrong)
             state = jax.eval_shape(transformation.init, PAIR)
@@ -196,13 +198,13 @@ def test_pairs_that_are_not_real_are_refused_by_name(dtype):
 def test_masked_leaves_may_be_anything():
     params = KERNEL | {"step": jnp.zeros((), jnp.int32)}
     labels = {"dense": "low", "step": "fixed"}
-    tx = optax.partition({"low": lr.galore(0.1, rank=2), "fixed": optax.set_to_zero()}, labels)
+    tx = optax.partition({"low": lrx.galore(0.1, rank=2), "fixed": optax.set_to_zero()}, labels)
     assert jax.eval_shape(tx.init, params)
 
 
 def test_quantised_leaves_stand_for_real_ones():
-    params = {"kernel": lr.linalg.quantize_blocks(jnp.ones((6, 512)), "linear")}
-    assert jax.eval_shape(lr.fused(lr.galore(0.1, rank=2)).init, params)
+    params = {"kernel": lrx.linalg.quantize_blocks(jnp.ones((6, 512)), "linear")}
+    assert jax.eval_shape(lrx.fused(lrx.galore(0.1, rank=2)).init, params)
 
 
 MASKS = [
@@ -215,10 +217,10 @@ MASKS = [
 
 def decayed(mask, fused, decay=0.5):
     """The parameters after a step of zero gradients: decay alone."""
-    tx = lr.galore(0.1, rank=2, weight_decay=decay, mask=mask)
+    tx = lrx.galore(0.1, rank=2, weight_decay=decay, mask=mask)
     zeros = jax.tree.map(jnp.zeros_like, KERNEL)
     if fused:
-        form = lr.fused(tx)
+        form = lrx.fused(tx)
         return form.step(KERNEL, zeros, form.init(KERNEL))[0]["dense"]
     updates, _ = tx.update(zeros, tx.init(KERNEL), KERNEL)
     return optax.apply_updates(KERNEL, updates)["dense"]
@@ -241,7 +243,7 @@ def test_a_mask_inside_partition_and_masked():
         {"dense": True, "other": False},
         True,
     ):
-        inner = lr.galore(0.1, rank=2, weight_decay=0.5, mask=mask)
+        inner = lrx.galore(0.1, rank=2, weight_decay=0.5, mask=mask)
         tx = optax.partition(
             {"low": inner, "plain": optax.sgd(0.1)}, {"dense": "low", "other": "plain"}
         )
@@ -254,11 +256,11 @@ def test_a_mask_inside_partition_and_masked():
 def test_decay_follows_a_schedule_of_accepted_steps_in_every_form():
     """As `optax.adamw`'s; a skipped step does not count."""
     schedule = optax.piecewise_constant_schedule(0.5, {1: 0.5})  # .5, then .25
-    tx = lr.dct_adamw(0.1, rank=2, weight_decay=schedule)
+    tx = lrx.dct_adamw(0.1, rank=2, weight_decay=schedule)
     zeros = jax.tree.map(jnp.zeros_like, KERNEL)
     bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), KERNEL)
     expected = (1 - 0.1 * 0.5) * (1 - 0.1 * 0.25)
-    form = lr.fused(tx)
+    form = lrx.fused(tx)
     params, state = KERNEL, tx.init(KERNEL)
     written, own = KERNEL, form.init(KERNEL)
     for grads in (zeros, bad, zeros):
@@ -277,7 +279,7 @@ def test_decay_follows_a_schedule_of_accepted_steps_in_every_form():
 
 
 def test_decay_of_pairs_follows_a_schedule():
-    tx = lr.lora_plus(
+    tx = lrx.lora_plus(
         0.1,
         ratio=1.0,
         weight_decay=optax.piecewise_constant_schedule(0.5, {1: 0.5}),
@@ -293,8 +295,8 @@ def test_decay_of_pairs_follows_a_schedule():
 
 def test_an_injected_schedule_of_decay():
     schedule = optax.piecewise_constant_schedule(0.5, {1: 0.5})
-    plain = lr.galore(0.1, rank=2, weight_decay=schedule)
-    injected = optax.inject_hyperparams(lr.galore, static_args=("rank",))(
+    plain = lrx.galore(0.1, rank=2, weight_decay=schedule)
+    injected = optax.inject_hyperparams(lrx.galore, static_args=("rank",))(
         0.1, rank=2, weight_decay=schedule
     )
     states = [plain.init(KERNEL), injected.init(KERNEL)]
@@ -310,16 +312,18 @@ def test_an_injected_schedule_of_decay():
 @pytest.mark.slow
 def test_decay_of_the_layerwise_form_follows_the_schedule_and_the_mask():
     def layer(layer, x):
-        return jnp.tanh(lr.matmul(x, layer["kernel"])) + layer["bias"]
+        return jnp.tanh(lrx.matmul(x, layer["kernel"])) + layer["bias"]
 
-    stack = lr.Stack(before=lambda rest, x: x, layer=layer, after=lambda rest, x, _: jnp.mean(x**2))
+    stack = lrx.Stack(
+        before=lambda rest, x: x, layer=layer, after=lambda rest, x, _: jnp.mean(x**2)
+    )
     params = {"layers": {"kernel": jnp.stack([jnp.eye(4)] * 2), "bias": jnp.ones((2, 4))}}
     schedule, mask = optax.linear_schedule(0.5, 0.1, 2), {"layers": {"kernel": True, "bias": False}}
-    tx = lr.dct_adamw(
-        0.1, rank=2, views=lr.Views(stacked="layers/.*"), weight_decay=schedule, mask=mask
+    tx = lrx.dct_adamw(
+        0.1, rank=2, views=lrx.Views(stacked="layers/.*"), weight_decay=schedule, mask=mask
     )
     found = []
-    for make in (lr.layerwise_step(stack, tx), lr.train_step(stack.loss, tx)):
+    for make in (lrx.layerwise_step(stack, tx), lrx.train_step(stack.loss, tx)):
         step, own, state = jax.jit(make), params, tx.init(params)
         for _ in range(2):
             own, state, _ = step(own, state, jnp.ones((3, 4)))

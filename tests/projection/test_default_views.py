@@ -8,14 +8,14 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import resolution
 from lowrank_jax.resolution import leaves_with_metadata
 
 X, IMAGE = jnp.ones((2, 5, 12)), jnp.ones((2, 8, 8, 3))
-SPLIT = lr.MatrixView(rows=(0,), cols=(1, 2))  # query, key, value: (D, H, K)
-JOIN = lr.MatrixView(rows=(0, 1), cols=(2,))  # out: (H, K, D)
-WINDOW = lr.MatrixView(rows=(0, 1, 2), cols=(3,))
+SPLIT = lrx.MatrixView(rows=(0,), cols=(1, 2))  # query, key, value: (D, H, K)
+JOIN = lrx.MatrixView(rows=(0, 1), cols=(2,))  # out: (H, K, D)
+WINDOW = lrx.MatrixView(rows=(0, 1, 2), cols=(3,))
 
 
 def shapes(module, *args):
@@ -23,7 +23,7 @@ def shapes(module, *args):
 
 
 def views(tree, given=None):
-    report = lr.resolve(tree, given, rank=lambda path, shrunk: 1)
+    report = lrx.resolve(tree, given, rank=lambda path, shrunk: 1)
     return {view.path: view.view for view in report.projected}
 
 
@@ -46,7 +46,7 @@ CONVOLUTIONS = {
     "Conv_0/kernel": WINDOW,
     "depthwise_conv/kernel": WINDOW,
     "ConvTranspose_0/kernel": WINDOW,
-    "Dense_0/kernel": lr.MatrixView(),
+    "Dense_0/kernel": lrx.MatrixView(),
 }
 
 
@@ -85,7 +85,7 @@ def test_convolutions(bias):
 
 def test_any_layer_whose_bias_tells():
     tree = shapes(nn.DenseGeneral((3, 2, 5)), X)
-    assert views(tree) == {"kernel": lr.MatrixView(rows=(0,), cols=(1, 2, 3))}
+    assert views(tree) == {"kernel": lrx.MatrixView(rows=(0,), cols=(1, 2, 3))}
     assert views(shapes(nn.DenseGeneral(7, axis=(-2, -1)), X)) == {"kernel": JOIN}
 
 
@@ -131,13 +131,13 @@ def test_scanned_layers_are_read_once_they_are_declared_and_never_before(length,
     with pytest.raises(ValueError, match=r"stacked=\('decoder/layers/\.\*',\)"):
         views(tree)
     expected = attention(f"{root}/attention/") | {
-        f"{root}/Dense_0/kernel": lr.MatrixView(),
+        f"{root}/Dense_0/kernel": lrx.MatrixView(),
         f"{root}/Conv_0/kernel": JOIN,
     }
     if not bias:  # a convolution under layers might be one of two axes
         expected.pop(f"{root}/Conv_0/kernel")
         tree["decoder"]["layers"].pop("Conv_0")
-    found = views(tree, lr.Views(stacked=f"{root}/.*"))
+    found = views(tree, lrx.Views(stacked=f"{root}/.*"))
     assert found == {path: view.stacked() for path, view in expected.items()}
 
 
@@ -167,7 +167,7 @@ def remedy(error):
 
 def test_the_error_shows_every_leaf_and_a_remedy_that_can_be_pasted():
     with pytest.raises(ValueError, match="A proposal") as error:
-        lr.galore(1e-2, rank=1).init(HARD)
+        lrx.galore(1e-2, rank=1).init(HARD)
     undecided = [
         "a+b/kernel",
         "batched/kernel",
@@ -183,9 +183,9 @@ def test_the_error_shows_every_leaf_and_a_remedy_that_can_be_pasted():
     ]:
         assert f"\n{path}  " in str(error.value)
     assert "conv_stem" not in str(error.value)
-    pasted = eval(remedy(error), {"lr": lr})
+    pasted = eval(remedy(error), {"lrx": lrx})
     found = views(HARD, pasted)
-    experts = lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))
+    experts = lrx.MatrixView(batch=(0,), rows=(1,), cols=(2,))
     assert {found[path] for path in ("moe/up/kernel", "batched/kernel")} == {experts}
     assert found["o_proj/kernel"] == JOIN
     assert found["stem/kernel"] == found["conv_stem/kernel"] == WINDOW
@@ -194,13 +194,13 @@ def test_the_error_shows_every_leaf_and_a_remedy_that_can_be_pasted():
 
 
 def test_the_remedy_keeps_the_rules_that_were_given():
-    given = lr.Views(
-        rules=(("mix/kernel", None), ("dense/kernel", lr.MatrixView(rows=(1,), cols=(0,)))),
+    given = lrx.Views(
+        rules=(("mix/kernel", None), ("dense/kernel", lrx.MatrixView(rows=(1,), cols=(0,)))),
         stacked="moe/.*",
     )
     with pytest.raises(ValueError, match="A proposal") as error:
-        lr.resolve(HARD, given, rank=1)
-    pasted = eval(remedy(error), {"lr": lr})
+        lrx.resolve(HARD, given, rank=1)
+    pasted = eval(remedy(error), {"lrx": lrx})
     assert pasted.rules[:2] == given.rules
     assert "mix/kernel" not in views(HARD, pasted)
 
@@ -245,13 +245,13 @@ def test_a_masked_bias_is_not_an_absent_one(name):
     hidden = r"The biases beside \['(tower/conv|conv|qkv)/kernel'\] are masked here"
     with pytest.raises(ValueError, match=hidden) as error:
         views(kernels_of(tree))
-    pasted = eval(remedy(error), {"lr": lr})
+    pasted = eval(remedy(error), {"lrx": lrx})
     assert len(views(kernels_of(tree), pasted)) == 1
     if name != "stacked convolution":
         assert views(kernels_of(tree), pasted) == views(tree)
     labels = lambda tree: jax.tree.map(lambda x: "low" if x.ndim > 2 else "plain", tree)  # noqa: E731
     with pytest.raises(ValueError, match=hidden):
-        optax.partition({"low": lr.galore(1e-2, rank=1), "plain": optax.sgd(1.0)}, labels).init(
+        optax.partition({"low": lrx.galore(1e-2, rank=1), "plain": optax.sgd(1.0)}, labels).init(
             tree
         )
 
@@ -266,7 +266,7 @@ def test_masked_biases_of_kernels_that_other_things_decide_are_not_missed():
         ),
         "conv": {"kernel": jnp.ones((3, 3, 4, 8))},
     }
-    expected = {"a/kernel": SPLIT, "d/kernel": lr.MatrixView(), "conv/kernel": WINDOW}
+    expected = {"a/kernel": SPLIT, "d/kernel": lrx.MatrixView(), "conv/kernel": WINDOW}
     assert views(tree) == expected | attention("self/")
 
 
@@ -275,15 +275,15 @@ def test_adapters_read_the_same_axes_and_raise_the_same_error():
     tree = jax.tree.map(
         lambda x: jnp.ones(x.shape), {"attention": tree, "net": shapes(Convolutions(), IMAGE)}
     )
-    adaptation = lr.adapt(tree, lr.adapters.lora(rank=2), jax.random.key(0))
+    adaptation = lrx.adapt(tree, lrx.adapters.lora(rank=2), jax.random.key(0))
     assert {site.path: site.view for site in adaptation.plan.sites} == views(tree)
     with pytest.raises(ValueError, match="A proposal") as error:
-        lr.adapt(HARD, {".*/kernel": lr.adapters.lora(rank=1)}, jax.random.key(0))
-    made = lr.adapt(
+        lrx.adapt(HARD, {".*/kernel": lrx.adapters.lora(rank=1)}, jax.random.key(0))
+    made = lrx.adapt(
         jax.tree.map(lambda x: jnp.ones(x.shape), HARD),
-        {".*/kernel": lr.adapters.lora(rank=1)},
+        {".*/kernel": lrx.adapters.lora(rank=1)},
         jax.random.key(0),
-        views=eval(remedy(error), {"lr": lr}),
+        views=eval(remedy(error), {"lrx": lrx}),
     )
     assert len(made.plan.sites) == sum(
         path.endswith("kernel") for path, *_ in leaves_with_metadata(HARD)
@@ -291,11 +291,11 @@ def test_adapters_read_the_same_axes_and_raise_the_same_error():
 
 
 def test_a_model_of_flax_trains_without_any_view():
-    """Attention and convolutions under `lr.galore`: the low-rank state has the shapes of the
+    """Attention and convolutions under `lrx.galore`: the low-rank state has the shapes of the
     matrices."""
     tree = shapes(nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12), X, X)
     params = jax.tree.map(lambda x: jnp.ones(x.shape), tree)
-    tx = lr.galore(1e-2, rank=4)
+    tx = lrx.galore(1e-2, rank=4)
     state = jax.eval_shape(tx.init, params)
     updates, state = jax.eval_shape(tx.update, params, state, params)
     assert state.projection.matrices["out"]["kernel"].basis.shape == (12, 4)

@@ -7,44 +7,44 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
-P, C, R = lr.projectors, lr.clocks, lr.residuals
+P, C, R = lrx.projectors, lrx.clocks, lrx.residuals
 PARAMS = {"kernel": jnp.ones((6, 10))}
 
 AT_CONSTRUCTION = [
-    (lambda: lr.scale_by_projection("svd"), "projector='svd' must be one of lr.projectors"),
+    (lambda: lrx.scale_by_projection("svd"), "projector='svd' must be one of lrx.projectors"),
     (
-        lambda: lr.scale_by_projection(P.svd(rank=2), clock=200),
-        "clock=200 must be one of lr.clocks",
+        lambda: lrx.scale_by_projection(P.svd(rank=2), clock=200),
+        "clock=200 must be one of lrx.clocks",
     ),
     (
-        lambda: lr.scale_by_projection(P.svd(rank=2), residual="sign"),
-        "residual='sign' must be one of lr.residuals",
+        lambda: lrx.scale_by_projection(P.svd(rank=2), residual="sign"),
+        "residual='sign' must be one of lrx.residuals",
     ),
-    (lambda: lr.scale_by_projection(P.svd(rank=2), views=(".*",)), "must be one of lr.Views"),
+    (lambda: lrx.scale_by_projection(P.svd(rank=2), views=(".*",)), "must be one of lrx.Views"),
     (
-        lambda: lr.scale_by_projection(P.svd(rank=2), transport="keep"),
+        lambda: lrx.scale_by_projection(P.svd(rank=2), transport="keep"),
         "transport='keep' must be one of",
     ),
     (
-        lambda: lr.scale_by_projection(P.svd(rank=2), inner="adam"),
-        "inner='adam' must be lr.inner.adam",
+        lambda: lrx.scale_by_projection(P.svd(rank=2), inner="adam"),
+        "inner='adam' must be lrx.inner.adam",
     ),
     (
-        lambda: lr.scale_by_projection(P.svd(rank=2), side="left"),
+        lambda: lrx.scale_by_projection(P.svd(rank=2), side="left"),
         "side='left' is unknown; use one of",
     ),
     (
-        lambda: lr.scale_by_projection(P.svd(rank=2), tie="left"),
+        lambda: lrx.scale_by_projection(P.svd(rank=2), tie="left"),
         "tie='left' must be 'rows' or 'cols'",
     ),
     (
-        lambda: lr.scale_by_projection(P.svd(rank=2), clip_norm=0),
+        lambda: lrx.scale_by_projection(P.svd(rank=2), clip_norm=0),
         "clip_norm=0 must be a finite number above 0",
     ),
     (
-        lambda: lr.scale_by_projection(P.svd(rank=2), clock=C.every(period=2, first=False)),
+        lambda: lrx.scale_by_projection(P.svd(rank=2), clock=C.every(period=2, first=False)),
         "first=False leaves Svd",
     ),
     (lambda: P.svd(rank=0), "rank=0 must be a positive integer"),
@@ -66,35 +66,35 @@ AT_CONSTRUCTION = [
     (lambda: C.staggered(period=2.0), "period=2.0 must be a Python integer"),
     (lambda: R.gradient_rescale(axis="row"), "axis='row' must be"),
     (lambda: R.gradient_rescale(limiter=0.5), "limiter=0.5 must be a finite number of at least 1"),
-    (lambda: lr.inner.adam(b1=1.0), "b1=1.0 must be a finite number of at least 0 and below 1"),
-    (lambda: lr.inner.adam(eps=-1), "eps=-1 must be a finite number of at least 0"),
-    (lambda: lr.inner.adam(convention="keras"), "convention='keras' must be one of"),
-    (lambda: lr.MatrixView(rows=()), "must each name at least one axis"),
-    (lambda: lr.MatrixView(rows=(0,), cols=(0,)), "must name distinct axes"),
-    (lambda: lr.Views(stacked=("(",)), "is not a regular expression"),
-    (lambda: lr.galore(0.1), "rank=None: give rank"),
-    (lambda: lr.galore(0.1, rank=2, projector=P.svd(rank=2)), "both fix the rank"),
-    (lambda: lr.galore(0.1, rank=2, proj_type="up"), "proj_type='up' must be one of"),
-    (lambda: lr.frugal(0.1, rule="adam"), "rule='adam'"),
+    (lambda: lrx.inner.adam(b1=1.0), "b1=1.0 must be a finite number of at least 0 and below 1"),
+    (lambda: lrx.inner.adam(eps=-1), "eps=-1 must be a finite number of at least 0"),
+    (lambda: lrx.inner.adam(convention="keras"), "convention='keras' must be one of"),
+    (lambda: lrx.MatrixView(rows=()), "must each name at least one axis"),
+    (lambda: lrx.MatrixView(rows=(0,), cols=(0,)), "must name distinct axes"),
+    (lambda: lrx.Views(stacked=("(",)), "is not a regular expression"),
+    (lambda: lrx.galore(0.1), "rank=None: give rank"),
+    (lambda: lrx.galore(0.1, rank=2, projector=P.svd(rank=2)), "both fix the rank"),
+    (lambda: lrx.galore(0.1, rank=2, proj_type="up"), "proj_type='up' must be one of"),
+    (lambda: lrx.frugal(0.1, rule="adam"), "rule='adam'"),
     (
-        lambda: lr.galore(0.1, rank=2, weight_decay=-1.0),
+        lambda: lrx.galore(0.1, rank=2, weight_decay=-1.0),
         "weight_decay=-1.0 must be a finite number of at least 0",
     ),
 ]
 
 AT_INIT = [
-    (lr.galore(0.1, rank=7), PARAMS, "rank=7 exceeds 6, the shrunk dimension of 'kernel'; use at most 6"),
-    (lr.galore(0.1, rank=((".*/q", 2),)), PARAMS, r"no pattern matches 'kernel'; add \('.\*', rank\)"),
-    (lr.galore(0.1, rank=2), {"w": jnp.ones((4, 4))}, "no leaf is projected.*Views"),
-    (lr.galore(0.1, rank=2, side="sharding"), PARAMS, "sides_for"),
-    (lr.galore(0.1, rank=2, side=(("other", "rows"),)), PARAMS, "the stored sides name no 'kernel'"),
-    (lr.scale_by_projection(P.hadamard(rank=2)), PARAMS, "6 of 'kernel' is not a power of two; use dct"),
-    (lr.scale_by_projection(P.given(matrix=np.eye(5, 2))), PARAMS, "cannot shrink dimension 6 of 'kernel'"),
-    (lr.scale_by_projection(P.given(matrix=(("a", np.eye(6)),))), PARAMS, "no pattern matches 'kernel'"),
-    (lr.scale_by_projection(P.columns(select=(6, 9))), PARAMS, "no index of .* is below 6"),
-    (lr.galore(0.1, rank=2, views=lr.Views(rules=(("kernel", lr.MatrixView(rows=(0, 1), cols=(2,))),))), PARAMS,
+    (lrx.galore(0.1, rank=7), PARAMS, "rank=7 exceeds 6, the shrunk dimension of 'kernel'; use at most 6"),
+    (lrx.galore(0.1, rank=((".*/q", 2),)), PARAMS, r"no pattern matches 'kernel'; add \('.\*', rank\)"),
+    (lrx.galore(0.1, rank=2), {"w": jnp.ones((4, 4))}, "no leaf is projected.*Views"),
+    (lrx.galore(0.1, rank=2, side="sharding"), PARAMS, "sides_for"),
+    (lrx.galore(0.1, rank=2, side=(("other", "rows"),)), PARAMS, "the stored sides name no 'kernel'"),
+    (lrx.scale_by_projection(P.hadamard(rank=2)), PARAMS, "6 of 'kernel' is not a power of two; use dct"),
+    (lrx.scale_by_projection(P.given(matrix=np.eye(5, 2))), PARAMS, "cannot shrink dimension 6 of 'kernel'"),
+    (lrx.scale_by_projection(P.given(matrix=(("a", np.eye(6)),))), PARAMS, "no pattern matches 'kernel'"),
+    (lrx.scale_by_projection(P.columns(select=(6, 9))), PARAMS, "no index of .* is below 6"),
+    (lrx.galore(0.1, rank=2, views=lrx.Views(rules=(("kernel", lrx.MatrixView(rows=(0, 1), cols=(2,))),))), PARAMS,
      "does not cover a leaf of shape"),
-    (lr.scale_by_projection(P.svd(rank=2), inner=optax.scale_by_lion(), residual=R.gradient_rescale()), PARAMS,
+    (lrx.scale_by_projection(P.svd(rank=2), inner=optax.scale_by_lion(), residual=R.gradient_rescale()), PARAMS,
      "GradientRescale needs the inner direction without bias correction"),
 ]  # fmt: skip
 
@@ -117,26 +117,26 @@ def test_at_init(transformation, params, message):
 
 def test_explain_of_a_chain_says_why_it_cannot():
     with pytest.raises(TypeError, match="Nothing can look inside optax.chain"):
-        lr.explain(optax.chain(lr.galore(0.1, rank=2)), PARAMS)
+        lrx.explain(optax.chain(lrx.galore(0.1, rank=2)), PARAMS)
 
 
 def test_a_state_of_another_model_is_refused():
-    transformation = lr.galore(0.1, rank=2)
+    transformation = lrx.galore(0.1, rank=2)
     state = transformation.init({"kernel": jnp.ones((8, 10))})
     with pytest.raises(ValueError, match="kernel"):
         transformation.update(PARAMS, state, PARAMS)
 
 
 STORED = {
-    "NormalFloat4": lr.linalg.quantize_nf4(jnp.ones((6, 10))),
-    "QuantizedBlocks(code='signed')": lr.linalg.quantize_blocks(jnp.ones((6, 10)), "signed"),
+    "NormalFloat4": lrx.linalg.quantize_nf4(jnp.ones((6, 10))),
+    "QuantizedBlocks(code='signed')": lrx.linalg.quantize_blocks(jnp.ones((6, 10)), "signed"),
 }
 
 
 @pytest.mark.parametrize("kind", STORED)
 def test_stochastic_rounding_of_what_rounds_to_nearest(kind):
     params = {"kernel": jnp.ones((6, 10)), "other": {"kernel": STORED[kind]}}
-    form = lr.fused(lr.galore(1e-2, rank=2), rounding="stochastic")
+    form = lrx.fused(lrx.galore(1e-2, rank=2), rounding="stochastic")
     grads = {"kernel": jnp.ones((6, 10)), "other": {"kernel": jnp.ones((6, 10))}}
     message = (
         f"leaf 'other/kernel': rounding='stochastic' cannot write {re.escape(kind)}, .* give "

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
@@ -26,21 +26,21 @@ def problem(m, n, steps):
 
 def fixed_basis(m, n, rank):
     i, k = np.arange(min(m, n))[:, None], np.arange(rank)[None]
-    return lr.projectors.given(
+    return lrx.projectors.given(
         matrix=(np.cos(1 + 2 * i + 3 * i * k) / np.sqrt(rank)).astype(np.float32)
     )
 
 
 def apollo_projector(configuration, m, n, rank):
     return (
-        lr.projectors.svd(rank=rank)
+        lrx.projectors.svd(rank=rank)
         if configuration["projector"] == "svd"
         else fixed_basis(m, n, rank)
     )
 
 
 def galore(c, m, n):
-    return lr.galore(
+    return lrx.galore(
         0.01,
         rank=c["rank"],
         refresh_every=c["refresh_every"],
@@ -52,7 +52,7 @@ def galore(c, m, n):
 
 def apollo(c, m, n):
     axis = c["norm_by"]
-    return lr.apollo(
+    return lrx.apollo(
         0.01,
         projector=apollo_projector(c, m, n, c["rank"]),
         axis=axis,
@@ -66,13 +66,13 @@ def frugal(c, m, n):
     common = {"weight_decay": 0.1, "refresh_every": c["refresh_every"], "rule": c["residual"]}
     common["inactive_scale"] = c["residual_scale"]
     if c["projector"] == "columns":
-        chosen = lr.projectors.columns(select=tuple(c["columns"]))
-        return lr.frugal(0.01, projection="columns", projector=chosen, **common)
-    return lr.frugal(0.01, rank=c["density"], **common)
+        chosen = lrx.projectors.columns(select=tuple(c["columns"]))
+        return lrx.frugal(0.01, projection="columns", projector=chosen, **common)
+    return lrx.frugal(0.01, rank=c["density"], **common)
 
 
 def ldadam(c, m, n):
-    return lr.ldadam(
+    return lrx.ldadam(
         0.01,
         rank=c["rank"],
         mix=c["rho"],
@@ -84,7 +84,7 @@ def ldadam(c, m, n):
 
 
 def dct_adamw(c, m, n):
-    return lr.dct_adamw(
+    return lrx.dct_adamw(
         0.01,
         rank=c["rank"],
         refresh_every=c["refresh_every"],

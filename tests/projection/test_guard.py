@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 PARAMS = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
 GOOD = jax.tree.map(
@@ -16,13 +16,13 @@ GOOD = jax.tree.map(
 
 
 @pytest.mark.parametrize(
-    "residual", [lr.residuals.discard(), lr.residuals.sign()], ids=["low", "full"]
+    "residual", [lrx.residuals.discard(), lrx.residuals.sign()], ids=["low", "full"]
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20])
 def test_one_bad_entry_skips_the_step(residual, when, bad):
-    transformation = lr.scale_by_projection(
-        lr.projectors.dct(rank=2), residual=residual, clock=lr.clocks.every(period=2, when=when)
+    transformation = lrx.scale_by_projection(
+        lrx.projectors.dct(rank=2), residual=residual, clock=lrx.clocks.every(period=2, when=when)
     )
     update = jax.jit(transformation.update)
     states = [transformation.init(PARAMS)]
@@ -45,11 +45,11 @@ def test_only_what_the_basis_reads_is_tested():
     """Coordinates that were not chosen are dropped with whatever is in them, except where a refresh
     reads them."""
     given, by_norm = (
-        lr.projectors.columns(select=(0, 1)),
-        lr.projectors.columns(rank=2, select="l2"),
+        lrx.projectors.columns(select=(0, 1)),
+        lrx.projectors.columns(rank=2, select="l2"),
     )
     for projector, skipped in ((given, 0), (by_norm, 1)):
-        transformation = lr.scale_by_projection(projector, inner=optax.identity())
+        transformation = lrx.scale_by_projection(projector, inner=optax.identity())
         grads = GOOD | {"kernel": GOOD["kernel"].at[3, 3].set(np.nan)}
         updates, state = transformation.update(grads, transformation.init(PARAMS))
         assert int(state.skipped) == skipped
@@ -59,9 +59,9 @@ def test_only_what_the_basis_reads_is_tested():
 def test_a_refresh_that_reads_what_the_basis_drops_skips_the_training_step_too():
     """The basis does not move, and what it keeps is finite: full gradients of a due refresh
     tell."""
-    tx = lr.galore(1e-2, projector=lr.projectors.columns(rank=2, select="l2"))
+    tx = lrx.galore(1e-2, projector=lrx.projectors.columns(rank=2, select="l2"))
     x = jnp.ones((3, 4)).at[:, 3].set(jnp.nan)  # the gradient of row i is x[:, i]ᵀ 1
-    step = lr.train_step(lambda params, x: jnp.sum(lr.matmul(x, params["kernel"])), tx)
+    step = lrx.train_step(lambda params, x: jnp.sum(lrx.matmul(x, params["kernel"])), tx)
     params = {"kernel": PARAMS["kernel"]}
     new, state, _ = jax.jit(step)(params, tx.init(params), x)
     assert (
@@ -73,14 +73,14 @@ def test_a_refresh_that_reads_what_the_basis_drops_skips_the_training_step_too()
 
 
 @pytest.mark.parametrize(
-    "residual", [lr.residuals.error_feedback(), lr.residuals.ldadam_error_feedback()]
+    "residual", [lrx.residuals.error_feedback(), lrx.residuals.ldadam_error_feedback()]
 )
 def test_errors_that_add_up_make_no_later_step_impossible(residual):
     """A coordinate that no basis sees gets errors without end; each gradient is below what
     overflows."""
-    inner = lr.inner.from_optax(optax.trace(0.9), decay=(("first", 0.9),))
-    transformation = lr.scale_by_projection(
-        lr.projectors.columns(select=(0, 1)), residual=residual, inner=inner
+    inner = lrx.inner.from_optax(optax.trace(0.9), decay=(("first", 0.9),))
+    transformation = lrx.scale_by_projection(
+        lrx.projectors.columns(select=(0, 1)), residual=residual, inner=inner
     )
     update = jax.jit(transformation.update)
     for size in (1e10, 1e18):
@@ -97,8 +97,8 @@ def test_errors_that_add_up_make_no_later_step_impossible(residual):
 
 def test_a_norm_that_overflows_leaves_the_limit_as_it_was():
     """A gradient whose projection is nothing is rescaled by 1e8 and more."""
-    rule = lr.residuals.gradient_rescale(scale=1e4, axis="tensor")
-    transformation = lr.scale_by_projection(lr.projectors.columns(select=(0, 1)), residual=rule)
+    rule = lrx.residuals.gradient_rescale(scale=1e4, axis="tensor")
+    transformation = lrx.scale_by_projection(lrx.projectors.columns(select=(0, 1)), residual=rule)
     _, state = transformation.update(GOOD, transformation.init(PARAMS))
     before = state.matrices["kernel"].residual
     hidden = GOOD | {"kernel": jnp.zeros((4, 6)).at[3].set(1e11)}
@@ -111,18 +111,18 @@ def test_a_norm_that_overflows_leaves_the_limit_as_it_was():
 
 def test_clip_norm():
     """One factor for projected and plain leaves, from the norm of what is kept."""
-    slots = {"inner": optax.identity(), "clock": lr.clocks.never()}
+    slots = {"inner": optax.identity(), "clock": lrx.clocks.never()}
     indices = (0, 2)
     kept = np.zeros((4, 6), np.float32)
     kept[list(indices)] = GOOD["kernel"][np.array(indices)]
     for residual, reads in (
-        (lr.residuals.discard(), kept),
-        (lr.residuals.sgd(), np.asarray(GOOD["kernel"])),
+        (lrx.residuals.discard(), kept),
+        (lrx.residuals.sgd(), np.asarray(GOOD["kernel"])),
     ):
         norm = np.sqrt(np.sum(reads**2) + np.sum(np.asarray(GOOD["bias"]) ** 2))
         for limit in (0.5, 100.0):
-            transformation = lr.scale_by_projection(
-                lr.projectors.columns(select=indices), residual=residual, clip_norm=limit, **slots
+            transformation = lrx.scale_by_projection(
+                lrx.projectors.columns(select=indices), residual=residual, clip_norm=limit, **slots
             )
             updates, _ = transformation.update(GOOD, transformation.init(PARAMS))
             factor = min(1.0, limit / norm)
@@ -131,8 +131,11 @@ def test_clip_norm():
 
 
 def test_scale_and_plain_and_seed_do_something():
-    build = lambda **slots: lr.scale_by_projection(  # noqa: E731
-        lr.projectors.random(rank=2), clock=lr.clocks.every_step(), inner=optax.identity(), **slots
+    build = lambda **slots: lrx.scale_by_projection(  # noqa: E731
+        lrx.projectors.random(rank=2),
+        clock=lrx.clocks.every_step(),
+        inner=optax.identity(),
+        **slots,
     )
     run = lambda transformation: transformation.update(GOOD, transformation.init(PARAMS))[0]  # noqa: E731
     plain = run(build())

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.projection import inner as inner_lib
 
 GRADS = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
@@ -15,7 +15,7 @@ GRADS = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
 @pytest.mark.parametrize("convention", ["torch", "hf"])
 def test_adam_is_numpys(convention):
     b1, b2, eps = 0.8, 0.95, 0.3
-    adam = lr.inner.adam(b1=b1, b2=b2, eps=eps, convention=convention)
+    adam = lrx.inner.adam(b1=b1, b2=b2, eps=eps, convention=convention)
     state = adam.init(jnp.zeros((3, 5)))
     m = v = np.zeros((3, 5))
     for t, g in enumerate(GRADS, 1):
@@ -31,13 +31,13 @@ def test_adam_is_numpys(convention):
 
 
 def test_adam_is_optaxs_and_stores_what_it_is_told():
-    adam, reference = lr.inner.adam(b2=0.9999), optax.scale_by_adam(b2=0.9999)
+    adam, reference = lrx.inner.adam(b2=0.9999), optax.scale_by_adam(b2=0.9999)
     state, expected_state = adam.init(jnp.zeros((3, 5))), reference.init(jnp.zeros((3, 5)))
     for g in GRADS:
         direction, scale, state = adam.update(jnp.asarray(g), state)
         expected, expected_state = reference.update(jnp.asarray(g), expected_state)
     np.testing.assert_allclose(scale * direction, expected, rtol=1e-3)
-    low = lr.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.float16)
+    low = lrx.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.float16)
     _, _, state = low.update(jnp.asarray(GRADS[0]), low.init(jnp.zeros((3, 5))))
     assert (state.mu.dtype, state.nu.dtype) == (jnp.bfloat16, jnp.float16)
     assert low.state_bytes([15, 2]) == 4 + 17 * 4
@@ -86,11 +86,11 @@ def test_register_moments_teaches_a_new_state():
         lambda params: OwnState(jnp.zeros_like(params)),
         lambda g, state, params=None: (g, OwnState(state.average + g)),
     )
-    build = lambda: lr.scale_by_projection(  # noqa: E731
-        lr.projectors.svd(rank=2),
+    build = lambda: lrx.scale_by_projection(  # noqa: E731
+        lrx.projectors.svd(rank=2),
         inner=own,
         plain=optax.identity(),
-        transport=lr.transports.rotate(),
+        transport=lrx.transports.rotate(),
     )
     with pytest.raises(ValueError, match="unregistered"):
         build().init({"kernel": jnp.ones((4, 6))})
@@ -102,11 +102,11 @@ def test_params_are_projected_for_an_inner_that_wants_them():
     """`PᵀW` reaches weight decay inside the subspace."""
     w, g = np.random.default_rng(1).normal(size=(2, 4, 6)).astype(np.float32)
     indices = (0, 2)
-    build = lambda inner: lr.scale_by_projection(  # noqa: E731
-        lr.projectors.columns(select=indices), inner=inner, clock=lr.clocks.never()
+    build = lambda inner: lrx.scale_by_projection(  # noqa: E731
+        lrx.projectors.columns(select=indices), inner=inner, clock=lrx.clocks.never()
     )
     decay = optax.add_decayed_weights(0.5)
-    told = build(lr.inner.from_optax(decay, params=True))
+    told = build(lrx.inner.from_optax(decay, params=True))
     updates, _ = told.update(jnp.asarray(g), told.init(jnp.asarray(w)), jnp.asarray(w))
     expected = np.zeros_like(g)
     expected[list(indices)] = (g + 0.5 * w)[list(indices)]

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 W = {"a": np.array([2.0, -4.0], np.float32), "b": np.array([1.0], np.float32)}
 U = {"a": np.array([1.0, 3.0], np.float32), "b": np.array([-1.0], np.float32)}
@@ -18,7 +18,7 @@ U = {"a": np.array([1.0, 3.0], np.float32), "b": np.array([-1.0], np.float32)}
 )
 def test_two_steps(when, mask):
     schedule = lambda count: 0.1 / (1 + count)  # noqa: E731
-    transformation = lr.apply_learning_rate(schedule, 0.5, when=when, mask=mask)
+    transformation = lrx.apply_learning_rate(schedule, 0.5, when=when, mask=mask)
     params, state = jax.tree.map(jnp.asarray, W), transformation.init(W)
     expected = dict(W)
     for step in range(2):
@@ -36,7 +36,7 @@ def test_two_steps(when, mask):
 
 
 def test_a_refused_step_neither_decays_nor_counts():
-    transformation = lr.apply_learning_rate(0.1, 0.5)
+    transformation = lrx.apply_learning_rate(0.1, 0.5)
     zero = jax.tree.map(np.zeros_like, U)
     updates, state = jax.jit(transformation.update)(
         zero, transformation.init(W), W, accepted=jnp.asarray(False)
@@ -47,13 +47,13 @@ def test_a_refused_step_neither_decays_nor_counts():
 
 def test_dtype_and_params():
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), U)
-    updates, _ = lr.apply_learning_rate(jnp.float32(0.1)).update(
-        half, lr.apply_learning_rate(0.1).init(None)
+    updates, _ = lrx.apply_learning_rate(jnp.float32(0.1)).update(
+        half, lrx.apply_learning_rate(0.1).init(None)
     )
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
     with pytest.raises(ValueError, match="needs params"):
-        lr.apply_learning_rate(0.1, 0.5).update(U, lr.apply_learning_rate(0.1).init(None))
+        lrx.apply_learning_rate(0.1, 0.5).update(U, lrx.apply_learning_rate(0.1).init(None))
     with pytest.raises(ValueError, match="when='during'"):
-        lr.apply_learning_rate(0.1, when="during")
+        lrx.apply_learning_rate(0.1, when="during")
     with pytest.raises(ValueError, match="weight_decay=-1"):
-        lr.apply_learning_rate(0.1, -1)
+        lrx.apply_learning_rate(0.1, -1)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.models import llama
 from lowrank_jax import linalg
 
 HEADS = (
-    (r".*heads/kernel", lr.MatrixView(rows=(0,), cols=(1, 2))),
-    (r".*out/kernel", lr.MatrixView(rows=(0, 1), cols=(2,))),
+    (r".*heads/kernel", lrx.MatrixView(rows=(0,), cols=(1, 2))),
+    (r".*out/kernel", lrx.MatrixView(rows=(0, 1), cols=(2,))),
 )
 
 
@@ -26,19 +26,19 @@ def check(model, x, views, *, side="paper", tolerance=1e-3, loss=None):
             jnp.square(model.apply({"params": params}, x).astype(jnp.float32) - 1)
         )
     )
-    tapped = lr.linen.tapped(plain)
-    tx = lr.scale_by_projection(
-        lr.projectors.random(rank=3, kind="orthonormal"), views=views, side=side
+    tapped = lrx.linen.tapped(plain)
+    tx = lrx.scale_by_projection(
+        lrx.projectors.random(rank=3, kind="orthonormal"), views=views, side=side
     )
-    taps = lr.taps(tx.init(params))
-    value, grads = jax.jit(lr.projected_value_and_grad(tapped, taps))(params, x)
+    taps = lrx.taps(tx.init(params))
+    value, grads = jax.jit(lrx.projected_value_and_grad(tapped, taps))(params, x)
     expected, full = jax.jit(jax.value_and_grad(plain))(params, x)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    lr.check_taps(tapped, taps, params, x, tolerance=tolerance)
-    leaves = jax.tree.leaves(grads, is_leaf=lambda leaf: isinstance(leaf, lr.Projected))
+    lrx.check_taps(tapped, taps, params, x, tolerance=tolerance)
+    leaves = jax.tree.leaves(grads, is_leaf=lambda leaf: isinstance(leaf, lrx.Projected))
     seen = 0
     for got, leaf in zip(leaves, jax.tree.leaves(full), strict=True):
-        if isinstance(got, lr.Projected):
+        if isinstance(got, lrx.Projected):
             seen += 1
             continue
         np.testing.assert_allclose(
@@ -79,7 +79,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 8)), jnp.float32)
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["paper", "larger"])
 def test_a_foreign_model_with_its_own_scan(side):
-    taps = check(Foreign(), X, lr.Views(rules=HEADS, stacked=(r"layers/.*",)), side=side)
+    taps = check(Foreign(), X, lrx.Views(rules=HEADS, stacked=(r"layers/.*",)), side=side)
     assert sorted(taps.taps) == [f"layers/{name}/kernel" for name in ("down", "heads", "out", "up")]
 
 
@@ -92,7 +92,7 @@ def test_our_model(options):
         llama.preset("nano", layers=2, width=32, hidden=48, heads=2, kv_heads=2, **options)
     )
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 259)
-    views = lr.Views(stacked=() if options.get("scan") is False else (r"layers/.*",))
+    views = lrx.Views(stacked=() if options.get("scan") is False else (r"layers/.*",))
 
     def loss(params, tokens):
         return llama.loss_and_metrics(
@@ -116,7 +116,7 @@ def test_our_model(options):
         ),
         (
             nn.Einsum((8, 3, 5), "bsd,dhk->bshk"),
-            ((r"kernel", lr.MatrixView(rows=(0,), cols=(1, 2))),),
+            ((r"kernel", lrx.MatrixView(rows=(0,), cols=(1, 2))),),
         ),
         (nn.Einsum((8, 12), "...d,df->...f", use_bias=False), ()),
     ],
@@ -124,7 +124,7 @@ def test_our_model(options):
 )
 def test_layers(model, rules):
     check(
-        model, X, lr.Views(rules=rules), tolerance=3e-2 if getattr(model, "dtype", None) else 1e-3
+        model, X, lrx.Views(rules=rules), tolerance=3e-2 if getattr(model, "dtype", None) else 1e-3
     )
 
 
@@ -143,20 +143,22 @@ def test_experts_by_vmap():
             )
             return expert(12, name="experts")(x)
 
-    check(Experts(), X, lr.Views(stacked=(r"experts/.*",)))
+    check(Experts(), X, lrx.Views(stacked=(r"experts/.*",)))
 
 
 def test_boxes_with_metadata():
     init = nn.with_partitioning(nn.initializers.normal(1.0), ("in", "out"))
     model = nn.Dense(12, kernel_init=init)
     params = model.init(jax.random.key(0), X)["params"]
-    loss = lr.linen.tapped(
+    loss = lrx.linen.tapped(
         lambda params, x: jnp.mean(jnp.square(model.apply({"params": params}, x)))
     )
-    tx = lr.galore(
-        1e-2, projector=lr.projectors.random(rank=3), clock=lr.clocks.every(period=9, when="after")
+    tx = lrx.galore(
+        1e-2,
+        projector=lrx.projectors.random(rank=3),
+        clock=lrx.clocks.every(period=9, when="after"),
     )
-    step = lr.train_step(loss, tx)
+    step = lrx.train_step(loss, tx)
     new, state, _ = jax.jit(step)(params, tx.init(params), X)
     assert jax.tree.structure(new) == jax.tree.structure(params)
     assert int(state.projection.skipped) == 0
@@ -166,15 +168,15 @@ def test_boxes_with_metadata():
 def test_a_custom_product_is_refused():
     model = nn.Dense(12, dot_general=lambda *args, **kwargs: jax.lax.dot_general(*args, **kwargs))
     with pytest.raises(ValueError, match="has its own dot_general"):
-        check(model, X, lr.Views())
+        check(model, X, lrx.Views())
 
 
 def test_an_unwrapped_loss_is_refused():
     model = nn.Dense(12)
     params = model.init(jax.random.key(0), X)["params"]
-    taps = lr.taps(lr.galore(1e-2, rank=2).init(params))
+    taps = lrx.taps(lrx.galore(1e-2, rank=2).init(params))
     with pytest.raises((ValueError, TypeError)):
-        lr.projected_value_and_grad(lambda p, x: jnp.mean(model.apply({"params": p}, x)), taps)(
+        lrx.projected_value_and_grad(lambda p, x: jnp.mean(model.apply({"params": p}, x)), taps)(
             params, X
         )
 
@@ -184,22 +186,22 @@ def test_quantised_kernels(scanned):
     """Forward passes and taps take int8 kernels as they would their decoded values."""
     model = Foreign() if scanned else nn.Dense(12)
     params = model.init(jax.random.key(0), X)["params"]
-    views = lr.Views(rules=HEADS, stacked=(r"layers/.*",)) if scanned else lr.Views()
-    tx = lr.scale_by_projection(lr.projectors.random(rank=3, kind="orthonormal"), views=views)
-    paths = [view.path for view in lr.explain(tx, params).projected]
+    views = lrx.Views(rules=HEADS, stacked=(r"layers/.*",)) if scanned else lrx.Views()
+    tx = lrx.scale_by_projection(lrx.projectors.random(rank=3, kind="orthonormal"), views=views)
+    paths = [view.path for view in lrx.explain(tx, params).projected]
     path_of = lambda keys: "/".join(key.key for key in keys)  # noqa: E731
     quantize = lambda keys, x: linalg.quantize_blocks(x, "linear") if path_of(keys) in paths else x  # noqa: E731
     small = jax.tree_util.tree_map_with_path(quantize, params)
     is_leaf = lambda x: hasattr(x, "dequantize")  # noqa: E731
     decoded = jax.tree.map(lambda x: x.dequantize() if is_leaf(x) else x, small, is_leaf=is_leaf)
-    loss = lr.linen.tapped(
+    loss = lrx.linen.tapped(
         lambda params, x: jnp.mean(jnp.square(model.apply({"params": params}, x) - 1))
     )
     np.testing.assert_allclose(loss(small, X), loss(decoded, X), rtol=1e-6)
-    taps = lr.taps(tx.init(small))
+    taps = lrx.taps(tx.init(small))
     assert sorted(taps.taps) == sorted(paths)
     got, expected = (
-        lr.projected_value_and_grad(loss, taps)(tree, X)[1] for tree in (small, decoded)
+        lrx.projected_value_and_grad(loss, taps)(tree, X)[1] for tree in (small, decoded)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected)
-    lr.check_taps(loss, taps, small, X)
+    lrx.check_taps(loss, taps, small, X)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import memory
 
 PARAMS = {
@@ -20,8 +20,8 @@ PARAMS = {
     },
     "embed": {"embedding": jax.ShapeDtypeStruct((10, 16), jnp.float32)},
 }
-VIEWS = lr.Views(
-    rules=((r"experts/.*", lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))),),
+VIEWS = lrx.Views(
+    rules=((r"experts/.*", lrx.MatrixView(batch=(0,), rows=(1,), cols=(2,))),),
     stacked=(r"layers/.*", r"experts/.*"),
 )
 MATRICES = [(3, 16, 24), (4, 16, 32), (1, 16, 64)]  # (count, shrunk, kept), by hand
@@ -30,12 +30,12 @@ RANK = 4
 
 
 def scaled(projector, **slots):
-    return lr.scale_by_projection(projector, views=VIEWS, **slots)
+    return lrx.scale_by_projection(projector, views=VIEWS, **slots)
 
 
 def projectors():
     rank = {"rank": RANK}
-    p = lr.projectors
+    p = lrx.projectors
     return {
         "identity": (p.identity(), lambda s, k, r: 0),
         "given": (p.given(matrix=np.eye(16, RANK, dtype=np.float32)), lambda s, k, r: 4 * s * r),
@@ -92,21 +92,21 @@ def test_every_projector_costs_what_its_formula_says(name):
 
 
 SLOTS = {
-    "bf16 moments": {"inner": lr.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16)},
-    "one bf16 moment": {"inner": lr.inner.adam(mu_dtype=jnp.bfloat16)},
+    "bf16 moments": {"inner": lrx.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16)},
+    "one bf16 moment": {"inner": lrx.inner.adam(mu_dtype=jnp.bfloat16)},
     "lion": {"inner": optax.scale_by_lion()},
     "adafactor": {"inner": optax.scale_by_factored_rms(min_dim_size_to_factor=2)},
     "stateless": {"inner": optax.scale_by_sign()},
     "other plain": {"plain": optax.trace(0.9)},
     "stateless plain": {"plain": optax.identity()},
-    "sign": {"residual": lr.residuals.sign()},
-    "sgd": {"residual": lr.residuals.sgd()},
-    "error feedback": {"residual": lr.residuals.error_feedback()},
-    "bf16 error feedback": {"residual": lr.residuals.error_feedback(dtype=jnp.bfloat16)},
-    "ldadam error feedback": {"residual": lr.residuals.ldadam_error_feedback()},
-    "rescale": {"residual": lr.residuals.gradient_rescale()},
-    "rescale without limiter": {"residual": lr.residuals.gradient_rescale(limiter=None)},
-    "staggered": {"clock": lr.clocks.staggered(period=2)},
+    "sign": {"residual": lrx.residuals.sign()},
+    "sgd": {"residual": lrx.residuals.sgd()},
+    "error feedback": {"residual": lrx.residuals.error_feedback()},
+    "bf16 error feedback": {"residual": lrx.residuals.error_feedback(dtype=jnp.bfloat16)},
+    "ldadam error feedback": {"residual": lrx.residuals.ldadam_error_feedback()},
+    "rescale": {"residual": lrx.residuals.gradient_rescale()},
+    "rescale without limiter": {"residual": lrx.residuals.gradient_rescale(limiter=None)},
+    "staggered": {"clock": lrx.clocks.staggered(period=2)},
     "larger side": {"side": "larger"},
 }
 RESIDUALS = {"error feedback": 4 * 4224, "bf16 error feedback": 2 * 4224, "ldadam error feedback": 4 * 4224,
@@ -115,21 +115,21 @@ RESIDUALS = {"error feedback": 4 * 4224, "bf16 error feedback": 2 * 4224, "ldada
 
 @pytest.mark.parametrize("name", SLOTS)
 def test_every_other_slot_costs_what_its_formula_says(name):
-    ledger = memory.ledger(scaled(lr.projectors.dct(rank=RANK), **SLOTS[name]), PARAMS)
+    ledger = memory.ledger(scaled(lrx.projectors.dct(rank=RANK), **SLOTS[name]), PARAMS)
     assert by_component(ledger.rows, "bytes_formula") == by_component(ledger.rows, "bytes_measured")
     assert by_component(ledger.rows, "bytes_formula")["residual"] == RESIDUALS.get(name, 0)
 
 
 RECIPES = {
-    "galore": lambda: lr.galore(1e-2, rank=RANK, views=VIEWS),
-    "galore full": lambda: lr.galore(1e-2, rank=RANK, proj_type="full", views=VIEWS),
-    "dct_adamw": lambda: lr.dct_adamw(1e-2, rank=RANK, error_feedback=True, views=VIEWS),
-    "frugal": lambda: lr.frugal(1e-2, rank=0.25, views=VIEWS),
-    "frugal columns": lambda: lr.frugal(1e-2, rank=0.25, projection="columns", views=VIEWS),
-    "frugal of density 0": lambda: lr.frugal(1e-2, rank=0, views=VIEWS),
-    "ldadam": lambda: lr.ldadam(optax.constant_schedule(1e-3), rank=RANK, views=VIEWS),
-    "apollo": lambda: lr.apollo(1e-2, rank=RANK, views=VIEWS),
-    "apollo_mini": lambda: lr.apollo_mini(1e-2, views=VIEWS),
+    "galore": lambda: lrx.galore(1e-2, rank=RANK, views=VIEWS),
+    "galore full": lambda: lrx.galore(1e-2, rank=RANK, proj_type="full", views=VIEWS),
+    "dct_adamw": lambda: lrx.dct_adamw(1e-2, rank=RANK, error_feedback=True, views=VIEWS),
+    "frugal": lambda: lrx.frugal(1e-2, rank=0.25, views=VIEWS),
+    "frugal columns": lambda: lrx.frugal(1e-2, rank=0.25, projection="columns", views=VIEWS),
+    "frugal of density 0": lambda: lrx.frugal(1e-2, rank=0, views=VIEWS),
+    "ldadam": lambda: lrx.ldadam(optax.constant_schedule(1e-3), rank=RANK, views=VIEWS),
+    "apollo": lambda: lrx.apollo(1e-2, rank=RANK, views=VIEWS),
+    "apollo_mini": lambda: lrx.apollo_mini(1e-2, views=VIEWS),
 }
 
 
@@ -147,7 +147,7 @@ def test_every_named_optimizer_costs_what_its_formula_says(name):
 
 def test_a_compiled_update_takes_parameters_gradients_and_state():
     tx = scaled(
-        lr.projectors.given(matrix=np.eye(16, RANK)), residual=lr.residuals.error_feedback()
+        lrx.projectors.given(matrix=np.eye(16, RANK)), residual=lrx.residuals.error_feedback()
     )
     ledger = memory.ledger(tx, PARAMS)
     program = memory.measure(tx, PARAMS)
@@ -186,13 +186,13 @@ def test_a_chain_hides_the_formula_and_not_the_components():
 
 def test_masked_leaves_cost_nothing():
     params = PARAMS | {"tall": optax.MaskedNode(), "embed": optax.MaskedNode()}
-    rows = memory.ledger(scaled(lr.projectors.svd(rank=RANK)), params).rows
+    rows = memory.ledger(scaled(lrx.projectors.svd(rank=RANK)), params).rows
     assert by_component(rows, "bytes_formula") == by_component(rows, "bytes_measured")
     assert by_component(rows, "bytes_formula")["plain"] == 4
 
 
 def test_a_step_adds_its_temporaries_and_its_peak():
-    tx = lr.scale_by_projection(lr.projectors.given(matrix=np.eye(64, RANK)))
+    tx = lrx.scale_by_projection(lrx.projectors.given(matrix=np.eye(64, RANK)))
     params = {"kernel": jnp.ones((64, 96))}
 
     def step(params, state, batch):

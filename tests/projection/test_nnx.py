@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax import linalg
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
 HEADS = (
-    (r".*heads/kernel", lr.MatrixView(rows=(0,), cols=(1, 2))),
-    (r".*out/kernel", lr.MatrixView(rows=(0, 1), cols=(2,))),
+    (r".*heads/kernel", lrx.MatrixView(rows=(0,), cols=(1, 2))),
+    (r".*out/kernel", lrx.MatrixView(rows=(0, 1), cols=(2,))),
 )
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 8)), jnp.float32)
-RANDOM = lr.projectors.random(rank=3, kind="orthonormal")
+RANDOM = lrx.projectors.random(rank=3, kind="orthonormal")
 
 
 def setup(model, views, side="paper", pure=True):
-    """(loss of lr.nnx.merge, loss of nnx.merge, parameters, taps)."""
+    """(loss of lrx.nnx.merge, loss of nnx.merge, parameters, taps)."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = nnx.to_pure_dict(params) if pure else params
 
@@ -34,8 +34,8 @@ def setup(model, views, side="paper", pure=True):
         output = lambda params, x: merge(graphdef, params, rest)(x).astype(jnp.float32)  # noqa: E731
         return lambda params, x: jnp.mean(jnp.square(output(params, x) - 1))
 
-    taps = lr.taps(lr.scale_by_projection(RANDOM, views=views, side=side).init(params))
-    return loss_of(lr.nnx.merge), loss_of(nnx.merge), params, taps
+    taps = lrx.taps(lrx.scale_by_projection(RANDOM, views=views, side=side).init(params))
+    return loss_of(lrx.nnx.merge), loss_of(nnx.merge), params, taps
 
 
 def run(function, *args):
@@ -45,10 +45,10 @@ def run(function, *args):
 def check(model, views, *, side="paper", pure=True, tolerance=1e-5):
     """Equal losses and plain gradients, and every tap the projection of the full gradient."""
     tapped, plain, params, taps = setup(model, views, side, pure)
-    value, grads = run(lr.projected_value_and_grad(tapped, taps), params, X)
+    value, grads = run(lrx.projected_value_and_grad(tapped, taps), params, X)
     expected, full = run(jax.value_and_grad(plain), params, X)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    is_projected = lambda leaf: isinstance(leaf, lr.Projected)  # noqa: E731
+    is_projected = lambda leaf: isinstance(leaf, lrx.Projected)  # noqa: E731
     seen = set()
     for (keys, leaf), got in zip(
         jax.tree_util.tree_leaves_with_path(nnx.as_pure(full)),
@@ -108,14 +108,14 @@ class Listed(nnx.Module):
 
 @pytest.mark.slow
 def test_stacked_layers():
-    taps = check(Stack(nnx.Rngs(0)), lr.Views(rules=HEADS, stacked=(r"layers/.*",)), side="rows")
+    taps = check(Stack(nnx.Rngs(0)), lrx.Views(rules=HEADS, stacked=(r"layers/.*",)), side="rows")
     assert sorted(taps.taps) == [f"layers/{name}/kernel" for name in ("down", "heads", "out", "up")]
 
 
 @pytest.mark.slow
 def test_listed_layers_some_left_out():
     taps = check(
-        Listed(nnx.Rngs(0)), lr.Views(rules=((r"layers/0/up/kernel", None), *HEADS)), side="cols"
+        Listed(nnx.Rngs(0)), lrx.Views(rules=((r"layers/0/up/kernel", None), *HEADS)), side="cols"
     )
     assert len(taps.taps) == 7
 
@@ -130,7 +130,7 @@ def test_experts_by_vmap():
         def __call__(self, x):
             return nnx.vmap(lambda expert, x: expert(x), in_axes=(0, 0))(self.experts, x)
 
-    check(Experts(nnx.Rngs(0)), lr.Views(stacked=(r"experts/.*",)))
+    check(Experts(nnx.Rngs(0)), lrx.Views(stacked=(r"experts/.*",)))
 
 
 HIGHEST = functools.partial(jax.lax.dot_general, precision="highest")
@@ -149,7 +149,7 @@ HIGHEST = functools.partial(jax.lax.dot_general, precision="highest")
         (functools.partial(nnx.LinearGeneral, 8, 12, dot_general_cls=lambda: HIGHEST), ()),
         (
             functools.partial(nnx.LinearGeneral, 8, 12, batch_axis={0: 4}),
-            ((r"kernel", lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))),),
+            ((r"kernel", lrx.MatrixView(batch=(0,), rows=(1,), cols=(2,))),),
         ),
         (
             functools.partial(nnx.Einsum, "bsd,dhk->bhsk", (8, 3, 5), (3, 5)),
@@ -161,12 +161,12 @@ HIGHEST = functools.partial(jax.lax.dot_general, precision="highest")
 )
 def test_layers(make, rules):
     bf16 = make.keywords.get("dtype") == jnp.bfloat16
-    check(make(rngs=nnx.Rngs(0)), lr.Views(rules=rules), tolerance=2e-2 if bf16 else 1e-5)
+    check(make(rngs=nnx.Rngs(0)), lrx.Views(rules=rules), tolerance=2e-2 if bf16 else 1e-5)
 
 
 def test_a_state_in_place_of_a_dict():
     """The value of a Param is the leaf itself, under the path that it has in a dict of arrays."""
-    assert list(check(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), lr.Views(), pure=False).taps) == [
+    assert list(check(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), lrx.Views(), pure=False).taps) == [
         "kernel"
     ]
 
@@ -181,17 +181,17 @@ def test_a_kernel_shared_by_two_modules():
         def __call__(self, x):
             return self.second(jnp.tanh(self.first(x)))
 
-    assert list(check(Shared(nnx.Rngs(0)), lr.Views()).taps) == ["first/kernel"]
+    assert list(check(Shared(nnx.Rngs(0)), lrx.Views()).taps) == ["first/kernel"]
 
 
 class Custom(nnx.Module):
-    """A product of one's own, by lr.matmul."""
+    """A product of one's own, by lrx.matmul."""
 
     def __init__(self, rngs):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (8, 12)))
 
     def __call__(self, x):
-        return lr.matmul(x, self.kernel[...])
+        return lrx.matmul(x, self.kernel[...])
 
 
 class Adapted(nnx.LoRALinear):
@@ -199,15 +199,15 @@ class Adapted(nnx.LoRALinear):
 
 
 def test_modules_of_ones_own():
-    check(Custom(nnx.Rngs(0)), lr.Views())
-    check(Adapted(8, 12, lora_rank=2, rngs=nnx.Rngs(0)), lr.Views())
+    check(Custom(nnx.Rngs(0)), lrx.Views())
+    check(Adapted(8, 12, lora_rank=2, rngs=nnx.Rngs(0)), lrx.Views())
 
 
 def test_check_taps_and_a_training_step():
-    tapped, _, params, taps = setup(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), lr.Views())
-    lr.check_taps(tapped, taps, params, X)
-    tx = lr.galore(1e-2, projector=RANDOM, clock=lr.clocks.every(period=9, when="after"))
-    new, state, _ = jax.jit(lr.train_step(tapped, tx))(params, tx.init(params), X)
+    tapped, _, params, taps = setup(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), lrx.Views())
+    lrx.check_taps(tapped, taps, params, X)
+    tx = lrx.galore(1e-2, projector=RANDOM, clock=lrx.clocks.every(period=9, when="after"))
+    new, state, _ = jax.jit(lrx.train_step(tapped, tx))(params, tx.init(params), X)
     assert jax.tree.structure(new) == jax.tree.structure(params)
     assert int(state.projection.skipped) == 0
     assert not np.allclose(new["kernel"], params["kernel"])
@@ -217,8 +217,8 @@ def test_check_taps_and_a_training_step():
 def test_without_taps_merge_is_flax_own():
     model = Stack(nnx.Rngs(0))
     graphdef, state = nnx.split(model)
-    assert nnx.graphdef(lr.nnx.merge(graphdef, state)) == graphdef
-    np.testing.assert_array_equal(lr.nnx.merge(graphdef, state)(X), model(X))
+    assert nnx.graphdef(lrx.nnx.merge(graphdef, state)) == graphdef
+    np.testing.assert_array_equal(lrx.nnx.merge(graphdef, state)(X), model(X))
 
 
 @pytest.mark.parametrize("pure", [True, False])
@@ -238,14 +238,14 @@ def test_quantised_kernels(pure):
     is_small = lambda x: hasattr(x, "dequantize")  # noqa: E731
     decoded = jax.tree.map(lambda x: x.dequantize() if is_small(x) else x, small, is_leaf=is_small)
     before = jax.tree.structure(small)
-    first, second = lr.nnx.merge(graphdef, small), lr.nnx.merge(graphdef, small)
+    first, second = lrx.nnx.merge(graphdef, small), lrx.nnx.merge(graphdef, small)
     assert nnx.graphdef(first) == nnx.graphdef(second)
     np.testing.assert_allclose(first(X), nnx.merge(graphdef, decoded)(X), rtol=1e-4, atol=1e-5)
     assert jax.tree.structure(small) == before
     if pure:
-        tapped, _, _, taps = setup(model, lr.Views(rules=HEADS, stacked=(r"layers/.*",)))
+        tapped, _, _, taps = setup(model, lrx.Views(rules=HEADS, stacked=(r"layers/.*",)))
         got, expected = (
-            run(lr.projected_value_and_grad(tapped, taps), tree, X)[1] for tree in (small, decoded)
+            run(lrx.projected_value_and_grad(tapped, taps), tree, X)[1] for tree in (small, decoded)
         )
         low = lambda grads: grads["layers"]["heads"]["kernel"].low  # noqa: E731
         np.testing.assert_allclose(low(got), low(expected), rtol=1e-4, atol=1e-6)
@@ -257,10 +257,10 @@ def own_product(*args, **kwargs):
 
 def test_a_custom_product_takes_quantised_kernels_and_no_taps():
     tapped, plain, params, taps = setup(
-        nnx.Linear(8, 12, dot_general=own_product, rngs=nnx.Rngs(0)), lr.Views()
+        nnx.Linear(8, 12, dot_general=own_product, rngs=nnx.Rngs(0)), lrx.Views()
     )
     with pytest.raises(ValueError, match=r"Linear has its own dot_general, .*own_product"):
-        lr.projected_value_and_grad(tapped, taps)(params, X)
+        lrx.projected_value_and_grad(tapped, taps)(params, X)
     small = params | {"kernel": linalg.quantize_blocks(params["kernel"], "linear")}
     np.testing.assert_allclose(
         tapped(small, X), plain(params | {"kernel": small["kernel"].dequantize()}, X), rtol=1e-6
@@ -276,19 +276,19 @@ class Convolved(nnx.Module):
 
 
 def test_what_cannot_be_tapped_is_refused():
-    views = lr.Views(rules=((r"conv/kernel", lr.MatrixView(rows=(0, 1), cols=(2,))),))
+    views = lrx.Views(rules=((r"conv/kernel", lrx.MatrixView(rows=(0, 1), cols=(2,))),))
     tapped, plain, params, taps = setup(Convolved(nnx.Rngs(0)), views)
     with pytest.raises(ValueError, match="conv: kernel of nnx.Conv is tapped or quantised"):
-        lr.projected_value_and_grad(tapped, taps)(params, X)
+        lrx.projected_value_and_grad(tapped, taps)(params, X)
     with pytest.raises(TypeError):  # flax's own merge does not know a Tapped
-        lr.projected_value_and_grad(plain, taps)(params, X)
-    tapped, _, params, taps = setup(Custom(nnx.Rngs(0)), lr.Views())
+        lrx.projected_value_and_grad(plain, taps)(params, X)
+    tapped, _, params, taps = setup(Custom(nnx.Rngs(0)), lrx.Views())
     with pytest.raises(ValueError, match="no product uses the taps"):
-        lr.projected_value_and_grad(lambda params, x: jnp.sum(x), taps)(params, X)
+        lrx.projected_value_and_grad(lambda params, x: jnp.sum(x), taps)(params, X)
     graphdef = nnx.graphdef(Custom(nnx.Rngs(0)))
-    sliced = lambda params, x: jnp.sum(lr.nnx.merge(graphdef, params).kernel[0])  # noqa: E731
+    sliced = lambda params, x: jnp.sum(lrx.nnx.merge(graphdef, params).kernel[0])  # noqa: E731
     with pytest.raises(TypeError, match="as a whole only"):
-        lr.projected_value_and_grad(sliced, taps)(params, X)
+        lrx.projected_value_and_grad(sliced, taps)(params, X)
 
 
 def test_a_flax_without_nnx_is_named(monkeypatch):
@@ -302,4 +302,4 @@ def test_a_flax_without_nnx_is_named(monkeypatch):
 
 def test_other_attributes_are_still_errors():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = lr.nothing
+        _ = lrx.nothing

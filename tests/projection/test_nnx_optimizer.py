@@ -12,12 +12,12 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.trees import leaves_with_metadata
 
 TOKENS = jnp.arange(6)[None]
-VIEWS = lr.Views(stacked=(r"layers/.*",))
-GALORE = lr.galore(1e-2, rank=4, weight_decay=0.1, views=VIEWS)
+VIEWS = lrx.Views(stacked=(r"layers/.*",))
+GALORE = lrx.galore(1e-2, rank=4, weight_decay=0.1, views=VIEWS)
 
 
 class Model(nnx.Module):
@@ -78,11 +78,11 @@ def steps_of_arrays(tx, steps, of=gradients):
 
 NAMED = {
     "galore-chain": optax.chain(optax.clip_by_global_norm(0.5), GALORE),
-    "dct_adamw": lr.dct_adamw(1e-2, rank=4, views=VIEWS, error_feedback=True),
-    "frugal": lr.frugal(1e-2, rank=0.5, rule="sgd", views=VIEWS),
-    "ldadam": lr.ldadam(1e-2, rank=4, views=VIEWS),
-    "apollo": lr.apollo(1e-2, rank=4, views=VIEWS),
-    "apollo_mini": lr.apollo_mini(1e-2, views=VIEWS),
+    "dct_adamw": lrx.dct_adamw(1e-2, rank=4, views=VIEWS, error_feedback=True),
+    "frugal": lrx.frugal(1e-2, rank=0.5, rule="sgd", views=VIEWS),
+    "ldadam": lrx.ldadam(1e-2, rank=4, views=VIEWS),
+    "apollo": lrx.apollo(1e-2, rank=4, views=VIEWS),
+    "apollo_mini": lrx.apollo_mini(1e-2, views=VIEWS),
 }
 
 
@@ -107,7 +107,7 @@ def test_variables_and_values_have_one_state_and_updates_like_the_parameters():
         pure, _ = GALORE.update(nnx.as_pure(params), bare, nnx.as_pure(params))
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     assert_same(updates, pure)
-    assert str(lr.explain(GALORE, params)) == str(lr.explain(GALORE, nnx.as_pure(params)))
+    assert str(lrx.explain(GALORE, params)) == str(lrx.explain(GALORE, nnx.as_pure(params)))
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_under_nnx_jit_with_a_model_and_optimizer_in_one():
 def test_parameters_by_path_train_alone():
     model, wrt = Model(), nnx.All(nnx.Param, nnx.PathContains("up"))
     before = by_path(nnx.state(model, nnx.Param))
-    optimizer = nnx.Optimizer(model, lr.galore(1e-2, rank=4), wrt=wrt)
+    optimizer = nnx.Optimizer(model, lrx.galore(1e-2, rank=4), wrt=wrt)
     update(model, optimizer, wrt)
     moved = {
         path
@@ -191,11 +191,11 @@ def test_an_optimizer_comes_back_from_orbax(tmp_path):
 
 def test_shardings_of_a_state_of_variables():
     params = nnx.state(Model(), nnx.Param)
-    mesh = lr.meshes.make_mesh(data=-1)
+    mesh = lrx.meshes.make_mesh(data=-1)
     placed = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), params)
-    found = lr.state_shardings(GALORE, params, placed)
+    found = lrx.state_shardings(GALORE, params, placed)
     assert jax.tree.structure(found) == jax.tree.structure(GALORE.init(params))
-    assert lr.sides_for(params, placed, views=VIEWS) == lr.resolved_sides(GALORE, params)
+    assert lrx.sides_for(params, placed, views=VIEWS) == lrx.resolved_sides(GALORE, params)
 
 
 @pytest.mark.slow
@@ -206,24 +206,24 @@ def test_adapters_of_variables_are_those_of_arrays():
     values = []
     for params in (state, nnx.to_pure_dict(state)):
         rules = {
-            r".*/kernel": lr.adapters.lora(rank=2, init="pissa"),
-            "embed/embedding": lr.adapters.lora(rank=2),
+            r".*/kernel": lrx.adapters.lora(rank=2, init="pissa"),
+            "embed/embedding": lrx.adapters.lora(rank=2),
         }
-        adaptation = lr.adapt(params, rules, jax.random.key(0), views=VIEWS, bias="adapted")
+        adaptation = lrx.adapt(params, rules, jax.random.key(0), views=VIEWS, bias="adapted")
         adaptation = adaptation.replace(train=jax.tree.map(lambda x: x + 0.1, adaptation.train))
-        attached = lr.nnx.merge(graphdef, lr.attach(params, adaptation), rest)
-        plain = nnx.merge(graphdef, lr.effective(params, adaptation), rest)
+        attached = lrx.nnx.merge(graphdef, lrx.attach(params, adaptation), rest)
+        plain = nnx.merge(graphdef, lrx.effective(params, adaptation), rest)
         np.testing.assert_allclose(loss(attached), loss(plain), rtol=1e-5)
         values.append(float(loss(plain)))
-        merged = lr.merge(params, adaptation)
-        unmerged = lr.unmerge(merged, adaptation, base=params)
-        kept = lr.join(*lr.partition(params, (r"up/.*",)))
-        absorbed, _ = lr.absorb(params, adaptation)
+        merged = lrx.merge(params, adaptation)
+        unmerged = lrx.unmerge(merged, adaptation, base=params)
+        kept = lrx.join(*lrx.partition(params, (r"up/.*",)))
+        absorbed, _ = lrx.absorb(params, adaptation)
         for tree in (merged, unmerged, kept, absorbed):
             assert jax.tree.structure(tree) == jax.tree.structure(params)
         assert_same(unmerged, params)
         assert_same(kept, params)
-        assert sorted(lr.to_lora(params, adaptation)[0].train["sites"]) == sorted(
+        assert sorted(lrx.to_lora(params, adaptation)[0].train["sites"]) == sorted(
             adaptation.train["sites"]
         )
     assert values[0] == values[1]
@@ -236,11 +236,11 @@ class Pair(nnx.Module):
 
 
 PAIRS = {
-    "lora_plus": lr.lora_plus(1e-2),
-    "scaled_adamw": lr.scaled_adamw(1e-2, weight_decay=0.1),
-    "altlora": lr.altlora(1e-2, scale=2.0),
-    "altlora_plus": lr.altlora_plus(1e-2, scale=2.0, alternate=None),
-    "precondition": optax.chain(lr.precondition_pairs(), optax.sgd(0.1)),
+    "lora_plus": lrx.lora_plus(1e-2),
+    "scaled_adamw": lrx.scaled_adamw(1e-2, weight_decay=0.1),
+    "altlora": lrx.altlora(1e-2, scale=2.0),
+    "altlora_plus": lrx.altlora_plus(1e-2, scale=2.0, alternate=None),
+    "precondition": optax.chain(lrx.precondition_pairs(), optax.sgd(0.1)),
 }
 
 

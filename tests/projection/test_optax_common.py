@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 COMMON = importlib.import_module("optax.contrib._common_test")
 METHODS = {
@@ -48,8 +48,8 @@ NOT_ROWS = {  # named optimizers that cannot be rows: why
 }
 
 INJECT = "test_optimizers_can_be_wrapped_in_inject_hyperparams"
-STACK = lr.Views(
-    rules=(("1", lr.MatrixView(batch=(0,), rows=(1,), cols=(2,))),)
+STACK = lrx.Views(
+    rules=(("1", lrx.MatrixView(batch=(0,), rows=(1,), cols=(2,))),)
 )  # its second leaf has three axes
 TARGETS = (
     "_setup_parabola",
@@ -74,8 +74,8 @@ def test_every_test_of_optax_and_every_named_optimizer_is_here():
     assert set(CASES) == set(METHODS)
     named = {
         name
-        for name in lr.__all__
-        if "learning_rate" in str(getattr(getattr(lr, name), "__annotations__", ""))
+        for name in lrx.__all__
+        if "learning_rate" in str(getattr(getattr(lrx, name), "__annotations__", ""))
     }
     assert named - {"Recipe"} == set(ROWS) | set(NOT_ROWS) | {"apply_learning_rate"}
 
@@ -85,7 +85,7 @@ def test_every_test_of_optax_and_every_named_optimizer_is_here():
 )
 @pytest.mark.parametrize("test", CASES)
 def test_as_optax_does(row, test, monkeypatch):
-    monkeypatch.setattr(COMMON, "_get_opt_factory", lambda name: getattr(lr, name))
+    monkeypatch.setattr(COMMON, "_get_opt_factory", lambda name: getattr(lrx, name))
     options = ROWS[row] | ({"views": STACK} if test == INJECT else {})
     if (row, test) in EXCLUDED:
         with pytest.raises(ValueError, match="static_args"):
@@ -113,7 +113,7 @@ def run(row, test, options, case):
 
 def test_a_row_that_does_not_converge_fails(monkeypatch):
     """The test functions do test, called this way."""
-    monkeypatch.setattr(COMMON, "_get_opt_factory", lambda name: getattr(lr, name))
+    monkeypatch.setattr(COMMON, "_get_opt_factory", lambda name: getattr(lrx, name))
     with pytest.raises(AssertionError):
         run(
             "frugal",
@@ -131,7 +131,7 @@ PARAMS = {"dense": {"kernel": jnp.ones((6, 10)), "bias": jnp.ones(10)}, "scale":
 def test_what_is_shaped_like_parameters_is_mapped_and_the_rest_apart(row, chained):
     """Moments of plain leaves are; counters are not, and the states of the projected leaves come as
     one tree."""
-    tx = getattr(lr, row)(**ROWS[row])
+    tx = getattr(lrx, row)(**ROWS[row])
     tx = optax.chain(optax.clip(1.0), tx) if chained else tx
     state = jax.eval_shape(tx.init, PARAMS)
     labels = {"dense": {"kernel": "kernel", "bias": "bias"}, "scale": "scale"}
@@ -153,8 +153,8 @@ def test_what_is_shaped_like_parameters_is_mapped_and_the_rest_apart(row, chaine
 def test_parameters_are_mapped_where_views_name_leaves(row):
     """`tree_map_params` shows `init` a tree without leaves; rules and stacked patterns match in
     every other one."""
-    rules = (("dense/kernel", lr.MatrixView(rows=(1,), cols=(0,))),)
-    tx = getattr(lr, row)(**ROWS[row], views=lr.Views(rules=rules, stacked=("layers/.*",)))
+    rules = (("dense/kernel", lrx.MatrixView(rows=(1,), cols=(0,))),)
+    tx = getattr(lrx, row)(**ROWS[row], views=lrx.Views(rules=rules, stacked=("layers/.*",)))
     params = PARAMS | {"layers": {"kernel": jnp.ones((3, 6, 10))}}
     apart = optax.partition(
         {"low": tx, "plain": optax.sgd(1.0)}, {"dense": "low", "layers": "low", "scale": "plain"}
@@ -169,9 +169,9 @@ def test_parameters_are_mapped_where_views_name_leaves(row):
 
 def test_lists_of_leaves_and_wide_and_narrow_floats():
     params = [jnp.ones((4, 6)), jnp.ones(3), (jnp.ones((6, 4)),)]
-    tx = lr.galore(1e-2, rank=2)
+    tx = lrx.galore(1e-2, rank=2)
     for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
         own = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
         updates, _ = jax.eval_shape(tx.update, own, jax.eval_shape(tx.init, own), own)
         assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-        assert [view.path for view in lr.explain(tx, own).projected] == ["0", "2/0"]
+        assert [view.path for view in lrx.explain(tx, own).projected] == ["0", "2/0"]

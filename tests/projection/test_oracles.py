@@ -12,7 +12,7 @@ import optax
 import pytest
 import scipy.fft
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 SHAPES = [(12, 7), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(7, 12), (9, 9)])]
 STEPS, LR, DECAY, RANK = 9, 0.02, 0.1, 3
@@ -172,15 +172,15 @@ def random_basis(s):
 
 
 CASES = {
-    "galore": (lambda s: lr.galore(LR, rank=RANK, refresh_every=4, weight_decay=DECAY), galore, {}),
+    "galore": (lambda s: lrx.galore(LR, rank=RANK, refresh_every=4, weight_decay=DECAY), galore, {}),
     "galore_full": (
-        lambda s: lr.galore(LR, rank=RANK, refresh_every=4, proj_type="full", eps=1e-2, weight_decay=DECAY),
+        lambda s: lrx.galore(LR, rank=RANK, refresh_every=4, proj_type="full", eps=1e-2, weight_decay=DECAY),
         galore_full,
         {},
     ),
     **{
         f"dct_adamw_{kind}_{period}_{feedback}": (
-            lambda s, o=(kind, period, feedback): lr.dct_adamw(
+            lambda s, o=(kind, period, feedback): lrx.dct_adamw(
                 LR, rank=RANK, kind=o[0], refresh_every=o[1], error_feedback=o[2], weight_decay=DECAY
             ),
             dct_adamw,
@@ -189,32 +189,34 @@ CASES = {
         for kind, period, feedback in [(3, 1, False), (2, 3, True), (3, 4, True)]
     },
     "frugal_sign": (
-        lambda s: lr.frugal(
+        lambda s: lrx.frugal(
             LR, rank=0.4, refresh_every=4, active_scale=0.8, inactive_scale=0.5, weight_decay=DECAY
         ), frugal, {}
     ),
     "frugal_sgd": (
-        lambda s: lr.frugal(
+        lambda s: lrx.frugal(
             LR, rank=0.4, refresh_every=4, rule="sgd", active_scale=0.8, inactive_scale=0.5, weight_decay=DECAY
         ), frugal, {"rule": lambda x: x}
     ),
-    "ldadam": (lambda s: lr.ldadam(LR, rank=RANK, weight_decay=DECAY), ldadam, {"tie_left": True}),
+    "ldadam": (lambda s: lrx.ldadam(LR, rank=RANK, weight_decay=DECAY), ldadam, {"tie_left": True}),
     "ldadam_no_feedback": (
-        lambda s: lr.ldadam(LR, rank=RANK, weight_decay=DECAY, error_feedback=False),
+        lambda s: lrx.ldadam(LR, rank=RANK, weight_decay=DECAY, error_feedback=False),
         ldadam, {"tie_left": True, "feedback": False},
     ),
     "apollo_channel": (
-        lambda s: lr.apollo(LR, projector=lr.projectors.svd(rank=RANK), scale=2.0, refresh_every=4, weight_decay=DECAY),
+        lambda s: lrx.apollo(
+            LR, projector=lrx.projectors.svd(rank=RANK), scale=2.0, refresh_every=4, weight_decay=DECAY
+        ),
         apollo, {},
     ),
     "apollo_tensor": (
-        lambda s: lr.apollo(
-            LR, projector=lr.projectors.given(matrix=random_basis(s)), axis="tensor", scale=2.0, weight_decay=DECAY
+        lambda s: lrx.apollo(
+            LR, projector=lrx.projectors.given(matrix=random_basis(s)), axis="tensor", scale=2.0, weight_decay=DECAY
         ), apollo, {"axis": None, "basis": random_basis},
     ),
     "apollo_unlimited": (
-        lambda s: lr.apollo(
-            LR, projector=lr.projectors.given(matrix=random_basis(s)), limiter=None, scale=2.0, weight_decay=DECAY
+        lambda s: lrx.apollo(
+            LR, projector=lrx.projectors.given(matrix=random_basis(s)), limiter=None, scale=2.0, weight_decay=DECAY
         ), apollo, {"limiter": None, "basis": random_basis},
     ),
 }  # fmt: skip

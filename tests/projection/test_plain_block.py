@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
@@ -19,16 +19,16 @@ PARAMS = {
     "norm": {"scale": DRAW(3, 8)},
 }
 PLAIN = {
-    "float32": lr.inner.adam(),
-    "8 bits": lr.inner.stored8(
+    "float32": lrx.inner.adam(),
+    "8 bits": lrx.inner.stored8(
         minimum=16, block=3
     ),  # a block of three rows has 24 entries, the last one of one row 8
 }
 
 
 def optimizer(plain, **options):
-    return lr.galore(
-        1e-2, projector=lr.projectors.columns(rank=2), weight_decay=0.1, plain=plain, **options
+    return lrx.galore(
+        1e-2, projector=lrx.projectors.columns(rank=2), weight_decay=0.1, plain=plain, **options
     )
 
 
@@ -44,8 +44,8 @@ def test_blocks_are_whole_leaves(kind, clip_norm):
     grads = [jax.tree.map(lambda x, i=i: jnp.sin(x + i), PARAMS) for i in range(3)]
     grads.insert(1, jax.tree.map(lambda x: x.at[0].set(np.nan), PARAMS))
     tx = optimizer(PLAIN[kind], clip_norm=clip_norm)
-    expected = run(lr.fused(tx), grads)
-    found = run(lr.fused(tx, plain_block=24), grads)
+    expected = run(lrx.fused(tx), grads)
+    found = run(lrx.fused(tx, plain_block=24), grads)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
@@ -56,7 +56,7 @@ def test_blocks_are_whole_leaves(kind, clip_norm):
 
 def test_every_block_has_random_numbers_of_its_own():
     params = {"dense": PARAMS["dense"], "embed": {"embedding": jnp.ones((12, 64), jnp.bfloat16)}}
-    form = lr.fused(optimizer(lr.inner.adam()), rounding="stochastic", plain_block=64)
+    form = lrx.fused(optimizer(lrx.inner.adam()), rounding="stochastic", plain_block=64)
     new, _ = run(form, [jax.tree.map(jnp.ones_like, params)], params)
     rows = np.asarray(new["embed"]["embedding"].astype(jnp.float32))
     assert len(np.unique(rows)) > 1
@@ -66,10 +66,10 @@ def test_every_block_has_random_numbers_of_its_own():
 @pytest.mark.slow
 def test_the_scratch_is_that_of_a_block():
     params = {"dense": PARAMS["dense"], "embed": {"embedding": jnp.zeros((4096, 256))}}
-    tx = optimizer(lr.inner.stored8())
+    tx = optimizer(lrx.inner.stored8())
     state = tx.init(params)
     blocks, whole = (
-        jax.jit(lr.fused(tx, plain_block=block).step, donate_argnums=(0, 2))
+        jax.jit(lrx.fused(tx, plain_block=block).step, donate_argnums=(0, 2))
         .lower(params, params, state)
         .compile()
         .memory_analysis()
@@ -81,15 +81,15 @@ def test_the_scratch_is_that_of_a_block():
 
 
 def test_the_layer_wise_step_takes_blocks_too():
-    stack = lr.Stack(
+    stack = lrx.Stack(
         before=lambda rest, x: rest["embed"]["embedding"][x],
-        layer=lambda layer, x: x + jnp.tanh(lr.matmul(x, layer["kernel"])),
+        layer=lambda layer, x: x + jnp.tanh(lrx.matmul(x, layer["kernel"])),
         after=lambda rest, x, _: jnp.mean(x**2),
     )
     params = {"embed": {"embedding": DRAW(9, 6)}, "layers": {"kernel": DRAW(2, 6, 6)}}
-    tx = lr.galore(1e-2, rank=2, views=lr.Views(stacked=("layers/.*",)))
+    tx = lrx.galore(1e-2, rank=2, views=lrx.Views(stacked=("layers/.*",)))
     arguments = params, tx.init(params), jnp.arange(5)
-    steps = [lr.layerwise_step(stack, lr.fused(tx, plain_block=block)) for block in (12, None)]
+    steps = [lrx.layerwise_step(stack, lrx.fused(tx, plain_block=block)) for block in (12, None)]
     found, expected = (jax.jit(step)(*arguments) for step in steps)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
@@ -99,15 +99,15 @@ def test_the_layer_wise_step_takes_blocks_too():
 
 def test_what_cannot_be_taken_in_blocks():
     with pytest.raises(ValueError, match="plain_block=0"):
-        lr.fused(optimizer(lr.inner.adam()), plain_block=0)
-    for plain in (optax.scale_by_lion(), lr.inner.stored8(inner=optax.scale_by_adam())):
+        lrx.fused(optimizer(lrx.inner.adam()), plain_block=0)
+    for plain in (optax.scale_by_lion(), lrx.inner.stored8(inner=optax.scale_by_adam())):
         with pytest.raises(ValueError, match="plain_block=8: .* may couple the entries of a leaf"):
-            lr.fused(optimizer(plain), plain_block=8)
+            lrx.fused(optimizer(plain), plain_block=8)
     mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
     place = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))  # noqa: E731
     params = jax.tree.map(lambda x: place(x, jax.P()), PARAMS)
     params["embed"]["embedding"] = place(PARAMS["embed"]["embedding"], jax.P("rows"))
-    form = lr.fused(optimizer(lr.inner.adam()), plain_block=24)
+    form = lrx.fused(optimizer(lrx.inner.adam()), plain_block=24)
     with pytest.raises(
         ValueError, match="plain_block=24: leaf 'embed/embedding' is sharded along its rows"
     ):

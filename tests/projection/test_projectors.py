@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
-P = lr.projectors
+P = lrx.projectors
 PROJECTORS = {
     "dct": P.dct(rank=3),
     "dct2, l2": P.dct2(rank=3, norm="l2"),
@@ -22,7 +22,7 @@ PROJECTORS = {
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_columns_of_zeros_change_no_basis_of_rows(name):
     projector, gradient = PROJECTORS[name], jax.random.normal(jax.random.key(0), (2, 8, 13))
-    view = lr.resolve(gradient, lr.Views(stacked=(".*",)), rank=3).projected[0]
+    view = lrx.resolve(gradient, lrx.Views(stacked=(".*",)), rank=3).projected[0]
     keys = jax.random.split(jax.random.key(1), 2)
     assert projector.of_rows
     for step in (0, 1):
@@ -30,7 +30,7 @@ def test_columns_of_zeros_change_no_basis_of_rows(name):
             projector.refresh(
                 view,
                 projector.init(view, keys),
-                lr.Evidence(grad=g, step=jnp.int32(step), key=keys),
+                lrx.Evidence(grad=g, step=jnp.int32(step), key=keys),
             )
             for g in (gradient, jnp.pad(gradient, [(0, 0), (0, 0), (0, 3)]))
         ]

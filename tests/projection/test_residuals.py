@@ -5,16 +5,16 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 RNG = np.random.default_rng(0)
 G = RNG.normal(size=(3, 4, 6)).astype(np.float32)
 ROWS = [0, 2]
-PROJECTOR = lr.projectors.columns(select=tuple(ROWS))
+PROJECTOR = lrx.projectors.columns(select=tuple(ROWS))
 
 
 def _run(residual, inner, steps=2, **slots):
-    transformation = lr.scale_by_projection(PROJECTOR, residual=residual, inner=inner, **slots)
+    transformation = lrx.scale_by_projection(PROJECTOR, residual=residual, inner=inner, **slots)
     state, updates = transformation.init(jnp.asarray(G[0])), []
     for g in G[:steps]:
         update, state = transformation.update(jnp.asarray(g), state)
@@ -35,9 +35,9 @@ def test_sign_and_sgd(scale):
         *(
             _run(rule, optax.scale(3.0), scale=2.0)[0]
             for rule in (
-                lr.residuals.sign(scale=scale),
-                lr.residuals.sgd(scale=scale),
-                lr.residuals.discard(),
+                lrx.residuals.sign(scale=scale),
+                lrx.residuals.sgd(scale=scale),
+                lrx.residuals.discard(),
             )
         ),
         strict=False,
@@ -49,12 +49,12 @@ def test_sign_and_sgd(scale):
 
 
 def test_error_feedback():
-    (first, second), state = _run(lr.residuals.error_feedback(), optax.identity())
+    (first, second), state = _run(lrx.residuals.error_feedback(), optax.identity())
     np.testing.assert_allclose(first, _kept(G[0]))
     np.testing.assert_allclose(second, _kept(G[1]))
     rest = [g - _kept(g) for g in G]
     np.testing.assert_allclose(state.matrices.residual, rest[0] + rest[1], rtol=1e-6)
-    _, state = _run(lr.residuals.error_feedback(dtype=jnp.bfloat16), optax.identity())
+    _, state = _run(lrx.residuals.error_feedback(dtype=jnp.bfloat16), optax.identity())
     assert state.matrices.residual.dtype == jnp.bfloat16
 
 
@@ -64,8 +64,8 @@ def test_gradient_rescale(axis, limiter):
     """`f = |N| / |R|` with the uncorrected direction, the limiter on the norm before the bias
     correction."""
     scale, eps, b1, b2 = 1.5, 1e-6, 0.9, 0.999
-    rule = lr.residuals.gradient_rescale(axis=axis, scale=scale, limiter=limiter)
-    updates, state = _run(rule, lr.inner.adam(convention="hf", eps=eps), steps=3)
+    rule = lrx.residuals.gradient_rescale(axis=axis, scale=scale, limiter=limiter)
+    updates, state = _run(rule, lrx.inner.adam(convention="hf", eps=eps), steps=3)
     m = v = np.zeros((2, 6))
     axes = 0 if axis == "channel" else None
     norm_before = None
@@ -92,7 +92,7 @@ def test_gradient_rescale(axis, limiter):
 
 
 def test_a_zero_gradient_at_the_start_does_not_silence_the_limiter():
-    transformation = lr.scale_by_projection(PROJECTOR, residual=lr.residuals.gradient_rescale())
+    transformation = lrx.scale_by_projection(PROJECTOR, residual=lrx.residuals.gradient_rescale())
     _, state = transformation.update(jnp.zeros((4, 6)), transformation.init(jnp.asarray(G[0])))
     updates, state = transformation.update(jnp.asarray(G[0]), state)
     assert np.linalg.norm(updates) > 1

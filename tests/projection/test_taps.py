@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 RNG = np.random.default_rng(0)
 
@@ -24,11 +24,11 @@ PARAMS = {
     },
     "bias": normal(8),
 }
-VIEWS = lr.Views(
+VIEWS = lrx.Views(
     stacked=(r"layers/.*",),
     rules=(
-        (r".*/heads/kernel", lr.MatrixView(rows=(0,), cols=(1, 2))),
-        (r".*/out/kernel", lr.MatrixView(rows=(0, 1), cols=(2,))),
+        (r".*/heads/kernel", lrx.MatrixView(rows=(0,), cols=(1, 2))),
+        (r".*/out/kernel", lrx.MatrixView(rows=(0, 1), cols=(2,))),
     ),
 )
 X = normal(4, 6, 8)
@@ -39,10 +39,10 @@ def loss(params, x):
 
     @jax.checkpoint
     def layer(x, kernels):
-        hidden = jnp.tanh(lr.matmul(x, kernels["up"]["kernel"]))
-        x = x + lr.matmul(hidden, kernels["down"]["kernel"])
-        heads = jnp.sin(lr.einsum("bsd,dhk->bhsk", x, kernels["heads"]["kernel"]))
-        return x + lr.einsum("bhsk,hkd->bsd", heads, kernels["out"]["kernel"])
+        hidden = jnp.tanh(lrx.matmul(x, kernels["up"]["kernel"]))
+        x = x + lrx.matmul(hidden, kernels["down"]["kernel"])
+        heads = jnp.sin(lrx.einsum("bsd,dhk->bhsk", x, kernels["heads"]["kernel"]))
+        return x + lrx.einsum("bhsk,hkd->bsd", heads, kernels["out"]["kernel"])
 
     x, _ = jax.lax.scan(
         lambda x, kernels: (layer(x, kernels), None), x + params["bias"], params["layers"]
@@ -52,17 +52,17 @@ def loss(params, x):
 
 VALUE_AND_GRAD = jax.jit(jax.value_and_grad(loss))
 PROJECTORS = {
-    "svd": lr.projectors.svd(rank=3),
-    "svd_two_sided": lr.projectors.svd_two_sided(rank=3),
-    "dct": lr.projectors.dct(rank=3),
-    "columns": lr.projectors.columns(rank=3),
-    "gaussian": lr.projectors.random(rank=3),
-    "structured": lr.projectors.random(rank=3, kind="structured"),
-    "orthonormal": lr.projectors.random(rank=3, kind="orthonormal"),
-    "power": lr.projectors.power(rank=3),
-    "alternating": lr.projectors.alternating(rank=3),
-    "given": lr.projectors.given(matrix=np.linalg.qr(RNG.normal(size=(8, 3)))[0]),
-    "identity": lr.projectors.identity(),
+    "svd": lrx.projectors.svd(rank=3),
+    "svd_two_sided": lrx.projectors.svd_two_sided(rank=3),
+    "dct": lrx.projectors.dct(rank=3),
+    "columns": lrx.projectors.columns(rank=3),
+    "gaussian": lrx.projectors.random(rank=3),
+    "structured": lrx.projectors.random(rank=3, kind="structured"),
+    "orthonormal": lrx.projectors.random(rank=3, kind="orthonormal"),
+    "power": lrx.projectors.power(rank=3),
+    "alternating": lrx.projectors.alternating(rank=3),
+    "given": lrx.projectors.given(matrix=np.linalg.qr(RNG.normal(size=(8, 3)))[0]),
+    "identity": lrx.projectors.identity(),
 }
 
 
@@ -77,15 +77,15 @@ CASES = [(name, "paper") for name in PROJECTORS] + [
 )
 def test_cotangent_of_a_tap_is_the_projected_gradient(name, side):
     projector = PROJECTORS[name]
-    tx = lr.scale_by_projection(projector, views=VIEWS, side=side)
+    tx = lrx.scale_by_projection(projector, views=VIEWS, side=side)
     state = tx.init(PARAMS)
     value, full = VALUE_AND_GRAD(PARAMS, X)
     _, state = jax.jit(tx.update)(full, state, PARAMS)
-    taps = lr.taps(state)
-    got, grads = jax.jit(lambda taps: lr.projected_value_and_grad(loss, taps)(PARAMS, X))(taps)
+    taps = lrx.taps(state)
+    got, grads = jax.jit(lambda taps: lrx.projected_value_and_grad(loss, taps)(PARAMS, X))(taps)
     np.testing.assert_allclose(got, value, rtol=1e-6)
     np.testing.assert_allclose(grads["bias"], full["bias"], rtol=1e-5, atol=1e-6)
-    for view in lr.explain(tx, PARAMS).projected:
+    for view in lrx.explain(tx, PARAMS).projected:
         _, kernel, _ = view.path.split("/")
         matrix = state.matrices["layers"][kernel]["kernel"]
         expected = projector.down(view, matrix.basis, view.orient(full["layers"][kernel]["kernel"]))
@@ -94,16 +94,16 @@ def test_cotangent_of_a_tap_is_the_projected_gradient(name, side):
         np.testing.assert_allclose(
             low, expected, atol=2e-6 * float(jnp.max(jnp.abs(expected))) + 1e-7
         )
-    lr.check_taps(loss, taps, PARAMS, X)
+    lrx.check_taps(loss, taps, PARAMS, X)
 
 
 def test_no_full_gradient_is_formed():
     """No instruction of the compiled program has the shape of a tapped kernel's gradient, stacked
     or not, but slices of the kernel itself."""
     params = {"kernel": normal(24, 40)}
-    tx = lr.scale_by_projection(lr.projectors.random(rank=4, kind="orthonormal"))
-    taps = lr.taps(tx.init(params))
-    small = lambda params, x: jnp.mean(jnp.square(jnp.tanh(lr.matmul(x, params["kernel"]))))  # noqa: E731
+    tx = lrx.scale_by_projection(lrx.projectors.random(rank=4, kind="orthonormal"))
+    taps = lrx.taps(tx.init(params))
+    small = lambda params, x: jnp.mean(jnp.square(jnp.tanh(lrx.matmul(x, params["kernel"]))))  # noqa: E731
     x = normal(16, 24)
 
     def texts(function):
@@ -119,7 +119,7 @@ def test_no_full_gradient_is_formed():
     assert shaped(texts(jax.grad(small)))
     assert not shaped(
         texts(
-            lambda params, x: lr.projected_value_and_grad(small, taps)(params, x)[1]["kernel"].low
+            lambda params, x: lrx.projected_value_and_grad(small, taps)(params, x)[1]["kernel"].low
         )
     )
 
@@ -127,37 +127,37 @@ def test_no_full_gradient_is_formed():
 def test_rows_save_the_projected_input():
     """The forward pass keeps XP (N, r), not X (N, s), where the rows are shrunk."""
     params = {"kernel": normal(32, 64)}
-    tx = lr.scale_by_projection(lr.projectors.random(rank=2, kind="orthonormal"))
-    tapped = lr.Tapped(params["kernel"], lr.taps(tx.init(params)).taps["kernel"].placed())
+    tx = lrx.scale_by_projection(lrx.projectors.random(rank=2, kind="orthonormal"))
+    tapped = lrx.Tapped(params["kernel"], lrx.taps(tx.init(params)).taps["kernel"].placed())
 
     def saved(function):
         _, pullback = jax.vjp(function, normal(10, 32))
         return {leaf.shape for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "shape")}
 
     # of x only; the projected input rides along
-    shapes = saved(lambda x: lr.matmul(x, tapped))
+    shapes = saved(lambda x: lrx.matmul(x, tapped))
     assert (10, 2) in shapes
     assert (10, 32) not in shapes
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_accumulation_averages_in_the_subspace(accumulate):
-    tx = lr.scale_by_projection(lr.projectors.random(rank=3, kind="orthonormal"), views=VIEWS)
-    taps = lr.taps(tx.init(PARAMS))
+    tx = lrx.scale_by_projection(lrx.projectors.random(rank=3, kind="orthonormal"), views=VIEWS)
+    taps = lrx.taps(tx.init(PARAMS))
     parts = X.reshape(accumulate, -1, *X.shape[1:]) if accumulate > 1 else X
-    value, grads = lr.projected_value_and_grad(loss, taps, accumulate=accumulate)(PARAMS, parts)
-    whole_value, whole = lr.projected_value_and_grad(loss, taps)(PARAMS, X)
+    value, grads = lrx.projected_value_and_grad(loss, taps, accumulate=accumulate)(PARAMS, parts)
+    whole_value, whole = lrx.projected_value_and_grad(loss, taps)(PARAMS, X)
     np.testing.assert_allclose(value, whole_value, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), grads, whole)
 
 
 def test_aux_is_returned_and_stacked():
-    tx = lr.scale_by_projection(lr.projectors.random(rank=3, kind="orthonormal"), views=VIEWS)
-    taps = lr.taps(tx.init(PARAMS))
+    tx = lrx.scale_by_projection(lrx.projectors.random(rank=3, kind="orthonormal"), views=VIEWS)
+    taps = lrx.taps(tx.init(PARAMS))
     with_aux = lambda params, x: (loss(params, x), {"n": jnp.sum(x)})  # noqa: E731
-    (_, aux), _ = lr.projected_value_and_grad(with_aux, taps, has_aux=True)(PARAMS, X)
+    (_, aux), _ = lrx.projected_value_and_grad(with_aux, taps, has_aux=True)(PARAMS, X)
     np.testing.assert_allclose(aux["n"], jnp.sum(X), rtol=1e-5)
-    (_, aux), _ = lr.projected_value_and_grad(with_aux, taps, has_aux=True, accumulate=2)(
+    (_, aux), _ = lrx.projected_value_and_grad(with_aux, taps, has_aux=True, accumulate=2)(
         PARAMS, X.reshape(2, 2, 6, 8)
     )
     np.testing.assert_allclose(aux["n"], X.reshape(2, -1).sum(axis=1), rtol=1e-5)
@@ -168,19 +168,19 @@ def test_bfloat16_sums_in_float32():
     of summing."""
     x, kernel = normal(4096, 16).astype(jnp.bfloat16), normal(16, 24).astype(jnp.bfloat16)
     params = {"kernel": kernel}
-    tx = lr.scale_by_projection(lr.projectors.columns(select=(0, 5, 7)))
-    taps = lr.taps(tx.init(params))
-    total = lambda params, x: jnp.sum(lr.matmul(x, params["kernel"]).astype(jnp.float32))  # noqa: E731
-    low = lr.projected_value_and_grad(total, taps)(params, x)[1]["kernel"].low
+    tx = lrx.scale_by_projection(lrx.projectors.columns(select=(0, 5, 7)))
+    taps = lrx.taps(tx.init(params))
+    total = lambda params, x: jnp.sum(lrx.matmul(x, params["kernel"]).astype(jnp.float32))  # noqa: E731
+    low = lrx.projected_value_and_grad(total, taps)(params, x)[1]["kernel"].low
     expected = np.asarray(x, np.float64).sum(axis=0)[[0, 5, 7]]
     assert low.dtype == jnp.float32
     np.testing.assert_allclose(low, np.repeat(expected[:, None], 24, axis=1), rtol=1e-4, atol=1e-3)
 
 
 def test_vmap_gives_a_gradient_for_each_example():
-    tx = lr.scale_by_projection(lr.projectors.random(rank=3, kind="orthonormal"), views=VIEWS)
-    taps = lr.taps(tx.init(PARAMS))
-    one = lambda x: lr.projected_value_and_grad(loss, taps)(PARAMS, x[None])[1]  # noqa: E731
+    tx = lrx.scale_by_projection(lrx.projectors.random(rank=3, kind="orthonormal"), views=VIEWS)
+    taps = lrx.taps(tx.init(PARAMS))
+    one = lambda x: lrx.projected_value_and_grad(loss, taps)(PARAMS, x[None])[1]  # noqa: E731
     each = jax.vmap(one)(X)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-6), each, one(X[1])
@@ -190,133 +190,133 @@ def test_vmap_gives_a_gradient_for_each_example():
 def test_batched_products():
     """Experts: the batch axis of the view is a batch axis of the product."""
     params = {"experts": {"kernel": normal(3, 8, 12)}}
-    views = lr.Views(stacked=(r"experts/.*",))
-    tx = lr.scale_by_projection(lr.projectors.random(rank=3, kind="orthonormal"), views=views)
+    views = lrx.Views(stacked=(r"experts/.*",))
+    tx = lrx.scale_by_projection(lrx.projectors.random(rank=3, kind="orthonormal"), views=views)
     x = normal(3, 5, 8)
 
     def expert(params, x):
-        return jnp.mean(jnp.sin(lr.einsum("ecd,edf->ecf", x, params["experts"]["kernel"])))
+        return jnp.mean(jnp.sin(lrx.einsum("ecd,edf->ecf", x, params["experts"]["kernel"])))
 
-    lr.check_taps(expert, lr.taps(tx.init(params)), params, x)
+    lrx.check_taps(expert, lrx.taps(tx.init(params)), params, x)
 
 
 def test_an_unused_tap_is_an_error():
     params = {"a": {"kernel": normal(8, 12)}, "b": {"kernel": normal(8, 12)}}
-    taps = lr.taps(lr.scale_by_projection(lr.projectors.random(rank=2)).init(params))
+    taps = lrx.taps(lrx.scale_by_projection(lrx.projectors.random(rank=2)).init(params))
     with pytest.raises(
-        ValueError, match=r"no product uses the taps of \['b/kernel'\].*lr.linen.tapped"
+        ValueError, match=r"no product uses the taps of \['b/kernel'\].*lrx.linen.tapped"
     ):
-        lr.projected_value_and_grad(lambda p, x: jnp.sum(lr.matmul(x, p["a"]["kernel"])), taps)(
+        lrx.projected_value_and_grad(lambda p, x: jnp.sum(lrx.matmul(x, p["a"]["kernel"])), taps)(
             params, X
         )
 
 
 def test_a_second_use_is_found():
     params = {"kernel": normal(8, 12)}
-    taps = lr.taps(lr.scale_by_projection(lr.projectors.random(rank=2)).init(params))
+    taps = lrx.taps(lrx.scale_by_projection(lrx.projectors.random(rank=2)).init(params))
 
     def decayed(params, x):
         kernel = params["kernel"]
-        return jnp.sum(lr.matmul(x, kernel)) + 10 * jnp.sum(
+        return jnp.sum(lrx.matmul(x, kernel)) + 10 * jnp.sum(
             jnp.square(getattr(kernel, "kernel", kernel))
         )
 
     with pytest.raises(ValueError, match="'kernel' .*must be the kernel's only use"):
-        lr.check_taps(decayed, taps, params, X)
-    lr.check_taps(decayed, taps, params, X, tolerance=1e6)
+        lrx.check_taps(decayed, taps, params, X)
+    lrx.check_taps(decayed, taps, params, X, tolerance=1e6)
 
 
 @pytest.mark.parametrize(
     "product, message",
     [
-        (lambda x, w: lr.einsum("bsd,fd->bsf", x, w), "contracts axes"),
-        (lambda x, w: lr.einsum("bsd,df->bf", x, w), "contracted or kept"),
-        (lambda x, w: lr.einsum("bsd,df", x, w), "write both operands and the result"),
+        (lambda x, w: lrx.einsum("bsd,fd->bsf", x, w), "contracts axes"),
+        (lambda x, w: lrx.einsum("bsd,df->bf", x, w), "contracted or kept"),
+        (lambda x, w: lrx.einsum("bsd,df", x, w), "write both operands and the result"),
     ],
 )
 def test_products_that_do_not_fit(product, message):
     params = {"kernel": normal(8, 8)}
-    taps = lr.taps(lr.scale_by_projection(lr.projectors.random(rank=2)).init(params))
+    taps = lrx.taps(lrx.scale_by_projection(lrx.projectors.random(rank=2)).init(params))
     with pytest.raises(ValueError, match=message):
-        lr.projected_value_and_grad(lambda p, x: jnp.sum(product(x, p["kernel"])), taps)(params, X)
+        lrx.projected_value_and_grad(lambda p, x: jnp.sum(product(x, p["kernel"])), taps)(params, X)
 
 
 def test_finding_taps():
-    tx = lr.galore(1e-2, rank=2)
+    tx = lrx.galore(1e-2, rank=2)
     params = {"kernel": normal(8, 12), "bias": normal(12)}
     state = optax.chain(optax.clip_by_global_norm(1.0), tx).init(params)
-    assert list(lr.taps(state).taps) == ["kernel"]
+    assert list(lrx.taps(state).taps) == ["kernel"]
     with pytest.raises(ValueError, match="holds no ProjectionState"):
-        lr.taps(optax.adam(1e-3).init(params))
+        lrx.taps(optax.adam(1e-3).init(params))
     with pytest.raises(ValueError, match="projected by two states"):
-        lr.taps((tx.init(params), tx.init(params)))
+        lrx.taps((tx.init(params), tx.init(params)))
     with pytest.raises(ValueError, match=r"taps \['kernel'\] have no leaf"):
-        lr.projected_value_and_grad(loss, lr.taps(state))({"weight": params["kernel"]}, X)
+        lrx.projected_value_and_grad(loss, lrx.taps(state))({"weight": params["kernel"]}, X)
 
 
 def simple():
     params = {"kernel": normal(8, 12), "bias": normal(12)}
-    function = lambda p, x: jnp.mean(jnp.square(lr.matmul(x, p["kernel"]) + p["bias"]))  # noqa: E731
+    function = lambda p, x: jnp.mean(jnp.square(lrx.matmul(x, p["kernel"]) + p["bias"]))  # noqa: E731
     return params, function
 
 
 def test_stale_taps_skip_the_step():
     params, function = simple()
-    tx = lr.scale_by_projection(lr.projectors.dct(rank=2), clock=lr.clocks.every(period=2))
+    tx = lrx.scale_by_projection(lrx.projectors.dct(rank=2), clock=lrx.clocks.every(period=2))
     state = tx.init(params)
-    old = lr.taps(state)
+    old = lrx.taps(state)
     _, state = tx.update(jax.grad(function)(params, X), state, params)
-    _, grads = lr.projected_value_and_grad(function, old)(params, X)
+    _, grads = lrx.projected_value_and_grad(function, old)(params, X)
     updates, after = jax.jit(tx.update)(grads, state, params, taps=old)
     assert int(after.skipped) == 1
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
     jax.tree.map(np.testing.assert_array_equal, after._replace(skipped=state.skipped), state)
-    fresh = lr.taps(state)
-    _, grads = lr.projected_value_and_grad(function, fresh)(params, X)
+    fresh = lrx.taps(state)
+    _, grads = lrx.projected_value_and_grad(function, fresh)(params, X)
     _, after = tx.update(grads, state, params, taps=fresh)
     assert (int(after.skipped), int(after.step), int(after.refreshes)) == (0, 2, 1)
     # a refresh is due now, and a projected gradient cannot serve it
-    taps = lr.taps(after)
-    _, grads = lr.projected_value_and_grad(function, taps)(params, X)
+    taps = lrx.taps(after)
+    _, grads = lrx.projected_value_and_grad(function, taps)(params, X)
     _, refused = tx.update(grads, after, params, taps=taps)
     assert (int(refused.skipped), int(refused.step)) == (1, 2)
 
 
 def test_errors_of_update():
     params, function = simple()
-    tx = lr.scale_by_projection(lr.projectors.random(rank=2))
+    tx = lrx.scale_by_projection(lrx.projectors.random(rank=2))
     state = tx.init(params)
-    taps = lr.taps(state)
-    _, grads = lr.projected_value_and_grad(function, taps)(params, X)
+    taps = lrx.taps(state)
+    _, grads = lrx.projected_value_and_grad(function, taps)(params, X)
     with pytest.raises(ValueError, match="taps=taps"):
         tx.update(grads, state, params)
     with pytest.raises(ValueError, match="taps=taps"):
         tx.update(grads, state, taps=taps)
-    signed = lr.scale_by_projection(lr.projectors.random(rank=2), residual=lr.residuals.sign())
+    signed = lrx.scale_by_projection(lrx.projectors.random(rank=2), residual=lrx.residuals.sign())
     with pytest.raises(ValueError, match="residual Sign reads the full gradient"):
         signed.update(grads, signed.init(params), params, taps=taps)
-    every = lr.scale_by_projection(lr.projectors.svd(rank=2), clock=lr.clocks.every_step())
+    every = lrx.scale_by_projection(lrx.projectors.svd(rank=2), clock=lrx.clocks.every_step())
     with pytest.raises(ValueError, match="at every step by full gradients"):
         every.update(grads, every.init(params), params, taps=taps)
     with pytest.raises(ValueError, match=r"shape \(1, 12\), not \(2, 12\)"):
         tx.update(
-            grads | {"kernel": lr.Projected(grads["kernel"].low[:1])}, state, params, taps=taps
+            grads | {"kernel": lrx.Projected(grads["kernel"].low[:1])}, state, params, taps=taps
         )
     with pytest.raises(ValueError, match="leaf that this transformation does not project"):
-        tx.update(grads | {"bias": lr.Projected(grads["bias"])}, state, params, taps=taps)
+        tx.update(grads | {"bias": lrx.Projected(grads["bias"])}, state, params, taps=taps)
     with pytest.raises(ValueError, match="accumulate=3"):
-        lr.projected_value_and_grad(function, taps, accumulate=3)(params, X)
+        lrx.projected_value_and_grad(function, taps, accumulate=3)(params, X)
     with pytest.raises(ValueError, match="accumulate=0"):
-        lr.projected_value_and_grad(function, taps, accumulate=0)
+        lrx.projected_value_and_grad(function, taps, accumulate=0)
 
 
 def test_wrappers_shaped_like_the_parameters_fail():
     """MultiSteps accumulates full gradients: it must not broadcast a projected one silently."""
     params, function = simple()
-    tx = optax.MultiSteps(lr.scale_by_projection(lr.projectors.random(rank=2)), 2)
+    tx = optax.MultiSteps(lrx.scale_by_projection(lrx.projectors.random(rank=2)), 2)
     state = tx.init(params)
-    taps = lr.taps(state)
-    _, grads = lr.projected_value_and_grad(function, taps)(params, X)
+    taps = lrx.taps(state)
+    _, grads = lrx.projected_value_and_grad(function, taps)(params, X)
     with pytest.raises((ValueError, TypeError)):
         tx.update(grads, state, params, taps=taps)
 
@@ -326,16 +326,18 @@ def test_mixed_tapped_and_full_leaves():
     params = {"a": {"kernel": normal(8, 12)}, "b": {"kernel": normal(12, 8)}}
 
     def function(p, x):
-        return jnp.mean(lr.matmul(jnp.tanh(lr.matmul(x, p["a"]["kernel"])), p["b"]["kernel"]) ** 2)
+        return jnp.mean(
+            lrx.matmul(jnp.tanh(lrx.matmul(x, p["a"]["kernel"])), p["b"]["kernel"]) ** 2
+        )
 
-    tx = lr.scale_by_projection(
-        lr.projectors.random(rank=2, kind="orthonormal"),
-        clock=lr.clocks.every(period=3, first=False),
+    tx = lrx.scale_by_projection(
+        lrx.projectors.random(rank=2, kind="orthonormal"),
+        clock=lrx.clocks.every(period=3, first=False),
     )
     state = tx.init(params)
     state = state._replace(step=state.step + 1)
-    taps, full = lr.taps(state), jax.grad(function)(params, X)
-    _, low = lr.projected_value_and_grad(function, taps)(params, X)
+    taps, full = lrx.taps(state), jax.grad(function)(params, X)
+    _, low = lrx.projected_value_and_grad(function, taps)(params, X)
     expected, _ = tx.update(full, state, params)
     got, after = tx.update({"a": low["a"], "b": full["b"]}, state, params, taps=taps)
     assert int(after.skipped) == 0

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from lowrank_jax.projection.transports import DenseChange, IndexChange, SameBasis
 
-ADAM = lr.inner.adam()
+ADAM = lrx.inner.adam()
 RNG = np.random.default_rng(0)
 
 
@@ -27,7 +27,7 @@ def _orthogonal(size):
     return np.linalg.qr(RNG.normal(size=(size, size)))[0].astype(np.float32)
 
 
-TRANSPORTS = [lr.transports.keep(), lr.transports.rotate(), lr.transports.ldadam()]
+TRANSPORTS = [lrx.transports.keep(), lrx.transports.rotate(), lrx.transports.ldadam()]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda t: type(t).__name__)
@@ -49,9 +49,9 @@ def test_reset():
     state = _state()
     fresh = ADAM.init(state.mu)
     jax.tree.map(
-        np.testing.assert_array_equal, lr.transports.reset()(ADAM, state, fresh, None), fresh
+        np.testing.assert_array_equal, lrx.transports.reset()(ADAM, state, fresh, None), fresh
     )
-    kept = lr.transports.reset(count=False)(ADAM, state, fresh, None)
+    kept = lrx.transports.reset(count=False)(ADAM, state, fresh, None)
     assert int(kept.count) == 3
     assert not np.any(kept.mu)
     assert not np.any(kept.nu)
@@ -59,7 +59,7 @@ def test_reset():
 
 def test_rotate():
     state, c = _state(), _orthogonal(3)
-    moved = lr.transports.rotate()(ADAM, state, None, DenseChange(jnp.asarray(c)))
+    moved = lrx.transports.rotate()(ADAM, state, None, DenseChange(jnp.asarray(c)))
     np.testing.assert_allclose(moved.mu, c @ np.asarray(state.mu), atol=1e-5)
     np.testing.assert_allclose(moved.nu, np.abs(c @ np.asarray(state.nu)), atol=1e-5)
     assert int(moved.count) == 3
@@ -67,7 +67,7 @@ def test_rotate():
 
 def test_ldadam():
     state, c = _state(), _orthogonal(3)
-    moved = lr.transports.ldadam()(ADAM, state, None, DenseChange(jnp.asarray(c)))
+    moved = lrx.transports.ldadam()(ADAM, state, None, DenseChange(jnp.asarray(c)))
     m, v = np.asarray(state.mu, np.float64), np.asarray(state.nu, np.float64)
     mean, square = m / (1 - 0.9**3), v / (1 - 0.999**3)
     expected = (1 - 0.999**3) * np.abs(c**2 @ (square - mean**2) + (c @ mean) ** 2)
@@ -85,16 +85,16 @@ def test_indices_gather_what_survives():
 
 
 def test_overlap_of_every_projector_is_the_product_of_its_bases():
-    view = lr.explain(lr.galore(0.1, rank=3), {"kernel": jnp.ones((8, 10))}).projected[0]
+    view = lrx.explain(lrx.galore(0.1, rank=3), {"kernel": jnp.ones((8, 10))}).projected[0]
     low = jnp.asarray(RNG.normal(size=(3, 10)), jnp.float32)
     keys = jax.random.key(0), jax.random.key(1)
     for projector in (
-        lr.projectors.dct2(rank=3),
-        lr.projectors.columns(rank=3),
-        lr.projectors.random(rank=3),
+        lrx.projectors.dct2(rank=3),
+        lrx.projectors.columns(rank=3),
+        lrx.projectors.random(rank=3),
     ):
         old, new = (projector.init(view, key) for key in keys)
-        if not isinstance(projector, lr.projectors.random):
+        if not isinstance(projector, lrx.projectors.random):
             old, new = jnp.array([1, 2, 5]), jnp.array([0, 2, 5])
         dense = [
             np.asarray(projector.up(view, basis, jnp.eye(3, 10)))[:, :3] for basis in (old, new)
@@ -106,10 +106,10 @@ def test_overlap_of_every_projector_is_the_product_of_its_bases():
 
 
 def test_an_unregistered_moment_is_an_error_that_names_it():
-    factored = lr.scale_by_projection(
-        lr.projectors.svd(rank=4),
+    factored = lrx.scale_by_projection(
+        lrx.projectors.svd(rank=4),
         inner=optax.scale_by_factored_rms(min_dim_size_to_factor=1),
-        transport=lr.transports.rotate(),
+        transport=lrx.transports.rotate(),
     )
     with pytest.raises(
         ValueError, match=r"rotate does not know how to move \.v_row \(factored\).*register_moments"

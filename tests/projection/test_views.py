@@ -7,15 +7,15 @@ import optax
 import pytest
 from flax import linen as nn
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 
 VIEWS = [
-    (lr.MatrixView(), (4, 6), (4, 6)),
-    (lr.MatrixView(rows=(0,), cols=(1, 2)), (4, 2, 3), (4, 6)),
-    (lr.MatrixView(rows=(0, 1), cols=(2,)), (2, 3, 4), (6, 4)),
-    (lr.MatrixView(rows=(2, 0), cols=(1,)), (2, 3, 4), (8, 3)),
-    (lr.MatrixView(batch=(1,), rows=(2,), cols=(0, 3)), (2, 3, 4, 5), (3, 4, 10)),
-    (lr.MatrixView(rows=(0,), cols=(1, 2)).stacked(), (5, 4, 2, 3), (5, 4, 6)),
+    (lrx.MatrixView(), (4, 6), (4, 6)),
+    (lrx.MatrixView(rows=(0,), cols=(1, 2)), (4, 2, 3), (4, 6)),
+    (lrx.MatrixView(rows=(0, 1), cols=(2,)), (2, 3, 4), (6, 4)),
+    (lrx.MatrixView(rows=(2, 0), cols=(1,)), (2, 3, 4), (8, 3)),
+    (lrx.MatrixView(batch=(1,), rows=(2,), cols=(0, 3)), (2, 3, 4, 5), (3, 4, 10)),
+    (lrx.MatrixView(rows=(0,), cols=(1, 2)).stacked(), (5, 4, 2, 3), (5, 4, 6)),
 ]
 
 
@@ -27,7 +27,7 @@ def test_matrices_are_numpys_transpose_and_reshape(view, shape, matrices):
     np.testing.assert_array_equal(view.to_matrices(jnp.asarray(x)), expected)
     np.testing.assert_array_equal(view.from_matrices(jnp.asarray(expected), shape), x)
     for side in ("rows", "cols"):
-        resolved = lr.ResolvedView(
+        resolved = lrx.ResolvedView(
             path="w", shape=shape, view=view, rank=1, side=side, batch=matrices[:-2]
         )
         oriented = resolved.orient(jnp.asarray(x))
@@ -50,12 +50,12 @@ def test_matrices_are_numpys_transpose_and_reshape(view, shape, matrices):
     ],
 )  # fmt: skip
 def test_side(shape, side, tie, shrinks):
-    report = lr.resolve(
+    report = lrx.resolve(
         {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}, rank=2, side=side, tie=tie
     )
     assert report.sides == (("kernel", shrinks),)
     assert (
-        lr.resolve({"kernel": jnp.ones(shape)}, rank=2, side=report.sides, tie="rows").sides
+        lrx.resolve({"kernel": jnp.ones(shape)}, rank=2, side=report.sides, tie="rows").sides
         == report.sides
     )
 
@@ -71,33 +71,33 @@ def test_the_first_rule_that_matches_wins_and_defaults_leave_out_what_the_papers
     }
     rules = (
         (r"skip/.*", None),
-        (r".*/w", lr.MatrixView(rows=(0, 1), cols=(2,))),
-        (r"(skip|out)/.*", lr.MatrixView()),
+        (r".*/w", lrx.MatrixView(rows=(0, 1), cols=(2,))),
+        (r"(skip|out)/.*", lrx.MatrixView()),
     )
-    views = lr.Views(rules=rules[:2])
-    report = lr.resolve(params, views, rank=2)
+    views = lrx.Views(rules=rules[:2])
+    report = lrx.resolve(params, views, rank=2)
     assert [view.path for view in report.projected] == ["mlp/kernel", "out/w"]
     assert "2 of 8 leaves projected: 48 of" in str(report)
-    assert lr.resolve(params, lr.Views(rules=dict(rules[:2])), rank=2) == report
+    assert lrx.resolve(params, lrx.Views(rules=dict(rules[:2])), rank=2) == report
     with pytest.raises(ValueError, match="matches no leaf"):  # shadowed by the rules before it
-        lr.resolve(params, lr.Views(rules=rules), rank=2)
-    assert lr.resolve((jnp.ones((4, 8)), jnp.ones(3)), rank=2).projected[0].path == "0"
-    assert lr.resolve(jnp.ones((4, 8)), rank=2).projected[0].path == ""
+        lrx.resolve(params, lrx.Views(rules=rules), rank=2)
+    assert lrx.resolve((jnp.ones((4, 8)), jnp.ones(3)), rank=2).projected[0].path == "0"
+    assert lrx.resolve(jnp.ones((4, 8)), rank=2).projected[0].path == ""
 
 
 def test_stacks_are_named_or_boxed_never_guessed():
     stack = jnp.ones((3, 4, 8))
-    with pytest.raises(ValueError, match=r"views=lr.Views\(stacked=\('layers/.\*',\)\)"):
-        lr.resolve({"layers": {"kernel": stack}}, rank=2)
-    named = lr.resolve({"layers": {"kernel": stack}}, lr.Views(stacked="layers/.*"), rank=2)
-    boxed = lr.resolve(
+    with pytest.raises(ValueError, match=r"views=lrx.Views\(stacked=\('layers/.\*',\)\)"):
+        lrx.resolve({"layers": {"kernel": stack}}, rank=2)
+    named = lrx.resolve({"layers": {"kernel": stack}}, lrx.Views(stacked="layers/.*"), rank=2)
+    boxed = lrx.resolve(
         {"layers": {"kernel": nn.Partitioned(stack, ("layers", "embed", "mlp"))}}, rank=2
     )
     assert named.projected == boxed.projected
     assert named.projected[0].oriented == (3, 4, 8)
-    bias = lr.resolve(
+    bias = lrx.resolve(
         {"layers": {"kernel": stack, "bias": jnp.ones((3, 8))}},
-        lr.Views(stacked="layers/.*"),
+        lrx.Views(stacked="layers/.*"),
         rank=2,
     )
     assert len(bias.projected) == 1
@@ -106,26 +106,30 @@ def test_stacks_are_named_or_boxed_never_guessed():
 def test_masked_leaves_are_absent_and_excuse_only_rules_that_match_them():
     params = {"a": {"kernel": optax.MaskedNode()}, "b": {"kernel": jnp.ones((4, 8))}}
     assert (
-        len(lr.resolve(params, lr.Views(rules=(("a/.*", lr.MatrixView()),)), rank=2).projected) == 1
+        len(lrx.resolve(params, lrx.Views(rules=(("a/.*", lrx.MatrixView()),)), rank=2).projected)
+        == 1
     )
     with pytest.raises(ValueError, match="'c/.*' matches no leaf"):
-        lr.resolve(params, lr.Views(rules=(("c/.*", lr.MatrixView()),)), rank=2)
+        lrx.resolve(params, lrx.Views(rules=(("c/.*", lrx.MatrixView()),)), rank=2)
     below = {
         "a": optax.MaskedNode(),
         "b": {"kernel": jnp.ones((4, 8))},
     }  # a mask may take whole subtrees
     assert (
-        len(lr.resolve(below, lr.Views(rules=(("a/kernel", lr.MatrixView()),)), rank=2).projected)
+        len(
+            lrx.resolve(below, lrx.Views(rules=(("a/kernel", lrx.MatrixView()),)), rank=2).projected
+        )
         == 1
     )
     for pattern in (".*/w", "b/.*/w", "[ab]/w"):  # their heads match what is here too
         with pytest.raises(
             ValueError, match="matches no leaf .* leave it out of the views of this optimizer"
         ):
-            lr.resolve(below, lr.Views(rules=((pattern, lr.MatrixView()),)), rank=2)
+            lrx.resolve(below, lrx.Views(rules=((pattern, lrx.MatrixView()),)), rank=2)
     all_masked = {"a": {"kernel": optax.MaskedNode()}}
     assert (
-        lr.resolve(all_masked, lr.Views(rules=(("c/.*", lr.MatrixView()),)), rank=2).projected == ()
+        lrx.resolve(all_masked, lrx.Views(rules=(("c/.*", lrx.MatrixView()),)), rank=2).projected
+        == ()
     )
 
 
@@ -137,13 +141,13 @@ def test_one_views_for_groups_that_are_masked_whole():
         for name in ("encoder", "decoder", "a+b")
     }
     rules = tuple(
-        (pattern, lr.MatrixView())
+        (pattern, lrx.MatrixView())
         for pattern in (r".*enc[^/]*/.*/w", r".*dec[^/]*/.*/w", r"a\+b/.*/w")
     )
-    one = lr.galore(1e-2, rank=2, views=lr.Views(rules=rules))
+    one = lrx.galore(1e-2, rank=2, views=lrx.Views(rules=rules))
     tx = optax.partition({"x": one, "y": one}, {"encoder": "x", "decoder": "y", "a+b": "y"})
     assert jax.eval_shape(tx.init, tree)
-    mistaken = lr.galore(1e-2, rank=2, views=lr.Views(rules=(*rules, (".*encdr/w", None))))
+    mistaken = lrx.galore(1e-2, rank=2, views=lrx.Views(rules=(*rules, (".*encdr/w", None))))
     tx = optax.partition({"x": mistaken, "y": one}, {"encoder": "x", "decoder": "y", "a+b": "y"})
     with pytest.raises(ValueError, match=r"'.\*encdr/w' matches no leaf"):
         tx.init(tree)
@@ -155,14 +159,14 @@ def test_one_views_for_groups_that_are_masked_whole():
 )
 def test_rank(rank, expected):
     """Fractions round half to even: .3125 x 8 = 2.5 -> 2."""
-    transformation = lr.scale_by_projection(lr.projectors.svd(rank=rank))
+    transformation = lrx.scale_by_projection(lrx.projectors.svd(rank=rank))
     params = {"layer": {"q": {"kernel": jnp.ones((8, 16))}}}
-    assert lr.explain(transformation, params).projected[0].rank == expected
+    assert lrx.explain(transformation, params).projected[0].rank == expected
 
 
 def test_columns_round_down():
-    transformation = lr.scale_by_projection(lr.projectors.columns(rank=0.47))
-    assert lr.explain(transformation, {"kernel": jnp.ones((8, 16))}).projected[0].rank == 3
+    transformation = lrx.scale_by_projection(lrx.projectors.columns(rank=0.47))
+    assert lrx.explain(transformation, {"kernel": jnp.ones((8, 16))}).projected[0].rank == 3
 
 
 MATRIX, VECTOR, TABLE = jnp.ones((4, 8)), jnp.ones(8), jnp.ones((9, 4))
@@ -182,7 +186,7 @@ TREES = [  # (tree, whether it is an error that nothing is projected)
 )
 def test_nothing_projected_is_an_error_exactly_where_there_are_matrices(tree, wrong):
     """Bare, and beside leaves that a mask or another optimizer takes."""
-    inner = lr.galore(1e-2, rank=2)
+    inner = lrx.galore(1e-2, rank=2)
     other = {"head": {"kernel": MATRIX}}
     mask = {"own": jax.tree.map(lambda _: True, tree), "other": False}
     labels = {"own": jax.tree.map(lambda _: "low", tree), "other": "plain"}
@@ -208,13 +212,13 @@ def test_a_tree_without_matrices_is_trained_as_by_the_inner_optimizer():
     )
     grads |= {"empty": {"kernel": jnp.ones((0, 3))}}
     clocks = (
-        lr.clocks.staggered(period=2),
-        lr.clocks.every_step(),
-        lr.clocks.every(period=2, when="after"),
+        lrx.clocks.staggered(period=2),
+        lrx.clocks.every_step(),
+        lrx.clocks.every(period=2, when="after"),
     )
     expected, _ = optax.adam(1e-2).update(grads, optax.adam(1e-2).init(params))
     for clock in clocks:
-        inner = lr.scale_by_projection(lr.projectors.svd(rank=2), clock=clock)
+        inner = lrx.scale_by_projection(lrx.projectors.svd(rank=2), clock=clock)
         transformation = optax.chain(inner, optax.scale_by_learning_rate(1e-2))
         updates, state = transformation.update(grads, transformation.init(params), params)
         np.testing.assert_allclose(
@@ -226,9 +230,9 @@ def test_a_tree_without_matrices_is_trained_as_by_the_inner_optimizer():
 
 
 def test_no_entries_are_no_matrix():
-    report = lr.resolve(
+    report = lrx.resolve(
         {"kernel": jnp.ones((0, 4)), "stack": {"kernel": jnp.ones((0, 4, 4))}},
-        lr.Views(stacked="stack/.*"),
+        lrx.Views(stacked="stack/.*"),
         rank=2,
     )
     assert [leaf.note for leaf in report.leaves] == ["no entries", "no entries"]
@@ -236,12 +240,12 @@ def test_no_entries_are_no_matrix():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "projector", [lr.projectors.svd(rank=2), lr.projectors.alternating(rank=2)]
+    "projector", [lrx.projectors.svd(rank=2), lrx.projectors.alternating(rank=2)]
 )
 def test_a_training_step_without_matrices(projector):
     params, x = {"bias": jnp.ones(4), "empty": {"kernel": jnp.ones((0, 4))}}, jnp.ones((3, 4))
-    tx = lr.galore(1e-2, projector=projector, clip_norm=1.0)
-    step = lr.train_step(lambda params, x: jnp.mean((x + params["bias"]) ** 2), tx)
+    tx = lrx.galore(1e-2, projector=projector, clip_norm=1.0)
+    step = lrx.train_step(lambda params, x: jnp.mean((x + params["bias"]) ** 2), tx)
     new, state, value = jax.jit(step)(params, tx.init(params), x)
     assert (float(value), int(state.projection.step)) == (4.0, 1)
     assert np.all(new["bias"] < params["bias"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments import collectives
 from experiments.planning import hlo
 from lowrank_jax import kernels, linalg, meshes
@@ -85,24 +85,24 @@ def test_nf4_is_gathered_as_codes(mesh):
 def test_the_fused_form_writes_in_place_and_gathers_one_basis_after_the_other(mesh, part):
     own, (layers, s, k, r) = mesh(fsdp=4), (4, 4096, 11264, 128)
     params = {"kernel": abstract(own, (layers, s, k), "bfloat16", None, None, "fsdp")}
-    basis = lr.projectors.given(matrix=np.zeros((s, r), np.float32))
-    tx = lr.galore(
-        1e-3, projector=basis, weight_decay=0.1, views=lr.Views(stacked=("kernel",)), side="rows"
+    basis = lrx.projectors.given(matrix=np.zeros((s, r), np.float32))
+    tx = lrx.galore(
+        1e-3, projector=basis, weight_decay=0.1, views=lrx.Views(stacked=("kernel",)), side="rows"
     )
-    form, state = lr.fused(tx, products="kernel"), jax.eval_shape(tx.init, params)
-    places = lr.state_shardings(tx, params, spread=True)
+    form, state = lrx.fused(tx, products="kernel"), jax.eval_shape(tx.init, params)
+    places = lrx.state_shardings(tx, params, spread=True)
     state = jax.tree.map(
         lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), state, places
     )
     grads = params
     if part == "projected":
         low = abstract(own, (layers, r, k), "float32", None, None, "fsdp")
-        grads = {"kernel": jax.tree.map(lambda _: low, jax.eval_shape(lr.Projected, low))}
+        grads = {"kernel": jax.tree.map(lambda _: low, jax.eval_shape(lrx.Projected, low))}
 
     def step(params, grads, state):
         with meshes.use(own, parameters=params_known):
             return form.step(
-                params, grads, state, taps=lr.taps(state) if part == "projected" else None
+                params, grads, state, taps=lrx.taps(state) if part == "projected" else None
             )
 
     params_known = params

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.benchmarks import tpu_programs, workload
 
 SMALL = ["dct3", "dct2", "random gaussian", "random orthonormal", "random structured", "power"]
@@ -13,9 +13,9 @@ SMALL = ["dct3", "dct2", "random gaussian", "random orthonormal", "random struct
 @pytest.mark.parametrize("name", SMALL)
 def test_a_refresh_is_a_small_program(topology, name):
     projector = tpu_programs.projectors(workload.rank("60M"))[name]
-    view = lr.resolve(
+    view = lrx.resolve(
         {"kernel": jax.ShapeDtypeStruct((8, 512, 1376), jnp.float32)},
-        lr.Views(stacked=("kernel",)),
+        lrx.Views(stacked=("kernel",)),
         rank=projector.rank_for,
     ).projected[0]
     row = tpu_programs.compile_row(name, projector, view, topology("v5e:2x2").devices[0])
@@ -25,11 +25,11 @@ def test_a_refresh_is_a_small_program(topology, name):
 @pytest.mark.parametrize(
     "tx",
     [
-        lr.dct_adamw(1e-3, rank=32, refresh_every=10, views=lr.Views(stacked=("kernel",))),
-        lr.galore(
-            1e-3, projector=lr.projectors.power(rank=32), views=lr.Views(stacked=("kernel",))
+        lrx.dct_adamw(1e-3, rank=32, refresh_every=10, views=lrx.Views(stacked=("kernel",))),
+        lrx.galore(
+            1e-3, projector=lrx.projectors.power(rank=32), views=lrx.Views(stacked=("kernel",))
         ),
-        lr.apollo(1e-3, rank=32, views=lr.Views(stacked=("kernel",))),
+        lrx.apollo(1e-3, rank=32, views=lrx.Views(stacked=("kernel",))),
     ],
     ids=["dct_adamw", "galore power", "apollo"],
 )

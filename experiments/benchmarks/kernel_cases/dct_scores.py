@@ -1,7 +1,7 @@
 """The scores that a refresh of DCT-AdamW ranks: float32 gradients of LLaMA 7B and 1B matrices, the
 smaller side shrunk.
 
-The kernel against the product with Q, which `lr.linalg.dct` takes on TPUs ("product", kind 3, the
+The kernel against the product with Q, which `lrx.linalg.dct` takes on TPUs ("product", kind 3, the
 default), and against its own two stages written in jnp, which take as few operations as the kernel
 ("two stages", kind 2). Operations are those of the products, each counted once; at
 `Precision.HIGHEST` a TPU makes six passes of each. There is no program for GPUs, which take the
@@ -26,7 +26,7 @@ MATRICES = {
 
 
 def product(x):
-    """As `lr.projectors.dct(products="xla")` scores a gradient."""
+    """As `lrx.projectors.dct(products="xla")` scores a gradient."""
     return linalg.row_scores(linalg.dct(x, 3), "l1")
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lowrank_jax as lr
+import lowrank_jax as lrx
 from experiments.benchmarks.kernel_cases.base import Case
 from lowrank_jax.kernels import _low_rank_adam_parts as parts
 from lowrank_jax.kernels import _platform
@@ -25,18 +25,18 @@ MATRICES = {
     "1B up": ((2048, 5461), 512),
 }
 MOMENTS: dict[str, tuple[Any, int]] = {
-    "float32": (lr.inner.adam(), 4),
-    "8 bits": (lr.inner.stored8(), 1),
+    "float32": (lrx.inner.adam(), 4),
+    "8 bits": (lrx.inner.stored8(), 1),
 }
 
 
 def program(transformation: Any, products: str) -> Callable[..., Any]:
     """`(params, grads, state) -> (params, state)`."""
-    form = lr.fused(transformation, products=products)
+    form = lrx.fused(transformation, products=products)
 
     def run(params, grads, state):
-        projected = isinstance(grads["kernel"], lr.Projected)
-        return form.step(params, grads, state, taps=lr.taps(state) if projected else None)
+        projected = isinstance(grads["kernel"], lrx.Projected)
+        return form.step(params, grads, state, taps=lrx.taps(state) if projected else None)
 
     return run
 
@@ -48,13 +48,13 @@ def cases(kind: str, chip: str) -> Iterator[Case]:
         s, k = min(shape), max(shape)
         params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
         low: Any = {
-            "kernel": jax.eval_shape(lr.Projected, jax.ShapeDtypeStruct((rank, k), jnp.float32))
+            "kernel": jax.eval_shape(lrx.Projected, jax.ShapeDtypeStruct((rank, k), jnp.float32))
         }
-        basis = lr.projectors.given(
+        basis = lrx.projectors.given(
             matrix=np.zeros((s, rank), np.float32)
         )  # its values are the state's
         for moments, (inner, itemsize) in MOMENTS.items():
-            transformation = lr.galore(1e-3, projector=basis, inner=inner, weight_decay=0.1)
+            transformation = lrx.galore(1e-3, projector=basis, inner=inner, weight_decay=0.1)
             block = inner.block if moments == "8 bits" else 0
             sizes = (2, 4, itemsize)
             tile = parts.tiles((s, rank, k), sizes, block, kind, None)

@@ -167,7 +167,7 @@ def check_rank(rank: Any) -> None:
         raise ValueError(
             "rank is a traced array: it fixes shapes and must be a Python number. Under "
             "optax.inject_hyperparams pass static_args=('rank',), or give a projector such as "
-            "lr.projectors.svd(rank=8), which passes through"
+            "lrx.projectors.svd(rank=8), which passes through"
         )
     if not is_number(rank):
         raise ValueError(

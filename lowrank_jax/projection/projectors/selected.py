@@ -51,9 +51,9 @@ class Dct(TransformProjector):
     Args:
       kind: 3, the columns of the DCT-II matrix (the official code's default path, "dct3"), or 2,
         its rows (its Makhoul path, "dct2").
-      products: "xla", or "kernel": a refresh takes its scores from `lr.kernels.dct_scores`, on a
+      products: "xla", or "kernel": a refresh takes its scores from `lrx.kernels.dct_scores`, on a
         TPU where the shrunk dimension is a multiple of 128 from 2048 on, with XLA's scores to
-        rounding. Inside `lr.meshes.use` of several devices each scores its own columns. Where an
+        rounding. Inside `lrx.meshes.use` of several devices each scores its own columns. Where an
         explicit mesh divides a matrix, XLA's product stays. No device has timed it.
     """
 
