@@ -74,14 +74,7 @@ def run(
     """
 
     def main(argv) -> int:
-        logging.set_verbosity(
-            logging.WARNING
-        )  # orbax and TFDS tell their steps at INFO, which absl shows
-        # what orbax fails at is raised, and told once, in place of a traceback from each of its
-        # threads
-        logging.get_absl_handler().addFilter(
-            lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname
-        )
+        _quieten()
         if len(argv) > 1:
             return refuse(
                 f"unexpected arguments {argv[1:]}: flags are written --config.section.key=value"
@@ -97,29 +90,9 @@ def run(
             sys.stderr.flush()
             os._exit(code)  # what was joined by half does not end in order
         try:
-            with distributed.together(ConfigurationError):
-                config, notes = arguments.configured(settings)
-            for note in notes if distributed.leads() else ():
-                print(f"note: {note}", file=sys.stderr)
-            workdir = pathlib.Path(WORKDIR.value or f"runs/{config.name}")
-            with distributed.together(ConfigurationError):
-                before(config)
-            summary = training.run(
-                config, workdir, task=task, handle_signals=True, extend=EXTEND.value
-            )
-            if summary["status"] == "stopped":
-                again = shlex.join([sys.executable, "-m", program, *sys.argv[1:]])
-                step, steps = summary["step"], summary["steps"]
-                done = f"stopped after update {step} of {steps}, saved in {workdir}"
-                if not step:
-                    done = (
-                        "stopped while the run was prepared"
-                        if step is None
-                        else "stopped before update 1"
-                    )
-                print(f"{done}; to resume:\n  {again}")
-                return 0
-            if distributed.leads():
+            summary = _trained(program, settings, task, before)
+            if distributed.leads() and summary["status"] != "stopped":
+                workdir = pathlib.Path(summary["workdir"])
                 if REPORT.value:
                     _report(workdir)
                 size = f"{summary['steps']} updates, {summary['tokens']:,} tokens"
@@ -143,6 +116,43 @@ def run(
         return 1 if summary["status"] == "diverged" else 0
 
     app.run(main, flags_parser=arguments.parser(settings, default))
+
+
+def _quieten() -> None:
+    """Only warnings of other packages are shown, and each failure of a checkpoint once."""
+    # orbax and TFDS tell their steps at INFO, which absl shows
+    logging.set_verbosity(logging.WARNING)
+    # what orbax fails at is raised, and told once, in place of a traceback from each of its threads
+    logging.get_absl_handler().addFilter(
+        lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname
+    )
+
+
+def _trained(
+    program: str,
+    settings: types.ModuleType,
+    task: Callable[[Any], Task],
+    before: Callable[[Any], None],
+) -> dict:
+    """The summary of the run, with its `workdir`; says how to resume one that was stopped."""
+    with distributed.together(ConfigurationError):
+        config, notes = arguments.configured(settings)
+    for note in notes if distributed.leads() else ():
+        print(f"note: {note}", file=sys.stderr)
+    workdir = pathlib.Path(WORKDIR.value or f"runs/{config.name}")
+    with distributed.together(ConfigurationError):
+        before(config)
+    summary = training.run(config, workdir, task=task, handle_signals=True, extend=EXTEND.value)
+    if summary["status"] == "stopped":
+        step, steps = summary["step"], summary["steps"]
+        done = f"stopped after update {step} of {steps}, saved in {workdir}"
+        if step is None:
+            done = "stopped while the run was prepared"
+        elif step == 0:
+            done = "stopped before update 1"
+        again = shlex.join([sys.executable, "-m", program, *sys.argv[1:]])
+        print(f"{done}; to resume:\n  {again}")
+    return summary | {"workdir": str(workdir)}
 
 
 def _report(workdir: pathlib.Path) -> None:

@@ -251,6 +251,20 @@ def _next(done: dict[Key, dict], running: list[Key]) -> Key | None:
     return min(ready, key=lambda key: (key[2] > 0, started.count(key[0])), default=None)
 
 
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return [*range(os.cpu_count() or 1)]
+
+
+def _started(root: pathlib.Path, steps: int, key: Key, core: int) -> subprocess.Popen:
+    """A process of this command that makes one run on one core."""
+    method, rate, seed = key
+    command = [sys.executable, "-m", "experiments.evidence", "--root", str(root)]
+    own = ["--steps", str(steps), "--run", method, str(rate), str(seed), "--core", str(core)]
+    return subprocess.Popen([*command, *own])
+
+
 def queue(
     root: pathlib.Path,
     *,
@@ -266,11 +280,7 @@ def queue(
     `results` is replaced only by at least what it holds, or where `replace` says so
     (`outputs.write_result`).
     """
-    cores = (
-        sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else [*range(os.cpu_count() or 1)]
-    )
+    cores = _cores()
     root.mkdir(parents=True, exist_ok=True)
     clock = root / "spent_hours"
     before = (
@@ -300,30 +310,10 @@ def queue(
                 None if stopping or spent > budget_hours or slot in active else _next(done, running)
             )
             if key is not None:
+                active[slot] = key, _started(root, steps, key, cores[slot % len(cores)])
                 method, rate, seed = key
-                arguments = [
-                    "--run",
-                    method,
-                    str(rate),
-                    str(seed),
-                    "--core",
-                    str(cores[slot % len(cores)]),
-                ]
-                command = [
-                    sys.executable,
-                    "-m",
-                    "experiments.evidence",
-                    "--root",
-                    str(root),
-                    "--steps",
-                    str(steps),
-                ]
-                active[slot] = key, subprocess.Popen([*command, *arguments])
-                line = (
-                    f"[{spent:.2f} of {budget_hours:g} h] {len(done)} done; {method}, lr {rate:g}, "
-                    f"seed {seed}"
-                )
-                print(line, flush=True)
+                line = f"{len(done)} done; {method}, lr {rate:g}, seed {seed}"
+                print(f"[{spent:.2f} of {budget_hours:g} h] {line}", flush=True)
         if not active:
             break
         time.sleep(1)

@@ -55,6 +55,19 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
     return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
 
 
+def _trigram_lines(runs: Sequence[Run], by_step: Any, by_time: Any) -> list[float]:
+    """Draws the losses of the trigram models of the runs' texts, and gives them."""
+    found = (run.final("trigram_loss") for run in runs)
+    lines = sorted({round(value, 4) for value in found if value is not None})
+    for value in lines:
+        for axes in (by_step, by_time):
+            axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
+        left = blended_transform_factory(by_time.transAxes, by_time.transData)
+        style: dict[str, Any] = {"color": GREY, "fontsize": 8, "ha": "right", "va": "bottom"}
+        by_time.text(0.99, value, f"trigram model {value:.3f}", transform=left, **style)
+    return lines
+
+
 def loss(runs: Sequence[Run]) -> Figure:
     """Training loss (smoothed, thin) and validation loss (markers) against updates and against
     time."""
@@ -101,23 +114,7 @@ def loss(runs: Sequence[Run]) -> Figure:
             ends.append(
                 (evaluated[-1]["loss"] if evaluated else values[-1], run.name, colour(index))
             )
-    lines = sorted(
-        {round(value, 4) for run in runs if (value := run.final("trigram_loss")) is not None}
-    )
-    for value in lines:
-        for axes in (by_step, by_time):
-            axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
-        left = blended_transform_factory(by_time.transAxes, by_time.transData)
-        by_time.text(
-            0.99,
-            value,
-            f"trigram model {value:.3f}",
-            transform=left,
-            color=GREY,
-            fontsize=8,
-            ha="right",
-            va="bottom",
-        )
+    lines = _trigram_lines(runs, by_step, by_time)
     if tops:
         top, bottom = max([*tops, *lines]), min([*bottoms, *lines])
         by_step.set_ylim(bottom - 0.06 * (top - bottom) - 1e-3, top + 0.04 * (top - bottom) + 1e-3)

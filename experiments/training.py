@@ -152,24 +152,18 @@ class _Training:
         )
         writer = None
         try:
-            lead = distributed.leads()
             with self.asked.at_once():
                 state = self._restore_or_initialise()
             if self.changed:
                 history.extend(
                     workdir, self.changed, self.step, config.schedule.steps, self._announce
                 )
-            if lead:
-                folder.write_files(
-                    workdir, {"config.json": folder.as_json(config)} | self.task.files()
-                )
-            board = workdir / "tensorboard" if config.run.tensorboard else None
-            self.writer = writer = metrics.Metrics(
-                workdir / "metrics.jsonl" if lead else os.devnull, board if lead else None
-            )
-            steps = config.schedule.steps
+            self.writer = writer = self._written()
             self.progress = metrics.Progress(
-                steps, self.step, every=config.run.log_every, enabled=self.verbose
+                config.schedule.steps,
+                self.step,
+                every=config.run.log_every,
+                enabled=self.verbose,
             )
             for line in self.lines:
                 self.writer.write("note", step=self.step, text=line)
@@ -201,6 +195,16 @@ class _Training:
                 self.progress.close()
         self.checkpoints.close()
         return summary
+
+    def _written(self) -> metrics.Metrics:
+        """The run's files, which process 0 alone writes, and where its metrics go."""
+        if not distributed.leads():
+            return metrics.Metrics(os.devnull, None)
+        folder.write_files(
+            self.workdir, {"config.json": folder.as_json(self.config)} | self.task.files()
+        )
+        board = self.workdir / "tensorboard" if self.config.run.tensorboard else None
+        return metrics.Metrics(self.workdir / "metrics.jsonl", board)
 
     def _restore_or_initialise(self):
         # before the state needs memory

@@ -81,10 +81,19 @@ class TuningDataConfig:
     batch_size: int = number(16, at_least=1)
 
     def __post_init__(self):
-        def require(condition, field, remedy):
-            if not condition:
-                raise ValueError(f"data.{field}={getattr(self, field)!r}: {remedy}")
+        self._check_fields()
+        self._check_splits()
+        if self.has_images:
+            self._check_images()
+        else:
+            self._check_text()
 
+    def _require(self, condition: object, field: str, remedy: str) -> None:
+        if not condition:
+            raise ValueError(f"data.{field}={getattr(self, field)!r}: {remedy}")
+
+    def _check_fields(self) -> None:
+        require = self._require
         require(self.task in TASKS, "task", f"choose one of {', '.join(TASKS)}")
         for field in (
             "name",
@@ -113,6 +122,9 @@ class TuningDataConfig:
             "packing",
             f"{self.task} has a document per row; leave it None",
         )
+
+    def _check_splits(self) -> None:
+        require = self._require
         require(
             self.train_split != self.validation_split,
             "validation_split",
@@ -130,21 +142,24 @@ class TuningDataConfig:
                 field,
                 f"slices are of TFDS datasets; leave it {default!r}",
             )
-        if self.has_images:
-            require(
-                self.task == "classification",
-                "task",
-                f"{self.name} has classes; set data.task='classification'",
-            )
-            require(
-                self.sequence_length is None, "sequence_length", "images have none; leave it None"
-            )
-            require(not self.tokenizer, "tokenizer", "images have none; leave it ''")
-            require(not self.bos, "bos", "images have no tokens; leave it False")
-        else:
-            length = self.length
-            whole = isinstance(length, int) and not isinstance(length, bool)
-            require(whole and length >= 2, "sequence_length", "give an integer of at least 2")
+
+    def _check_images(self) -> None:
+        require = self._require
+        require(
+            self.task == "classification",
+            "task",
+            f"{self.name} has classes; set data.task='classification'",
+        )
+        require(self.sequence_length is None, "sequence_length", "images have none; leave it None")
+        require(not self.tokenizer, "tokenizer", "images have none; leave it ''")
+        require(not self.bos, "bos", "images have no tokens; leave it False")
+
+    def _check_text(self) -> None:
+        require = self._require
+        length = self.length
+        whole = isinstance(length, int) and not isinstance(length, bool)
+        require(whole and length >= 2, "sequence_length", "give an integer of at least 2")
+        language = self.task == "language_modelling"
         text = self.name in ("documentation", "stdlib")
         require(
             language or not text,

@@ -147,6 +147,11 @@ def details(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _label(row: dict[str, Any]) -> str:
+    mesh = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())
+    return " ".join([row["preset"], row["topology"], mesh, row["name"]])
+
+
 def figure(rows: Sequence[dict[str, Any]]) -> Any:
     """One bar for each row: a chip's bytes by component, with the chip's limit as a line; a
     matplotlib figure."""
@@ -199,18 +204,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
             va="center",
             fontsize=8,
         )
-    names = [
-        " ".join(
-            [
-                row["preset"],
-                row["topology"],
-                ",".join(f"{k}={v}" for k, v in row["mesh"].items()),
-                row["name"],
-            ]
-        )
-        for row in shown
-    ]
-    axes.set_yticks(range(len(shown)), names, fontsize=8)
+    axes.set_yticks(range(len(shown)), [_label(row) for row in shown], fontsize=8)
     right = max([*left, *((row["limit_bytes"] or 0) / GIB for row in shown)], default=1.0)
     axes.set(xlabel="GiB of one chip", xlim=(0, 1.16 * right or 1), ylim=(len(shown) - 0.4, -0.6))
     axes.tick_params(axis="y", length=0)

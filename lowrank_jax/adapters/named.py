@@ -204,26 +204,20 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
         return {"shared": shared, "sites": sites} | ({"whole": {}} if name == "train" else {})
 
     plan = dataclasses.replace(even[0].plan, name="candidates", candidates=tuple(adaptations))
-    own = [dict(one.matrices) for one in adaptations.values()]
-    matrices = tuple(
-        (
-            path,
-            Matrices(
-                ranks=tuple(
-                    rank
-                    for both in zip(*(each[path].ranks for each in own), strict=True)
-                    for rank in both
-                ),
-                alphas=tuple(
-                    alpha
-                    for both in zip(*(each[path].alphas for each in own), strict=True)
-                    for alpha in both
-                ),
-            ),
-        )
-        for path in own[0]
-    )
+    matrices = _interleaved([dict(one.matrices) for one in adaptations.values()])
     return Adaptation(stacked("train"), stacked("fixed"), plan, matrices)
+
+
+def _interleaved(own: list[dict[str, Matrices]]) -> tuple[tuple[str, Matrices], ...]:
+    """Ranks and alphas of a leaf's matrices, those of all candidates for each matrix."""
+
+    def of(path: str, field: str) -> tuple[Any, ...]:
+        columns = zip(*(getattr(each[path], field) for each in own), strict=True)
+        return tuple(value for column in columns for value in column)
+
+    return tuple(
+        (path, Matrices(ranks=of(path, "ranks"), alphas=of(path, "alphas"))) for path in own[0]
+    )
 
 
 def _united(adaptations: Mapping[str, Adaptation]) -> dict[str, Adaptation]:

@@ -299,21 +299,18 @@ class _Layerwise:
         views = [view.layer() for view in self.views if view is not None]
         states = [dataclasses.replace(m, **own) for own, m in zip(states, matrices, strict=True)]
 
-        def steps_of(grads):
+        def steps_of(grads, project=True):
             steps = [
                 MatrixStep(self.config, view, state, grad, kernel, number)
                 for view, state, grad, kernel in zip(views, states, grads, kernels, strict=True)
             ]
-            return steps, self._projected(steps, ok)
+            return steps, self._projected(steps, ok) if project else None
 
         def low(sketched):
+            now = self.state.projection.step
             taps = []
             for view, state, matrix in zip(views, states, matrices, strict=True):
-                basis = None
-                if sketched:
-                    basis = sketch_basis(
-                        self.config, view, state, self.state.projection.step, number
-                    )
+                basis = sketch_basis(self.config, view, state, now, number) if sketched else None
                 taps.append(Tap(state.basis, None, basis, None, view, matrix.projector))
             return layer_gradients(self._apply, kernels, taps, vectors, inputs, dx)
 
@@ -350,15 +347,10 @@ class _Layerwise:
             return own, jnp.asarray(True), d_vectors, d_inputs
 
         own, read, d_vectors, dx = jax.lax.cond(self.due, refreshed, standing)
-        steps = []
-        for (lows, moved), view, state, kernel in zip(own, views, states, kernels, strict=True):
-            step = MatrixStep(self.config, view, state, Projected(lows), kernel, number)
-            step.basis, step.inner, step.residual = (
-                moved["basis"],
-                moved["inner"],
-                moved["residual"],
-            )
-            steps.append(step)
+        steps, _ = steps_of([Projected(low) for low, _ in own], project=False)
+        for step, (_, arrays) in zip(steps, own, strict=True):
+            step.basis, step.inner = arrays["basis"], arrays["inner"]
+            step.residual = arrays["residual"]
         return steps, read, d_vectors, dx
 
     def _projected(self, steps: list[MatrixStep], ok) -> jax.Array:
