@@ -21,9 +21,9 @@ from experiments.data.tuning import TuningDataConfig
 from experiments.models import axes, huggingface, llama, vit
 from experiments.tuning_configuration import BaseConfig
 from experiments.workdir import read_config
-from lowrank_jax import meshes
 from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError
+from lowrank_jax.sharding import meshes
 
 # Shapes of parameters, or of some of them, to their shardings.
 Place = Callable[[Any], Any]

@@ -203,7 +203,7 @@ class LoopConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
-    """How the devices share the work; see `lowrank_jax.meshes`.
+    """How the devices share the work; see `lrx.meshes`.
 
     Attributes:
       data, fsdp, sequence, tensor: sizes of the mesh's axes; one may be -1, which is what the

@@ -26,7 +26,7 @@ from experiments.tasks import Task, placed, sampled, trigram_loss, unwatched, wi
 from experiments.trained import Adapted, Parts, Whole, size
 from experiments.tuning_configuration import TuningConfig
 from experiments.workdir import tree_bytes
-from lowrank_jax import meshes
+from lowrank_jax.sharding import meshes
 
 MODEL = "model.json"
 

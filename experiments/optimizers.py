@@ -13,8 +13,8 @@ import optax
 
 import lowrank_jax as lrx
 from experiments.configuration import LOWRANK, ConfigurationError, OptimizerConfig, ScheduleConfig
-from lowrank_jax.adapters.pair_update import PairsState
-from lowrank_jax.projection.learning_rate import LearningRateState
+from lowrank_jax.optim.learning_rate import LearningRateState
+from lowrank_jax.optim.pair_update import PairsState
 
 
 def schedule(config: ScheduleConfig, learning_rate: float) -> optax.Schedule:

@@ -21,7 +21,7 @@ from experiments.configuration import ConfigurationError, MeshConfig, RunConfig
 from experiments.data import Dataset, ngram
 from experiments.models import axes, llama
 from experiments.models.sampling import sample
-from lowrank_jax import meshes
+from lowrank_jax.sharding import meshes
 
 # `watch(title, number of batches, batches)` gives the batches of an evaluation back, one by one;
 # whoever takes one has read what the one before gave. It may raise `distributed.Stopped` between
@@ -51,7 +51,7 @@ class Task:
       stacked: the model's layers lie along a leading axis of each kernel under `layers`.
       frozen: arguments of every update after state and batch; not saved.
       evaluates_first: also before the first update.
-      mesh: of all devices, with the axes of `lowrank_jax.meshes`.
+      mesh: of all devices, with the axes of `lrx.meshes`.
       rows: sharding of batches.
       optimizer, abstract: of `choose`: what updates "params", and the whole state with "opt_state",
         abstract. All of it is saved, and donated to the update.

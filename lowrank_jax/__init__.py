@@ -11,7 +11,7 @@
 import importlib
 import types
 
-from lowrank_jax import adapters, linalg, linen, memory, meshes
+from lowrank_jax import adapters, linalg, linen, memory, partition
 from lowrank_jax.adapters import (
     Adaptation,
     AdaptedKernel,
@@ -25,28 +25,26 @@ from lowrank_jax.adapters import (
     join,
     lora_plus,
     merge,
-    partition,
     precondition_pairs,
     scaled_adamw,
     to_lora,
     unmerge,
 )
+from lowrank_jax.functions.products import dot_general, einsum, matmul
 from lowrank_jax.matrices import MatrixView, ResolvedView
-from lowrank_jax.products import dot_general, einsum, matmul
-from lowrank_jax.projection import clocks, inner, projectors, residuals, transports
+from lowrank_jax.optim import inner
+from lowrank_jax.optim.learning_rate import apply_learning_rate
+from lowrank_jax.projection import projectors, residuals, transports
+from lowrank_jax.projection import refresh_schedules as clocks
 from lowrank_jax.projection.fused import Fused, fused
 from lowrank_jax.projection.layerwise import layerwise_step
-from lowrank_jax.projection.learning_rate import apply_learning_rate
-from lowrank_jax.projection.optimizers import (
-    Recipe,
-    apollo,
-    apollo_mini,
-    dct_adamw,
-    frugal,
-    galore,
-    ldadam,
-)
-from lowrank_jax.projection.placement import resolved_sides, sides_for, state_shardings
+from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
+from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
+from lowrank_jax.projection.optimizers.frugal import frugal
+from lowrank_jax.projection.optimizers.galore import galore
+from lowrank_jax.projection.optimizers.ldadam import ldadam
+from lowrank_jax.projection.optimizers.recipe import Recipe
+from lowrank_jax.projection.partition_specs import resolved_sides, sides_for, state_shardings
 from lowrank_jax.projection.stack import Stack
 from lowrank_jax.projection.state import Evidence, MatrixState, Projected, ProjectionState
 from lowrank_jax.projection.tapped import Tapped
@@ -59,6 +57,7 @@ from lowrank_jax.projection.transformation import (
     scale_by_projection,
 )
 from lowrank_jax.resolution import Report, Views, resolve
+from lowrank_jax.sharding import meshes
 from lowrank_jax.version import __version__
 
 __all__ = [

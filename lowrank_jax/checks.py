@@ -7,6 +7,7 @@ makes them of all numbers), arrays and schedules pass, and so does None.
 
 from __future__ import annotations
 
+import difflib
 import math
 from numbers import Integral, Real
 from typing import Any
@@ -127,3 +128,18 @@ def check_floating(tree: Any, who: str) -> None:
             f"{who}: leaf {path or '(bare array)'!r} is {dtype}, and only real floating-point "
             f"leaves are optimized; {remedy}"
         )
+
+
+def no_match(field: str, pattern: str, paths: list[str]) -> ValueError:
+    """The error of a pattern that matches nothing, with what it may have meant."""
+    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.4)
+    hint = f" Did you mean {near}?" if near else ""
+    return ValueError(
+        f"{field}: {pattern!r} matches no leaf that it could apply to (patterns must match the "
+        f"whole path, and the first rule wins).{hint} Paths here: {listed(paths)}"
+    )
+
+
+def listed(paths: list[str]) -> str:
+    """The first paths of a tree, for an error."""
+    return str(paths[:12]) + (" ..." if len(paths) > 12 else "")

@@ -38,7 +38,8 @@ import lowrank_jax as lrx
 from experiments import collectives, outputs
 from experiments.benchmarks import commandline, workload
 from experiments.models import axes, llama
-from lowrank_jax import meshes, sharding
+from lowrank_jax import sharding
+from lowrank_jax.sharding import meshes
 
 DEVICES = 8
 WAYS = ("as they lie", "rows whole", "by layers")

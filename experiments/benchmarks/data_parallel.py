@@ -24,7 +24,7 @@ import lowrank_jax as lrx
 from experiments import collectives, outputs
 from experiments.benchmarks import commandline, training_step, workload
 from experiments.models import axes, llama
-from lowrank_jax import meshes
+from lowrank_jax.sharding import meshes
 
 DEVICES = 8
 

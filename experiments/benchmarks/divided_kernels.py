@@ -30,8 +30,9 @@ from experiments.benchmarks import commandline
 from experiments.benchmarks import kernels as single
 from experiments.benchmarks.kernel_cases import thin_linear
 from experiments.planning import hlo, targets
-from lowrank_jax import kernels, linalg, meshes, sharding
+from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.interop import documents
+from lowrank_jax.sharding import meshes
 
 TARGET, CHIP, LENGTH, RANK = "v5e:2x2", "v5e", 1024, 16
 # mesh, shape and partition entries of W; sequences of 1024 tokens

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import sharding
-from lowrank_jax.meshes import divided
+from lowrank_jax.sharding.meshes import divided
 
 
 def attention(

@@ -1,4 +1,4 @@
-"""Names of the axes of our models' parameters, for `lowrank_jax.meshes`."""
+"""Names of the axes of our models' parameters, for `lrx.meshes`."""
 
 LLAMA = (
     (r"embed/embedding", ("vocabulary", "embed")),

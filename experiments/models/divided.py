@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from lowrank_jax import adapters, dot_general, sharding
-from lowrank_jax.meshes import at_input, constrain, out_sharding
+from lowrank_jax.sharding.meshes import at_input, constrain, out_sharding
 
 
 def promoted(*arrays: jax.Array | None, dtype: Any = None, inexact: bool = True) -> list[Any]:

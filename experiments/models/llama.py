@@ -40,7 +40,7 @@ from experiments.models.divided import (
 from experiments.sections import check, choice, number
 from lowrank_jax import dot_general, sharding
 from lowrank_jax.adapters import attend
-from lowrank_jax.meshes import at_input, constrain
+from lowrank_jax.sharding.meshes import at_input, constrain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

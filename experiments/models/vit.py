@@ -29,7 +29,7 @@ from experiments.models.attention import attention
 from experiments.models.divided import promoted, rematerialised, summed
 from experiments.models.llama import DTYPES, REMAT_POLICIES
 from lowrank_jax import dot_general, sharding
-from lowrank_jax.meshes import constrain
+from lowrank_jax.sharding.meshes import constrain
 
 NORM_EPS = 1e-6  # of the official code
 

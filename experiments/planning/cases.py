@@ -15,7 +15,8 @@ from experiments import configuration, optimizers
 from experiments.configuration import LOWRANK, ConfigurationError, RunConfig
 from experiments.planning import targets
 from experiments.sections import build, one_of, require
-from lowrank_jax.projection.projectors.decomposed import Power, Svd, TwoSidedSvd
+from lowrank_jax.projection.projectors.power import Power
+from lowrank_jax.projection.projectors.svd import Svd, TwoSidedSvd
 
 # What another optimizer takes over from the configuration's, where it has it.
 SHARED = ("learning_rate", "clip_norm", "rank", "refresh_every")

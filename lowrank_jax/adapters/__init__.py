@@ -12,29 +12,32 @@ from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Factors, Group, Op, Site, matrix_op
 from lowrank_jax.adapters.combination import combine
 from lowrank_jax.adapters.conversion import Conversion, absorb, to_lora
-from lowrank_jax.adapters.dora import dora
-from lowrank_jax.adapters.fourierft import fourierft
-from lowrank_jax.adapters.hira import hira
+from lowrank_jax.adapters.families.dora import dora
+from lowrank_jax.adapters.families.fourierft import fourierft
+from lowrank_jax.adapters.families.hira import hira
+from lowrank_jax.adapters.families.loha import loha
+from lowrank_jax.adapters.families.lora import lora
+from lowrank_jax.adapters.families.miss import miss
+from lowrank_jax.adapters.families.oft import oft
+from lowrank_jax.adapters.families.shira import shira
+from lowrank_jax.adapters.families.uni_lora import uni_lora
+from lowrank_jax.adapters.families.vera import vera
 from lowrank_jax.adapters.hosts import AdaptedKernel, Bound, attend, conv, embed
-from lowrank_jax.adapters.loha import loha
-from lowrank_jax.adapters.lora import gaussian, kaiming, lora, olora, orthogonal, pissa
-from lowrank_jax.adapters.miss import miss
 from lowrank_jax.adapters.named import candidate_ids, candidates, hot_swap, padded, weighted
-from lowrank_jax.adapters.oft import oft
-from lowrank_jax.adapters.pair_optimizers import (
+from lowrank_jax.adapters.partition_specs import shardings, specs
+from lowrank_jax.adapters.rules import ALL_LINEAR, Plan
+from lowrank_jax.adapters.starts.drawn import gaussian, kaiming, orthogonal
+from lowrank_jax.adapters.starts.olora import olora
+from lowrank_jax.adapters.starts.pissa import pissa
+from lowrank_jax.adapters.tree import adapt, attach, effective, merge, unmerge
+from lowrank_jax.optim.pair_optimizers import (
     altlora,
     altlora_plus,
     lora_plus,
     precondition_pairs,
     scaled_adamw,
 )
-from lowrank_jax.adapters.partition import join, partition
-from lowrank_jax.adapters.rules import ALL_LINEAR, Plan
-from lowrank_jax.adapters.shira import shira
-from lowrank_jax.adapters.specs import shardings, specs
-from lowrank_jax.adapters.tree import adapt, attach, effective, merge, unmerge
-from lowrank_jax.adapters.uni_lora import uni_lora
-from lowrank_jax.adapters.vera import vera
+from lowrank_jax.partition import join, partition
 
 __all__ = [
     "ALL_LINEAR",

@@ -24,7 +24,7 @@ from flax.core import meta
 from lowrank_jax import linalg, sharding
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Site, check_positive
-from lowrank_jax.adapters.lora import Lora
+from lowrank_jax.adapters.families.lora import Lora
 from lowrank_jax.adapters.rules import Matrices, chosen_rows
 from lowrank_jax.adapters.tree import matrices_of
 from lowrank_jax.trees import leaves_with_metadata, map_nodes

@@ -17,8 +17,8 @@ from flax.core import meta
 
 from lowrank_jax import sharding
 from lowrank_jax.adapters.base import Adapter, Op, Site, product
+from lowrank_jax.functions.products import Layout, decoding, dense, dot_general, undecoded
 from lowrank_jax.matrices import MatrixView
-from lowrank_jax.products import Layout, decoding, dense, dot_general, undecoded
 from lowrank_jax.serialization import serializable
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.adapters.hosts import AdaptedKernel, conv
-from lowrank_jax.products import dot_general, einsum
+from lowrank_jax.functions.products import dot_general, einsum
 from lowrank_jax.projection.tapped import Tapped
 
 NODES = (Tapped, AdaptedKernel)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax.adapters.base import USES, Adapter, Group, Site
-from lowrank_jax.checks import as_python
+from lowrank_jax.checks import as_python, listed, no_match
 from lowrank_jax.resolution import LeafViews, Views, is_linear, is_stacked
 from lowrank_jax.trees import leaves_with_metadata
 
@@ -220,7 +219,7 @@ class Selection:
         self._check_used(used, leaves)
         whole = self._whole(leaves, {site.path for site in sites})
         if not sites and not whole:
-            paths = _listed([leaf.path for leaf in leaves])
+            paths = listed([leaf.path for leaf in leaves])
             raise ValueError(f"nothing is adapted and nothing trained whole. Paths here: {paths}")
         plan = Plan(
             name=name,
@@ -440,17 +439,3 @@ def chosen_rows(plans: Iterable[Plan], ids: Any) -> jax.Array | None:
             "lrx.adapters.candidates"
         )
     return None if ids is None else jnp.asarray(ids)
-
-
-def no_match(field: str, pattern: str, paths: list[str]) -> ValueError:
-    """The error of a pattern that matches nothing, with what it may have meant."""
-    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.4)
-    hint = f" Did you mean {near}?" if near else ""
-    return ValueError(
-        f"{field}: {pattern!r} matches no leaf that it could apply to (patterns must match the "
-        f"whole path, and the first rule wins).{hint} Paths here: {_listed(paths)}"
-    )
-
-
-def _listed(paths: list[str]) -> str:
-    return str(paths[:12]) + (" ..." if len(paths) > 12 else "")

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.adapters.dora import Dora
-from lowrank_jax.adapters.hira import Hira
-from lowrank_jax.adapters.lora import INITS, Lora
-from lowrank_jax.adapters.uni_lora import UniLora, draw_indices
+from lowrank_jax.adapters.families.dora import Dora
+from lowrank_jax.adapters.families.hira import Hira
+from lowrank_jax.adapters.families.lora import INITS, Lora
+from lowrank_jax.adapters.families.uni_lora import UniLora, draw_indices
 from lowrank_jax.interop._peft_config import PREFIX, by_pattern, most, pattern_of
 from lowrank_jax.interop._peft_family import Family, Shared, common, folded, unfoldable
 from lowrank_jax.interop._torch_layout import Host

@@ -7,13 +7,13 @@ import re
 import numpy as np
 
 from lowrank_jax.adapters.base import Group, Site
-from lowrank_jax.adapters.fourierft import FourierFT
-from lowrank_jax.adapters.loha import Loha
-from lowrank_jax.adapters.miss import Miss
-from lowrank_jax.adapters.oft import Oft
+from lowrank_jax.adapters.families.fourierft import FourierFT
+from lowrank_jax.adapters.families.loha import Loha
+from lowrank_jax.adapters.families.miss import Miss
+from lowrank_jax.adapters.families.oft import Oft
+from lowrank_jax.adapters.families.shira import Shira
+from lowrank_jax.adapters.families.vera import Vera
 from lowrank_jax.adapters.positions import TORCH_LIMIT, torch_permutation
-from lowrank_jax.adapters.shira import Shira
-from lowrank_jax.adapters.vera import Vera
 from lowrank_jax.interop._peft_config import by_pattern, most, pattern_of
 from lowrank_jax.interop._peft_family import Family, Shared, common, folded
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax.adapters.base import Site
-from lowrank_jax.adapters.dora import Dora
+from lowrank_jax.adapters.families.dora import Dora
 from lowrank_jax.interop._peft_config import HEADS, PREFIX, by_pattern
 from lowrank_jax.interop._peft_family import Family
 from lowrank_jax.interop._torch_layout import Host, Place, Tree

@@ -22,19 +22,20 @@ import jax.numpy as jnp
 
 from lowrank_jax import linalg, sharding
 from lowrank_jax.checks import check_number, is_integer
-from lowrank_jax.projection import fused_kernel
-from lowrank_jax.projection import inner as inner_lib
-from lowrank_jax.projection import step as step_lib
-from lowrank_jax.projection.learning_rate import (
+from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.optim.guard import select
+from lowrank_jax.optim.learning_rate import (
     LearningRateState,
     at_step,
     decayed_step,
     selected_for_decay,
 )
-from lowrank_jax.projection.matrix_step import MatrixStep, finish, select
+from lowrank_jax.projection import fused_kernel
+from lowrank_jax.projection import step as step_lib
+from lowrank_jax.projection.matrix_step import MatrixStep, finish
 
 if TYPE_CHECKING:
-    from lowrank_jax.projection.optimizers import Recipe, RecipeState
+    from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
 
 ROUNDING = ("nearest", "stochastic")
 PRODUCTS = ("xla", "kernel")

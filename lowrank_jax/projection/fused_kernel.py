@@ -13,9 +13,10 @@ import optax
 
 from lowrank_jax import kernels, sharding
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.optim.guard import select
 from lowrank_jax.projection import layout
-from lowrank_jax.projection.matrix_step import MatrixStep, select
+from lowrank_jax.projection.matrix_step import MatrixStep
 from lowrank_jax.projection.projectors.base import StoredProjector
 from lowrank_jax.projection.residuals import Discard
 

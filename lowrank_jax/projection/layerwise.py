@@ -39,10 +39,11 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import sharding
+from lowrank_jax.optim.guard import all_finite, energy
+from lowrank_jax.optim.learning_rate import LearningRateState, at_step, selected_for_decay
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.fused import Fused, Write, fused, write_plain
-from lowrank_jax.projection.learning_rate import LearningRateState, at_step, selected_for_decay
-from lowrank_jax.projection.matrix_step import MatrixStep, all_finite, energy, finish, sketch_basis
+from lowrank_jax.projection.matrix_step import MatrixStep, finish, sketch_basis
 from lowrank_jax.projection.stack import Stack, layer_gradients
 from lowrank_jax.projection.state import Projected, matrix_states
 from lowrank_jax.projection.tapped import Tap

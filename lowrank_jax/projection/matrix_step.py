@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.optim.guard import select
 from lowrank_jax.projection import layout
-from lowrank_jax.projection.clocks import Staggered
 from lowrank_jax.projection.projectors.base import count
+from lowrank_jax.projection.refresh_schedules import Staggered
 from lowrank_jax.projection.state import Evidence, MatrixState, Projected
 
 if TYPE_CHECKING:
@@ -26,29 +27,6 @@ def each(function: Callable, batch: tuple[int, ...]) -> Callable:
     for _ in batch:
         function = jax.vmap(function)
     return function
-
-
-def energy(x: jax.Array) -> jax.Array:
-    """Sum of squares in float32."""
-    return jnp.sum(jnp.square(x.astype(jnp.float32)))
-
-
-# The largest sum of squares of gradients that a step accepts. A norm of 2^40, about 1e12, leaves
-# room for what a state makes of an accepted gradient later: a product of three such numbers, as of
-# a moment and the two factors that move it, and the square of fed-back errors that add up to many
-# gradients are finite in float32. Beyond it a step could be accepted after which none ever is
-# again.
-LARGEST = 2.0**80
-
-
-def all_finite(arrays: list[jax.Array]) -> jax.Array:
-    """Scalar: every array is finite, and the sum of all squares is within `LARGEST`."""
-    return sum((energy(x) for x in arrays), jnp.zeros(())) <= LARGEST  # NaN compares false
-
-
-def select(ok: jax.Array, new: Any, old: Any) -> Any:
-    """`new` where ok, else `old`, leaf by leaf."""
-    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
 
 
 def whole(param: Any) -> jax.Array:

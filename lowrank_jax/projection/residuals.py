@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import sharding
 from lowrank_jax.checks import check_number
-from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.optim import inner as inner_lib
 
 TINY = 1e-8
 

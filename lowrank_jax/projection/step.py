@@ -18,11 +18,12 @@ import optax
 from lowrank_jax import sharding
 from lowrank_jax.checks import check_floating
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.optim.guard import all_finite, energy
 from lowrank_jax.projection import layout
-from lowrank_jax.projection.clocks import Staggered
-from lowrank_jax.projection.matrix_step import MatrixStep, all_finite, energy
+from lowrank_jax.projection.matrix_step import MatrixStep
 from lowrank_jax.projection.projectors.base import count
+from lowrank_jax.projection.refresh_schedules import Staggered
 from lowrank_jax.projection.state import MatrixState, Projected, ProjectionState
 from lowrank_jax.trees import pure
 

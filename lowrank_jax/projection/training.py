@@ -11,9 +11,9 @@ import jax
 import optax
 
 from lowrank_jax import sharding
-from lowrank_jax.projection.clocks import Staggered
 from lowrank_jax.projection.fused import Fused, fused
 from lowrank_jax.projection.matrix_step import whole
+from lowrank_jax.projection.refresh_schedules import Staggered
 from lowrank_jax.projection.state import Projected
 from lowrank_jax.projection.taps import (
     accumulated,

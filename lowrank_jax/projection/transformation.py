@@ -33,11 +33,11 @@ import optax
 from lowrank_jax import sharding
 from lowrank_jax.checks import check_floating, check_integer, check_number
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.projection import step as step_lib
-from lowrank_jax.projection.clocks import Clock, Every
 from lowrank_jax.projection.matrix_step import each, layer_numbers, on_own_matrices, sketch_basis
 from lowrank_jax.projection.projectors.base import Projector
+from lowrank_jax.projection.refresh_schedules import Clock, Every
 from lowrank_jax.projection.residuals import Discard, Residual
 from lowrank_jax.projection.state import FORMAT_VERSION, MatrixState, ProjectionState, matrix_states
 from lowrank_jax.projection.transports import Keep

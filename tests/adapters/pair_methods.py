@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from lowrank_jax.adapters import pair_optimizers as A
+from lowrank_jax.optim import pair_optimizers as A
 from tests.laws.methods import tree
 
 STEPS = 5

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_jax.adapters import pair_optimizers as A
+from lowrank_jax.optim import pair_optimizers as A
 from tests.adapters.pair_methods import (
     SCALE,
     STEPS,

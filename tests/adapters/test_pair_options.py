@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
-from lowrank_jax.adapters import pair_optimizers as A
-from lowrank_jax.adapters import pairs
+from lowrank_jax.optim import pair_optimizers as A
+from lowrank_jax.optim import pairs
 from tests.adapters.pair_methods import (
     METHODS,
     SCALE,

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_jax.adapters import pair_optimizers as O
+from lowrank_jax.optim import pair_optimizers as O
 from tests.laws.methods import eager
 
 K, D, R, S, STEPS = 6, 5, 2, 2.0, 7

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import lowrank_jax as lrx
-from lowrank_jax.adapters.lora import INITS
+from lowrank_jax.adapters.families.lora import INITS
 from lowrank_jax.matrices import DENSE
 from tests.laws import adapters as a
 

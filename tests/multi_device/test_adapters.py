@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lrx
-from lowrank_jax.adapters import candidates, specs
+from lowrank_jax.adapters import candidates
+from lowrank_jax.adapters import partition_specs as specs
 
 SHAPES = {"layers": {"up": (2, 16, 32), "down": (2, 32, 16)}, "heads": {"kernel": (16, 4, 8)}}
 SPECS = {

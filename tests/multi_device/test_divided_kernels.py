@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lrx
-from lowrank_jax import kernels, linalg, meshes
+from lowrank_jax import kernels, linalg
 from lowrank_jax.kernels import _dct
+from lowrank_jax.sharding import meshes
 
 MESHES = {
     "fsdp": {"fsdp": 8},

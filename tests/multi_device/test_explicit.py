@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from experiments import collectives, configuration, updates
 from experiments.models import axes, vit
 from experiments.tasks import Pretraining
-from lowrank_jax import meshes, sharding
+from lowrank_jax import sharding
+from lowrank_jax.sharding import meshes
 
 # unlike in test_mesh_training the vocabulary is divided, and two query heads share a key
 MODEL = {

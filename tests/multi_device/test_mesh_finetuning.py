@@ -14,7 +14,7 @@ from experiments import bases, optimizers, tuning_configuration
 from experiments.configuration import ConfigurationError
 from experiments.finetuning import Finetuning
 from lowrank_jax import sharding
-from lowrank_jax.meshes import make_mesh
+from lowrank_jax.sharding.meshes import make_mesh
 from tests.experiments import runs, tuning
 
 MESHES: dict[str, dict[str, Any]] = {

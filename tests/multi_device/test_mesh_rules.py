@@ -17,7 +17,7 @@ import pytest
 
 import lowrank_jax as lrx
 from experiments.models import axes, llama, vit
-from lowrank_jax import meshes
+from lowrank_jax.sharding import meshes
 from lowrank_jax.trees import path_of
 
 GOLDEN = Path(__file__).parent / "golden_shardings.json"

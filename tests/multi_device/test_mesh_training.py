@@ -18,8 +18,9 @@ from experiments.benchmarks import workload
 from experiments.models import axes, llama
 from experiments.planning import hlo
 from experiments.tasks import Pretraining
-from lowrank_jax import meshes, sharding
+from lowrank_jax import sharding
 from lowrank_jax.projection import layout
+from lowrank_jax.sharding import meshes
 
 MODEL = {
     "preset": "nano",

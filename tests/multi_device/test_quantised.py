@@ -11,7 +11,8 @@ from flax import nnx
 
 import lowrank_jax as lrx
 from experiments import collectives
-from lowrank_jax import linalg, meshes
+from lowrank_jax import linalg
+from lowrank_jax.sharding import meshes
 
 TABLE = [(".*up/kernel", ("embed", "mlp")), (".*down/kernel", ("mlp", "embed"))]
 N, M = 512, 1024

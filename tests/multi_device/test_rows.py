@@ -10,8 +10,8 @@ import pytest
 
 from experiments import collectives as sent
 from experiments.models import attention, axes, divided, llama
-from lowrank_jax import meshes
 from lowrank_jax.rows import fold_rows, over_rows
+from lowrank_jax.sharding import meshes
 
 TINY = llama.preset("nano", layers=2, width=64, hidden=128, heads=4, kv_heads=2, sequence_length=16)
 MESHES = {

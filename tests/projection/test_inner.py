@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
-from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.optim import inner as inner_lib
 
 GRADS = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
 

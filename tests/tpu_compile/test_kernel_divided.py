@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lowrank_jax as lrx
 from experiments import collectives
 from experiments.planning import hlo
-from lowrank_jax import kernels, linalg, meshes
+from lowrank_jax import kernels, linalg
+from lowrank_jax.sharding import meshes
 
 CALL = 'custom_call_target="tpu_custom_call"'
 

@@ -20,42 +20,6 @@ PROGRAMS = sorted((ROOT / "experiments").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MARK = "TO" + "DO"
 
-# What each room of the library may import from the library. A room that is missing here may not
-# exist.
-_BASE = {
-    "checks",
-    "matrices",
-    "trees",
-    "resolution",
-    "linalg",
-    "kernels",
-    "sharding",
-    "rows",
-    "products",
-}
-_BASE |= {"serialization"}
-MAY_IMPORT = {
-    "version": set(),
-    "matrices": {"sharding"},
-    "trees": set(),
-    "checks": {"trees"},
-    "default_views": {"matrices"},
-    "resolution": {"matrices", "trees", "default_views", "sharding"},
-    "serialization": set(),
-    "linalg": {"sharding", "serialization"},
-    "sharding": set(),
-    "rows": {"sharding"},
-    "kernels": {"matrices", "linalg", "sharding", "rows"},
-    "products": {"matrices", "sharding", "rows", "linalg", "kernels"},
-    "projection": _BASE,
-    "adapters": _BASE | {"projection"},
-    "memory": _BASE | {"projection"},
-    "meshes": {"trees", "sharding"},
-    "linen": _BASE | {"projection", "adapters"},
-    "nnx": _BASE | {"projection", "adapters"},
-    "interop": _BASE | {"projection", "adapters"},
-}
-
 
 def imported(path: Path, root: Path = ROOT) -> set[str]:
     """Dotted names of every module a file imports, relative imports made absolute.
@@ -74,10 +38,6 @@ def imported(path: Path, root: Path = ROOT) -> set[str]:
     return names
 
 
-def room(parts: tuple[str, ...] | list[str]) -> str:
-    return parts[1].removesuffix(".py")
-
-
 def test_library_never_imports_programs():
     wrong = {
         str(p.relative_to(ROOT)): n
@@ -86,41 +46,6 @@ def test_library_never_imports_programs():
         if n.split(".")[0] == "experiments"
     }
     assert not wrong
-
-
-def test_rooms_import_one_way():
-    wrong = []
-    for path in LIBRARY:
-        here = room(path.relative_to(ROOT).parts)
-        if here == "__init__":
-            continue
-        assert here in MAY_IMPORT, (
-            f"{path}: the room {here} is not in the table of who may import whom"
-        )
-        for name in imported(path):
-            parts = name.split(".")
-            if parts[0] != "lowrank_jax" or len(parts) == 1 or room(parts) not in MAY_IMPORT:
-                continue
-            if room(parts) not in MAY_IMPORT[here] | {here, "version"}:
-                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-    assert not wrong
-
-
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("from ..linalg import svd", "lowrank_jax.linalg"),
-        ("from .. import linalg", "lowrank_jax.linalg"),
-        ("import lowrank_jax.linalg", "lowrank_jax.linalg"),
-        ("from lowrank_jax import linalg", "lowrank_jax.linalg"),
-        ("from .state import x", "lowrank_jax.projection.state"),
-    ],
-)
-def test_imported_sees_every_spelling(tmp_path, source, expected):
-    file = tmp_path / "lowrank_jax" / "projection" / "clocks.py"
-    file.parent.mkdir(parents=True)
-    file.write_text(source)
-    assert expected in imported(file, tmp_path)
 
 
 def test_library_imports_only_what_it_requires():

@@ -1,18 +1,17 @@
 """Projectors: which subspace. See `base` for the interface; each is a frozen dataclass of pure
 functions."""
 
+from lowrank_jax.projection.projectors.alternating import alternating
 from lowrank_jax.projection.projectors.base import Projector
-from lowrank_jax.projection.projectors.decomposed import (
-    alternating,
-    given,
-    identity,
-    power,
-    randomized,
-    svd,
-    svd_two_sided,
-)
+from lowrank_jax.projection.projectors.columns import columns
+from lowrank_jax.projection.projectors.dct import dct, dct2, dct3
+from lowrank_jax.projection.projectors.given import given
+from lowrank_jax.projection.projectors.hadamard import hadamard
+from lowrank_jax.projection.projectors.identity import identity
+from lowrank_jax.projection.projectors.power import power
 from lowrank_jax.projection.projectors.random import random
-from lowrank_jax.projection.projectors.selected import columns, dct, dct2, dct3, hadamard
+from lowrank_jax.projection.projectors.randomized import randomized
+from lowrank_jax.projection.projectors.svd import svd, svd_two_sided
 
 __all__ = [
     "Projector",

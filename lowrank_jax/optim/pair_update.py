@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax import sharding
-from lowrank_jax.adapters import pairs
-from lowrank_jax.adapters.pairs import OTHER, SIDES, FactorLeaves
 from lowrank_jax.checks import check_floating, check_integer, check_number, is_zero
-from lowrank_jax.projection import inner as inner_lib
-from lowrank_jax.projection.learning_rate import at_step, decayed_step, selected_for_decay
-from lowrank_jax.projection.matrix_step import all_finite, select
+from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.optim import pairs
+from lowrank_jax.optim.guard import all_finite, select
+from lowrank_jax.optim.learning_rate import at_step, decayed_step, selected_for_decay
+from lowrank_jax.optim.pairs import OTHER, SIDES, FactorLeaves
 from lowrank_jax.trees import as_float32, pure
 
 FORMAT_VERSION = 1

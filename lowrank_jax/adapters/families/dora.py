@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import sharding
 from lowrank_jax.adapters.base import Arrays, Factors, Op, Site, dropout, product
-from lowrank_jax.adapters.lora import Lora
+from lowrank_jax.adapters.families.lora import Lora
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

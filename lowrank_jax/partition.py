@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_jax.adapters.rules import no_match
+from lowrank_jax.checks import no_match
 from lowrank_jax.trees import is_node, leaves_with_metadata, map_nodes, nodes_with_keys, path_of
 
 

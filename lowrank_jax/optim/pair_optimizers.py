@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax import sharding
-from lowrank_jax.adapters import pairs
-from lowrank_jax.adapters.pair_update import Momentum, PairOptimizer
-from lowrank_jax.adapters.pairs import SIDES
 from lowrank_jax.checks import check_floating, check_number
-from lowrank_jax.projection import inner as inner_lib
+from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.optim import pairs
+from lowrank_jax.optim.pair_update import Momentum, PairOptimizer
+from lowrank_jax.optim.pairs import SIDES
 
 
 def _method(method: str, learning_rate: Any, *, common: dict[str, Any], **slots: Any):
@@ -119,7 +119,7 @@ def scaled_adamw(
       learning_rate: number or schedule.
       scale: 1 in paper and code: Adam cancels a number. Ranks that differ within a stack want the
         frozen tree of the adapters, whose zeros mask what is padded; see
-        `lrx.adapters.pairs.scale_of`.
+        `optim.pairs.scale_of`.
       damping: delta; official default 1e-6, tuned from 1e-7 to 100 in its experiments.
       order: "joint", both gradients by the factors before the step, as in the paper's equations
         (and in PEFT); or "sequential", that of b by the new a, as in the official AdamW.
@@ -182,7 +182,7 @@ def altlora(
       learning_rate: number or schedule of the step, which the official code ignores. That of SGD on
         the kernel.
       scale: s = alpha / r, or a tree: the frozen one of the adapters; see
-        `lrx.adapters.pairs.scale_of`. The official code leaves `s⁻²` out, which `scale=1.0` does.
+        `optim.pairs.scale_of`. The official code leaves `s⁻²` out, which `scale=1.0` does.
         Where it changes in training, `update(..., scale=)` takes it.
       alternate: steps on a factor before its partner's turn, first a: 1 in the paper, 10 with the
         official trainer's switch. None steps a and then, by the new a, b, at every step: the

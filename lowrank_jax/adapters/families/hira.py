@@ -15,7 +15,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from lowrank_jax.adapters.base import Adapter, check_positive
-from lowrank_jax.adapters.lora import Kaiming
+from lowrank_jax.adapters.starts.drawn import Kaiming
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import kernels, linalg, sharding
+from lowrank_jax import kernels, sharding
 from lowrank_jax.adapters.base import (
     Adapter,
     Arrays,
@@ -30,144 +30,15 @@ from lowrank_jax.adapters.base import (
     check_rate,
     dropout,
 )
+from lowrank_jax.adapters.starts.base import Init
+from lowrank_jax.adapters.starts.drawn import (
+    Gaussian,
+    Kaiming,
+    Orthogonal,
+)
+from lowrank_jax.adapters.starts.olora import Olora
+from lowrank_jax.adapters.starts.pissa import Pissa
 from lowrank_jax.checks import check_number
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Init:
-    """How the two factors start. `offset` says that the start is not zero and is subtracted."""
-
-    reads_kernel: ClassVar[bool] = False
-    offset: ClassVar[bool] = False
-
-    def validate(self, site: Site) -> None:
-        """ValueError, naming path, value and remedy, where a site does not fit."""
-
-    def __call__(
-        self, key: jax.Array, site: Site, kernel: jax.Array | None, scale: jax.Array
-    ) -> tuple[Any, Any]:
-        """`(a (n, r), b (r, m))`; entries beyond a matrix's own rank are masked by `scale`, not
-        here."""
-        raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Kaiming(Init):
-    """`a` uniform in ±1 / sqrt(n), b = 0: the start of Hu et al.'s code (kaiming_uniform with a =
-    sqrt(5)) and of PEFT.
-
-    Of an embedding `a` is 0 and b standard normal, as in both.
-    """
-
-    def __call__(self, key, site, kernel, scale):
-        if site.lookup:
-            return jnp.zeros((site.n, site.rank)), jax.random.normal(key, (site.rank, site.m))
-        bound = 1 / math.sqrt(site.n)
-        return jax.random.uniform(key, (site.n, site.rank), minval=-bound, maxval=bound), jnp.zeros(
-            (site.rank, site.m)
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gaussian(Init):
-    """`a` normal with standard deviation 1 / r, b = 0: PEFT's "gaussian". r is the matrix's own
-    rank.
-
-    Embeddings start as in `Kaiming`.
-    """
-
-    def __call__(self, key, site, kernel, scale):
-        if site.lookup:
-            return Kaiming()(key, site, kernel, scale)
-        own = jnp.maximum(jnp.sum(scale != 0), 1)
-        return jax.random.normal(key, (site.n, site.rank)) / own, jnp.zeros((site.rank, site.m))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Orthogonal(Init):
-    """Neither factor is 0, their product is: alternate rows of one orthogonal r x r matrix, as
-    PEFT's "orthogonal".
-
-    `a = (G_n Q_odd) / 10`, `b = (G_m Q_even)ᵀ / 10` with standard normal `G (., r / 2)`. r must be
-    even.
-    """
-
-    def validate(self, site):
-        if site.rank % 2:
-            raise ValueError(f"{site.path!r}: rank={site.rank} must be even for init='orthogonal'")
-
-    def __call__(self, key, site, kernel, scale):
-        keys, own = jax.random.split(key, 3), scale != 0
-        # of a rank smaller than the stack's a smaller matrix, beside which the padding is the
-        # identity
-        square = jnp.where(
-            own[:, None] & own,
-            jax.random.normal(keys[0], (site.rank, site.rank)),
-            jnp.eye(site.rank),
-        )
-        q = linalg.qr_orthonormal(square)
-        half = site.rank // 2
-        a = jax.random.normal(keys[1], (site.n, half)) @ q[1::2]
-        b = jax.random.normal(keys[2], (site.m, half)) @ q[0::2]
-        return a / 10, b.T / 10
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pissa(Init):
-    """The r largest singular triplets, split evenly: `a0 = U sqrt(S / s)`, `b0 = sqrt(S / s) Vᵀ` of
-    `K = U S Vᵀ`.
-
-    Meng et al. 2024 (arXiv:2404.02948); `s a0 b0` is the best rank-r part of K. MiLoRA
-    (arXiv:2406.09044) takes the smallest triplets.
-
-    Args:
-      iterations: of randomized SVD by subspace iteration; None is an exact SVD. The paper's fast
-        variant uses 2 to 16.
-      part: "largest" (PiSSA) or "smallest" (MiLoRA, exact only).
-    """
-
-    iterations: int | None = None
-    part: str = "largest"
-    reads_kernel: ClassVar[bool] = True
-    offset: ClassVar[bool] = True
-
-    def __post_init__(self):
-        if self.part not in ("largest", "smallest"):
-            raise ValueError(f"part={self.part!r} must be 'largest' (PiSSA) or 'smallest' (MiLoRA)")
-        if self.iterations is not None and self.part == "smallest":
-            raise ValueError("part='smallest' needs the exact SVD; leave iterations=None")
-
-    def __call__(self, key, site, kernel, scale):
-        if self.iterations is not None:
-            u, s, vt = linalg.randomized_svd(
-                kernel, site.rank, key, power_iterations=self.iterations
-            )
-        elif self.part == "largest":
-            u, s, vt = linalg.truncated_svd(kernel, site.rank)
-        else:
-            # the smallest first: of a rank smaller than the stack's `scale` masks the last
-            u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
-            u, s, vt = u[:, ::-1][:, : site.rank], s[::-1][: site.rank], vt[::-1][: site.rank]
-        root = jnp.sqrt(s / jnp.where(scale > 0, scale, 1.0))
-        return u * root, root[:, None] * vt
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Olora(Init):
-    """The first r columns of the QR factorisation: PEFT's "olora" (Büyükakyüz 2024,
-    arXiv:2406.01775).
-
-    The paper factors the torch weight `W = Kᵀ = Q R`: `b0 = Q[:, :r]ᵀ`, `a0 = R[:r]ᵀ`; what is
-    subtracted is `s a0 b0`, with factors not divided by s, as in PEFT.
-    """
-
-    reads_kernel: ClassVar[bool] = True
-    offset: ClassVar[bool] = True
-
-    def __call__(self, key, site, kernel, scale):
-        q, r = jnp.linalg.qr(kernel.T)
-        return r[: site.rank].T, q[:, : site.rank].T
-
 
 INITS: dict[str, Init] = {
     "kaiming": Kaiming(),
@@ -321,8 +192,3 @@ class Lora(Adapter):
 
 
 lora = Lora
-kaiming = Kaiming
-gaussian = Gaussian
-orthogonal = Orthogonal
-pissa = Pissa
-olora = Olora

@@ -1,0 +1,1 @@
+"""Products that understand what may stand in a kernel's place."""

@@ -1,0 +1,1 @@
+"""What projection optimizers and optimizers of pairs share: inner transformations, moments, rate and decay, guard."""

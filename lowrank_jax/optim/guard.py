@@ -1,0 +1,31 @@
+"""The guard: which steps are accepted, and how a skipped one leaves everything as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def energy(x: jax.Array) -> jax.Array:
+    """Sum of squares in float32."""
+    return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+
+# The largest sum of squares of gradients that a step accepts. A norm of 2^40, about 1e12, leaves
+# room for what a state makes of an accepted gradient later: a product of three such numbers, as of
+# a moment and the two factors that move it, and the square of fed-back errors that add up to many
+# gradients are finite in float32. Beyond it a step could be accepted after which none ever is
+# again.
+LARGEST = 2.0**80
+
+
+def all_finite(arrays: list[jax.Array]) -> jax.Array:
+    """Scalar: every array is finite, and the sum of all squares is within `LARGEST`."""
+    return sum((energy(x) for x in arrays), jnp.zeros(())) <= LARGEST  # NaN compares false
+
+
+def select(ok: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where ok, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)

@@ -1,0 +1,19 @@
+"""Named optimizers: frozen recipes with their papers' defaults and no logic of their own, a paper a file."""
+
+from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
+from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
+from lowrank_jax.projection.optimizers.frugal import frugal
+from lowrank_jax.projection.optimizers.galore import galore
+from lowrank_jax.projection.optimizers.ldadam import ldadam
+from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
+
+__all__ = [
+    "Recipe",
+    "RecipeState",
+    "apollo",
+    "apollo_mini",
+    "dct_adamw",
+    "frugal",
+    "galore",
+    "ldadam",
+]

@@ -1,0 +1,62 @@
+"""LDAdam."""
+
+from typing import Any
+
+import optax
+
+from lowrank_jax.optim import inner
+from lowrank_jax.projection import projectors, residuals, transports
+from lowrank_jax.projection import refresh_schedules as clocks
+from lowrank_jax.projection.optimizers.recipe import _recipe
+from lowrank_jax.projection.transformation import ProjectionTransformation
+
+
+def ldadam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Any = 16,
+    mix: Any = 0.908,
+    error_feedback: bool = True,
+    b1: Any = 0.908,
+    b2: Any = 0.99,
+    eps: Any = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    first: str = "svd",
+    projector: Any = None,
+    **common: Any,
+) -> ProjectionTransformation:
+    """LDAdam (ICLR 2025): a new subspace at every step, moments transported, errors fed back.
+
+    With `K = G + E`: `P = qr(B Bᵀ P_old)`, `B = mix up_old(m̂) + (1 - mix) K`; the moments move by
+    LDAdam's rule; `E <- K - up(g) + b1 / (1 - b1) [up_old(m) - up(C m)]`; AdamW on `g = PᵀK`. State
+    of a leaf that shrinks s, keeps k: `s r` basis, `2 r k` moments and `s k` error, which the
+    official code hides in the gradient buffer.
+
+    Args:
+      learning_rate: number or schedule; official default 1e-3.
+      rank: integer (16), fraction, or by path.
+      mix: rho, .908.
+      error_feedback: on by default.
+      b1, b2, eps, weight_decay: (.908, .99), 1e-8; decay before the step.
+      first: the basis of the first step, "svd" as in the official code or "range" (no SVD in the
+        program).
+      projector: in place of the power iteration.
+      **common: see `galore`.
+
+    Squares shrink the outputs here, and the inputs in GaLore, as in the official codes.
+
+    >>> import lowrank_jax as lrx
+    >>> lrx.ldadam(1e-3, rank=8).projection.clock
+    EveryStep(when='before')
+    """
+    if projector is None:
+        projector = projectors.power(rank=rank, first=first, mix=mix)
+    slots = {
+        "projector": projector,
+        "inner": inner.adam(b1=b1, b2=b2, eps=eps),
+        "own_clock": clocks.every_step(),
+        "transport": transports.ldadam(),
+        "residual": residuals.ldadam_error_feedback() if error_feedback else residuals.discard(),
+        "tie": "cols",
+    }
+    return _recipe(learning_rate, weight_decay, "pre", **(slots | common))

@@ -1,0 +1,69 @@
+"""The best vectors of the DCT."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from lowrank_jax import kernels, linalg
+from lowrank_jax.checks import is_integer
+from lowrank_jax.projection.projectors.transform import TransformProjector
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dct(TransformProjector):
+    """The r best vectors of the orthonormal DCT (DCT-AdamW, Trion).
+
+    Args:
+      kind: 3, the columns of the DCT-II matrix (the official code's default path, "dct3"), or 2,
+        its rows (its Makhoul path, "dct2").
+      products: "xla", or "kernel": a refresh takes its scores from `lrx.kernels.dct_scores`, on a
+        TPU where the shrunk dimension is a multiple of 128 from 2048 on, with XLA's scores to
+        rounding. Inside `lrx.meshes.use` of several devices each scores its own columns. Where an
+        explicit mesh divides a matrix, XLA's product stays. No device has timed it.
+    """
+
+    kind: int = 3
+    products: str = "xla"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not is_integer(self.kind) or self.kind not in (2, 3):
+            raise ValueError(
+                f"dct: kind={self.kind!r} must be the number 2 or 3 "
+                "(under optax.inject_hyperparams name it in static_args)"
+            )
+        if self.products not in ("xla", "kernel"):
+            raise ValueError(f"dct: products={self.products!r} must be 'xla' or 'kernel'")
+
+    def _transform(self, x):
+        return linalg.dct(x, self.kind, axis=-2)
+
+    def refresh(self, view, basis, evidence):
+        if self.products == "xla" or any(view.spec or ()):
+            return super().refresh(view, basis, evidence)
+        x, axis = evidence.grad, -2
+        if view.side == "cols":  # a transpose of the leaf, which the kernel reads as the leaf lies
+            x, axis = jnp.swapaxes(x, -2, -1), -1
+        return linalg.top_scores(kernels.dct_scores(x, self.kind, self.norm, axis), view.rank)
+
+    def structure(self):
+        return Dct(kind=self.kind)
+
+    def columns(self, view, basis):
+        return linalg.dct_columns(basis, view.shrunk, self.kind)
+
+
+def dct2(**options: Any) -> Dct:
+    """`dct(kind=2)`."""
+    return Dct(kind=2, **options)
+
+
+def dct3(**options: Any) -> Dct:
+    """`dct(kind=3)`."""
+    return Dct(kind=3, **options)
+
+
+dct = Dct

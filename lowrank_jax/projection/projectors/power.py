@@ -1,0 +1,74 @@
+"""Power iteration from the basis so far."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import linalg
+from lowrank_jax.checks import check_number
+from lowrank_jax.projection.projectors.base import StoredProjector
+from lowrank_jax.projection.projectors.random import structured
+from lowrank_jax.projection.projectors.svd import singular_vectors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Power(StoredProjector):
+    """Block power iteration, warm from the last basis: `P <- qr(B Bᵀ P)`.
+
+    `B` is the gradient, or LDAdam's mix `mix up(m̂) + (1 - mix) G` of the debiased first moment and
+    the gradient. Signs follow the warm start, so that moments kept across a refresh stay aligned.
+
+    Args:
+      iterations: power steps at a refresh.
+      first: the first refresh: "svd" takes singular vectors (LDAdam); "range" iterates from the
+        structured random basis that `init` makes, with no SVD anywhere in the program.
+      mix: LDAdam's rho, or None to use the gradient alone.
+    """
+
+    iterations: int = 1
+    first: str = "range"
+    mix: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.first not in ("svd", "range"):
+            raise ValueError(f"power: first={self.first!r} must be 'svd' or 'range'")
+        if self.iterations < 1:
+            raise ValueError(f"power: iterations={self.iterations} must be at least 1")
+        check_number("power: mix", self.mix, at_least=0, otherwise="None for the gradient alone")
+
+    @property
+    def needs(self):
+        return frozenset({"grad", "step"} if self.mix is None else {"grad", "moments", "step"})
+
+    @property
+    def of_rows(self):
+        return self.mix is None  # the first moment, mixed with the gradient, has no such columns
+
+    def init(self, view, keys):
+        return self.store(view, structured(keys, view.shrunk, view.rank))
+
+    def refresh(self, view, basis, evidence):
+        def svd():
+            return singular_vectors(view, evidence.grad)[0]
+
+        def warm():
+            return self._iterated(self.columns(view, basis), evidence)
+
+        moved = jax.lax.cond(evidence.step == 0, svd, warm) if self.first == "svd" else warm()
+        return self.store(view, moved)
+
+    def _iterated(self, basis, evidence):
+        target = evidence.grad
+        if self.mix is not None:
+            momentum = jnp.einsum("...sr,...rk->...sk", basis, evidence.moments)
+            target = self.mix * momentum + (1 - self.mix) * target
+        for _ in range(self.iterations):
+            basis = linalg.power_step(target, basis)
+        return basis
+
+
+power = Power

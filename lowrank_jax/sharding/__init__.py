@@ -1,0 +1,94 @@
+"""Shardings of optimizer state that follow from the parameters' shardings, on explicit and on auto
+meshes.
+
+An explicit mesh carries shardings in array types: state is born with the right one, and
+decompositions see whole matrices because their input is resharded first. An auto mesh leaves them
+to the compiler, and `state_shardings` gives `jax.jit` the same answer from outside. Where other
+libraries say pjit, this is `jax.jit` with shardings.
+
+One rule places everything: batch axes keep their sharding, the kept dimension `k` keeps its own,
+the rank `r` and the shrunk dimension of a basis are whole.
+"""
+
+from lowrank_jax.sharding.auto import all_axes, constrained, for_product, matrix_spec, rows_whole
+from lowrank_jax.sharding.context import (
+    Spec,
+    current_mesh,
+    current_rows,
+    current_specs,
+    divides,
+    explicit_trace,
+)
+from lowrank_jax.sharding.entries import (
+    axis_names_of,
+    batch_axes,
+    codes_of,
+    divides_any,
+    dividing,
+    even,
+    explicit_spec,
+    fold_spec,
+    is_explicit,
+    low_spec,
+    parts,
+    spec_of,
+    whole_spec,
+)
+from lowrank_jax.sharding.explicit import (
+    beside,
+    like,
+    mesh_of,
+    over_batch,
+    placing,
+    product_spec,
+    reshape,
+    reshard,
+    settled,
+    zeros,
+    zeros_like,
+)
+from lowrank_jax.sharding.manual import alike, everywhere, scan, vary, varying, varying_alike
+
+__all__ = [
+    "Spec",
+    "alike",
+    "all_axes",
+    "axis_names_of",
+    "batch_axes",
+    "beside",
+    "codes_of",
+    "constrained",
+    "current_mesh",
+    "current_rows",
+    "current_specs",
+    "divides",
+    "divides_any",
+    "dividing",
+    "even",
+    "everywhere",
+    "explicit_spec",
+    "explicit_trace",
+    "fold_spec",
+    "for_product",
+    "is_explicit",
+    "like",
+    "low_spec",
+    "matrix_spec",
+    "mesh_of",
+    "over_batch",
+    "parts",
+    "placing",
+    "product_spec",
+    "reshape",
+    "reshard",
+    "rows_whole",
+    "scan",
+    "settled",
+    "spec_of",
+    "vary",
+    "varying",
+    "varying_alike",
+    "whole_spec",
+    "zeros",
+    "zeros_like",
+]
