@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import sharding
-
-Shape = tuple[int, ...]
+from lowrank_jax.typing import Shape as Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType
 
-Spec = tuple
-
+from lowrank_jax.typing import Spec as Spec
 
 # The mesh of `meshes.use`: what an auto mesh's arrays do not say while they are traced.
 current_mesh: contextvars.ContextVar[Any] = contextvars.ContextVar("current_mesh", default=None)

@@ -1,0 +1,23 @@
+"""Names for what annotations mean, where Python's types say too little."""
+
+from typing import Any, TypeAlias
+
+import jax
+
+Scalar: TypeAlias = jax.Array | float | int
+"""A number, or an array of shape (), traced or not: hyper-parameters that may be injected, and flags of a step."""
+
+Pytree: TypeAlias = Any
+"""Any nesting of containers with arrays at the leaves: parameters, gradients, states."""
+
+Key: TypeAlias = jax.Array
+"""A typed random key, or an array of keys with batch axes."""
+
+Kernel: TypeAlias = Any
+"""A weight as a product meets it: an array, or a node that stands in its place (tapped, adapted, quantised)."""
+
+Shape: TypeAlias = tuple[int, ...]
+"""Sizes of axes."""
+
+Spec: TypeAlias = tuple[Any, ...]
+"""Partition entries, one for each axis: None, the name of a mesh axis, or a tuple of names."""
