@@ -8,19 +8,14 @@
 >>> updates, state = tx.update(params, state, params)
 """
 
-import importlib
-import types
-
-from lowrank_jax import adapters, linalg, linen, memory, partition
+from lowrank_jax import adapters, deprecations, linalg, linen, memory, partition
 from lowrank_jax.adapters import (
     Adaptation,
     AdaptedKernel,
-    absorb,
     adapt,
     altlora,
     altlora_plus,
     attach,
-    combine,
     effective,
     join,
     lora_plus,
@@ -28,7 +23,6 @@ from lowrank_jax.adapters import (
     precondition_pairs,
     scaled_adamw,
     to_lora,
-    unmerge,
 )
 from lowrank_jax.functions.products import dot_general, einsum, matmul
 from lowrank_jax.matrices import MatrixView, ResolvedView
@@ -78,7 +72,6 @@ __all__ = [
     "Taps",
     "Views",
     "__version__",
-    "absorb",
     "adapt",
     "adapters",
     "altlora",
@@ -89,7 +82,6 @@ __all__ = [
     "attach",
     "check_taps",
     "clocks",
-    "combine",
     "dct_adamw",
     "dot_general",
     "effective",
@@ -126,13 +118,7 @@ __all__ = [
     "to_lora",
     "train_step",
     "transports",
-    "unmerge",
 ]
 
-
-def __getattr__(name: str) -> types.ModuleType:
-    """`lrx.nnx` and `lrx.interop`, which import flax.nnx and read other people's files, at their
-    first use."""
-    if name in ("nnx", "interop"):
-        return importlib.import_module(f"lowrank_jax.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# nnx and interop, which import flax.nnx and read other people's files, come at their first use
+__getattr__ = deprecations.names(__name__, lazy=("nnx", "interop"))

@@ -322,7 +322,7 @@ def unmerge(
     >>> merged = lrx.merge(params, adaptation)
     >>> bool(
     ...     jnp.array_equal(
-    ...         lrx.unmerge(merged, adaptation, base=params)["kernel"], params["kernel"]
+    ...         lrx.adapters.unmerge(merged, adaptation, base=params)["kernel"], params["kernel"]
     ...     )
     ... )
     True

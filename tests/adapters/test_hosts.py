@@ -191,7 +191,7 @@ def test_several_adaptations_act_in_their_order():
             for active in orders
         ]
         effective = [lrx.effective(params, both, active=active)["dense"] for active in orders]
-        return outputs, effective, lrx.unmerge(lrx.merge(params, both), both)
+        return outputs, effective, lrx.adapters.unmerge(lrx.merge(params, both), both)
 
     outputs, effective, back = jax.jit(run, compiler_options=FAST_COMPILE)(params)
     for output, kernel in zip(outputs, effective, strict=True):

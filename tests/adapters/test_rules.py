@@ -269,12 +269,12 @@ def test_boxes_survive_a_merge_and_the_way_back():
     merged = lrx.merge(tree, adaptation)
     for back in (
         merged,
-        lrx.unmerge(merged, adaptation),
-        lrx.unmerge(merged, adaptation, base=tree),
+        lrx.adapters.unmerge(merged, adaptation),
+        lrx.adapters.unmerge(merged, adaptation, base=tree),
     ):
         assert isinstance(back["kernel"], nn.Partitioned) and back["kernel"].names == ("in", "out")
     with pytest.raises(ValueError, match=r"base: leaves \['kernel'\] are missing"):
-        lrx.unmerge(merged, adaptation, base={})
+        lrx.adapters.unmerge(merged, adaptation, base={})
 
 
 def test_two_adaptations_must_see_a_leaf_alike():
@@ -431,7 +431,7 @@ def test_quantised_leaves_are_adapted_and_not_trained_whole():
 def test_the_tree_must_be_the_one_that_adapt_saw():
     adaptation = lrx.adapt(params(), LORA, KEY)
     wrong = params() | {"layers_0": block(m=5)}
-    for form in (lrx.attach, lrx.effective, lrx.merge, lrx.unmerge):
+    for form in (lrx.attach, lrx.effective, lrx.merge, lrx.adapters.unmerge):
         with pytest.raises(
             ValueError, match=r"'layers_0/q/kernel', \(8, 6\), is of shape \(8, 5\); give the tree"
         ):
@@ -451,7 +451,7 @@ def test_the_tree_must_be_the_one_that_adapt_saw():
     with pytest.raises(
         ValueError, match="were trained whole; only base= brings back what they were"
     ):
-        lrx.unmerge(params(), both["a"])
+        lrx.adapters.unmerge(params(), both["a"])
 
 
 def test_merge_refuses_what_is_not_finite():

@@ -132,7 +132,7 @@ def test_kernels_and_convolutions(coded):
 def test_what_a_plain_leaf_cannot_say_is_refused_by_name():
     one, base = made(uses=EVERY), made()
     assert "lora at gather" in str(one)
-    for function in (lrx.effective, lrx.merge, lambda params, it: lrx.unmerge(params, it)):
+    for function in (lrx.effective, lrx.merge, lambda params, it: lrx.adapters.unmerge(params, it)):
         with pytest.raises(
             ValueError,
             match=r"\{'embed/embedding': \('gather',\)\}, and a plain leaf serves.*attach",

@@ -251,7 +251,9 @@ def program(row: Row) -> Callable:
             "merged": merged,
             "kernels": lrx.effective(params, adaptation),
         }
-        return found | ({"unmerged": lrx.unmerge(merged, adaptation)} if row.removable else {})
+        return found | (
+            {"unmerged": lrx.adapters.unmerge(merged, adaptation)} if row.removable else {}
+        )
 
     return jax.jit(run, compiler_options=FAST_COMPILE)
 

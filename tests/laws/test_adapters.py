@@ -61,8 +61,8 @@ def test_merged_kernels_are_the_effective_ones_and_come_apart_again(row):
         with pytest.raises(
             ValueError, match=r"'dense/kernel'.*pass the parameters from before the merge as base="
         ):
-            lrx.unmerge(found["merged"], a.moved(row))
-    same = lrx.unmerge(found["merged"], a.moved(row), base=a.params())
+            lrx.adapters.unmerge(found["merged"], a.moved(row))
+    same = lrx.adapters.unmerge(found["merged"], a.moved(row), base=a.params())
     assert all(map(np.array_equal, jax.tree.leaves(same), jax.tree.leaves(a.params())))
 
 

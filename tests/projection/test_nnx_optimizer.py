@@ -216,9 +216,9 @@ def test_adapters_of_variables_are_those_of_arrays():
         np.testing.assert_allclose(loss(attached), loss(plain), rtol=1e-5)
         values.append(float(loss(plain)))
         merged = lrx.merge(params, adaptation)
-        unmerged = lrx.unmerge(merged, adaptation, base=params)
+        unmerged = lrx.adapters.unmerge(merged, adaptation, base=params)
         kept = lrx.join(*lrx.partition(params, (r"up/.*",)))
-        absorbed, _ = lrx.absorb(params, adaptation)
+        absorbed, _ = lrx.adapters.absorb(params, adaptation)
         for tree in (merged, unmerged, kept, absorbed):
             assert jax.tree.structure(tree) == jax.tree.structure(params)
         assert_same(unmerged, params)

@@ -5,7 +5,7 @@
 Hu et al. 2021 (arXiv:2106.09685), Kalajdzievski 2023 (arXiv:2312.03732). Initialisers are objects
 of their own: an ordinary start (`kaiming`, `gaussian`, `orthogonal`) has delta 0; one from the
 kernel (`pissa`, `milora`, `olora`) does too, by frozen factors `a0`, `b0` that are subtracted.
-Their offset stays data beside the kernel, exact in low precision, until `lrx.absorb` writes it into
+Their offset stays data beside the kernel, exact in low precision, until `lrx.adapters.absorb` writes it into
 the kernel as the papers do.
 """
 
