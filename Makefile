@@ -17,7 +17,7 @@ TPU := $(CPU) ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTN
 	TPU_ACCELERATOR_TYPE=v5litepod-4
 ONE_PROCESS := not multi_device and not multi_process and not tpu_compile and not cuda_compile and not peer
 
-.PHONY: help train finetune test test-fast test-full test-multi test-tpu test-cuda test-peer lint evidence report clean
+.PHONY: help train finetune test test-fast test-full test-multi test-tpu test-cuda test-peer lint study evidence report clean
 
 help:
 	@echo "make train      pre-train a small LLaMA with dct_adamw on embedded text; writes a checkpoint and a report"
@@ -25,7 +25,7 @@ help:
 	@echo "make test       lint, types, doctests, fast and slow tests, tests on eight fake devices (20 minutes on 2 cores)"
 	@echo "make test-fast  doctests and fast tests (3 minutes on 2 cores)"
 	@echo "make lint       ruff (rules and format) and mypy"
-	@echo "make evidence   the study behind README's tables (about 2 hours on 2 cores; may be interrupted and resumed)"
+	@echo "make study      the study behind README's tables (about 2 hours on 2 cores; may be interrupted and resumed)"
 	@echo "make report     one page from finished runs: make report RUNS='runs/a runs/b'"
 	@echo "make test-tpu   compile for TPUs that are not there (libtpu); make test-peer: compare with PyTorch"
 	@echo "make test-cuda  compile kernels for GPUs that are not there (jax-cuda13-plugin)"
@@ -60,6 +60,10 @@ finetune: .venv/installed
 report: .venv/installed
 	$(BIN)/python -m experiments.report $(RUNS) --output=runs/report.html
 
+study: .venv/installed
+	$(BIN)/python -m experiments.study --time
+
+# the old name, until the next minor version
 evidence: .venv/installed
 	$(BIN)/python -m experiments.evidence --time
 

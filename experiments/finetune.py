@@ -14,14 +14,16 @@ import pathlib
 
 from absl import flags
 
-from experiments import command, merged, tuning_configuration
-from experiments.configuration import ConfigurationError
-from experiments.finetuning import Finetuning
+from experiments.finetuning import export
+from experiments.finetuning.task import Finetuning
+from experiments.harness import command
+from experiments.settings import finetuning_configuration
+from experiments.settings.configuration import ConfigurationError
 
 _EXPORT = flags.DEFINE_string(
     "export", None, "folder for what was tuned, written when the run is over"
 )
-_FORMAT = flags.DEFINE_enum("export_format", "run", merged.FORMATS, "who is to read it")
+_FORMAT = flags.DEFINE_enum("export_format", "run", export.FORMATS, "who is to read it")
 
 
 def conclude(summary, workdir):
@@ -44,13 +46,13 @@ def conclude(summary, workdir):
     line("loss on base's domain", "domain_loss", "{:.4f}".format)
     line("accuracy there", "domain_accuracy", "{:.2%}".format)
     if _EXPORT.value and summary["status"] == "finished":
-        print(f"exported to {merged.export(workdir, _EXPORT.value, _FORMAT.value)}")
+        print(f"exported to {export.export(workdir, _EXPORT.value, _FORMAT.value)}")
 
 
 def check_export(config):
     """Before any work: there is room for what `--export` asks for, and this run makes it."""
     if _EXPORT.value:
-        merged.check_output(_EXPORT.value)
+        export.check_output(_EXPORT.value)
         if _FORMAT.value == "peft" and not config.adapter.method:
             raise ConfigurationError(
                 "export_format='peft': the whole model is trained; give 'huggingface' or 'run'"
@@ -62,7 +64,7 @@ if __name__ == "__main__":
     alone = ("export",)
     command.run(
         "experiments.finetune",
-        tuning_configuration,
+        finetuning_configuration,
         Finetuning,
         conclude,
         default=default,

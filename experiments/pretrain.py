@@ -8,8 +8,9 @@ wrong configuration.
 
 import pathlib
 
-from experiments import command, configuration
-from experiments.tasks import Pretraining
+from experiments.harness import command
+from experiments.harness.tasks import Pretraining
+from experiments.settings import configuration
 
 
 def conclude(summary, workdir):

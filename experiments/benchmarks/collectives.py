@@ -35,8 +35,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 import lowrank_jax as lrx
-from experiments import collectives, outputs
 from experiments.benchmarks import commandline, workload
+from experiments.harness import collectives, outputs
 from experiments.models import axes, llama
 from lowrank_jax import sharding
 from lowrank_jax.sharding import meshes

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from experiments import outputs
+from experiments.harness import outputs
 from experiments.models import llama
-from experiments.sections import LARGEST, ConfigurationError
+from experiments.settings.sections import LARGEST, ConfigurationError
 from lowrank_jax.interop.documents import DocumentError
 
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_jax as lrx
-from experiments import collectives, outputs
 from experiments.benchmarks import commandline, training_step, workload
+from experiments.harness import collectives, outputs
 from experiments.models import axes, llama
 from lowrank_jax.sharding import meshes
 

@@ -25,10 +25,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lrx
-from experiments import collectives, outputs
 from experiments.benchmarks import commandline
 from experiments.benchmarks import kernels as single
 from experiments.benchmarks.kernel_cases import thin_linear
+from experiments.harness import collectives, outputs
 from experiments.planning import hlo, targets
 from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.interop import documents

@@ -30,9 +30,9 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from experiments import outputs
 from experiments.benchmarks import commandline
 from experiments.benchmarks.kernel_cases.base import Case
+from experiments.harness import outputs
 from experiments.planning import targets
 from lowrank_jax.interop import documents
 from lowrank_jax.kernels import _platform

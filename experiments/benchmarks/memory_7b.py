@@ -43,8 +43,8 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as Spec
 
 import lowrank_jax as lrx
-from experiments import outputs
 from experiments.benchmarks import commandline, tpu_programs, training_step, workload
+from experiments.harness import outputs
 from experiments.models import llama
 from experiments.planning.targets import RTX_4090
 from lowrank_jax.interop import documents

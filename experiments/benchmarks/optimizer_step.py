@@ -31,8 +31,8 @@ import jax
 import jax.numpy as jnp
 
 import lowrank_jax as lrx
-from experiments import outputs
 from experiments.benchmarks import commandline, timing, tpu_programs, workload
+from experiments.harness import outputs
 
 SLACK, NORMAL_STEPS = 1.2, 3.0
 

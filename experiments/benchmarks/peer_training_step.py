@@ -32,8 +32,8 @@ import numpy as np
 import optax
 
 import lowrank_jax as lrx
-from experiments import outputs
 from experiments.benchmarks import commandline, timing, training_step, workload
+from experiments.harness import outputs
 from experiments.models import huggingface, llama
 
 AIM = 1.25

@@ -24,12 +24,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import configuration, outputs
 from experiments.benchmarks import commandline
 from experiments.configs import llama_1b, llama_7b
+from experiments.harness import outputs
 from experiments.planning import queue, report
 from experiments.planning.cases import Case, with_mesh, with_optimizer
 from experiments.planning.queue import CompileError
+from experiments.settings import configuration
 from lowrank_jax.interop import documents
 
 OUTPUT = Path("experiments/results/plans.json")

@@ -57,9 +57,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import lowrank_jax as lrx
-from experiments import configuration, optimizers, outputs, updates, workdir
 from experiments.benchmarks import commandline, timing
+from experiments.harness import optimizers, outputs, updates, workdir
 from experiments.models import llama
+from experiments.settings import configuration
 from lowrank_jax.interop import documents
 
 REFRESHES = {
@@ -81,7 +82,7 @@ SHARES = (
 
 
 def configured(refresh: str, period: int, seed: int, steps: int) -> configuration.RunConfig:
-    """The run: GaLore at the learning rate that was best in `experiments.evidence`."""
+    """The run: GaLore at the learning rate that was best in `experiments.study`."""
     return configuration.from_dict(
         {
             "model": {"preset": "nano"},
@@ -316,7 +317,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from experiments import figures
+    from experiments.reporting import figures
 
     periods = list(dict.fromkeys(row["period"] for row in rows))
     figure = Figure(figsize=(5.0 * len(periods), 3.8), layout="constrained")

@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from experiments import outputs
 from experiments.benchmarks import commandline
 from experiments.benchmarks.kernels import traffic
+from experiments.harness import outputs
 from experiments.planning import targets
 from lowrank_jax.interop import documents
 from lowrank_jax.projection.projectors.base import thin_product

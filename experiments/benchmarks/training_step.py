@@ -35,10 +35,11 @@ import numpy as np
 import optax
 
 import lowrank_jax as lrx
-from experiments import configuration, outputs, updates, workdir
 from experiments.benchmarks import commandline, timing, workload
+from experiments.harness import outputs, updates, workdir
+from experiments.harness.optimizers import METHODS
 from experiments.models import llama
-from experiments.optimizers import METHODS
+from experiments.settings import configuration
 
 PERIOD = workload.PERIOD
 AIMS = {("60M", 4): 0.82, ("60M", 8): 0.76}

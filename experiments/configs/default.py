@@ -9,7 +9,7 @@ that of a trigram model of the training text, which is 1.80 nats a byte on the f
 validation tokens of Python 3.11.7's library.
 """
 
-from experiments import configuration
+from experiments.settings import configuration
 
 
 def get_config():

@@ -9,7 +9,7 @@ model of t5-base at `config.data.tokenizer`. Expect a perplexity near the publis
 `script_perplexity`; here parameters are float32. Not yet run by us.
 """
 
-from experiments import configuration
+from experiments.settings import configuration
 
 
 def get_config():

@@ -5,7 +5,7 @@
 Expect 100 updates in well under a minute and no useful text.
 """
 
-from experiments import configuration
+from experiments.settings import configuration
 
 
 def get_config():

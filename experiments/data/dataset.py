@@ -15,7 +15,7 @@ from experiments.data.sources import (
     named_source,
 )
 from experiments.data.tokenizer import Tokenizer, make_tokenizer
-from experiments.sections import number
+from experiments.settings.sections import number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from experiments.data.sources import (
     named_builder,
 )
 from experiments.data.tokenizer import make_tokenizer
-from experiments.sections import choice, number, one_of
+from experiments.settings.sections import choice, number, one_of
 
 TASKS = ("language_modelling", "instruction", "classification")
 KEYS = {

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import checkpoint, outputs
+from experiments.harness import checkpoint, outputs
 from experiments.models import llama
 from lowrank_jax.interop import documents, safetensors
 from lowrank_jax.interop import llama as names

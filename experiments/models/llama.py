@@ -37,7 +37,7 @@ from experiments.models.divided import (
     rematerialised,
     summed,
 )
-from experiments.sections import check, choice, number
+from experiments.settings.sections import check, choice, number
 from lowrank_jax import dot_general, sharding
 from lowrank_jax.adapters import attend
 from lowrank_jax.sharding.meshes import at_input, constrain

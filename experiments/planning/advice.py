@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from experiments import configuration
-from experiments.configuration import LOWRANK, ConfigurationError, RunConfig
 from experiments.planning.cases import Case, with_mesh, with_optimizer
+from experiments.settings import configuration
+from experiments.settings.configuration import LOWRANK, ConfigurationError, RunConfig
 
 Change = Callable[[RunConfig], RunConfig]
 OTHERS = ("galore", "dct_adamw", "apollo_mini")

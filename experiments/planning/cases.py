@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import lowrank_jax as lrx
-from experiments import configuration, optimizers
-from experiments.configuration import LOWRANK, ConfigurationError, RunConfig
+from experiments.harness import optimizers
 from experiments.planning import targets
-from experiments.sections import build, one_of, require
+from experiments.settings import configuration
+from experiments.settings.configuration import LOWRANK, ConfigurationError, RunConfig
+from experiments.settings.sections import build, one_of, require
 from lowrank_jax.projection.projectors.power import Power
 from lowrank_jax.projection.projectors.svd import Svd, TwoSidedSvd
 

@@ -1,4 +1,4 @@
-"""A compiled program's text made ready for `experiments.collectives.read`, which knows loops and
+"""A compiled program's text made ready for `experiments.harness.collectives.read`, which knows loops and
 branches by name only.
 
 XLA:TPU does not write the trips of a loop, and writes a collective that it overlaps with
@@ -8,7 +8,7 @@ computation into several fused computations, all with one channel.
 import re
 from typing import Any
 
-from experiments import collectives
+from experiments.harness import collectives
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 
 import lowrank_jax as lrx
+from experiments.harness.tasks import Pretraining
 from experiments.models import llama
 from experiments.planning import hlo, measured
 from experiments.planning.cases import Case, gradients_of
-from experiments.tasks import Pretraining
 from lowrank_jax.memory import components as state_parts
 from lowrank_jax.trees import leaves_with_metadata
 
@@ -56,7 +56,7 @@ class Planned(Pretraining):
         }
 
     def lowered(self) -> jax.stages.Lowered:
-        """The update as `experiments.training` compiles it."""
+        """The update as `experiments.harness.training` compiles it."""
         return jax.jit(self.update(), donate_argnums=0).lower(self.abstract, self.batch_shapes())
 
 

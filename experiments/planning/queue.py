@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from experiments.metrics import format_bytes
+from experiments.harness.metrics import format_bytes
 from experiments.planning import measured, targets
 from experiments.planning.cases import Case
 from lowrank_jax.interop import documents
@@ -26,10 +26,10 @@ SOURCES = (
     "lowrank_jax",
     "experiments/models",
     "experiments/planning",
-    "experiments/updates.py",
-    "experiments/tasks.py",
-    "experiments/optimizers.py",
-    "experiments/collectives.py",
+    "experiments/harness/updates.py",
+    "experiments/harness/tasks.py",
+    "experiments/harness/optimizers.py",
+    "experiments/harness/collectives.py",
 )
 
 _ENTRY = {"key": str, "source": str, "row": dict, "digest": str}

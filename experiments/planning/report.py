@@ -158,7 +158,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from experiments.figures import COMPONENT_COLOURS
+    from experiments.reporting.figures import COMPONENT_COLOURS
 
     shown = [row for row in rows if "error" not in row]
     canvas = Figure(figsize=(10.0, 1.4 + 0.34 * len(shown)), layout="constrained", dpi=150)
@@ -215,7 +215,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
 def plans(result: dict[str, Any]) -> str:
     """README's tables of `experiments.benchmarks.plans`: the rows, predictions against a process,
     and the aims."""
-    from experiments.tables import markdown
+    from experiments.reporting.tables import markdown
 
     lines = []
     for row in result["rows"]:
@@ -263,7 +263,7 @@ def plans(result: dict[str, Any]) -> str:
 
 
 def _reality(rows: Sequence[dict[str, Any]]) -> str:
-    from experiments.tables import markdown, mebibytes
+    from experiments.reporting.tables import markdown, mebibytes
 
     lines = []
     for row in rows:

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.metrics import PEAK_FLOPS
-from experiments.sections import ConfigurationError, one_of
+from experiments.harness.metrics import PEAK_FLOPS
+from experiments.settings.sections import ConfigurationError, one_of
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30

@@ -14,7 +14,7 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 CONFIG = """
-from experiments import {module} as configuration
+from experiments.settings import {module} as configuration
 
 def get_config():
     config = configuration.template()
@@ -29,7 +29,7 @@ def get_config():
 
 
 def write(folder, module, values):
-    """`folder`/config.py, with the values of a configuration of experiments.MODULE."""
+    """`folder`/config.py, with the values of a configuration of experiments.settings.MODULE."""
     (folder / "config.py").write_text(CONFIG.format(module=module, values=values))
 
 

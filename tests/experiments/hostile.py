@@ -16,7 +16,7 @@ import warnings
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import checkpoint, outputs
+from experiments.harness import checkpoint, outputs
 
 _OTHERS = {
     dict: (None, [], "x", 3, True),

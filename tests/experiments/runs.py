@@ -9,9 +9,10 @@ import signal
 import jax
 import numpy as np
 
-from experiments import configuration, metrics, training
+from experiments.harness import metrics, training
+from experiments.settings import configuration
 
-ROOT = pathlib.Path(configuration.__file__).parents[1]
+ROOT = pathlib.Path(configuration.__file__).parents[2]
 
 
 def write_text(folder, files=60, words=400):

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import bases, checkpoint, outputs, workdir
-from experiments.bases import BaseConfig, open_base
-from experiments.configuration import ConfigurationError
+from experiments.finetuning import sources
+from experiments.finetuning.sources import BaseConfig, open_base
+from experiments.harness import checkpoint, outputs, workdir
 from experiments.models import huggingface, llama
+from experiments.settings.configuration import ConfigurationError
 from tests.experiments import runs
 
 CONFIG = llama.preset(
@@ -37,12 +38,12 @@ def run_folder(folder, params):
 
 def exported(folder, params):
     description = {
-        "format": bases.EXPORTED,
+        "format": sources.EXPORTED,
         "architecture": "llama",
         "model": dataclasses.asdict(CONFIG),
     }
     description |= {"tokenizer": "bytes", "classes": [], "domain": {"name": "python_stdlib"}}
-    stored(folder, params, bases.meaning(description))
+    stored(folder, params, sources.meaning(description))
     outputs.write_json(folder / "config.json", description)
 
 

@@ -11,8 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import checkpoint, manifest, outputs
-from experiments.checkpoint import CheckpointError, Checkpoints, DiskFullError, MismatchError
+from experiments.harness import checkpoint, manifest, outputs
+from experiments.harness.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    DiskFullError,
+    MismatchError,
+)
 
 
 def make_tree(value=1.0):

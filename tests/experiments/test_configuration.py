@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lrx
-from experiments import arguments, configuration, optimizers, tuning_configuration
-from experiments.arguments import load
-from experiments.configuration import (
+from experiments.harness import optimizers
+from experiments.settings import arguments, configuration, finetuning_configuration
+from experiments.settings.arguments import load
+from experiments.settings.configuration import (
     ConfigurationError,
     OptimizerConfig,
     ScheduleConfig,
@@ -26,10 +27,10 @@ from experiments.configuration import (
     template,
     to_dict,
 )
-from experiments.sections import plain
+from experiments.settings.sections import plain
 from tests.experiments import commands, runs
 
-CONFIGS = sorted((pathlib.Path(configuration.__file__).parent / "configs").glob("[!_]*.py"))
+CONFIGS = sorted((pathlib.Path(configuration.__file__).parents[1] / "configs").glob("[!_]*.py"))
 
 
 def load_config(path):
@@ -308,7 +309,7 @@ def test_clipping_is_heeded():
 def test_the_command_line_exits_with_2_and_one_message(flags, message, tmp_path):
     command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={tmp_path}/run", *flags]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=pathlib.Path(configuration.__file__).parents[1]
+        command, capture_output=True, text=True, cwd=pathlib.Path(configuration.__file__).parents[2]
     )
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
@@ -316,7 +317,7 @@ def test_the_command_line_exits_with_2_and_one_message(flags, message, tmp_path)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-TABLES = {"pretrain": configuration, "finetune": tuning_configuration}
+TABLES = {"pretrain": configuration, "finetune": finetuning_configuration}
 ALL_CONFIGS = CONFIGS + sorted((CONFIGS[0].parent / "finetune").glob("[!_]*.py"))
 
 
@@ -324,7 +325,7 @@ ALL_CONFIGS = CONFIGS + sorted((CONFIGS[0].parent / "finetune").glob("[!_]*.py")
 def test_any_file_takes_any_method_by_one_flag(path):
     """What the file says for its own method and another lacks is left out; a flag that says so
     stays an error."""
-    settings = tuning_configuration if path.parent.name == "finetune" else configuration
+    settings = finetuning_configuration if path.parent.name == "finetune" else configuration
     file = plain(load(str(path)))
     own = file["optimizer"]["name"]
     for name in settings.SECTIONS["optimizer"].__dataclass_fields__["name"].metadata["choices"]:
@@ -337,9 +338,9 @@ def test_any_file_takes_any_method_by_one_flag(path):
         )
         explicit = ["name", "rank"] if needs_rank else ["name"]
         given["optimizer"] |= {"rank": 8} if needs_rank else {}
-        if settings is tuning_configuration and (name in configuration.LOWRANK):
+        if settings is finetuning_configuration and (name in configuration.LOWRANK):
             given["adapter"] |= {"method": ""}
-        if name in tuning_configuration.PAIRS:
+        if name in finetuning_configuration.PAIRS:
             given["adapter"] |= {"method": "lora(rank=2)"}
             given["base"] |= {"source": "runs/default", "preset": None}
         notes = optimizers.fit(given["optimizer"], own, explicit)

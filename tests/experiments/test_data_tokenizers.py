@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import configuration
-from experiments.configuration import ConfigurationError
 from experiments.data.tokenizer import ByteTokenizer, found_in, make_tokenizer, vocabulary_of
+from experiments.settings import configuration
+from experiments.settings.configuration import ConfigurationError
 from tests.experiments import tokenizers as made
 from tests.experiments.tokenizers import MARKED
 

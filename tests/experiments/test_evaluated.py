@@ -7,7 +7,7 @@ import pytest
 from experiments.data import DataConfig, load
 from experiments.data.dataset import Dataset
 from experiments.data.digits import Images
-from experiments.evaluated import identity, spelled
+from experiments.harness.evaluated import identity, spelled
 from tests.experiments import runs
 
 
@@ -48,7 +48,7 @@ def dataset(folder, monkeypatch=None, **options):
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
     """So that the data do not fit into one reading."""
-    monkeypatch.setattr("experiments.evaluated.ROWS", 32)
+    monkeypatch.setattr("experiments.harness.evaluated.ROWS", 32)
 
 
 def test_the_same_tokens_however_they_are_cut(folder):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import checkpoint, export, training, workdir
-from experiments.configuration import ConfigurationError
 from experiments.data.tokenizer import ByteTokenizer
+from experiments.harness import checkpoint, export, training, workdir
 from experiments.models import huggingface
+from experiments.settings.configuration import ConfigurationError
 from tests.experiments import runs
 
 pytest.importorskip("safetensors", reason="needs the safetensors package")

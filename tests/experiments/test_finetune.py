@@ -10,13 +10,15 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
-from experiments import bases, finetuning, merged, metrics, training
-from experiments.bases import open_base
-from experiments.configuration import ConfigurationError
 from experiments.data.tokenizer import ByteTokenizer
+from experiments.finetuning import export, sources
+from experiments.finetuning import task as finetuning_task
+from experiments.finetuning.sources import open_base
+from experiments.harness import metrics, training
+from experiments.harness.runs import read_summary
 from experiments.models import huggingface, llama
-from experiments.runs import read_summary
-from experiments.tuning_configuration import BaseConfig
+from experiments.settings.configuration import ConfigurationError
+from experiments.settings.finetuning_configuration import BaseConfig
 from tests.experiments import runs, tuning
 
 pytestmark = pytest.mark.slow
@@ -59,7 +61,7 @@ def params_of(workdir):
 
 def evaluated(config):
     """The figures before the first update, without a run."""
-    task = finetuning.Finetuning(config)
+    task = finetuning_task.Finetuning(config)
     return task.evaluate(task.initial())[0]
 
 
@@ -115,7 +117,7 @@ def test_a_checkpoint_holds_what_trains_and_no_kernel_of_the_base(folder, whole)
 def test_the_tuned_model_is_base_and_adapters_and_its_loss_the_summarys(folder, whole):
     workdir, summary = whole
     tuned, base = params_of(workdir), params_of(folder / "base")
-    data = finetuning.Finetuning(tuning.tiny(folder)).dataset.validation
+    data = finetuning_task.Finetuning(tuning.tiny(folder)).dataset.validation
     config = runs.tiny(folder).model
     before = mean_loss(config, base, data.evaluation(4, 512))
     assert before == pytest.approx(summary["validation_loss_before"], rel=1e-5)
@@ -166,7 +168,7 @@ def test_a_crashed_run_resumes_bitwise(folder, whole, monkeypatch):
 
 
 def test_dropout_draws_anew_and_is_off_without_a_key(folder):
-    task = finetuning.Finetuning(
+    task = finetuning_task.Finetuning(
         tuning.tiny(folder, adapter={"method": "lora(rank=2, dropout=0.2)"})
     )
     parts = task.parts.cut(task.frozen[0], jax.random.key(0), task.places)
@@ -206,26 +208,26 @@ def write_exported(folder, params):
 
     shutil.rmtree(folder)
     base = open_base(BaseConfig(source=str(folder.parent / "base")), 0)
-    model = finetuning.Model(tuning.tiny(folder.parent), base, ())
-    merged._write_run(folder, model.describe(tuning.tiny(folder.parent).data), params)
+    model = finetuning_task.Model(tuning.tiny(folder.parent), base, ())
+    export._write_run(folder, model.describe(tuning.tiny(folder.parent).data), params)
 
 
 def test_an_exported_model_is_a_base_and_a_folder_of_transformers(folder, whole):
     workdir, summary = whole
     tuned = params_of(workdir)
-    merged.export(workdir, folder / "exported", "run")
-    assert bases.digest(params_of(folder / "exported")) == bases.digest(tuned)
+    export.export(workdir, folder / "exported", "run")
+    assert sources.digest(params_of(folder / "exported")) == sources.digest(tuned)
     found = open_base(BaseConfig(source=str(folder / "exported")), 0)
     assert (found.tokenizer, found.classes, found.domain.name) == (
         "bytes",
         (),
         str(folder / "rows.jsonl"),
     )
-    merged.export(workdir, folder / "transformers", "huggingface")
+    export.export(workdir, folder / "transformers", "huggingface")
     config, params = huggingface.load(folder / "transformers")
     assert config.layers == 2
     jax.tree.map(np.testing.assert_array_equal, params, tuned)
-    merged.export(workdir, folder / "peft", "peft")
+    export.export(workdir, folder / "peft", "peft")
     base, views = params_of(folder / "base"), lrx.Views(stacked=("layers/.*",))
     adaptation = lrx.interop.peft.load(
         folder / "peft", base, lrx.interop.llama.torch_name, views=views
@@ -234,7 +236,7 @@ def test_an_exported_model_is_a_base_and_a_folder_of_transformers(folder, whole)
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), lrx.merge(base, adaptation), tuned
     )
     with pytest.raises(ConfigurationError, match="export=.*holds files; give another folder"):
-        merged.export(workdir, folder / "exported", "run")
+        export.export(workdir, folder / "exported", "run")
     # tuned again, from the folder of transformers, which says neither tokenizer nor domain
     other = {"source": str(folder / "transformers")}
     with pytest.raises(
@@ -272,7 +274,7 @@ def test_the_whole_model_with_a_projection_optimizer(folder, backprop, monkeypat
     with pytest.raises(
         ConfigurationError, match="export_format='peft': the whole model was trained"
     ):
-        merged.export(workdir, folder / f"peft {backprop}", "peft")
+        export.export(workdir, folder / f"peft {backprop}", "peft")
     if backprop is not None:
         return
     interrupted(monkeypatch, config, folder / f"galore {backprop} crashed")
@@ -292,7 +294,7 @@ def test_an_instructions_loss_is_that_of_its_response(folder):
     config = tuning.tiny(folder, data={"task": "instruction"}, schedule={"steps": 2})
     summary = tuning.run(config, folder / "instruction")
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    train = finetuning.Finetuning(config).dataset.train
+    train = finetuning_task.Finetuning(config).dataset.train
     batch = train.batch(0)
     assert batch["weights"].sum(axis=1).tolist() != [16] * 4
     tokenizer, responses = ByteTokenizer(), {row["response"] for row in rows}
@@ -334,7 +336,7 @@ def test_classes_of_text_get_a_head_and_the_language_model_stays_measurable(
     found = open_base(BaseConfig(source=str(workdir)), 0)
     assert found.classes == ("even", "odd")
     if method:
-        merged.export(workdir, folder / "classifier", "run")
+        export.export(workdir, folder / "classifier", "run")
         again = {
             "base": {"source": str(folder / "classifier")},
             "data": {"task": "classification", "batch_size": 16},
@@ -345,7 +347,7 @@ def test_classes_of_text_get_a_head_and_the_language_model_stays_measurable(
             kept["domain_accuracy"] == kept["accuracy"]
         )  # the base's domain is that of its last tuning
         with pytest.raises(ConfigurationError, match="is for language models"):
-            merged.export(workdir, folder / "no", "huggingface")
+            export.export(workdir, folder / "no", "huggingface")
 
 
 def test_digits_turned_by_a_right_angle(folder):
@@ -377,7 +379,7 @@ def test_digits_turned_by_a_right_angle(folder):
 
 def test_layers_rules_and_exclusions_are_heeded(folder):
     def trained(**adapter):
-        return finetuning.Finetuning(tuning.tiny(folder, adapter=adapter)).parts.count
+        return finetuning_task.Finetuning(tuning.tiny(folder, adapter=adapter)).parts.count
 
     each = 2 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 32))
     assert trained() == 2 * each
@@ -437,7 +439,7 @@ def test_dtypes_and_rematerialisation_of_the_base_can_be_changed(folder):
         "dtype": "bfloat16",
         "remat": True,
     }
-    task = finetuning.Finetuning(tuning.tiny(folder, base=base | {"domain": "none"}))
+    task = finetuning_task.Finetuning(tuning.tiny(folder, base=base | {"domain": "none"}))
     assert {leaf.dtype for leaf in jax.tree.leaves(task.frozen)} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(task.abstract["params"])} == {
         jnp.dtype(jnp.float32)
@@ -469,7 +471,7 @@ def test_optimizers_of_the_factors_take_the_adapters_scale(folder, name):
             "targets": ".*/down_proj/kernel",
         },
     )
-    task = finetuning.Finetuning(config)
+    task = finetuning_task.Finetuning(config)
     state = task.initial()
     begun = jax.tree.map(jnp.copy, state["params"])
     batch = jax.tree.map(jnp.asarray, task.host_batch(0))

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from experiments import bases
+from experiments.finetuning import sources
 from tests.experiments import commands, runs, tuning
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
         checkpoint={"every": EVERY},
         run={"evaluate_every": 40, "compile_cache": True},
     )
-    commands.write(folder, "tuning_configuration", dataclasses.asdict(config))
+    commands.write(folder, "finetuning_configuration", dataclasses.asdict(config))
     process = commands.start("finetune", folder, "whole", f"--export={folder}/exported")
     assert process.wait(400) == 0, (folder / "whole.log").read_text()
     return folder
@@ -73,10 +73,10 @@ def test_the_command_tells_the_shares_and_exports(folder):
     assert f"loss on base's domain    {before:.4f} before, {after:.4f} after" in log
     assert f"exported to {folder}/exported" in log
     models = [
-        bases.open_base(bases.BaseConfig(source=str(folder / name)), 0)
+        sources.open_base(sources.BaseConfig(source=str(folder / name)), 0)
         for name in ("exported", "whole")
     ]
-    exported, whole = (bases.digest(base.read(base.placing())) for base in models)
+    exported, whole = (sources.digest(base.read(base.placing())) for base in models)
     assert exported == whole
 
 

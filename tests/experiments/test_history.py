@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import configuration, history, report, training
-from experiments import runs as reading
-from experiments.configuration import ConfigurationError
-from experiments.finetuning import Finetuning
-from experiments.tasks import Pretraining
-from experiments.workdir import claim
+from experiments.finetuning.task import Finetuning
+from experiments.harness import history, training
+from experiments.harness import runs as reading
+from experiments.harness.tasks import Pretraining
+from experiments.harness.workdir import claim
+from experiments.reporting import page as report
+from experiments.settings import configuration
+from experiments.settings.configuration import ConfigurationError
 from tests.experiments import runs, tuning
 from tests.experiments.test_training import Crash, crash_after
 

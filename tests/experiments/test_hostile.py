@@ -16,25 +16,17 @@ import optax
 import pytest
 from absl import app
 
-from experiments import (
-    arguments,
-    checkpoint,
-    command,
-    configuration,
-    evidence,
-    export,
-    finetune,
-    outputs,
-    plan,
-    report,
-    training,
-    tuning_configuration,
-)
-from experiments.checkpoint import Checkpoints
-from experiments.finetuning import Finetuning
+from experiments import finetune
+from experiments.benchmarks import study
+from experiments.finetuning.task import Finetuning
+from experiments.harness import checkpoint, command, export, outputs, training
+from experiments.harness.checkpoint import Checkpoints
+from experiments.harness.runs import sealed
+from experiments.harness.tasks import Pretraining
+from experiments.planning import command as planning_command
 from experiments.planning import queue
-from experiments.runs import sealed
-from experiments.tasks import Pretraining
+from experiments.reporting import page
+from experiments.settings import arguments, configuration, finetuning_configuration
 from tests.experiments import commands, hostile, runs, test_bases, tuning
 from tests.experiments.test_outputs import REFUSED
 
@@ -221,7 +213,7 @@ def folder(tmp_path_factory):
     )
     started = {"started_from": str(folder / "another"), "step": 8, "with": "parameters"}
     outputs.write_json(folder / "run_folder" / "history.json", [started])
-    for name, module in (("pretrain", configuration), ("finetune", tuning_configuration)):
+    for name, module in (("pretrain", configuration), ("finetune", finetuning_configuration)):
         base = {"base": {"source": str(folder / "transformers")}}
         config = runs.tiny(folder) if name == "pretrain" else tuning.tiny(folder, **base)
         (folder / name).mkdir()
@@ -459,7 +451,7 @@ def spoilt(generator, root, name):
 
 def measured(generator, folder, target):
     """One of the benchmarks, whose names stand first."""
-    program, flag, values = generator.choice([row for row in REFUSED if row[0] is not evidence])
+    program, flag, values = generator.choice([row for row in REFUSED if row[0] is not study])
     place = hostile.place(generator, folder, is_folder=False)
     wrong = [
         f"{flag}={generator.choice(values)}",
@@ -480,11 +472,11 @@ def pretrain_main():
 
 def finetune_main():
     own = {"default": DEFAULT, "before": finetune.check_export}
-    command.run("experiments.finetune", tuning_configuration, Finetuning, print, **own)
+    command.run("experiments.finetune", finetuning_configuration, Finetuning, print, **own)
 
 
 def plan_main():
-    app.run(plan.main, flags_parser=arguments.parser(configuration, DEFAULT))
+    app.run(planning_command.main, flags_parser=arguments.parser(configuration, DEFAULT))
 
 
 # What makes a malformed command line, the program, and its exit codes.
@@ -492,9 +484,9 @@ PROGRAMS = {
     "pretrain": (pretraining, pretrain_main, (2,)),
     "finetune": (tuned, finetune_main, (2,)),
     "export": (exported, export.main, (1, 2)),
-    "report": (reported, report.main, (2,)),
+    "report": (reported, page.main, (2,)),
     "plan": (planned, plan_main, (2,)),
-    "evidence": (studied, evidence.main, (2,)),
+    "study": (studied, study.main, (2,)),
     "benchmarks": (measured, None, (2,)),
 }
 
@@ -508,8 +500,8 @@ def no_work(monkeypatch):
 
     monkeypatch.setattr(training._Training, "run", begun)
     monkeypatch.setattr(queue, "compile_case", begun)
-    monkeypatch.setattr(evidence.subprocess, "Popen", begun)
-    monkeypatch.setattr(evidence.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(study.subprocess, "Popen", begun)
+    monkeypatch.setattr(study.signal, "signal", lambda *args: None)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

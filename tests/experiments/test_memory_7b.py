@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lrx
-from experiments import tables
 from experiments.benchmarks import memory_7b, workload
 from experiments.models import llama
+from experiments.reporting import tables
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import evidence, outputs
 from experiments.benchmarks import (
     collectives,
     data_parallel,
@@ -21,9 +20,11 @@ from experiments.benchmarks import (
     peer_training_step,
     plans,
     refresh_subspaces,
+    study,
     tapped_bounds,
     training_step,
 )
+from experiments.harness import outputs
 
 RESULT = {
     "preset": "60M",
@@ -85,27 +86,27 @@ def test_a_result_is_replaced_by_as_much_or_more(tmp_path, capsys):
 )
 def test_a_study_that_has_no_time_keeps_what_is_committed(tmp_path, capsys, knows, words):
     """An empty table took the place of the committed one, and one without the seconds of a step."""
-    committed = evidence.RESULTS.read_text()
-    results = tmp_path / "evidence.json"
+    committed = study.RESULTS.read_text()
+    results = tmp_path / "study.json"
     results.write_text(committed)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     flags = ["--root", str(tmp_path / "runs"), "--results", str(results), "--budget-hours", "1e-9"]
-    flags += ["--known", str(evidence.RESULTS)] if knows else []
+    flags += ["--known", str(study.RESULTS)] if knows else []
     try:
-        assert evidence.main(flags) == 0
+        assert study.main(flags) == 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert results.read_text() == committed
-    partial = json.loads((tmp_path / "evidence.partial.json").read_text())["rows"]
-    assert [row["method"] for row in partial] == [*evidence.METHODS] * knows
+    partial = json.loads((tmp_path / "study.partial.json").read_text())["rows"]
+    assert [row["method"] for row in partial] == [*study.METHODS] * knows
     assert f"is kept: it holds {words} this one has 0" in capsys.readouterr().err
 
 
 def test_rows_of_another_preset_are_not_put_beside_those_of_the_committed_one(
     tmp_path, monkeypatch, capsys
 ):
-    committed = (evidence.RESULTS.parent / "memory_7b.json").read_text()
+    committed = (study.RESULTS.parent / "memory_7b.json").read_text()
     (tmp_path / "memory.json").write_text(committed)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setitem(
@@ -124,7 +125,7 @@ def test_rows_of_another_preset_are_not_put_beside_those_of_the_committed_one(
 
 
 def test_a_run_of_a_smaller_preset_keeps_the_times_beside_pytorch(tmp_path, monkeypatch, capsys):
-    committed = (evidence.RESULTS.parent / "peer_training_step.json").read_text()
+    committed = (study.RESULTS.parent / "peer_training_step.json").read_text()
     (tmp_path / "peer.json").write_text(committed)
     found = {name: json.loads(committed)[name] for name in ("rows", "aims", "loss_difference")}
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
@@ -142,9 +143,9 @@ def test_a_run_of_a_smaller_preset_keeps_the_times_beside_pytorch(tmp_path, monk
 
 
 REFUSED = [
-    (evidence, "--budget-hours", ("0", "-1", "nan", "inf", "x")),
-    (evidence, "--workers", ("0", "-2", "1.5", "x")),
-    (evidence, "--steps", ("0",)),
+    (study, "--budget-hours", ("0", "-1", "nan", "inf", "x")),
+    (study, "--workers", ("0", "-2", "1.5", "x")),
+    (study, "--steps", ("0",)),
     (plans, "--budget_minutes", ("0", "-1")),
     (refresh_subspaces, "--budget_minutes", ("0",)),
     (refresh_subspaces, "--seeds", ("0",)),
@@ -169,8 +170,8 @@ REFUSED = [
         (program, "--output", ("/dev/null", "/dev", "/proc/version/x"))
         for program in (collectives, plans, memory_7b, peer_training_step)
     ),
-    (evidence, "--results", ("/dev/null", "/")),
-    (evidence, "--root", ("/dev/null",)),
+    (study, "--results", ("/dev/null", "/")),
+    (study, "--root", ("/dev/null",)),
 ]
 
 

@@ -6,10 +6,13 @@ import shutil
 
 import pytest
 
-from experiments import bases, export, finetuning, merged, training
-from experiments.configuration import ConfigurationError
 from experiments.data.tokenizer import make_tokenizer
-from experiments.tuning_configuration import BaseConfig
+from experiments.finetuning import export as tuned_export
+from experiments.finetuning import sources
+from experiments.finetuning import task as finetuning_task
+from experiments.harness import export, training
+from experiments.settings.configuration import ConfigurationError
+from experiments.settings.finetuning_configuration import BaseConfig
 from tests.experiments import runs, tokenizers, tuning
 
 pytestmark = pytest.mark.slow
@@ -46,7 +49,7 @@ def tuned(folder):
         schedule={"steps": 2},
         run={"domain_tokens": 64, "evaluation_tokens": 64},
     )
-    task = finetuning.Finetuning(config)
+    task = finetuning_task.Finetuning(config)
     batch = task.dataset.train.batch(0)
     end = task.dataset.tokenizer.token("<|im_end|>")
     assert batch["targets"][0][batch["weights"][0] > 0].tolist()[-1] == end
@@ -64,13 +67,13 @@ def test_every_folder_brings_the_tokenizer(folder, tuned):
     own = make_tokenizer(str(folder / "base"))
     export.export(folder / "base", folder / "transformers")
     assert "AutoTokenizer" in (folder / "transformers" / "README.md").read_text()
-    for form in merged.FORMATS:
-        merged.export(tuned, folder / form, form)
-    for name in ("base", "tuned", "transformers", *merged.FORMATS):
+    for form in tuned_export.FORMATS:
+        tuned_export.export(tuned, folder / form, form)
+    for name in ("base", "tuned", "transformers", *tuned_export.FORMATS):
         assert names(folder / name) == brought, name
         assert make_tokenizer(str(folder / name)).identity == own.identity
     for name in ("base", "tuned", "transformers", "run", "huggingface"):
-        base = bases.open_base(BaseConfig(source=str(folder / name)), 0)
+        base = sources.open_base(BaseConfig(source=str(folder / name)), 0)
         assert base.tokenizer == str(folder / name / "tokenizer.json")
         assert base.domain is None or base.domain.tokenizer == base.tokenizer
     config = json.loads((folder / "huggingface" / "config.json").read_text())
@@ -88,17 +91,17 @@ def test_a_folder_without_its_tokenizer_is_refused_before_any_work(folder, tuned
     with pytest.raises(
         ConfigurationError, match=r"data\.tokenizer='.*tokenizer\.json': no such file"
     ):
-        merged.export(folder / "bare", folder / "nowhere", "huggingface")
+        tuned_export.export(folder / "bare", folder / "nowhere", "huggingface")
     assert not (folder / "nowhere").exists()
 
 
 def test_new_parameters_have_the_vocabulary_of_the_data(tmp_path):
     path = tokenizers.sentencepiece(tmp_path / "own.model")
     size = make_tokenizer(path).vocabulary_size
-    new = bases.open_base(BaseConfig(source="", preset="nano"), 0, path)
+    new = sources.open_base(BaseConfig(source="", preset="nano"), 0, path)
     assert new.config.vocabulary_size == size != 259
     assert (
-        bases.open_base(BaseConfig(source="", preset="nano"), 0, "bytes").config.vocabulary_size
+        sources.open_base(BaseConfig(source="", preset="nano"), 0, "bytes").config.vocabulary_size
         == 259
     )
     runs.write_text(tmp_path / "text")

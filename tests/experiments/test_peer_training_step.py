@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from experiments import tables
 from experiments.benchmarks import peer_training_step
+from experiments.reporting import tables
 
 
 def test_without_pytorch_it_names_the_extra(monkeypatch, capsys):

@@ -10,11 +10,12 @@ import sys
 import jax
 import pytest
 
-from experiments import configuration, tasks
 from experiments.benchmarks import plans, training_step
-from experiments.configuration import ConfigurationError
+from experiments.harness import tasks
 from experiments.planning import advice, cases, hlo, program, queue, report, targets
 from experiments.planning.cases import Case
+from experiments.settings import configuration
+from experiments.settings.configuration import ConfigurationError
 from tests.experiments import runs
 
 SECTIONS = {

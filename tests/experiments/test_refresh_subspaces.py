@@ -10,8 +10,8 @@ import pytest
 import scipy.linalg
 
 import lowrank_jax as lrx
-from experiments import tables
 from experiments.benchmarks import refresh_subspaces
+from experiments.reporting import tables
 from tests.experiments.runs import tiny, write_text
 
 RNG = np.random.default_rng(11)

@@ -8,9 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import command, figures, report, workdir
-from experiments.configuration import ConfigurationError
-from experiments.runs import RunError, read_run, read_runs
+from experiments.harness import command, workdir
+from experiments.harness.runs import RunError, read_run, read_runs
+from experiments.reporting import figures
+from experiments.reporting import page as report
+from experiments.settings.configuration import ConfigurationError
 
 
 def make_run(

@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from experiments import figures, report
-from experiments.runs import read_runs
+from experiments.harness.runs import read_runs
+from experiments.reporting import figures
+from experiments.reporting import page as report
 
 
 def make_run(folder, *, adapter, domain, accuracy=None, finished=True):

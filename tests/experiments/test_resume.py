@@ -16,7 +16,7 @@ STEPS, EVERY = 240, 10
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from experiments import configuration
+    from experiments.settings import configuration
 
     folder = tmp_path_factory.mktemp("resume")
     runs.write_text(folder / "text")

@@ -6,9 +6,9 @@ import signal
 
 import pytest
 
-from experiments import evaluated, metrics, training
 from experiments.data import ngram
 from experiments.data.tokenizer import ByteTokenizer
+from experiments.harness import evaluated, metrics, training
 from tests.experiments import runs
 
 

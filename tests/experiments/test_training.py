@@ -14,10 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import checkpoint, metrics, optimizers, training, updates
-from experiments import workdir as folders
-from experiments.configuration import ConfigurationError
-from experiments.runs import read_summary
+from experiments.harness import checkpoint, metrics, optimizers, training, updates
+from experiments.harness import workdir as folders
+from experiments.harness.runs import read_summary
+from experiments.settings.configuration import ConfigurationError
 from lowrank_jax.projection.transformation import ProjectionTransformation
 from tests.experiments import runs
 

@@ -8,12 +8,18 @@ import pathlib
 import pytest
 
 import lowrank_jax as lrx
-from experiments import configuration, tuning_configuration
-from experiments.configuration import ConfigurationError
-from experiments.tuning_configuration import TuningConfig, from_dict, parse, template, to_dict
+from experiments.settings import configuration, finetuning_configuration
+from experiments.settings.configuration import ConfigurationError
+from experiments.settings.finetuning_configuration import (
+    TuningConfig,
+    from_dict,
+    parse,
+    template,
+    to_dict,
+)
 
 CONFIGS = sorted(
-    (pathlib.Path(configuration.__file__).parent / "configs" / "finetune").glob("[!_]*.py")
+    (pathlib.Path(configuration.__file__).parents[1] / "configs" / "finetune").glob("[!_]*.py")
 )
 
 
@@ -40,7 +46,7 @@ def test_template_holds_the_defaults_of_every_key():
         for section, values in template().to_dict().items()
         if isinstance(values, dict)
     }
-    for section, kind in tuning_configuration.SECTIONS.items():
+    for section, kind in finetuning_configuration.SECTIONS.items():
         assert keys[section] == {field.name for field in dataclasses.fields(kind)}
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import configuration, optimizers, tuning_configuration, updates
+from experiments.harness import optimizers, updates
+from experiments.settings import configuration, finetuning_configuration
 
 METHODS = {
     name: {"rank": 2} if "adamw" != name != "sgd" else {} for name in configuration.OPTIMIZERS
 }
-METHODS |= {name: {} for name in tuning_configuration.PAIRS}
+METHODS |= {name: {} for name in finetuning_configuration.PAIRS}
 ROWS = np.arange(8.0, dtype=np.float32)
 
 
@@ -27,9 +28,11 @@ def sums(params, batch, rest, shift):
 def method(name):
     """(optimizer, parameters) of a configured method, on a schedule that begins with a rate of
     0."""
-    is_of_pairs = name in tuning_configuration.PAIRS
+    is_of_pairs = name in finetuning_configuration.PAIRS
     section = (
-        tuning_configuration.TuningOptimizerConfig if is_of_pairs else configuration.OptimizerConfig
+        finetuning_configuration.TuningOptimizerConfig
+        if is_of_pairs
+        else configuration.OptimizerConfig
     )
     rate = optimizers.schedule(configuration.ScheduleConfig(steps=10, warmup_steps=2), 0.1)
     optimizer = optimizers.build(section(name=name, **METHODS[name]), rate, stacked=False, seed=0)

@@ -3,8 +3,9 @@
 import json
 import random
 
-from experiments import training, tuning_configuration
-from experiments.finetuning import Finetuning
+from experiments.finetuning.task import Finetuning
+from experiments.harness import training
+from experiments.settings import finetuning_configuration
 from tests.experiments import runs
 
 
@@ -59,7 +60,7 @@ def tiny(folder, **sections):
     }
     for section, table in sections.items():
         values[section] = values[section] | table
-    return tuning_configuration.from_dict(values)
+    return finetuning_configuration.from_dict(values)
 
 
 def run(config, workdir, **options):

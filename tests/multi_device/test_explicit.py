@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments import collectives, configuration, updates
+from experiments.harness import collectives, updates
+from experiments.harness.tasks import Pretraining
 from experiments.models import axes, vit
-from experiments.tasks import Pretraining
+from experiments.settings import configuration
 from lowrank_jax import sharding
 from lowrank_jax.sharding import meshes
 

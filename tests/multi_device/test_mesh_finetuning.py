@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import bases, optimizers, tuning_configuration
-from experiments.configuration import ConfigurationError
-from experiments.finetuning import Finetuning
+from experiments.finetuning import sources
+from experiments.finetuning.task import Finetuning
+from experiments.harness import optimizers
+from experiments.settings import finetuning_configuration
+from experiments.settings.configuration import ConfigurationError
 from lowrank_jax import sharding
 from lowrank_jax.sharding.meshes import make_mesh
 from tests.experiments import runs, tuning
@@ -66,7 +68,7 @@ def folder(tmp_path_factory):
 def config_of(folder, name, **mesh):
     sections = {**CASES[name], "data": ROWS["data"] | CASES[name].get("data", {})}
     values = dataclasses.asdict(tuning.tiny(folder, **sections))
-    return tuning_configuration.from_dict(values | {"mesh": mesh})
+    return finetuning_configuration.from_dict(values | {"mesh": mesh})
 
 
 def figures(task):
@@ -122,7 +124,7 @@ def test_what_an_explicit_mesh_does_not_do_is_refused(folder, monkeypatch):
         sharding, "placing", lambda function, spec: function
     )  # nobody says where x R lies
     values = dataclasses.asdict(tuning.tiny(folder, adapter={"method": "oft(block=4)"}, **ROWS))
-    config = tuning_configuration.from_dict(values | {"mesh": MESHES["explicit"]})
+    config = finetuning_configuration.from_dict(values | {"mesh": MESHES["explicit"]})
     with pytest.raises(
         ConfigurationError,
         match=r"mesh\.explicit=True: adapter\.method=.*; set mesh\.explicit=False",
@@ -140,16 +142,16 @@ def test_kernels_of_adapters_learn_how_the_frozen_matrices_lie(folder, monkeypat
     assert seen[f"layers/{UP}/kernel"] == (None, "fsdp", "tensor")
 
 
-@pytest.mark.parametrize("block", [bases.BLOCK, 3 * 4 * 16])
+@pytest.mark.parametrize("block", [sources.BLOCK, 3 * 4 * 16])
 def test_a_digest_is_the_same_wherever_parameters_lie(folder, block, monkeypatch):
-    monkeypatch.setattr(bases, "BLOCK", block)  # 3 rows of some leaves, which leave a rest
-    base = bases.open_base(bases.BaseConfig(source=str(folder / "base")), 0)
+    monkeypatch.setattr(sources, "BLOCK", block)  # 3 rows of some leaves, which leave a rest
+    base = sources.open_base(sources.BaseConfig(source=str(folder / "base")), 0)
     params = [
         base.read(base.placing(mesh))
         for mesh in (None, *(make_mesh(**own) for own in MESHES.values()))
     ]
     assert [share(own["layers"]["mlp"]["up_proj"]["kernel"]) for own in params] == [1, 8, 4, 8]
-    assert len({bases.digest(own) for own in params}) == 1
+    assert len({sources.digest(own) for own in params}) == 1
 
 
 def test_a_run_goes_on_on_another_mesh_and_is_a_base(folder, tmp_path):
@@ -167,7 +169,7 @@ def test_a_run_goes_on_on_another_mesh_and_is_a_base(folder, tmp_path):
     for ours, theirs in zip(runs.losses(moved), runs.losses(first), strict=True):
         for step in ours:
             np.testing.assert_allclose(ours[step], theirs[step], atol=1e-5)
-    tuned = bases.open_base(bases.BaseConfig(source=str(moved)), 0)
+    tuned = sources.open_base(sources.BaseConfig(source=str(moved)), 0)
     meshes = (make_mesh(**MESHES[name]) for name in ("explicit", "fsdp x tensor"))
     *divided, whole = (tuned.read(tuned.placing(own)) for own in (*meshes, None))
     for params in divided:

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import checkpoint, configuration, optimizers, training, updates
-from experiments.tasks import Pretraining
+from experiments.harness import checkpoint, optimizers, training, updates
+from experiments.harness.tasks import Pretraining
+from experiments.settings import configuration
 
 MODEL = {
     "preset": "nano",

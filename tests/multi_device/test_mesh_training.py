@@ -12,12 +12,13 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
-from experiments import collectives, configuration, optimizers, updates
 from experiments.benchmarks import collectives as refreshes
 from experiments.benchmarks import workload
+from experiments.harness import collectives, optimizers, updates
+from experiments.harness.tasks import Pretraining
 from experiments.models import axes, llama
 from experiments.planning import hlo
-from experiments.tasks import Pretraining
+from experiments.settings import configuration
 from lowrank_jax import sharding
 from lowrank_jax.projection import layout
 from lowrank_jax.sharding import meshes

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import lowrank_jax as lrx
-from experiments import collectives
+from experiments.harness import collectives
 from lowrank_jax import linalg
 from lowrank_jax.sharding import meshes
 

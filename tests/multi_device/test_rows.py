@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import collectives as sent
+from experiments.harness import collectives as sent
 from experiments.models import attention, axes, divided, llama
 from lowrank_jax.rows import fold_rows, over_rows
 from lowrank_jax.sharding import meshes

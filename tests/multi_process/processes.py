@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from experiments import metrics
+from experiments.harness import metrics
 from tests.experiments.commands import ENVIRONMENT
 from tests.experiments.runs import ROOT
 

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from experiments import distributed
-from experiments.configuration import ConfigurationError
-from experiments.distributed import Hosts
+from experiments.harness import distributed
+from experiments.harness.distributed import Hosts
+from experiments.settings.configuration import ConfigurationError
 from tests.experiments.runs import write_text
 from tests.multi_process.processes import Processes, free_port
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lrx
-from experiments import collectives
+from experiments.harness import collectives
 from experiments.planning import hlo
 from lowrank_jax import kernels, linalg
 from lowrank_jax.sharding import meshes

@@ -3,9 +3,9 @@ reduce."""
 
 import pytest
 
-from experiments import configuration
 from experiments.planning import cases, program, queue, report
 from experiments.planning.cases import Case
+from experiments.settings import configuration
 
 MODEL = {
     "width": 128,

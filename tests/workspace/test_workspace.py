@@ -89,11 +89,11 @@ NO_FILE = {
     "experiments/planning/queue.py",
     "experiments/planning/program.py",
     "experiments/planning/cases.py",
-    "experiments/evidence.py",
-    "experiments/checkpoint.py",
-    "experiments/workdir.py",
-    "experiments/manifest.py",
-    "experiments/distributed.py",
+    "experiments/benchmarks/study.py",
+    "experiments/harness/checkpoint.py",
+    "experiments/harness/workdir.py",
+    "experiments/harness/manifest.py",
+    "experiments/harness/distributed.py",
     "experiments/benchmarks/tpu_programs.py",
 }
 

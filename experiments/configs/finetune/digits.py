@@ -7,12 +7,12 @@ Expect 94 to 95 % of the 348 validation images right after 600 updates, in less 
 cores.
 """
 
-from experiments import tuning_configuration
+from experiments.settings import finetuning_configuration
 
 
 def get_config():
     """The configuration, for flags to override."""
-    config = tuning_configuration.template()
+    config = finetuning_configuration.template()
     config.name = "digits"
     config.base.source = ""
     config.base.preset = "digits"

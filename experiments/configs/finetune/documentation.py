@@ -9,12 +9,12 @@ documentation of Python 3.11.7's library a validation loss that falls from 2.01 
 rises from 1.51 to 1.60.
 """
 
-from experiments import tuning_configuration
+from experiments.settings import finetuning_configuration
 
 
 def get_config():
     """The configuration, for flags to override."""
-    config = tuning_configuration.template()
+    config = finetuning_configuration.template()
     config.name = "documentation"
     config.base.source = "runs/default"
     config.adapter.method = "lora(rank=8, alpha=16)"

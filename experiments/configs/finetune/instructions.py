@@ -12,12 +12,12 @@ or tokenizer.model, or name one by `--config.data.tokenizer`. Expect what the mo
 base lets you expect. Not yet run by us.
 """
 
-from experiments import tuning_configuration
+from experiments.settings import finetuning_configuration
 
 
 def get_config():
     """The configuration, for flags to override."""
-    config = tuning_configuration.template()
+    config = finetuning_configuration.template()
     config.name = "instructions"
     config.base.source = "~/llama-3b"
     config.base.dtype = "bfloat16"

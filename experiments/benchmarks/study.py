@@ -1,0 +1,421 @@
+"""The study behind README's table of optimizers: `python -m experiments.study --time`, or
+`make study`.
+
+Every method pre-trains the `nano` preset on the standard library's source for the same number of
+updates, with the same batches. Learning rates lie on a log grid of half decades: three around the
+method's usual one with one seed, one more (at most two a side) while the best is at the edge, then
+two more seeds at the best. AdamW's spread over seeds says how large a difference must be to mean
+anything.
+
+The queue is resumable: a run that is finished is not repeated, one that was stopped goes on from
+its checkpoint. Runs are processes of one core each. After the budget no new run starts; the table
+then says what is missing. Results go to `experiments/results/study.json`; `--known` that file
+goes on from it in another clone.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from experiments.benchmarks import commandline
+from experiments.harness import outputs, runs
+from lowrank_jax.interop import documents
+
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+SEEDS = (0, 1, 2)
+EXTENSIONS = 2
+RESULTS = pathlib.Path(__file__).parents[1] / "results" / "study.json"
+COMMAND = "python -m experiments.study --time"
+
+# The centre of the grid, and the optimizer's settings. Rank is a quarter of the width everywhere.
+METHODS: dict[str, tuple[float, dict]] = {
+    "AdamW": (3e-3, {"name": "adamw"}),
+    "GaLore (svd)": (1e-2, {"name": "galore", "rank": 32}),
+    "GaLore (power)": (1e-2, {"name": "galore", "rank": 32, "projector": "power"}),
+    "DCT-AdamW": (3e-3, {"name": "dct_adamw", "rank": 32}),
+    "FRUGAL": (1e-3, {"name": "frugal", "rank": 32}),
+    "LDAdam": (3e-3, {"name": "ldadam", "rank": 32}),
+    "APOLLO": (1e-2, {"name": "apollo", "rank": 32}),
+}
+
+Key = tuple[str, float, int]
+
+
+def values(method: str, learning_rate: float, seed: int, steps: int) -> dict:
+    """The configuration of one run, as `experiments.settings.configuration.from_dict` reads it."""
+    settings = METHODS[method][1] | {"learning_rate": learning_rate, "weight_decay": 0.0}
+    return {
+        "name": f"{method}, lr {learning_rate:g}, seed {seed}",
+        "model": {"preset": "nano"},
+        "data": {"sequence_length": 64, "batch_size": 8},
+        "optimizer": settings,
+        "schedule": {"steps": steps},
+        "checkpoint": {"every": max(1, steps // 2), "keep": 1},
+        "run": {
+            "seed": seed,
+            "evaluate_every": 0,
+            "evaluation_tokens": 128 * 1024,
+            "evaluation_batch_size": 64,
+            "sample_tokens": 0,
+        },
+    }
+
+
+def loss_of(summary: dict) -> float:
+    """Final validation loss; infinite for a run that diverged."""
+    loss = summary.get("validation_loss")
+    return math.inf if summary.get("status") != "finished" or loss is None else loss
+
+
+def first_seed(done: dict[Key, dict], method: str) -> dict[float, float]:
+    """{learning rate: loss} of the search, which uses the first seed."""
+    rows = done.items()
+    return {
+        rate: loss_of(summary)
+        for (name, rate, seed), summary in rows
+        if name == method and seed == SEEDS[0]
+    }
+
+
+def wanted(done: dict[Key, dict], method: str) -> list[Key]:
+    """The runs a method needs next, given the finished ones; empty when it is complete.
+
+    >>> wanted({}, "AdamW")
+    [('AdamW', 0.001, 0), ('AdamW', 0.003, 0), ('AdamW', 0.01, 0)]
+    """
+    centre = GRID.index(METHODS[method][0])
+    searched = first_seed(done, method)
+    low, high = centre - 1, centre + 1
+    while True:
+        missing = [rate for rate in GRID[low : high + 1] if rate not in searched]
+        if missing:
+            return [(method, rate, SEEDS[0]) for rate in missing]
+        best = GRID.index(min(GRID[low : high + 1], key=searched.__getitem__))
+        if best == low and low > max(0, centre - 1 - EXTENSIONS):
+            low -= 1
+        elif best == high and high < min(len(GRID) - 1, centre + 1 + EXTENSIONS):
+            high += 1
+        else:
+            return [key for seed in SEEDS[1:] if (key := (method, GRID[best], seed)) not in done]
+
+
+def folder(root: pathlib.Path, key: Key) -> pathlib.Path:
+    """The run folder of one run."""
+    method, rate, seed = key
+    name = "".join(c if c.isalnum() else "_" for c in method).strip("_").lower()
+    return root / f"{name}-lr{rate:g}-seed{seed}"
+
+
+def finished(root: pathlib.Path) -> dict[Key, dict]:
+    """Summaries of the runs that are over: in their folders, or known from `<root>/known.json`."""
+    known = read_known(root / "known.json")["finished"] if (root / "known.json").exists() else {}
+    done = {}
+    for method in METHODS:
+        for rate in GRID:
+            for seed in SEEDS:
+                path = folder(root, (method, rate, seed)) / "summary.json"
+                name = folder(root, (method, rate, seed)).name
+                if path.exists():
+                    done[method, rate, seed] = runs.read_summary(path)
+                elif name in known:
+                    done[method, rate, seed] = known[name]
+    return done
+
+
+def time_steps(repetitions: int = 20) -> dict[str, float]:
+    """{method: median seconds of one whole training step}, interleaved in this process, on one
+    core.
+
+    Runs side by side disturb each other, so their own times say little.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    import jax
+
+    from experiments.benchmarks import timing
+    from experiments.data import load
+    from experiments.harness import optimizers, updates
+    from experiments.models import llama
+    from experiments.settings import configuration
+
+    cases = {}
+    for method, (rate, _) in METHODS.items():
+        config = configuration.from_dict(values(method, rate, SEEDS[0], 1000))
+        model, schedule = llama.Llama(config.model), optimizers.schedule(config.schedule, rate)
+        optimizer = optimizers.build(config.optimizer, schedule, stacked=True, seed=SEEDS[0])
+        batch = load(config.data).train.batch(0)
+        params = model.init(jax.random.key(0), batch["inputs"])["params"]
+        update = jax.jit(updates.train_step(model, optimizer, 1), donate_argnums=0)
+        held = [update({"params": params, "opt_state": optimizer.init(params)}, batch)[0]]
+
+        def step(update=update, held=held, batch=batch):
+            def run():
+                held[0], _ = update(held[0], batch)
+                return held[0]
+
+            return timing.seconds(run)
+
+        step()
+        cases[method] = step
+    return timing.interleave(cases, repetitions)
+
+
+def collect(
+    done: dict[Key, dict],
+    steps: int,
+    spent_hours: float,
+    budget_hours: float,
+    step_seconds: dict[str, float],
+) -> dict:
+    """The committed result: one row for each method, and every run behind it."""
+    rows = []
+    for method in METHODS:
+        searched = {
+            rate: loss for rate, loss in first_seed(done, method).items() if math.isfinite(loss)
+        }
+        if not searched:
+            continue
+        best = min(searched, key=searched.__getitem__)
+        summaries = [
+            s for (name, rate, _), s in sorted(done.items()) if name == method and rate == best
+        ]
+        losses = [loss_of(summary) for summary in summaries]
+        rows.append(
+            {
+                "method": method,
+                "learning_rate": best,
+                "seeds": len(losses),
+                "validation_loss": statistics.mean(losses),
+                "spread": max(losses) - min(losses),
+                "state_bytes": summaries[0]["state_bytes"],
+                "step_seconds": step_seconds.get(method),
+                "complete": not wanted(done, method),
+                "search": {
+                    f"{rate:g}": loss_of(done[method, rate, SEEDS[0]]) for rate in sorted(searched)
+                },
+            }
+        )
+    anything: dict = next(iter(done.values()), {})
+    root = pathlib.Path()
+    return {
+        "command": COMMAND,
+        "steps": steps,
+        "tokens_per_update": 8 * 64,
+        "rank": 32,
+        "preset": "nano",
+        "budget_hours": budget_hours,
+        "spent_hours": round(spent_hours, 2),
+        "device": "one CPU core a run",
+        "versions": anything.get("versions", {}),
+        "runs": len(done),
+        "diverged": sorted(
+            folder(root, key).name for key, s in done.items() if not math.isfinite(loss_of(s))
+        ),
+        "rows": rows,
+        "finished": {
+            folder(root, key).name: {
+                name: s.get(name)
+                for name in ("status", "validation_loss", "state_bytes", "versions")
+            }
+            for key, s in sorted(done.items())
+        },
+    }
+
+
+def worker(root: pathlib.Path, key: Key, core: int, steps: int) -> None:
+    """One run, on one core, in this process."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
+    from experiments.harness import training
+    from experiments.settings import configuration
+
+    training.run(
+        configuration.from_dict(values(*key, steps)),
+        folder(root, key),
+        handle_signals=True,
+        verbose=False,
+    )
+
+
+def _next(done: dict[Key, dict], running: list[Key]) -> Key | None:
+    """The next run to start: searches first, breadth first over methods."""
+    queues = [[key for key in wanted(done, method) if key not in running] for method in METHODS]
+    ready = [queue[0] for queue in queues if queue]
+    started = [name for name, _, _ in [*done, *running]]
+    return min(ready, key=lambda key: (key[2] > 0, started.count(key[0])), default=None)
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return [*range(os.cpu_count() or 1)]
+
+
+def _started(root: pathlib.Path, steps: int, key: Key, core: int) -> subprocess.Popen:
+    """A process of this command that makes one run on one core."""
+    method, rate, seed = key
+    command = [sys.executable, "-m", "experiments.study", "--root", str(root)]
+    own = ["--steps", str(steps), "--run", method, str(rate), str(seed), "--core", str(core)]
+    return subprocess.Popen([*command, *own])
+
+
+def queue(
+    root: pathlib.Path,
+    *,
+    steps: int,
+    workers: int,
+    budget_hours: float,
+    results: pathlib.Path,
+    replace: bool = False,
+) -> dict:
+    """Runs what is wanted until nothing is, or the budget is spent; writes the results after every
+    run.
+
+    `results` is replaced only by at least what it holds, or where `replace` says so
+    (`outputs.write_result`).
+    """
+    cores = _cores()
+    root.mkdir(parents=True, exist_ok=True)
+    clock = root / "spent_hours"
+    before = (
+        documents.read(clock, float, remedy="write the hours there, or remove it")
+        if clock.exists()
+        else 0.0
+    )
+    begin = time.monotonic()
+    step_seconds = timed(root)
+    active: dict[int, tuple[Key, subprocess.Popen]] = {}
+    stopping = False
+
+    def stop(*_):
+        nonlocal stopping
+        stopping = True
+        for _, process in active.values():
+            process.send_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    while True:
+        spent = before + (time.monotonic() - begin) / 3600
+        done = finished(root)
+        for slot in range(workers):
+            running = [key for key, _ in active.values()]
+            key = (
+                None if stopping or spent > budget_hours or slot in active else _next(done, running)
+            )
+            if key is not None:
+                active[slot] = key, _started(root, steps, key, cores[slot % len(cores)])
+                method, rate, seed = key
+                line = f"{len(done)} done; {method}, lr {rate:g}, seed {seed}"
+                print(f"[{spent:.2f} of {budget_hours:g} h] {line}", flush=True)
+        if not active:
+            break
+        time.sleep(1)
+        for slot, (key, process) in list(active.items()):
+            if process.poll() is None:
+                continue
+            del active[slot]
+            if process.returncode and not stopping:
+                stop()
+                raise SystemExit(
+                    f"{key} failed with exit code {process.returncode}; its folder is "
+                    f"{folder(root, key)}"
+                )
+            spent = before + (time.monotonic() - begin) / 3600
+            outputs.write_json(clock, spent)
+            result = collect(finished(root), steps, spent, budget_hours, step_seconds)
+            outputs.write_result(results, result, replace=replace)
+    result = collect(
+        finished(root),
+        steps,
+        before + (time.monotonic() - begin) / 3600,
+        budget_hours,
+        step_seconds,
+    )
+    outputs.write_result(results, result, replace=replace)
+    return result
+
+
+def timed(root: pathlib.Path) -> dict[str, float]:
+    """What `--time` measured, if it ran."""
+    path = root / "step_seconds.json"
+    return (
+        documents.read(path, {str: float}, remedy="remove it, or run --time again")
+        if path.exists()
+        else {}
+    )
+
+
+def read_known(path: pathlib.Path) -> dict:
+    """An earlier result, or one of another clone."""
+    run = {"status": (str, None), "validation_loss": (float, None), "state_bytes": (int, None)}
+    return documents.read(
+        path, {"finished": {str: run}}, remedy="give the study.json of an earlier study"
+    )
+
+
+@commandline.command
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--root", type=commandline.folder, default="runs/study", help="folder of the runs"
+    )
+    parser.add_argument("--steps", type=commandline.count, default=1000, help="updates of a run")
+    workers = min(2, os.cpu_count() or 1)
+    parser.add_argument(
+        "--workers", type=commandline.count, default=workers, help="runs side by side"
+    )
+    parser.add_argument(
+        "--budget-hours", type=commandline.positive, default=2.0, help="no run starts after this"
+    )
+    parser.add_argument(
+        "--results", type=commandline.file, default=str(RESULTS), help="(default: %(default)s)"
+    )
+    commandline.add_replace(parser)
+    parser.add_argument(
+        "--known", type=pathlib.Path, help="earlier results whose runs are not repeated"
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="time one step of each method first, with nothing beside it",
+    )
+    parser.add_argument("--run", nargs=3, metavar=("METHOD", "LR", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--core", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.run:
+        method, rate, seed = options.run
+        worker(options.root, (method, float(rate), int(seed)), options.core, options.steps)
+        return
+    if options.known:
+        outputs.write_json(options.root / "known.json", read_known(options.known))
+    if options.time:
+        command = "import json; from experiments.benchmarks import study; print(json.dumps(study.time_steps()))"
+        output = subprocess.run(
+            [sys.executable, "-c", command], check=True, capture_output=True, text=True
+        ).stdout
+        outputs.write_json(options.root / "step_seconds.json", json.loads(output.splitlines()[-1]))
+    result = queue(
+        options.root,
+        steps=options.steps,
+        workers=options.workers,
+        budget_hours=options.budget_hours,
+        results=options.results,
+        replace=options.replace,
+    )
+    for row in result["rows"]:
+        loss = f"loss {row['validation_loss']:.4f}, max - min {row['spread']:.4f}"
+        print(f"{row['method']:16} lr {row['learning_rate']:<6g} {loss}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

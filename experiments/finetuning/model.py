@@ -1,0 +1,176 @@
+"""What trains in a fine-tuning run: the whole model, or adapters of it.
+
+Both cut plain parameters into the part of a state that trains and the arguments that do not, and
+put them together again: with adapters attached for the model to run, or as plain parameters.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+import lowrank_jax as lrx
+from experiments.settings.configuration import ConfigurationError
+from experiments.settings.finetuning_configuration import AdapterConfig
+
+LAYERS = r"layers/.*"  # the stack of a scanned model
+PATCHES = "patch_embed/kernel"  # of a vision transformer: (P, P, C, D)
+
+
+def size(tree) -> int:
+    """Numbers in a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+class Parts:
+    """The two ways to train share this interface.
+
+    Attributes:
+      abstract: shapes of the parts of a state: "params", what trains, and what else it must keep.
+      count: numbers that train.
+      report: what trains, in words.
+      adapts: the tree to run the model with holds adapters.
+      needs_base: there are frozen arguments.
+    """
+
+    abstract: dict[str, Any]
+    count: int
+    report: str
+    adapts: bool
+    needs_base: bool
+
+    def shardings(self, kernels) -> dict[str, Any]:
+        """Where the parts of a state lie when plain parameters lie as these NamedShardings say."""
+        raise NotImplementedError
+
+    def cut(self, tree, key, places) -> dict[str, Any]:
+        """The parts of a state that starts from plain parameters, which lie as `shardings` says."""
+        raise NotImplementedError
+
+    def cut_off(self, tree) -> tuple:
+        """The frozen arguments."""
+        raise NotImplementedError
+
+    def tree(self, params, rest, *frozen):
+        """Parameters to run the model with; `rest` is what the state holds beside "params"."""
+        raise NotImplementedError
+
+    def plain(self, params, rest, *frozen):
+        """Plain parameters, the adapters worked in."""
+        raise NotImplementedError
+
+    def merged(self, params, rest, *frozen):
+        """As `plain`, one matrix after the other, and only if all of it is finite; not under
+        jit."""
+        raise NotImplementedError
+
+
+class Whole(Parts):
+    """Every leaf trains, but those that the loss does not reach, which are the frozen argument."""
+
+    adapts = False
+
+    def __init__(self, shapes, unreached: tuple[str, ...]):
+        self.unreached = tuple(name for name in unreached if name in shapes)
+        self.abstract = {
+            "params": {name: leaf for name, leaf in shapes.items() if name not in self.unreached}
+        }
+        self.count = size(self.abstract["params"])
+        self.needs_base = bool(self.unreached)
+        rest = f" (the loss does not reach {', '.join(self.unreached)})" if self.unreached else ""
+        self.report = f"all {self.count:,} of {size(shapes):,} parameters train{rest}"
+
+    def shardings(self, kernels):
+        return {"params": {name: kernels[name] for name in self.abstract["params"]}}
+
+    def cut(self, tree, key, places):
+        """The given leaves themselves, not copies."""
+        del key, places
+        return {"params": {name: leaf for name, leaf in tree.items() if name not in self.unreached}}
+
+    def cut_off(self, tree):
+        return ({name: tree[name] for name in self.unreached},) if self.unreached else ()
+
+    def tree(self, params, rest, *frozen):
+        del rest
+        return {**params, **(frozen[0] if frozen else {})}
+
+    plain = merged = tree
+
+
+class Adapted(Parts):
+    """Adapters of a frozen model, and what trains beside them.
+
+    The state also has "fixed", the frozen arrays of the adapters, and "key", which dropout draws
+    from. The one frozen argument is the plain tree.
+    """
+
+    adapts = needs_base = True
+
+    def __init__(self, config: AdapterConfig, shapes, *, scan: bool, new: tuple[str, ...]):
+        """`new` holds patterns of leaves that train whole because the base has none of them."""
+        rules = config.parsed()
+        is_targeted = any(re.fullmatch(pattern, PATCHES) for pattern, _ in rules)
+        patches = ((PATCHES, lrx.MatrixView(rows=(0, 1, 2), cols=(3,))),) if is_targeted else ()
+        self.views = lrx.Views(stacked=(LAYERS,) if scan else (), rules=patches)
+        self._options: dict[str, Any] = {
+            "rules": rules,
+            "exclude": config.exclude,
+            "layers": config.layers,
+            "whole": (*config.whole, *new),
+            "bias": config.bias,
+            "views": self.views,
+        }
+        try:
+            self._adaptation = jax.eval_shape(self._adapt, shapes, jax.random.key(0))
+        except ValueError as error:
+            raise ConfigurationError(f"adapter.method={config.method!r}: {error}") from error
+        key = jax.eval_shape(jax.random.key, 0)
+        self.abstract = {
+            "params": self._adaptation.train,
+            "fixed": self._adaptation.fixed,
+            "key": key,
+        }
+        self.count = self._adaptation.trained
+        self.report = str(self._adaptation)
+
+    def _adapt(self, tree, key):
+        return lrx.adapt(tree, key=key, **self._options)
+
+    def shardings(self, kernels):
+        train, fixed = lrx.adapters.shardings(self._adaptation, kernels)
+        mesh = jax.tree.leaves(kernels)[0].mesh
+        return {"params": train, "fixed": fixed, "key": jax.NamedSharding(mesh, jax.P())}
+
+    def cut(self, tree, key, places):
+        """Leaves that train whole are copies, because a state is donated to its update."""
+
+        def make(tree, key):
+            made, left = jax.random.split(key)
+            adaptation = self._adapt(tree, made)
+            whole = {path: leaf.copy() for path, leaf in adaptation.train["whole"].items()}
+            return {
+                "params": adaptation.train | {"whole": whole},
+                "fixed": adaptation.fixed,
+                "key": left,
+            }
+
+        return jax.jit(make, out_shardings=places)(tree, key)
+
+    def cut_off(self, tree):
+        return (tree,)
+
+    def adaptation(self, params, rest) -> lrx.adapters.Adaptation:
+        """The adapters with the arrays of a state."""
+        return self._adaptation.replace(train=params, fixed=rest["fixed"])
+
+    def tree(self, params, rest, *frozen):
+        """With dropout where `rest` has a key."""
+        return lrx.attach(frozen[0], self.adaptation(params, rest), key=rest.get("key"))
+
+    def plain(self, params, rest, *frozen):
+        return lrx.effective(frozen[0], self.adaptation(params, rest))
+
+    def merged(self, params, rest, *frozen):
+        return lrx.merge(frozen[0], self.adaptation(params, rest))

@@ -1,0 +1,352 @@
+"""What the loop of `experiments.harness.training` trains: a `Task`; and the first of them, pre-training.
+
+The loop knows batches, updates, evaluations and checkpoints. A task says where the state comes
+from, what the loss is, what is evaluated, and what checkpoint and summary hold besides.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lowrank_jax as lrx
+from experiments.data import Dataset, ngram
+from experiments.harness import distributed, evaluated, optimizers, updates
+from experiments.harness import workdir as folder
+from experiments.models import axes, llama
+from experiments.models.sampling import sample
+from experiments.settings.configuration import ConfigurationError, MeshConfig, RunConfig
+from lowrank_jax.sharding import meshes
+
+# `watch(title, number of batches, batches)` gives the batches of an evaluation back, one by one;
+# whoever takes one has read what the one before gave. It may raise `distributed.Stopped` between
+# two.
+Watch = Callable[[str, int, Iterator[Any]], Iterator[Any]]
+
+
+def unwatched(title: str, total: int, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches themselves."""
+    del title, total
+    return batches
+
+
+class Task:
+    """One kind of training. A subclass sets the attributes in `__init__`, before any work, and
+    fulfils the methods.
+
+    Attributes:
+      config: a name and the sections data (with batch_size), optimizer, schedule, checkpoint, run
+        and mesh.
+      dataset: `dataset.train.batch(step, process, processes)` gives the rows of an update.
+      rate: the learning rate by update.
+      work: floating-point operations of an update, for the MFU.
+      exact: products are counted in float32.
+      shapes, places: shapes and shardings of the state's parts: "params" (what trains), and what
+        the task adds.
+      stacked: the model's layers lie along a leading axis of each kernel under `layers`.
+      frozen: arguments of every update after state and batch; not saved.
+      evaluates_first: also before the first update.
+      mesh: of all devices, with the axes of `lrx.meshes`.
+      rows: sharding of batches.
+      optimizer, abstract: of `choose`: what updates "params", and the whole state with "opt_state",
+        abstract. All of it is saved, and donated to the update.
+    """
+
+    config: Any
+    dataset: Dataset
+    rate: Callable[[int], Any]
+    work: float
+    exact: bool
+    shapes: dict[str, Any]
+    places: dict[str, Any]
+    stacked: bool
+    frozen: tuple = ()
+    evaluates_first: bool = False
+    optimizer: optax.GradientTransformation
+    abstract: dict[str, Any]
+    _sides: tuple[tuple[str, str], ...] = ()  # what optimizer.side = "sharding" comes to
+
+    def __init__(self, config: MeshConfig, devices: Sequence[Any] | None = None):
+        try:
+            sizes: dict[str, Any] = config.sizes
+            self.mesh = meshes.make_mesh(**sizes, devices=devices, explicit=config.explicit)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+        self.rows = jax.NamedSharding(self.mesh, meshes.spec(("batch",), self.mesh))
+
+    def headline(self) -> str:
+        """One line: what trains on what."""
+        raise NotImplementedError
+
+    def initial(self) -> dict[str, Any]:
+        """The state before the first update."""
+        raise NotImplementedError
+
+    def sums(self, params, batch, rest, *frozen):
+        """`updates.step`'s loss: (sum of weighted losses, sum of weights)."""
+        raise NotImplementedError
+
+    def evaluate(self, state, watch: Watch = unwatched) -> tuple[dict[str, Any], str]:
+        """The figures of an evaluation, and a line that tells them. Every loop over batches takes
+        them from `watch`."""
+        raise NotImplementedError
+
+    def evaluated(self) -> dict[str, Any]:
+        """What is evaluated: the entries of `evaluated.identity`, equal for evaluations that can be
+        compared.
+
+        Reads all of it.
+        """
+        return evaluated.identity(self.dataset, self.config.run.evaluation_tokens)
+
+    def summary(self, state, evaluations: list[dict]) -> dict[str, Any]:
+        """Entries of summary.json besides the loop's own; "sample" is also printed."""
+        raise NotImplementedError
+
+    def memory(self, compiled) -> list[dict]:
+        """Rows {"component", "bytes_formula", "bytes_measured"} of the ledger; clipping has no
+        state."""
+        settings = dataclasses.replace(self.config.optimizer, clip_norm=None)
+        return list(
+            lrx.memory.ledger(self.optimizer_of(settings), self.abstract["params"], compiled).rows
+        )
+
+    def optimizer_of(self, settings) -> optax.GradientTransformation:
+        """The optimizer that these settings describe."""
+        if settings.side == "sharding" and not self._sides:
+            self._sides = lrx.sides_for(
+                self.shapes["params"], self.places["params"], views=optimizers.views(self.stacked)
+            )
+        return optimizers.build(
+            settings, self.rate, stacked=self.stacked, seed=self.config.run.seed, sides=self._sides
+        )
+
+    def choose(self) -> None:
+        """The optimizer, and the state that follows from it; after the other attributes."""
+        settings, params = self.config.optimizer, self.shapes["params"]
+        self.optimizer = self.optimizer_of(settings)
+        try:
+            opt_state = jax.eval_shape(
+                lambda params: without_weak_types(self.optimizer.init(params)), params
+            )
+        except ValueError as error:
+            raise ConfigurationError(f"optimizer.name={settings.name!r}: {error}") from error
+        follow = lrx.state_shardings(
+            self.optimizer, params, self.places["params"], spread=self.config.mesh.spreads
+        )
+        shapes, places = (
+            {**own, "opt_state": more}
+            for own, more in ((self.shapes, opt_state), (self.places, follow))
+        )
+        self.abstract = jax.tree.map(placed, shapes, places)
+
+    def keep_sides(self, sides: dict[str, tuple[str, int]]) -> None:
+        """Take the (side, rank) of the matrices of a stored state, before anything is compiled."""
+        own = tuple((path, side) for path, (side, _) in sides.items())
+        if self._sides and own:
+            self._sides = own
+            self.choose()
+
+    def update(self) -> Callable:
+        """`(state, batch, *frozen) -> (state, {"loss", "grad_norm", "tokens", "skipped"})`, to be
+        compiled."""
+        accumulation, backprop = self.config.schedule.accumulation, self.config.optimizer.backprop
+        if backprop is None:
+            update = updates.step(self.sums, self.optimizer, accumulation)
+        else:
+            update = updates.fused(self.sums, self.optimizer, accumulation, backprop)
+        if self.mesh.size == 1 and not self.config.mesh.explicit:
+            return update
+        stored = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        parameters = self.abstract["params"] if self.config.mesh.spreads else None
+        place = (
+            jax.sharding.reshard if self.config.mesh.explicit else jax.lax.with_sharding_constraint
+        )
+
+        def run(state, batch, *frozen):
+            with meshes.use(self.mesh, parameters=parameters):
+                state, measured = update(state, batch, *frozen)
+            return place(state, stored), measured
+
+        return run
+
+    def check(self, state) -> str | None:
+        """Before the first update, on a row of each part of a batch: projected gradients are
+        projected full ones."""
+        if (
+            self.config.optimizer.backprop != "projected"
+            or lrx.plan(self.optimizer.projection) == "full"
+        ):
+            return None
+        begin = time.perf_counter()
+        own = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // distributed.part(self.rows)[1]
+        batch = self.on_devices({name: array[:own] for name, array in self.host_batch(0).items()})
+        share = 1.0 / max(float(jnp.sum(batch["weights"])), 1.0)
+        loss, taps = updates.projected_loss(self.sums, self.frozen), lrx.taps(state["opt_state"])
+        lrx.check_taps(
+            loss, taps, state["params"], batch, share, tolerance=1e-3 if self.exact else 5e-2
+        )
+        return f"projected gradients agree with the full ones ({time.perf_counter() - begin:.1f} s)"
+
+    def record(self) -> dict[str, tuple[Any, str, str]]:
+        """{key: (value, what changed, remedy)}: surroundings that a checkpoint notes and a resumed
+        run must share."""
+        subject = f"data.name={self.config.data.name!r}: its tokens changed"
+        return {
+            "data": (self.dataset.fingerprint, subject, "restore them, or give another workdir")
+        }
+
+    def meaning(self) -> dict[str, dict[str, Any]]:
+        """{section: {key: value}} without which a checkpoint's arrays mean nothing."""
+        raise NotImplementedError
+
+    def files(self) -> dict[str, Any]:
+        """{name: JSON, or the content itself} of what the run folder holds from the start."""
+        tokenizer = self.dataset.tokenizer
+        return {} if tokenizer is None else dict(tokenizer.files)
+
+    def host_batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's rows of an update."""
+        return self.dataset.train.batch(step, *distributed.part(self.rows))
+
+    def evaluation_batches(
+        self, part, title: str, watch: Watch, limit: int | None
+    ) -> Iterator[dict[str, jax.Array]]:
+        """The batches of `part` as far as an evaluation of `limit` tokens goes, watched, on the
+        devices."""
+        size = self.config.run.evaluation_batch_size or self.config.data.batch_size
+        own = part.evaluation(size, limit, *distributed.part(self.rows))
+        return watch(title, -(-part.evaluated(limit) // size), map(self.on_devices, own))
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch of an update, abstract."""
+        rows, own = self.config.data.batch_size, self.host_batch(0)
+        whole = {
+            name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
+            for name, array in own.items()
+        }
+        return {name: placed(shape, self.rows) for name, shape in whole.items()}
+
+    def on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The batch of which these are this process's rows."""
+        return {
+            name: jax.make_array_from_process_local_data(self.rows, array)
+            for name, array in batch.items()
+        }
+
+
+def placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """The leaf's shape and dtype, where it lies."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def without_weak_types(tree):
+    """Weak types, which a restored state cannot have, become ordinary ones."""
+    is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: leaf if is_key(leaf) else jax.lax.convert_element_type(leaf, leaf.dtype), tree
+    )
+
+
+def trigram_loss(config, dataset: Dataset, length: int) -> float:
+    """Loss of a trigram model of the training text on the tokens that the evaluation sees."""
+    tokens, limit = dataset.validation.tokens, config.run.evaluation_tokens
+    tokens = tokens if limit is None else tokens[: max(1, limit // length) * length + 1]
+    return ngram.trigram_loss(dataset.train.tokens, tokens, dataset.vocabulary_size)
+
+
+def sampled(config, tokenizer, model, params) -> str:
+    """Text drawn from a language model after `run.sample_prompt`."""
+    settings = config.run
+    prompt = tokenizer.encode(settings.sample_prompt)[-model.config.sequence_length :]
+    tokens = sample(
+        model,
+        meshes.on_auto_axes(params),  # sampling does not say where things go
+        jnp.asarray(prompt, jnp.int32)[None],
+        settings.sample_tokens,
+        jax.random.key(settings.seed),
+        settings.temperature,
+    )
+    known = np.asarray(tokens[0])
+    return settings.sample_prompt + tokenizer.decode(known[known < tokenizer.vocabulary_size])
+
+
+class Pretraining(Task):
+    """A LLaMA from scratch, on text."""
+
+    def __init__(self, config: RunConfig, devices: Sequence[Any] | None = None):
+        super().__init__(config.mesh, devices)
+        self.config, self.dataset = config, self.open_dataset(config)
+        self.model, self.stacked = llama.Llama(config.model), config.model.scan
+        self.rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
+        params = jax.eval_shape(self._params, jax.random.key(0))
+        self.shapes, self.places = (
+            {"params": params},
+            {"params": meshes.shardings(params, axes.LLAMA, self.mesh)},
+        )
+        self.choose()
+        data = config.data
+        self.work = (
+            llama.flops_per_token(config.model, data.sequence_length)
+            * data.batch_size
+            * data.sequence_length
+        )
+        self.exact = config.model.dtype == "float32"
+        self.evaluation_step = jax.jit(lambda params, batch: self.sums(params, batch, {}))
+
+    def open_dataset(self, config: RunConfig) -> Any:
+        """The tokens that the run trains on."""
+        return folder.open_dataset(config)
+
+    def meaning(self):
+        return {"model": dataclasses.asdict(self.config.model)}
+
+    def headline(self):
+        parameters = llama.parameter_count(self.config.model)
+        name = self.config.optimizer.name
+        return (
+            f"{self.config.preset}: {parameters:,} parameters; {name}; {self.dataset.description}"
+        )
+
+    def _params(self, key):
+        tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)
+        return without_weak_types(self.model.init(key, tokens)["params"])
+
+    def initial(self):
+        def init(key):
+            params = self._params(key)
+            return {"params": params, "opt_state": without_weak_types(self.optimizer.init(params))}
+
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        return jax.jit(init, out_shardings=places)(jax.random.key(self.config.run.seed))
+
+    def sums(self, params, batch, rest, *frozen):
+        with meshes.use(self.mesh):
+            return updates.loss_sums(self.model, params, batch)
+
+    def evaluate(self, state, watch=unwatched):
+        limit = self.config.run.evaluation_tokens
+        batches = self.evaluation_batches(self.dataset.validation, "validation", watch, limit)
+        found = updates.evaluate(self.evaluation_step, state["params"], batches)
+        return found, f"validation loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
+
+    def summary(self, state, evaluations):
+        config, last = self.config, evaluations[-1] if evaluations else {}
+        entries = {
+            "preset": config.preset,
+            "parameters": llama.parameter_count(config.model),
+            "validation_loss": last.get("loss"),
+            "perplexity": last.get("perplexity"),
+            "script_perplexity": last.get("script_perplexity"),
+            "trigram_loss": trigram_loss(config, self.dataset, config.data.sequence_length)
+            if config.run.trigram
+            else None,
+        }
+        if state is not None and config.run.sample_tokens:
+            entries["sample"] = sampled(config, self.dataset.tokenizer, self.model, state["params"])
+        return entries

@@ -1,0 +1,1 @@
+"""Finished runs and results for readers: the page, its figures, and README's tables."""

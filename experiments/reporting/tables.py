@@ -1,0 +1,513 @@
+"""README's tables, generated from the committed results: `python -m experiments.reporting.tables` rewrites
+them in place.
+
+A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`; `--check` exits 1 where README
+and results differ.
+"""
+
+import argparse
+import math
+import pathlib
+import re
+import statistics
+import sys
+from collections.abc import Callable
+
+from experiments.harness import outputs
+from experiments.planning.report import plans
+from lowrank_jax.interop import documents
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A GitHub table.
+
+    >>> print(markdown(["a", "b"], [["1", "2"]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|"
+        for line in lines
+    )
+
+
+def mebibytes(count: float | None) -> str:
+    """Two decimals, or a dash."""
+    return "-" if count is None else f"{count / 2**20:.2f}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Three figures, or a dash."""
+    return "-" if seconds is None else f"{1000 * seconds:.3g}"
+
+
+def methods(result: dict) -> str:
+    """What each method keeps, and what it was checked against."""
+    header = [
+        "method",
+        "function",
+        "state of a matrix that shrinks s to r and keeps k",
+        "checked against",
+    ]
+    names = lambda row: ", ".join(f"`{name}`" for name in row["function"].split(", "))  # noqa: E731
+    rows = [[row["method"], names(row), row["state"], row["checked"]] for row in result["rows"]]
+    return markdown(header, rows)
+
+
+def adapters(result: dict) -> str:
+    """What each adapter trains, how it starts, and what its comparison with PEFT covered."""
+    header = [
+        "adapter",
+        "`lrx.adapters.`",
+        "trained numbers",
+        "delta at the start",
+        "compared with PEFT",
+    ]
+    rows = [
+        [
+            row["adapter"],
+            f"`{row['function']}`",
+            *(row[name] for name in ("trained", "start", "checked")),
+        ]
+        for row in result["rows"]
+    ]
+    return (
+        markdown(header, rows)
+        + f"\n\n`{result['command']}` repeats the comparison: outputs within 1e-5."
+    )
+
+
+def study(result: dict) -> str:
+    """Validation loss with AdamW's spread as the measure of a tie."""
+    rows = result["rows"]
+    reference = next((row for row in rows if row["method"] == "AdamW"), None)
+    lines = []
+    for row in rows:
+        verdict = "" if reference is None or row is reference else _verdict(row, reference)
+        seeds = f"{row['seeds']}" + ("" if row["complete"] else " (unfinished)")
+        lines.append(
+            [
+                row["method"],
+                f"{row['learning_rate']:g}",
+                seeds,
+                f"{row['validation_loss']:.4f}",
+                f"{row['spread']:.4f}",
+                verdict,
+                mebibytes(row["state_bytes"]),
+                milliseconds(row["step_seconds"]),
+            ]
+        )
+    header = ["optimizer", "best lr", "seeds", "validation loss", "max - min", "against AdamW"]
+    header += ["state, MiB", "step, ms"]
+    note = (
+        f"`{result['command']}`: {result['preset']} preset, rank {result['rank']}, "
+        f"{result['steps']} updates of {result['tokens_per_update']} tokens, {result['runs']} runs "
+        f"in {result['spent_hours']:g} of {result['budget_hours']:g} hours, {result['device']}. A "
+        "difference inside AdamW's spread is a tie."
+    )
+    diverged = result.get("diverged") or []
+    return (
+        markdown(header, lines)
+        + "\n\n"
+        + note
+        + (f" Diverged: {', '.join(diverged)}." if diverged else "")
+    )
+
+
+def _verdict(row: dict, reference: dict) -> str:
+    difference = row["validation_loss"] - reference["validation_loss"]
+    if not math.isfinite(difference):
+        return "diverged"
+    spread = max(reference["spread"], row["spread"])
+    return (
+        "tie"
+        if abs(difference) <= spread
+        else f"{'worse' if difference > 0 else 'better'} by {abs(difference):.3f}"
+    )
+
+
+def train(result: dict) -> str:
+    """The run of `make train` against its aim."""
+    below = result["validation_loss"] < result["trigram_loss"]
+    met = "met" if below and result["total_seconds"] <= 300 else "**missed**"
+    rows = [
+        ["parameters", f"{result['parameters']:,}"],
+        ["tokens", f"{result['tokens']:,}"],
+        ["validation loss (nats per byte)", f"{result['validation_loss']:.4f}"],
+        ["trigram model of the training text", f"{result['trigram_loss']:.4f}"],
+        ["optimizer state", f"{mebibytes(result['state_bytes'])} MiB"],
+        ["training time, 2 cores", f"{result['total_seconds']:.0f} s"],
+        ["aim: below the trigram loss in 300 s", met],
+    ]
+    return markdown(["`make train`", ""], rows)
+
+
+def optimizer_step(result: dict) -> str:
+    """Times and bytes of one step, then every aim with what was measured."""
+    rows = [
+        [
+            row["optimizer"],
+            milliseconds(row["normal_seconds"]),
+            f"{row['normal_over_adamw']:.2f}",
+            milliseconds(row["worst_seconds"]),
+            f"{row['worst_over_normal']:.2f}",
+            milliseconds(row["amortised_seconds"]),
+            mebibytes(row["state_bytes"]),
+            mebibytes(row["temporary_bytes"]),
+        ]
+        for row in result["rows"]
+    ]
+    header = [
+        "optimizer",
+        "normal, ms",
+        "of AdamW",
+        "worst, ms",
+        "of normal",
+        "mean, ms",
+        "state, MiB",
+        "temporary, MiB",
+    ]
+    reference = result["reference"]
+    note = (
+        f"`{result['command']}`: {result['parameters'] / 1e6:.2f} M parameters in the block "
+        f"kernels, rank {result['rank']}, medians of {result['repetitions']} interleaved steps "
+        f"(refreshes: {result['refresh_repetitions']}), {result['machine']['cores']} cores. Own "
+        f"arithmetic of two thin products {milliseconds(reference['own_arithmetic_seconds'])} ms "
+        f"at the {reference['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s of a square product, "
+        f"AdamW's memory traffic {milliseconds(reference['adamw_traffic_seconds'])} ms. Where "
+        "every step refreshes, normal is worst."
+    )
+    return "\n\n".join([markdown(header, rows), note, _aims(result["aims"])])
+
+
+def training_step(result: dict) -> str:
+    """Whole steps: clock beside operations, then bytes, then every aim."""
+    parts = []
+    for part in result["tables"]:
+        rows = [
+            [
+                row["case"],
+                milliseconds(row["seconds"]),
+                f"{row['clock_ratio']:.3f}",
+                f"{row['operations_ratio']:.3f}",
+                "-" if "amortised_ratio" not in row else f"{row['amortised_ratio']:.3f}",
+                mebibytes(row["bytes"]),
+                mebibytes(row["state_bytes"]),
+            ]
+            for row in part["rows"]
+        ]
+        header = [
+            part["part"],
+            "normal, ms",
+            "of AdamW",
+            "operations, of AdamW's",
+            "with refreshes, of AdamW",
+        ]
+        parts.append(markdown([*header, "parameters + temporaries, MiB", "state, MiB"], rows))
+    note = (
+        f"`{result['command']}`: {result['tokens']} tokens in sequences of {result['length']}, "
+        f"medians of {result['repetitions']} interleaved steps, {result['machine']['cores']} "
+        "cores; refreshes every 200 steps, by exact SVD unless the row says alternating."
+    )
+    if result["losses"] is not None:
+        found = result["losses"]
+        note += (
+            f" Over {found['steps']} updates of nano the losses of projected and full gradients "
+            f"differ by at most {found['largest_difference']:.1e}."
+        )
+    return "\n\n".join([*parts, note, _aims(result["aims"])])
+
+
+def peer_training_step(result: dict) -> str:
+    """Whole steps of PyTorch and of this library, in turns in one run, and the aim."""
+    rows = [
+        [
+            row["case"],
+            row["program"],
+            milliseconds(row["seconds"]),
+            f"{row['of_peer']:.2f}",
+            milliseconds(row["processor_seconds"]),
+            f"{row['processor_of_peer']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = [
+        "whole step",
+        "program",
+        "ms",
+        "of PyTorch's AdamW",
+        "processor time, ms",
+        "of PyTorch's",
+    ]
+    versions = result["machine"]["versions"]
+    note = (
+        f"`{result['command']}`: {result['preset']} preset, float32, {result['tokens']} tokens in "
+        f"sequences of {result['length']}, medians of {result['repetitions']} steps in turns, "
+        f"{result['threads']} threads each; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, jax {versions['jax']}. From the same weights the first "
+        f"losses differ by {result['loss_difference']:.0e}. Ratios are to PyTorch's faster AdamW."
+    )
+    return "\n\n".join([markdown(header, rows), note, _aims(result["aims"])])
+
+
+def data_parallel(result: dict) -> str:
+    """Reduced bytes of a step, in all and of the kernels that have taps."""
+    rows, reference = [], result["rows"][0]
+    for row in result["rows"]:
+        blocks, ratio = row["block_bytes"], reference["block_bytes"] / row["block_bytes"]
+        largest = "; ".join(
+            f"{row['times']} x ({', '.join(map(str, row['shape']))})"
+            for row in row["tensors"]
+            if len(row["shape"]) > 1
+        )
+        rows.append(
+            [
+                row["case"],
+                mebibytes(row["bytes"]),
+                mebibytes(blocks),
+                f"{ratio:.1f} x fewer",
+                largest,
+            ]
+        )
+    header = [
+        "all-reduced in a step",
+        "MiB",
+        "kernels of the blocks, MiB",
+        "of AdamW's",
+        "matrices",
+    ]
+    note = (
+        f"`{result['command']}`: {result['preset']} preset on {result['devices']} fake devices, "
+        "read from the program."
+    )
+    return markdown(header, rows) + "\n\n" + note
+
+
+def refresh_subspaces(result: dict) -> str:
+    """Subspaces of refreshes in a run, as shares of what the exact SVD's captures, and the losses
+    of the runs."""
+    rows = []
+    for row in result["rows"]:
+        losses = ", ".join(f"{loss:.4f}" for loss in row["validation_losses"])
+        rows.append(
+            [
+                row["refresh"],
+                str(row["period"]),
+                row["reads"],
+                f"{row['largest_angle']:.1f}°",
+                f"{row['median_angle']:.1f}°",
+                f"{row['step_share']:.3f}",
+                f"{row['window_share']:.3f}",
+                f"{row['window_energy_svd']:.3f}",
+                losses + ("" if row["runs"] == row["wanted"] else " (unfinished)"),
+            ]
+        )
+    header = [
+        "refresh",
+        "every",
+        "reads gradients",
+        "largest angle to SVD's",
+        "median angle",
+        "energy of its gradient",
+    ]
+    header += ["of the next window's", "which SVD's captures", "validation loss, by seed"]
+    note = (
+        f"`{result['command']}`: {result['preset']} preset, rank {result['rank']}, "
+        f"{result['steps']} updates of {result['tokens_per_update']} tokens, projected backprop, "
+        f"every refresh after its update; {result['cpu_minutes']:g} minutes on one core. Energies "
+        "are over those of the exact SVD of the same gradient in the same run; means over "
+        "matrices, refreshes and seeds."
+    )
+    return markdown(header, rows) + "\n\n" + note
+
+
+def memory_7b(result: dict) -> str:
+    """Memory of the compiled 7B steps, in GiB: of one card, then of one chip of a slice."""
+    names = ("parameter", "plain", "basis", "moment", "temporary", "peak")
+    sizes = lambda row: [f"{row[f'{name}_bytes'] / 2**30:.2f}" for name in names]  # noqa: E731
+    header = ["parameters, GiB", "plain state", "bases", "moments", "temporary", "peak"]
+    card, slice_rows = [], []
+    for row in result.get("card_rows", ()):
+        verdict = (
+            "-"
+            if row["met"] is None
+            else f"{row['bound_gib']:g}: {'met' if row['met'] else '**missed**'}"
+        )
+        card.append([row["weights"], str(row["rank"]), row["refresh"], *sizes(row), verdict])
+    for row in result.get("slice_rows", ()):
+        rank, bases = (
+            ("-", "-")
+            if row["rank"] == 0
+            else (str(row["rank"]), "split" if row["split"] else "whole")
+        )
+        slice_rows.append([row["optimizer"], row["form"], rank, row["refresh"], bases, *sizes(row)])
+    parts, command, length = [], result["command"], result["length"]
+    if card:
+        inputs = result["card_rows"][0]["input_bytes"] / 2**30
+        parts += [
+            markdown(["weights", "rank", "refresh", *header, "aim, below"], card),
+            (
+                f"`{command} --part card`: compiled for one {result['device']}, sequence {length}, "
+                "batch 1, layer-wise step, 8-bit moments, int8 basis, stochastic rounding. A "
+                "program with a refresh holds the step between two as well. Of the temporaries "
+                f"{inputs:.2f} GiB are the inputs of the layers. Nothing was run."
+            ),
+        ]
+    if slice_rows:
+        parts += [
+            markdown(["optimizer", "form", "rank", "refresh", "bases", *header], slice_rows),
+            (
+                f"`{command} --part slice`: one chip of {result['slice']}, one sequence of "
+                f"{length} on each, float32 parameters and state split over the chips, products in "
+                "bfloat16. Nothing was run."
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def _aims(aims: list[dict]) -> str:
+    lines = []
+    for aim in aims:
+        verdict = "not measured" if aim["met"] is None else "met" if aim["met"] else "**missed**"
+        scale, unit = (
+            (1e-6, " MB")
+            if "bytes" in aim["aim"]
+            else (1e3, " ms")
+            if "(s)" in aim["aim"]
+            else (1, "")
+        )
+        value = "-" if aim["value"] is None else f"{scale * aim['value']:.3g}{unit}"
+        bound = f"{scale * aim['bound']:.3g}{unit}"
+        lines.append([aim["aim"].split(" (")[0], aim["of"], value, bound, verdict])
+    return markdown(["aim", "of", "measured", "below", ""], lines)
+
+
+def kernels(result: dict) -> str:
+    """Each kernel on each chip beside XLA's program, over all its matrices and parts, and what was
+    decided."""
+    header = ["kernel", "chip", "programs", "bytes moved below XLA's: least, median, most"]
+    header += ["temporaries at most, MiB: XLA's", "the kernel's", "operations below XLA's, at most"]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["kernel"], row["target"].partition(":")[0]), []).append(row)
+    rows = []
+    for (name, chip), own in sorted(groups.items()):
+        less = sorted(row["less_moved"] for row in own)
+        largest = [max(row[side]["temporary_bytes"] for row in own) for side in ("xla", "pallas")]
+        fewer = max(row.get("xla_operations", 1) / row.get("pallas_operations", 1) for row in own)
+        shares = (less[0], statistics.median(less), less[-1])
+        rows.append(
+            [
+                f"`{name}`",
+                chip,
+                str(len(own)),
+                ", ".join(f"{100 * x + 0:.0f} %" for x in shares),
+                *map(mebibytes, largest),
+                f"{fewer:.0f} times" if fewer > 1 else "-",
+            ]
+        )
+    notes = [
+        f"`{name}`: {verdict['kept']}." for name, verdict in sorted(result["verdicts"].items())
+    ]
+    notes += [f"Not written: {one['kernel']}." for one in result["not_written"]]
+    return markdown(header, rows) + "\n\n" + "\n".join(f"* {note}" for note in notes)
+
+
+def collectives(result: dict) -> str:
+    """What a refresh sends under FSDP, by layout."""
+    layouts = list(result["rows"][0]["received"])
+    rows = []
+    for row in result["rows"]:
+        received = row["received"]
+        best = min(received, key=received.__getitem__)
+        rows.append(
+            [
+                row["projector"],
+                str(row["rank"]),
+                *(mebibytes(received[name]) for name in layouts),
+                best,
+            ]
+        )
+    note = (
+        f"`{result['command']}`: MiB that one of {result['devices']} devices receives in a refresh "
+        f"of the {result['preset']} preset's matrices, read from compiled programs."
+    )
+    return markdown(["projector", "rank", *layouts, "least"], rows) + "\n\n" + note
+
+
+TABLES: dict[str, Callable[[dict], str]] = {
+    "methods": methods,
+    "adapters": adapters,
+    "study": study,
+    "train": train,
+    "optimizer_step": optimizer_step,
+    "training_step_60M": training_step,
+    "training_step_130M": training_step,
+    "peer_training_step": peer_training_step,
+    "data_parallel": data_parallel,
+    "refresh_subspaces": refresh_subspaces,
+    "memory_7b": memory_7b,
+    "plans": plans,
+    "kernels": kernels,
+    "collectives": collectives,
+}
+
+
+def render(text: str, results: pathlib.Path = RESULTS) -> str:
+    """README's text with every table made anew from `results`.
+
+    Raises:
+      ValueError: for a marker without an end, a table nobody generates, or one whose result is
+        missing.
+    """
+    found = re.findall(r"<!-- begin:(\w+) -->", text)
+    for name in found:
+        if name not in TABLES:
+            raise ValueError(f"README names a table {name!r}; known ones are {', '.join(TABLES)}")
+        path = results / f"{name}.json"
+        if not path.exists():
+            raise ValueError(
+                f"README's table {name!r} needs {path.name}, which is not committed; run its "
+                "command"
+            )
+        block = (
+            f"<!-- begin:{name} -->\n{TABLES[name](documents.read(path, dict))}\n<!-- end:{name} "
+            "-->"
+        )
+        pattern = rf"<!-- begin:{name} -->.*?<!-- end:{name} -->"
+        blocks = re.findall(pattern, text, flags=re.DOTALL)
+        if len(blocks) != 1:
+            raise ValueError(
+                f"README's table {name!r} stands {len(blocks)} times between its markers; once is "
+                "right"
+            )
+        text = text.replace(blocks[0], block)
+    return text
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if README differs"
+    )
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = render(text)
+    if options.check:
+        sys.exit(
+            "README.md differs from the results: run python -m experiments.reporting.tables"
+            if new != text
+            else 0
+        )
+    outputs.write_text(path, new)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Configurations: sections whose fields check themselves, and the command line that sets them."""
