@@ -1,0 +1,13 @@
+"""The study behind README's table of optimizers: the same runs of every method, one core each.
+
+    python -m experiments.study --time
+
+It may be stopped, and goes on where it was. Results go to `experiments/results/study.json`.
+"""
+
+import sys
+
+from experiments.benchmarks import study
+
+if __name__ == "__main__":
+    sys.exit(study.main())
