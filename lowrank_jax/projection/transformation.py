@@ -153,6 +153,7 @@ class Projection:
         def rest(config, view, trees):
             return config.fresh_inner(view), config.residual.init(view)
 
+        self.projector.check(view)
         layers = layer_numbers(view)
         basis = self.projector.init(view, self.keys(view, jnp.zeros((), jnp.int32), layers))
         inner, residual = on_own_matrices(rest, self, view, {"layers": layers})

@@ -84,6 +84,14 @@ AT_CONSTRUCTION = [
 
 AT_INIT = [
     (lrx.galore(0.1, rank=7), PARAMS, "rank=7 exceeds 6, the shrunk dimension of 'kernel'; use at most 6"),
+    *(
+        (
+            lrx.galore(0.1, projector=projector(rank=8), side="cols"),
+            PARAMS,
+            "rank=8 exceeds 6, the kept dimension of 'kernel'.*use at most 6",
+        )
+        for projector in (P.svd, P.svd_two_sided, P.power, P.randomized, P.alternating)
+    ),
     (lrx.galore(0.1, rank=((".*/q", 2),)), PARAMS, r"no pattern matches 'kernel'; add \('.\*', rank\)"),
     (lrx.galore(0.1, rank=2), {"w": jnp.ones((4, 4))}, "no leaf is projected.*Views"),
     (lrx.galore(0.1, rank=2, side="sharding"), PARAMS, "sides_for"),

@@ -23,6 +23,7 @@ class Alternating(StoredProjector):
     Gaussian. Signs follow the old basis.
     """
 
+    of_range: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"sketch", "moments", "step", "key"})
 
     def init(self, view, keys):

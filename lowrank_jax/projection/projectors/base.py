@@ -48,9 +48,9 @@ class Projector:
         wins.
 
     A class also says what its `refresh` reads (`needs`), whether it moves the basis (`moves`),
-    whether bases are orthonormal, and whether a refresh depends on `G Gᵀ` or norms of rows alone
-    (`of_rows`): it then may get a gradient with columns of zeros beside its own, which on a mesh
-    make k divisible.
+    whether bases are orthonormal, whether they lie in the range of a gradient (`of_range`), so that
+    r is at most k, and whether a refresh depends on `G Gᵀ` or norms of rows alone (`of_rows`): it
+    then may get a gradient with columns of zeros beside its own, which on a mesh make k divisible.
 
     Raises:
       ValueError: for a rank that is traced, not positive, or larger than the shrunk dimension; it
@@ -62,6 +62,7 @@ class Projector:
     moves: ClassVar[bool] = True
     orthonormal: ClassVar[bool] = True
     of_rows: ClassVar[bool] = False
+    of_range: ClassVar[bool] = False
 
     def __post_init__(self):
         if isinstance(self.rank, Mapping):
@@ -90,6 +91,15 @@ class Projector:
                 f"{shrunk}"
             )
         return rank
+
+    def check(self, view: ResolvedView) -> None:
+        """Refuses a rank that no gradient of this leaf has."""
+        if self.of_range and view.rank > view.kept:
+            raise ValueError(
+                f"rank={view.rank} exceeds {view.kept}, the kept dimension of {view.path!r}, and so the "
+                f"rank of its gradients, whose range {type(self).__name__} spans; use at most "
+                f"{view.kept}, or side='paper'"
+            )
 
     def init(self, view: ResolvedView, keys: jax.Array) -> Any:
         raise TypeError(f"{type(self).__name__} does not implement init")

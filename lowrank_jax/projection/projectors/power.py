@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ class Power(StoredProjector):
     iterations: int = 1
     first: str = "range"
     mix: float | None = None
+    of_range: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

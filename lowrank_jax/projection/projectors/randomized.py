@@ -27,6 +27,7 @@ class Randomized(StoredProjector):
     """
 
     iterations: int = 1
+    of_range: ClassVar[bool] = True
     of_rows: ClassVar[bool] = True
 
     def __post_init__(self):

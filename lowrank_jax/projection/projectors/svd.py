@@ -38,6 +38,7 @@ class Svd(StoredProjector):
     `power`, `randomized` and `dct` are the fast alternatives.
     """
 
+    of_range: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"grad"})
 
     def refresh(self, view, basis, evidence):
@@ -49,6 +50,7 @@ class TwoSidedSvd(StoredProjector):
     """Both sides: `R = PᵀGQ (r, r)` with the leading left and right singular vectors (GaLore
     `full`)."""
 
+    of_range: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"grad"})
 
     def structure(self):
