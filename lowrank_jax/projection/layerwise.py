@@ -133,6 +133,8 @@ class _Layerwise:
         self.config = form.recipe.projection
         self.measured = exact_skip or self.config.clip_norm is not None
         self.plan = plan(self.config)
+        # where bases move by full gradients after the update, all of a layer's work is a branch
+        self.branches = self.plan == "full at a refresh" and self.config.clock.when == "after"
         self.rest = {name: tree for name, tree in params.items() if name != stack.name}
         leaves, self.treedef = step_lib.flatten(params[stack.name])
         report = self.config.report(params)
@@ -249,39 +251,26 @@ class _Layerwise:
             change = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0)  # noqa: E731
             return jax.tree.map(change, tree, new)
 
-        guarded = self.config.guard and not (update and self.measured)
-
         def body(i, carry):
             number = layers - 1 - i
             dx, kernels, states, own_states, gathered, fine, square = carry
-            own = take(kernels, number)
-            part = (own, own_states, take(vectors, number), take(inputs, number), dx)
-            steps, read, d_vectors, dx = self._layer(*part, number, ok & fine if guarded else ok)
-            gathered = put(gathered, number, d_vectors)
-            following = jnp.maximum(number - 1, 0)
-            energies = sum((energy(step.kept) for step in steps), jnp.zeros(()))
-            fine = (
-                fine & read & all_finite([step.judged for step in steps]) & jnp.isfinite(energies)
-            )
-            square = square + energies
-            if not update:
-                return dx, kernels, states, take(states, following), gathered, fine, square
-            # from the first layer on that is not finite, none below it is written either
-            write = ok & fine if guarded else ok
-            written = [
-                self._write(step, kernel, write, factor, number)
-                for step, kernel in zip(steps, own, strict=True)
-            ]
-            states = put(states, number, [_arrays(step) for step in steps])
-            return (
+            part = (
+                take(kernels, number),
+                own_states,
+                take(vectors, number),
+                take(inputs, number),
                 dx,
-                put(kernels, number, written),
-                states,
-                take(states, following),
-                gathered,
-                fine,
-                square,
             )
+            one = self._move_layer if update else self._measure_layer
+            written, d_vectors, dx, fine, energies = one(part, number, ok, fine, factor)
+            gathered, square = put(gathered, number, d_vectors), square + energies
+            if update:
+                kernels, states = (
+                    put(old, number, new)
+                    for old, new in zip((kernels, states), written, strict=True)
+                )
+            own_states = take(states, jnp.maximum(number - 1, 0))
+            return dx, kernels, states, own_states, gathered, fine, square
 
         # states travel with the loop, see `in_place`; kernels would be held twice
         sums = sharding.vary(
@@ -293,9 +282,47 @@ class _Layerwise:
         vectors = [None if view is not None else next(placed) for view in self.views]
         return fine, square, vectors, dx, (kernels, states)
 
-    def _layer(self, kernels, states, vectors, inputs, dx, number, ok):
+    def _measure_layer(self, part, number, ok, fine, factor):
+        """As `_move_layer`, of a pass that writes nothing."""
+        # bases that move after the update do not change what is measured
+        plan = "taps" if self.branches else self.plan
+        steps, read, d_vectors, dx = self._layer(
+            part, number, ok & fine if self.config.guard else ok, plan
+        )
+        return None, d_vectors, dx, *self._judged(steps, read, fine)
+
+    def _move_layer(self, part, number, ok, fine, factor):
+        """`((new kernels, new states), gradients of the vectors, gradient of the inputs, whether all
+        was finite down to here, sum of squares)` of one layer."""
+        guarded = self.config.guard and not self.measured
+
+        def by(plan):
+            steps, read, d_vectors, dx = self._layer(
+                part, number, ok & fine if guarded else ok, plan
+            )
+            good, energies = self._judged(steps, read, fine)
+            # from the first layer on that is not finite, none below it is written either
+            write = ok & good if guarded else ok
+            kernels = [
+                self._write(step, kernel, write, factor, number)
+                for step, kernel in zip(steps, part[0], strict=True)
+            ]
+            return (kernels, [_arrays(step) for step in steps]), d_vectors, dx, good, energies
+
+        if self.branches:
+            return jax.lax.cond(self.due, lambda: by("full"), lambda: by("taps"))
+        return by(self.plan)
+
+    def _judged(self, steps, read, fine):
+        """`(whether all was finite down to these steps, sum of squares of what they keep)`."""
+        energies = sum((energy(step.kept) for step in steps), jnp.zeros(()))
+        judged = all_finite([step.judged for step in steps])
+        return fine & read & judged & jnp.isfinite(energies), energies
+
+    def _layer(self, part, number, ok, plan):
         """`(steps of the matrices, refreshed and projected; whether what a refresh reads is finite;
         gradients of the vectors; gradient of the inputs)`."""
+        kernels, states, vectors, inputs, dx = part
         matrices = [matrix for matrix in self.matrices if matrix is not None]
         views = [view.layer() for view in self.views if view is not None]
         states = [dataclasses.replace(m, **own) for own, m in zip(states, matrices, strict=True)]
@@ -315,13 +342,13 @@ class _Layerwise:
                 taps.append(Tap(state.basis, None, basis, None, view, matrix.projector))
             return layer_gradients(self._apply, kernels, taps, vectors, inputs, dx)
 
-        if self.plan == "full":
-            grads, d_vectors, dx = layer_gradients(self._apply, kernels, None, vectors, inputs, dx)
+        def whole():
+            return layer_gradients(self._apply, kernels, None, vectors, inputs, dx)
+
+        if plan in ("full", "taps"):
+            grads, d_vectors, dx = whole() if plan == "full" else low(False)
             return *steps_of(grads), d_vectors, dx
-        if self.plan == "taps":
-            grads, d_vectors, dx = low(False)
-            return *steps_of(grads), d_vectors, dx
-        if self.plan == "sketch at a refresh":
+        if plan == "sketch at a refresh":
             shapes = jax.eval_shape(lambda: low(True))[0]
 
             def unsketched():
@@ -336,9 +363,7 @@ class _Layerwise:
 
         # full at a refresh: bases move inside the branch, and what leaves it is low-rank
         def refreshed():
-            grads, d_vectors, d_inputs = layer_gradients(
-                self._apply, kernels, None, vectors, inputs, dx
-            )
+            grads, d_vectors, d_inputs = whole()
             steps, read = steps_of(grads)
             return [(step.low, _arrays(step)) for step in steps], read, d_vectors, d_inputs
 

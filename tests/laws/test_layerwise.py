@@ -42,6 +42,7 @@ def galore(projector, clock, **options):
 ROWS = {
     "svd": galore(P.svd(rank=3), every(period=3), weight_decay=0.1),
     "svd clipped": galore(P.svd(rank=3), every(period=3), clip_norm=0.5),
+    "svd after": galore(P.svd(rank=3), every(period=3, **AFTER)),
     "svd reset": galore(P.svd(rank=3), every(period=2), transport=lrx.transports.reset()),
     "svd staggered": galore(P.svd(rank=3), lrx.clocks.staggered(period=2)),
     "random after": galore(P.random(rank=3), every(period=2, **AFTER), clip_norm=0.5),
