@@ -142,6 +142,40 @@ class ResolvedView:
         return self.view.matrix_shape(self.shape)[-1 if self.side == "rows" else -2]
 
     @property
+    def rows_shape(self) -> Shape:
+        """Sizes of the axes that fold into rows: (heads, head_dim) of an attention's output."""
+        return tuple(self.shape[axis] for axis in self.view.rows)
+
+    @property
+    def cols_shape(self) -> Shape:
+        """Sizes of the axes that fold into columns: (heads, head_dim) of a query."""
+        return tuple(self.shape[axis] for axis in self.view.cols)
+
+    @property
+    def fan_in(self) -> int:
+        """Number of rows: the inputs of `y = x @ W`."""
+        return math.prod(self.rows_shape)
+
+    @property
+    def fan_out(self) -> int:
+        """Number of columns: its outputs."""
+        return math.prod(self.cols_shape)
+
+    @property
+    def matrix(self) -> ResolvedView:
+        """The view of one of the matrices, without batch axes."""
+        if not self.batch:
+            return self
+        places = {axis: place for place, axis in enumerate(sorted(self.view.rows + self.view.cols))}
+        rows, cols = (
+            tuple(places[axis] for axis in axes) for axes in (self.view.rows, self.view.cols)
+        )
+        shape = tuple(self.shape[axis] for axis in places)
+        spec = None if self.spec is None else self.spec[-2:]
+        view = MatrixView(rows=rows, cols=cols)
+        return dataclasses.replace(self, view=view, shape=shape, batch=(), spec=spec)
+
+    @property
     def oriented(self) -> Shape:
         """`(batch..., s, k)`."""
         return (*self.batch, self.shrunk, self.kept)

@@ -77,7 +77,7 @@ class MomentumState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Momentum:
+class Momentum(inner_lib.Inner):
     """`m <- b1 m + (1 - b1) g`: Adam's first moment alone, its bias correction `1 / (1 - b1^t)` in
     the scale."""
 
@@ -87,13 +87,13 @@ class Momentum:
     def __post_init__(self):
         inner_lib.Adam(b1=self.b1)  # which checks b1
 
-    def init(self, tree):
+    def init(self, tree, view=None):
         return MomentumState(
             jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tree)
         )
 
-    def update(self, grads, state, params=None, **extra):
-        del params, extra
+    def update(self, grads, state, *, view=None, params=None, **extra):
+        del view, params, extra
         count = optax.safe_increment(state.count)
         mu = _average(state.mu, grads, self.b1)
         return mu, 1 / inner_lib.debias(self.b1, count), MomentumState(count, mu)
@@ -353,11 +353,7 @@ class _Step:
         self.fine: jax.Array = jnp.asarray(True)
 
     def _given(self, inner: Any, own: list[int]) -> Any:
-        return (
-            self.tree.of({i: self.leaves[i] for i in own})
-            if getattr(inner, "params", False)
-            else None
-        )
+        return self.tree.of({i: self.leaves[i] for i in own}) if inner.reads_params else None
 
     def _moved(self, own: list[int], directions: list[jax.Array]) -> dict[int, jax.Array]:
         """The updates, in the parameters' dtypes."""
@@ -373,7 +369,9 @@ class _Step:
         """Updates the leaves that are no factor; their new state."""
         inner, own = self.config.plain, self.factors.of(None)
         grads = self.tree.of({i: self.grads[i] for i in own})
-        direction, scale, state = inner.update(grads, state, self._given(inner, own), **self.extra)
+        direction, scale, state = inner.update(
+            grads, state, params=self._given(inner, own), **self.extra
+        )
         self.updates |= self._moved(own, [scale * u for u in jax.tree.leaves(direction)])
         return state
 
@@ -397,7 +395,7 @@ class _Step:
                 )
             )
         direction, both, new = config.inner.update(
-            grads, carried, self._given(config.inner, own), **self.extra
+            grads, carried, params=self._given(config.inner, own), **self.extra
         )
         if config.transport == "step":
             new = new._replace(mu=_average(state.mu, grads, config.inner.b1))

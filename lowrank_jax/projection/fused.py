@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from lowrank_jax import linalg, sharding
 from lowrank_jax.checks import check_number, is_integer
-from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.optim.guard import select
 from lowrank_jax.optim.learning_rate import (
     LearningRateState,
@@ -74,7 +73,7 @@ class Fused:
             raise ValueError(
                 f"plain_block={block!r} must be a positive integer, or None for whole leaves"
             )
-        if block is not None and not getattr(plain, "elementwise", False):
+        if block is not None and not plain.elementwise:
             raise ValueError(
                 f"plain_block={block}: {type(plain).__name__} may couple the entries of a leaf; "
                 "leave it None, or give plain=lrx.inner.adam(...), stored8 or not"
@@ -235,11 +234,11 @@ def write_plain(
             i: writers[i](leaves[i], u, 0) for i, u in zip(writers, updates, strict=True)
         }, state
     new, parts = {}, []
-    for (i, write), own in zip(writers.items(), inner_lib.by_leaf(state), strict=True):
+    for (i, write), own in zip(writers.items(), config.plain.by_leaf(state), strict=True):
 
         def one(number, grad, param, own, write=write):
             grad = grad.astype(jnp.float32) if prepared.factor is None else grad * prepared.factor
-            direction, scale, own = inner_lib.guarded(config.plain, grad, own, None, ok, extra)
+            direction, scale, own = config.plain.guarded(grad, own, ok=ok, **extra)
             update = jnp.asarray(scale * direction)
             return write(param, update if ok is None else jnp.where(ok, update, 0), number), own
 
@@ -247,7 +246,7 @@ def write_plain(
             one, form.plain_block, prepared.paths[i], prepared.gradients[i], leaves[i], own
         )
         parts.append(moved)
-    return new, inner_lib.of_leaves(config.plain, state, parts, ok, extra)
+    return new, config.plain.of_leaves(state, parts, ok, extra)
 
 
 def _by_rows(

@@ -13,7 +13,6 @@ import optax
 
 from lowrank_jax import kernels, sharding
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.optim.guard import select
 from lowrank_jax.projection import layout
 from lowrank_jax.projection.matrix_step import MatrixStep
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
 
 def check(config: Projection) -> None:
     """ValueError for a projection that the kernel does not compute."""
-    core, kind = inner_lib.core(config.inner), config.projector.structure()
-    if type(core) is not inner_lib.Adam:
+    adam, kind = config.inner.as_adam(), config.projector.structure()
+    if adam is None:
         raise ValueError(
-            f"products='kernel' runs Adam, and inner={core!r} is another; give "
+            f"products='kernel' runs Adam, and inner={config.inner!r} is another; give "
             "lrx.inner.adam(...), stored8 or not, or products='xla'"
         )
     for name in ("mu_dtype", "nu_dtype"):
-        own = getattr(core, name)
+        own = getattr(adam, name)
         if own is not None and jnp.dtype(own) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(
                 f"products='kernel' keeps moments in float32 or bfloat16, not {name}={own}; change "
@@ -112,7 +111,7 @@ def _is_local(step: MatrixStep) -> bool:
 def finish_leaf(step: MatrixStep, param: Any, prepared: Prepared, write: Write) -> jax.Array:
     """The new parameter; leaves the new inner state in `step`."""
     view, state = step.view, step.inner
-    adam: Any = inner_lib.core(step.config.inner)
+    adam: Any = step.config.inner.as_adam()
     axes, total = len(view.batch), math.prod(view.batch)
     flat = lambda x: x.reshape(total, *x.shape[axes:])  # noqa: E731
     count = optax.safe_increment(state.count)

@@ -199,7 +199,7 @@ class MatrixStep:
         own = {
             "low": self.low,
             "target": self.target if self.config.residual.sees_gradient else None,
-            "param": self.param if getattr(self.config.inner, "params", False) else None,
+            "param": self.param if self.config.inner.reads_params else None,
             "basis": self.basis,
             "inner": self.inner,
             "residual": self.residual,
@@ -303,24 +303,25 @@ def _refreshed(
     # placed here, so that what a refresh gathers is gathered at refreshes only
     new = jax.tree.map(sharding.like, config.projector.refresh(view, basis, evidence), basis)
     new = layout.placed(view, new, "basis")
-    residual, (core, before) = trees["residual"], inner_lib.decoded(config.inner, inner)
+    residual, before = trees["residual"], config.inner.decoded(inner)
     before = after = layout.mixed(view, before)
     if config.transport.moves:
         change = config.projector.overlap(view, basis, new)
-        _, fresh = inner_lib.decoded(config.inner, config.fresh_inner(view))
-        after = jax.tree.map(sharding.like, config.transport(core, before, fresh, change), before)
+        fresh = config.inner.decoded(config.fresh_inner(view))
+        moved = config.transport(config.inner, before, fresh, change)
+        after = jax.tree.map(sharding.like, moved, before)
     if config.residual.follows_basis:
         moved = config.residual.moved(
-            config.projector, view, basis, new, core, before, after, residual
+            config.projector, view, basis, new, config.inner, before, after, residual
         )
         residual = jax.tree.map(sharding.like, moved, residual)
-    after = layout.placed(view, inner_lib.encoded(config.inner, after), "low")
+    after = layout.placed(view, config.inner.encoded(after), "low")
     return _movable(config, {"basis": new, "inner": after, "residual": residual})
 
 
 def _debiased(config: Projection, inner: Any) -> jax.Array:
     """The first moment over `1 - b1^t`, in the old basis; whole matrices on an explicit mesh."""
-    moment, value = inner_lib.first_moment(*inner_lib.decoded(config.inner, inner))
+    moment, value = inner_lib.first_moment(config.inner, config.inner.decoded(inner))
     seen = jnp.maximum(moment.count, 1)[..., None, None]
     whole = sharding.whole_spec(sharding.explicit_spec(value))
     return sharding.reshard(value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen), whole)
@@ -381,10 +382,10 @@ def finish(
     )
     low = layout.placed(view, low, "low")
     basis, param = layout.placed(view, trees["basis"], "basis_at_use"), None
-    if getattr(config.inner, "params", False):
+    if config.inner.reads_params:
         param = config.projector.down(view, basis, trees["param"])
-    run = each(lambda g, s, p: inner_lib.guarded(config.inner, g, s, p, ok, extra), view.batch)
-    direction, scale, inner = run(low, layout.placed(view, trees["inner"], "low"), param)
+    inner = layout.placed(view, trees["inner"], "low")
+    direction, scale, inner = config.inner.update_stack(low, inner, view, param, ok, extra)
     inner = layout.placed(view, inner, "low")
     direction = layout.placed(view, layout.placed(view, direction, "low"), "low_at_use")
     scale = jnp.asarray(scale, jnp.float32) * config.scale

@@ -18,7 +18,6 @@ import optax
 from lowrank_jax import sharding
 from lowrank_jax.checks import check_floating
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.optim.guard import all_finite, energy
 from lowrank_jax.projection import layout
 from lowrank_jax.projection.matrix_step import MatrixStep
@@ -196,9 +195,9 @@ def update_plain(
     grads, factor, ok = prepared.plain(prepared.gradients), prepared.factor, prepared.ok
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) if factor is None else g * factor, grads)
     given = None
-    if params is not None and getattr(config.plain, "params", False):
+    if params is not None and config.plain.reads_params:
         given = prepared.plain(prepared.references)
-    direction, scale, new = inner_lib.guarded(config.plain, grads, state, given, ok, extra)
+    direction, scale, new = config.plain.guarded(grads, state, params=given, ok=ok, **extra)
     updates = [jnp.asarray(scale * x) for x in jax.tree.leaves(direction)]
     return updates if ok is None else [jnp.where(ok, x, 0) for x in updates], new
 

@@ -134,12 +134,11 @@ class Projection:
     def _check_inner(self, matrix: MatrixState) -> None:
         axes = len(matrix.view.batch)
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), matrix.inner)
-        core = inner_lib.core(self.inner)
-        state = jax.eval_shape(lambda state: inner_lib.decoded(self.inner, state)[1], state)
-        self.transport.check(core, state)
-        self.residual.check(core, state, matrix.view, self.projector.low_shape(matrix.view))
+        state = jax.eval_shape(self.inner.decoded, state)
+        self.transport.check(self.inner, state)
+        self.residual.check(self.inner, state, matrix.view, self.projector.low_shape(matrix.view))
         if "moments" in self.projector.needs:
-            inner_lib.first_moment(core, state)
+            inner_lib.first_moment(self.inner, state)
 
     def fresh_inner(self, view: ResolvedView) -> Any:
         low = sharding.zeros(
@@ -147,7 +146,7 @@ class Projection:
             jnp.float32,
             self.projector.low_spec(view),
         )
-        return each(self.inner.init, view.batch)(low)
+        return self.inner.init_stack(low, view)
 
     def _init_matrix(self, view: ResolvedView) -> MatrixState:
         def rest(config, view, trees):
@@ -178,7 +177,7 @@ class Projection:
 
     @property
     def reads_params(self) -> bool:
-        return getattr(self.inner, "params", False) or "param" in self.projector.needs
+        return self.inner.reads_params or "param" in self.projector.needs
 
     def due(self, state: ProjectionState) -> Any:
         """Scalar: does a basis move at the next step? A Python bool where that does not depend on

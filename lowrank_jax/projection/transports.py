@@ -131,7 +131,7 @@ class LDAdam:
     def check(self, inner, state):
         _check_registered("ldadam", inner, state)
         inner_lib.first_moment(inner, state)
-        seconds = [moment for moment in inner_lib.moments(inner, state) if moment.kind == "second"]
+        seconds = [moment for moment in inner.moments(state) if moment.kind == "second"]
         if len(seconds) != 1 or seconds[0].decay is None or seconds[0].count is None:
             raise ValueError(
                 "transport ldadam needs one second moment with a known decay and count; "
@@ -160,7 +160,7 @@ class LDAdam:
 
 def _check_registered(name: str, inner: Any, state: Any) -> None:
     """ValueError if the state has a non-scalar leaf that the moments protocol does not know."""
-    known = {moment.path: moment.kind for moment in inner_lib.moments(inner, state)}
+    known = {moment.path: moment.kind for moment in inner.moments(state)}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         kind = known.get(tuple(path))
         if leaf.ndim and kind in (None, "factored", "other"):

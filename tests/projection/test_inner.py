@@ -66,7 +66,7 @@ def test_debias_does_not_cancel(decay):
 def test_moments_of_optax_states(transformation, kinds):
     inner = inner_lib.as_inner(transformation)
     state = inner.init(jnp.ones((3, 5)))
-    assert [moment.kind for moment in inner_lib.moments(inner, state)] == kinds
+    assert [moment.kind for moment in inner.moments(state)] == kinds
     doubled = inner_lib.map_moments(inner, state, lambda moment, value: value + 1)
     changed = [
         np.any(a != b)

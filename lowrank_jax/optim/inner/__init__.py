@@ -1,0 +1,31 @@
+"""Inner transformations: what runs inside the subspace, and how others reach the moments it keeps.
+
+`base` has the interface; each of the others is a frozen dataclass of pure functions.
+"""
+
+from lowrank_jax.optim.inner.adam import Adam, AdamState, debias
+from lowrank_jax.optim.inner.base import Inner, first_moment, map_moments
+from lowrank_jax.optim.inner.from_optax import FromOptax, as_inner
+from lowrank_jax.optim.inner.moments import Moment, register_moments
+from lowrank_jax.optim.inner.stored8 import Stored8
+
+adam = Adam
+from_optax = FromOptax
+stored8 = Stored8
+
+__all__ = [
+    "Adam",
+    "AdamState",
+    "FromOptax",
+    "Inner",
+    "Moment",
+    "Stored8",
+    "adam",
+    "as_inner",
+    "debias",
+    "first_moment",
+    "from_optax",
+    "map_moments",
+    "register_moments",
+    "stored8",
+]
