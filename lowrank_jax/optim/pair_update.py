@@ -52,7 +52,7 @@ class PairsState(NamedTuple):
         momentum stays.
 
     >>> import jax.numpy as jnp
-    >>> from lowrank_jax.adapters.pair_optimizers import altlora
+    >>> from lowrank_jax.optim.pair_optimizers import altlora
     >>> state = altlora(1e-3, scale=2.0).init(
     ...     {"q": {"a": jnp.ones((4, 2)), "b": jnp.zeros((2, 6))}}
     ... )

@@ -158,9 +158,8 @@ def test_state_bytes_are_the_formulas(method):
         view = matrix.view
         assert size(matrix.basis) == projection.projector.basis_bytes(view)
         assert size(matrix.residual) == projection.residual.state_bytes(view)
-        if isinstance(projection.inner, lrx.inner.Adam):
-            elements = math.prod(projection.projector.low_shape(view))
-            assert size(matrix.inner) == count(view) * projection.inner.state_bytes([elements])
+        shape = projection.projector.low_shape(view)
+        assert size(matrix.inner) == count(view) * projection.inner.state_bytes([shape])
 
 
 @m.every_method()

@@ -1,5 +1,7 @@
 """Adam in its two conventions, optax transformations inside, and the moments protocol."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,53 @@ def test_register_moments_teaches_a_new_state():
         build().init({"kernel": jnp.ones((4, 6))})
     inner_lib.register_moments(OwnState, {"average": "first"})
     build().init({"kernel": jnp.ones((4, 6))})
+
+
+def test_an_inner_of_ones_own_sees_one_matrix_or_the_stack():
+    """What `view` and the gradient are, with and without `batched`, on a stack with head axes."""
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(lrx.inner.Inner):
+        batched: bool = False
+
+        def init(self, tree, view=None):
+            seen.append((tree.shape, view.batch, view.fan_in, view.cols_shape))
+            return ()
+
+        def update(self, grads, state, *, view=None, params=None, **extra):
+            seen.append((grads.shape, view.batch, view.fan_out, extra))
+            return grads, jnp.ones(view.batch), state
+
+    views = lrx.Views(rules=(("q/kernel", lrx.MatrixView(batch=(1,), rows=(0,), cols=(2, 3))),))
+    params = {"q": {"kernel": jnp.ones((4, 2, 3, 5))}}
+    for batched, shape, batch in ((False, (2, 15), ()), (True, (2, 2, 15), (2,))):
+        tx = lrx.scale_by_projection(
+            lrx.projectors.svd(rank=2), inner=Own(batched), plain=optax.identity(), views=views
+        )
+        state = tx.init(params)
+        tx.update(params, state, params, value=1.0)
+        assert seen == [(shape, batch, 4, (3, 5)), (shape, batch, 15, {"value": 1.0})]
+        seen.clear()
+
+
+def test_what_is_no_inner_is_refused_by_the_name_of_the_class():
+    with pytest.raises(ValueError, match="an lrx.inner.Inner of your own"):
+        inner_lib.as_inner(object())
+    with pytest.raises(TypeError, match="Inner does not implement init"):
+        lrx.inner.Inner().init(jnp.ones(3))
+    with pytest.raises(TypeError, match="state tuple is not registered.*register_moments"):
+        lrx.inner.Inner().by_leaf(())
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [lrx.inner.adam(mu_dtype=jnp.bfloat16), lrx.inner.stored8(minimum=16, block=4), optax.scale_by_lion()],
+)  # fmt: skip
+def test_state_bytes_of_several_leaves(inner):
+    inner, shapes = inner_lib.as_inner(inner), [(3, 8), (5,), 7]
+    state = inner.init([jnp.zeros(shape) for shape in shapes])
+    assert inner.state_bytes(shapes) == sum(x.nbytes for x in jax.tree.leaves(state))
 
 
 def test_params_are_projected_for_an_inner_that_wants_them():
