@@ -14,11 +14,9 @@ import pathlib
 
 from absl import flags
 
-from experiments.finetuning import export
-from experiments.finetuning.task import Finetuning
+from experiments.finetuning import export, task
 from experiments.harness import command
 from experiments.settings import finetuning_configuration
-from experiments.settings.configuration import ConfigurationError
 
 _EXPORT = flags.DEFINE_string(
     "export", None, "folder for what was tuned, written when the run is over"
@@ -27,24 +25,8 @@ _FORMAT = flags.DEFINE_enum("export_format", "run", export.FORMATS, "who is to r
 
 
 def conclude(summary, workdir):
-    """The last lines of a run that is over."""
-    share = summary["trainable_parameters"] / summary["parameters"]
-    print(
-        f"trained {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters "
-        f"({share:.3%})"
-    )
-
-    def line(title, key, show):
-        before, after = summary[f"{key}_before"], summary[key]
-        if before is not None and after is not None:
-            print(f"{title:<24} {show(before)} before, {show(after)} after")
-
-    line("validation loss", "validation_loss", "{:.4f}".format)
-    if summary["trigram_loss"] is not None:
-        print(f"{'trigram loss':<24} {summary['trigram_loss']:.4f}")
-    line("validation accuracy", "validation_accuracy", "{:.2%}".format)
-    line("loss on base's domain", "domain_loss", "{:.4f}".format)
-    line("accuracy there", "domain_accuracy", "{:.2%}".format)
+    """The last lines of a run that is over, and its export."""
+    print(task.conclusion(summary))
     if _EXPORT.value and summary["status"] == "finished":
         print(f"exported to {export.export(workdir, _EXPORT.value, _FORMAT.value)}")
 
@@ -52,22 +34,16 @@ def conclude(summary, workdir):
 def check_export(config):
     """Before any work: there is room for what `--export` asks for, and this run makes it."""
     if _EXPORT.value:
-        export.check_output(_EXPORT.value)
-        if _FORMAT.value == "peft" and not config.adapter.method:
-            raise ConfigurationError(
-                "export_format='peft': the whole model is trained; give 'huggingface' or 'run'"
-            )
+        export.check(_EXPORT.value, _FORMAT.value, config)
 
 
 if __name__ == "__main__":
-    default = pathlib.Path(__file__).parent / "configs" / "finetune" / "documentation.py"
-    alone = ("export",)
     command.run(
         "experiments.finetune",
         finetuning_configuration,
-        Finetuning,
+        task.Finetuning,
         conclude,
-        default=default,
-        alone=alone,
+        default=pathlib.Path(__file__).parent / "configs" / "finetune" / "documentation.py",
+        alone=("export",),
         before=check_export,
     )

@@ -31,6 +31,7 @@ from experiments.planning import queue, report
 from experiments.planning.cases import Case, with_mesh, with_optimizer
 from experiments.planning.queue import CompileError
 from experiments.settings import configuration
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax.interop import documents
 
 OUTPUT = Path("experiments/results/plans.json")
@@ -249,7 +250,7 @@ def main(arguments: Sequence[str]) -> None:
             row = queue.describe(one) | queue.compile_case(one, pythons[one.target.kind])
             rows[identity(one)] = row
             print(f"    {queue.summary(queue.judged(row))}", flush=True)
-        except (CompileError, configuration.ConfigurationError) as error:
+        except (CompileError, ConfigurationError) as error:
             failed[identity(one)] = str(error)
             print(f"    failed: {error}", flush=True)
         outputs.write_result(options.output, collect(rows, failed), replace=options.replace)

@@ -11,69 +11,25 @@ and its settings.
 
 import pathlib
 import sys
-from typing import Any
 
 import lowrank_jax as lrx
-from experiments.data.tokenizer import Tokenizer, found_in, make_tokenizer
-from experiments.data.tuning import TuningDataConfig
-from experiments.finetuning import sources
-from experiments.finetuning.model import Adapted
-from experiments.finetuning.sources import Base, Place
-from experiments.finetuning.task import MODEL, Model
+from experiments.data.tokenizer import Tokenizer, make_tokenizer
+from experiments.finetuning.base import (
+    Base,
+    meaning_of,
+    read_description,
+)
+from experiments.finetuning.model import MODEL, Adapted, Model
+from experiments.finetuning.sources import open_base, read_tuned, tuned_base
 from experiments.harness import checkpoint, outputs
 from experiments.harness.workdir import read_config
 from experiments.models import huggingface
 from experiments.settings import finetuning_configuration
-from experiments.settings.configuration import ConfigurationError
 from experiments.settings.finetuning_configuration import TuningConfig
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax.interop import documents
 
 FORMATS = ("run", "huggingface", "peft")
-
-
-def merged_base(folder: pathlib.Path, values: dict) -> Base:
-    """The tuned model of the run in `folder`, whose config.json holds `values`."""
-    config = finetuning_configuration.from_dict(values)
-    description = sources.read_description(folder / MODEL)
-    tokenizer = found_in(folder) or description["tokenizer"]
-    base = sources.open_base(config.base, config.run.seed, tokenizer)
-    model = Model(config, base, tuple(description["classes"]))
-    return Base(
-        source=str(folder),
-        config=model.config,
-        read=lambda place: _merged(folder, config, model, place),
-        tokenizer=tokenizer,
-        classes=model.classes,
-        domain=TuningDataConfig(**description["domain"] | {"tokenizer": tokenizer}),
-    )
-
-
-def _merged(folder: pathlib.Path, config: TuningConfig, model: Model, place: Place) -> Any:
-    """Plain parameters of the newest good checkpoint."""
-    return model.parts.merged(*_read(folder, config, model, place))
-
-
-def _read(folder: pathlib.Path, config: TuningConfig, model: Model, place: Place) -> tuple:
-    """(what trained, what the state holds beside it, *frozen arguments) of the newest good
-    checkpoint."""
-    parts, digest = model.parts, None
-    frozen: tuple = ()
-    if parts.needs_base:
-        params = model.base.read(place)
-        digest = sources.digest(params)
-        frozen = parts.cut_off(model.with_head(params, config.run.seed, place))
-    like, places = parts.abstract, parts.shardings(place(model.shapes))
-    like, places = (
-        {name: tree for name, tree in part.items() if name != "key"} for part in (like, places)
-    )
-    restored = sources.restored(folder, like, places, model.meaning())
-    if digest is not None and restored.extra["base"] != digest:
-        raise ConfigurationError(
-            f"base.source={config.base.source!r}: its parameters changed since {folder} was "
-            "trained; restore them"
-        )
-    rest = {name: tree for name, tree in restored.tree.items() if name != "params"}
-    return restored.tree["params"], rest, *frozen
 
 
 def export(workdir, output, form: str) -> pathlib.Path:
@@ -97,7 +53,7 @@ def export(workdir, output, form: str) -> pathlib.Path:
         raise ConfigurationError(
             f"workdir={str(workdir)!r}: is no fine-tuning run; use python -m experiments.export"
         )
-    base = merged_base(workdir, values)
+    base = tuned_base(workdir, values)
     if form != "run" and (base.is_vit or base.classes):
         raise ConfigurationError(
             f"--export_format={form!r}: is for language models; give 'run' for a vision "
@@ -114,7 +70,7 @@ def export(workdir, output, form: str) -> pathlib.Path:
             entries = {name: n if n >= 0 else None for name, n in ids.items()}
             huggingface.save(output, base.config, params, entries=entries)
         else:
-            _write_run(output, sources.read_description(workdir / MODEL), params)
+            _write_run(output, read_description(workdir / MODEL), params)
     for name, content in tokenizer.files.items() if tokenizer else ():
         documents.write(output / name, content)
     return output
@@ -128,6 +84,16 @@ def _tokenizer(base: Base) -> Tokenizer | None:
         raise ConfigurationError(str(error)) from error
 
 
+def check(output, form: str, config: TuningConfig) -> None:
+    """ConfigurationError unless a run of `config` makes what `form` asks for, and it can be
+    written."""
+    check_output(output)
+    if form == "peft" and not config.adapter.method:
+        raise ConfigurationError(
+            "export_format='peft': the whole model is trained; give 'huggingface' or 'run'"
+        )
+
+
 def check_output(output) -> None:
     """ConfigurationError unless files can be written to the folder, which holds none."""
     output = outputs.check("export", output, is_folder=True)
@@ -138,7 +104,7 @@ def check_output(output) -> None:
 def _write_run(output: pathlib.Path, description: dict, params) -> None:
     checkpoints = checkpoint.Checkpoints(
         output / "checkpoints",
-        meaning=sources.meaning(description),
+        meaning=meaning_of(description),
         say=lambda line: print(line, file=sys.stderr),
     )
     try:
@@ -151,12 +117,12 @@ def _write_run(output: pathlib.Path, description: dict, params) -> None:
 def _write_peft(
     output: pathlib.Path, workdir: pathlib.Path, config: TuningConfig, tokenizer: str
 ) -> None:
-    model = Model(config, sources.open_base(config.base, config.run.seed, tokenizer), ())
+    model = Model(config, open_base(config.base, config.run.seed, tokenizer), ())
     if not isinstance(model.parts, Adapted):
         raise ConfigurationError(
             "--export_format='peft': the whole model was trained; give 'huggingface'"
         )
-    params, rest, base = _read(workdir, config, model, model.base.placing())
+    params, rest, base = read_tuned(workdir, config, model, model.base.placing())
     adaptation = model.parts.adaptation(params, rest)
     fields = {"base_model_name_or_path": config.base.source, "task_type": "CAUSAL_LM"}
     try:

@@ -1,20 +1,29 @@
-"""What trains in a fine-tuning run: the whole model, or adapters of it.
+"""The model of a fine-tuning run, and what of it trains: all of it, or adapters.
 
-Both cut plain parameters into the part of a state that trains and the arguments that do not, and
+Both ways cut plain parameters into the part of a state that trains and the arguments that do not, and
 put them together again: with adapters attached for the model to run, or as plain parameters.
 """
 
+import dataclasses
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import lowrank_jax as lrx
-from experiments.settings.configuration import ConfigurationError
-from experiments.settings.finetuning_configuration import AdapterConfig
+from experiments.data.tuning import TuningDataConfig
+from experiments.finetuning.base import EXPORTED, Base, Place, parameter_shapes
+from experiments.harness import objectives
+from experiments.models import llama, vit
+from experiments.settings.finetuning_configuration import AdapterConfig, TuningConfig
+from experiments.settings.sections import ConfigurationError
 
+MODEL = "model.json"  # what the tuned model is, in the folder of a run
 LAYERS = r"layers/.*"  # the stack of a scanned model
+
+
 PATCHES = "patch_embed/kernel"  # of a vision transformer: (P, P, C, D)
 
 
@@ -174,3 +183,70 @@ class Adapted(Parts):
 
     def merged(self, params, rest, *frozen):
         return lrx.merge(frozen[0], self.adaptation(params, rest))
+
+
+class Model:
+    """The network that is tuned, its parts that train, and what its head is for.
+
+    Attributes:
+      config, net: of the model.
+      parts: `Whole` or `Adapted`.
+      shapes: of the plain parameters.
+      classes: of the head, () for a language model.
+      is_new_head: the base has no head for these classes.
+    """
+
+    def __init__(self, config: TuningConfig, base: Base, classes: tuple[str, ...]):
+        self.base, self.classes, self.adapter = base, classes, dataclasses.asdict(config.adapter)
+        self.is_new_head = bool(classes) and base.classes != classes
+        self.config = (
+            dataclasses.replace(base.config, classes=len(classes)) if base.is_vit else base.config
+        )
+        self.net = (vit.Vit if base.is_vit else llama.Llama)(self.config)
+        self.head = "head" if base.is_vit else objectives.CLASSIFIER
+        self.shapes = parameter_shapes(self.config, 0 if base.is_vit else len(classes))
+        unreached = ("lm_head",) if classes and not base.is_vit else ()
+        if config.adapter.method:
+            new = (f"{self.head}/.*",) if self.is_new_head else ()
+            self.parts: Parts = Adapted(config.adapter, self.shapes, scan=self.config.scan, new=new)
+        else:
+            self.parts = Whole(self.shapes, unreached)
+
+    def with_head(self, params, seed: int, place: Place):
+        """The base's parameters with a new head, drawn from the seed, where it needs one."""
+        if not self.is_new_head:
+            return params
+        wanted = {self.head: self.shapes[self.head]}
+
+        def draw(key):
+            def one(leaf):
+                return (
+                    0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+                    if leaf.ndim > 1
+                    else jnp.zeros_like(leaf)
+                )
+
+            return jax.tree.map(one, wanted)
+
+        return params | jax.jit(draw, out_shardings=place(wanted))(jax.random.key(seed))
+
+    def meaning(self) -> dict[str, dict[str, Any]]:
+        """{section: {key: value}} without which the arrays of a run mean nothing."""
+        own = {
+            "model": dataclasses.asdict(self.config),
+            "description": {"classes": list(self.classes)},
+        }
+        return own | {"adapter": self.adapter}
+
+    def describe(self, data: TuningDataConfig) -> dict[str, Any]:
+        """What `experiments.finetuning.base.read_description` reads back."""
+        return {
+            "format": EXPORTED,
+            "architecture": "vit" if self.base.is_vit else "llama",
+            "model": dataclasses.asdict(self.config),
+            "tokenizer": data.tokenizer or self.base.tokenizer,
+            "classes": list(self.classes),
+            "domain": dataclasses.asdict(
+                dataclasses.replace(data, tokenizer=data.tokenizer or self.base.tokenizer)
+            ),
+        }

@@ -4,125 +4,33 @@
 """
 
 import dataclasses
-import hashlib
 import pathlib
-import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.data.tokenizer import found_in
 from experiments.data.tuning import TuningDataConfig
-from experiments.harness import checkpoint
+from experiments.finetuning.base import (
+    EXPORTED,
+    Base,
+    Place,
+    meaning_of,
+    parameter_digest,
+    parameter_shapes,
+    read_description,
+    read_document,
+    read_parameters,
+    read_sections,
+    restore_newest,
+)
+from experiments.finetuning.model import MODEL, Model
 from experiments.harness.workdir import read_config
-from experiments.models import axes, huggingface, llama, vit
-from experiments.settings import configuration, finetuning_configuration, sections
-from experiments.settings.configuration import ConfigurationError
-from experiments.settings.finetuning_configuration import BaseConfig
-from lowrank_jax.interop import documents
-from lowrank_jax.interop.documents import DocumentError
-from lowrank_jax.sharding import meshes
-
-# Shapes of parameters, or of some of them, to their shardings.
-Place = Callable[[Any], Any]
-
-# Bytes of a divided leaf that a device puts together at once, for its digest.
-BLOCK = 64 * 2**20
-
-# config.json of a folder that finetune exported begins with it
-EXPORTED = "lowrank_jax model"
-_DESCRIPTION = {
-    "format": str,
-    "architecture": str,
-    "model": dict,
-    "tokenizer": str,
-    "classes": [str],
-    "domain": dict,
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Base:
-    """A model to start from.
-
-    Attributes:
-      source: the folder, or the preset of new parameters.
-      config: a `llama.LlamaConfig` or `vit.VitConfig`.
-      read: `read(place) -> parameters`, where `place` makes shardings of shapes, as `placing` does.
-      tokenizer: its name, "" where there is none.
-      classes: of its head, where it has one for classes.
-      domain: what it was trained on, or None.
-    """
-
-    source: str
-    config: Any
-    read: Callable[[Place], Any]
-    tokenizer: str = ""
-    classes: tuple[str, ...] = ()
-    domain: TuningDataConfig | None = None
-
-    @property
-    def is_vit(self) -> bool:
-        """It reads images."""
-        return isinstance(self.config, vit.VitConfig)
-
-    def placing(self, mesh: jax.sharding.Mesh | None = None) -> Place:
-        """Where parameters of this kind of model lie on a mesh; by default on one device."""
-        mesh = meshes.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-        table = axes.VIT if self.is_vit else axes.LLAMA
-        return lambda shapes: meshes.shardings(shapes, table, mesh)
-
-
-def shapes(config, classes: int = 0) -> Any:
-    """Parameters of the model of `config` as `jax.ShapeDtypeStruct`s; with a classifier where text
-    has classes."""
-    if isinstance(config, vit.VitConfig):
-        images = jax.ShapeDtypeStruct((1, config.image, config.image, config.channels), jnp.float32)
-        return jax.eval_shape(vit.Vit(config).init, jax.random.key(0), images)["params"]
-    found = huggingface.shapes(config)
-    if classes:
-        dtype = llama.DTYPES[config.param_dtype]
-        found = found | {
-            "classifier": {"kernel": jax.ShapeDtypeStruct((config.width, classes), dtype)}
-        }
-    return found
-
-
-def digest(params) -> str:
-    """sha256 over path, shape, dtype and bytes of every leaf, wherever it lies.
-
-    Leaves that several devices divide are put together block by block.
-
-    >>> digest({"a": np.zeros(2)}) == digest({"a": jnp.zeros(2, jnp.float32)})
-    False
-    """
-    found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        found.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} ".encode())
-        for piece in _pieces(leaf):
-            found.update(np.ascontiguousarray(piece).view(np.uint8).data if piece.size else b"")
-    return found.hexdigest()
-
-
-def _pieces(leaf) -> Iterator[np.ndarray]:
-    """The array, or blocks of its rows of some megabytes where devices divide it."""
-    if not isinstance(leaf, jax.Array):
-        yield np.asarray(leaf)
-    elif leaf.is_fully_replicated:
-        yield np.asarray(leaf.addressable_data(0))
-    else:
-        leaf = meshes.on_auto_axes(leaf)
-        whole, rows = jax.NamedSharding(leaf.sharding.mesh, jax.P()), len(leaf)
-        size = min(rows, max(1, BLOCK // (leaf.nbytes // rows)))
-        block = jax.jit(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, size), out_shardings=whole)
-        for i in range(0, rows - rows % size, size):
-            yield np.asarray(block(leaf, i).addressable_data(0))
-        if rows % size:
-            rest = jax.jit(lambda x: x[rows - rows % size :], out_shardings=whole)
-            yield np.asarray(rest(leaf).addressable_data(0))
+from experiments.models import huggingface, llama, vit
+from experiments.settings import configuration, finetuning_configuration
+from experiments.settings.finetuning_configuration import BaseConfig, TuningConfig
+from experiments.settings.sections import ConfigurationError
 
 
 def open_base(config: BaseConfig, seed: int, tokenizer: str = "") -> Base:
@@ -169,7 +77,7 @@ def _opened(config: BaseConfig) -> Base:
             f"base.source={config.source!r} {what}: name a run folder (`make train` makes "
             "runs/default), an exported folder, or one of Hugging Face's transformers"
         )
-    values = _documented(path, dict, config.source)
+    values = read_document(path, dict, config.source)
     overrides = {
         name: value
         for name in ("dtype", "param_dtype", "remat")
@@ -178,9 +86,7 @@ def _opened(config: BaseConfig) -> Base:
     if "model_type" in values or "architectures" in values:
         return _of_transformers(folder, config, overrides)
     if "adapter" in values:
-        from experiments.finetuning import export  # which reads the base of that run by this module
-
-        base = export.merged_base(folder, read_config(folder))
+        base = tuned_base(folder, read_config(folder))
     elif values.get("format") == EXPORTED:
         base = _exported(folder)
     else:
@@ -209,7 +115,9 @@ def _new(config: BaseConfig, seed: int, tokenizer: str) -> Base:
                 ]
             return llama.Llama(model_config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-        return jax.jit(init, out_shardings=place(shapes(model_config)))(jax.random.key(seed))
+        return jax.jit(init, out_shardings=place(parameter_shapes(model_config)))(
+            jax.random.key(seed)
+        )
 
     base = Base(
         source=config.preset or "",
@@ -234,7 +142,9 @@ def _of_transformers(folder: pathlib.Path, config: BaseConfig, overrides: dict) 
 
     def read(place):
         try:
-            return huggingface.load(folder, shardings=place(shapes(model_config)), **overrides)[1]
+            return huggingface.load(
+                folder, shardings=place(parameter_shapes(model_config)), **overrides
+            )[1]
         except (ValueError, OSError, ImportError) as error:
             raise ConfigurationError(f"base.source={config.source!r}: {error}") from error
 
@@ -253,55 +163,28 @@ def _pretrained(folder: pathlib.Path) -> Base:
     return Base(
         source=str(folder),
         config=config.model,
-        read=lambda place: read_run(
-            folder, shapes(config.model), place, {"model": dataclasses.asdict(config.model)}
+        read=lambda place: read_parameters(
+            folder,
+            parameter_shapes(config.model),
+            place,
+            {"model": dataclasses.asdict(config.model)},
         ),
         tokenizer=tokenizer,
         domain=TuningDataConfig(**dataclasses.asdict(config.data) | {"tokenizer": tokenizer}),
     )
 
 
-def _documented(path: pathlib.Path, shape: Any, source: str) -> Any:
-    try:
-        return documents.read(path, shape, remedy="restore it, or name another base")
-    except DocumentError as error:
-        raise ConfigurationError(f"base.source={source!r}: {error}") from error
-
-
-def read_description(path: pathlib.Path) -> dict[str, Any]:
-    """What `Model.describe` wrote, to model.json of a run or config.json of an exported folder; all
-    sections checked.
-
-    Raises ConfigurationError.
-    """
-    values = _documented(path, _DESCRIPTION, str(path.parent))
-    _described(values, str(path.parent))
-    return values
-
-
-def _described(values: dict[str, Any], source: str) -> tuple[Any, TuningDataConfig]:
-    """(configuration of the model, what it was trained on) of a description."""
-    kinds = {"llama": llama.LlamaConfig, "vit": vit.VitConfig}
-    try:
-        sections.one_of("architecture", values["architecture"], kinds)
-        kind = kinds[values["architecture"]]
-        model = sections.build(kind, "model", values["model"])
-        return model, sections.build(TuningDataConfig, "domain", values["domain"])
-    except ConfigurationError as error:
-        raise ConfigurationError(
-            f"base.source={source!r}: its description is damaged: {error}"
-        ) from error
-
-
 def _exported(folder: pathlib.Path) -> Base:
     values = read_description(folder / "config.json")
-    (config, domain), classes = _described(values, str(folder)), tuple(values["classes"])
+    (config, domain), classes = read_sections(values, str(folder)), tuple(values["classes"])
     kind = type(config)
     count = len(classes) if kind is llama.LlamaConfig else 0
     return Base(
         source=str(folder),
         config=config,
-        read=lambda place: read_run(folder, shapes(config, count), place, meaning(values)),
+        read=lambda place: read_parameters(
+            folder, parameter_shapes(config, count), place, meaning_of(values)
+        ),
         tokenizer=found_in(folder) or values["tokenizer"],
         classes=classes,
         domain=dataclasses.replace(domain, tokenizer=found_in(folder) or domain.tokenizer),
@@ -342,36 +225,46 @@ def _domain(config: BaseConfig, base: Base) -> TuningDataConfig | None:
         raise ConfigurationError(f"base.domain={config.domain!r}: {error}") from error
 
 
-def meaning(description: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{section: {key: value}} of a description without which the arrays of a folder mean
-    nothing."""
-    named = {key: description[key] for key in ("architecture", "tokenizer", "classes")}
-    return {"model": description["model"], "description": named}
+def tuned_base(folder: pathlib.Path, values: dict) -> Base:
+    """The tuned model of the run in `folder`, whose config.json holds `values`."""
+    config = finetuning_configuration.from_dict(values)
+    description = read_description(folder / MODEL)
+    tokenizer = found_in(folder) or description["tokenizer"]
+    base = open_base(config.base, config.run.seed, tokenizer)
+    model = Model(config, base, tuple(description["classes"]))
+    return Base(
+        source=str(folder),
+        config=model.config,
+        read=lambda place: _merged(folder, config, model, place),
+        tokenizer=tokenizer,
+        classes=model.classes,
+        domain=TuningDataConfig(**description["domain"] | {"tokenizer": tokenizer}),
+    )
 
 
-def read_run(folder: pathlib.Path, like, place: Place, meaning: dict[str, dict[str, Any]]):
-    """The parameters of the newest good checkpoint of a folder."""
-    return restored(folder, {"params": like}, {"params": place(like)}, meaning).tree["params"]
+def _merged(folder: pathlib.Path, config: TuningConfig, model: Model, place: Place) -> Any:
+    """Plain parameters of the newest good checkpoint."""
+    return model.parts.merged(*read_tuned(folder, config, model, place))
 
 
-def restored(
-    folder: pathlib.Path, like, shardings, meaning: dict[str, dict[str, Any]]
-) -> checkpoint.Restored:
-    """The newest good checkpoint of a folder, as far as `like` goes. Raises ConfigurationError when
-    there is none."""
-    put = lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)  # noqa: E731
-    target = jax.tree.map(put, like, shardings)
-    where, found = f"base.source={str(folder)!r}", None
-    if (folder / "checkpoints").is_dir():
-        checkpoints = checkpoint.Checkpoints(
-            folder / "checkpoints", meaning=meaning, say=lambda line: print(line, file=sys.stderr)
+def read_tuned(folder: pathlib.Path, config: TuningConfig, model: Model, place: Place) -> tuple:
+    """(what trained, what the state holds beside it, *frozen arguments) of the newest good
+    checkpoint."""
+    parts, digest = model.parts, None
+    frozen: tuple = ()
+    if parts.needs_base:
+        params = model.base.read(place)
+        digest = parameter_digest(params)
+        frozen = parts.cut_off(model.with_head(params, config.run.seed, place))
+    like, places = parts.abstract, parts.shardings(place(model.shapes))
+    like, places = (
+        {name: tree for name, tree in part.items() if name != "key"} for part in (like, places)
+    )
+    restored = restore_newest(folder, like, places, model.meaning())
+    if digest is not None and restored.extra["base"] != digest:
+        raise ConfigurationError(
+            f"base.source={config.base.source!r}: its parameters changed since {folder} was "
+            "trained; restore them"
         )
-        try:
-            found = checkpoints.restore(target, partial=True)
-        except checkpoint.CheckpointError as error:
-            raise ConfigurationError(f"{where}: {error}") from error
-        finally:
-            checkpoints.close()
-    if found is None:
-        raise ConfigurationError(f"{where}: holds no finished checkpoint yet; let its run save one")
-    return found
+    rest = {name: tree for name, tree in restored.tree.items() if name != "params"}
+    return restored.tree["params"], rest, *frozen

@@ -1,5 +1,5 @@
-"""Fine-tuning as a task of `experiments.harness.training`: adapters or the whole model, from a base that
-stays as it is.
+"""Fine-tuning as a task of the training loop: adapters or the whole model, from a base that stays
+as it is.
 
 Beside the files of every run, the folder holds model.json: what the tuned model is (architecture,
 tokenizer, classes). A checkpoint holds what trains, the optimizer's state and the frozen arrays of
@@ -7,20 +7,18 @@ the adapters; the base is named in config.json by its folder and in the checkpoi
 its parameters, which a resumed run compares.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import lowrank_jax as lrx
 from experiments.data import Dataset
 from experiments.data.tuning import TuningDataConfig, load_tuning
-from experiments.finetuning import sources
-from experiments.finetuning.model import Adapted, Parts, Whole, size
-from experiments.finetuning.sources import Base, Place
+from experiments.finetuning.base import parameter_digest
+from experiments.finetuning.model import MODEL, Model, size
+from experiments.finetuning.sources import open_base
 from experiments.harness import objectives, optimizers, runs
 from experiments.harness.tasks import (
     Task,
@@ -32,78 +30,10 @@ from experiments.harness.tasks import (
 )
 from experiments.harness.workdir import tree_bytes
 from experiments.models import llama, vit
-from experiments.settings.configuration import LOWRANK, ConfigurationError, smallest_dimension
+from experiments.settings.configuration import LOWRANK, smallest_dimension
 from experiments.settings.finetuning_configuration import TuningConfig
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax.sharding import meshes
-
-MODEL = "model.json"
-
-
-class Model:
-    """The network that is tuned, its parts that train, and what its head is for.
-
-    Attributes:
-      config, net: of the model.
-      parts: `Whole` or `Adapted`.
-      shapes: of the plain parameters.
-      classes: of the head, () for a language model.
-      is_new_head: the base has no head for these classes.
-    """
-
-    def __init__(self, config: TuningConfig, base: Base, classes: tuple[str, ...]):
-        self.base, self.classes, self.adapter = base, classes, dataclasses.asdict(config.adapter)
-        self.is_new_head = bool(classes) and base.classes != classes
-        self.config = (
-            dataclasses.replace(base.config, classes=len(classes)) if base.is_vit else base.config
-        )
-        self.net = (vit.Vit if base.is_vit else llama.Llama)(self.config)
-        self.head = "head" if base.is_vit else objectives.CLASSIFIER
-        self.shapes = sources.shapes(self.config, 0 if base.is_vit else len(classes))
-        unreached = ("lm_head",) if classes and not base.is_vit else ()
-        if config.adapter.method:
-            new = (f"{self.head}/.*",) if self.is_new_head else ()
-            self.parts: Parts = Adapted(config.adapter, self.shapes, scan=self.config.scan, new=new)
-        else:
-            self.parts = Whole(self.shapes, unreached)
-
-    def with_head(self, params, seed: int, place: Place):
-        """The base's parameters with a new head, drawn from the seed, where it needs one."""
-        if not self.is_new_head:
-            return params
-        wanted = {self.head: self.shapes[self.head]}
-
-        def draw(key):
-            def one(leaf):
-                return (
-                    0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
-                    if leaf.ndim > 1
-                    else jnp.zeros_like(leaf)
-                )
-
-            return jax.tree.map(one, wanted)
-
-        return params | jax.jit(draw, out_shardings=place(wanted))(jax.random.key(seed))
-
-    def meaning(self) -> dict[str, dict[str, Any]]:
-        """{section: {key: value}} without which the arrays of a run mean nothing."""
-        own = {
-            "model": dataclasses.asdict(self.config),
-            "description": {"classes": list(self.classes)},
-        }
-        return own | {"adapter": self.adapter}
-
-    def describe(self, data: TuningDataConfig) -> dict[str, Any]:
-        """What `experiments.finetuning.sources` reads back."""
-        return {
-            "format": sources.EXPORTED,
-            "architecture": "vit" if self.base.is_vit else "llama",
-            "model": dataclasses.asdict(self.config),
-            "tokenizer": data.tokenizer or self.base.tokenizer,
-            "classes": list(self.classes),
-            "domain": dataclasses.asdict(
-                dataclasses.replace(data, tokenizer=data.tokenizer or self.base.tokenizer)
-            ),
-        }
 
 
 class Finetuning(Task):
@@ -115,7 +45,7 @@ class Finetuning(Task):
         super().__init__(config.mesh, devices)
         self.config, self.base = (
             config,
-            sources.open_base(config.base, config.run.seed, config.data.tokenizer),
+            open_base(config.base, config.run.seed, config.data.tokenizer),
         )
         self.dataset = open_data(config.data, self.base.tokenizer, config.run.seed)
         self._check_base()
@@ -218,7 +148,7 @@ class Finetuning(Task):
         """The base's parameters, with the head that the data needs; the digest is of what was
         read."""
         params = self.base.read(self.place)
-        self._digest = sources.digest(params)
+        self._digest = parameter_digest(params)
         return self.model.with_head(params, self.config.run.seed, self.place)
 
     def _work(self) -> float:
@@ -388,3 +318,22 @@ def open_data(
         return load_tuning(config, tokenizer, seed, trains=trains)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigurationError(str(error)) from error
+
+
+def conclusion(summary: dict[str, Any]) -> str:
+    """The last lines of a run that is over: what trained, and each figure before and after."""
+    trained, total = summary["trainable_parameters"], summary["parameters"]
+    lines = [f"trained {trained:,} of {total:,} parameters ({trained / total:.3%})"]
+
+    def compare(title, key, show):
+        before, after = summary[f"{key}_before"], summary[key]
+        if before is not None and after is not None:
+            lines.append(f"{title:<24} {show(before)} before, {show(after)} after")
+
+    compare("validation loss", "validation_loss", "{:.4f}".format)
+    if summary["trigram_loss"] is not None:
+        lines.append(f"{'trigram loss':<24} {summary['trigram_loss']:.4f}")
+    compare("validation accuracy", "validation_accuracy", "{:.2%}".format)
+    compare("loss on base's domain", "domain_loss", "{:.4f}".format)
+    compare("accuracy there", "domain_accuracy", "{:.2%}".format)
+    return "\n".join(lines)

@@ -18,7 +18,7 @@ from experiments.harness import checkpoint, distributed, outputs, runs, training
 from experiments.harness.tasks import Task
 from experiments.settings import arguments
 from experiments.settings.arguments import refuse
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.sections import ConfigurationError
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "run folder; by default runs/<name of the configuration>"

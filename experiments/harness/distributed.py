@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import jax
 import jax._src.distributed  # its client has no public name; orbax takes it from here, too
 
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.sections import ConfigurationError
 
 # Seconds that a process waits for the others' answers. One that died is noticed by its silence,
 # long before.

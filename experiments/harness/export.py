@@ -30,7 +30,8 @@ from experiments.harness import workdir as folder
 from experiments.harness.checkpoint import CheckpointError
 from experiments.models import huggingface
 from experiments.settings import configuration
-from experiments.settings.configuration import ConfigurationError, RunConfig
+from experiments.settings.configuration import RunConfig
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax.interop import documents
 
 _README = """# {name}, update {step}

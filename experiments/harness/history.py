@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from experiments.harness import checkpoint, distributed, optimizers, runs
-from experiments.settings.configuration import ConfigurationError, LoopConfig
+from experiments.settings.configuration import LoopConfig
+from experiments.settings.sections import ConfigurationError
 
 # What an extension may change: the shape of a state follows from none of them, or else it is
 # refused.

@@ -12,12 +12,8 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_jax as lrx
-from experiments.settings.configuration import (
-    LOWRANK,
-    ConfigurationError,
-    OptimizerConfig,
-    ScheduleConfig,
-)
+from experiments.settings.configuration import LOWRANK, OptimizerConfig, ScheduleConfig
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax.optim.learning_rate import LearningRateState
 from lowrank_jax.optim.pair_update import PairsState
 

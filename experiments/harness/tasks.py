@@ -20,7 +20,8 @@ from experiments.harness import distributed, evaluated, optimizers, updates
 from experiments.harness import workdir as folder
 from experiments.models import axes, llama
 from experiments.models.sampling import sample
-from experiments.settings.configuration import ConfigurationError, MeshConfig, RunConfig
+from experiments.settings.configuration import MeshConfig, RunConfig
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax.sharding import meshes
 
 # `watch(title, number of batches, batches)` gives the batches of an evaluation back, one by one;

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from experiments.harness import checkpoint, distributed, history, metrics, optimizers, outputs, runs
 from experiments.harness import workdir as folder
 from experiments.harness.tasks import Pretraining, Task
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError
 

@@ -25,7 +25,8 @@ import lowrank_jax.version
 from experiments.data import Dataset, load
 from experiments.harness import checkpoint, distributed, history, metrics, runs
 from experiments.settings import configuration
-from experiments.settings.configuration import ConfigurationError, RunConfig
+from experiments.settings.configuration import RunConfig
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError
 

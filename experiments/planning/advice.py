@@ -13,7 +13,8 @@ from typing import Any
 
 from experiments.planning.cases import Case, with_mesh, with_optimizer
 from experiments.settings import configuration
-from experiments.settings.configuration import LOWRANK, ConfigurationError, RunConfig
+from experiments.settings.configuration import LOWRANK, RunConfig
+from experiments.settings.sections import ConfigurationError
 
 Change = Callable[[RunConfig], RunConfig]
 OTHERS = ("galore", "dct_adamw", "apollo_mini")

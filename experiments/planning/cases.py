@@ -14,8 +14,8 @@ import lowrank_jax as lrx
 from experiments.harness import optimizers
 from experiments.planning import targets
 from experiments.settings import configuration
-from experiments.settings.configuration import LOWRANK, ConfigurationError, RunConfig
-from experiments.settings.sections import build, one_of, require
+from experiments.settings.configuration import LOWRANK, RunConfig
+from experiments.settings.sections import ConfigurationError, build, one_of, require
 from lowrank_jax.projection.projectors.power import Power
 from lowrank_jax.projection.projectors.svd import Svd, TwoSidedSvd
 

@@ -12,8 +12,7 @@ from experiments.harness import optimizers, outputs
 from experiments.harness.metrics import format_bytes
 from experiments.planning import advice, cases, queue, report
 from experiments.settings import arguments, configuration
-from experiments.settings.configuration import ConfigurationError
-from experiments.settings.sections import require
+from experiments.settings.sections import ConfigurationError, require
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "target, such as v5e:4x4, h200 or cpu:8")
 TOPOLOGIES = flags.DEFINE_list("topologies", [], "several targets")

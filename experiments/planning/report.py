@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.reporting.markdown import markdown, mebibytes
+
 GIB = 2**30
 PARTS = ("parameters", "bases", "moments", "other state", "temporaries", "program")
 _STATE = {"basis": "bases", "moments": "moments"}
@@ -215,8 +217,6 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
 def plans(result: dict[str, Any]) -> str:
     """README's tables of `experiments.benchmarks.plans`: the rows, predictions against a process,
     and the aims."""
-    from experiments.reporting.tables import markdown
-
     lines = []
     for row in result["rows"]:
         cells, (own, share) = _cells(row), state_bytes(row)
@@ -263,8 +263,6 @@ def plans(result: dict[str, Any]) -> str:
 
 
 def _reality(rows: Sequence[dict[str, Any]]) -> str:
-    from experiments.reporting.tables import markdown, mebibytes
-
     lines = []
     for row in rows:
         took, chips = row["measured"], row["chips"]

@@ -20,7 +20,7 @@ from experiments.harness import outputs
 from experiments.harness.metrics import format_bytes, format_seconds
 from experiments.harness.runs import Run, RunError, history_lines, read_runs
 from experiments.reporting import figures
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.sections import ConfigurationError
 
 MISSING = "-"
 

@@ -15,35 +15,11 @@ from collections.abc import Callable
 
 from experiments.harness import outputs
 from experiments.planning.report import plans
+from experiments.reporting.markdown import markdown, mebibytes, milliseconds
 from lowrank_jax.interop import documents
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A GitHub table.
-
-    >>> print(markdown(["a", "b"], [["1", "2"]]))
-    | a | b |
-    |---|---|
-    | 1 | 2 |
-    """
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|"
-        for line in lines
-    )
-
-
-def mebibytes(count: float | None) -> str:
-    """Two decimals, or a dash."""
-    return "-" if count is None else f"{count / 2**20:.2f}"
-
-
-def milliseconds(seconds: float | None) -> str:
-    """Three figures, or a dash."""
-    return "-" if seconds is None else f"{1000 * seconds:.3g}"
 
 
 def methods(result: dict) -> str:

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.finetuning import sources
-from experiments.finetuning.sources import BaseConfig, open_base
+from experiments.finetuning.base import EXPORTED, meaning_of
+from experiments.finetuning.sources import open_base
 from experiments.harness import checkpoint, outputs, workdir
 from experiments.models import huggingface, llama
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.finetuning_configuration import BaseConfig
+from experiments.settings.sections import ConfigurationError
 from tests.experiments import runs
 
 CONFIG = llama.preset(
@@ -38,12 +39,12 @@ def run_folder(folder, params):
 
 def exported(folder, params):
     description = {
-        "format": sources.EXPORTED,
+        "format": EXPORTED,
         "architecture": "llama",
         "model": dataclasses.asdict(CONFIG),
     }
     description |= {"tokenizer": "bytes", "classes": [], "domain": {"name": "python_stdlib"}}
-    stored(folder, params, sources.meaning(description))
+    stored(folder, params, meaning_of(description))
     outputs.write_json(folder / "config.json", description)
 
 

@@ -20,14 +20,13 @@ from experiments.harness import optimizers
 from experiments.settings import arguments, configuration, finetuning_configuration
 from experiments.settings.arguments import load
 from experiments.settings.configuration import (
-    ConfigurationError,
     OptimizerConfig,
     ScheduleConfig,
     from_dict,
     template,
     to_dict,
 )
-from experiments.settings.sections import plain
+from experiments.settings.sections import ConfigurationError, plain
 from tests.experiments import commands, runs
 
 CONFIGS = sorted((pathlib.Path(configuration.__file__).parents[1] / "configs").glob("[!_]*.py"))

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.data.tokenizer import ByteTokenizer, found_in, make_tokenizer, vocabulary_of
 from experiments.settings import configuration
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.sections import ConfigurationError
 from tests.experiments import tokenizers as made
 from tests.experiments.tokenizers import MARKED
 

@@ -12,7 +12,7 @@ import pytest
 from experiments.data.tokenizer import ByteTokenizer
 from experiments.harness import checkpoint, export, training, workdir
 from experiments.models import huggingface
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.sections import ConfigurationError
 from tests.experiments import runs
 
 pytest.importorskip("safetensors", reason="needs the safetensors package")

@@ -11,14 +11,16 @@ import pytest
 
 import lowrank_jax as lrx
 from experiments.data.tokenizer import ByteTokenizer
-from experiments.finetuning import export, sources
-from experiments.finetuning import task as finetuning_task
+from experiments.finetuning import export
+from experiments.finetuning.base import parameter_digest
+from experiments.finetuning.model import Model
 from experiments.finetuning.sources import open_base
+from experiments.finetuning.task import Finetuning
 from experiments.harness import metrics, training
 from experiments.harness.runs import read_summary
 from experiments.models import huggingface, llama
-from experiments.settings.configuration import ConfigurationError
 from experiments.settings.finetuning_configuration import BaseConfig
+from experiments.settings.sections import ConfigurationError
 from tests.experiments import runs, tuning
 
 pytestmark = pytest.mark.slow
@@ -61,7 +63,7 @@ def params_of(workdir):
 
 def evaluated(config):
     """The figures before the first update, without a run."""
-    task = finetuning_task.Finetuning(config)
+    task = Finetuning(config)
     return task.evaluate(task.initial())[0]
 
 
@@ -117,7 +119,7 @@ def test_a_checkpoint_holds_what_trains_and_no_kernel_of_the_base(folder, whole)
 def test_the_tuned_model_is_base_and_adapters_and_its_loss_the_summarys(folder, whole):
     workdir, summary = whole
     tuned, base = params_of(workdir), params_of(folder / "base")
-    data = finetuning_task.Finetuning(tuning.tiny(folder)).dataset.validation
+    data = Finetuning(tuning.tiny(folder)).dataset.validation
     config = runs.tiny(folder).model
     before = mean_loss(config, base, data.evaluation(4, 512))
     assert before == pytest.approx(summary["validation_loss_before"], rel=1e-5)
@@ -168,9 +170,7 @@ def test_a_crashed_run_resumes_bitwise(folder, whole, monkeypatch):
 
 
 def test_dropout_draws_anew_and_is_off_without_a_key(folder):
-    task = finetuning_task.Finetuning(
-        tuning.tiny(folder, adapter={"method": "lora(rank=2, dropout=0.2)"})
-    )
+    task = Finetuning(tuning.tiny(folder, adapter={"method": "lora(rank=2, dropout=0.2)"}))
     parts = task.parts.cut(task.frozen[0], jax.random.key(0), task.places)
     params = jax.tree.map(
         lambda leaf: leaf + 0.1, parts["params"]
@@ -208,7 +208,7 @@ def write_exported(folder, params):
 
     shutil.rmtree(folder)
     base = open_base(BaseConfig(source=str(folder.parent / "base")), 0)
-    model = finetuning_task.Model(tuning.tiny(folder.parent), base, ())
+    model = Model(tuning.tiny(folder.parent), base, ())
     export._write_run(folder, model.describe(tuning.tiny(folder.parent).data), params)
 
 
@@ -216,7 +216,7 @@ def test_an_exported_model_is_a_base_and_a_folder_of_transformers(folder, whole)
     workdir, summary = whole
     tuned = params_of(workdir)
     export.export(workdir, folder / "exported", "run")
-    assert sources.digest(params_of(folder / "exported")) == sources.digest(tuned)
+    assert parameter_digest(params_of(folder / "exported")) == parameter_digest(tuned)
     found = open_base(BaseConfig(source=str(folder / "exported")), 0)
     assert (found.tokenizer, found.classes, found.domain.name) == (
         "bytes",
@@ -294,7 +294,7 @@ def test_an_instructions_loss_is_that_of_its_response(folder):
     config = tuning.tiny(folder, data={"task": "instruction"}, schedule={"steps": 2})
     summary = tuning.run(config, folder / "instruction")
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    train = finetuning_task.Finetuning(config).dataset.train
+    train = Finetuning(config).dataset.train
     batch = train.batch(0)
     assert batch["weights"].sum(axis=1).tolist() != [16] * 4
     tokenizer, responses = ByteTokenizer(), {row["response"] for row in rows}
@@ -379,7 +379,7 @@ def test_digits_turned_by_a_right_angle(folder):
 
 def test_layers_rules_and_exclusions_are_heeded(folder):
     def trained(**adapter):
-        return finetuning_task.Finetuning(tuning.tiny(folder, adapter=adapter)).parts.count
+        return Finetuning(tuning.tiny(folder, adapter=adapter)).parts.count
 
     each = 2 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 32))
     assert trained() == 2 * each
@@ -439,7 +439,7 @@ def test_dtypes_and_rematerialisation_of_the_base_can_be_changed(folder):
         "dtype": "bfloat16",
         "remat": True,
     }
-    task = finetuning_task.Finetuning(tuning.tiny(folder, base=base | {"domain": "none"}))
+    task = Finetuning(tuning.tiny(folder, base=base | {"domain": "none"}))
     assert {leaf.dtype for leaf in jax.tree.leaves(task.frozen)} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(task.abstract["params"])} == {
         jnp.dtype(jnp.float32)
@@ -471,7 +471,7 @@ def test_optimizers_of_the_factors_take_the_adapters_scale(folder, name):
             "targets": ".*/down_proj/kernel",
         },
     )
-    task = finetuning_task.Finetuning(config)
+    task = Finetuning(config)
     state = task.initial()
     begun = jax.tree.map(jnp.copy, state["params"])
     batch = jax.tree.map(jnp.asarray, task.host_batch(0))

@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-from experiments.finetuning import sources
+from experiments.finetuning.base import parameter_digest
+from experiments.finetuning.sources import open_base
+from experiments.settings.finetuning_configuration import BaseConfig
 from tests.experiments import commands, runs, tuning
 
 pytestmark = pytest.mark.slow
@@ -72,11 +74,8 @@ def test_the_command_tells_the_shares_and_exports(folder):
     before, after = summary["domain_loss_before"], summary["domain_loss"]
     assert f"loss on base's domain    {before:.4f} before, {after:.4f} after" in log
     assert f"exported to {folder}/exported" in log
-    models = [
-        sources.open_base(sources.BaseConfig(source=str(folder / name)), 0)
-        for name in ("exported", "whole")
-    ]
-    exported, whole = (sources.digest(base.read(base.placing())) for base in models)
+    models = [open_base(BaseConfig(source=str(folder / name)), 0) for name in ("exported", "whole")]
+    exported, whole = (parameter_digest(base.read(base.placing())) for base in models)
     assert exported == whole
 
 

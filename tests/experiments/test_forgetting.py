@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from experiments.finetuning import task as finetuning_task
+from experiments.finetuning.task import Finetuning
 from tests.experiments import runs, tuning
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ def test_forgetting_costs_at_most_the_validation_and_reads_no_training_text(fold
         run={"domain_tokens": None, "evaluation_tokens": tokens},
         data={"sequence_length": length, "batch_size": 4},
     )
-    task = finetuning_task.Finetuning(config)
+    task = Finetuning(config)
     counts = batches_of(task)
     assert 1 <= counts["base's domain"] <= counts["validation"]
     own, domain = task.dataset.validation, task.domain.validation

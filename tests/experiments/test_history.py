@@ -15,7 +15,7 @@ from experiments.harness.tasks import Pretraining
 from experiments.harness.workdir import claim
 from experiments.reporting import page as report
 from experiments.settings import configuration
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.sections import ConfigurationError
 from tests.experiments import runs, tuning
 from tests.experiments.test_training import Crash, crash_after
 

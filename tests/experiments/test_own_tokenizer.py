@@ -8,11 +8,11 @@ import pytest
 
 from experiments.data.tokenizer import make_tokenizer
 from experiments.finetuning import export as tuned_export
-from experiments.finetuning import sources
-from experiments.finetuning import task as finetuning_task
+from experiments.finetuning.sources import open_base
+from experiments.finetuning.task import Finetuning
 from experiments.harness import export, training
-from experiments.settings.configuration import ConfigurationError
 from experiments.settings.finetuning_configuration import BaseConfig
+from experiments.settings.sections import ConfigurationError
 from tests.experiments import runs, tokenizers, tuning
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def tuned(folder):
         schedule={"steps": 2},
         run={"domain_tokens": 64, "evaluation_tokens": 64},
     )
-    task = finetuning_task.Finetuning(config)
+    task = Finetuning(config)
     batch = task.dataset.train.batch(0)
     end = task.dataset.tokenizer.token("<|im_end|>")
     assert batch["targets"][0][batch["weights"][0] > 0].tolist()[-1] == end
@@ -73,7 +73,7 @@ def test_every_folder_brings_the_tokenizer(folder, tuned):
         assert names(folder / name) == brought, name
         assert make_tokenizer(str(folder / name)).identity == own.identity
     for name in ("base", "tuned", "transformers", "run", "huggingface"):
-        base = sources.open_base(BaseConfig(source=str(folder / name)), 0)
+        base = open_base(BaseConfig(source=str(folder / name)), 0)
         assert base.tokenizer == str(folder / name / "tokenizer.json")
         assert base.domain is None or base.domain.tokenizer == base.tokenizer
     config = json.loads((folder / "huggingface" / "config.json").read_text())
@@ -98,12 +98,9 @@ def test_a_folder_without_its_tokenizer_is_refused_before_any_work(folder, tuned
 def test_new_parameters_have_the_vocabulary_of_the_data(tmp_path):
     path = tokenizers.sentencepiece(tmp_path / "own.model")
     size = make_tokenizer(path).vocabulary_size
-    new = sources.open_base(BaseConfig(source="", preset="nano"), 0, path)
+    new = open_base(BaseConfig(source="", preset="nano"), 0, path)
     assert new.config.vocabulary_size == size != 259
-    assert (
-        sources.open_base(BaseConfig(source="", preset="nano"), 0, "bytes").config.vocabulary_size
-        == 259
-    )
+    assert open_base(BaseConfig(source="", preset="nano"), 0, "bytes").config.vocabulary_size == 259
     runs.write_text(tmp_path / "text")
     too_small = runs.tiny(tmp_path, data={"tokenizer": path}, model={"vocabulary_size": size - 1})
     message = rf"has {size} tokens, the model {size - 1}; set model\.vocabulary_size={size}"

@@ -15,7 +15,7 @@ from experiments.harness import tasks
 from experiments.planning import advice, cases, hlo, program, queue, report, targets
 from experiments.planning.cases import Case
 from experiments.settings import configuration
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.sections import ConfigurationError
 from tests.experiments import runs
 
 SECTIONS = {

@@ -12,7 +12,7 @@ from experiments.harness import command, workdir
 from experiments.harness.runs import RunError, read_run, read_runs
 from experiments.reporting import figures
 from experiments.reporting import page as report
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.sections import ConfigurationError
 
 
 def make_run(

@@ -17,7 +17,7 @@ import pytest
 from experiments.harness import checkpoint, metrics, optimizers, training, updates
 from experiments.harness import workdir as folders
 from experiments.harness.runs import read_summary
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax.projection.transformation import ProjectionTransformation
 from tests.experiments import runs
 

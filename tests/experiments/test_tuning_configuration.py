@@ -9,7 +9,6 @@ import pytest
 
 import lowrank_jax as lrx
 from experiments.settings import configuration, finetuning_configuration
-from experiments.settings.configuration import ConfigurationError
 from experiments.settings.finetuning_configuration import (
     TuningConfig,
     from_dict,
@@ -17,6 +16,7 @@ from experiments.settings.finetuning_configuration import (
     template,
     to_dict,
 )
+from experiments.settings.sections import ConfigurationError
 
 CONFIGS = sorted(
     (pathlib.Path(configuration.__file__).parents[1] / "configs" / "finetune").glob("[!_]*.py")

@@ -14,6 +14,7 @@ from experiments.harness import collectives, updates
 from experiments.harness.tasks import Pretraining
 from experiments.models import axes, vit
 from experiments.settings import configuration
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax import sharding
 from lowrank_jax.sharding import meshes
 
@@ -134,18 +135,14 @@ def test_a_gathered_kernel_is_not_kept_for_the_backward_pass():
 
 def test_what_an_explicit_mesh_cannot_do_is_an_error_before_any_work():
     mesh = {"fsdp": 8, "explicit": True}
-    with pytest.raises(
-        configuration.ConfigurationError, match=r"mesh.spread=True.*set mesh.explicit=False"
-    ):
+    with pytest.raises(ConfigurationError, match=r"mesh.spread=True.*set mesh.explicit=False"):
         configuration.from_dict({"mesh": mesh | {"spread": True}})
     values = {
         "model": {"scan": False},
         "optimizer": {"name": "optax_galore", "rank": 8},
         "mesh": mesh,
     }
-    with pytest.raises(
-        configuration.ConfigurationError, match=r"mesh.explicit=True.*set mesh.explicit=False"
-    ):
+    with pytest.raises(ConfigurationError, match=r"mesh.explicit=True.*set mesh.explicit=False"):
         configuration.from_dict(values)
 
 

@@ -10,11 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.finetuning import sources
+from experiments.finetuning import base as base_module
+from experiments.finetuning.base import parameter_digest
+from experiments.finetuning.sources import open_base
 from experiments.finetuning.task import Finetuning
 from experiments.harness import optimizers
 from experiments.settings import finetuning_configuration
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.finetuning_configuration import BaseConfig
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax import sharding
 from lowrank_jax.sharding.meshes import make_mesh
 from tests.experiments import runs, tuning
@@ -142,16 +145,16 @@ def test_kernels_of_adapters_learn_how_the_frozen_matrices_lie(folder, monkeypat
     assert seen[f"layers/{UP}/kernel"] == (None, "fsdp", "tensor")
 
 
-@pytest.mark.parametrize("block", [sources.BLOCK, 3 * 4 * 16])
+@pytest.mark.parametrize("block", [base_module.BLOCK, 3 * 4 * 16])
 def test_a_digest_is_the_same_wherever_parameters_lie(folder, block, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", block)  # 3 rows of some leaves, which leave a rest
-    base = sources.open_base(sources.BaseConfig(source=str(folder / "base")), 0)
+    monkeypatch.setattr(base_module, "BLOCK", block)  # 3 rows of some leaves, which leave a rest
+    base = open_base(BaseConfig(source=str(folder / "base")), 0)
     params = [
         base.read(base.placing(mesh))
         for mesh in (None, *(make_mesh(**own) for own in MESHES.values()))
     ]
     assert [share(own["layers"]["mlp"]["up_proj"]["kernel"]) for own in params] == [1, 8, 4, 8]
-    assert len({sources.digest(own) for own in params}) == 1
+    assert len({parameter_digest(own) for own in params}) == 1
 
 
 def test_a_run_goes_on_on_another_mesh_and_is_a_base(folder, tmp_path):
@@ -169,7 +172,7 @@ def test_a_run_goes_on_on_another_mesh_and_is_a_base(folder, tmp_path):
     for ours, theirs in zip(runs.losses(moved), runs.losses(first), strict=True):
         for step in ours:
             np.testing.assert_allclose(ours[step], theirs[step], atol=1e-5)
-    tuned = sources.open_base(sources.BaseConfig(source=str(moved)), 0)
+    tuned = open_base(BaseConfig(source=str(moved)), 0)
     meshes = (make_mesh(**MESHES[name]) for name in ("explicit", "fsdp x tensor"))
     *divided, whole = (tuned.read(tuned.placing(own)) for own in (*meshes, None))
     for params in divided:

@@ -11,6 +11,7 @@ import pytest
 from experiments.harness import checkpoint, optimizers, training, updates
 from experiments.harness.tasks import Pretraining
 from experiments.settings import configuration
+from experiments.settings.sections import ConfigurationError
 
 MODEL = {
     "preset": "nano",
@@ -110,10 +111,10 @@ def test_sides_are_the_configured_ones():
         config = configuration.from_dict(values | {"optimizer": OPTIMIZER | {"side": side}})
         found = optimizers.sides(Pretraining(config).abstract["opt_state"])
         assert {own for own, _ in found.values()} == {side}
-    with pytest.raises(configuration.ConfigurationError, match=r"optimizer.side='both'"):
+    with pytest.raises(ConfigurationError, match=r"optimizer.side='both'"):
         configuration.from_dict(values | {"optimizer": OPTIMIZER | {"side": "both"}})
     with pytest.raises(
-        configuration.ConfigurationError, match=r"optimizer.side='sharding': parameters lie whole"
+        ConfigurationError, match=r"optimizer.side='sharding': parameters lie whole"
     ):
         optimizers.build(config_of().optimizer, lambda step: 1e-3, stacked=True, seed=0)
 

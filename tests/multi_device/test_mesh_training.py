@@ -19,6 +19,7 @@ from experiments.harness.tasks import Pretraining
 from experiments.models import axes, llama
 from experiments.planning import hlo
 from experiments.settings import configuration
+from experiments.settings.sections import ConfigurationError
 from lowrank_jax import sharding
 from lowrank_jax.projection import layout
 from lowrank_jax.sharding import meshes
@@ -118,7 +119,7 @@ def test_losses_are_those_of_one_device(alone, name, mesh):
 
 def test_a_mesh_of_another_size_is_an_error_before_any_work():
     with pytest.raises(
-        configuration.ConfigurationError, match="data=1 x fsdp=3 x sequence=1 x tensor=1 is not 8"
+        ConfigurationError, match="data=1 x fsdp=3 x sequence=1 x tensor=1 is not 8"
     ):
         task_of("adamw", {"data": 1, "fsdp": 3})
 

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.harness import distributed
 from experiments.harness.distributed import Hosts
-from experiments.settings.configuration import ConfigurationError
+from experiments.settings.sections import ConfigurationError
 from tests.experiments.runs import write_text
 from tests.multi_process.processes import Processes, free_port
 
