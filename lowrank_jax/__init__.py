@@ -39,13 +39,13 @@ from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
 from lowrank_jax.projection.optimizers.recipe import Recipe
 from lowrank_jax.projection.partition_specs import resolved_sides, sides_for, state_shardings
+from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.stack import Stack
 from lowrank_jax.projection.state import Evidence, MatrixState, Projected, ProjectionState
 from lowrank_jax.projection.tapped import Tapped
 from lowrank_jax.projection.taps import Taps, check_taps, projected_value_and_grad, taps
 from lowrank_jax.projection.training import plan, train_step
 from lowrank_jax.projection.transformation import (
-    Projection,
     explain,
     projection_of,
     scale_by_projection,

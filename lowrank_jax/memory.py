@@ -26,7 +26,7 @@ import optax
 
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.projection.projectors.base import count
+from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.state import MatrixState, ProjectionState
 from lowrank_jax.resolution import Report
 

@@ -13,28 +13,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import linalg, sharding
+from lowrank_jax import sharding
 from lowrank_jax.checks import check_number, is_integer
-from lowrank_jax.optim.guard import select
-from lowrank_jax.optim.learning_rate import (
-    LearningRateState,
-    at_step,
-    decayed_step,
-    selected_for_decay,
-)
+from lowrank_jax.optim.learning_rate import LearningRateState, at_step, selected_for_decay
 from lowrank_jax.projection import fused_kernel
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.matrix_step import MatrixStep, finish
-
-if TYPE_CHECKING:
-    from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
+from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
+from lowrank_jax.projection.write import Write
 
 ROUNDING = ("nearest", "stochastic")
 PRODUCTS = ("xla", "kernel")
@@ -138,16 +130,16 @@ class Fused:
                 recipe.mask,
             )
         )
-        outputs = list(prepared.references)
+        outputs, now = list(prepared.references), state.projection.step
         by_kernel = fused_kernel.local(prepared.steps, outputs) if self.products == "kernel" else ()
         for i, step in prepared.steps.items():
-            write = Write.of(self, rate, decays[i], accepted, state.projection.step, step.view.path)
+            write = Write.of(recipe, self.rounding, rate, decays[i], accepted, now, step.view.path)
             if i in by_kernel:
                 outputs[i] = fused_kernel.finish_leaf(step, outputs[i], prepared, write)
             else:
                 outputs[i] = _finish_leaf(step, outputs[i], prepared, extra, write)
         writers = {
-            i: Write.of(self, rate, decays[i], accepted, state.projection.step, prepared.paths[i])
+            i: Write.of(recipe, self.rounding, rate, decays[i], accepted, now, prepared.paths[i])
             for i, view in enumerate(prepared.views)
             if view is None
         }
@@ -158,54 +150,6 @@ class Fused:
         count = state.schedule.count + jnp.asarray(accepted, jnp.int32)
         new = jax.tree.unflatten(prepared.treedef, outputs)
         return new, state._replace(projection=projection, schedule=LearningRateState(count))
-
-
-@dataclasses.dataclass(frozen=True)
-class Write:
-    """`param <- param + change`, in float32 and rounded once."""
-
-    rounding: str
-    rate: Any
-    weight_decay: Any
-    when: str
-    accepted: Any
-    key: jax.Array
-    path: str
-
-    @classmethod
-    def of(
-        cls, form: Fused, rate: Any, decays: bool, accepted: Any, step: jax.Array, path: str
-    ) -> Write:
-        """The writer of one leaf; its random numbers follow from the seed, the step and the
-        path."""
-        recipe = form.recipe
-        key = jax.random.fold_in(
-            jax.random.key(jnp.asarray(recipe.projection.seed, jnp.int32)), step
-        )
-        key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        decay = at_step(recipe.weight_decay, step) if decays else 0
-        return cls(form.rounding, rate, decay, recipe.when, accepted, key, path)
-
-    def __call__(self, param: Any, update: jax.Array, layer: Any) -> Any:
-        old = param.dequantize() if hasattr(param, "dequantize") else param.astype(jnp.float32)
-        value = old + decayed_step(
-            update, old, self.rate, self.weight_decay, self.when, self.accepted
-        )
-        key = jax.random.fold_in(self.key, layer) if self.rounding == "stochastic" else None
-        if hasattr(param, "requantize"):
-            if key is not None and not getattr(param, "rounds_stochastically", True):
-                kind = type(param).__name__ + (
-                    f"(code={param.code!r})" if hasattr(param, "code") else ""
-                )
-                raise ValueError(
-                    f"leaf {self.path!r}: rounding='stochastic' cannot write {kind}, which rounds "
-                    "to the nearest value alone; give rounding='nearest', or store the leaf by "
-                    "lrx.linalg.quantize_blocks(w, code='linear')"
-                )
-            return select(self.accepted, param.requantize(value, key), param)
-        if key is None or param.dtype == jnp.float32:
-            return value.astype(param.dtype)
-        return linalg.stochastic_round(value, param.dtype, key)
 
 
 def write_plain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,9 @@ from lowrank_jax.projection import layout
 from lowrank_jax.projection.matrix_step import MatrixStep
 from lowrank_jax.projection.projectors.base import StoredProjector
 from lowrank_jax.projection.residuals import Discard
-
-if TYPE_CHECKING:
-    from lowrank_jax.projection.fused import Write
-    from lowrank_jax.projection.step import Prepared
-    from lowrank_jax.projection.transformation import Projection
+from lowrank_jax.projection.slots import Projection
+from lowrank_jax.projection.step import Prepared
+from lowrank_jax.projection.write import Write
 
 
 def check(config: Projection) -> None:

@@ -42,12 +42,13 @@ from lowrank_jax import sharding
 from lowrank_jax.optim.guard import all_finite, energy
 from lowrank_jax.optim.learning_rate import LearningRateState, at_step, selected_for_decay
 from lowrank_jax.projection import step as step_lib
-from lowrank_jax.projection.fused import Fused, Write, fused, write_plain
+from lowrank_jax.projection.fused import Fused, fused, write_plain
 from lowrank_jax.projection.matrix_step import MatrixStep, finish, sketch_basis
 from lowrank_jax.projection.stack import Stack, layer_gradients
 from lowrank_jax.projection.state import Projected, matrix_states
 from lowrank_jax.projection.tapped import Tap
 from lowrank_jax.projection.training import plan
+from lowrank_jax.projection.write import Write
 
 
 def layerwise_step(
@@ -427,7 +428,8 @@ class _Layerwise:
     def _writer(self, ok, path: str, *, decays: bool) -> Write:
         recipe, schedule = self.form.recipe, self.state.schedule
         rate = at_step(recipe.learning_rate, schedule.count)
-        return Write.of(self.form, rate, decays, ok, self.state.projection.step, path)
+        now = self.state.projection.step
+        return Write.of(recipe, self.form.rounding, rate, decays, ok, now, path)
 
     def _finish(self, value, d_rest, vectors, moved, ok, factor):
         """The plain leaves as one group, and the new trees."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +14,15 @@ from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.optim.guard import select
 from lowrank_jax.projection import layout
-from lowrank_jax.projection.projectors.base import count
+from lowrank_jax.projection.batches import count, layer_numbers
 from lowrank_jax.projection.refresh_schedules import Staggered
+from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import Evidence, MatrixState, Projected
-
-if TYPE_CHECKING:
-    from lowrank_jax.projection.transformation import Projection
-
-
-def each(function: Callable, batch: tuple[int, ...]) -> Callable:
-    """`function` of one matrix, vmapped over the batch axes."""
-    for _ in batch:
-        function = jax.vmap(function)
-    return function
 
 
 def whole(param: Any) -> jax.Array:
     """A parameter as an array: quantised ones are decoded."""
     return param.dequantize() if hasattr(param, "dequantize") else param
-
-
-def layer_numbers(view: ResolvedView) -> jax.Array:
-    """`0 .. L-1` in the shape of the batch axes; () for a single matrix."""
-    return jnp.arange(count(view), dtype=jnp.int32).reshape(view.batch)
 
 
 def on_own_matrices(
@@ -94,6 +80,38 @@ def _with_numbers(config: Any, numbers: Iterator[jax.Array]) -> Any:
         for field in dataclasses.fields(config)
     }
     return dataclasses.replace(config, **new)
+
+
+def fresh_inner(config: Projection, view: ResolvedView) -> Any:
+    """The inner state of a leaf, one for each of its matrices."""
+    low_shape = (*view.batch, *config.projector.low_shape(view))
+    low = sharding.zeros(low_shape, jnp.float32, config.projector.low_spec(view))
+    return config.inner.init_stack(low, view)
+
+
+def fresh_state(config: Projection, view: ResolvedView) -> MatrixState:
+    """The state of a leaf before its first step."""
+
+    def rest(config, view, trees):
+        return fresh_inner(config, view), config.residual.init(view)
+
+    config.projector.check(view)
+    layers = layer_numbers(view)
+    keys = config.keys(view, jnp.zeros((), jnp.int32), layers)
+    basis = config.projector.init(view, keys)
+    inner, residual = on_own_matrices(rest, config, view, {"layers": layers})
+    return MatrixState(basis, inner, residual, view.structure(), config.projector.structure())
+
+
+def check_inner(config: Projection, matrix: MatrixState) -> None:
+    """ValueError where the slots cannot work with the inner state of a leaf."""
+    axes = len(matrix.view.batch)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), matrix.inner)
+    state = jax.eval_shape(config.inner.decoded, state)
+    config.transport.check(config.inner, state)
+    config.residual.check(config.inner, state, matrix.view, config.projector.low_shape(matrix.view))
+    if "moments" in config.projector.needs:
+        inner_lib.first_moment(config.inner, state)
 
 
 class MatrixStep:
@@ -307,7 +325,7 @@ def _refreshed(
     before = after = layout.mixed(view, before)
     if config.transport.moves:
         change = config.projector.overlap(view, basis, new)
-        fresh = config.inner.decoded(config.fresh_inner(view))
+        fresh = config.inner.decoded(fresh_inner(config, view))
         moved = config.transport(config.inner, before, fresh, change)
         after = jax.tree.map(sharding.like, moved, before)
     if config.residual.follows_basis:

@@ -9,7 +9,7 @@ parameters.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,12 @@ from lowrank_jax.checks import check_floating
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim.guard import all_finite, energy
 from lowrank_jax.projection import layout
-from lowrank_jax.projection.matrix_step import MatrixStep
-from lowrank_jax.projection.projectors.base import count
+from lowrank_jax.projection.batches import count, layer_numbers
+from lowrank_jax.projection.matrix_step import MatrixStep, sketch_basis
 from lowrank_jax.projection.refresh_schedules import Staggered
-from lowrank_jax.projection.state import MatrixState, Projected, ProjectionState
+from lowrank_jax.projection.slots import Projection
+from lowrank_jax.projection.state import MatrixState, Projected, ProjectionState, matrix_states
 from lowrank_jax.trees import pure
-
-if TYPE_CHECKING:
-    from lowrank_jax.projection.transformation import Projection
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -227,6 +225,23 @@ def update(
     ):
         outputs[i] = value.astype(references[i].dtype)
     return jax.tree.unflatten(prepared.treedef, outputs), finished(config, prepared, state, plain)
+
+
+def due(config: Projection, state: ProjectionState) -> Any:
+    """Scalar: does a basis move at the next step? A Python bool where that does not depend on the
+    step."""
+    return due_any(config, state.step, [matrix.view for matrix in matrix_states(state)])
+
+
+def sketch_bases(config: Projection, state: ProjectionState) -> dict[str, jax.Array]:
+    """`{path: (batch..., k, q)}`: what a refresh through taps contracts the gradients with, for
+    `lrx.taps`."""
+    return {
+        matrix.view.path: sketch_basis(
+            config, matrix.view, matrix, state.step, layer_numbers(matrix.view)
+        )
+        for matrix in matrix_states(state)
+    }
 
 
 def due_any(config: Projection, step: jax.Array, views: list[ResolvedView]) -> Any:

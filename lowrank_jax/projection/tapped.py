@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from lowrank_jax import sharding
 from lowrank_jax.functions.products import Layout, dense, dot_general
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.projection.matrix_step import each
+from lowrank_jax.projection.batches import each
 from lowrank_jax.projection.projectors.base import thin_product
 from lowrank_jax.rows import fold_rows
 from lowrank_jax.serialization import serializable

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import optax
 
 from lowrank_jax import sharding
+from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.fused import Fused, fused
 from lowrank_jax.projection.matrix_step import whole
 from lowrank_jax.projection.refresh_schedules import Staggered
+from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import Projected
 from lowrank_jax.projection.taps import (
     accumulated,
@@ -22,9 +24,6 @@ from lowrank_jax.projection.taps import (
     projected_value_and_grad,
     taps,
 )
-
-if TYPE_CHECKING:
-    from lowrank_jax.projection.transformation import Projection
 
 PLANS = ("full", "taps", "full at a refresh", "sketch at a refresh")
 
@@ -109,7 +108,7 @@ def train_step(
             return *gradients.full(params, state, args), state, {}
         if chosen == "taps":
             return *gradients.tapped(params, state, args), state, {"taps": taps(state)}
-        due = projection.due(state.projection)
+        due = step_lib.due(projection, state.projection)
         if chosen == "sketch at a refresh":
             found = jax.lax.cond(due, gradients.sketched, gradients.unsketched, params, state, args)
             return *found, state, {"taps": taps(state)}
@@ -133,7 +132,9 @@ def train_step(
                 value, grads = gradients.tapped(params, state, args)
                 return finish(params, state, value, grads, {"taps": taps(state)})
 
-            return jax.lax.cond(projection.due(state.projection), full, low, params, state, args)
+            return jax.lax.cond(
+                step_lib.due(projection, state.projection), full, low, params, state, args
+            )
         value, grads, state, options = take(params, state, args)
         return finish(params, state, value, grads, options)
 
@@ -167,7 +168,10 @@ class _Gradients:
 
     def sketched(self, params, state, args):
         return self.tapped(
-            params, state, args, self.form.recipe.projection.sketch_bases(state.projection)
+            params,
+            state,
+            args,
+            step_lib.sketch_bases(self.form.recipe.projection, state.projection),
         )
 
     def unsketched(self, params, state, args):

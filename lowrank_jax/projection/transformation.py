@@ -22,8 +22,7 @@ zero and every field of the state is what it was, except `skipped`; a due refres
 
 from __future__ import annotations
 
-import dataclasses
-import zlib
+import functools
 from typing import Any
 
 import jax
@@ -31,171 +30,51 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax import sharding
-from lowrank_jax.checks import check_floating, check_integer, check_number
-from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.checks import check_floating
 from lowrank_jax.projection import step as step_lib
-from lowrank_jax.projection.matrix_step import each, layer_numbers, on_own_matrices, sketch_basis
+from lowrank_jax.projection.matrix_step import check_inner, fresh_state
 from lowrank_jax.projection.projectors.base import Projector
-from lowrank_jax.projection.refresh_schedules import Clock, Every
-from lowrank_jax.projection.residuals import Discard, Residual
-from lowrank_jax.projection.state import FORMAT_VERSION, MatrixState, ProjectionState, matrix_states
-from lowrank_jax.projection.transports import Keep
-from lowrank_jax.resolution import Report, Views, check_side, resolve
+from lowrank_jax.projection.slots import Projection
+from lowrank_jax.projection.state import FORMAT_VERSION, ProjectionState
+from lowrank_jax.resolution import Report
 from lowrank_jax.trees import as_float32, is_placeholder, pure
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Projection:
-    """The slots of `scale_by_projection`, validated; `init` and `update` are pure functions of it.
-
-    >>> import lowrank_jax as lrx
-    >>> lrx.Projection(projector=lrx.projectors.svd(rank=8)).clock
-    Every(when='before', period=200, phase=0, first=True)
-    """
-
-    projector: Projector
-    inner: Any = dataclasses.field(default_factory=inner_lib.Adam)
-    clock: Clock = Every(period=200)
-    transport: Any = Keep()
-    residual: Residual = Discard()
-    scale: Any = 1.0
-    side: Any = "paper"
-    tie: str = "rows"
-    views: Views = Views()
-    plain: Any = None
-    guard: bool = True
-    clip_norm: Any = None
-    seed: Any = 0
-
-    def __post_init__(self):
-        kinds = {"projector": Projector, "clock": Clock, "residual": Residual, "views": Views}
-        for name, kind in kinds.items():
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be one of lrx.{_ROOMS[name]}"
-                )
-        if not callable(self.transport) or not hasattr(self.transport, "moves"):
-            raise ValueError(f"transport={self.transport!r} must be one of lrx.transports")
-        object.__setattr__(self, "inner", inner_lib.as_inner(self.inner))
-        object.__setattr__(
-            self, "plain", self.inner if self.plain is None else inner_lib.as_inner(self.plain)
-        )
-        check_side(self.side, self.tie)
-        check_number("clip_norm", self.clip_norm, above=0, otherwise="None for no clipping")
-        check_number("scale", self.scale)
-        check_integer("seed", self.seed, at_least=-(2**31))
-        no_first = isinstance(self.clock, Every) and not self.clock.first
-        if no_first and "grad" in self.projector.needs:
-            raise ValueError(
-                f"clock: first=False leaves {type(self.projector).__name__} without a basis from "
-                "data until the first due step; use first=True, or a random or given projector"
-            )
-
-    def report(self, params: Any, shardings: Any = None) -> Report:
-        """What is projected, at which rank, and what is not and why."""
-        return resolve(
-            params,
-            self.views,
-            rank=self.projector.rank_for,
-            side=self.side,
-            tie=self.tie,
-            shardings=shardings,
-        )
-
-    def init(self, params: Any) -> ProjectionState:
-        with sharding.mesh_of(params):
-            return sharding.settled(self._init(params))
-
-    def _init(self, params: Any) -> ProjectionState:
-        check_floating(params, "projection")
-        asked_for_structure = is_placeholder(params)  # there are no leaves that rules could match
-        report = Report(()) if asked_for_structure else self.report(params)
-        leaves, treedef = step_lib.flatten(params)
-        views = [leaf.view for leaf in report.leaves]
-        step = jnp.zeros((), jnp.int32)
-        matrices = [
-            optax.MaskedNode() if view is None else self._init_matrix(view) for view in views
-        ]
-        for view, matrix in zip(views, matrices, strict=True):
-            if view is not None:
-                self._check_inner(matrix)
-        plain = step_lib.only_plain(treedef, leaves, views)
-        low = jnp.zeros(()) if asked_for_structure else pure(jax.tree.unflatten(treedef, matrices))
-        return ProjectionState(
-            format_version=jnp.asarray(FORMAT_VERSION, jnp.int32),
-            step=step,
-            skipped=jnp.zeros((), jnp.int32),
-            refreshes=jnp.zeros((), jnp.int32),
-            matrices=low,
-            plain=self.plain.init(jax.tree.map(as_float32, plain)),
-        )
-
-    def _check_inner(self, matrix: MatrixState) -> None:
-        axes = len(matrix.view.batch)
-        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), matrix.inner)
-        state = jax.eval_shape(self.inner.decoded, state)
-        self.transport.check(self.inner, state)
-        self.residual.check(self.inner, state, matrix.view, self.projector.low_shape(matrix.view))
-        if "moments" in self.projector.needs:
-            inner_lib.first_moment(self.inner, state)
-
-    def fresh_inner(self, view: ResolvedView) -> Any:
-        low = sharding.zeros(
-            (*view.batch, *self.projector.low_shape(view)),
-            jnp.float32,
-            self.projector.low_spec(view),
-        )
-        return self.inner.init_stack(low, view)
-
-    def _init_matrix(self, view: ResolvedView) -> MatrixState:
-        def rest(config, view, trees):
-            return config.fresh_inner(view), config.residual.init(view)
-
-        self.projector.check(view)
-        layers = layer_numbers(view)
-        basis = self.projector.init(view, self.keys(view, jnp.zeros((), jnp.int32), layers))
-        inner, residual = on_own_matrices(rest, self, view, {"layers": layers})
-        return MatrixState(basis, inner, residual, view.structure(), self.projector.structure())
-
-    def phase(self, view: ResolvedView) -> int:
-        """A number of the leaf alone, the same in every process: the CRC32 of its path."""
-        return zlib.crc32(view.path.encode())
-
-    def keys(self, view: ResolvedView, step: jax.Array, layers: jax.Array) -> jax.Array:
-        """One key for each matrix of a leaf, from the seed, the CRC32 of the path, the step and the
-        layer's number."""
-        key = jax.random.fold_in(
-            jax.random.key(jnp.asarray(self.seed, jnp.int32)), self.phase(view)
-        )
-        key = jax.random.fold_in(key, step)
-        return each(lambda layer: jax.random.fold_in(key, layer), view.batch)(layers)
-
-    def update(self, updates: Any, state: ProjectionState, params: Any = None, **extra: Any):
-        with sharding.mesh_of((updates, params)):
-            return step_lib.update(self, updates, state, params, extra)
-
-    @property
-    def reads_params(self) -> bool:
-        return self.inner.reads_params or "param" in self.projector.needs
-
-    def due(self, state: ProjectionState) -> Any:
-        """Scalar: does a basis move at the next step? A Python bool where that does not depend on
-        the step."""
-        return step_lib.due_any(self, state.step, [matrix.view for matrix in matrix_states(state)])
-
-    def sketch_bases(self, state: ProjectionState) -> dict[str, jax.Array]:
-        """`{path: (batch..., k, q)}`: what a refresh through taps contracts the gradients with, for
-        `lrx.taps`."""
-        return {
-            matrix.view.path: sketch_basis(
-                self, matrix.view, matrix, state.step, layer_numbers(matrix.view)
-            )
-            for matrix in matrix_states(state)
-        }
+def init(config: Projection, params: Any) -> ProjectionState:
+    """The state of a projection before its first step."""
+    with sharding.mesh_of(params):
+        return sharding.settled(_init(config, params))
 
 
-_ROOMS = {"projector": "projectors", "clock": "clocks", "residual": "residuals", "views": "Views"}
+def _init(config: Projection, params: Any) -> ProjectionState:
+    check_floating(params, "projection")
+    asked_for_structure = is_placeholder(params)  # there are no leaves that rules could match
+    report = Report(()) if asked_for_structure else config.report(params)
+    leaves, treedef = step_lib.flatten(params)
+    views = [leaf.view for leaf in report.leaves]
+    matrices = [optax.MaskedNode() if view is None else fresh_state(config, view) for view in views]
+    for view, matrix in zip(views, matrices, strict=True):
+        if view is not None:
+            check_inner(config, matrix)
+    plain = step_lib.only_plain(treedef, leaves, views)
+    low = jnp.zeros(()) if asked_for_structure else pure(jax.tree.unflatten(treedef, matrices))
+    zero = functools.partial(jnp.zeros, (), jnp.int32)
+    return ProjectionState(
+        format_version=jnp.asarray(FORMAT_VERSION, jnp.int32),
+        step=zero(),
+        skipped=zero(),
+        refreshes=zero(),
+        matrices=low,
+        plain=config.plain.init(jax.tree.map(as_float32, plain)),
+    )
+
+
+def update(
+    config: Projection, updates: Any, state: ProjectionState, params: Any = None, **extra: Any
+) -> tuple[Any, ProjectionState]:
+    """`(updates, state)` of one step, see `scale_by_projection`."""
+    with sharding.mesh_of((updates, params)):
+        return step_lib.update(config, updates, state, params, extra)
 
 
 class ProjectionTransformation(optax.GradientTransformationExtraArgs):
@@ -248,7 +127,9 @@ def scale_by_projection(projector: Projector, **slots: Any) -> ProjectionTransfo
 
 def transformation_of(projection: Projection) -> ProjectionTransformation:
     """The optax form of a `Projection`."""
-    transformation = ProjectionTransformation(projection.init, projection.update)
+    transformation = ProjectionTransformation(
+        functools.partial(init, projection), functools.partial(update, projection)
+    )
     transformation.projection = projection
     return transformation
 

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import lowrank_jax as lrx
-from lowrank_jax.projection.projectors.base import count
+from lowrank_jax.projection.batches import count
 from tests.laws import methods as m
 
 

@@ -10,8 +10,10 @@ from lowrank_jax import sharding
 from lowrank_jax.optim.learning_rate import LearningRateState, apply_learning_rate
 from lowrank_jax.projection import refresh_schedules as clocks
 from lowrank_jax.projection import residuals
+from lowrank_jax.projection import transformation as form
+from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import ProjectionState
-from lowrank_jax.projection.transformation import Projection, ProjectionTransformation
+from lowrank_jax.projection.transformation import ProjectionTransformation
 
 
 class RecipeState(NamedTuple):
@@ -51,12 +53,13 @@ class Recipe:
 
         def init(params):
             with sharding.mesh_of(params):
-                return RecipeState(
-                    self.projection.init(params), sharding.settled(final.init(params))
-                )
+                projection = form.init(self.projection, params)
+                return RecipeState(projection, sharding.settled(final.init(params)))
 
         def update(updates, state, params=None, **extra):
-            updates, projection = self.projection.update(updates, state.projection, params, **extra)
+            updates, projection = form.update(
+                self.projection, updates, state.projection, params, **extra
+            )
             accepted = projection.skipped == state.projection.skipped
             updates, rate = final.update(updates, state.schedule, params, accepted=accepted)
             return updates, RecipeState(projection, rate)

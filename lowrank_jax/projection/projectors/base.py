@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from lowrank_jax import linalg, sharding
 from lowrank_jax.checks import is_integer, is_number
 from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.transports import DenseChange, IndexChange
 from lowrank_jax.rows import over_rows
 
@@ -188,14 +189,6 @@ def check_rank(rank: Any) -> None:
             f"rank={rank} must be a positive integer, or a fraction in (0, 1] of the shrunk "
             "dimension"
         )
-
-
-def count(view: ResolvedView) -> int:
-    """Number of matrices in a leaf."""
-    total = 1
-    for size in view.batch:
-        total *= size
-    return total
 
 
 def thin_product(x: jax.Array, basis: jax.Array) -> jax.Array:

@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg, sharding
-from lowrank_jax.projection.projectors.base import BasisProjector, StoredProjector, count
+from lowrank_jax.projection.batches import count, each
+from lowrank_jax.projection.projectors.base import BasisProjector, StoredProjector
 
 
 def per_matrix(function: Callable, keys: jax.Array) -> jax.Array:
     """`function(key)` for each key of an array of keys, batch axes in front."""
-    for _ in range(keys.ndim):
-        function = jax.vmap(function)
-    return function(keys)
+    return each(function, keys.shape)(keys)
 
 
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
