@@ -1,36 +1,43 @@
-"""Random programs: a seed draws shapes, slots and one equality of two forms, which must agree within a derived bound.
+"""Random programs: a seed draws shapes, slots and one equality of two forms, which must agree.
 
-    python -m tests.laws.programs --seeds 10000 --results /tmp/programs.jsonl     # may be stopped and started again
+    python -m tests.laws.programs --seeds 10000 --results /tmp/programs.jsonl
     python -c "from tests.laws.programs import *; print(check(draw(17)))"
 
-A `Program` prints as the call that makes it. Its gradients are `G = X^T Y` with singular values from 4 down to 1 in
-equal ratios, and its loss is linear, so that every form, by full or by projected gradients, sees the same ones.
+The first is a queue that may be stopped and started again. A `Program` prints as the call that
+makes it. Its gradients are `G = X^T Y` with singular values from 4 down to 1 in equal ratios, and
+its loss is linear, so that every form, by full or by projected gradients, sees the same ones.
 
-The bound. Let f(d) be the parameters after each step, where d are the gradients, the parameters and the state before
-every step. A form of the program does the same arithmetic in another order. By the rules of backward error analysis
-(Higham, Accuracy and Stability, sections 3.1, 19.3) each step of it is the exact step for inputs with relative changes
-of at most `n u`: u = 2^-24 is the unit roundoff, and
+The bound. Let f(d) be the parameters after each step, where d are the gradients, the parameters and
+the state before every step. Another form does the same arithmetic in another order. By the rules of
+backward error analysis (Higham, Accuracy and Stability, sections 3.1 and 19.3) each of its steps is
+the exact step for inputs with relative changes of at most `n u`: u = 2^-24 is the unit roundoff,
+and n is
 
-    n = (s + r) for the products `P^T G` and `P R`, plus s r for the QR or SVD of a refresh, plus k for sums of squares,
-        plus 32 for what is done to single entries: moments, decay, clipping, rates.
+    s + r   for the products `P^T G` and `P R`,
+    s r     for the QR or SVD of a refresh,
+    k       for sums of squares,
+    32      for what is done to single entries: moments, decay, clipping, rates.
 
-Roundings of T n operations that are not aligned with each other add up to `e = 4 sqrt(T n) u` (Higham and Mary, 2019:
-exceeded with a probability below 1e-3 for each number). Two forms then differ by at most 2 e times the condition number
-of f, and by their own rounding of the parameters. The condition number holds everything that amplifies: 1 / gap of
-singular values, eps of Adam, the conditioning of power steps, the limiter's feedback. It is measured rather than
-guessed, by a small-sample statistical estimate (Kenney and Laub, 1994): the reference form runs again on inputs changed
-by random signs times h = 2^-15, every input anew before every step, and
+Roundings of T n operations that are not aligned with each other add up to `e = 4 sqrt(T n) u`
+(Higham and Mary, 2019: exceeded with a probability below 1e-3 for each number). Two forms then
+differ by at most 2 e times the condition number of f, and by their own rounding of the parameters.
+The condition number holds everything that amplifies: 1 / gap of singular values, eps of Adam, the
+conditioning of power steps, the limiter's feedback. It is measured rather than guessed, by a
+small-sample statistical estimate (Kenney and Laub, 1994): the reference form runs again on inputs
+changed by random signs times h = 2^-15, every input anew before every step, and
 
     bound = 2 (e / h) max |f(d (1 + h signs)) - f(d)| + 2 e max |f|.
 
-Discontinuous rules (sign, top-k selections, signs of singular vectors, Lion) have no condition number at a jump. Since
-h > e, the changed runs jump wherever rounding could. They then differ by more than `SMOOTH` of what the parameters
-move, and the gradients are drawn again. What is compared is thus always smooth on a neighbourhood that is larger
-than rounding, and no tolerance is loosened for a sign.
+Discontinuous rules (sign, top-k selections, signs of singular vectors, Lion) have no condition
+number at a jump. Since h > e, the changed runs jump wherever rounding could. They then differ by
+more than `SMOOTH` of what the parameters move, and the gradients are drawn again. What is compared
+is thus always smooth on a neighbourhood that is larger than rounding, and no tolerance is loosened
+for a sign.
 
-Storage below float32 (bfloat16, 8-bit codes) rounds too often to keep away from every jump: in a few hundred entries
-some lie on an edge. There each stored number is changed by one unit of its own storage, and the difference itself is
-the bound: entries may land on either side of an edge at every step, and nothing more.
+Storage below float32 (bfloat16, 8-bit codes) rounds too often to keep away from every jump: in a
+few hundred entries some lie on an edge. There each stored number is changed by one unit of its own
+storage, and the difference itself, doubled, is the bound: entries may land on either side of an
+edge at every step, and nothing more.
 """
 
 from __future__ import annotations
@@ -244,7 +251,7 @@ def made(program: Program) -> Data:
     root = np.sqrt(np.geomspace(4.0, 1.0, inner))[:, None]
 
     def frame(size: int) -> np.ndarray:
-        """Orthonormal rows times the roots of the singular values, for each matrix: `(stack..., inner, size)`."""
+        """Orthonormal rows times roots of the singular values: `(stack..., inner, size)`."""
         normal = generator.normal(size=(*program.stack, size, inner))
         return root * np.swapaxes(np.linalg.qr(normal)[0], -1, -2)
 
@@ -317,9 +324,13 @@ def rolled(step: Callable, params: Any, state: Any, inputs: list[Any]) -> tuple[
 
 
 def changed(tree: Any, generator: np.random.Generator) -> Any:
-    """Every stored number moved by `CHANGE`, or by a unit of its own storage where that is coarser."""
+    """Every stored number moved by `CHANGE`, or by a unit of its own storage where that is coarser.
 
-    def one(x):
+    Bases in float32 stay: a changed one is not orthonormal to rounding any more, which a method may
+    rely on (a full basis leaves no rest). Changed gradients move them at refreshes.
+    """
+
+    def one(path, x):
         x = np.asarray(x)
         signs = generator.choice((-1, 1), size=x.shape)
         if x.dtype in (np.int8, np.uint8):
@@ -327,9 +338,11 @@ def changed(tree: Any, generator: np.random.Generator) -> Any:
             return np.clip(x.astype(np.int32) + signs, limits.min, limits.max).astype(x.dtype)
         if x.dtype == jnp.bfloat16:
             return (x.astype(np.float32) * (1 + 2.0**-7 * signs)).astype(x.dtype)
-        return (x * (1 + CHANGE * signs)).astype(np.float32) if x.dtype == np.float32 else x
+        if x.dtype != np.float32 or any(getattr(key, "name", "") == "basis" for key in path):
+            return x
+        return (x * (1 + CHANGE * signs)).astype(np.float32)
 
-    return jax.tree.map(one, tree)
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -484,23 +497,14 @@ def among_neighbours(ref: Reference) -> Any:
 
     params = wide(ref.data.params, STEPS)
     labels = jax.tree_util.tree_map_with_path(label, params)
-    rules = (*ref.program.views.rules, ("other/kernel", lrx.MatrixView()))
-    hadamard = (
-        ref.program.projector == "hadamard"
-    )  # whose neighbours would have to be powers of two
-    rules = rules[:-1] if hadamard else rules
-    rank = ((".*other.*", 2), (".*", ref.program.rank))
-    name = ref.program.projector
-    projector = SLOTS["projector"][name](rank=rank)
-    views = (
-        dataclasses.replace(ref.program.views, rules=rules) if not hadamard else ref.program.views
-    )
-    if hadamard:
-        views = dataclasses.replace(views, rules=(*views.rules, ("other/kernel", None)))
-    tx = optax.partition(
-        {"ours": ref.program.build(views=views, projector=projector), "theirs": optax.sgd(0.1)},
-        labels,
-    )
+    # a neighbour of Hadamard bases would have to have a power of two, so there it is plain
+    other = None if ref.program.projector == "hadamard" else lrx.MatrixView()
+    views = ref.program.views
+    views = dataclasses.replace(views, rules=(*views.rules, ("other/kernel", other)))
+    make = SLOTS["projector"][ref.program.projector]
+    projector = make(rank=(("other/.*", 2), (".*", ref.program.rank)))
+    ours = ref.program.build(views=views, projector=projector)
+    tx = optax.partition({"ours": ours, "theirs": optax.sgd(0.1)}, labels)
     step = compiled(optax_step(tx))
     gradients = [wide(g, i) for i, g in enumerate(ref.data.gradients)]
     found, _ = rolled(step, params, started(tx, params), gradients)
@@ -532,7 +536,8 @@ def projected(ref: Reference) -> Any:
 
 
 def layerwise(ref: Reference) -> Any:
-    """Each layer inside the backward pass. The activation carries the layers' data, the layer's number and the sum."""
+    """Each layer inside the backward pass; the activation carries the layers' data, the number of
+    the layer and the sum so far."""
     (count,), (rows, columns) = ref.program.stack, ref.program.shape
     microbatch = min(rows, columns) // ref.program.accumulate
     sizes = (count * microbatch * rows, count * microbatch * columns)
@@ -563,7 +568,10 @@ def multi_steps(ref: Reference) -> Any:
     """`optax.MultiSteps` over two halves of each gradient."""
     tx = optax.MultiSteps(ref.tx, 2).gradient_transformation()
     step = compiled(optax_step(tx))
-    scaled = lambda gradients, part: jax.tree.map(lambda g: np.float32(part) * g, gradients)  # noqa: E731
+
+    def scaled(gradients, part):
+        return jax.tree.map(lambda g: np.float32(part) * g, gradients)
+
     parts = [scaled(gradients, part) for gradients in ref.data.gradients for part in (0.5, 1.5)]
     found, state = rolled(step, ref.data.params, started(tx, ref.data.params), parts)
     return found[1::2], state.inner_opt_state
@@ -585,7 +593,7 @@ def skipping(ref: Reference) -> Any:
 
 
 def one_matrix(ref: Reference) -> Any:
-    """The plain reference of one matrix, without mesh or guard, is to be compared here once the library has it."""
+    """The hook for the plain reference of one matrix, without mesh or guard, once there is one."""
     raise NotImplementedError
 
 
@@ -639,11 +647,11 @@ CHOICES: dict[str, tuple] = {
 
 
 # the eager form is the dearest and stands beside many laws
-WEIGHTS = {"eager": 1, "skipping": 2, "neighbours": 2}
+WEIGHTS = {"eager": 0.3, "skipping": 2, "neighbours": 2}
 
 
 def candidates(seed: int) -> Iterator[Program]:
-    """The programs of a seed, in the order in which they are tried: first the equality, then slots that have it."""
+    """The programs of a seed in the order in which they are tried: slots that have its equality."""
     generator = np.random.default_rng((15, seed))
     weights = np.asarray([WEIGHTS.get(name, 3) for name in EQUALITIES], float)
     equality = str(generator.choice(list(EQUALITIES), p=weights / weights.sum()))
@@ -675,10 +683,10 @@ def refusal(program: Program) -> str | None:
 
 
 def degenerate(program: Program) -> bool:
-    """Programs whose numbers are rounding by construction, so that a rule without eps makes signs of noise of them.
+    """Whether numbers are rounding by construction, of which a rule without eps makes signs.
 
-    A two-sided basis makes R diagonal at a refresh: all else in it is rounding. Inner rules that divide by the size of
-    what they see are those with a small eps, or none.
+    A two-sided basis makes R diagonal at a refresh: all else in it is rounding. Inner rules that
+    divide by the size of what they see are those with a small eps, or none.
     """
     return program.projector == "svd_two_sided" and program.inner in (
         "adam",
@@ -720,6 +728,16 @@ class Outcome:
         return bool(self.error) or (self.smooth and not self.ratio <= 1)
 
 
+def _check_state(state: Any, ref: Reference) -> None:
+    """Forms share the state and its counts; a transposed one has its own shapes."""
+    for name in ("step", "refreshes"):
+        own, expected = (int(getattr(s.projection, name)) for s in (state, ref.state))
+        assert own == expected, f"{name}: {own} and {expected}"
+    if ref.program.equality != "transposed":
+        own, expected = (jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (state, ref.state))
+        assert own == expected, "the states differ in structure, shapes or dtypes"
+
+
 def check(program: Program) -> Outcome:
     """Runs both forms of a program and compares them."""
     try:
@@ -731,9 +749,7 @@ def check(program: Program) -> Outcome:
         pairs = zip(found, ref.trajectory, ref.bounds, strict=False)
         ratio = max(distance(own, expected) / limit for own, expected, limit in pairs)
         if state is not None:
-            for name in ("step", "refreshes"):
-                own, expected = (int(getattr(s.projection, name)) for s in (state, ref.state))
-                assert own == expected, f"{name}: {own} and {expected}"
+            _check_state(state, ref)
         return Outcome(program, ratio, bound, True)
     except Exception as error:  # any error of an accepted program is a finding
         return Outcome(program, np.inf, np.inf, True, f"{type(error).__name__}: {error}")
@@ -742,7 +758,7 @@ def check(program: Program) -> Outcome:
 def shrunk(
     program: Program, fails: Callable[[Program], bool] = lambda program: check(program).failed
 ) -> Program:
-    """The smallest failing program on the way to the defaults: each field goes back to its default where that fails."""
+    """The smallest program that still fails: each field goes back to its default where it does."""
     again = True
     while again:
         again = False
@@ -760,7 +776,7 @@ def shrunk(
 
 
 def main() -> None:
-    """A queue over seeds: every result is a line of the file, and seeds that have one are not run again."""
+    """A queue over seeds: a result is a line of the file, and seeds that have one are left out."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seeds", type=int, default=10_000, help="run the seeds below this number")
     parser.add_argument("--first", type=int, default=0, help="from this one on")
@@ -771,42 +787,35 @@ def main() -> None:
     options = parser.parse_args()
     options.results.touch()
     done = {json.loads(line)["seed"] for line in options.results.read_text().splitlines()}
-    start, failed, unsettled, count = time.monotonic(), 0, 0, 0
-    for seed in range(options.first, options.seeds):
-        if seed in done:
-            continue
+    start, outcomes = time.monotonic(), []
+
+    def report():
+        failed = sum(outcome.failed for outcome in outcomes)
+        unsettled = sum(not outcome.smooth for outcome in outcomes)
+        seconds = time.monotonic() - start
+        print(
+            f"{len(outcomes)} seeds, {failed} failed, {unsettled} unsettled, {seconds:.0f} s",
+            flush=True,
+        )
+
+    for seed in (seed for seed in range(options.first, options.seeds) if seed not in done):
         if time.monotonic() - start > options.seconds:
             break
         before = time.process_time()
         outcome = check(draw(seed))
-        record = {
-            "seed": seed,
-            "program": repr(outcome.program),
-            "ratio": outcome.ratio,
-            "bound": outcome.bound,
-        }
-        record |= {"smooth": outcome.smooth, "error": outcome.error, "failed": outcome.failed}
+        outcomes.append(outcome)
+        record = {"seed": seed} | dataclasses.asdict(outcome) | {"failed": outcome.failed}
+        record["program"] = repr(outcome.program)
         record["cpu_seconds"] = round(time.process_time() - before, 3)
         with options.results.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        count, failed, unsettled = (
-            count + 1,
-            failed + outcome.failed,
-            unsettled + (not outcome.smooth),
-        )
         if outcome.failed:
-            print(
-                f"seed {seed}: ratio {outcome.ratio:.3g} {outcome.error}\n  {outcome.program!r}",
-                flush=True,
-            )
-        if count % 50 == 0:
+            print(f"seed {seed}: {outcome.ratio:.3g} times the bound {outcome.error}")
+            print(f"  {outcome.program!r}", flush=True)
+        if len(outcomes) % 50 == 0:
             jax.clear_caches()
-            print(
-                f"{count} seeds, {failed} failed, {unsettled} unsettled, {time.monotonic() - start:.0f} s",
-                flush=True,
-            )
-    print(f"{count} seeds, {failed} failed, {unsettled} unsettled, {time.monotonic() - start:.0f} s; "
-          f"{len(done)} were there")  # fmt: skip
+            report()
+    report()
 
 
 if __name__ == "__main__":
