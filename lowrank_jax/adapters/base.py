@@ -34,6 +34,7 @@ from lowrank_jax.matrices import DENSE, MatrixView, Shape
 from lowrank_jax.rows import over_rows
 
 Arrays = dict[str, Any]
+Axes = Mapping[str, tuple[str | None, ...]]
 INPUTS = ("features", "indices", "windows", "transposed")
 USES = (
     "gather",
@@ -249,10 +250,6 @@ class Adapter:
         property where it depends on the options; by default it is whether there is a rate of
         `dropout`, which the `wrap` of this class knows. A family with another random mechanism sets
         it.
-      axes: of each array, what its own axes lie along: "rows" or "cols" of the kernel, the "rank",
-      or None. Shardings
-        follow the first two, padding of ranks the third; axes of arrays that are not named here are
-        none of them.
 
     Attributes:
       group: sites whose adapters are equal share what is shared; different groups keep it apart.
@@ -263,7 +260,6 @@ class Adapter:
     ranked: ClassVar[bool] = False
     reads_kernel: ClassVar[bool] = False
     reads_bank: ClassVar[bool] = False
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
 
     @property
     def stochastic(self) -> bool:
@@ -301,9 +297,19 @@ class Adapter:
                 f"{site.n} x {site.m} kernel; {smaller}leave it out by exclude="
             )
 
-    def scaling(self, rank: int) -> float:
-        """The number that `scale` starts from: alpha / r and its like."""
-        del rank
+    def axes(self, site: Site) -> Axes:
+        """What the own axes of each array of a site lie along, `{name: axes}`.
+
+        An axis is "rows" or "cols" of the kernel, the "rank", or None. Shardings follow the first
+        two, padding of ranks the third; axes of arrays that are not named are none of them. Shared
+        arrays are named for their rank alone.
+        """
+        del site
+        return {}
+
+    def scaling(self, site: Site) -> float:
+        """The number that `scale` starts from, alpha / r and its like, for a matrix of `site.rank`."""
+        del site
         return 1.0
 
     def init_shared(self, key: jax.Array, group: Group) -> tuple[Arrays, Arrays, dict[str, Arrays]]:
@@ -403,9 +409,7 @@ class Adapter:
         self.check_rank(site)
         keys = jax.random.split(key)
         train, fixed, sites = self.init_shared(keys[0], Group(sites={"": site}, order=(("", 0),)))
-        scale = jnp.full(
-            (site.rank,) if self.ranked else (), self.scaling(site.rank or 1), jnp.float32
-        )
+        scale = jnp.full((site.rank,) if self.ranked else (), self.scaling(site), jnp.float32)
         given = {"scale": scale, "shared": train | fixed, **sites.get("", {})}
         train, fixed = self.init_site(
             keys[1], site, kernel.astype(jnp.float32), given | {"stats": stats}

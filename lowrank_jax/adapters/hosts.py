@@ -119,7 +119,7 @@ def axis_names(
         "rows": names[site.view.rows[0]],
         "cols": names[site.view.cols[0]],
     }
-    lead, own = [names[axis] for axis in site.view.batch], adapter.axes.get(array, ())
+    lead, own = [names[axis] for axis in site.view.batch], adapter.axes(site).get(array, ())
     return (*lead, *[None] * (ndim - len(lead) - len(own)), *(along.get(axis) for axis in own))
 
 

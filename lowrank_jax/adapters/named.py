@@ -98,8 +98,9 @@ def _padded(adaptation: Adaptation, ranks: Mapping[str, int]) -> Adaptation:
             adapters.append(adapter)
             continue
         adapters.append(dataclasses.replace(adapter, rank=rank))  # type: ignore[call-arg]
-        axes = adapter.axes | {"scale": ("rank",)}
-        if not any("rank" in own for own in adapter.axes.values()):
+        named = adapter.axes(site)
+        axes = {**named, "scale": ("rank",)}
+        if not any("rank" in own for own in named.values()):
             raise ValueError(
                 f"{site.path!r}: {type(adapter).__name__} names no axis 'rank' in its `axes`, so "
                 f"its rank {site.rank} cannot be padded to {rank}; give every adaptation the same "

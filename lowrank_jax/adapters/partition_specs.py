@@ -136,7 +136,7 @@ def _spec_of(
     whole = tuple(spec) + (None,) * (len(site.shape) - len(spec))
     *batch, rows, cols = sharding.fold_spec(whole, site.view.batch, site.view.rows, site.view.cols)
     own = ndim - len(batch) - len(choice)
-    axes = adapter.axes.get(name, (None,) * own)
+    axes = adapter.axes(site).get(name, (None,) * own)
     if len(axes) != own:
         raise ValueError(
             f"{site.path!r}: {type(adapter).__name__} names {len(axes)} axes of {name!r}, which "

@@ -103,7 +103,8 @@ class Matrices:
         rows = []
         for rank, alpha in zip(self.ranks, self.alphas, strict=True):
             own = adapter if alpha is None else dataclasses.replace(adapter, alpha=alpha)  # type: ignore[call-arg]
-            value = own.scaling(rank) if rank else 0.0
+            at_rank = dataclasses.replace(site, rank=rank) if adapter.ranked else site
+            value = own.scaling(at_rank) if rank else 0.0
             rows.append([value] * rank + [0.0] * (site.rank - rank) if adapter.ranked else value)
         return jnp.asarray(rows, jnp.float32).reshape(
             *site.lead, *((site.rank,) if adapter.ranked else ())

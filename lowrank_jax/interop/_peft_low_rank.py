@@ -107,10 +107,9 @@ class LoraFamily(Family):
         if not adapter.start_of.offset:
             return train, factors
         # PEFT starts again from the base when it loads such a file, and then replaces the factors
-        scale = jnp.full((adapter.rank,), adapter.scaling(adapter.rank), jnp.float32)
-        a0, b0 = INITS[adapter.init](
-            jax.random.key(0), adapter.site((host.n, host.m)), jnp.asarray(kernel()), scale
-        )
+        site = adapter.site((host.n, host.m))
+        scale = jnp.full((adapter.rank,), adapter.scaling(site), jnp.float32)
+        a0, b0 = INITS[adapter.init](jax.random.key(0), site, jnp.asarray(kernel()), scale)
         return train, factors | {"a0": np.asarray(a0), "b0": np.asarray(b0)}
 
     def fields(self, made, options):

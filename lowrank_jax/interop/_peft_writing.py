@@ -86,7 +86,9 @@ def matrices(
         changes: dict[str, Any] = {"rank": rank} if hasattr(adapter, "rank") else {}
         mine = dataclasses.replace(adapter, **changes | ({} if alpha is None else {"alpha": alpha}))
         scale = p.pop("scale")
-        scale, nominal = scale[:rank] if adapter.ranked else scale, np.float32(mine.scaling(rank))
+        at_rank = dataclasses.replace(site, rank=rank) if adapter.ranked else site
+        nominal = np.float32(mine.scaling(at_rank))
+        scale = scale[:rank] if adapter.ranked else scale
         if not np.any(scale):
             raise ValueError(
                 f"{place.module!r} is switched off by its scale, which no PEFT file can say: "

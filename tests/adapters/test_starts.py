@@ -25,7 +25,7 @@ def as64(tree):
 def start_of(adapter, seed=0, shape=(N, M), **site):
     kernel = jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)
     made = dataclasses.replace(adapter.site(shape, "here"), **site)
-    scale = jnp.full(adapter.rank, adapter.scaling(adapter.rank), jnp.float32)
+    scale = jnp.full(adapter.rank, adapter.scaling(made), jnp.float32)
     train, fixed = adapter.init_site(
         jax.random.key(seed), made, kernel, {"scale": scale, "shared": {}}
     )

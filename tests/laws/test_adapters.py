@@ -168,8 +168,9 @@ def test_every_named_axis_is_that_axis_of_the_kernel(row):
     for name, array in a.start(row).arrays("dense/kernel").items():
         if name in ("scale", "shared"):
             continue
-        assert len(adapter.axes[name]) == array.ndim
-        for axis, size in zip(adapter.axes[name], array.shape, strict=True):
+        own = adapter.axes(site)[name]
+        assert len(own) == array.ndim
+        for axis, size in zip(own, array.shape, strict=True):
             assert (
                 axis is None
                 or size == sizes[axis]

@@ -47,7 +47,6 @@ class Dora(Lora):
     """
 
     reads_kernel: ClassVar[bool] = True
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = Lora.axes | {"magnitude": ("cols",)}
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,6 +55,9 @@ class Dora(Lora):
                 f"init={self.init!r} subtracts an offset from the kernel; DoRA starts from "
                 "'kaiming'"
             )
+
+    def axes(self, site):
+        return super().axes(site) | {"magnitude": ("cols",)}
 
     def init_site(self, key, site, kernel, given):
         train, fixed = super().init_site(key, site, kernel, given)

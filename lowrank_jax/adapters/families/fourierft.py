@@ -12,7 +12,6 @@ counted through the torch weight `(m, n)`. They are data, so that others can be 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +54,19 @@ class FourierFT(Adapter):
     init: str = "zeros"
     seed: int = 777
 
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "spectrum": (None,),
-        "rows": (None,),
-        "cols": (None,),
-    }
-
     def __post_init__(self):
         check_positive("frequencies", self.frequencies)
         check_number("alpha", self.alpha)
         if self.init not in ("zeros", "normal"):
             raise ValueError(f"init={self.init!r} must be 'zeros' or 'normal' (PEFT's default)")
+
+    def axes(self, site):
+        del site
+        return {
+            "spectrum": (None,),
+            "rows": (None,),
+            "cols": (None,),
+        }
 
     def validate(self, site):
         if self.frequencies > site.n * site.m:
@@ -74,8 +75,8 @@ class FourierFT(Adapter):
                 f"entries of a {site.n} x {site.m} spectrum; choose fewer"
             )
 
-    def scaling(self, rank):
-        del rank
+    def scaling(self, site):
+        del site
         return self.alpha
 
     def init_site(self, key, site, kernel, given):

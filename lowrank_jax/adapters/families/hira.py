@@ -37,13 +37,16 @@ class Hira(Adapter):
 
     rank: int = 32
     ranked: ClassVar[bool] = True
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "a": ("rows", "rank"),
-        "b": ("rank", "cols"),
-    }
 
     def __post_init__(self):
         check_positive("rank", self.rank)
+
+    def axes(self, site):
+        del site
+        return {
+            "a": ("rows", "rank"),
+            "b": ("rank", "cols"),
+        }
 
     def init_site(self, key, site, kernel, given):
         a, b = Kaiming()(key, site, kernel, given["scale"])

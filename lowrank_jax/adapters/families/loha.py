@@ -43,19 +43,22 @@ class Loha(Adapter):
     alpha: float = 8.0
 
     ranked: ClassVar[bool] = True
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "a1": ("rows", "rank"),
-        "b1": ("rank", "cols"),
-        "a2": ("rows", "rank"),
-        "b2": ("rank", "cols"),
-    }
 
     def __post_init__(self):
         check_positive("rank", self.rank)
         check_number("alpha", self.alpha)
 
-    def scaling(self, rank):
-        return self.alpha / rank
+    def axes(self, site):
+        del site
+        return {
+            "a1": ("rows", "rank"),
+            "b1": ("rank", "cols"),
+            "a2": ("rows", "rank"),
+            "b2": ("rank", "cols"),
+        }
+
+    def scaling(self, site):
+        return self.alpha / site.rank
 
     def init_site(self, key, site, kernel, given):
         del kernel

@@ -88,12 +88,6 @@ class Lora(Adapter):
     products: str = "xla"
 
     ranked: ClassVar[bool] = True
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "a": ("rows", "rank"),
-        "b": ("rank", "cols"),
-        "a0": ("rows", "rank"),
-        "b0": ("rank", "cols"),
-    }
 
     def __post_init__(self):
         check_positive("rank", self.rank)
@@ -110,6 +104,15 @@ class Lora(Adapter):
             )
         if not isinstance(self.init, Init) and self.init not in INITS:
             raise ValueError(f"init={self.init!r} must be one of {tuple(INITS)} or an Init object")
+
+    def axes(self, site):
+        del site
+        return {
+            "a": ("rows", "rank"),
+            "b": ("rank", "cols"),
+            "a0": ("rows", "rank"),
+            "b0": ("rank", "cols"),
+        }
 
     @property
     def start_of(self) -> Init:
@@ -130,8 +133,8 @@ class Lora(Adapter):
             )
         self.start_of.validate(site)
 
-    def scaling(self, rank):
-        return self.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+    def scaling(self, site):
+        return self.alpha / (math.sqrt(site.rank) if self.rank_stabilized else site.rank)
 
     def init_site(self, key, site, kernel, given):
         dead = {"a": "b", "b": "a"}.get(self.trains)

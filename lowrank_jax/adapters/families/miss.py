@@ -80,8 +80,8 @@ class Miss(Adapter):
                 f"dropout={self.dropout}: mode='bat' has no branch of its own; leave it 0"
             )
 
-    @property
-    def axes(self) -> dict[str, tuple[str | None, ...]]:
+    def axes(self, site):
+        del site
         return {
             "block": {"miss": (None, "cols"), "mini": (None, None), "bat": ("cols", None, None)}[
                 self.mode

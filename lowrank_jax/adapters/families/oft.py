@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +41,6 @@ class Oft(Adapter):
 
     block: int = 32
     cayley: str = "exact"
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"skew": ("rows", None)}
 
     def __post_init__(self):
         check_positive("block", self.block)
@@ -52,6 +50,10 @@ class Oft(Adapter):
             )
         if self.cayley not in ("exact", "neumann"):
             raise ValueError(f"cayley={self.cayley!r} must be 'exact' or 'neumann'")
+
+    def axes(self, site):
+        del site
+        return {"skew": ("rows", None)}
 
     def validate(self, site):
         if site.n % self.block:

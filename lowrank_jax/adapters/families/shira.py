@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +58,16 @@ class Shira(Adapter):
     rank: int = 32
     seed: int | None = None
 
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "values": (None,),
-        "rows": (None,),
-        "cols": (None,),
-    }
-
     def __post_init__(self):
         check_positive("rank", self.rank)
+
+    def axes(self, site):
+        del site
+        return {
+            "values": (None,),
+            "rows": (None,),
+            "cols": (None,),
+        }
 
     def largest_rank(self, site):
         """`r (n + m)` different entries."""

@@ -51,10 +51,6 @@ class UniLora(Adapter):
     bound: float = 0.02
 
     ranked: ClassVar[bool] = True
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "ia": ("rows", "rank"),
-        "ib": ("rank", "cols"),
-    }
 
     def __post_init__(self):
         check_positive("rank", self.rank)
@@ -63,6 +59,13 @@ class UniLora(Adapter):
             raise ValueError(
                 f"bound={self.bound} must be positive: at 0 both factors and every gradient are 0"
             )
+
+    def axes(self, site):
+        del site
+        return {
+            "ia": ("rows", "rank"),
+            "ib": ("rank", "cols"),
+        }
 
     def init_shared(self, key, group: Group):
         total = sum(site.rank * (site.n + site.m) for _, _, site in group.matrices)

@@ -70,12 +70,6 @@ class Vera(Adapter):
 
     ranked: ClassVar[bool] = True
     reads_bank: ClassVar[bool] = True
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
-        "lambda_d": ("rank",),
-        "lambda_b": ("cols",),
-        "bank_a": (None, "rank"),
-        "bank_b": ("rank", None),
-    }
 
     def __post_init__(self):
         check_positive("rank", self.rank)
@@ -86,6 +80,15 @@ class Vera(Adapter):
                 "initial=0 leaves both vectors 0, and every gradient; choose another number, such "
                 "as 0.1"
             )
+
+    def axes(self, site):
+        del site
+        return {
+            "lambda_d": ("rank",),
+            "lambda_b": ("cols",),
+            "bank_a": (None, "rank"),
+            "bank_b": ("rank", None),
+        }
 
     def largest_rank(self, site):
         """Each rank is one random matrix with one weight, and n m of them are linearly
