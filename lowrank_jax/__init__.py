@@ -8,7 +8,7 @@
 >>> updates, state = tx.update(params, state, params)
 """
 
-from lowrank_jax import adapters, deprecations, linalg, linen, memory, partition
+from lowrank_jax import adapters, deprecations, linalg, linen, memory
 from lowrank_jax.adapters import (
     Adaptation,
     AdaptedKernel,
@@ -17,7 +17,6 @@ from lowrank_jax.adapters import (
     altlora_plus,
     attach,
     effective,
-    join,
     lora_plus,
     merge,
     precondition_pairs,
@@ -28,6 +27,7 @@ from lowrank_jax.functions.products import dot_general, einsum, matmul
 from lowrank_jax.matrices import MatrixView, ResolvedView
 from lowrank_jax.optim import inner
 from lowrank_jax.optim.learning_rate import apply_learning_rate
+from lowrank_jax.partition import join, partition
 from lowrank_jax.projection import projectors, residuals, transports
 from lowrank_jax.projection import refresh_schedules as clocks
 from lowrank_jax.projection.fused import Fused, fused

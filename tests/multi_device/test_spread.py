@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lrx
-from lowrank_jax.adapters import partition_specs as specs
+from lowrank_jax.adapters.partition_specs import specs
 from lowrank_jax.projection.state import MatrixState
 from lowrank_jax.sharding import meshes
 from tests.laws.methods import METHODS
