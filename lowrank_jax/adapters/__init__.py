@@ -19,6 +19,7 @@ from lowrank_jax.adapters.families.loha import loha
 from lowrank_jax.adapters.families.lora import lora
 from lowrank_jax.adapters.families.miss import miss
 from lowrank_jax.adapters.families.oft import oft
+from lowrank_jax.adapters.families.rand_lora import rand_lora
 from lowrank_jax.adapters.families.shira import shira
 from lowrank_jax.adapters.families.uni_lora import uni_lora
 from lowrank_jax.adapters.families.vera import vera
@@ -83,6 +84,7 @@ __all__ = [
     "partition",
     "pissa",
     "precondition_pairs",
+    "rand_lora",
     "scaled_adamw",
     "shardings",
     "shira",

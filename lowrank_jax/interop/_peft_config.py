@@ -74,10 +74,18 @@ SHAPE = {
         f"{name}?": _FLAG
         for name in ("use_dora", "use_rslora", "fan_in_fan_out", "use_cayley_neumann")
     },
-    **{f"{name}?": _FLAG for name in ("save_indices", "save_projection")},
+    **{f"{name}?": _FLAG for name in ("save_indices", "save_projection", "sparse", "very_sparse")},
     **{
         f"{name}?": _NUMBER
-        for name in ("lora_alpha", "alpha", "scaling", "lora_dropout", "vera_dropout")
+        for name in (
+            "lora_alpha",
+            "alpha",
+            "scaling",
+            "lora_dropout",
+            "vera_dropout",
+            "randlora_alpha",
+            "randlora_dropout",
+        )
     },
     **{f"{name}?": _NUMBER for name in ("miss_dropout", "d_initial", "init_theta_d_bound")},
     **{

@@ -12,11 +12,12 @@ from lowrank_jax.interop._peft_other import (
     ShiraFamily,
     VeraFamily,
 )
+from lowrank_jax.interop._peft_rand_lora import RandLoraFamily
 
 FAMILIES: dict[str, Family] = {
     family.peft_type: family
     for family in (
         LoraFamily(), HiraFamily(), UniLoraFamily(), VeraFamily(), LohaFamily(), OftFamily(), MissFamily(),
-        FourierFamily(), ShiraFamily(),
+        FourierFamily(), ShiraFamily(), RandLoraFamily(),
     )
 }  # fmt: skip

@@ -97,6 +97,11 @@ class Family:
         `kernel()` is `K (n, m)`."""
         raise NotImplementedError
 
+    def copies(self, config: Config) -> Mapping[str, str]:
+        """`{end of the key: key}` of shared tensors that a file may hold once more for a module."""
+        del config
+        return {}
+
     def shared_shapes(self, config: Config, hosts: Mapping[str, Host]) -> dict[str, Shape]:
         """`{key: shape}` of what the modules share."""
         del config, hosts
@@ -154,6 +159,11 @@ class Family:
         """`{key: tensor}` of what the modules share; `p` holds the arrays of each module."""
         del adapter, hosts, p, shared, options, order
         return {}
+
+
+def largest(hosts: Mapping[str, Host]) -> tuple[int, int]:
+    """The largest n and m."""
+    return max(host.n for host in hosts.values()), max(host.m for host in hosts.values())
 
 
 def common(field: str, values: Any) -> Any:

@@ -15,7 +15,7 @@ from lowrank_jax.adapters.families.shira import Shira
 from lowrank_jax.adapters.families.vera import Vera
 from lowrank_jax.adapters.positions import TORCH_LIMIT, torch_permutation
 from lowrank_jax.interop._peft_config import by_pattern, most, pattern_of
-from lowrank_jax.interop._peft_family import Family, Shared, common, folded
+from lowrank_jax.interop._peft_family import Family, Shared, common, folded, largest
 
 
 class VeraFamily(Family):
@@ -329,11 +329,6 @@ class ShiraFamily(Family):
     def write(self, adapter, host, p, rank, fold):
         indices = np.stack([p["cols"], p["rows"]]).astype(np.int32)
         return {"shira_weight": folded(p["values"], fold), "shira_indices": indices}
-
-
-def largest(hosts) -> tuple[int, int]:
-    """The largest n and m."""
-    return max(host.n for host in hosts.values()), max(host.m for host in hosts.values())
 
 
 def drawn(adapter: FourierFT, host) -> tuple[np.ndarray, np.ndarray]:

@@ -107,7 +107,8 @@ class Source:
         expected |= {
             key: self.tree.shape(self.tree.places[name]) for name, key in self.whole.keys.items()
         }
-        extra = set(self.whole.copies) | self.whole.repeated | self.tied.keys
+        repeated = self._repeated()
+        extra = {*self.whole.copies, *self.whole.repeated, *self.tied.keys, *repeated}
         found = [key for key in self.tensors if key not in extra]
         safetensors.check_names(found, list(expected), str(self.tensors.path))
         shapes = {key: tuple(self.tensors.shapes[key].shape) for key in expected}
@@ -119,7 +120,25 @@ class Source:
         if wrong:
             more = f", and {len(wrong) - 20} more" if len(wrong) > 20 else ""
             raise ValueError(f"{self.tensors.path}: {'; '.join(wrong[:20])}{more}")
+        differ = [
+            key
+            for key, of in repeated.items()
+            if not np.array_equal(self.tensors[key], self.tensors[of])
+        ]
+        if differ:
+            raise ValueError(
+                f"{self.tensors.path}: {', '.join(differ[:8])} are not the shared tensors of the "
+                "same name, of which all modules have one copy"
+            )
         _peft_whole.check_copies(self.whole, self.tree, self.tensors)
+
+    def _repeated(self) -> dict[str, str]:
+        """`{key: key of the shared tensor}` of what the file holds once more for a module."""
+        copies = self.family.copies(self.config)
+        found = {
+            f"{PREFIX}{module}.{end}": of for module in self.hosts for end, of in copies.items()
+        }
+        return {key: of for key, of in found.items() if key in self.tensors}
 
     def plan(
         self, views: Views, name: str, order: Sequence[str] | None

@@ -16,6 +16,7 @@
     MISS        miss            miss_block                                   (r, m), (r, mini_r) or (m / r, r, r)
     FOURIERFT   fourierft       fourierft_spectrum                           (k,)
     SHIRA       shira           shira_weight, shira_indices                  (r (n + m),), (2, r (n + m))
+    RANDLORA    rand_lora       randlora_lambda, randlora_gamma              (r, N), (N, p); base_model.randlora_{A,B}
 
 Convolutions have `lora_A (r, c_in, window...)` and `lora_B (c_out, r, 1, ...)`. A stack of layers
 is one leaf here and a module for each layer there. What PEFT trains whole (`modules_to_save`,
@@ -174,8 +175,8 @@ def save(
         trained whole, is written with `ensure_weight_tying` and the tensors of both.
       config: further fields: base_model_name_or_path, revision, task_type, inference_mode,
         peft_version, auto_mapping; fan_in_fan_out=True where torch's base has transposed Conv1D
-        modules (GPT-2); of Uni-LoRA save_indices=False, which leaves the drawing of indices to
-        PEFT.
+        modules (GPT-2); of Uni-LoRA save_indices=False, and of RandLoRA save_projection=False,
+        which leave the drawing of indices and bases to PEFT.
 
     Raises:
       ValueError: several methods, or settings of which PEFT has one for all modules; a kind of

@@ -20,6 +20,7 @@ DENSE = {
     "hira": A.hira(rank=4),
     "bat": A.miss(rank=8, mode="bat"),
     "fourierft": A.fourierft(frequencies=9),
+    "rand_lora": A.rand_lora(rank=4),
 }
 
 

@@ -80,6 +80,19 @@ def vera(p):
     return KERNEL.T + np.diag(p["lambda_b"]) @ b[:M] @ np.diag(p["lambda_d"]) @ a[:, :N]
 
 
+def rand_lora(p, s, rank):
+    """Term by term: k and j of the small factor, k' and j' of the large one, counted apart."""
+    shared, (count, shorter) = p["shared"], p["gamma"].shape
+    assert shorter == M < N  # n > m: the longer side is the input
+    change = np.zeros((N, M))
+    for term in range(rank * count):
+        k, j = divmod(term, count)
+        small = p["lambda"][k, j] * shared["bank_a"][k, :M] * p["gamma"][j]
+        large = shared["bank_b"][:N, term // rank, term % rank]
+        change += s * np.outer(large, small)
+    return KERNEL.T + change.T
+
+
 def uni(p):
     theta = p["shared"]["theta"]
     uses = np.bincount(np.concatenate([p[name].reshape(-1).astype(int) for name in ("ia", "ib")]))
@@ -108,6 +121,11 @@ REFERENCES = {
     "oft-neumann": (A.oft(block=6, cayley="neumann"), lambda p: oft(p, 6, True)),
     "uni_lora": (A.uni_lora(rank=2, size=16), uni),
     "vera": (A.vera(rank=6), vera),
+    "rand_lora": (A.rand_lora(rank=3, alpha=6.0), lambda p: rand_lora(p, 6 / 3, 3)),
+    "rand_lora-normalized": (
+        A.rand_lora(rank=3, alpha=6.0, basis_normalized=True, bases="very_sparse"),
+        lambda p: rand_lora(p, 6 / (3 * np.sqrt(3)), 3),
+    ),
     "miss": (A.miss(rank=4), lambda p: miss(p, 4)),
     "miss-padded": (A.miss(rank=5), lambda p: miss(p, 5)),
     "miss-wide": (A.miss(rank=12), lambda p: miss(p, 12)),
@@ -142,6 +160,8 @@ def draw(adapter, scale=0.3):
         "spectrum",
         "values",
         "theta",
+        "lambda",
+        "gamma",
     }
     move = lambda x: x + scale * jnp.asarray(generator.normal(size=x.shape), x.dtype)  # noqa: E731
     return jax.tree_util.tree_map_with_path(
@@ -221,6 +241,12 @@ REFUSED = {
     "pissa iterations": (lambda: A.pissa(part="smallest", iterations=2), "needs the exact SVD"),
     "oft block": (lambda: A.oft(block=1), "block=1 must be at least 2"),
     "oft cayley": (lambda: A.oft(cayley="series"), "cayley='series' must be 'exact' or 'neumann'"),
+    "rand_lora bases": (lambda: A.rand_lora(bases="dense"), "bases='dense' must be one of"),
+    "rand_lora seed": (lambda: A.rand_lora(seed=-1), "seed=-1 must be an integer from 0"),
+    "rand_lora stored": (
+        lambda: A.rand_lora(bases="sparse", stored=False),
+        "bases='sparse' are drawn once; set stored=True, or bases='uniform'",
+    ),
     "uni bound": (lambda: A.uni_lora(bound=0.0), "bound=0.0 must be positive"),
 }
 

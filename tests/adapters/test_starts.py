@@ -259,6 +259,61 @@ def test_vera_draws_the_banks_of_peft():
 RECORDED_BANK = (0.11042926460504532, 0.1094178706407547, -0.7564749717712402)
 
 
+def test_rand_lora_draws_the_bases_of_peft():
+    """The largest sides of the group together, as many bases as the shorter one needs."""
+    sites = {"q": Site(path="q", shape=(7, 4), rank=0), "v": Site(path="v", shape=(3, 5), rank=0)}
+    ranks = {("q", 0): 2, ("v", 0): 2}
+    group = Group(sites=sites, order=tuple(ranks), ranks=ranks)
+    for bases, (first, last) in RECORDED_BASES.items():
+        found = A.rand_lora(rank=2, seed=5, bases=bases).init_shared(None, group)[1]
+        assert found["bank_a"].shape == (2, 5) and found["bank_b"].shape == (7, 3, 2)
+        assert found["bank_a"][1].tolist() == first and found["bank_b"][6, 2].tolist() == last
+
+
+# recorded from PEFT 0.21.2: randlora_A[1, 0] and randlora_B[6, 2] of the seed 5
+RECORDED_BASES = {
+    "uniform": (
+        [-0.9609375, -0.83984375, 0.59375, -1.171875, 1.234375],
+        [1.3125, -0.138671875],
+    ),
+    "sparse": (
+        [-1.1420804262161255, -1.1420804262161255, 0.0, -1.1420804262161255, 1.1420804262161255],
+        [1.5132393836975098, 0.0],
+    ),
+    "very_sparse": (
+        [-1.005602240562439, -1.005602240562439, 0.0, -1.005602240562439, 1.005602240562439],
+        [1.4456161260604858, 0.0],
+    ),
+}
+
+
+def test_rand_lora_starts_at_zero_with_even_gammas():
+    for shape, gamma in (((6, 4), (2, 4)), ((4, 12), (2, 4)), ((2, 2), (1, 2))):
+        _, p = start_of(A.rand_lora(rank=min(3, min(shape))), shape=shape)
+        assert not p["lambda"].any() and p["gamma"].shape == gamma
+        np.testing.assert_allclose(p["gamma"], 1 / max(gamma))
+
+
+def test_leaves_of_several_ranks_share_bases_of_the_largest():
+    params = {"q": jnp.ones((6, 8)), "v": jnp.ones((4, 4))}
+    adaptation = lrx.adapt(params, {".*": A.rand_lora(rank=4)}, jax.random.key(0), ranks={"v": 3})
+    shared = adaptation.fixed["shared"]["randlora"]
+    assert shared["bank_a"].shape == (4, 6) and shared["bank_b"].shape == (8, 2, 4)
+    assert adaptation.trained == 2 * (4 + 6) + 2 * (3 + 4)
+    assert lrx.attach(params, adaptation)["v"].shape == (4, 4)
+    assert jnp.isfinite(lrx.matmul(jnp.ones((2, 4)), lrx.attach(params, adaptation)["v"])).all()
+
+
+def test_rand_lora_regenerates_the_same_bases_for_all_sites():
+    adapter = A.rand_lora(rank=4, seed=4, stored=False)
+    shared = adapter.init_shared(None, None)[1]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shared)) == 2  # nothing large is kept
+    q, v = (Site(shape=shape, bank=(48, 64)) for shape in ((48, 40), (32, 64)))
+    (a, b), (a_v, b_v) = (adapter.banks(site, {"shared": shared}) for site in (q, v))
+    assert np.array_equal(a[:, :32], a_v) and np.array_equal(b[:, :8], b_v[:48])
+    assert uniform(as64(a), np.sqrt(3)) and uniform(as64(b_v), np.sqrt(3))
+
+
 def test_vera_regenerates_one_bank_for_all_sites():
     sites = {
         "q": Site(path="q", shape=(48, 40), rank=16, bank=(48, 64)),

@@ -173,6 +173,26 @@ def vera():
     )
 
 
+def rand_lora():
+    """Bases for 8 x 4 and 4 x 4: r = 3, p = 4, q = 8, N = 2."""
+    tensors = modules(lambda m, o, i: {"randlora_lambda": (3, 2), "randlora_gamma": (2, 4)})
+    bank_a, bank_b = normal(3, 1, 4), normal(8, 2, 3)
+
+    def change(m, w, t):
+        # update_A (r N, p), update_B (q, N r), in torch's orders
+        small = t["randlora_lambda"][:, :, None] * bank_a * t["randlora_gamma"]
+        small, large = small.reshape(6, 4), bank_b[: max(w.shape)].reshape(-1, 6)
+        delta = large @ small
+        return w + 7 / 3 * (delta if w.shape[1] <= w.shape[0] else delta.T)
+
+    banks = {"base_model.randlora_A": bank_a, "base_model.randlora_B": bank_b}
+    copies = {
+        f"{m}.{end[len('base_model.') :]}": bank for m in SHAPES for end, bank in banks.items()
+    }
+    config = {"peft_type": "RANDLORA", "r": 3, "randlora_alpha": 7, "save_projection": True}
+    return config, tensors | banks | copies, change
+
+
 def oft(neumann):
     def change(m, w, t):
         q = np.zeros((2, 2, 2))
@@ -256,6 +276,7 @@ CASES = {
     "unilora": unilora(False),
     "unilora, indices": unilora(True),
     "vera": vera(),
+    "randlora": rand_lora(),
     "oft": oft(False),
     "oft, neumann": oft(True),
     "miss": miss(True),

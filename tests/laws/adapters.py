@@ -80,6 +80,13 @@ ROWS = (
         fast=True),
     Row(name="vera", adapter=A.vera(rank=6), count=lambda n, m: 6 + m, fast=True),
     Row(name="vera-regenerated", adapter=A.vera(rank=6, stored=False, initial=0.5), count=lambda n, m: 6 + m),
+    # 12 x 8: N = 3 bases of rank 3; 8 x 8: the same
+    Row(name="rand_lora", adapter=A.rand_lora(rank=3, alpha=6.0), count=lambda n, m: 3 * (3 + min(n, m)), dense=True,
+        fast=True),
+    Row(name="rand_lora-normalized", adapter=A.rand_lora(rank=4, alpha=30.0, basis_normalized=True, bases="sparse"),
+        count=lambda n, m: 2 * (4 + min(n, m)), dense=True),
+    Row(name="rand_lora-regenerated", adapter=A.rand_lora(rank=8, alpha=6.0, stored=False),
+        count=lambda n, m: 8 + min(n, m), dense=True),
     Row(name="miss", adapter=A.miss(rank=5), count=lambda n, m: 5 * m, fast=True),
     Row(name="miss-mini", adapter=A.miss(rank=4, mode="mini", mini_rank=2), count=lambda n, m: 8),
     Row(name="miss-bat", adapter=A.miss(rank=4, mode="bat"), count=lambda n, m: 4 * m, dense=True),

@@ -121,6 +121,7 @@ def test_keys_differ_by_name_site_and_layer():
         (A.dora(rank=2, dropout=0.1), True),
         (A.vera(rank=2, dropout=0.1), True),
         (A.miss(rank=2, dropout=0.1), True),
+        (A.rand_lora(rank=2, dropout=0.1), True),
         (A.miss(rank=2), False),
         (A.oft(block=2), False),
         (NOISY, True),

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lrx
 from lowrank_jax.adapters import candidates
-from lowrank_jax.adapters import partition_specs as specs
+from lowrank_jax.adapters.partition_specs import specs
 
 SHAPES = {"layers": {"up": (2, 16, 32), "down": (2, 32, 16)}, "heads": {"kernel": (16, 4, 8)}}
 SPECS = {
@@ -35,6 +35,7 @@ FAMILIES = {
     "shira": lrx.adapters.shira(rank=2),
     "uni_lora": lrx.adapters.uni_lora(rank=2, size=32),
     "vera": lrx.adapters.vera(rank=4),
+    "rand_lora": lrx.adapters.rand_lora(rank=4, alpha=8),
     "loha": lrx.adapters.loha(rank=2),
 }
 
@@ -49,7 +50,11 @@ X = jnp.asarray(np.random.default_rng(9).normal(size=(8, 16)), jnp.float32)
 
 
 def made(family, seed=0):
-    shares = family.kind in ("unilora", "vera")  # and a bare scan would slice what is shared
+    shares = family.kind in (
+        "unilora",
+        "vera",
+        "randlora",
+    )  # and a bare scan would slice what is shared
     adaptation = lrx.adapt(
         tree(0), {"heads/.*" if shares else ".*": family}, jax.random.key(seed), views=VIEWS
     )

@@ -150,7 +150,7 @@ def loaded(folder, model=None):
 
 EVERY = ["emb", "lin0", "lin1", "conv1", "conv2"]
 LINEAR = ["lin0", "lin1"]
-RULES = {"emb": "emb/embedding", **{name: f"{name}/kernel" for name in EVERY[1:]}}
+RULES = {"emb": "emb/embedding", **{name: f"{name}/kernel" for name in [*EVERY[1:], "head"]}}
 
 
 def on(names, adapter):

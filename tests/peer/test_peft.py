@@ -79,6 +79,16 @@ THEIRS = {
         n_frequency=9, target_modules=LINEAR, n_frequency_pattern={"lin1": 13}, random_loc_seed=5, scaling=20.0
     ),
     "shira": lambda: peft.ShiraConfig(r=1, target_modules=LINEAR),
+    "randlora": lambda: peft.RandLoraConfig(
+        r=3, randlora_alpha=7, target_modules=[*LINEAR, "head"], bias="randlora_only"
+    ),
+    "randlora, seed": lambda: peft.RandLoraConfig(
+        r=3, target_modules=LINEAR, save_projection=False, projection_prng_key=9
+    ),
+    "randlora, sparse": lambda: peft.RandLoraConfig(
+        r=3, target_modules=LINEAR, save_projection=False, projection_prng_key=9, sparse=True
+    ),
+    "randlora, very sparse": lambda: peft.RandLoraConfig(r=4, target_modules=LINEAR, very_sparse=True),
 }  # fmt: skip
 
 
@@ -130,6 +140,10 @@ OURS = {
         {f"lin{i}/kernel": lrx.adapters.fourierft(frequencies=9 + 4 * i, alpha=20.0) for i in range(2)}, {},
     ),
     "shira": (on(LINEAR, lrx.adapters.shira(rank=1)), {}),
+    "randlora": (on([*LINEAR, "head"], lrx.adapters.rand_lora(rank=3, alpha=7)), {"bias": "adapted"}),
+    "randlora, paper": (on(LINEAR, lrx.adapters.rand_lora(rank=3, alpha=40, basis_normalized=True)), {}),
+    "randlora, key": (on(LINEAR, lrx.adapters.rand_lora(rank=5, stored=False)), {}),
+    "randlora, sparse": (on(LINEAR, lrx.adapters.rand_lora(rank=4, bases="sparse", seed=3)), {}),
 }  # fmt: skip
 
 

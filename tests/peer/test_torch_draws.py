@@ -10,6 +10,7 @@ import pytest
 
 import lowrank_jax as lrx
 from lowrank_jax.adapters.base import Group, Site
+from lowrank_jax.adapters.families.rand_lora import torch_banks
 from lowrank_jax.adapters.positions import torch_permutation
 
 torch = pytest.importorskip("torch")
@@ -51,3 +52,27 @@ def test_banks_of_vera_are_uniform_of_one_generator():
     assert np.array_equal(found["bank_a"], a.numpy().T) and np.array_equal(
         found["bank_b"], b.numpy().T
     )
+
+
+@pytest.mark.parametrize("bases", ["uniform", "sparse", "very_sparse"])
+def test_bases_of_rand_lora_are_drawn_in_torchs_order_and_rounding(bases):
+    rank, count, shorter, longer = 3, 4, 10, 33
+    generator = torch.Generator().manual_seed(5)
+    if bases == "uniform":
+
+        def kaiming(*shape):
+            empty = torch.empty(*shape, dtype=torch.bfloat16)
+            return torch.nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
+
+        a = kaiming(rank, 1, shorter)
+        b = torch.cat([kaiming(longer, 1, rank) for _ in range(count)], dim=1)
+    else:
+        share = 1 / 6 if bases == "sparse" else 1 / (2 * math.sqrt(shorter))
+        a, b = (
+            torch.rand(shape, generator=generator)
+            for shape in ((rank, 1, shorter), (longer, count, rank))
+        )
+        a, b = ((x > 1 - share).float() - (x < share).float() for x in (a, b))
+    found = torch_banks(bases, 5, rank, count, shorter, longer)
+    for mine, theirs in zip(found, (a[:, 0] / a.std(), b / b.std()), strict=True):
+        assert np.array_equal(mine, theirs.float().numpy())
