@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.trees import leaves_with_metadata
+from lowrank_jax.trees import is_quantized, leaves_with_metadata
 
 
 def is_number(value: Any) -> bool:
@@ -116,7 +116,7 @@ def check_floating(tree: Any, who: str) -> None:
     """
     for path, leaf, _ in leaves_with_metadata(tree):
         dtype = getattr(leaf, "dtype", None)
-        if dtype is None or hasattr(leaf, "dequantize") or jnp.issubdtype(dtype, jnp.floating):
+        if dtype is None or is_quantized(leaf) or jnp.issubdtype(dtype, jnp.floating):
             continue
         remedy = "leave it out of the parameters, or give it another optimizer with optax.partition"
         if jnp.issubdtype(dtype, jnp.complexfloating):

@@ -13,7 +13,7 @@ import optax
 
 from lowrank_jax import default_views, sharding
 from lowrank_jax.matrices import DENSE, MatrixView, ResolvedView, Shape
-from lowrank_jax.trees import leaves_with_metadata
+from lowrank_jax.trees import is_quantized, leaves_with_metadata
 
 _DEFAULT_EXCLUDE = (
     r"(.*/)?(lm_head|head|logits|classifier|[a-z_]*embed[a-z_]*|[a-z_]*norm[a-z_0-9]*)(/.*)?"
@@ -490,7 +490,7 @@ def resolve(
 
 def _sharding_leaves(params, shardings):
     paths = [path for path, _, _ in leaves_with_metadata(params)]
-    is_one = lambda x: isinstance(x, jax.sharding.Sharding) or x is None or hasattr(x, "dequantize")  # noqa: E731
+    is_one = lambda x: isinstance(x, jax.sharding.Sharding) or x is None or is_quantized(x)  # noqa: E731
     leaves = [sharding.codes_of(kind) for kind in jax.tree.leaves(shardings, is_leaf=is_one)]
     if len(paths) != len(leaves):
         raise ValueError(

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax.core import meta
 
+from lowrank_jax.codes import Codes
+
 
 def _key_name(key: Any) -> str:
     for attribute in ("key", "name", "idx"):
@@ -32,7 +34,25 @@ def as_float32(leaf: Any) -> Any:
 def is_node(x: Any) -> bool:
     """What counts as one leaf of a parameter tree: a masked one, a box of metadata, a quantised
     array."""
-    return isinstance(x, (optax.MaskedNode, meta.AxisMetadata)) or hasattr(x, "dequantize")
+    return isinstance(x, (optax.MaskedNode, meta.AxisMetadata)) or is_quantized(x)
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether a leaf is a quantised array, or an nnx Variable of one, which has all its
+    attributes."""
+    return isinstance(x.get_raw_value() if _is_variable(x) else x, Codes)
+
+
+def dequantized(x: Any, dtype: Any = jnp.float32) -> Any:
+    """The value of a quantised array in this dtype; anything else as it is."""
+    return x.dequantize(dtype) if is_quantized(x) else x
+
+
+def stored_like(value: jax.Array, like: Any) -> Any:
+    """A value as `like` is stored: in its dtype, or in its codes."""
+    if is_quantized(like) and like.writable:
+        return like.requantize(value)
+    return value.astype(like.dtype)
 
 
 def path_of(keys: Iterable[Any]) -> str:

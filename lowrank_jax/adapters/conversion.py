@@ -27,7 +27,7 @@ from lowrank_jax.adapters.base import Adapter, Site, check_positive
 from lowrank_jax.adapters.families.lora import Lora
 from lowrank_jax.adapters.rules import Matrices, chosen_rows
 from lowrank_jax.adapters.tree import matrices_of
-from lowrank_jax.trees import leaves_with_metadata, map_nodes
+from lowrank_jax.trees import is_quantized, leaves_with_metadata, map_nodes, stored_like
 
 HOW = ("as it is", "SVD of the product", "SVD of the difference")
 
@@ -392,7 +392,7 @@ def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
             return node
         site, own = adaptation.plan.by_path[path][1], offsets[path]
         array = meta.unbox(node)
-        if hasattr(array, "dequantize") and not hasattr(array, "requantize"):
+        if is_quantized(array) and not array.writable:
             raise ValueError(
                 f"{path!r}: {type(array).__name__} has no requantize; keep the offset as data "
                 "beside it"
@@ -401,9 +401,7 @@ def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
             own["a0"] * own["scale"][..., None, :], own["b0"]
         )
         whole = site.view.from_matrices(rest, tuple(array.shape))
-        whole = (
-            array.requantize(whole) if hasattr(array, "requantize") else whole.astype(array.dtype)
-        )
+        whole = stored_like(whole, array)
         return node.replace_boxed(whole) if isinstance(node, meta.AxisMetadata) else whole
 
     missing = set(offsets) - {path for path, _, _ in leaves_with_metadata(params)}

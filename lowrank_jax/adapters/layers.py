@@ -18,13 +18,14 @@ import jax.numpy as jnp
 from lowrank_jax.adapters.hosts import AdaptedKernel, conv
 from lowrank_jax.functions.products import dot_general, einsum
 from lowrank_jax.projection.tapped import Tapped
+from lowrank_jax.trees import is_quantized
 
 NODES = (Tapped, AdaptedKernel)
 
 
 def is_special(value: Any) -> bool:
     """Whether a kernel is more than an array."""
-    return isinstance(value, NODES) or hasattr(value, "dequantize")
+    return isinstance(value, NODES) or is_quantized(value)
 
 
 def base(value: Any) -> Any:
@@ -34,7 +35,7 @@ def base(value: Any) -> Any:
 
 def is_quantised(value: Any) -> bool:
     """Whether the array of a kernel is quantised."""
-    return hasattr(base(value), "dequantize")
+    return is_quantized(base(value))
 
 
 def with_base(value: Any, array: Any) -> Any:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lowrank_jax import sharding
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Site
-from lowrank_jax.trees import nodes_with_keys, path_of
+from lowrank_jax.trees import is_quantized, nodes_with_keys, path_of
 
 
 def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -45,7 +45,7 @@ def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dic
     >>> train["sites"]["kernel"]
     {'a': P('fsdp', None), 'b': P(None, 'tensor')}
     """
-    is_spec = lambda x: x is None or isinstance(x, PartitionSpec) or hasattr(x, "dequantize")  # noqa: E731
+    is_spec = lambda x: x is None or isinstance(x, PartitionSpec) or is_quantized(x)  # noqa: E731
     flat = nodes_with_keys(param_specs, is_spec)
     given = {path_of(keys): sharding.codes_of(spec) or PartitionSpec() for keys, spec in flat}
     missing = [
@@ -98,7 +98,7 @@ def shardings(
     >>> train["sites"]["kernel"]["b"].spec
     P(None, 'tensor')
     """
-    is_one = lambda x: x is None or hasattr(x, "dequantize")  # noqa: E731
+    is_one = lambda x: x is None or is_quantized(x)  # noqa: E731
     treedef = jax.tree.structure(param_shardings, is_leaf=is_one)
     flat = [
         (keys, sharding.codes_of(own)) for keys, own in nodes_with_keys(param_shardings, is_one)

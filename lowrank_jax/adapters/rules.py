@@ -15,7 +15,7 @@ import optax
 from lowrank_jax.adapters.base import USES, Adapter, Group, Site
 from lowrank_jax.checks import as_python, listed, no_match
 from lowrank_jax.resolution import LeafViews, Views, is_linear, is_stacked
-from lowrank_jax.trees import leaves_with_metadata
+from lowrank_jax.trees import is_quantized, leaves_with_metadata
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "adapted", "all")
@@ -337,7 +337,7 @@ class Selection:
                     f"{leaf.path!r} is adapted and trained whole; choose one, or leave it out by "
                     "exclude="
                 )
-            if hasattr(leaf.node, "dequantize"):
+            if is_quantized(leaf.node):
                 raise ValueError(
                     f"whole: {leaf.path!r} is quantised, and codes do not train; give it an adapter"
                 )

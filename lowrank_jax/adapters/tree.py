@@ -27,7 +27,7 @@ from lowrank_jax.adapters.base import Adapter, Site
 from lowrank_jax.adapters.hosts import AdaptedKernel, Bound
 from lowrank_jax.adapters.rules import LAYER_IN_PATH, Rules, Selection, chosen_rows
 from lowrank_jax.resolution import Views
-from lowrank_jax.trees import leaves_with_metadata, map_nodes
+from lowrank_jax.trees import dequantized, leaves_with_metadata, map_nodes, stored_like
 
 
 def adapt(
@@ -159,10 +159,7 @@ def _initialised(
 
 def matrices_of(node: Any, site: Site) -> jax.Array:
     """A leaf as `(batch..., n, m)` in float32; boxes are opened, quantised arrays decoded."""
-    node = meta.unbox(node)
-    array = (
-        node.dequantize(jnp.float32) if hasattr(node, "dequantize") else node.astype(jnp.float32)
-    )
+    array = dequantized(meta.unbox(node)).astype(jnp.float32)
     return site.view.to_matrices(array)
 
 
@@ -387,9 +384,7 @@ def _worked_there(
                 one = over(one)
             matrices = one(matrices, arrays)
         whole = view.from_matrices(matrices, tuple(array.shape))
-        whole = (
-            array.requantize(whole) if hasattr(array, "requantize") else whole.astype(array.dtype)
-        )
+        whole = stored_like(whole, array)
         return _boxed_as(box, whole)
 
     return _placed(

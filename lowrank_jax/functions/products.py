@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.matrices import MatrixView
 from lowrank_jax.rows import over_rows
+from lowrank_jax.trees import is_quantized
 
 
 def dense(kernel: Any, dtype: Any, path: str | None = None) -> jax.Array:
@@ -29,23 +30,20 @@ def dense(kernel: Any, dtype: Any, path: str | None = None) -> jax.Array:
     `lrx.meshes.use(parameters=)` says how it lies: left to the compiler, its value is gathered, of
     2 or 4 bytes an entry.
     """
-    if not hasattr(kernel, "dequantize"):
+    if not is_quantized(kernel):
         return kernel
-    spec = (
-        None
-        if path is None or not hasattr(kernel, "specs")
-        else sharding.for_product(path, kernel.ndim)
-    )
-    if spec is None:
+    spec = None if path is None else sharding.for_product(path, kernel.ndim)
+    places = None if spec is None else kernel.specs(spec)
+    if spec is None or places is None:
         return kernel.dequantize(dtype)
-    codes = sharding.constrained(kernel, kernel.specs(spec))
+    codes = sharding.constrained(kernel, places)
     return sharding.constrained(codes.dequantize(dtype), jax.sharding.PartitionSpec(*spec))
 
 
 def decoding(function: Callable, kernel: Any) -> Callable:
     """`function`, which decodes `kernel`: a quantised one again in the backward pass, which keeps
     its codes alone."""
-    return jax.checkpoint(function) if hasattr(kernel, "dequantize") else function
+    return jax.checkpoint(function) if is_quantized(kernel) else function
 
 
 def undecoded(

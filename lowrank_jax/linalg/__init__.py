@@ -21,6 +21,7 @@ its products overflow.
 ((2, 8, 3), 'float32')
 """
 
+from lowrank_jax.codes import Codes
 from lowrank_jax.linalg._lapack import eigh, solve
 from lowrank_jax.linalg.cayley import cayley
 from lowrank_jax.linalg.decompositions import (
@@ -70,6 +71,7 @@ from lowrank_jax.linalg.transforms import (
 )
 
 __all__ = [
+    "Codes",
     "NormalFloat4",
     "QuantizedBlocks",
     "canonical_signs",

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lowrank_jax import sharding
+from lowrank_jax.codes import Codes
 from lowrank_jax.linalg._common import Array
 from lowrank_jax.linalg.quantization import quantize_blocks
 from lowrank_jax.serialization import serializable
@@ -46,7 +47,7 @@ def normal_float_book() -> np.ndarray:
 @serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class NormalFloat4:
+class NormalFloat4(Codes):
     """Matrices `(..., n, m)` in 4 bits an entry and a scale for 64 of them: 4.5 bits, 4.127 with
     doubly coded scales.
 
@@ -73,15 +74,6 @@ class NormalFloat4:
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[:-2], self.rows, self.codes.shape[-1])
-
-    @property
-    def ndim(self) -> int:
-        return self.codes.ndim
-
-    @property
-    def dtype(self) -> Any:
-        """Of the value, float32, not of the codes."""
-        return jnp.dtype(jnp.float32)
 
     @property
     def rounds_stochastically(self) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lowrank_jax import sharding
+from lowrank_jax.codes import Codes
 from lowrank_jax.linalg import dynamic_code
 from lowrank_jax.linalg._common import Array, is_integer
 from lowrank_jax.serialization import serializable
@@ -51,7 +52,7 @@ def dynamic_code_book(signed: bool) -> np.ndarray:
 @serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedBlocks:
+class QuantizedBlocks(Codes):
     """An array in 8 bits an entry, and 4 bytes a block.
 
     Attributes:
@@ -74,15 +75,6 @@ class QuantizedBlocks:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.codes.ndim
-
-    @property
-    def dtype(self) -> Any:
-        """Of the value, float32, not of the codes."""
-        return jnp.dtype(jnp.float32)
 
     @property
     def rounds_stochastically(self) -> bool:

@@ -27,8 +27,8 @@ def adapted(function: Callable[..., Any], *, partial: bool = False) -> Callable[
     `lrx.linen.tapped` is another name for it. The products of `nn.Dense`, `nn.DenseGeneral`,
     `nn.Einsum` and `nn.Conv`, the look-up and `attend` of `nn.Embed`, and those of classes derived
     from them, take what `lrx.attach` or `lrx.projected_value_and_grad` put into `params`; a module
-    of your own hands `self.param(...)` to `lrx.matmul` and its like. A quantised kernel (an object
-    with `shape` and `dequantize(dtype)`) is decoded where it is multiplied, one layer at a time.
+    of your own hands `self.param(...)` to `lrx.matmul` and its like. A quantised kernel (a subclass of
+    `lrx.linalg.Codes`) is decoded where it is multiplied, one layer at a time.
     Without any of them the function is unchanged.
 
     Embeddings and convolutions can be adapted, not tapped. Scanned models keep their layers on axis

@@ -18,8 +18,8 @@ def merge(graphdef: Any, *states: Any) -> Any:
 
     Where the `kernel` of a `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` or `nnx.Conv`, or the
     `embedding` of a `nnx.Embed`, or of a class derived from them, is what `lrx.attach` or
-    `lrx.projected_value_and_grad` put there, or a quantised array (an object with `shape` and
-    `dequantize(dtype)`), the products of the merged module use it; dtypes, promotion and bias stay
+    `lrx.projected_value_and_grad` put there, or a quantised array (a subclass of
+    `lrx.linalg.Codes`), the products of the merged module use it; dtypes, promotion and bias stay
     Flax's. Stacked layers work when the model maps or scans over axis 0 of their parameters.
     Without such kernels this is `nnx.merge`. A module of your own hands its value,
     `self.kernel[...]`, to `lrx.matmul`. Any other use of a kernel with adapters is an error that

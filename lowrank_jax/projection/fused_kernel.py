@@ -21,6 +21,7 @@ from lowrank_jax.projection.residuals import Discard
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.step import Prepared
 from lowrank_jax.projection.write import Write
+from lowrank_jax.trees import is_quantized
 
 
 def check(config: Projection) -> None:
@@ -54,10 +55,10 @@ def check(config: Projection) -> None:
 
 
 def _check_leaf(view: ResolvedView, param: Any) -> None:
-    if hasattr(param, "dequantize") or param.dtype not in (jnp.float32, jnp.bfloat16):
+    if is_quantized(param) or param.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
             f"leaf {view.path!r}: products='kernel' writes float32 or bfloat16, not "
-            f"{type(param).__name__ if hasattr(param, 'dequantize') else param.dtype}; give "
+            f"{type(param).__name__ if is_quantized(param) else param.dtype}; give "
             "products='xla'"
         )
     if view.spec is not None:

@@ -49,6 +49,7 @@ from lowrank_jax.projection.state import Projected, matrix_states
 from lowrank_jax.projection.tapped import Tap
 from lowrank_jax.projection.training import plan
 from lowrank_jax.projection.write import Write
+from lowrank_jax.trees import is_quantized
 
 
 def layerwise_step(
@@ -415,7 +416,7 @@ class _Layerwise:
         recipe = self.form.recipe
         report = self.config.report(self.params)
         flags = selected_for_decay(
-            jax.tree.map(lambda _: 0, self.params, is_leaf=lambda x: hasattr(x, "dequantize")),
+            jax.tree.map(lambda _: 0, self.params, is_leaf=is_quantized),
             self.params,
             recipe.weight_decay,
             recipe.mask,

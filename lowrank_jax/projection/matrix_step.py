@@ -18,11 +18,12 @@ from lowrank_jax.projection.batches import count, layer_numbers
 from lowrank_jax.projection.refresh_schedules import Staggered
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import Evidence, MatrixState, Projected
+from lowrank_jax.trees import dequantized
 
 
 def whole(param: Any) -> jax.Array:
     """A parameter as an array: quantised ones are decoded."""
-    return param.dequantize() if hasattr(param, "dequantize") else param
+    return dequantized(param)
 
 
 def on_own_matrices(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lowrank_jax import sharding
 from lowrank_jax.projection.state import Projected
 from lowrank_jax.projection.tapped import Tapped
+from lowrank_jax.trees import dequantized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +68,7 @@ def layer_gradients(
     )
     if taps is None:  # codes have no gradient, their values do
         dtype = jax.tree.leaves(inputs)[0].dtype
-        kernels = [
-            kernel.dequantize(dtype) if hasattr(kernel, "dequantize") else kernel
-            for kernel in kernels
-        ]
+        kernels = [dequantized(kernel, dtype) for kernel in kernels]
 
     def apply(free, x):
         places, vectors = free

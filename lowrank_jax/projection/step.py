@@ -25,14 +25,12 @@ from lowrank_jax.projection.matrix_step import MatrixStep, sketch_basis
 from lowrank_jax.projection.refresh_schedules import Staggered
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import MatrixState, Projected, ProjectionState, matrix_states
-from lowrank_jax.trees import pure
+from lowrank_jax.trees import is_quantized, pure
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Leaves and structure, with projected gradients and quantised arrays as one leaf each."""
-    return jax.tree.flatten(
-        tree, is_leaf=lambda x: isinstance(x, Projected) or hasattr(x, "dequantize")
-    )
+    return jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Projected) or is_quantized(x))
 
 
 def only_plain(treedef: Any, leaves: list[Any], views: list[ResolvedView | None]) -> Any:
@@ -206,7 +204,7 @@ def update(
     """The optax form: `(updates, state)`."""
     prepared = prepare(config, updates, state, params, extra.pop("taps", None))
     references = prepared.references
-    if any(hasattr(leaf, "dequantize") for leaf in references):
+    if any(map(is_quantized, references)):
         raise ValueError(
             "params: quantised leaves cannot take an update by addition; use lrx.fused(tx).step"
         )

@@ -27,7 +27,7 @@ from lowrank_jax import sharding
 from lowrank_jax.projection.state import Projected, ProjectionState, matrix_states
 from lowrank_jax.projection.tapped import Tap, Tapped
 from lowrank_jax.serialization import serializable
-from lowrank_jax.trees import is_node, nodes_with_keys, path_of
+from lowrank_jax.trees import dequantized, is_node, nodes_with_keys, path_of
 
 
 def is_projected(x: Any) -> bool:
@@ -272,9 +272,7 @@ def check_taps(
 
     def differences(taps, params, *args):
         _, projected = projected_value_and_grad(loss, taps)(params, *args)
-        plain = jax.tree.map(
-            lambda x: x.dequantize() if hasattr(x, "dequantize") else x, params, is_leaf=is_node
-        )
+        plain = jax.tree.map(dequantized, params, is_leaf=is_node)
         full, lows = _by_path(jax.grad(loss)(plain, *args)), _by_path(projected)
         errors = {}
         for path, tap in taps.taps.items():

@@ -24,6 +24,7 @@ from lowrank_jax.projection.taps import (
     projected_value_and_grad,
     taps,
 )
+from lowrank_jax.trees import is_quantized
 
 PLANS = ("full", "taps", "full at a refresh", "sketch at a refresh")
 
@@ -193,7 +194,7 @@ def _value_and_grad(loss: Callable[..., Any], accumulate: int, has_aux: bool) ->
     function = jax.value_and_grad(loss, has_aux=has_aux)
 
     def run(params, *args):
-        params = jax.tree.map(whole, params, is_leaf=lambda x: hasattr(x, "dequantize"))
+        params = jax.tree.map(whole, params, is_leaf=is_quantized)
         if accumulate == 1:
             return function(params, *args)
         first_microbatch(args, accumulate)

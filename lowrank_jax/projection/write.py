@@ -13,6 +13,7 @@ from lowrank_jax import linalg
 from lowrank_jax.optim.guard import select
 from lowrank_jax.optim.learning_rate import at_step, decayed_step
 from lowrank_jax.projection.optimizers.recipe import Recipe
+from lowrank_jax.trees import dequantized, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +49,13 @@ class Write:
         return cls(rounding, rate, decay, recipe.when, accepted, key, path)
 
     def __call__(self, param: Any, update: jax.Array, layer: Any) -> Any:
-        old = param.dequantize() if hasattr(param, "dequantize") else param.astype(jnp.float32)
+        old = dequantized(param).astype(jnp.float32)
         value = old + decayed_step(
             update, old, self.rate, self.weight_decay, self.when, self.accepted
         )
         key = jax.random.fold_in(self.key, layer) if self.rounding == "stochastic" else None
-        if hasattr(param, "requantize"):
-            if key is not None and not getattr(param, "rounds_stochastically", True):
+        if is_quantized(param) and param.writable:
+            if key is not None and not param.rounds_stochastically:
                 kind = type(param).__name__ + (
                     f"(code={param.code!r})" if hasattr(param, "code") else ""
                 )

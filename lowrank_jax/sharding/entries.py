@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lowrank_jax.sharding.context import Spec
+from lowrank_jax.trees import is_quantized
 
 
 def _pad(spec: Any, ndim: int) -> Spec:
@@ -19,7 +20,7 @@ def _pad(spec: Any, ndim: int) -> Spec:
 def codes_of(x: Any) -> Any:
     """x; of a quantised array, or of one of shardings or specs, that of the codes: as they lie it
     lies."""
-    return next(iter(jax.tree.leaves(x)), None) if hasattr(x, "dequantize") else x
+    return next(iter(jax.tree.leaves(x)), None) if is_quantized(x) else x
 
 
 def explicit_spec(x: Any) -> Spec | None:

@@ -33,7 +33,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax import sharding
-from lowrank_jax.trees import leaves_with_metadata
+from lowrank_jax.trees import is_quantized, leaves_with_metadata
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -138,11 +138,7 @@ def logical_axes(params: Any, table: Table) -> Any:
                 f"table: {path!r} of shape {leaf.shape} has {ndim} axes, and its row names {names}"
             )
         found.append(("layers",) * (ndim - len(names)) + tuple(names))
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_quantised), found)
-
-
-def _is_quantised(x: Any) -> bool:
-    return hasattr(x, "dequantize")
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_quantized), found)
 
 
 def _mesh_axes(rules: Rules, name: str | None, mesh: Mesh) -> tuple[str, ...]:
@@ -207,15 +203,17 @@ def specs(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
     names = logical_axes(params, table)
 
     def place(leaf, own):
-        if not _is_quantised(leaf):
+        if not is_quantized(leaf):
             return spec(own, mesh, rules, leaf.shape)
         placed = leaf.specs(tuple(spec(own, mesh, rules, leaf.blocks)))
+        if placed is None:  # codes that do not say how they can be divided
+            return jax.tree.map(lambda _: PartitionSpec(), leaf)
         # an nnx variable is quantised as its value is, and is another tree than the value's specs
         pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(placed), strict=True)
         fit = [sharding.even(mesh, x.shape, own) for x, own in pairs]
         return jax.tree.unflatten(jax.tree.structure(leaf), fit)
 
-    return jax.tree.map(place, params, names, is_leaf=_is_quantised)
+    return jax.tree.map(place, params, names, is_leaf=is_quantized)
 
 
 def shardings(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
@@ -240,7 +238,7 @@ def describe(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> str
     lines = []
     names = jax.tree.leaves(logical_axes(params, table), is_leaf=lambda x: isinstance(x, tuple))
     for (path, leaf, _), own in zip(leaves_with_metadata(params), names, strict=True):
-        units = leaf.blocks if _is_quantised(leaf) else leaf.shape
+        units = leaf.blocks if is_quantized(leaf) else leaf.shape
         placed, wanted = spec(own, mesh, rules, units), spec(own, mesh, rules)
         line = f"{path}  {tuple(leaf.shape)}  {placed}"
         for size, unit, name, have, want in zip(
@@ -432,7 +430,7 @@ def at_input(kernel: Any, x: jax.Array, *, rows: int = -2) -> Any:
     if used.isdisjoint(sharding.axis_names_of(own[cols])):
         entries[cols] = own[cols]
     spec = tuple(entries.values())
-    if not _is_quantised(kernel):
+    if not is_quantized(kernel):
         return sharding.reshard(kernel, spec)
     mesh = jax.sharding.get_abstract_mesh()
     place = lambda x, own: sharding.reshard(x, tuple(sharding.even(mesh, x.shape, own)))  # noqa: E731

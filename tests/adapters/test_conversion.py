@@ -281,7 +281,7 @@ def test_absorbing_into_bfloat16_loses_what_data_would_keep():
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Coded:
+class Coded(lrx.linalg.Codes):
     """A quantised kernel in steps of 1/64."""
 
     codes: jax.Array

@@ -35,6 +35,7 @@ from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.transports import DenseChange, IndexChange
 from lowrank_jax.rows import over_rows
+from lowrank_jax.trees import is_quantized
 
 Rank = int | float | tuple[tuple[str, int | float], ...]
 
@@ -258,7 +259,7 @@ class StoredProjector(BasisProjector):
         return sharding.reshard(matrix.astype(self.dtype), spec)
 
     def columns(self, view, basis):
-        return basis.dequantize() if hasattr(basis, "dequantize") else basis.astype(jnp.float32)
+        return basis.dequantize() if is_quantized(basis) else basis.astype(jnp.float32)
 
     def basis_bytes(self, view):
         return self.matrix_bytes(view, view.shrunk)
