@@ -163,7 +163,10 @@ def newton_schulz(
     orientation with fewer rows. Steps and coefficients are Muon's (Jordan et al. 2024): steep at 0,
     hence values end in about [0.7, 1.2], not at 1; (1.5, -0.5, 0) converges to 1, slowly.
     ``compute_dtype`` (default: float32, float64 for a float64 x) sets the dtype of the iteration,
-    bfloat16 in the original; the result is cast back by the package's rule. Zero x gives zeros.
+    bfloat16 in the original; the result is cast back by the package's rule. In a lower dtype every
+    operation rounds, inside and outside of jit alike, as in PyTorch: x itself, its norm, both
+    products, and each of a Y, b A and c A A before their sum; coefficients are not rounded. Zero x
+    gives zeros.
 
     >>> import jax.numpy as jnp
     >>> newton_schulz(
@@ -177,9 +180,32 @@ def newton_schulz(
     a, b, c = coefficients
     tall = x.shape[-2] > x.shape[-1]
     y = transpose(x) if tall else x
-    y = y / (jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) + eps)
-    y = y.astype(compute_dtype or x.dtype)
+    rounded, times = _arithmetic(x.dtype, compute_dtype)
+    y = rounded(y)
+    norm = rounded(jnp.linalg.norm(y, axis=(-2, -1), keepdims=True))
+    y = rounded(y / rounded(norm + eps))
     for _ in range(steps):
-        gram = product(y, transpose(y))
-        y = a * y + product(b * gram + c * product(gram, gram), y)
-    return (transpose(y) if tall else y).astype(x.dtype)
+        gram = times(y, transpose(y))
+        quartic = rounded(c * times(gram, gram))
+        polynomial = rounded(rounded(b * gram) + quartic)
+        y = rounded(rounded(a * y) + times(polynomial, y))
+    return transpose(y) if tall else y
+
+
+def _arithmetic(own: Any, dtype: Any) -> tuple[Callable[[Array], Array], Callable[..., Array]]:
+    """`(rounded, times)`: arrays of the dtype `own` rounded to a lower one, and their product.
+
+    A cast to the lower dtype and back may round or not: compilers keep what it would drop.
+    """
+    if dtype is None or jnp.finfo(dtype).nmant >= jnp.finfo(own).nmant:
+        return (lambda x: x), product
+    low = jnp.finfo(dtype)
+
+    def rounded(x):
+        return lax.reduce_precision(x, exponent_bits=low.nexp, mantissa_bits=low.nmant)
+
+    def times(a, b):
+        # the operands have the lower dtype's values, so that accelerators multiply in it
+        return rounded(product(a.astype(dtype), b.astype(dtype)).astype(own))
+
+    return rounded, times

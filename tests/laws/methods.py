@@ -148,6 +148,7 @@ METHODS = (
             due=(1, 3, 5), seeded=True, tie="cols", seed=7),
     _custom("ldadam-slots", P.power(rank=4, first="svd"), clock=C.every_step(when="after"), transport=T.ldadam(),
             residual=R.ldadam_error_feedback(dtype=jnp.bfloat16), due=ALL, side="cols", tolerance=2e-3, seeded=True),
+    _custom("newton-schulz", P.identity(), due=(), inner=lrx.inner.newton_schulz(), plain=lrx.inner.adam()),
     _custom("own-inner", P.svd(rank=4), inner=SplitMomentum(), plain=lrx.inner.adam(), transport=T.rotate()),
     _custom("clipped", P.dct3(rank=4), residual=R.error_feedback(), clip_norm=0.5, inner=_decayed_trace, scale=0.5),
 )  # fmt: skip

@@ -1,5 +1,7 @@
 """QR, Cholesky-QR2, their combination and Newton-Schulz, against NumPy in float64."""
 
+import functools
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -171,6 +173,28 @@ def test_newton_schulz_options():
     assert linalg.newton_schulz(jnp.asarray(x, jnp.float16)).dtype == jnp.float32
     with pytest.raises(ValueError, match="steps=0"):
         linalg.newton_schulz(x, steps=0)
+
+
+def test_newton_schulz_rounds_every_operation_to_a_lower_dtype():
+    """As PyTorch does in bfloat16; compiled, in a stack and eagerly alike."""
+
+    def bf16(x):
+        return np.asarray(x, np.float32).astype(jnp.bfloat16).astype(np.float32)
+
+    def oracle(x, a, b, c):
+        y = bf16(x)
+        y = bf16(y / bf16(bf16(np.sqrt(np.sum(np.square(y, dtype=np.float64)))) + 1e-8))
+        for _ in range(5):
+            gram = bf16(y @ y.T)
+            polynomial = bf16(bf16(b * gram) + bf16(c * bf16(gram @ gram)))
+            y = bf16(bf16(a * y) + bf16(polynomial @ y))
+        return y
+
+    x = normal(3, 4, 6).astype(np.float32)
+    expected = np.stack([oracle(matrix, *MUON) for matrix in x])
+    function = functools.partial(linalg.newton_schulz, compute_dtype=jnp.bfloat16)
+    for run in (function, jax.jit(function), jax.jit(jax.vmap(function))):
+        np.testing.assert_array_equal(run(x), expected)
 
 
 def test_newton_schulz_transforms():

@@ -95,14 +95,36 @@ def dct_adamw(c, m, n):
     )
 
 
+def muon(c, m, n):
+    """The recorded code rounds every operation to bfloat16, which is 1 to 3 % from float32."""
+    factors = {"spectral_norm": np.sqrt(m / n), "rms_norm": 0.2 * np.sqrt(max(m, n))}
+    inner = lrx.inner.newton_schulz(
+        momentum=c["momentum"],
+        nesterov=c["nesterov"],
+        eps=1e-8,
+        compute_dtype=jnp.dtype(c["iteration_dtype"]),
+    )
+    direction = lrx.scale_by_projection(
+        lrx.projectors.identity(),
+        inner=inner,
+        plain=lrx.inner.adam(),
+        scale=factors[c["shape_factor"]],
+    )
+    return optax.chain(direction, lrx.apply_learning_rate(0.01, 0.1))
+
+
 METHODS = {
     "galore": galore,
     "apollo": apollo,
     "frugal": frugal,
     "ldadam": ldadam,
     "dct_adamw": dct_adamw,
+    "muon": muon,
 }
-ROWS = {"galore": 3, "apollo": 4, "frugal": 5, "ldadam": 2, "dct_adamw": 4}
+RECORDED_TO_FOUR_DIGITS = {
+    "muon": 4e-4
+}  # by an iteration in bfloat16, of which each rounding is ours
+ROWS = {"muon": 2, "galore": 3, "apollo": 4, "frugal": 5, "ldadam": 2, "dct_adamw": 4}
 
 
 def test_every_row_of_our_methods_is_here(golden):
@@ -130,5 +152,8 @@ def test_golden_traces(golden, method, shape):
         got = {"norm": np.linalg.norm(moved), "entry_0_0": moved[0, 0], "entry_1_2": moved[1, 2]}
         for name, value in want.items():
             np.testing.assert_allclose(
-                got[name], value, rtol=row["tolerance"], err_msg=f"{row['name']} {name}"
+                got[name],
+                value,
+                rtol=RECORDED_TO_FOUR_DIGITS.get(method, row["tolerance"]),
+                err_msg=f"{row['name']} {name}",
             )

@@ -7,10 +7,12 @@ from lowrank_jax.optim.inner.adam import Adam, AdamState, debias
 from lowrank_jax.optim.inner.base import Inner, first_moment, map_moments
 from lowrank_jax.optim.inner.from_optax import FromOptax, as_inner
 from lowrank_jax.optim.inner.moments import Moment, register_moments
+from lowrank_jax.optim.inner.newton_schulz import NewtonSchulz, NewtonSchulzState
 from lowrank_jax.optim.inner.stored8 import Stored8
 
 adam = Adam
 from_optax = FromOptax
+newton_schulz = NewtonSchulz
 stored8 = Stored8
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "FromOptax",
     "Inner",
     "Moment",
+    "NewtonSchulz",
+    "NewtonSchulzState",
     "Stored8",
     "adam",
     "as_inner",
@@ -26,6 +30,7 @@ __all__ = [
     "first_moment",
     "from_optax",
     "map_moments",
+    "newton_schulz",
     "register_moments",
     "stored8",
 ]
