@@ -1,5 +1,6 @@
 """A model of every layer that takes adapters, in linen and as a bare function, and its cases."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -112,12 +113,8 @@ def total(tree):
 
 def close(got, expected, rtol=2e-5, atol=2e-5):
     """Two trees are equal up to rounding."""
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-
-    def compare(a, b):
-        return np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=rtol, atol=atol)
-
-    jax.tree.map(compare, got, expected)
+    got, expected = (jax.tree.map(np.float32, tree) for tree in (got, expected))
+    chex.assert_trees_all_close(got, expected, rtol=rtol, atol=atol)
 
 
 def on(model, **options):

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def test_zeros_are_off_and_an_adaptation_goes_in_and_out(family):
     rules = {".*/(kernel|embedding)": adapter}
     adaptation = moved(lrx.adapt(base, rules, KEY, views=lrx.Views(rules=RULES)))
     params = lrx.linen.insert(declared, base, adaptation)
-    assert jax.tree.structure(params) == jax.tree.structure(declared)
+    chex.assert_trees_all_equal_structs(params, declared)
     off = lrx.linen.insert(declared, base, lrx.adapt(base, {"dense/kernel": adapter}, KEY))
 
     def outputs(params, off, base):

@@ -3,6 +3,7 @@ product a b."""
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,12 +93,10 @@ def test_init_and_state(name):
     docstrings."""
     tx, params = build(name), params_like()
     state = tx.init(params)
-    abstract = jax.tree.map(lambda x: (x.shape, x.dtype), state)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(tx.init, shapes)) == abstract
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, shapes), state)
     updates, after = jax.eval_shape(tx.update, params, state, params)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == abstract
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert not any(leaf.weak_type for leaf in jax.tree.leaves((updates, after)))
     leaves = jax.tree.leaves((state, params))
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)

@@ -1,5 +1,6 @@
 """A tree in two, and together again: errors, optax, jit and grad."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,13 @@ def test_each_leaf_is_in_one_half_and_both_have_the_structure_of_the_whole():
     assert holes(selected) == holes(rest) == jax.tree.structure(PARAMS)
     for order in ((selected, rest), (rest, selected)):
         whole = join(*order)
-        assert jax.tree.structure(whole) == jax.tree.structure(PARAMS)
+        chex.assert_trees_all_equal_structs(whole, PARAMS)
         assert all(
             a is b for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(PARAMS), strict=True)
         )
     body, rest = partition(rest, "body/layer_0/kernel")
     assert jax.tree.leaves(rest) == []
-    assert jax.tree.structure(join(selected, body, rest)) == jax.tree.structure(PARAMS)
+    chex.assert_trees_all_equal_structs(join(selected, body, rest), PARAMS)
 
 
 def test_boxes_quantised_leaves_and_abstract_ones_are_single_leaves():
@@ -72,7 +73,7 @@ def test_only_the_selected_part_trains_under_jit_and_optax():
         selected, state, value, grads = step(selected, rest, state)
         values.append(float(value))
     assert values[2] < values[0]
-    assert jax.tree.structure(grads) == jax.tree.structure(selected)
+    chex.assert_trees_all_equal_structs(grads, selected)
     want = jax.grad(
         lambda head: loss(
             PARAMS | {"head": head}, jax.tree.map(lambda _: optax.MaskedNode(), PARAMS)

@@ -4,6 +4,7 @@ tests/laws/adapters.py."""
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,9 +143,7 @@ def test_adapt_works_on_shapes_alone(row):
     shapes = jax.eval_shape(
         lambda params, key: adapt(params, key=key), a.params(), jax.random.key(0)
     )
-    assert jax.tree.structure(shapes) == jax.tree.structure(a.start(row))
-    for found, leaf in zip(jax.tree.leaves(shapes), jax.tree.leaves(a.start(row)), strict=True):
-        assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, a.start(row))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes.train))
 
 

@@ -1,5 +1,6 @@
 """jit = eager; scan = loop; no second trace; donation; state dtype and shape are stable."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,15 +59,13 @@ def test_init(method):
     shapes = jax.eval_shape(transformation.init, params)
     without_arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     from_shapes = jax.eval_shape(transformation.init, without_arrays)
-    abstract = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == abstract
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), from_shapes) == abstract
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(from_shapes, state)
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state, params))]
     assert len(set(pointers)) == len(pointers)
     assert not [leaf for leaf in jax.tree.leaves(state) if leaf.size == 0]
     updates, after = jax.eval_shape(transformation.update, params, state, params)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == abstract
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert not any(leaf.weak_type for leaf in jax.tree.leaves((updates, after)))
     m.assert_close(state, m.eager(transformation.init, params))
 

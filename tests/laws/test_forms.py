@@ -3,6 +3,7 @@ refresh mode by mode."""
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +149,7 @@ def test_optax_fused_and_projected_are_one(name):
     close(low_params, params, tolerance)
     close(low_values, values, tolerance)
     for other in (fused_state, low_state):
-        assert jax.tree.structure(other) == jax.tree.structure(state)
+        chex.assert_trees_all_equal_structs(other, state)
         for field in ("step", "skipped", "refreshes"):
             assert int(getattr(other.projection, field)) == int(getattr(state.projection, field)), (
                 field
@@ -178,9 +179,9 @@ def test_a_bad_batch_is_skipped_and_counted(name):
     for i, batch in enumerate(BATCHES[:4]):
         again, after, _ = step(params, state, *bad)
         assert int(after.projection.skipped) == int(state.projection.skipped) + 1, i
-        jax.tree.map(np.testing.assert_array_equal, again, params)
+        chex.assert_trees_all_equal(again, params)
         old = state.projection._replace(skipped=after.projection.skipped)
-        jax.tree.map(np.testing.assert_array_equal, after.projection, old)
+        chex.assert_trees_all_equal(after.projection, old)
         params, state, _ = step(params, state, *batch)
         assert int(state.projection.step) == i + 1
 
@@ -300,12 +301,12 @@ def test_int8_weights_train(projector, when):
     for batch in BATCHES * 6:
         params, state, value = step(params, state, *batch)
         first = value if first is None else first
-    assert jax.tree.structure(params) == jax.tree.structure(small)
+    chex.assert_trees_all_equal_structs(params, small)
     assert params["layers"]["up"]["kernel"].codes.dtype == jnp.int8
     assert float(value) < 0.9 * float(first)
     again, after, _ = step(params, state, X.at[0, 0].set(np.nan), Y)
     assert int(after.projection.skipped) == 1
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    chex.assert_trees_all_equal(again, params)
     with pytest.raises(ValueError, match="use lrx.fused"):
         tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(small), small)
 

@@ -1,6 +1,7 @@
 """The layer-wise step is the ordinary one: clipping, accumulation, refreshes and counts
 included."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +84,7 @@ def test_layer_by_layer_is_the_ordinary_step(name):
         own_params,
         params,
     )
-    assert jax.tree.structure(own_state) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_structs(own_state, state)
     for field in ("step", "skipped", "refreshes"):
         assert int(getattr(own_state.projection, field)) == int(getattr(state.projection, field))
 
@@ -121,7 +122,7 @@ def test_int8_kernels_refresh_by_the_gradients_of_their_values():
         for v in values.values()
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), *decoded)
-    assert jax.tree.structure(values["own"][3]) == jax.tree.structure(params)
+    chex.assert_trees_all_equal_structs(values["own"][3], params)
 
 
 def test_a_bad_batch_is_skipped():
@@ -129,9 +130,9 @@ def test_a_bad_batch_is_skipped():
     step, state = jax.jit(lrx.layerwise_step(STACK, tx)), tx.init(PARAMS)
     params, after, _ = step(PARAMS, state, X.at[0, 0].set(np.nan), Y)
     assert (int(after.projection.step), int(after.projection.skipped)) == (0, 1)
-    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    chex.assert_trees_all_equal(params, PARAMS)
     old = state.projection._replace(skipped=after.projection.skipped)
-    jax.tree.map(np.testing.assert_array_equal, after.projection, old)
+    chex.assert_trees_all_equal(after.projection, old)
 
 
 def test_no_gradient_of_the_stack_is_held():
@@ -225,10 +226,10 @@ def test_a_skipped_step_changes_nothing_but_a_counter(name, where):
     step, state = jax.jit(lrx.layerwise_step(_breaking(), tx, **form)), tx.init(params)
     new, after, value = step(params, state, *args)
     assert np.isfinite(value)
-    jax.tree.map(np.testing.assert_array_equal, new, params)
+    chex.assert_trees_all_equal(new, params)
     assert (int(after.projection.step), int(after.projection.skipped)) == (0, 1)
     old = after._replace(projection=after.projection._replace(skipped=state.projection.skipped))
-    jax.tree.map(np.testing.assert_array_equal, old, state)
+    chex.assert_trees_all_equal(old, state)
 
 
 @pytest.mark.parametrize("where", [1, "before"])
@@ -244,7 +245,7 @@ def test_what_moves_at_a_skipped_step_without_a_first_pass(where):
     assert not moved.pop("rest")
     for layers in moved.values():
         np.testing.assert_array_equal(layers, expected)
-    jax.tree.map(np.testing.assert_array_equal, after.projection.plain, state.projection.plain)
+    chex.assert_trees_all_equal(after.projection.plain, state.projection.plain)
     for name in ("basis", "inner"):
         pairs = zip(
             *(

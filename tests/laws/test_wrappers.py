@@ -5,6 +5,7 @@ Values are compared eagerly with the bare transformation; the fast tier also tra
 update, which shows that its state keeps dtype, shape and structure under `jit`.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,7 @@ def _one(method, **overrides):
 def _check_trace(method, transformation, state, params, grads):
     if method.fast:
         _, after = jax.eval_shape(transformation.update, grads, state, params)
-        assert jax.tree.structure(after) == jax.tree.structure(state)
+        chex.assert_trees_all_equal_structs(after, state)
         assert [x.dtype for x in jax.tree.leaves(after)] == [
             x.dtype for x in jax.tree.leaves(state)
         ]
