@@ -11,8 +11,25 @@ Commands stand here; what they share stands in the rooms. A file imports what is
 """
 
 import importlib
+import importlib.util
 import warnings
 from typing import Any
+
+# What every program here imports; the library alone, and so an installed lowrank_jax, does without.
+NEEDED = ("absl", "ml_collections", "orbax", "tensorflow_datasets")
+
+
+def _check_installed() -> None:
+    """ImportError that names the extra, before a program stops somewhere in its imports."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"the programs in experiments/ need {', '.join(missing)}: run make train, or pip "
+            "install -e '.[experiments]' in the checkout"
+        )
+
+
+_check_installed()
 
 # Names that configuration files of older versions import: until the next minor version.
 MOVED = {

@@ -49,8 +49,8 @@ def require() -> None:
     ]
     if missing:
         raise ImportError(
-            f"this benchmark needs {' and '.join(missing)}: pip install "
-            "'lowrank_jax[experiments,peer]', or run it as .venv-peer/bin/python -m "
+            f"this benchmark needs {' and '.join(missing)}: pip install -e "
+            "'.[experiments,peer]', or run it as .venv-peer/bin/python -m "
             "experiments.benchmarks.peer_training_step after `make test-peer`"
         )
 

@@ -44,7 +44,7 @@ def digits(name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            f"data.name={name!r} needs scikit-learn: pip install 'lowrank_jax[experiments]'"
+            f"data.name={name!r} needs scikit-learn: pip install -e '.[experiments]'"
         ) from error
     found = load_digits()
     pixels = (found.images / 8 - 1).astype(np.float32)

@@ -1,7 +1,7 @@
 """Prepares a TFDS dataset as array_record, once, for machines that then need neither TensorFlow nor
 Beam to read it.
 
-    pip install 'lowrank_jax[prepare]'
+    pip install -e '.[prepare]'
     python -m experiments.data.prepare c4/en --directory=/data
     python -m experiments.data.prepare wiki40b/en --directory=gs://bucket/data --beam=--runner=DataflowRunner --beam=...
 
@@ -38,7 +38,7 @@ def prepare(name: str, directory: str, beam_options: list[str] | None = None) ->
             raise
         raise ImportError(
             f"{name!r} is unknown to TFDS here, or its builder needs TensorFlow and Apache Beam, "
-            "which are missing: pip install 'lowrank_jax[prepare]', here or on another machine, "
+            "which are missing: pip install -e '.[prepare]', here or on another machine, "
             "and copy the prepared directory"
         ) from error
     return os.fspath(builder.data_path)

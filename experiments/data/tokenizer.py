@@ -109,8 +109,8 @@ class SentencePieceTokenizer(Tokenizer):
             from sentencepiece import sentencepiece_model_pb2
         except ImportError as error:
             message = (
-                f"data.tokenizer={path!r} needs the sentencepiece package: pip install "
-                "'lowrank_jax[experiments]'"
+                f"data.tokenizer={path!r} needs the sentencepiece package: pip install -e "
+                "'.[experiments]'"
             )
             raise ImportError(message) from error
         self.files = {"tokenizer.model": model}
@@ -176,8 +176,8 @@ class JsonTokenizer(Tokenizer):
             import tokenizers
         except ImportError as error:
             raise ImportError(
-                f"data.tokenizer={path!r} needs the tokenizers package: pip install "
-                "'lowrank_jax[tokenizers]', or name "
+                f"data.tokenizer={path!r} needs the tokenizers package: pip install -e "
+                "'.[tokenizers]', or name "
                 'a SentencePiece .model file or "bytes"'
             ) from error
         added = {token["content"]: token for token in model.get("added_tokens", ())}

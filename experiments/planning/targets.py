@@ -100,7 +100,7 @@ COMPILERS = {
     "tpu": (
         "libtpu",
         ".venv-tpu",
-        "`make test-tpu` makes .venv-tpu, which has it (pip install 'lowrank_jax[tpu]')",
+        "`make test-tpu` makes .venv-tpu, which has it (pip install -e '.[tpu]')",
     ),
     "cuda": (
         "jax_cuda13_plugin",

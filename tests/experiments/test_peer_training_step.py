@@ -15,7 +15,7 @@ def test_without_pytorch_it_names_the_extra(monkeypatch, capsys):
     assert stopped.value.code == 2
     message = capsys.readouterr().err
     assert "needs torch and transformers" in message
-    assert "lowrank_jax[experiments,peer]" in message
+    assert "-e '.[experiments,peer]'" in message
 
 
 def test_rows_compare_with_the_faster_peer():

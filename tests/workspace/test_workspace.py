@@ -48,26 +48,84 @@ def test_library_never_imports_programs():
     assert not wrong
 
 
-def test_library_imports_only_what_it_requires():
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    lines = config["options"]["install_requires"].split()
-    required = {re.split(r"[<>=\[]", line)[0].replace("-", "_") for line in lines}
-    known = required - {"orbax_checkpoint", "absl_py"} | {"orbax", "absl", "numpy", "lowrank_jax"}
-    known |= set(sys.stdlib_module_names)
-    wrong = {
-        f"{p.relative_to(ROOT)}: {n}"
-        for p in LIBRARY
-        for n in imported(p)
-        if n.split(".")[0] not in known
+def requirements(lines: str) -> set[str]:
+    return {re.split(r"[<>=\[]", line)[0].replace("-", "_").lower() for line in lines.split()}
+
+
+def config() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def extras() -> dict[str, set[str]]:
+    return {name: requirements(text) for name, text in config()["options.extras_require"].items()}
+
+
+# Names of modules that are not their distributions'.
+DISTRIBUTIONS = {"absl": "absl_py", "orbax": "orbax_checkpoint", "sklearn": "scikit_learn"}
+
+
+def distributions(files: list[Path]) -> dict[str, set[str]]:
+    """What of other projects each file imports, as distributions; what jax brings does not count."""
+    own = {*sys.stdlib_module_names, "numpy", "lowrank_jax", "experiments", "tests", ""}
+    tops = {path: {name.split(".")[0] for name in imported(path)} - own for path in files}
+    return {
+        str(path.relative_to(ROOT)): {DISTRIBUTIONS.get(name, name).lower() for name in names}
+        for path, names in tops.items()
     }
-    assert not wrong
+
+
+def test_the_library_requires_what_it_imports_and_nothing_else():
+    required = requirements(config()["options"]["install_requires"])
+    assert required == {"jax", "jaxlib", "flax", "optax"}
+    assert not {path: n - required for path, n in distributions(LIBRARY).items() if n - required}
+
+
+def test_the_programs_extras_bring_what_they_import():
+    known = requirements(config()["options"]["install_requires"]) | extras()["experiments"]
+    # of environments of their own: conversions, foreign tokenizers, the peer
+    known |= extras()["prepare"] | extras()["tokenizers"] | extras()["peer"]
+    assert not {path: n - known for path, n in distributions(PROGRAMS).items() if n - known}
+
+
+def test_everything_that_the_mission_names_is_declared():
+    declared = requirements(config()["options"]["install_requires"])
+    declared |= extras()["experiments"] | extras()["test"]
+    mission = {"jax", "jaxlib", "flax", "optax", "orbax_checkpoint", "chex", "tensorflow_datasets"}
+    assert declared >= mission | {"absl_py"}
+
+
+def test_an_installation_brings_the_library_alone():
+    assert config()["options.packages.find"]["include"].split() == ["lowrank_jax*"]
+    assert (ROOT / "lowrank_jax" / "py.typed").exists()
+    assert config()["options.package_data"]["lowrank_jax"] == "py.typed"
+
+
+@pytest.mark.parametrize("module", ["orbax", "tensorflow_datasets"])
+def test_a_program_without_its_extra_names_it(module):
+    code = f"import sys; sys.modules[{module!r}] = None; import experiments.pretrain"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: the programs in experiments/ need {module}: ")
+    assert "pip install -e '.[experiments]'" in last
+
+
+def test_the_citation_has_the_version():
+    version = re.search(r'= "(.+)"', (ROOT / "lowrank_jax" / "version.py").read_text()).group(1)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_workflow_runs_the_gate():
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.search(r"^ +- run: \.ci/run$", text, flags=re.MULTILINE)
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
 def test_every_requirement_is_bounded_on_both_sides():
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    groups = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    groups = [config()["options"]["install_requires"], *config()["options.extras_require"].values()]
     for line in "\n".join(groups).split():
         assert ("<" in line and ">=" in line) or "==" in line, line
 
