@@ -26,7 +26,7 @@ import time
 from collections.abc import Sequence
 
 from experiments.benchmarks import commandline
-from experiments.harness import outputs, runs
+from experiments.harness import methods, outputs, runs
 from lowrank_jax.interop import documents
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -35,15 +35,16 @@ EXTENSIONS = 2
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "study.json"
 COMMAND = "python -m experiments.study --time"
 
-# The centre of the grid, and the optimizer's settings. Rank is a quarter of the width everywhere.
+RANK = 32  # a quarter of the width
+
+# {title: (the centre of the grid, the optimizer's settings)}
 METHODS: dict[str, tuple[float, dict]] = {
-    "AdamW": (3e-3, {"name": "adamw"}),
-    "GaLore (svd)": (1e-2, {"name": "galore", "rank": 32}),
-    "GaLore (power)": (1e-2, {"name": "galore", "rank": 32, "projector": "power"}),
-    "DCT-AdamW": (3e-3, {"name": "dct_adamw", "rank": 32}),
-    "FRUGAL": (1e-3, {"name": "frugal", "rank": 32}),
-    "LDAdam": (3e-3, {"name": "ldadam", "rank": 32}),
-    "APOLLO": (1e-2, {"name": "apollo", "rank": 32}),
+    row.title: (
+        row.learning_rate,
+        {"name": name} | ({"rank": RANK} if method.takes("rank") else {}) | dict(row.settings),
+    )
+    for name, method in methods.METHODS.items()
+    for row in method.studied
 }
 
 Key = tuple[str, float, int]
@@ -209,7 +210,7 @@ def collect(
         "command": COMMAND,
         "steps": steps,
         "tokens_per_update": 8 * 64,
-        "rank": 32,
+        "rank": RANK,
         "preset": "nano",
         "budget_hours": budget_hours,
         "spent_hours": round(spent_hours, 2),

@@ -37,7 +37,7 @@ import optax
 import lowrank_jax as lrx
 from experiments.benchmarks import commandline, timing, workload
 from experiments.harness import outputs, updates, workdir
-from experiments.harness.optimizers import METHODS
+from experiments.harness.methods import METHODS
 from experiments.models import llama
 from experiments.settings import configuration
 
@@ -207,7 +207,7 @@ def cases(
     rows = [make("optax.adamw", optax_step(adamw, of.loss), adamw, of)]
     if contrib:
         flat = work(dataclasses.replace(config, scan=False), batch)
-        tx = METHODS["optax_galore"](1e-2, rank=rank)
+        tx = METHODS["optax_galore"].build(1e-2, rank=rank)
         rows.append(make("optax.contrib.galore", optax_step(tx, flat.loss), tx, flat, rank=rank))
     plain = lrx.galore(1e-2, rank=rank, views=workload.VIEWS)
     rows.append(make(f"galore, rank {rank}", optax_step(plain, of.loss), plain, of, rank=rank))

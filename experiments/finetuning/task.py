@@ -30,7 +30,7 @@ from experiments.harness.tasks import (
 )
 from experiments.harness.workdir import tree_bytes
 from experiments.models import llama, vit
-from experiments.settings.configuration import LOWRANK, smallest_dimension
+from experiments.settings.configuration import smallest_dimension
 from experiments.settings.finetuning_configuration import TuningConfig
 from experiments.settings.sections import ConfigurationError
 from lowrank_jax.sharding import meshes
@@ -107,7 +107,7 @@ class Finetuning(Task):
     def _check_optimizer(self):
         settings, model = self.config.optimizer, self.model.config
         smallest = min(model.width, model.hidden) if self.base.is_vit else smallest_dimension(model)
-        if settings.name in LOWRANK and isinstance(settings.rank, int) and settings.rank > smallest:
+        if isinstance(settings.rank, int) and settings.rank > smallest:
             raise ConfigurationError(
                 f"optimizer.rank={settings.rank}: the base's smallest matrix dimension is "
                 f"{smallest}; go no higher"

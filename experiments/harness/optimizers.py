@@ -1,10 +1,8 @@
-"""The one place that maps the names of `config.optimizer.name` to functions of optax and
-lowrank_jax."""
+"""The configured optimizer: built from its row of the table (`experiments.harness.methods`), checked,
+and what can be read from its state."""
 
 import dataclasses
-import functools
-import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -12,7 +10,15 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_jax as lrx
-from experiments.settings.configuration import LOWRANK, OptimizerConfig, ScheduleConfig
+from experiments.harness.methods import (
+    COMMON,
+    METHODS,
+    OF_PROJECTIONS,
+    PROJECTORS,
+    Method,
+    parse_options,
+)
+from experiments.settings.configuration import OptimizerConfig, ScheduleConfig
 from experiments.settings.sections import ConfigurationError
 from lowrank_jax.optim.learning_rate import LearningRateState
 from lowrank_jax.optim.pair_update import PairsState
@@ -55,15 +61,20 @@ def build(
     Raises ConfigurationError for a field that the method does not have.
     """
     check(config)
-    function, arguments = METHODS[config.name], {}
-    for field in OWN:
-        value = getattr(config, field, None)
-        if value is not None:
-            arguments[field] = value
+    method = METHODS[config.name]
+    arguments = {key: value for key, value in _settings(config).items() if key not in _TRANSLATED}
+    options = parse_options(config.options)
+    for key in method.rates:
+        if key in options:
+            options[key] = _with_peak(rate, config.learning_rate, options[key])
+    arguments |= options
     if config.projector is not None:
-        arguments["projector"] = PROJECTORS[config.projector](rank=arguments.pop("rank"))
-    if config.name in LOWRANK:
-        arguments |= {"views": views(stacked), "seed": seed}
+        arguments["projector"] = PROJECTORS[config.projector].build(rank=arguments.pop("rank"))
+    arguments |= {
+        key: value
+        for key, value in {"views": views(stacked), "seed": seed}.items()
+        if method.takes(key)
+    }
     if config.side is not None:
         if config.side == "sharding" and not sides:
             raise ConfigurationError(
@@ -72,47 +83,67 @@ def build(
         arguments["side"] = sides if config.side == "sharding" else config.side
     if config.backprop is not None:
         arguments["clip_norm"] = config.clip_norm
-    optimizer = function(rate, **arguments)
+    optimizer = method.build(rate, **arguments)
     if config.refresh_when is not None:
         clock = dataclasses.replace(optimizer.projection.clock, when=config.refresh_when)
-        optimizer = function(rate, **arguments | {"clock": clock})
+        optimizer = method.build(rate, **arguments | {"clock": clock})
     if config.clip_norm is None or config.backprop is not None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
-OWN = (
-    "rank",
-    "projector",
-    "refresh_every",
-    "scale",
-    "weight_decay",
-    "b1",
-    "b2",
-    "eps",
-    "momentum",
-    "ratio",
-    "damping",
-)
+# Keys that `build` turns into other arguments.
+_TRANSLATED = (*COMMON, *OF_PROJECTIONS, "projector")
+
+
+def _settings(config: OptimizerConfig) -> dict[str, Any]:
+    """The keys of the section that are set."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) is not None
+    }
+
+
+def _with_peak(rate: optax.Schedule, own: float, peak: float) -> optax.Schedule:
+    """The schedule with another peak: the learning rate of another group of leaves."""
+    return lambda step: rate(step) * (peak / own)
 
 
 def check(config: OptimizerConfig) -> None:
-    """ConfigurationError for a setting that the method does not have."""
-    for field in OWN:
-        value = getattr(config, field, None)
-        if value is not None and not has(config.name, field):
+    """ConfigurationError for a setting or an option that the method does not have."""
+    method = METHODS[config.name]
+    for key, value in _settings(config).items():
+        if not method.takes(key):
             raise ConfigurationError(
-                f"optimizer.{field}={value!r}: {config.name} has no such setting; leave it None"
+                f"optimizer.{key}={value!r}: {config.name} has no such setting; leave it None"
             )
+    keys = [field.name for field in dataclasses.fields(config)]
+    known = [key for key in method.parameters if key not in (*keys, *_GIVEN)]
+    for option in _options(config):
+        if option in keys:
+            remedy = f"{option} is a key of its own: --config.optimizer.{option}"
+        elif option not in known:
+            remedy = f"{config.name} has no option {option!r}; its options are {', '.join(known)}"
+        else:
+            continue
+        raise ConfigurationError(f"optimizer.options={config.options!r}: {remedy}")
 
 
-def has(name: str, field: str) -> bool:
-    """Whether a method has a setting of `OptimizerConfig`."""
-    if field in ("name", "learning_rate", "clip_norm"):
-        return True
-    if field in ("side", "backprop", "refresh_when"):
-        return name in LOWRANK
-    return field in inspect.signature(METHODS[name]).parameters
+# Arguments that the programs give themselves.
+_GIVEN = ("views", "seed", "clock", "inner")
+
+
+def _options(config: OptimizerConfig) -> dict[str, Any]:
+    try:
+        return parse_options(config.options)
+    except ValueError as error:
+        raise ConfigurationError(f"optimizer.options={config.options!r}: {error}") from error
+
+
+def decomposes(config: OptimizerConfig) -> bool:
+    """Whether a refresh of the configured optimizer takes exact singular vectors."""
+    return METHODS[config.name].decomposes_with(config.projector, _options(config))
 
 
 def fit(given: dict[str, Any], own: str, explicit: Collection[str]) -> list[str]:
@@ -127,37 +158,43 @@ def fit(given: dict[str, Any], own: str, explicit: Collection[str]) -> list[str]
     name = given.get("name")
     if name == own or name not in METHODS:
         return []
-    notes = []
+    notes, method = [], METHODS[name]
     for field, value in given.items():
         if value is None or field in explicit:
             continue
-        has_own_rank = field == "rank" and name == "apollo_mini" and given.get("projector") is None
         if field == "learning_rate":
             notes.append(
                 f"optimizer.learning_rate={value!r} is kept, which the configuration file has for "
                 f"{own}"
             )
-        elif has_own_rank or not has(name, field):
-            reason = "has a rank of its own, 1" if has_own_rank else "has no such setting"
+        elif reason := _unfit(method, field, own, given.get("projector")):
             notes.append(
-                f"optimizer.{field}={value!r} of the configuration file is left out: {name} "
-                f"{reason}"
+                f"optimizer.{field}={value!r} of the configuration file is left out: {reason}"
             )
             given[field] = None
     return notes
 
 
+def _unfit(method: Method, field: str, own: str, projector: str | None) -> str | None:
+    """Why a value that a file says for its method `own` is nothing for another; None where it is."""
+    if field == "options":
+        return f"they are {own}'s"
+    if not method.takes(field):
+        return f"{method.name} has no such setting"
+    if field == "rank" and not method.needs_rank(projector):
+        return f"{method.name} has a rank of its own, {method.own_rank}"
+    return None
+
+
 def full_gradients(config: OptimizerConfig) -> str | None:
     """Why a step of a low-rank method holds full gradients, and what avoids it; None where it holds
     none."""
-    if config.name not in LOWRANK:
+    if not METHODS[config.name].projects:
         return None
     plain = dataclasses.replace(config, clip_norm=None, side=None)
     projection = build(plain, lambda step: 1.0, stacked=True, seed=0).projection
     plan, projector = lrx.plan(projection), type(projection.projector).__name__.lower()
-    another = (
-        "to hold none, take another method, such as galore with optimizer.projector=alternating"
-    )
+    another = f"to hold none, take another method, such as {_thin_method()}"
     if projection.residual.sees_gradient:
         return f"full gradients at every update: {config.name} reads all of the gradient; {another}"
     if plan == "full":
@@ -173,9 +210,16 @@ def full_gradients(config: OptimizerConfig) -> str | None:
     if "grad" not in projection.projector.needs:
         reason = "it comes before the update"
         remedy = "--config.optimizer.refresh_when=after takes thin products"
-    elif has(config.name, "projector"):
+    elif METHODS[config.name].takes("projector"):
         remedy = "--config.optimizer.projector=alternating takes thin products"
     return f"full gradients at a refresh, which the peak of memory shows: {reason}; {remedy}"
+
+
+def _thin_method() -> str:
+    """The first of the table that the planner would try, with its settings."""
+    name, advice = next((n, m.advice) for n, m in METHODS.items() if m.advice)
+    settings = " and ".join(f"optimizer.{key}={value}" for key, value in advice.items())
+    return f"{name} with {settings}"
 
 
 def views(stacked: bool) -> lrx.Views:
@@ -236,72 +280,3 @@ def sides(state) -> dict[str, tuple[int, int]]:
     holds_view = lambda node: hasattr(node, "view")  # noqa: E731
     nodes = [node for node in jax.tree.leaves(state, is_leaf=holds_view) if holds_view(node)]
     return {node.view.path: (node.view.side, node.view.rank) for node in nodes}
-
-
-def _optax_galore(learning_rate, *, rank, refresh_every=200, scale=0.25, weight_decay=0.0):
-    """`optax.contrib.galore` on the kernels of the blocks, as the papers do; it would also take the
-    head."""
-
-    def numbers(params):
-        def one(path, leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            in_block = name.startswith("layer_") and name.endswith("kernel")
-            return optax.contrib.GaLoreDimensionNumbers() if in_block else None
-
-        return jax.tree_util.tree_map_with_path(one, params)
-
-    return optax.contrib.galore(
-        learning_rate,
-        rank,
-        refresh_every,
-        scale,
-        weight_decay=weight_decay,
-        weight_dimension_numbers=numbers,
-    )
-
-
-def _apollo_mini(learning_rate, **settings):
-    """`lrx.apollo_mini`, with the settings of `lrx.apollo` by name; a projector brings its rank."""
-    own = {"rank": None} if "projector" in settings else {}
-    return lrx.apollo_mini(learning_rate, **own | settings)
-
-
-_apollo_mini.__signature__ = inspect.signature(lrx.apollo)  # type: ignore[attr-defined]
-
-
-def _pairs(method: Callable) -> Callable:
-    """An optimizer of the factors of adapters; their scale comes with every update, see
-    `updates.step`."""
-    signature = inspect.signature(method)
-    own = [one for name, one in signature.parameters.items() if name != "scale"]
-
-    def build(learning_rate, **settings):
-        return method(learning_rate, scale=1.0, **settings)
-
-    build.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
-    return build
-
-
-PROJECTORS: dict[str, Callable[..., lrx.projectors.Projector]] = {
-    "svd": lrx.projectors.svd,
-    "power": lrx.projectors.power,
-    "randomized": lrx.projectors.randomized,
-    "alternating": lrx.projectors.alternating,
-    "sketch": functools.partial(lrx.projectors.randomized, iterations=0),
-}
-
-METHODS = {
-    "adamw": optax.adamw,
-    "sgd": optax.sgd,
-    "optax_galore": _optax_galore,
-    "galore": lrx.galore,
-    "dct_adamw": lrx.dct_adamw,
-    "frugal": lrx.frugal,
-    "ldadam": lrx.ldadam,
-    "apollo": lrx.apollo,
-    "apollo_mini": _apollo_mini,
-    "lora_plus": lrx.lora_plus,
-    "scaled_adamw": _pairs(lrx.scaled_adamw),
-    "altlora": _pairs(lrx.altlora),
-    "altlora_plus": _pairs(lrx.altlora_plus),
-}

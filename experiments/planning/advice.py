@@ -11,13 +11,13 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from experiments.harness.methods import METHODS
 from experiments.planning.cases import Case, with_mesh, with_optimizer
 from experiments.settings import configuration
-from experiments.settings.configuration import LOWRANK, RunConfig
+from experiments.settings.configuration import RunConfig
 from experiments.settings.sections import ConfigurationError
 
 Change = Callable[[RunConfig], RunConfig]
-OTHERS = ("galore", "dct_adamw", "apollo_mini")
 RANK = 0.25  # of the width, as in GaLore's experiments, where the configuration has no rank
 
 
@@ -73,17 +73,17 @@ def _accumulations(case: Case) -> Iterator[int]:
 def _optimizers(case: Case) -> Iterator[Change]:
     """Projected backprop where it is not used yet, then other optimizers with it."""
     own = case.config.optimizer
-    if own.name in LOWRANK and own.backprop != "projected":
+    if METHODS[own.name].projects and own.backprop != "projected":
         yield lambda config: _replaced(config, "optimizer", backprop="projected")
-    for name in OTHERS:
-        if name == own.name:
+    has_rank = own.rank is not None and METHODS[own.name].own_rank is None
+    for name, method in METHODS.items():
+        if name == own.name or method.advice is None:
             continue
-        text = f"{name}:backprop=projected"
-        if name != "apollo_mini":
-            text += "" if own.rank is not None and own.name != "apollo_mini" else f":rank={RANK}"
-        if name == "galore":
-            # no full gradient at a refresh, and no decomposition on a TPU
-            text += ":projector=alternating"
+        settings: dict[str, Any] = {"backprop": "projected"} if method.projects else {}
+        if method.needs_rank(method.advice.get("projector")) and not has_rank:
+            settings["rank"] = RANK
+        words = [f"{key}={value}" for key, value in (settings | dict(method.advice)).items()]
+        text = ":".join([name, *words])
         yield lambda config, text=text: with_optimizer(config, text)  # type: ignore[misc]
 
 

@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import lowrank_jax as lrx
-from experiments.harness import optimizers
+from experiments.harness import methods, optimizers
 from experiments.planning import targets
 from experiments.settings import configuration
-from experiments.settings.configuration import LOWRANK, RunConfig
+from experiments.settings.configuration import RunConfig
 from experiments.settings.sections import ConfigurationError, build, one_of, require
-from lowrank_jax.projection.projectors.power import Power
-from lowrank_jax.projection.projectors.svd import Svd, TwoSidedSvd
 
 # What another optimizer takes over from the configuration's, where it has it.
-SHARED = ("learning_rate", "clip_norm", "rank", "refresh_every")
+SHARED = ("learning_rate", "clip_norm", "rank", "refresh_every", "backprop")
 PLANS = ("optax", "full", "projected")
 
 
@@ -81,7 +79,8 @@ class Case:
     def name(self) -> str:
         """The optimizer with what is unlike its default, and its gradients."""
         own = self.config.optimizer
-        extra = "" if own.projector is None else f" ({own.projector})"
+        words = ", ".join(word for word in (own.projector, own.options) if word)
+        extra = f" ({words})" if words else ""
         return f"{own.name}{extra}" + ("" if own.backprop is None else f", {own.backprop}")
 
     def mesh_sizes(self) -> dict[str, int]:
@@ -126,21 +125,14 @@ class Case:
             True,
             "only cpu targets are run; use cpu:N",
         )
-        if self.target.kind == "tpu" and self.config.optimizer.name in LOWRANK:
-            exact = decomposes(optimizer_of(self.config).projection.projector)
+        if self.target.kind == "tpu":
             remedy = (
                 f"{self.config.optimizer.name} would take an exact SVD, whose program takes "
                 "minutes to compile and hundreds of MiB on a TPU; give "
                 "--config.optimizer.projector=power or alternating"
             )
+            exact = optimizers.decomposes(self.config.optimizer)
             require(not exact, "optimizer.projector", self.config.optimizer.projector, remedy)
-
-
-def decomposes(projector: Any) -> bool:
-    """Whether a projector takes exact singular vectors."""
-    return isinstance(projector, Svd | TwoSidedSvd) or (
-        isinstance(projector, Power) and projector.first == "svd"
-    )
 
 
 def optimizer_of(config: RunConfig) -> Any:
@@ -162,15 +154,17 @@ def gradients_of(config: RunConfig) -> str:
 def with_optimizer(config: RunConfig, text: str) -> RunConfig:
     """The configuration with another optimizer, spelled `name:field=value:...`.
 
-    Another method takes over learning rate, clipping, rank and period, where it has them; the
-    configuration's own method keeps everything.
+    Another method takes over learning rate, clipping, rank, period and form of the step, where it
+    has them; the configuration's own method keeps everything. A setting that is no key of the
+    section is an option of the method.
 
     >>> config = with_optimizer(RunConfig(), "galore:rank=32:projector=power")
     >>> config.optimizer.name, config.optimizer.rank, config.optimizer.projector
     ('galore', 32, 'power')
     """
     name, *settings = text.split(":")
-    one_of("optimizers", name, configuration.OPTIMIZERS)
+    one_of("optimizers", name, methods.names("pretrain"))
+    method = methods.METHODS[name]
     given: dict[str, Any] = {"name": name}
     for setting in settings:
         field, equals, value = setting.partition("=")
@@ -179,17 +173,17 @@ def with_optimizer(config: RunConfig, text: str) -> RunConfig:
             given[field] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             given[field] = value
+    keys = [field.name for field in dataclasses.fields(configuration.OptimizerConfig)]
+    options = {key: given.pop(key) for key in [*given] if key not in keys and method.takes(key)}
+    if options:
+        given["options"] = ", ".join(f"{key}={value!r}" for key, value in options.items())
     own = dataclasses.asdict(config.optimizer)
     if name != own["name"]:
-        low = name in LOWRANK
-        kept = (
-            SHARED[:2]
-            if not low
-            else SHARED
-            if name != "apollo_mini"
-            else (*SHARED[:2], "refresh_every")
-        )
-        own = {field: own[field] for field in kept} | {"backprop": own["backprop"] if low else None}
+        own = {
+            key: value
+            for key, value in own.items()
+            if key in SHARED and method.takes(key) and not (key == "rank" and method.own_rank)
+        }
     return dataclasses.replace(
         config, optimizer=build(configuration.OptimizerConfig, "optimizer", own | given)
     )
@@ -199,7 +193,8 @@ def with_backprop(config: RunConfig, text: str) -> RunConfig:
     """The configuration with another form of the step: "optax" is the optax form, see
     `OptimizerConfig.backprop`."""
     one_of("backprop", text, PLANS)
-    value = None if text == "optax" or config.optimizer.name not in LOWRANK else text
+    projects = methods.METHODS[config.optimizer.name].projects
+    value = None if text == "optax" or not projects else text
     return dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, backprop=value)
     )

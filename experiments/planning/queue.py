@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from experiments.harness.methods import METHODS
 from experiments.harness.metrics import format_bytes
 from experiments.planning import measured, targets
 from experiments.planning.cases import Case
@@ -28,6 +29,7 @@ SOURCES = (
     "experiments/planning",
     "experiments/harness/updates.py",
     "experiments/harness/tasks.py",
+    "experiments/harness/methods.py",
     "experiments/harness/optimizers.py",
     "experiments/harness/collectives.py",
 )
@@ -162,11 +164,7 @@ def describe(case: Case) -> dict[str, Any]:
         "mesh": {name: size for name, size in sizes.items() if size > 1},
         "optimizer": own.name,
         "name": case.name,
-        "rank": None
-        if own.name in ("adamw", "sgd")
-        else 1
-        if own.name == "apollo_mini" and not own.rank
-        else own.rank,
+        "rank": own.rank or METHODS[own.name].own_rank,
         "backprop": own.backprop,
         "batch": config.data.batch_size,
         "length": config.data.sequence_length,

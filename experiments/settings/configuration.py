@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from experiments.data import DataConfig
 from experiments.data.tokenizer import vocabulary_of
+from experiments.harness import methods
 from experiments.models import llama
 from experiments.settings.sections import ConfigurationError as ConfigurationError
 from experiments.settings.sections import (
@@ -29,9 +30,6 @@ from experiments.settings.sections import (
     table,
 )
 
-LOWRANK = ("galore", "dct_adamw", "frugal", "ldadam", "apollo", "apollo_mini")
-OPTIMIZERS = ("adamw", "sgd", "optax_galore", *LOWRANK)
-PROJECTORS = ("svd", "power", "randomized", "alternating", "sketch")
 BACKPROP = ("projected", "full")
 SIDES = ("paper", "larger", "rows", "cols", "sharding")
 
@@ -41,11 +39,11 @@ class OptimizerConfig(Section):
     """Which optimizer, and what differs from its own defaults.
 
     Attributes:
-      name: one of OPTIMIZERS; `experiments.harness.optimizers` maps it to a function.
+      name: a row of the table in `experiments.harness.methods`.
       learning_rate: peak of the schedule.
-      rank: of the projection: an integer, or a fraction of the shrunk dimension; None is
-        APOLLO-Mini's own, 1.
-      projector: one of PROJECTORS in place of the method's own, for methods that take one; "sketch"
+      rank: of the projection: an integer, or a fraction of the shrunk dimension; None is the
+        method's own, where it has one (APOLLO-Mini's is 1).
+      projector: a subspace in place of the method's own, for methods that take one; "sketch"
         is "randomized" by one product.
       side: which dimension is shrunk, one of SIDES, in place of the method's own; "sharding" keeps
         the one whole that the mesh divides, and a resumed run keeps the sides that it began with,
@@ -59,16 +57,17 @@ class OptimizerConfig(Section):
         keeps of the gradient. None is the optax form, which clips the full gradient.
       scale, weight_decay, b1, b2, eps, momentum: the method's own when None; setting one it does
         not have is an error.
+      options: further settings of the method, as keyword arguments in Python: "error_feedback=True".
       clip_norm: largest global norm of the gradient; None does not clip (1.0: GaLore's and FRUGAL's
         scripts).
     """
 
     SECTION: ClassVar[str] = "optimizer"
 
-    name: str = choice("adamw", OPTIMIZERS)
+    name: str = choice("adamw", methods.names("pretrain"))
     learning_rate: float = number(1e-3, above=0)
     rank: int | float | None = number(None, above=0)
-    projector: str | None = choice(None, PROJECTORS)
+    projector: str | None = choice(None, methods.PROJECTORS)
     side: str | None = choice(None, SIDES)
     refresh_every: int | None = number(None, at_least=1)
     refresh_when: str | None = choice(None, ("before", "after"))
@@ -79,30 +78,25 @@ class OptimizerConfig(Section):
     b2: float | None = number(None, at_least=0, below=1)
     eps: float | None = number(None, above=0)
     momentum: float | None = number(None, at_least=0, below=1)
+    options: str | None = None
     clip_norm: float | None = number(1.0, above=0)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.name in (*LOWRANK, "optax_galore") and not (
-            self.name == "apollo_mini" and self.projector is None
-        ):
-            require(
-                self.rank is not None,
-                "optimizer.rank",
-                None,
-                f"{self.name} needs a rank, such as a quarter of the width",
-            )
+        method = methods.METHODS[self.name]
+        needed = f"{self.name} needs a rank, such as a quarter of the width"
+        lacks_rank = self.rank is None and method.needs_rank(self.projector)
+        require(not lacks_rank, "optimizer.rank", None, needed)
         if isinstance(self.rank, float):
             remedy = "a fraction lies in (0, 1]; ranks above 1 are integers"
             require(self.rank <= 1, "optimizer.rank", self.rank, remedy)
-        if self.name not in LOWRANK:
-            projects = (
-                f"{self.name} projects nothing; leave it None, or choose one of "
-                f"{', '.join(LOWRANK)}"
-            )
-            for name in ("side", "backprop", "refresh_when"):
-                value = getattr(self, name)
-                require(value is None, f"optimizer.{name}", value, projects)
+        projects = (
+            f"{self.name} projects nothing; leave it None, or choose one of "
+            f"{', '.join(methods.projections())}"
+        )
+        for key in methods.OF_PROJECTIONS:
+            value = getattr(self, key)
+            require(value is None or method.projects, f"optimizer.{key}", value, projects)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,14 +289,15 @@ class RunConfig:
             True,
             "a trigram model reads the packed stream; set data.packing='pack' or run.trigram=False",
         )
-        if self.optimizer.name == "optax_galore":
-            remedy = "optax.contrib.galore leaves stacked layers unprojected; set model.scan=False"
-            require(not self.model.scan, "model.scan", True, remedy)
-            remedy = (
-                "optax.contrib.galore decomposes matrices as they lie, divided or not; set "
-                "mesh.explicit=False"
-            )
-            require(not self.mesh.explicit, "mesh.explicit", True, remedy)
+        check_method(self, methods.METHODS[self.optimizer.name])
+
+
+def check_method(config: Any, method: methods.Method) -> None:
+    """ConfigurationError for the first value elsewhere that the method does not work with."""
+    for refused in method.refuses:
+        value = getattr(getattr(config, refused.section, None), refused.key, None)
+        name = f"{refused.section}.{refused.key}"
+        require(value != refused.value, name, value, refused.remedy)
 
 
 def tokenizers_size(name: str) -> int | None:

@@ -12,14 +12,15 @@ from typing import Any, ClassVar
 
 import lowrank_jax as lrx
 from experiments.data.tuning import TuningDataConfig
+from experiments.harness import methods
 from experiments.models import llama, vit
 from experiments.settings.configuration import (
-    LOWRANK,
     CheckpointConfig,
     LoopConfig,
     MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
+    check_method,
 )
 from experiments.settings.sections import (
     ConfigurationError,
@@ -34,7 +35,6 @@ from experiments.settings.sections import (
     table,
 )
 
-PAIRS = ("lora_plus", "scaled_adamw", "altlora", "altlora_plus")
 PRESETS = {**llama.PRESETS, **vit.PRESETS}
 
 
@@ -210,7 +210,7 @@ def parse(method: str, field: str = "adapter.method") -> lrx.adapters.Adapter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningOptimizerConfig(OptimizerConfig):
-    """Which optimizer. Beside those of pre-training, PAIRS step the two factors of adapters by what
+    """Which optimizer. Beside those of pre-training, some step the two factors of adapters by what
     they multiply to.
 
     Attributes besides those of `OptimizerConfig`:
@@ -218,7 +218,7 @@ class TuningOptimizerConfig(OptimizerConfig):
       damping: of scaled_adamw, altlora and altlora_plus, added to Gram matrices.
     """
 
-    name: str = choice("adamw", ("adamw", "sgd", *PAIRS, *LOWRANK))
+    name: str = choice("adamw", methods.names("finetune"))
     ratio: float | None = number(None, above=0)
     damping: float | None = number(None, at_least=0)
 
@@ -256,13 +256,15 @@ class TuningConfig:
 
     def __post_init__(self):
         adapts, name = bool(self.adapter.method), self.optimizer.name
-        if name in PAIRS:
+        method = methods.METHODS[name]
+        check_method(self, method)
+        if method.kind == methods.PAIRS:
             remedy = (
                 "steps the factors of adapters; give an adapter.method that has two, or "
                 "optimizer.name='adamw'"
             )
             require(adapts, "optimizer.name", name, remedy)
-        if name in LOWRANK:
+        if method.projects:
             remedy = (
                 "projects kernels, which adapters freeze; set adapter.method='' or "
                 "optimizer.name='adamw'"

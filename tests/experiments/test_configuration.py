@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lrx
-from experiments.harness import optimizers
+from experiments.harness import methods, optimizers
 from experiments.settings import arguments, configuration, finetuning_configuration
 from experiments.settings.arguments import load
 from experiments.settings.configuration import (
@@ -168,15 +168,15 @@ FLAT = {
 }
 
 
-@pytest.mark.parametrize("name", configuration.OPTIMIZERS)
+@pytest.mark.parametrize("name", methods.names("pretrain"))
 def test_every_optimizer_is_built_and_projects_the_blocks_alone(name):
-    projected = name not in ("adamw", "sgd")
-    stacked = name != "optax_galore"
+    method = methods.METHODS[name]
+    stacked = not any(refused.key == "scan" for refused in method.refuses)
     params = PARAMS if stacked else FLAT
-    config = OptimizerConfig(name=name, rank=4 if projected else None)
+    config = OptimizerConfig(name=name, rank=4 if method.takes("rank") else None)
     optimizer = optimizers.build(config, lambda step: 0.1, stacked=stacked, seed=0)
     state = jax.eval_shape(optimizer.init, params)
-    if name in configuration.LOWRANK:
+    if method.projects:
         assert optimizers.sides(state) == {"layers/mlp/up_proj/kernel": ("rows", 4)}
         assert jax.eval_shape(optimizers.skipped, state).shape == ()
     else:
@@ -200,7 +200,7 @@ def test_a_setting_the_method_lacks_is_refused(name, field, value):
         optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
 
 
-@pytest.mark.parametrize("projector", configuration.PROJECTORS)
+@pytest.mark.parametrize("projector", methods.PROJECTORS)
 def test_projector_is_heeded(projector):
     config = OptimizerConfig(name="galore", rank=4, projector=projector)
     optimizer = optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
@@ -224,7 +224,7 @@ def test_backprop_and_the_clock_are_heeded(backprop, when):
     assert (optimizer.projection.clock.when, optimizer.projection.clock.period) == (when, 7)
 
 
-@pytest.mark.parametrize("projector", [None, *configuration.PROJECTORS])
+@pytest.mark.parametrize("projector", [None, *methods.PROJECTORS])
 @pytest.mark.parametrize("backprop", [None, *configuration.BACKPROP])
 def test_full_gradients_are_told_with_what_avoids_them(backprop, projector):
     """The flag that the note names takes fewer of them, until there is nothing to say."""
@@ -320,6 +320,10 @@ TABLES = {"pretrain": configuration, "finetune": finetuning_configuration}
 ALL_CONFIGS = CONFIGS + sorted((CONFIGS[0].parent / "finetune").glob("[!_]*.py"))
 
 
+# Settings that some method has and others lack.
+SETTINGS = ("rank", "projector", "refresh_every", "scale", "b1", "momentum", "ratio", "damping")
+
+
 @pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda path: path.stem)
 def test_any_file_takes_any_method_by_one_flag(path):
     """What the file says for its own method and another lacks is left out; a flag that says so
@@ -329,17 +333,15 @@ def test_any_file_takes_any_method_by_one_flag(path):
     own = file["optimizer"]["name"]
     for name in settings.SECTIONS["optimizer"].__dataclass_fields__["name"].metadata["choices"]:
         given = plain(load(str(path))) | {"optimizer": file["optimizer"] | {"name": name}}
-        if name == "optax_galore":
-            given["model"] |= {"scan": False}
-        needs_rank = name in (*configuration.LOWRANK, "optax_galore") and name not in (
-            "apollo_mini",
-            own,
-        )
+        method = methods.METHODS[name]
+        for refused in method.refuses:
+            given[refused.section] |= {refused.key: not refused.value}
+        needs_rank = method.needs_rank(None) and name != own
         explicit = ["name", "rank"] if needs_rank else ["name"]
         given["optimizer"] |= {"rank": 8} if needs_rank else {}
-        if settings is finetuning_configuration and (name in configuration.LOWRANK):
+        if settings is finetuning_configuration and method.projects:
             given["adapter"] |= {"method": ""}
-        if name in finetuning_configuration.PAIRS:
+        if method.kind == methods.PAIRS:
             given["adapter"] |= {"method": "lora(rank=2)"}
             given["base"] |= {"source": "runs/default", "preset": None}
         notes = optimizers.fit(given["optimizer"], own, explicit)
@@ -350,7 +352,7 @@ def test_any_file_takes_any_method_by_one_flag(path):
         } - {*explicit}
         assert all(given["optimizer"][key] is None for key in changed)
         assert len(notes) == len(changed) + (name != own)
-        lacked = next((field for field in optimizers.OWN if not optimizers.has(name, field)), None)
+        lacked = next((key for key in SETTINGS if not method.takes(key)), None)
         if lacked in given["optimizer"]:
             given["optimizer"][lacked] = {"projector": "svd", "rank": 8}.get(lacked, 0.5)
             optimizers.fit(given["optimizer"], own, [*explicit, lacked])

@@ -7,13 +7,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.harness import optimizers, updates
+from experiments.harness import methods, optimizers, updates
 from experiments.settings import configuration, finetuning_configuration
 
 METHODS = {
-    name: {"rank": 2} if "adamw" != name != "sgd" else {} for name in configuration.OPTIMIZERS
+    name: {"rank": 2} if method.takes("rank") else {} for name, method in methods.METHODS.items()
 }
-METHODS |= {name: {} for name in finetuning_configuration.PAIRS}
 ROWS = np.arange(8.0, dtype=np.float32)
 
 
@@ -28,7 +27,7 @@ def sums(params, batch, rest, shift):
 def method(name):
     """(optimizer, parameters) of a configured method, on a schedule that begins with a rate of
     0."""
-    is_of_pairs = name in finetuning_configuration.PAIRS
+    is_of_pairs = methods.METHODS[name].kind == methods.PAIRS
     section = (
         finetuning_configuration.TuningOptimizerConfig
         if is_of_pairs

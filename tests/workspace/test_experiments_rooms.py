@@ -28,7 +28,7 @@ TIERS = (
     ),
     # what is trained, and on what
     ("data", "models"),
-    ("settings.configuration", "settings.finetuning_configuration", "configs"),
+    ("harness.methods", "settings.configuration", "settings.finetuning_configuration", "configs"),
     # one training loop and everything around it
     (
         "harness.objectives",
