@@ -25,7 +25,7 @@ help:
 	@echo "make test       lint, types, doctests, fast and slow tests, tests on eight fake devices (20 minutes on 2 cores)"
 	@echo "make test-fast  doctests and fast tests (3 minutes on 2 cores)"
 	@echo "make lint       ruff (rules and format) and mypy"
-	@echo "make study      the study behind README's tables (about 2 hours on 2 cores; may be interrupted and resumed)"
+	@echo "make study      the study behind docs/results/study.md (about 2 hours on 2 cores; may be interrupted and resumed)"
 	@echo "make report     one page from finished runs: make report RUNS='runs/a runs/b'"
 	@echo "make test-tpu   compile for TPUs that are not there (libtpu); make test-peer: compare with PyTorch"
 	@echo "make test-cuda  compile kernels for GPUs that are not there (jax-cuda13-plugin)"

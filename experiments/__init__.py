@@ -1,4 +1,4 @@
-"""Runnable programs around lowrank_jax: pre-training, reports, the study behind README, benchmarks.
+"""Runnable programs around lowrank_jax: pre-training, reports, benchmarks and the study of optimizers.
 
 Commands stand here; what they share stands in the rooms. A file imports what is below it:
 

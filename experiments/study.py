@@ -1,4 +1,4 @@
-"""The study behind README's table of optimizers: the same runs of every method, one core each.
+"""The study behind docs/results/study.md: the same runs of every method, one core each.
 
     python -m experiments.study --time
 

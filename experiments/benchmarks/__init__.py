@@ -1,2 +1,2 @@
-"""Benchmarks: each is a program that prints a table and writes the JSON that the README's tables
+"""Benchmarks: each is a program that prints a table and writes the JSON that the tables of docs/results
 are made from."""

@@ -1,4 +1,4 @@
-"""The study behind README's table of optimizers: `python -m experiments.study --time`, or
+"""The study behind the table of optimizers in docs/results/study.md: `python -m experiments.study --time`, or
 `make study`.
 
 Every method pre-trains the `nano` preset on the standard library's source for the same number of

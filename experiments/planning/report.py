@@ -1,11 +1,11 @@
-"""Rows of plans as a table on the terminal, as README's table, and as a figure of stacked bars."""
+"""Rows of plans as a table on the terminal, as the tables of a page, and as a figure of stacked bars."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.reporting.markdown import markdown, mebibytes
+from experiments.reporting.markdown import aims, markdown, mebibytes
 
 GIB = 2**30
 PARTS = ("parameters", "bases", "moments", "other state", "temporaries", "program")
@@ -215,8 +215,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def plans(result: dict[str, Any]) -> str:
-    """README's tables of `experiments.benchmarks.plans`: the rows, predictions against a process,
-    and the aims."""
+    """The tables of `docs/results/plans.md`: the rows, predictions against a process, the aims."""
     lines = []
     for row in result["rows"]:
         cells, (own, share) = _cells(row), state_bytes(row)
@@ -254,12 +253,7 @@ def plans(result: dict[str, Any]) -> str:
                 "the last column is what that shows where there is nothing to show)."
             ),
         ]
-    verdicts = {True: "met", False: "**missed**", None: "not measured"}
-    for aim in result["aims"]:
-        value = "-" if aim["value"] is None else f"{aim['value']:.3g}"
-        verdict = f"{value}, bound {aim['bound']:g}: {verdicts[aim['met']]}"
-        found.append(f"{aim['aim']} ({aim['of'] or 'no row'}): {verdict}.")
-    return "\n\n".join(found)
+    return "\n\n".join([*found, aims(result["aims"], bound="bound")])
 
 
 def _reality(rows: Sequence[dict[str, Any]]) -> str:

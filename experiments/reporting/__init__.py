@@ -1,1 +1,1 @@
-"""Finished runs and results for readers: the page, its figures, and README's tables."""
+"""Finished runs and results for readers: the page, its figures, and the tables of the documents."""

@@ -1,8 +1,8 @@
-"""README's tables, generated from the committed results: `python -m experiments.reporting.tables` rewrites
-them in place.
+"""Tables of the documents, generated from the committed results: `python -m
+experiments.reporting.tables` rewrites them in place.
 
-A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`; `--check` exits 1 where README
-and results differ.
+A table stands on one page, README.md or below docs/, between `<!-- begin:NAME -->` and
+`<!-- end:NAME -->`; `--check` exits 1 where a page and the results differ.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from experiments.harness import outputs
 from experiments.planning.report import plans
-from experiments.reporting.markdown import markdown, mebibytes, milliseconds
+from experiments.reporting.markdown import VERDICTS, aims, markdown, mebibytes, milliseconds
 from lowrank_jax.interop import documents
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -109,8 +109,9 @@ def _verdict(row: dict, reference: dict) -> str:
 
 def train(result: dict) -> str:
     """The run of `make train` against its aim."""
-    below = result["validation_loss"] < result["trigram_loss"]
-    met = "met" if below and result["total_seconds"] <= 300 else "**missed**"
+    loss, trigram, seconds = (
+        result[name] for name in ("validation_loss", "trigram_loss", "total_seconds")
+    )
     rows = [
         ["parameters", f"{result['parameters']:,}"],
         ["tokens", f"{result['tokens']:,}"],
@@ -118,9 +119,25 @@ def train(result: dict) -> str:
         ["trigram model of the training text", f"{result['trigram_loss']:.4f}"],
         ["optimizer state", f"{mebibytes(result['state_bytes'])} MiB"],
         ["training time, 2 cores", f"{result['total_seconds']:.0f} s"],
-        ["aim: below the trigram loss in 300 s", met],
     ]
-    return markdown(["`make train`", ""], rows)
+    of = "`make train`"
+    found = [
+        {
+            "aim": "validation loss, of the trigram model's",
+            "of": of,
+            "value": loss / trigram,
+            "bound": 1,
+            "met": loss < trigram,
+        },
+        {
+            "aim": "training time, seconds",
+            "of": of,
+            "value": seconds,
+            "bound": 300,
+            "met": seconds <= 300,
+        },
+    ]
+    return markdown([of, ""], rows) + "\n\n" + aims(found)
 
 
 def optimizer_step(result: dict) -> str:
@@ -158,7 +175,7 @@ def optimizer_step(result: dict) -> str:
         f"AdamW's memory traffic {milliseconds(reference['adamw_traffic_seconds'])} ms. Where "
         "every step refreshes, normal is worst."
     )
-    return "\n\n".join([markdown(header, rows), note, _aims(result["aims"])])
+    return "\n\n".join([markdown(header, rows), note, aims(result["aims"])])
 
 
 def training_step(result: dict) -> str:
@@ -196,7 +213,7 @@ def training_step(result: dict) -> str:
             f" Over {found['steps']} updates of nano the losses of projected and full gradients "
             f"differ by at most {found['largest_difference']:.1e}."
         )
-    return "\n\n".join([*parts, note, _aims(result["aims"])])
+    return "\n\n".join([*parts, note, aims(result["aims"])])
 
 
 def peer_training_step(result: dict) -> str:
@@ -228,7 +245,7 @@ def peer_training_step(result: dict) -> str:
         f"{versions['transformers']}, jax {versions['jax']}. From the same weights the first "
         f"losses differ by {result['loss_difference']:.0e}. Ratios are to PyTorch's faster AdamW."
     )
-    return "\n\n".join([markdown(header, rows), note, _aims(result["aims"])])
+    return "\n\n".join([markdown(header, rows), note, aims(result["aims"])])
 
 
 def data_parallel(result: dict) -> str:
@@ -309,12 +326,8 @@ def memory_7b(result: dict) -> str:
     header = ["parameters, GiB", "plain state", "bases", "moments", "temporary", "peak"]
     card, slice_rows = [], []
     for row in result.get("card_rows", ()):
-        verdict = (
-            "-"
-            if row["met"] is None
-            else f"{row['bound_gib']:g}: {'met' if row['met'] else '**missed**'}"
-        )
-        card.append([row["weights"], str(row["rank"]), row["refresh"], *sizes(row), verdict])
+        aim = ["-", "-"] if row["met"] is None else [f"{row['bound_gib']:g}", VERDICTS[row["met"]]]
+        card.append([row["weights"], str(row["rank"]), row["refresh"], *sizes(row), *aim])
     for row in result.get("slice_rows", ()):
         rank, bases = (
             ("-", "-")
@@ -326,7 +339,7 @@ def memory_7b(result: dict) -> str:
     if card:
         inputs = result["card_rows"][0]["input_bytes"] / 2**30
         parts += [
-            markdown(["weights", "rank", "refresh", *header, "aim, below"], card),
+            markdown(["weights", "rank", "refresh", *header, "aim, below", "met or missed"], card),
             (
                 f"`{command} --part card`: compiled for one {result['device']}, sequence {length}, "
                 "batch 1, layer-wise step, 8-bit moments, int8 basis, stochastic rounding. A "
@@ -344,23 +357,6 @@ def memory_7b(result: dict) -> str:
             ),
         ]
     return "\n\n".join(parts)
-
-
-def _aims(aims: list[dict]) -> str:
-    lines = []
-    for aim in aims:
-        verdict = "not measured" if aim["met"] is None else "met" if aim["met"] else "**missed**"
-        scale, unit = (
-            (1e-6, " MB")
-            if "bytes" in aim["aim"]
-            else (1e3, " ms")
-            if "(s)" in aim["aim"]
-            else (1, "")
-        )
-        value = "-" if aim["value"] is None else f"{scale * aim['value']:.3g}{unit}"
-        bound = f"{scale * aim['bound']:.3g}{unit}"
-        lines.append([aim["aim"].split(" (")[0], aim["of"], value, bound, verdict])
-    return markdown(["aim", "of", "measured", "below", ""], lines)
 
 
 def kernels(result: dict) -> str:
@@ -416,7 +412,89 @@ def collectives(result: dict) -> str:
     return markdown(["projector", "rank", *layouts, "least"], rows) + "\n\n" + note
 
 
-TABLES: dict[str, Callable[[dict], str]] = {
+def headlines(*results: dict) -> str:
+    """Six results in short, each with its aim; the whole tables are in docs/results."""
+    study, step, optimizer, peer, memory, plans = results
+    rows = [
+        [*row, f"[{page}](docs/results/{page}.md)"]
+        for page, row in {
+            "study": _losses(study),
+            "training_step": _whole_step(step),
+            "optimizer_step": _update(optimizer),
+            "peer_training_step": _first_aim(
+                "AdamW's whole step, of PyTorch's fused AdamW on the same model (60M, CPU)", peer
+            ),
+            "memory_7b": _card(memory),
+            "plans": _first_aim(
+                "optimizer state of one of 16 chips, above an equal share of it (APOLLO-Mini, 1B)",
+                plans,
+            ),
+        }.items()
+    ]
+    return markdown(["what", "measured", "aim", "met or missed", "all of it"], rows)
+
+
+def _losses(study: dict) -> list[str]:
+    adamw, *others = study["rows"]
+    above = {row["method"]: row["validation_loss"] - adamw["validation_loss"] for row in others}
+    worse = [f"{name} {gap:+.3f}" for name, gap in above.items() if gap > 0]
+    return [
+        f"validation loss beside AdamW's {adamw['validation_loss']:.3f}: {len(others)} methods, "
+        f"{study['steps']} updates of a small model",
+        f"{len(others) - len(worse)} below ({min(above.values()):+.3f} at best); above: "
+        + (", ".join(worse) or "none"),
+        "none above",
+        VERDICTS[not worse],
+    ]
+
+
+def _whole_step(step: dict) -> list[str]:
+    case = "galore, rank 64, projected backprop, alternating"
+    aim = _of(step["aims"], aim="clock, of AdamW's", of=f"whole model: {case}")
+    return [
+        "GaLore's whole step with projected gradients at rank 64, of AdamW's (60M, CPU)",
+        f"{aim['value']:.2f}",
+        f"{aim['bound']:g}",
+        VERDICTS[aim["met"]],
+    ]
+
+
+def _update(optimizer: dict) -> list[str]:
+    aim = _of(optimizer["aims"], aim="normal step, optax.contrib.galore's (s)", of="galore (svd)")
+    return [
+        "GaLore's update between two refreshes, optax.contrib.galore's the aim (60M, CPU)",
+        f"{milliseconds(aim['value'])} ms",
+        f"{milliseconds(aim['bound'])} ms",
+        VERDICTS[aim["met"]],
+    ]
+
+
+def _card(memory: dict) -> list[str]:
+    rows = memory["card_rows"]
+    normal, refresh = (
+        _of(rows, weights="int8", rank=256, refresh=name) for name in ("none", "power")
+    )
+    return [
+        f"memory of a 7B step, int8 weights, rank 256, compiled for one {memory['device']}",
+        f"{normal['peak_bytes'] / 2**30:.2f} GiB; {refresh['peak_bytes'] / 2**30:.2f} with a refresh",
+        f"{normal['bound_gib']:g} GiB",
+        VERDICTS[normal["met"]],
+    ]
+
+
+def _first_aim(what: str, result: dict) -> list[str]:
+    aim = result["aims"][0]
+    return [what, f"{aim['value']:.3g}", f"{aim['bound']:.3g}", VERDICTS[aim["met"]]]
+
+
+def _of(rows: list[dict], **values) -> dict:
+    """The one row that has these values."""
+    (found,) = (row for row in rows if all(row[name] == value for name, value in values.items()))
+    return found
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "headlines": headlines,
     "methods": methods,
     "adapters": adapters,
     "study": study,
@@ -434,34 +512,50 @@ TABLES: dict[str, Callable[[dict], str]] = {
 }
 
 
-def render(text: str, results: pathlib.Path = RESULTS) -> str:
-    """README's text with every table made anew from `results`.
+# Results that a table reads, where they are not the one of its own name.
+READS = {
+    "headlines": (
+        "study",
+        "training_step_60M",
+        "optimizer_step",
+        "peer_training_step",
+        "memory_7b",
+        "plans",
+    )
+}
+
+
+def pages(root: pathlib.Path = ROOT) -> list[pathlib.Path]:
+    """The documents that tables may stand in."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def render(text: str, results: pathlib.Path = RESULTS, page: str = "README.md") -> str:
+    """A page's text with every table made anew from `results`.
 
     Raises:
       ValueError: for a marker without an end, a table nobody generates, or one whose result is
         missing.
     """
-    found = re.findall(r"<!-- begin:(\w+) -->", text)
-    for name in found:
+    for name in re.findall(r"<!-- begin:(\w+) -->", text):
         if name not in TABLES:
-            raise ValueError(f"README names a table {name!r}; known ones are {', '.join(TABLES)}")
-        path = results / f"{name}.json"
-        if not path.exists():
-            raise ValueError(
-                f"README's table {name!r} needs {path.name}, which is not committed; run its "
-                "command"
-            )
-        block = (
-            f"<!-- begin:{name} -->\n{TABLES[name](documents.read(path, dict))}\n<!-- end:{name} "
-            "-->"
-        )
+            raise ValueError(f"{page} names a table {name!r}; known ones are {', '.join(TABLES)}")
+        paths = [results / f"{read}.json" for read in READS.get(name, (name,))]
+        for path in paths:
+            if not path.exists():
+                raise ValueError(
+                    f"the table {name!r} of {page} needs {path.name}, which is not committed; run "
+                    "its command"
+                )
+        table = TABLES[name](*(documents.read(path, dict) for path in paths))
         pattern = rf"<!-- begin:{name} -->.*?<!-- end:{name} -->"
         blocks = re.findall(pattern, text, flags=re.DOTALL)
         if len(blocks) != 1:
             raise ValueError(
-                f"README's table {name!r} stands {len(blocks)} times between its markers; once is "
-                "right"
+                f"the table {name!r} of {page} stands {len(blocks)} times between its markers; "
+                "once is right"
             )
+        block = f"<!-- begin:{name} -->\n{table}\n<!-- end:{name} -->"
         text = text.replace(blocks[0], block)
     return text
 
@@ -470,19 +564,21 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 if README differs"
+        "--check", action="store_true", help="change nothing; exit 1 if a page differs"
     )
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = render(text)
-    if options.check:
-        sys.exit(
-            "README.md differs from the results: run python -m experiments.reporting.tables"
-            if new != text
-            else 0
-        )
-    outputs.write_text(path, new)
+    differing = []
+    for path in pages():
+        name, text = str(path.relative_to(ROOT)), path.read_text()
+        new = render(text, page=name)
+        if new == text:
+            continue
+        differing.append(name)
+        if not options.check:
+            outputs.write_text(path, new)
+    if options.check and differing:
+        differ = f"{', '.join(differing)} differ from the results"
+        sys.exit(f"{differ}: run python -m experiments.reporting.tables")
 
 
 if __name__ == "__main__":

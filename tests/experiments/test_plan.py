@@ -357,7 +357,7 @@ def test_tables_and_figure(rows):
             "reality": [ran],
         }
     )
-    assert "+100.0%" in markdown and "low (no row): 0.5, bound 1: met." in markdown
+    assert "+100.0%" in markdown and "| low | - | 0.5 | 1 | met |" in markdown
     assert "**no**" in markdown and "Not reached yet: 3 of 5" in markdown
     assert "galore (alternating), projected" in markdown
 
