@@ -777,6 +777,15 @@ def shrunk(
     return program
 
 
+def _seeds_in(results: Path) -> set[int]:
+    """The seeds of a file of results; a last line that was cut off is taken away."""
+    text = results.read_text() if results.exists() else ""
+    whole, _, cut = text.rpartition("\n")
+    if cut:
+        results.write_text(f"{whole}\n" if whole else "")
+    return {json.loads(line)["seed"] for line in whole.splitlines()}
+
+
 def main() -> None:
     """A queue over seeds: a result is a line of the file, and seeds that have one are left out."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -787,8 +796,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
     options = parser.parse_args()
-    options.results.touch()
-    done = {json.loads(line)["seed"] for line in options.results.read_text().splitlines()}
+    done = _seeds_in(options.results)
     start, outcomes = time.monotonic(), []
 
     def report():
@@ -813,7 +821,7 @@ def main() -> None:
             file.write(json.dumps(record) + "\n")
         if outcome.failed:
             print(f"seed {seed}: {outcome.ratio:.3g} times the bound {outcome.error}")
-            print(f"  {outcome.program!r}", flush=True)
+            print(f"  {outcome.program!r}\n  smallest: {shrunk(outcome.program)!r}", flush=True)
         if len(outcomes) % 50 == 0:
             jax.clear_caches()
             report()
