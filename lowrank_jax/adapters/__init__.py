@@ -13,6 +13,7 @@ from lowrank_jax.adapters.base import Adapter, Factors, Group, Op, Site, matrix_
 from lowrank_jax.adapters.combination import combine
 from lowrank_jax.adapters.conversion import Conversion, absorb, to_lora
 from lowrank_jax.adapters.families.dora import dora
+from lowrank_jax.adapters.families.dylora import dylora
 from lowrank_jax.adapters.families.fourierft import fourierft
 from lowrank_jax.adapters.families.hira import hira
 from lowrank_jax.adapters.families.loha import loha
@@ -24,7 +25,14 @@ from lowrank_jax.adapters.families.shira import shira
 from lowrank_jax.adapters.families.uni_lora import uni_lora
 from lowrank_jax.adapters.families.vera import vera
 from lowrank_jax.adapters.hosts import AdaptedKernel, Bound, attend, conv, embed
-from lowrank_jax.adapters.named import candidate_ids, candidates, hot_swap, padded, weighted
+from lowrank_jax.adapters.named import (
+    at_rank,
+    candidate_ids,
+    candidates,
+    hot_swap,
+    padded,
+    weighted,
+)
 from lowrank_jax.adapters.partition_specs import shardings, specs
 from lowrank_jax.adapters.rules import ALL_LINEAR, Plan
 from lowrank_jax.adapters.starts.drawn import gaussian, kaiming, orthogonal
@@ -56,6 +64,7 @@ __all__ = [
     "adapt",
     "altlora",
     "altlora_plus",
+    "at_rank",
     "attach",
     "attend",
     "candidate_ids",
@@ -63,6 +72,7 @@ __all__ = [
     "combine",
     "conv",
     "dora",
+    "dylora",
     "effective",
     "embed",
     "fourierft",

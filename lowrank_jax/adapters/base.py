@@ -246,10 +246,14 @@ class Adapter:
       reads_kernel: `init_site` wants the kernel.
       reads_bank: its product depends on the largest matrix of the group (`Site.bank`).
       stochastic: `wrap` draws from its key, and every entry point gives it one of its own for each
-      site and layer. A
-        property where it depends on the options; by default it is whether there is a rate of
-        `dropout`, which the `wrap` of this class knows. A family with another random mechanism sets
-        it.
+        site and layer. A property where it depends on the options; by default it is whether there
+        is a rate of `dropout`, which the `wrap` of this class knows. A family with another random
+        mechanism sets it.
+      common_draw: the key is a pair (2,), the adapter's own key and one that all sites and layers
+        of the adaptation have, for what is drawn once for all of them.
+      nested: the first components of a matrix stand alone at any rank, see `lrx.adapters.at_rank`.
+      in_arrays: options that change arrays alone, at the start, and not what the functions do with
+        them; adaptations that differ in these stand in one program.
 
     Attributes:
       group: sites whose adapters are equal share what is shared; different groups keep it apart.
@@ -260,11 +264,18 @@ class Adapter:
     ranked: ClassVar[bool] = False
     reads_kernel: ClassVar[bool] = False
     reads_bank: ClassVar[bool] = False
+    nested: ClassVar[bool] = False
+    in_arrays: ClassVar[tuple[str, ...]] = ("rank", "alpha", "init")
 
     @property
     def stochastic(self) -> bool:
         """Whether `wrap` draws from its key."""
         return self.dropout_rate > 0
+
+    @property
+    def common_draw(self) -> bool:
+        """Whether `wrap` gets a second key that is the same at all sites and layers."""
+        return False
 
     @property
     def dropout_rate(self) -> float:
@@ -311,6 +322,10 @@ class Adapter:
         """The number that `scale` starts from, alpha / r and its like, for a matrix of `site.rank`."""
         del site
         return 1.0
+
+    def truncated(self, rank: int) -> Adapter:
+        """The adapter of the first `rank` components of a matrix with `self.rank` of them."""
+        return dataclasses.replace(self, rank=rank)  # type: ignore[call-arg]
 
     def init_shared(self, key: jax.Array, group: Group) -> tuple[Arrays, Arrays, dict[str, Arrays]]:
         """`(trained, frozen, {path: frozen arrays of that site, batch axes in front})` of a

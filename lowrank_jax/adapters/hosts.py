@@ -49,7 +49,8 @@ class Bound:
       arrays: of the site, trained and frozen, with the leaf's batch axes in front; behind those an
         axis of candidates, where rows choose among several adapters.
       shared: of the group, without batch axes; within a Flax model an `Outside` of them.
-      keys: random keys `(batch...)` of a stochastic adapter, or None.
+      keys: random keys `(batch...)` of a stochastic adapter, pairs where it has a common draw, or
+        None.
       ids: None, or which candidate each row of the input takes, `(batch..., rows)`; -1 is none.
       adapter, site: static.
     """
@@ -90,7 +91,10 @@ class Bound:
 
     def of_row(self, number: jax.Array, row: jax.Array) -> Bound:
         """What one row sees: its candidate, where there is a choice, and draws of its own."""
-        keys = None if self.keys is None else jax.random.fold_in(self.keys, row)
+        keys, fold_in = self.keys, jax.random.fold_in
+        if keys is not None:
+            # one key, or the pair of a family with a common draw
+            keys = jax.vmap(fold_in, (0, None))(keys, row) if keys.ndim else fold_in(keys, row)
         if self.ids is None:
             return dataclasses.replace(self, keys=keys)
         take = lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(number, 0), keepdims=False)  # noqa: E731

@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.adapters.adaptation import Adaptation
-from lowrank_jax.adapters.base import Adapter, check_positive
+from lowrank_jax.adapters.base import Adapter, Site, check_positive
 from lowrank_jax.adapters.rules import Matrices
 
-IN_ARRAYS = ("rank", "alpha", "rank_stabilized", "init")
 TREES = ("train", "fixed")
 
 
@@ -126,6 +125,95 @@ def _pad_rank(x: jax.Array, axes: tuple[str | None, ...], rank: int) -> jax.Arra
         for i, axis in enumerate(axes)
     ]
     return jnp.pad(x, widths) if any(width != (0, 0) for width in widths) else x
+
+
+def at_rank(adaptation: Adaptation, rank: int) -> Adaptation:
+    """The same adaptation with the first `rank` components of every matrix, without any training.
+
+    For families whose components are sorted (`nested`: DyLoRA); others are compressed by
+    `lrx.to_lora(..., rank=)`. Matrices of a smaller rank stay as they are. The result is of the
+    same family: it merges, is written as LoRA, or trains on.
+
+    Raises:
+      ValueError: for a family whose components are in no order; for a rank below those that were
+        trained.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import lowrank_jax as lrx
+    >>> adaptation = lrx.adapt(
+    ...     {"kernel": jnp.ones((4, 6))}, lrx.adapters.dylora(rank=4, alpha=8), jax.random.key(0)
+    ... )
+    >>> at_rank(adaptation, 2).fixed["sites"]["kernel"]["scale"].tolist()
+    [4.0, 4.0]
+    """
+    check_positive("rank", rank)
+    layout = adaptation.plan
+    trees = {name: dict(getattr(adaptation, name)) for name in TREES}
+    for tree in trees.values():
+        tree["sites"] = dict(tree["sites"])
+    matrices, sites, adapters = dict(adaptation.matrices), [], []
+    for path, (adapter, site) in layout.by_path.items():
+        _check_nested(adapter, site, rank)
+        own, new = matrices[path], min(rank, site.rank)
+        smaller = [
+            _at_rank_alone(adapter, site, old, alpha, rank)
+            for old, alpha in zip(own.ranks, own.alphas, strict=True)
+        ]
+        ranks, alphas, ratios = zip(*smaller, strict=True)
+        matrices[path] = Matrices(ranks=ranks, alphas=alphas)
+        axes = {**adapter.axes(site), "scale": ("rank",)}
+        for tree in trees.values():
+            if path in tree["sites"]:
+                tree["sites"][path] = {
+                    key: _cut_rank(x, axes.get(key, ()), new)
+                    for key, x in tree["sites"][path].items()
+                }
+        # (batch..., 1) times (batch..., r)
+        ratio = jnp.asarray(ratios, jnp.float32).reshape(*site.lead, 1)
+        frozen = trees["fixed"]["sites"][path]
+        trees["fixed"]["sites"][path] = frozen | {"scale": frozen["scale"] * ratio}
+        sites.append(dataclasses.replace(site, rank=new))
+        adapters.append(adapter if new == site.rank else adapter.truncated(new))
+    layout = dataclasses.replace(layout, sites=tuple(sites), adapters=tuple(adapters))
+    return adaptation.replace(plan=layout, matrices=tuple(matrices.items()), **trees)
+
+
+def _check_nested(adapter: Adapter, site: Site, rank: int) -> None:
+    if not adapter.nested:
+        raise ValueError(
+            f"{site.path!r}: the components of {type(adapter).__name__} are in no order in which "
+            "the first would stand alone; lrx.to_lora(..., rank=) compresses"
+        )
+    smallest = getattr(adapter, "smallest", 1)
+    if rank < smallest:
+        raise ValueError(
+            f"{site.path!r}: rank={rank} is below smallest={smallest}, the smallest rank that was "
+            "trained"
+        )
+
+
+def _at_rank_alone(
+    adapter: Adapter, site: Site, old: int, alpha: Any, rank: int
+) -> tuple[int, Any, float]:
+    """The rank and the alpha of one matrix after the cut, and the factor of its scale."""
+    new = min(old, rank)
+    if new == old:  # also 0, of one that is left out
+        return old, alpha, 1.0
+    changes = {"rank": old} | ({} if alpha is None else {"alpha": alpha})
+    before = dataclasses.replace(adapter, **changes)
+    after = before.truncated(new)
+    ratio = after.scaling(dataclasses.replace(site, rank=new)) / before.scaling(
+        dataclasses.replace(site, rank=old)
+    )
+    return new, getattr(after, "alpha", None), ratio
+
+
+def _cut_rank(x: jax.Array, axes: tuple[str | None, ...], rank: int) -> jax.Array:
+    """`x (..., axes)` with the first `rank` entries along the axes that are the rank."""
+    for i, axis in enumerate(axes):
+        if axis == "rank":
+            x = jax.lax.slice_in_dim(x, 0, rank, axis=x.ndim - len(axes) + i)
+    return x
 
 
 def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
@@ -396,9 +484,8 @@ def _other_options(one: Adapter, other: Adapter) -> list[str]:
     if type(one) is not type(other):
         return [f"the adapter is {type(one).__name__} and {type(other).__name__}"]
     fields = [field.name for field in dataclasses.fields(one) if field.name != "group"]
-    alike = (
-        IN_ARRAYS if one.ranked else IN_ARRAYS[1:]
-    )  # a rank that `scale` does not mask fixes shapes
+    # a rank that `scale` does not mask fixes shapes
+    alike = one.in_arrays if one.ranked else set(one.in_arrays) - {"rank"}
     values = [
         (name, getattr(one, name), getattr(other, name)) for name in fields if name not in alike
     ]

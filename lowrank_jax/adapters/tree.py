@@ -230,7 +230,7 @@ def attach(
             shared, keys = arrays.pop("shared"), None
             rows = None if own is None else jnp.broadcast_to(own, (*site.lead, *own.shape))
             if key is not None and adapter.stochastic:
-                keys = site_keys(key, name, site)
+                keys = site_keys(key, name, adapter, site)
             bound.setdefault(path, []).append(Bound(arrays, shared, keys, rows, adapter, site))
 
     def place(path: str, node: Any) -> Any:
@@ -243,10 +243,15 @@ def attach(
     return _placed(params, chosen, set(bound), place)
 
 
-def site_keys(key: jax.Array, name: str, site: Site) -> jax.Array:
-    """The keys `(batch...)` from which one site of the adaptation `name` draws."""
+def site_keys(key: jax.Array, name: str, adapter: Adapter, site: Site) -> jax.Array:
+    """The keys `(batch...)` from which one site of the adaptation `name` draws; `(batch..., 2)` for
+    a family with a common draw, the second the same at all sites and layers."""
     keys = jax.random.fold_in(key, zlib.crc32(f"{name}/{site.path}".encode()))
-    return jax.random.split(keys, site.lead) if site.lead else keys
+    keys = jax.random.split(keys, site.lead) if site.lead else keys
+    if not adapter.common_draw:
+        return keys
+    common = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return jnp.stack([keys, jnp.broadcast_to(common, keys.shape)], axis=-1)
 
 
 def effective(

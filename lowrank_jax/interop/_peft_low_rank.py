@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.adapters.families.dora import Dora
+from lowrank_jax.adapters.families.dylora import DyLora
 from lowrank_jax.adapters.families.hira import Hira
 from lowrank_jax.adapters.families.lora import INITS, Lora
 from lowrank_jax.adapters.families.uni_lora import UniLora, draw_indices
@@ -29,10 +30,12 @@ _LOST = {
 
 
 class LoraFamily(Family):
-    """LoRA, rsLoRA, DoRA; PiSSA and OLoRA with their offset, or, as written here, converted to rank
-    2r."""
+    """LoRA, rsLoRA, DoRA, and DyLoRA as the LoRA of its largest rank.
 
-    peft_type, adapters, bias, hosts = "LORA", (Lora, Dora), "lora_only", EVERY_HOST
+    PiSSA and OLoRA with their offset, or, as written here, converted to rank 2 r.
+    """
+
+    peft_type, adapters, bias, hosts = "LORA", (Lora, Dora, DyLora), "lora_only", EVERY_HOST
     required = ("r", "lora_alpha")
     reads = frozenset(
         {

@@ -79,6 +79,11 @@ class WithAdapter(nn.Module):
                 f"wrapped={type(self.wrapped).__name__}: an adapter belongs to one layer, of "
                 f"{names}"
             )
+        if self.adapter.common_draw:
+            raise ValueError(
+                f"adapter={self.adapter!r} draws once for all layers, which no layer can; give it "
+                "draw='site', or wrap the function: lrx.linen.adapted(function)"
+            )
         nn.share_scope(self, self.wrapped)
 
     @nn.compact

@@ -334,7 +334,7 @@ def seed_dropout(model: nnx.Module, key: jax.Array) -> None:
             "it out"
         )
     for one in found:
-        keys = site_keys(key, one.name, one.site)
+        keys = site_keys(key, one.name, one.adapter, one.site)
         if one.keys is None:
             one.keys = AdapterConstant(keys)
         else:

@@ -465,7 +465,7 @@ def test_merge_refuses_what_is_not_finite():
 BOUNDS = {  # on a kernel of 6 x 4
     "lora": (A.lora, 4), "dora": (A.dora, 4), "hira": (A.hira, 4),
     "loha": (A.loha, 4), "uni_lora": (A.uni_lora, 4), "vera": (A.vera, 24),
-    "miss": (A.miss, 6), "shira": (A.shira, 2), "rand_lora": (A.rand_lora, 4),
+    "miss": (A.miss, 6), "shira": (A.shira, 2), "rand_lora": (A.rand_lora, 4), "dylora": (A.dylora, 4),
 }  # fmt: skip
 
 

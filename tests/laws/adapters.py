@@ -52,10 +52,10 @@ class Row:
     fast: bool = False
 
 
-def _lora(name, rank=4, *, fast=False, **options):
+def _lora(name, rank=4, *, fast=False, family=A.lora, **options):
     return Row(
         name=name,
-        adapter=A.lora(rank=rank, **options),
+        adapter=family(rank=rank, **options),
         count=lambda n, m: rank * (n + m),
         fast=fast,
     )
@@ -73,6 +73,7 @@ ROWS = (
     Row(name="lora-fa", adapter=A.lora(rank=4, trains="b"), count=lambda n, m: 4 * m),
     Row(name="lora-a", adapter=A.lora(rank=4, trains="a", init="pissa"), count=lambda n, m: 4 * n),
     Row(name="dora", adapter=A.dora(rank=4, alpha=6.0), count=lambda n, m: 4 * (n + m) + m, removable=False, fast=True),
+    _lora("dylora", alpha=6.0, family=A.dylora),
     Row(name="hira", adapter=A.hira(rank=4), count=lambda n, m: 4 * (n + m), dense=True),
     Row(name="oft", adapter=A.oft(block=4), count=lambda n, m: n * 3 // 2, fast=True),
     Row(name="oft-neumann", adapter=A.oft(block=2, cayley="neumann"), count=lambda n, m: n // 2),

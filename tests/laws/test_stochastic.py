@@ -122,6 +122,7 @@ def test_keys_differ_by_name_site_and_layer():
         (A.vera(rank=2, dropout=0.1), True),
         (A.miss(rank=2, dropout=0.1), True),
         (A.rand_lora(rank=2, dropout=0.1), True),
+        (A.dylora(rank=2), True),
         (A.miss(rank=2), False),
         (A.oft(block=2), False),
         (NOISY, True),

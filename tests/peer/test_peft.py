@@ -118,6 +118,7 @@ OURS = {
     ),
     "rslora": (on(EVERY, lrx.adapters.lora(rank=4, alpha=3.0, rank_stabilized=True)), {}),
     "dora": (on(EVERY, lrx.adapters.dora(rank=4, alpha=6, dropout=0.1)), {"ranks": {"conv1/.*": 2}}),
+    "dylora": (on(EVERY, lrx.adapters.dylora(rank=4, alpha=6)), {"ranks": {"conv1/.*": 2}}),
     "pissa": (
         on(LINEAR, lrx.adapters.lora(rank=2, init="pissa")), {"ranks": {"lin1/.*": 3}, "alphas": {"lin0/.*": 5.0}},
     ),

@@ -88,6 +88,7 @@ class Lora(Adapter):
     products: str = "xla"
 
     ranked: ClassVar[bool] = True
+    in_arrays: ClassVar[tuple[str, ...]] = ("rank", "alpha", "rank_stabilized", "init")
 
     def __post_init__(self):
         check_positive("rank", self.rank)

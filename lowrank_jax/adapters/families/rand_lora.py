@@ -87,6 +87,7 @@ class RandLora(Adapter):
     dropout: float = 0.0
 
     reads_bank: ClassVar[bool] = True
+    in_arrays: ClassVar[tuple[str, ...]] = ("alpha", "basis_normalized", "bases", "seed")
 
     def __post_init__(self):
         check_positive("rank", self.rank)
