@@ -11,7 +11,8 @@ A folder without a manifest was never finished and counts for nothing. Whatever 
 step is damage: its folder's name, the manifest's step and the state's own counter, the files and
 their contents, the shapes and dtypes of the leaves and of what orbax stored. The newest step that
 verifies is restored and the newer ones are reported. Leaves that disagree with the model or the
-optimizer at hand are an error, because falling back would not help.
+optimizer at hand are an error, because falling back would not help. Where the manifest names older
+formats of the optimizer's state, its leaves are read by their old paths (`versions.py`).
 
 A full disk does not stop a run: the unfinished step is removed, the last good ones stay, and the
 next save tries again. Only the final save of a run raises.
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.harness import distributed, manifest, outputs
+from experiments.harness import distributed, manifest, outputs, versions
 from experiments.harness.manifest import NAME as MANIFEST
 from experiments.harness.manifest import digest as digest
 from experiments.harness.manifest import stored_sides as stored_sides
@@ -238,9 +239,9 @@ class Checkpoints:
             chosen = distributed.by_lead(choose, CheckpointError)
             if chosen is None:
                 return None
-            step, extra = chosen
+            step, extra, older = chosen
             folder = self.directory / str(step)
-            restored, problem = self._read_arrays(folder, like, partial, extra)
+            restored, problem = self._read_arrays(folder, like, partial, extra, older)
             problem = check(restored) if restored is not None else problem
             problem = next((text for text in distributed.exchange(problem or "") if text), None)
             if restored is not None and problem is None:
@@ -248,10 +249,13 @@ class Checkpoints:
             self.say(f"checkpoint {folder}: damaged, {problem}; passed over")
             damaged.append(step)
 
-    def _read_arrays(self, folder, like, partial, extra) -> tuple[Restored | None, str | None]:
+    def _read_arrays(
+        self, folder, like, partial, extra, older
+    ) -> tuple[Restored | None, str | None]:
         """(What the step holds, None), or (None, why it cannot be read)."""
         try:
-            return Restored(int(folder.name), self._load(folder, like, partial), extra), None
+            tree = self._load(folder, like, partial, older)
+            return Restored(int(folder.name), tree, extra), None
         except (MemoryError, jax.errors.JaxRuntimeError):  # of this machine, not of the files
             raise
         except Exception as error:
@@ -259,9 +263,9 @@ class Checkpoints:
 
     def _choose(
         self, expected: Mapping, partial: bool, damaged: list[int]
-    ) -> tuple[int, dict] | None:
-        """The newest good step older than the `damaged` ones, and what was saved beside it; adds to
-        `damaged`."""
+    ) -> tuple[int, dict, list | None] | None:
+        """The newest good step older than the `damaged` ones, what was saved beside it, and of one
+        in older formats its (paths, formats); adds to `damaged`."""
         for folder in [] if damaged else manifest.strays(self.directory):
             self.say(f"checkpoint {folder}: its name is no step's; passed over")
         for step in [step for step in self.steps() if not damaged or step < min(damaged)]:
@@ -276,7 +280,9 @@ class Checkpoints:
                 problem = str(error)
             if problem is None:
                 self._compare(folder, values, expected, partial)
-                return step, values["extra"]
+                paths, formats = [*values["leaves"]], values.get("states")
+                is_older = versions.translation(paths, formats) is not None
+                return step, values["extra"], [paths, formats] if is_older else None
             self.say(f"checkpoint {folder}: damaged, {problem}; passed over")
             damaged.append(step)
         if damaged:
@@ -290,8 +296,17 @@ class Checkpoints:
         """Metadata of the arrays that orbax stored, by path."""
         return self._writer.metadata(folder / manifest.STATE).item_metadata.tree
 
-    def _load(self, folder, like, partial):
+    def _load(self, folder, like, partial, older=None):
         flat = _flatten(like)
+        translated = None if older is None else versions.translation(*older)
+        if translated is not None:
+            leaves = translated.tree(lambda wanted: self._arrays(folder, wanted, True), flat)
+        else:
+            leaves = self._arrays(folder, flat, partial)
+        return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in flat])
+
+    def _arrays(self, folder, flat: Mapping[str, Any], partial: bool) -> dict[str, Any]:
+        """{path: array} of the leaves that a step stores under these paths."""
         target = {
             path: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
@@ -308,11 +323,19 @@ class Checkpoints:
             found = self._writer.restore(
                 folder / manifest.STATE, args=ocp.args.StandardRestore(target)
             )
-        leaves = [found[path] if leaf.size else _empty(leaf) for path, leaf in flat.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return {path: found[path] if leaf.size else _empty(leaf) for path, leaf in flat.items()}
 
     def _compare(self, folder, values: Mapping, expected: Mapping, partial: bool) -> None:
+        for kind, number in values.get("states", {}).items():
+            if not partial and number > versions.CURRENT.get(kind, 0):
+                raise MismatchError(
+                    f"checkpoint {folder} holds {kind} states of format {number}, this version "
+                    f"reads {versions.CURRENT.get(kind, 0)}: go on with the version that wrote it"
+                )
         stored = manifest.table(values)
+        translated = versions.translation(stored, values.get("states"))
+        if translated is not None:
+            stored = translated.table(stored, expected)
         stored = {path: leaf for path, leaf in stored.items() if path in expected or not partial}
         for path in [*expected, *stored]:
             if stored.get(path) != expected.get(path):
@@ -328,7 +351,8 @@ class Checkpoints:
                     f"checkpoint {folder} projects {path} by (side, rank) = {there}, this program "
                     f"by {here}. Set the side of that view, or give another workdir"
                 )
-        for section, entries in values.get("meaning", {}).items():  # older manifests have none
+        meaning, _ = versions.present_keys(values.get("meaning", {}))  # older manifests have none
+        for section, entries in meaning.items():
             own = self.meaning.get(section, {})
             for key in entries.keys() & own.keys():
                 if entries[key] != own[key]:
@@ -347,6 +371,7 @@ class Checkpoints:
                     "config_digest": self.config_digest,
                     "sides": self.sides,
                     "meaning": self.meaning,
+                    "states": versions.CURRENT,
                 }
                 manifest.write(folder, step, table, own | {"extra": extra})
                 self._prune(step)

@@ -3,7 +3,8 @@ damage shows.
 
     {"format", "step", "leaves": {path: [shape, dtype]}, "files": {name: {"bytes", "sha256"}},
     "sides", "extra",
-     "meaning": {section: {key: value}}, ..., "digest"}
+     "meaning": {section: {key: value}}, "states": {kind: format of the optimizer's state}, ...,
+     "digest"}
 
 A step verifies when the folder's name, the manifest's step, the files on disk, their contents, and
 the shapes and dtypes of the arrays that orbax stored all agree.
@@ -38,6 +39,7 @@ SHAPE = {
     "sides": {str: [(int, str)]},
     "extra": dict,
     "meaning?": {str: dict},
+    "states?": {str: int},
     "digest": str,
 }
 

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 import lowrank_jax.version
 from experiments.data import Dataset, load
 from experiments.harness import checkpoint, distributed, history, metrics, runs
+from experiments.harness.versions import present_keys
 from experiments.settings import configuration
 from experiments.settings.configuration import RunConfig
 from experiments.settings.sections import ConfigurationError
@@ -208,11 +209,11 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     path, remedy = workdir / "config.json", "restore it, or give the folder of another run"
     try:
         values = documents.read(path, dict, remedy=remedy)
-        return documents.check(
-            values, _TUNED if "adapter" in values else _TRAINED, where=str(path), remedy=remedy
-        )
+        shape = _TUNED if "adapter" in values else _TRAINED
+        documents.check(values, shape, where=str(path), remedy=remedy)
     except DocumentError as error:
         raise ConfigurationError(str(error)) from error
+    return present_keys(values)[0]
 
 
 class Wish(threading.Event):

@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from experiments.harness import optimizers
+from experiments.harness import optimizers, versions
 from experiments.settings.sections import ConfigurationError, descriptions, plain
 
 ASKING = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
@@ -39,6 +39,9 @@ def parser(settings: types.ModuleType, default: pathlib.Path) -> Callable[[list[
 
     def parse(argv: list[str]) -> list[str]:
         try:
+            present = [versions.present_flag(word) for word in argv]
+            if present != argv:
+                sys.argv = argv = present  # config_flags looks there for the keys that are set
             file = named_file(argv, default)
             if any(word in ASKING for word in argv[1:]):
                 print(page(settings, file, argv[0]))
@@ -68,14 +71,15 @@ def configured(settings: types.ModuleType) -> tuple[Any, list[str]]:
     what other flags say stays, and is an error where the method lacks it.
     """
     flag = flags.FLAGS["config"]
-    given, explicit = plain(flags.FLAGS.config), config_flags.get_override_values(flag)
+    explicit = config_flags.get_override_values(flag)
+    given, renamed = versions.present_keys(plain(flags.FLAGS.config), explicit)
     own = plain(load(config_flags.get_config_filename(flag)))["optimizer"]["name"]
     notes = optimizers.fit(
         given["optimizer"], own, [key.removeprefix("optimizer.") for key in explicit]
     )
     config = settings.from_dict(given)
     optimizers.check(config.optimizer)
-    return config, notes
+    return config, [*renamed, *notes]
 
 
 def refuse(message: str) -> int:

@@ -10,12 +10,13 @@ matrix has, a batch that does not divide) is checked by `RunConfig`, and what de
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from experiments.data import DataConfig
 from experiments.data.tokenizer import vocabulary_of
-from experiments.harness import methods
+from experiments.harness import methods, versions
 from experiments.models import llama
 from experiments.settings.sections import ConfigurationError as ConfigurationError
 from experiments.settings.sections import (
@@ -341,6 +342,14 @@ def template():
     return result
 
 
+def with_present_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by present names of keys; a DeprecationWarning for each old one."""
+    found, notes = versions.present_keys(values)
+    for note in notes:
+        warnings.warn(note, DeprecationWarning, stacklevel=3)
+    return found
+
+
 def from_dict(values: Mapping) -> RunConfig:
     """A checked RunConfig from a ConfigDict or a nested dictionary; missing keys take their
     defaults.
@@ -352,7 +361,7 @@ def from_dict(values: Mapping) -> RunConfig:
     Traceback (most recent call last):
     experiments.settings.sections.ConfigurationError: optimizer.nmae='sgd': unknown key; did you mean optimizer.name?
     """
-    values = plain(values)
+    values = with_present_keys(plain(values))
     reject_unknown("", values, ("name", *SECTIONS))
     sections: dict[str, Any] = {}
     for section, kind in SECTIONS.items():

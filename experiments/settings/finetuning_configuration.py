@@ -21,6 +21,7 @@ from experiments.settings.configuration import (
     OptimizerConfig,
     ScheduleConfig,
     check_method,
+    with_present_keys,
 )
 from experiments.settings.sections import (
     ConfigurationError,
@@ -336,7 +337,7 @@ def from_dict(values: Mapping) -> TuningConfig:
     Traceback (most recent call last):
     experiments.settings.sections.ConfigurationError: adapter.method='lora': 'lora' is no literal; ...
     """
-    values = plain(values)
+    values = with_present_keys(plain(values))
     reject_unknown("", values, ("name", *SECTIONS))
     given = {section: dict(values.get(section) or {}) for section in SECTIONS}
     sections: dict[str, Any] = {

@@ -23,6 +23,7 @@ TIERS = (
         "harness.metrics",
         "harness.collectives",
         "harness.manifest",
+        "harness.versions",
         "harness.distributed",
         "harness.checkpoint",
     ),
