@@ -39,6 +39,7 @@ class Method:
       seeded: its basis depends on keys, and so on the path of a leaf and its place in a stack.
       fast: it also runs in the fast tier.
       tolerance: between two programs; larger where state is rounded to bfloat16.
+      idle: first steps, which look at gradients and move nothing.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Method:
     seeded: bool = False
     fast: bool = False
     tolerance: float = 1e-4
+    idle: int = 0
 
     @property
     def named(self) -> bool:
@@ -62,7 +64,9 @@ class Method:
         )
 
 
-def _named(factory, name, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, **options):
+def _named(
+    factory, name, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, idle=0, **options
+):
     return Method(
         name=name,
         factory=factory,
@@ -71,10 +75,13 @@ def _named(factory, name, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=
         seeded=seeded,
         fast=fast,
         tolerance=tolerance,
+        idle=idle,
     )
 
 
-def _custom(name, projector, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, **options):
+def _custom(
+    name, projector, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, idle=0, **options
+):
     clock = {"clock": lrx.clocks.every(period=2)}
     return Method(
         name=name,
@@ -84,6 +91,7 @@ def _custom(name, projector, *, due=(0, 2, 4), seeded=False, fast=False, toleran
         seeded=seeded,
         fast=fast,
         tolerance=tolerance,
+        idle=idle,
     )
 
 
@@ -149,6 +157,9 @@ METHODS = (
     _custom("ldadam-slots", P.power(rank=4, first="svd"), clock=C.every_step(when="after"), transport=T.ldadam(),
             residual=R.ldadam_error_feedback(dtype=jnp.bfloat16), due=ALL, side="cols", tolerance=2e-3, seeded=True),
     _custom("newton-schulz", P.identity(), due=(), inner=lrx.inner.newton_schulz(), plain=lrx.inner.adam()),
+    # plain leaves too, and a side that is too long for a basis; a small eps amplifies rounding
+    _custom("soap-inner", P.identity(), due=(), idle=1,
+            inner=lrx.inner.soap(refresh_every=2, max_precond_dim=8, b2=0.9, eps=1e-2)),
     _custom("own-inner", P.svd(rank=4), inner=SplitMomentum(), plain=lrx.inner.adam(), transport=T.rotate()),
     _custom("clipped", P.dct3(rank=4), residual=R.error_feedback(), clip_norm=0.5, inner=_decayed_trace, scale=0.5),
 )  # fmt: skip

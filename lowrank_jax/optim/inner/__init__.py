@@ -8,11 +8,13 @@ from lowrank_jax.optim.inner.base import Inner, first_moment, map_moments
 from lowrank_jax.optim.inner.from_optax import FromOptax, as_inner
 from lowrank_jax.optim.inner.moments import Moment, register_moments
 from lowrank_jax.optim.inner.newton_schulz import NewtonSchulz, NewtonSchulzState
+from lowrank_jax.optim.inner.soap import Soap, SoapState
 from lowrank_jax.optim.inner.stored8 import Stored8
 
 adam = Adam
 from_optax = FromOptax
 newton_schulz = NewtonSchulz
+soap = Soap
 stored8 = Stored8
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "Moment",
     "NewtonSchulz",
     "NewtonSchulzState",
+    "Soap",
+    "SoapState",
     "Stored8",
     "adam",
     "as_inner",
@@ -32,5 +36,6 @@ __all__ = [
     "map_moments",
     "newton_schulz",
     "register_moments",
+    "soap",
     "stored8",
 ]

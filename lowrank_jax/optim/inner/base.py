@@ -50,6 +50,7 @@ class Inner:
       elementwise: an entry moves by its own gradients alone and all state but registered moments is
         shared, so that a leaf may be updated in parts.
       reads_params: `update` needs `params`.
+      decomposes: its program holds decompositions (QR, eigenvectors), which TPUs compile for long.
       batched: `init` and `update` take the whole stack `(batch..., r, k)` and its view, with counts
         `(batch...)`. Otherwise they see one matrix and are vmapped. An inner transformation that
         decomposes or decides must be batched: vmap makes one batched call of a decomposition, and
@@ -76,6 +77,7 @@ class Inner:
     guards = False
     elementwise = False
     reads_params = False
+    decomposes = False
     batched = False
 
     def init(self, tree: Pytree, view: ResolvedView | None = None) -> Pytree:

@@ -63,6 +63,10 @@ class Stored8(Inner):
         return self.inner.reads_params
 
     @property
+    def decomposes(self) -> bool:
+        return self.inner.decomposes
+
+    @property
     def batched(self) -> bool:
         return self.inner.batched
 
