@@ -25,7 +25,7 @@ from lowrank_jax.adapters import (
 )
 from lowrank_jax.functions.products import dot_general, einsum, matmul
 from lowrank_jax.matrices import MatrixView, ResolvedView
-from lowrank_jax.optim import inner
+from lowrank_jax.optim import inner, scales
 from lowrank_jax.optim.learning_rate import apply_learning_rate
 from lowrank_jax.partition import join, partition
 from lowrank_jax.projection import projectors, residuals, transports
@@ -112,6 +112,7 @@ __all__ = [
     "resolved_sides",
     "scale_by_projection",
     "scaled_adamw",
+    "scales",
     "sides_for",
     "state_shardings",
     "taps",

@@ -97,18 +97,16 @@ def dct_adamw(c, m, n):
 
 def muon(c, m, n):
     """The recorded code rounds every operation to bfloat16, which is 1 to 3 % from float32."""
-    factors = {"spectral_norm": np.sqrt(m / n), "rms_norm": 0.2 * np.sqrt(max(m, n))}
+    scales = {"spectral_norm": lrx.scales.fan_ratio(), "rms_norm": lrx.scales.rms(0.2)}
     inner = lrx.inner.newton_schulz(
         momentum=c["momentum"],
         nesterov=c["nesterov"],
         eps=1e-8,
         compute_dtype=jnp.dtype(c["iteration_dtype"]),
+        scale=scales[c["shape_factor"]],
     )
     direction = lrx.scale_by_projection(
-        lrx.projectors.identity(),
-        inner=inner,
-        plain=lrx.inner.adam(),
-        scale=factors[c["shape_factor"]],
+        lrx.projectors.identity(), inner=inner, plain=lrx.inner.adam()
     )
     return optax.chain(direction, lrx.apply_learning_rate(0.01, 0.1))
 

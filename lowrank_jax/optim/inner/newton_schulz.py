@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import linalg, sharding
 from lowrank_jax.checks import check_integer, check_number
+from lowrank_jax.optim import scales
 from lowrank_jax.optim.inner.base import Inner, size_of
 from lowrank_jax.optim.inner.moments import register_moments
 from lowrank_jax.typing import Pytree, Scalar
@@ -32,9 +33,8 @@ class NewtonSchulz(Inner):
 
     `m <- momentum m + g`, `x = g + momentum m` (`nesterov`) or `m`, and with `x = u s vᵀ` the
     direction is `u p(s) vᵀ`, where `steps` Newton-Schulz steps p move all singular values into about
-    [0.7, 1.2]: `linalg.newton_schulz`. The scale is 1; a factor of the matrix's shape is the
-    optimizer's. Every leaf must be a matrix or a stack of them, so plain leaves need another inner
-    transformation.
+    [0.7, 1.2]: `linalg.newton_schulz`. Every leaf must be a matrix or a stack of them, so plain
+    leaves need another inner transformation.
 
     Args:
       momentum, nesterov: .95 and on in Muon's code (Jordan et al. 2024).
@@ -42,6 +42,7 @@ class NewtonSchulz(Inner):
       eps: added to the norm that the iteration divides by; 1e-7 there, 1e-8 in microsoft/dion.
       compute_dtype: of the iteration and its input: float32 (None), or bfloat16 as on GPUs in both
         codes.
+      scale: factor on the direction, a number or one of `lrx.scales`: `fan_ratio()`, `rms(0.2)`.
       mu_dtype: of the stored momentum.
 
     Raises:
@@ -63,6 +64,7 @@ class NewtonSchulz(Inner):
     coefficients: tuple[float, float, float] = MUON
     eps: float = 1e-7
     compute_dtype: jnp.dtype | None = None
+    scale: Scalar | scales.Scale = 1.0
     mu_dtype: jnp.dtype = jnp.float32
     splits = True
     guards = True
@@ -71,10 +73,14 @@ class NewtonSchulz(Inner):
     def __post_init__(self):
         check_number("newton_schulz: momentum", self.momentum, at_least=0, below=1)
         check_number("newton_schulz: eps", self.eps, at_least=0)
+        scales.check_factor("newton_schulz: scale", self.scale, or_scale=True)
         check_integer("newton_schulz: steps", self.steps, at_least=1)
 
     def init(self, tree, view=None):
-        for leaf in jax.tree.leaves(tree):
+        leaves = jax.tree.leaves(tree)
+        if leaves:
+            scales.factor(self.scale, view)  # which reads a view, or not
+        for leaf in leaves:
             if leaf.ndim < 2:
                 raise ValueError(
                     f"newton_schulz: a leaf of shape {tuple(leaf.shape)} is no matrix; give plain "
@@ -97,8 +103,9 @@ class NewtonSchulz(Inner):
         mu = jax.tree.map(moved, state.mu, grads)
         directions = jax.tree.map(direction, mu, grads)
         mu = jax.tree.map(lambda m: m.astype(self.mu_dtype), mu)
-        scale = jnp.ones(() if view is None else view.batch, jnp.float32)
-        return directions, scale, NewtonSchulzState(mu)
+        factor = scales.factor(self.scale, view) if jax.tree.leaves(grads) else 1.0
+        batch = () if view is None else view.batch
+        return directions, jnp.full(batch, factor, jnp.float32), NewtonSchulzState(mu)
 
     def orthogonal(self, x: jax.Array) -> jax.Array:
         """`u p(s) vᵀ` of matrices `x (..., m, n)`, laid out as they are."""
