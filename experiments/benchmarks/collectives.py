@@ -1,5 +1,4 @@
-"""What a refresh of the bases sends under FSDP: three ways to lay out the matrices that it works
-on.
+"""What a refresh of the bases sends under FSDP, by three ways to lay out its matrices.
 
     python -m experiments.benchmarks.collectives --preset 60M --output experiments/results/collectives.json
 
@@ -94,8 +93,10 @@ def refresh(preset: str, name: str, rank: int, way: str) -> list[collectives.Col
 
 
 def measure(preset: str) -> dict[str, Any]:
-    """Rows of `{"projector", "rank", "received": {way: bytes}, "kinds": {way: {kind: bytes of
-    results}}}`."""
+    """Rows of a projector, a rank and the bytes received by each way.
+
+    `{"projector", "rank", "received": {way: bytes}, "kinds": {way: {kind: bytes of results}}}`.
+    """
     width, rows = llama.preset(preset).width, []
     for name in PROJECTORS:
         for rank in (width // 4, width // 16):

@@ -1,5 +1,4 @@
-"""The command lines of benchmarks and studies: numbers that make sense, places that can be written,
-one line of error.
+"""The command lines of benchmarks: sensible numbers, writable places, one line of error.
 
 Exit codes: 0 done, 1 failed, 2 wrong arguments or files, 130 interrupted.
 """
@@ -20,8 +19,7 @@ from lowrank_jax.interop.documents import DocumentError
 
 
 def parser(text: str | None, output: str | Path | None = None) -> argparse.ArgumentParser:
-    """A parser with the program's docstring, and with --output and --replace where a result is
-    written.
+    """A parser with the program's docstring, and --output and --replace for a result.
 
     Args:
       text: the docstring.
@@ -46,15 +44,13 @@ def add_replace(made: argparse.ArgumentParser) -> None:
 
 
 class Main(Protocol):
-    """A program: takes its command line, by default the process's own, and returns the exit
-    code."""
+    """A program: takes its command line, by default the process's, and returns the exit code."""
 
     def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
 
 
 def command(main: Callable[[Sequence[str]], None]) -> Main:
-    """A `main(arguments)` that returns an exit code and ends with one line where arguments or files
-    are wrong."""
+    """A `main(arguments)` that ends with one line where arguments or files are wrong."""
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
-"""What data parallelism and FSDP reduce: bytes by tensor in the compiled step, AdamW's against
-projected backprop's.
+"""What data parallelism and FSDP reduce: bytes by tensor in the compiled step.
+
+AdamW's against projected backprop's.
 
     python -m experiments.benchmarks.data_parallel --preset 60M --output experiments/results/data_parallel.json
 
@@ -60,8 +61,10 @@ def compiled(preset: str, rank: int, length: int, axis: str = "data") -> Any:
 
 
 def measure(preset: str, length: int = 64, parts: Sequence[int] = (4, 8, 16)) -> dict[str, Any]:
-    """Rows of `{"case", "axis", "rank", "tensors": [{"shape", "times", "bytes"}], "block_bytes",
-    "bytes", ...}`.
+    """Rows of a case and an axis of the mesh, with the bytes of each reduced tensor.
+
+    `{"case", "axis", "rank", "tensors": [{"shape", "times", "bytes"}], "block_bytes", "bytes",
+    ...}`.
 
     Ranks are the width over `parts`. `tensors` and bytes are of reductions in float32,
     "gathered_bytes" of all that is gathered.

@@ -1,5 +1,6 @@
-"""Kernels in divided programs against XLA's own, compiled for the four chips of a v5e:2x2 that is
-not there.
+"""Kernels in divided programs against XLA's own, compiled for four chips not there.
+
+The chips are a v5e:2x2.
 
     python -m experiments.benchmarks.divided_kernels     with `.venv-tpu/bin/python`: needs libtpu
 

@@ -1,5 +1,4 @@
-"""The kernels of `lowrank_jax.kernels` against XLA's own fusions, compiled for devices that are not
-there.
+"""The library's kernels against XLA's own fusions, compiled for devices not there.
 
     python -m experiments.benchmarks.kernels --target v5e:2x2     with `.venv-tpu/bin/python`: needs libtpu
     python -m experiments.benchmarks.kernels --target h100        with `.venv-cuda/bin/python`: needs its plugin
@@ -128,8 +127,7 @@ def with_environment(target: targets.Target, module: str) -> None:
 
 @commandline.command
 def main(arguments: Sequence[str]) -> None:
-    """Compiles both programs for each case and replaces the rows of target and kernel, of all
-    kernels at once."""
+    """Compiles both programs for each case and replaces the rows of target and kernel."""
     parser = commandline.parser(__doc__)
     commandline.add_replace(parser)
     parser.add_argument("--target", required=True, help="v5e:2x2, v6e:2x2, v5p:2x2x1, h100 or h200")

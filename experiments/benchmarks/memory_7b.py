@@ -1,5 +1,4 @@
-"""What a whole training step of the 7B preset takes, from compilers, without a device: on one card,
-on a TPU slice.
+"""What a whole 7B training step takes, by compilers alone: on one card, on a TPU slice.
 
     python -m experiments.benchmarks.memory_7b --part card     needs jax-cuda13-plugin and -pjrt of jax's version
     python -m experiments.benchmarks.memory_7b --part slice    needs libtpu: `.venv-tpu/bin/python`
@@ -217,8 +216,10 @@ def card(preset: str, length: int) -> Iterator[dict[str, Any]]:
 
 
 def pod_shardings(mesh: Any, tx: Any, params: Any, *, split: bool) -> tuple[Any, Any]:
-    """NamedShardings of parameters and state: matrices along their larger dimension, of equal ones
-    the last."""
+    """NamedShardings of parameters and state: matrices along their larger dimension.
+
+    Of equal ones the last.
+    """
     axis = mesh.axis_names[0]
 
     def of_parameter(keys, x):

@@ -1,5 +1,4 @@
-"""What one optimizer step costs: time, state, temporaries, and the size of its refresh as a TPU
-program.
+"""What one optimizer step costs: time, state, temporaries, and its refresh as a TPU program.
 
     python -m experiments.benchmarks.optimizer_step --preset 60M --output experiments/results/optimizer_step.json
 
@@ -38,8 +37,7 @@ SLACK, NORMAL_STEPS = 1.2, 3.0
 
 
 class Runner:
-    """One optimizer with its own parameters and state; `step` times an update at a step of its
-    clock."""
+    """One optimizer with its parameters and state; `step` times an update at a given step."""
 
     def __init__(self, case: workload.Case, shapes: Any, gradients: Any):
         self.case = case
@@ -80,8 +78,7 @@ def measure_references(shapes: Any, rank: int) -> tuple[dict[str, Any], dict[str
 
 
 def times(runners: dict[str, Runner], references: dict[str, Any], repetitions: int, refreshes: int):
-    """Medians of normal steps and references, then of refreshes:
-    `(seconds by name, refresh seconds by name)`."""
+    """Medians of normal steps and references, then of refreshes, each by name."""
     for runner in runners.values():
         runner.step(1)
     cases: dict[str, Any] = {

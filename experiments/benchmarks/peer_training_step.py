@@ -1,5 +1,6 @@
-"""A whole training step here and in PyTorch: transformers' LLaMA, the same shapes, batch, weights
-and loss, one run.
+"""A whole training step here and in PyTorch: transformers' LLaMA, same shapes and weights.
+
+The same batch and loss, in one run.
 
     python -m experiments.benchmarks.peer_training_step
 
@@ -56,8 +57,10 @@ def require() -> None:
 
 
 def peer(folder: str, tokens: np.ndarray, threads: int, pipe: Any) -> None:
-    """The child: for each name of an optimizer that it receives, one step; sends (loss, seconds,
-    processor seconds)."""
+    """The child: one step for each name that it receives.
+
+    Sends (loss, seconds, processor seconds).
+    """
     import torch
     import transformers
 
@@ -89,8 +92,7 @@ def peer(folder: str, tokens: np.ndarray, threads: int, pipe: Any) -> None:
 def own_cases(
     config: llama.LlamaConfig, of: training_step.Work, rank: int
 ) -> list[training_step.Case]:
-    """Our AdamW, and GaLore by projected backprop, whose refreshes are thin products after the
-    update."""
+    """Our AdamW, and GaLore by projected backprop with thin refreshes after the update."""
     adamw = optax.adamw(1e-3, weight_decay=1e-4)
     clock = lrx.clocks.every(
         period=workload.PERIOD, phase=workload.PERIOD - 1, first=False, when="after"

@@ -1,5 +1,4 @@
-"""Plans of the 1B and 7B presets on five kinds of hardware: what AdamW takes of a chip, and what
-low-rank methods do.
+"""Plans of the 1B and 7B presets on five kinds of hardware: what methods take of a chip.
 
     python -m experiments.benchmarks.plans --budget_minutes 60
 
@@ -136,8 +135,7 @@ def reality() -> list[Case]:
 
 
 def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each aim with its value, its bound and whether it is met; None where its rows are not
-    there."""
+    """Each aim with its value, its bound and whether it is met; None where rows are missing."""
     found = []
     shares = []
     for row in rows:
@@ -176,8 +174,7 @@ def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def identity(one: Case) -> str:
-    """What tells rows apart: the fields of `queue.describe` without the key, which changes with
-    every new option."""
+    """What tells rows apart: `queue.describe` without the key, which new options change."""
     return json.dumps({name: value for name, value in queue.describe(one).items() if name != "key"})
 
 

@@ -1,5 +1,4 @@
-"""The subspaces that refreshes find in a training run, against those of the exact SVD of the same
-gradients.
+"""The subspaces that refreshes find in a run, against the exact SVD's of its gradients.
 
     python -m experiments.benchmarks.refresh_subspaces --budget_minutes 24
 
@@ -115,8 +114,7 @@ def principal_angles(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def measured_steps(period: int, steps: int, apart: int = 100) -> dict[int, list[int]]:
-    """{step of a measured refresh: steps of its window whose gradients are taken}, about `apart`
-    steps apart.
+    """{step of a measured refresh: steps of its window}, about `apart` steps apart.
 
     >>> measured_steps(200, 600)[200]
     [210, 230, 250, 270, 290, 310, 330, 350, 370, 390]
@@ -177,8 +175,7 @@ class Probe:
 def summary(
     step: int, angles: Sequence[Any], own: Sequence[Any], exact: Sequence[Any]
 ) -> dict[str, Any]:
-    """One measured refresh. `own` and `exact` hold captured energies (matrices,): of the step, then
-    of its window."""
+    """One measured refresh: captured energies (matrices,) of the step, then of its window."""
     degrees = np.concatenate([np.asarray(x).reshape(-1, x.shape[-1]) for x in angles])
     (step_own, *window_own), (step_svd, *window_svd) = np.asarray(own), np.asarray(exact)
     window_own, window_svd = np.mean(window_own, axis=0), np.mean(window_svd, axis=0)
@@ -249,8 +246,7 @@ def queue(
     budget_minutes: float,
     run: Callable[..., Any] = train,
 ) -> float:
-    """Makes the runs (seed, period, refresh) that `root` lacks until the budget is spent; CPU
-    minutes of all runs."""
+    """Makes the runs that `root` lacks until the budget is spent; CPU minutes of all runs."""
     root.mkdir(parents=True, exist_ok=True)
     for number, (seed, period, refresh) in enumerate(keys):
         path = _file(root, seed, period, refresh, steps)
@@ -285,8 +281,10 @@ def _file(root: Path, seed: int, period: int, refresh: str, steps: int) -> Path:
 
 
 def collect(root: Path, keys: Sequence[Key], steps: int) -> list[dict[str, Any]]:
-    """A row for each refresh and period that has a finished run: means over seeds and over
-    refreshes but the first."""
+    """A row for each refresh and period with a finished run.
+
+    Means over seeds and over refreshes but the first.
+    """
     rows = []
     for period in dict.fromkeys(period for _, period, _ in keys):
         for refresh, reads in REFRESHES.items():

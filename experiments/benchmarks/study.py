@@ -132,8 +132,7 @@ def finished(root: pathlib.Path) -> dict[Key, dict]:
 
 
 def time_steps(repetitions: int = 20) -> dict[str, float]:
-    """{method: median seconds of one whole training step}, interleaved in this process, on one
-    core.
+    """{method: median seconds of one whole training step}, interleaved, on one core.
 
     Runs side by side disturb each other, so their own times say little.
     """
@@ -277,8 +276,9 @@ def queue(
     results: pathlib.Path,
     replace: bool = False,
 ) -> dict:
-    """Runs what is wanted until nothing is, or the budget is spent; writes the results after every
-    run.
+    """Runs what is wanted until nothing is, or the budget is spent.
+
+    Writes the results after every run.
 
     `results` is replaced only by at least what it holds, or where `replace` says so
     (`outputs.write_result`).

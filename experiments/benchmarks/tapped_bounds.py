@@ -1,5 +1,6 @@
-"""What one pass over x, or dY, could save of a tapped product: XLA's programs, the fewest bytes,
-and a roofline.
+"""What one pass over x, or dY, could save of a tapped product.
+
+XLA's programs, the fewest bytes, and a roofline.
 
     python -m experiments.benchmarks.tapped_bounds --target v5e:2x2     with `.venv-tpu/bin/python`: needs libtpu
     python -m experiments.benchmarks.tapped_bounds --target h100        with `.venv-cuda/bin/python`: needs its plugin
@@ -69,8 +70,10 @@ Program = tuple[Callable, list[jax.ShapeDtypeStruct], int, int]
 
 
 def programs(n: int, m: int, r: int, tokens: int) -> dict[str, Program]:
-    """`{part: (program, operands, operations, fewest bytes)}` of one matrix; the first operand is
-    what XLA rereads."""
+    """`{part: (program, operands, operations, fewest bytes)}` of one matrix.
+
+    The first operand is what XLA rereads.
+    """
 
     def program(function, thin, *shapes):
         operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]

@@ -1,5 +1,4 @@
-"""Timing on a machine that does other things too: interleaved repetitions, medians, and what they
-were taken on."""
+"""Timing on a machine that does other things too: interleaved repetitions and medians."""
 
 import os
 import platform

@@ -45,8 +45,10 @@ def projectors(rank: int) -> dict[str, Any]:
 
 
 def refresh_of(projector: Any, view: lrx.ResolvedView):
-    """`(basis, gradient, moments, step, seed) -> basis`: one refresh of a stack, as the optimizer
-    makes it."""
+    """One refresh of a stack as the optimizer makes it, a function to compile.
+
+    `(basis, gradient, moments, step, seed) -> basis`.
+    """
 
     def refresh(basis, gradient, moments, step, seed):
         keys = jax.random.split(jax.random.key(seed), view.batch)

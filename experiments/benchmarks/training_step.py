@@ -1,5 +1,4 @@
-"""What a whole training step costs: forward, backward and update, with full gradients and with
-projected ones.
+"""What a whole training step costs, with full gradients and with projected ones.
 
     python -m experiments.benchmarks.training_step --preset 60M --output experiments/results/training_step_60M.json
 
@@ -65,8 +64,10 @@ class Blocks(nn.Module):
 
 @dataclasses.dataclass
 class Work:
-    """What a step trains: parameters, which all cases of one model pass on to each other, a loss
-    and one batch."""
+    """What a step trains: parameters, a loss and one batch.
+
+    All cases of one model pass the parameters on to each other.
+    """
 
     params: Any
     loss: Callable[..., Any]
@@ -74,8 +75,7 @@ class Work:
 
 
 def work(config: llama.LlamaConfig, batch: int, *, head: bool = True) -> Work:
-    """A model with random parameters and tokens; `head=False` is the blocks alone on normal
-    inputs."""
+    """A model with random parameters and tokens; `head=False` is the blocks alone."""
     key = jax.random.key(0)
     if head:
         model: nn.Module = llama.Llama(config)
@@ -243,8 +243,7 @@ def table(
     contrib: bool,
     parts: tuple[int, ...],
 ) -> dict[str, Any]:
-    """Times, operations and bytes of every case, rank after rank; each rank has its own AdamW to
-    compare with."""
+    """Times, operations and bytes of every case; each rank has its own AdamW to compare with."""
     lines: list[dict[str, Any]] = []
     for part in parts:
         rows = cases(preset, batch, length, part, head=head, contrib=contrib and not lines)
@@ -259,8 +258,7 @@ def table(
 def line(
     row: Case, seconds: dict[str, float], preset: str, batch: int, length: int, head: bool
 ) -> dict[str, Any]:
-    """What is recorded of one case, after the timed steps; a tapped one pays for one refresh
-    here."""
+    """What is recorded of one case after the timed steps; a tapped one pays a refresh here."""
     config, own, adamw = (
         llama.preset(preset, sequence_length=length),
         seconds[row.name],
@@ -291,8 +289,7 @@ def line(
 
 
 def losses(steps: int = 200) -> dict[str, Any]:
-    """The largest difference between the losses of projected and of full gradients, update by
-    update."""
+    """The largest difference between the losses of projected and of full gradients."""
     config = configuration.from_dict(
         {
             "data": {"sequence_length": 64, "batch_size": 8},

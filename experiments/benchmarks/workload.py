@@ -1,5 +1,4 @@
-"""What the optimizer benchmark works on: a preset's matrices, and the optimizers that are
-compared."""
+"""What the optimizer benchmark works on: a preset's matrices, and the optimizers."""
 
 import dataclasses
 import functools
@@ -24,8 +23,7 @@ def rank(preset: str) -> int:
 
 
 def matrices(preset: str, **overrides: Any) -> dict[str, Any]:
-    """Shapes of the kernels of the scanned blocks, `(L, d_in, d_out)` each; no norms, embedding or
-    head."""
+    """Shapes `(L, d_in, d_out)` of the kernels of the scanned blocks alone."""
     model = llama.Llama(llama.preset(preset, **overrides))
     tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"][
         "layers"
@@ -46,8 +44,7 @@ def gradients(shapes: Any, seed: int = 0) -> Any:
 
 
 def unstacked(tree: Any) -> Any:
-    """Every leaf `(L, m, n)` as a list of L matrices: `optax.contrib.galore` silently skips
-    stacks."""
+    """Every leaf `(L, m, n)` as L matrices: `optax.contrib.galore` silently skips stacks."""
     if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
         return jax.tree.map(
             lambda x: [jax.ShapeDtypeStruct(x.shape[1:], x.dtype)] * x.shape[0], tree
@@ -92,8 +89,7 @@ class Case:
         return state
 
     def working_steps(self, shapes: Any) -> list[int]:
-        """Of a staggered clock, the steps of a period after the first at which some layer is
-        refreshed."""
+        """The steps of a staggered period after the first at which some layer is refreshed."""
         projection = self.tx.projection
         stacks = [
             (projection.phase(view), view.batch[0]) for view in projection.report(shapes).projected
@@ -152,8 +148,7 @@ def cases(rank: int) -> list[Case]:
 
 
 def thin_products(shapes: Any, rank: int) -> tuple[Callable[[], Any], int]:
-    """A function that computes `PᵀG` and `P low` of every matrix, in the layout of the stacks, and
-    its operations."""
+    """A function that computes `PᵀG` and `P low` of every matrix, and its operations."""
     report = lrx.explain(lrx.galore(1e-2, rank=rank, views=VIEWS), shapes)
     generator = np.random.default_rng(1)
     normal = lambda *shape: jnp.asarray(generator.standard_normal(shape, np.float32))  # noqa: E731
@@ -188,8 +183,10 @@ def square_product(size: int = 2048) -> tuple[Callable[[], Any], int]:
 
 
 def adamw_traffic(shapes: Any) -> Callable[[], Any]:
-    """A function that moves what AdamW moves and computes nothing: reads p, g, m, v and writes p,
-    m, v."""
+    """A function that moves what AdamW moves and computes nothing.
+
+    Reads p, g, m, v and writes p, m, v.
+    """
     gradient = gradients(shapes)
     holder = [jax.tree.map(jnp.zeros_like, (gradient, gradient, gradient))]
 

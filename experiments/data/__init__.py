@@ -1,5 +1,4 @@
-"""Text for pre-training: sources, tokenizers, batches as a pure function of (seed, step), and a
-trigram baseline."""
+"""Text for pre-training: sources, tokenizers, batches as functions of (seed, step)."""
 
 from experiments.data.dataset import DataConfig, Dataset, load
 

@@ -1,5 +1,4 @@
-"""From a `DataConfig` to a `Dataset`: everything that can be wrong is found here, before any
-work."""
+"""From a `DataConfig` to a `Dataset`: whatever can be wrong is found here, before any work."""
 
 import dataclasses
 import os
@@ -80,8 +79,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """train, validation: `Numbered`; description: one line; fingerprint: equal for equal tokens, to
-    check on resume.
+    """The data of a run.
+
+    train, validation: `Numbered`; description: one line; fingerprint: equal for equal tokens,
+    to check on resume.
 
     Data that are only evaluated have train = None, images have no tokenizer, and only labelled data
     has classes.

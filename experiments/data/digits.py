@@ -1,5 +1,6 @@
-"""Handwritten digits in two domains: scikit-learn's 1797 images of 8 x 8 pixels, upright and turned
-by 90 degrees.
+"""Handwritten digits in two domains: upright and turned by 90 degrees.
+
+scikit-learn's 1797 images of 8 x 8 pixels.
 
 They come with scikit-learn (the test set of UCI's "Optical Recognition of Handwritten Digits"), so
 nothing is downloaded. One image in five, by the CRC-32 of its upright pixels, is for validation, in

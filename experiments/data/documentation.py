@@ -1,5 +1,6 @@
-"""The embedded dataset for fine-tuning: the documentation inside Python's standard library, prose
-about its code.
+"""The embedded dataset for fine-tuning: the documentation inside Python's standard library.
+
+Prose about its code.
 
 One document per file, tests aside: the docstrings of the module, its classes and functions, in the
 order of the source, without their indentation, a blank line between two. A file is in the split
@@ -25,8 +26,7 @@ TESTS = {"test", "tests", "idle_test"}
 
 
 class PythonDocumentation(tfds.core.GeneratorBasedBuilder):
-    """One example per file that documents something, in order of path; the version is Python's
-    own."""
+    """One example per file that documents something, by path; the version is Python's own."""
 
     url_infos: ClassVar[
         dict
@@ -55,8 +55,9 @@ class PythonDocumentation(tfds.core.GeneratorBasedBuilder):
 
 
 def docstrings(source: str) -> Iterator[str]:
-    """The docstrings of a module's source, in order; none when it does not parse (files for other
-    versions).
+    """The docstrings of a module's source, in order; none when it does not parse.
+
+    Some files are for other versions.
 
     >>> list(
     ...     docstrings(
@@ -104,6 +105,8 @@ def documentation_texts(
 
 
 def documentation_source(directory: str) -> Source:
-    """Prepares the dataset under `directory` unless it is there, and reads it; safe in several
-    processes at once."""
+    """Prepares the dataset under `directory` unless it is there, and reads it.
+
+    Safe in several processes at once.
+    """
     return prepared_here(PythonDocumentation, directory)

@@ -1,5 +1,4 @@
-"""Batches as a pure function of (seed, step): no iterator, so nothing to save and nothing to get
-wrong on resume.
+"""Batches as a pure function of (seed, step): nothing to save, nothing to get wrong on resume.
 
 Examples are numbered; epoch e visits them in the order of a permutation keyed by (seed, e). Batch t
 takes the global positions t B ... (t + 1) B - 1, and process p of P the p-th contiguous part of
@@ -17,16 +16,16 @@ _ROUNDS = 6
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: a bijection of 64-bit words that looks random (Steele, Lea, Flood
-    2014)."""
+    """SplitMix64's finaliser: a bijection of 64-bit words (Steele, Lea, Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
-    """Where a pseudo-random permutation of range(size), one for each (seed, epoch), takes each
-    index; O(1) memory.
+    """Where a pseudo-random permutation of range(size) takes each index; O(1) memory.
+
+    One permutation for each (seed, epoch).
 
     A Feistel network of six rounds on the smallest even number of bits that holds `size`, walked
     along its cycle until it falls below `size` again, which keeps it a bijection.
@@ -76,8 +75,7 @@ class Numbered:
     def batch(
         self, step: int, process_index: int = 0, process_count: int = 1
     ) -> dict[str, np.ndarray]:
-        """The part of batch `step` (from 0) that belongs to a process; joined, the parts do not
-        depend on their number.
+        """The part of batch `step` (from 0) of a process; joined, they are the whole batch.
 
         Raises ValueError when the split has no example, or `process_count` does not divide the
         batch.
@@ -90,8 +88,7 @@ class Numbered:
         )
 
     def evaluated(self, limit_tokens: int | None = None) -> int:
-        """Examples of an evaluation: all, or with `limit_tokens` limit_tokens // length of them, at
-        least one."""
+        """How many examples an evaluation takes: all, or limit_tokens // length, at least one."""
         return (
             self._all
             if limit_tokens is None
@@ -105,8 +102,7 @@ class Numbered:
         process_index: int = 0,
         process_count: int = 1,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The first `evaluated(limit_tokens)` examples once, in order; the last batch is filled up
-        with weight 0."""
+        """The first `evaluated(limit_tokens)` examples; weight 0 pads the last batch."""
         count = self.evaluated(limit_tokens)
         own = self._slice(batch_size, process_index, process_count)
         for first in range(0, count, batch_size):
@@ -129,8 +125,9 @@ class Numbered:
 
 
 class Batches(Numbered):
-    """Fixed-shape batches of a tokenised split: {"inputs", "targets": (b, S) int32, "weights": (b,
-    S) float32}.
+    """Fixed-shape batches of a tokenised split: "inputs", "targets" and "weights".
+
+    (b, S) int32 the first two, (b, S) float32 the last.
 
     mode "pack": example i reads tokens[i S : i S + S + 1], so that every token but the first is the
     target of one example; the remainder, shorter than S + 1, is not trained on but is evaluated.

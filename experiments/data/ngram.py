@@ -15,8 +15,9 @@ import numpy as np
 
 
 class KneserNeyTrigram:
-    """Counts of a training stream; `probability(a, b, c)` for arrays of ids, with a or b = -1 for
-    "no such context".
+    """Counts of a training stream.
+
+    `probability(a, b, c)` is for arrays of ids, with a or b = -1 for "no such context".
 
     >>> model = KneserNeyTrigram(np.array([0, 1, 2, 0, 1, 2, 0, 1, 3]), vocabulary_size=4)
     >>> a, b = np.zeros(4, int), np.ones(4, int)
@@ -91,8 +92,9 @@ def _look_up(keys, values, wanted):
 def trigram_loss(
     train_tokens: np.ndarray, validation_tokens: np.ndarray, vocabulary_size: int
 ) -> float:
-    """Mean negative log-likelihood, in nats, of every validation token but the first, given up to
-    two before it.
+    """Mean negative log-likelihood, in nats, of every validation token but the first.
+
+    Given up to two tokens before it.
 
     Those are the targets of a packed evaluation, so the two losses compare. The first target has
     one token of context.

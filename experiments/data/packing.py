@@ -35,7 +35,9 @@ _INFO = {"tokens": int, "crc32": str, "dtype": str}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizedSplit:
-    """tokens: (N,) memory map; starts: (documents + 1,) int64; eos, pad: ids; fingerprint: equal
+    """A split as tokens in a file.
+
+    tokens: (N,) memory map; starts: (documents + 1,) int64; eos, pad: ids; fingerprint: equal
     for equal tokens.
 
     marks: (documents,) int64 of documents that are pairs or conversations, see above, else None.
@@ -60,8 +62,9 @@ def tokenized(
     bos: bool = False,
     template: str = "plain",
 ) -> TokenizedSplit:
-    """The tokens of `split`, from `directory/tokens/` or made there now; safe in several processes
-    and to interrupt.
+    """The tokens of `split`, from `directory/tokens/` or made there now.
+
+    Safe in several processes, and to interrupt.
 
     With `bos`, every document begins with the tokenizer's bos. Pairs and conversations are put into
     a template of `experiments.data.chat`.
@@ -121,8 +124,7 @@ def tokenized(
 
 
 def _write(source, split, folder, encode, tokenizer):
-    """The folder of a split; `encode(document)` gives its ids, its mark and which ids have a
-    loss."""
+    """Writes the folder of a split; `encode(document)` gives ids, a mark and which have a loss."""
     temporary = f"{folder}.{os.getpid()}.incomplete"
     os.makedirs(temporary)
     try:
@@ -140,8 +142,10 @@ def _write(source, split, folder, encode, tokenizer):
 
 
 def _write_tokens(source, split, folder, encode, vocabulary_size: int) -> dict:
-    """tokens.bin, starts.npy and, where they say anything, marks.npy and counted.bin; what
-    info.json says of them."""
+    """Writes tokens.bin, starts.npy and, where they say anything, marks.npy and counted.bin.
+
+    Returns what info.json says of them.
+    """
     dtype = np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.int32)
     starts, marks, checksum, has_gaps = [0], [], 0, False
     names = [os.path.join(folder, name) for name in ("tokens.bin", "counted.bin")]
@@ -186,8 +190,7 @@ def _write_tokens(source, split, folder, encode, vocabulary_size: int) -> dict:
 
 
 def _encode(document, tokenizer, bos, template) -> tuple[np.ndarray, int | None, np.ndarray | None]:
-    """The ids of a document, its mark, and which ids have a loss; a text and what has a class end
-    with eos."""
+    """The ids of a document, its mark, and which ids have a loss; eos ends texts and classes."""
     first, second = document if isinstance(document, tuple) else (document, None)
     if isinstance(second, bytes):
         document = chat.Conversation((("user", first), ("assistant", second)))

@@ -1,5 +1,4 @@
-"""Prepares a TFDS dataset as array_record, once, for machines that then need neither TensorFlow nor
-Beam to read it.
+"""Prepares a TFDS dataset as array_record, once, for machines without TensorFlow or Beam.
 
     pip install -e '.[prepare]'
     python -m experiments.data.prepare c4/en --directory=/data
@@ -20,8 +19,7 @@ from experiments.data.sources import builder_source, data_directory
 
 
 def prepare(name: str, directory: str, beam_options: list[str] | None = None) -> str:
-    """Downloads and prepares `name` under `directory` unless it is there; returns its version
-    directory.
+    """Prepares `name` under `directory` unless it is there; returns its version directory.
 
     Raises ImportError when the dataset's builder needs TensorFlow or Beam and they are missing.
     """

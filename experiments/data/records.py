@@ -1,5 +1,6 @@
-"""JSON lines as documents: one object a line, `{"text"}`, `{"text", "label"}`, or an instruction in
-one of many forms.
+"""JSON lines as documents, one object a line: texts, texts with labels, instructions.
+
+`{"text"}`, `{"text", "label"}`, or an instruction in one of many forms.
 
 An instruction is a prompt and a response under one of PAIRS of keys, or a conversation:
 {"messages": [{"role": "user", "content": "..."}, ...]}, or with "conversations", "from" and "value"

@@ -1,5 +1,7 @@
-"""Batches of documents that are pairs, a prompt and its response or a text and its class, or
-conversations."""
+"""Batches of documents that are pairs or conversations.
+
+A prompt and its response, or a text and its class.
+"""
 
 import numpy as np
 
@@ -37,8 +39,9 @@ class Rows(Numbered):
 
 
 class Instructions(Rows):
-    """{"inputs", "targets": (b, S) int32, "weights": (b, S) float32}, 1 on the tokens of the
-    response and its eos.
+    """{"inputs", "targets", "weights"} of prompts and responses.
+
+    (b, S) int32 and float32; weights are 1 on the tokens of the response and its eos.
 
     Of a conversation, 1 on the tokens of every reply and of what ends it. A row holds at most S + 1
     tokens. When prompt and first response do not fit, the prompt loses its beginning, down to one
@@ -83,8 +86,10 @@ class Instructions(Rows):
         }
 
     def _first_reply(self, start, after):
-        """Tokens of the first reply, which begins at `start` and is followed by `after` tokens,
-        itself included; of a longer one than a row as many as a row has."""
+        """Tokens of the first reply, of a longer one as many as a row has.
+
+        It begins at `start` and is followed by `after` tokens, itself included.
+        """
         if self.split.counted is None:
             return after
         offset = np.arange(self._room)

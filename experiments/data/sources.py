@@ -48,8 +48,9 @@ class Source:
 
 
 def split_of(relative_path: str) -> str:
-    """Every file goes to "validation" (one in twenty) or "train" by the CRC-32 of its path: the
-    same on every machine.
+    """Every file goes to "validation" (one in twenty) or "train" by its path's CRC-32.
+
+    The same on every machine.
 
     >>> split_of("abc.py"), split_of("json/decoder.py")
     ('train', 'train')
@@ -67,8 +68,9 @@ def data_directory(directory: str = "") -> str:
 
 @contextlib.contextmanager
 def exclusive(path: str) -> Iterator[bool]:
-    """Holds a lock file: other processes of this machine wait. The system frees the lock of a
-    killed process.
+    """Holds a lock file: other processes of this machine wait.
+
+    The system frees the lock of a killed process.
 
     Yields whether the lock is held: some file systems have none. What is prepared under it is
     renamed into place, so that without a lock the worst is work done twice.
@@ -122,8 +124,10 @@ def directory_source(path: str, text_key: str = "text") -> Source:
 
 
 def named_source(name: str, directory: str, text_key: str = "text") -> Source:
-    """A dataset prepared under `directory` or TFDS's own data directory, by name, such as `lm1b` or
-    `c4/en`."""
+    """A prepared dataset by name, such as `lm1b` or `c4/en`.
+
+    Under `directory` or TFDS's own data directory.
+    """
     return builder_source(named_builder(name, directory), {"text_key": text_key})
 
 
@@ -135,8 +139,9 @@ def directory_builder(path: str):
 
 
 def named_builder(name: str, directory: str):
-    """The TFDS builder of a dataset that is prepared under `directory` or TFDS's own data
-    directory.
+    """The TFDS builder of a dataset that is prepared.
+
+    Under `directory` or TFDS's own data directory.
 
     Its code is not needed when its files are there. Raises FileNotFoundError when they are not.
     """
@@ -158,8 +163,7 @@ def named_builder(name: str, directory: str):
 
 
 def builder_source(builder, keys: Mapping[str, str] = TEXT) -> Source:
-    """Checks that a prepared TFDS builder has random access and the features that are asked for,
-    and reads it.
+    """Reads a prepared TFDS builder that has random access and the features asked for.
 
     Args:
       builder: of a prepared dataset.

@@ -1,5 +1,7 @@
-"""The embedded dataset: the source of the running Python's standard library, 30 MB of real text and
-no download."""
+"""The embedded dataset: the source of the running Python's standard library.
+
+30 MB of real text and no download.
+"""
 
 import os
 import pathlib
@@ -15,8 +17,7 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
-    """One example per non-empty, UTF-8 `.py` file, in order of path, split by file; the version is
-    Python's own."""
+    """One example per non-empty UTF-8 `.py` file, by path; the version is Python's own."""
 
     url_infos: ClassVar[
         dict
@@ -45,8 +46,10 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
 
 
 def library_files(root: str | None = None) -> dict[str, list[tuple[str, str]]]:
-    """{split: [(relative path, text)]}; files that are not UTF-8 (fixtures of Python's own tests)
-    are left out."""
+    """{split: [(relative path, text)]}, without files that are not UTF-8.
+
+    Those are fixtures of Python's own tests.
+    """
     base = pathlib.Path(root or sysconfig.get_path("stdlib"))
     files: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
     for path in sorted(base.rglob("*.py")):
@@ -67,14 +70,15 @@ def library_files(root: str | None = None) -> dict[str, list[tuple[str, str]]]:
 
 
 def stdlib_source(directory: str) -> Source:
-    """Prepares the dataset under `directory` unless it is there, and reads it; safe in several
-    processes at once."""
+    """Prepares the dataset under `directory` unless it is there, and reads it.
+
+    Safe in several processes at once.
+    """
     return prepared_here(PythonStdlib, directory)
 
 
 def prepared_here(builder_of: type[tfds.core.GeneratorBasedBuilder], directory: str) -> Source:
-    """The dataset of a builder that downloads nothing, prepared under `directory` by whichever
-    process is first."""
+    """The dataset of a builder that downloads nothing, prepared by whichever process is first."""
     builder = builder_of(data_dir=directory)
     if not builder.data_path.exists():
         with exclusive(os.path.join(directory, f".{builder.name}.lock")):

@@ -1,5 +1,6 @@
-"""Text to token ids and back: bytes, a SentencePiece model, or a `tokenizer.json` of Hugging Face's
-tokenizers.
+"""Text to token ids and back: bytes, a SentencePiece model, or a `tokenizer.json`.
+
+The latter is of Hugging Face's tokenizers.
 
 Text never becomes a control token. What a document, a prompt or a user of a chat writes as "</s>"
 or "<|im_end|>" is spelled out; the ids of control tokens come from `Tokenizer.token` alone, for who
@@ -308,8 +309,7 @@ def found_in(folder: str | os.PathLike) -> str:
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that "bytes" or a path names: of a `.json` file, of a SentencePiece model, or
-    of a folder."""
+    """The tokenizer that "bytes" or a path names: a JSON file, a SentencePiece model, a folder."""
     if name == "bytes":
         return ByteTokenizer()
     path = found_in(name) or name
@@ -317,8 +317,7 @@ def make_tokenizer(name: str) -> Tokenizer:
 
 
 def vocabulary_of(name: str) -> int | None:
-    """How many ids the tokenizer has, or None for "bytes", which nobody brought, and where its file
-    is missing."""
+    """How many ids the tokenizer has; None for "bytes", and where its file is missing."""
     if name == "bytes" or not (found_in(name) or pathlib.Path(name).expanduser().is_file()):
         return None
     return make_tokenizer(name).vocabulary_size

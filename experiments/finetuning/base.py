@@ -75,8 +75,7 @@ class Base:
 
 
 def parameter_shapes(config, classes: int = 0) -> Any:
-    """Parameters of the model of `config` as `jax.ShapeDtypeStruct`s; with a classifier where text
-    has classes."""
+    """Shapes of the parameters of a model; with a classifier where text has classes."""
     if isinstance(config, vit.VitConfig):
         images = jax.ShapeDtypeStruct((1, config.image, config.image, config.channels), jnp.float32)
         return jax.eval_shape(vit.Vit(config).init, jax.random.key(0), images)["params"]
@@ -132,8 +131,7 @@ def read_document(path: pathlib.Path, shape: Any, source: str) -> Any:
 
 
 def read_description(path: pathlib.Path) -> dict[str, Any]:
-    """What `Model.describe` wrote, to model.json of a run or config.json of an exported folder; all
-    sections checked.
+    """The checked description of a model: model.json of a run, config.json of an exported folder.
 
     Raises ConfigurationError.
     """
@@ -157,8 +155,7 @@ def read_sections(values: dict[str, Any], source: str) -> tuple[Any, TuningDataC
 
 
 def meaning_of(description: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{section: {key: value}} of a description without which the arrays of a folder mean
-    nothing."""
+    """{section: {key: value}} of a description that arrays need to mean anything."""
     named = {key: description[key] for key in ("architecture", "tokenizer", "classes")}
     return {"model": description["model"], "description": named}
 
@@ -171,8 +168,10 @@ def read_parameters(folder: pathlib.Path, like, place: Place, meaning: dict[str,
 def restore_newest(
     folder: pathlib.Path, like, shardings, meaning: dict[str, dict[str, Any]]
 ) -> checkpoint.Restored:
-    """The newest good checkpoint of a folder, as far as `like` goes. Raises ConfigurationError when
-    there is none."""
+    """The newest good checkpoint of a folder, as far as `like` goes.
+
+    Raises ConfigurationError when there is none.
+    """
     put = lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)  # noqa: E731
     target = jax.tree.map(put, like, shardings)
     where, found = f"base.source={str(folder)!r}", None

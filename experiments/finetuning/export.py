@@ -85,8 +85,7 @@ def _tokenizer(base: Base) -> Tokenizer | None:
 
 
 def check(output, form: str, config: TuningConfig) -> None:
-    """ConfigurationError unless a run of `config` makes what `form` asks for, and it can be
-    written."""
+    """ConfigurationError unless a run of `config` makes that form, and it can be written."""
     check_output(output)
     if form == "peft" and not config.adapter.method:
         raise ConfigurationError(

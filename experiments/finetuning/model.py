@@ -70,8 +70,7 @@ class Parts:
         raise NotImplementedError
 
     def merged(self, params, rest, *frozen):
-        """As `plain`, one matrix after the other, and only if all of it is finite; not under
-        jit."""
+        """As `plain`, matrix by matrix and only if all of it is finite; not under jit."""
         raise NotImplementedError
 
 

@@ -248,8 +248,7 @@ def _merged(folder: pathlib.Path, config: TuningConfig, model: Model, place: Pla
 
 
 def read_tuned(folder: pathlib.Path, config: TuningConfig, model: Model, place: Place) -> tuple:
-    """(what trained, what the state holds beside it, *frozen arguments) of the newest good
-    checkpoint."""
+    """Of the newest good checkpoint: what trained, the rest of the state, and frozen arguments."""
     parts, digest = model.parts, None
     frozen: tuple = ()
     if parts.needs_base:

@@ -1,5 +1,6 @@
-"""Fine-tuning as a task of the training loop: adapters or the whole model, from a base that stays
-as it is.
+"""Fine-tuning as a task of the training loop: adapters or the whole model, from a base.
+
+The base stays as it is.
 
 Beside the files of every run, the folder holds model.json: what the tuned model is (architecture,
 tokenizer, classes). A checkpoint holds what trains, the optimizer's state and the frozen arrays of
@@ -114,8 +115,10 @@ class Finetuning(Task):
             )
 
     def _check_types(self, base):
-        """Trace the update on an explicit mesh, before the base is read: not every adapter says
-        what lies where."""
+        """Trace the update on an explicit mesh, before the base is read.
+
+        Not every adapter says what lies where.
+        """
         if not self.config.mesh.explicit:
             return
         frozen = self.parts.cut_off(base) if self.parts.needs_base else ()
@@ -145,15 +148,16 @@ class Finetuning(Task):
     # what is trained
 
     def _read_base(self):
-        """The base's parameters, with the head that the data needs; the digest is of what was
-        read."""
+        """The base's parameters, with the head that the data needs; the digest is of the former."""
         params = self.base.read(self.place)
         self._digest = parameter_digest(params)
         return self.model.with_head(params, self.config.run.seed, self.place)
 
     def _work(self) -> float:
-        """Operations of an update. Of a frozen kernel's three products adapters need two; their own
-        are not counted."""
+        """Operations of an update.
+
+        Of a frozen kernel's three products adapters need two; their own are not counted.
+        """
         config, data = self.model.config, self.config.data
         if self.base.is_vit:
             whole = vit.flops_per_image(config) * data.batch_size
@@ -255,9 +259,12 @@ class Finetuning(Task):
         return found, line
 
     def _domain_limit(self, own, part) -> int:
-        """Tokens of the base's domain: where the configuration says none, so many that they are
-        neither more rows nor more tokens than the evaluation of the run's own data, and forgetting
-        costs at most as much."""
+        """How many tokens of the base's domain an evaluation takes.
+
+        Where the configuration says none, so many that they are neither more rows nor more
+        tokens than the evaluation of the run's own data, and forgetting costs at most as
+        much.
+        """
         settings = self.config.run
         return settings.domain_tokens or own.evaluated(settings.evaluation_tokens) * min(
             own.length, part.length

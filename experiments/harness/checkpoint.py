@@ -162,8 +162,7 @@ class Checkpoints:
         return manifest.steps(self.directory)
 
     def save(self, step: int, tree, extra: Mapping | None = None) -> None:
-        """Begin to write `tree`. Returns once the values are copied to the host, so their buffers
-        may be donated.
+        """Begin to write `tree`; its buffers may be donated once this returns.
 
         Leaves of size zero, which orbax refuses, are in the manifest alone. Raises what went wrong
         with the save before.
@@ -264,8 +263,10 @@ class Checkpoints:
     def _choose(
         self, expected: Mapping, partial: bool, damaged: list[int]
     ) -> tuple[int, dict, list | None] | None:
-        """The newest good step older than the `damaged` ones, what was saved beside it, and of one
-        in older formats its (paths, formats); adds to `damaged`."""
+        """The newest good step older than the `damaged` ones, with what was saved beside it.
+
+        Of a step in older formats also its (paths, formats). Adds to `damaged`.
+        """
         for folder in [] if damaged else manifest.strays(self.directory):
             self.say(f"checkpoint {folder}: its name is no step's; passed over")
         for step in [step for step in self.steps() if not damaged or step < min(damaged)]:

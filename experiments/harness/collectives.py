@@ -92,8 +92,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _times(inside: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs: the trips of the loops around it, through whatever calls
-    it."""
+    """How often each computation runs: the trips of all loops around it."""
     callers: dict[str, tuple[str, int]] = {}
     for name, lines in inside.items():
         for line in lines:

@@ -157,8 +157,7 @@ def _trained(
 
 
 def _report(workdir: pathlib.Path) -> None:
-    """Write the report; say why there is none where the folder can only be read, or a file in it is
-    damaged."""
+    """Write the report, or say why there is none: a folder that is read only, a damaged file."""
     from experiments.reporting import page
 
     problem = outputs.problem(workdir / "report", is_folder=True)

@@ -1,5 +1,4 @@
-"""Several processes as one run: how they join, agree, stop at one update, and end when one of them
-is lost.
+"""Several processes as one run: they join, agree, stop at one update, and end together.
 
     python -m experiments.pretrain --coordinator=host0:4321 --processes=2 --process=0     # on host0
     python -m experiments.pretrain --coordinator=host0:4321 --processes=2 --process=1     # on host1
@@ -160,8 +159,10 @@ def _give_up(hosts: Hosts) -> None:
 
 
 def _reach(hosts: Hosts) -> None:
-    """Wait until process 0 listens: jax itself ends a process that cannot connect without an error
-    to catch."""
+    """Wait until process 0 listens.
+
+    jax itself ends a process that cannot connect, without an error to catch.
+    """
     assert hosts.coordinator is not None
     host, _, port = hosts.coordinator.rpartition(":")
     end = time.monotonic() + hosts.join_timeout
@@ -207,8 +208,9 @@ def exchange(text: str) -> list[str]:
 
 
 def by_lead(make: Callable[[], Any], error: type[Exception]) -> Any:
-    """What `make()`, called by process 0 alone, returns, in every process; a JSON value where there
-    are several.
+    """What `make()`, called by process 0 alone, returns, in every process.
+
+    A JSON value where there are several.
 
     What it raises is raised in the others as `error`.
     """
@@ -222,8 +224,7 @@ def by_lead(make: Callable[[], Any], error: type[Exception]) -> Any:
 
 @contextlib.contextmanager
 def together(error: type[Exception]) -> Iterator[None]:
-    """All leave the block, or none: what one process raises in it is raised in the others as
-    `error`."""
+    """All leave the block, or none: what one process raises, the others raise as `error`."""
     own = None
     try:
         yield
@@ -271,8 +272,11 @@ class Stop:
         return self._asked.is_set() and not joined()
 
     def poll(self) -> bool:
-        """Whether to stop here. Between two calls something is dispatched; before a call what was
-        dispatched before the last one has ended."""
+        """Whether to stop here.
+
+        Between two calls something is dispatched; before a call what was dispatched before
+        the last one has ended.
+        """
         if not joined():
             return self._asked.is_set()
         self._place += 1
@@ -286,8 +290,9 @@ class Stop:
 
 
 def end(error: BaseException) -> NoReturn:
-    """Say why this process alone ends, and end it at once: an orderly exit would wait for the
-    others.
+    """Say why this process alone ends, and end it at once.
+
+    An orderly exit would wait for the others.
 
     They notice by the closed connection (gloo) or by silence.
     """

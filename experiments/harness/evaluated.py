@@ -1,5 +1,6 @@
-"""What an evaluation was of: so that losses are compared on the same tokens, and across tokenizers
-in bits per byte.
+"""What an evaluation was of: which tokens, and how many bytes of text they are.
+
+Losses are compared on the same tokens, and across tokenizers in bits per byte.
 
 evaluated   digest of the tokenizer and of every token (or image) and target of the evaluation
 bytes       of the text that its targets spell; what a tokenizer's own marks (eos) stand for has
@@ -22,8 +23,10 @@ ROWS = 256  # that are read at once
 
 
 def identity(dataset: Dataset, limit: int | None) -> dict[str, Any]:
-    """{"evaluated": digest, "bytes": number or None, "text": digest or None} of `limit` tokens of
-    the validation data.
+    """What `limit` tokens of the validation data are: {"evaluated", "bytes", "text"}.
+
+    Digests of the tokens and of the text, and its bytes; the last two None where they are not
+    known.
 
     Classes have no bytes: their loss is that of a label.
     """

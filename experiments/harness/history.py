@@ -1,5 +1,6 @@
-"""How a run came to be: extensions of it, and the run that it started from; `history.json` in its
-folder says so.
+"""How a run came to be: its extensions, and the run that it started from.
+
+`history.json` in its folder says so.
 
 An extension goes on with a run, finished or not, under other values of EXTENSION (`--extend`): it
 repeats, bit for bit, what a run does that has the old configuration up to the step of the
@@ -83,8 +84,9 @@ def extend(
     steps: int,
     say: Callable[[str], None],
 ) -> None:
-    """From here on, when the state is known to fit, the run is that of the new configuration, of
-    `steps` updates.
+    """From here on the run is that of the new configuration, of `steps` updates.
+
+    Called when the state is known to fit.
 
     Notes the extension, with the summary that the run had if it was over, which then is no longer
     its summary. Safe to repeat: a process that dies in the middle leaves a run that can be extended
@@ -110,8 +112,7 @@ def extend(
 
 
 def initial(task: Any, workdir: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """The state before the first update, from another run where the configuration says so, which is
-    noted."""
+    """The state before the first update, from another run where the configuration names one."""
     state, settings = task.initial(), task.config.run
     if not settings.start_from:
         return state
@@ -125,8 +126,7 @@ def initial(task: Any, workdir: pathlib.Path, say: Callable[[str], None]) -> dic
 def started(
     settings: LoopConfig, task: Any, state: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The entry of a new run's history, and its state in place of `state`, from the run that
-    `settings` names.
+    """The entry of a new run's history, and its state, from the run that `settings` names.
 
     Raises ConfigurationError where there is none, or it is of another model or optimizer.
     """

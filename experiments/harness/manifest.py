@@ -1,5 +1,4 @@
-"""The manifest of a checkpoint: what a step folder must hold, sealed, and everything by which
-damage shows.
+"""The manifest of a checkpoint: what a step folder must hold, sealed, so that damage shows.
 
     {"format", "step", "leaves": {path: [shape, dtype]}, "files": {name: {"bytes", "sha256"}},
     "sides", "extra",
@@ -48,8 +47,7 @@ Table = dict[str, tuple[tuple[int, ...], str]]
 
 
 def steps(directory: pathlib.Path) -> list[int]:
-    """Steps with a folder, newest first, finished or not; a folder whose name is not as `save`
-    writes it is none."""
+    """Steps with a folder, newest first, finished or not; by names as `save` writes them."""
     names = [path.name for path in directory.glob("*") if path.is_dir()]
     return sorted(
         (int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True
@@ -150,8 +148,10 @@ def problem(
 
 
 def _difference(leaves: Table, arrays: Mapping[str, Any]) -> str | None:
-    """How the arrays that orbax stored differ from the leaves of the manifest; those of size zero
-    are not stored."""
+    """How the arrays that orbax stored differ from the leaves of the manifest.
+
+    Leaves of size zero are not stored.
+    """
     expected = {path: leaf for path, leaf in leaves.items() if 0 not in leaf[0]}
     for path in [*expected, *arrays]:
         if path not in arrays or path not in expected:
@@ -179,8 +179,10 @@ def files(directory: pathlib.Path) -> list[str]:
 
 
 def checksums(directory: pathlib.Path, names: list[str]) -> dict[str, dict]:
-    """{relative path: size and sha256}; hashing releases the interpreter lock, so files are hashed
-    side by side."""
+    """{relative path: size and sha256}.
+
+    Hashing releases the interpreter lock, so files are hashed side by side.
+    """
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(
             zip(names, pool.map(lambda name: _sha256(directory / name), names), strict=True)
@@ -196,8 +198,7 @@ def _sha256(path: pathlib.Path) -> dict:
 
 
 def stored_sides(directory: pathlib.Path) -> dict[str, list]:
-    """{path: [side, rank]} of the newest finished checkpoint below `directory`; {} where there is
-    none to read."""
+    """{path: [side, rank]} of the newest finished checkpoint; {} where there is none to read."""
     for step in steps(directory):
         with contextlib.suppress(DocumentError):
             return read(directory / str(step))["sides"]

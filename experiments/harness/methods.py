@@ -168,8 +168,7 @@ def _optax_galore(
     scale: float = 0.25,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """`optax.contrib.galore` on the kernels of the blocks, as the papers do; it would also take the
-    head."""
+    """`optax.contrib.galore` on the kernels of the blocks; it would also take the head."""
 
     def numbers(params):
         def one(path, leaf):
@@ -199,8 +198,7 @@ _apollo_mini.__signature__ = inspect.signature(lrx.apollo)  # type: ignore[attr-
 
 
 def _pairs(method: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
-    """An optimizer of the factors of adapters; their scale comes with every update, see
-    `updates.step`."""
+    """An optimizer of the factors of adapters, whose scale comes with every update."""
     signature = inspect.signature(method)
     own = [one for name, one in signature.parameters.items() if name != "scale"]
 

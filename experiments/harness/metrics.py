@@ -1,5 +1,4 @@
-"""What a run says while it runs: JSON lines, a progress line, TensorBoard, and the figures in
-them."""
+"""What a run says while it runs: JSON lines, a progress line, TensorBoard."""
 
 import contextlib
 import functools
@@ -115,8 +114,7 @@ def holds(path, kind: str, step: int) -> bool:
 
 
 def truncate(path, step: int) -> int:
-    """Drop the lines of steps after `step`, which a resumed run is about to repeat; returns how
-    many.
+    """Drop the lines of steps after `step`, which a resumed run repeats; returns how many.
 
     The new file replaces the old one at once, so that a kill here loses nothing.
     """
@@ -177,8 +175,7 @@ class Progress:
             self.say(f"step {step}/{self.total}  {figures}  ETA {format_seconds(eta)}")
 
     def part(self, title: str, done: int, total: int) -> None:
-        """How far a longer piece of work between two steps is: every `PART_EVERY` seconds, from its
-        beginning (0)."""
+        """How far a longer piece of work between two steps is, every `PART_EVERY` seconds."""
         now = time.perf_counter()
         if done and now - self._told >= PART_EVERY:
             self.say(f"{title}: batch {done} of {total}")
@@ -200,7 +197,8 @@ class Progress:
 
 
 def format_bytes(count: float) -> str:
-    """
+    """Bytes in a unit of their size.
+
     >>> format_bytes(1536 * 2**20)
     '1.50 GiB'
     """
@@ -210,7 +208,8 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """
+    """Seconds as hours, minutes and seconds.
+
     >>> format_seconds(3725)
     '1:02:05'
     """
@@ -249,8 +248,7 @@ def peak_memory() -> int:
 
 @functools.cache
 def peak_flops() -> tuple[float, str]:
-    """(peak FLOP/s of one device, where the figure comes from): the data sheet's, or a float32
-    matmul's rate.
+    """Peak FLOP/s of one device, and whose figure it is: the data sheet's, or a measured rate.
 
     The devices of a simulated CPU mesh share one processor, so the measured rate is divided among
     them.

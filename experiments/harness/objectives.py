@@ -23,8 +23,10 @@ def classes(model, params, batch):
 
 
 def class_logits(model, params, batch):
-    """(B, Y) float32: of a `Vit`, or of the classifier on what the head of a `Llama` would read at
-    token "last"."""
+    """Scores of the classes (B, Y) float32, of a `Vit` or of a `Llama` with a classifier.
+
+    The classifier reads what the head would read at token "last".
+    """
     if isinstance(model, vit.Vit):
         return model.apply({"params": params}, batch["inputs"])
     is_last_norm = lambda module, method: module.name == "norm"  # noqa: E731

@@ -1,5 +1,7 @@
-"""The configured optimizer: built from its row of the table (`experiments.harness.methods`), checked,
-and what can be read from its state."""
+"""The configured optimizer: built from its row of the table, checked, and its state read.
+
+The table is `experiments.harness.methods`.
+"""
 
 import dataclasses
 from collections.abc import Collection
@@ -25,8 +27,7 @@ from lowrank_jax.optim.pair_update import PairsState
 
 
 def schedule(config: ScheduleConfig, learning_rate: float) -> optax.Schedule:
-    """Linear from 0 to `learning_rate` over the warm-up, then a cosine to `final_fraction` of it at
-    the last update.
+    """Linear from 0 to `learning_rate`, then a cosine to `final_fraction` of it at the end.
 
     >>> rate = schedule(ScheduleConfig(steps=100, warmup_steps=10), 1.0)
     >>> float(rate(10)), round(float(rate(100)), 6)
@@ -48,8 +49,9 @@ def build(
     seed: int,
     sides: tuple[tuple[str, str], ...] = (),
 ) -> optax.GradientTransformation:
-    """The configured optimizer, after clipping by the global norm (of what it keeps, where
-    `backprop` is set).
+    """The configured optimizer, after clipping by the global norm.
+
+    With `backprop` set, what it keeps of the gradient is clipped.
 
     Args:
       config: names the method; its None fields keep the method's own defaults.
@@ -147,8 +149,7 @@ def decomposes(config: OptimizerConfig) -> bool:
 
 
 def fit(given: dict[str, Any], own: str, explicit: Collection[str]) -> list[str]:
-    """Sets to None what a configuration file says for its own method and the chosen one lacks;
-    notes of what was done.
+    """Sets to None what a file says for its own method and the chosen one lacks; notes of it.
 
     Args:
       given: the section optimizer with the chosen name, changed in place.
@@ -187,8 +188,7 @@ def _unfit(method: Method, field: str, own: str, projector: str | None) -> str |
 
 
 def full_gradients(config: OptimizerConfig) -> str | None:
-    """Why a step of a low-rank method holds full gradients, and what avoids it; None where it holds
-    none."""
+    """Why a step of a low-rank method holds full gradients, and what avoids it; or None."""
     if not METHODS[config.name].projects:
         return None
     plain = dataclasses.replace(config, clip_norm=None, side=None)
@@ -228,8 +228,7 @@ def views(stacked: bool) -> lrx.Views:
 
 
 def skipped(state) -> jax.Array | int:
-    """How many updates the optimizer refused because a gradient was not finite (0 when it does not
-    watch for it)."""
+    """How many updates were refused because a gradient was not finite; 0 where none are."""
     return sum(value for _, value in optax.tree.get_all_with_path(state, "skipped"))
 
 
@@ -248,16 +247,16 @@ def is_scheduled(node: Any) -> bool:
 
 
 def done(state) -> int | None:
-    """How many updates an optimizer's state has seen, by its learning rate's count; None where it
-    keeps none."""
+    """How many updates a state has seen, by its learning rate's count; None where it keeps none."""
     nodes = filter(is_scheduled, jax.tree.leaves(state, is_leaf=is_scheduled))
     counts = [getattr(node, SCHEDULED[type(node)]) for node in nodes]
     return int(counts[0]) + int(skipped(state)) if counts else None
 
 
 def restarted(state: Any) -> Any:
-    """An optimizer's state whose schedule begins anew, and whose count of skipped updates too; the
-    rest stays.
+    """An optimizer's state whose schedule and count of skipped updates begin anew.
+
+    The rest stays.
 
     Optimizers of pairs alternate by the count of the schedule, and so begin with the first factor
     again.
@@ -275,8 +274,7 @@ def restarted(state: Any) -> Any:
 
 
 def sides(state) -> dict[str, tuple[int, int]]:
-    """{path: (side, rank)} of the projected matrices of an optimizer state: what shapes alone do
-    not tell."""
+    """{path: (side, rank)} of the projected matrices of a state, which shapes do not tell."""
     holds_view = lambda node: hasattr(node, "view")  # noqa: E731
     nodes = [node for node in jax.tree.leaves(state, is_leaf=holds_view) if holds_view(node)]
     return {node.view.path: (node.view.side, node.view.rank) for node in nodes}

@@ -29,8 +29,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_text(path: str | os.PathLike, text: str) -> pathlib.Path:
-    """Write so that `path` holds either what it held or all of the new text, whenever the process
-    dies."""
+    """Write so that `path` holds what it held or all of the new text, whenever the process dies."""
     return documents.write(path, text.encode())
 
 
@@ -53,8 +52,7 @@ def _plain(value: Any) -> Any:
 
 
 def problem(path: str | os.PathLike, *, is_folder: bool) -> str | None:
-    """Why nothing can be written there, as the rest of a sentence that begins with the path; None
-    when it can.
+    """Why nothing can be written there, as the rest of a sentence about the path; or None.
 
     Args:
       path: of a file that is replaced, or of a folder in which files are made; its parents are made
@@ -92,8 +90,7 @@ def problem(path: str | os.PathLike, *, is_folder: bool) -> str | None:
 
 
 def check(name: str, path: str | os.PathLike, *, is_folder: bool) -> pathlib.Path:
-    """The path, if something can be written there; else a ConfigurationError that begins with the
-    flag's name."""
+    """The path, if something can be written there; else a ConfigurationError."""
     found = problem(path, is_folder=is_folder)
     if found is not None:
         raise ConfigurationError(f"{name}={str(path)!r}: {found}; give another place")
@@ -108,8 +105,9 @@ def is_full(error: BaseException) -> bool:
 def write_result(
     path: str | os.PathLike, result: Mapping[str, Any], *, replace: bool = False
 ) -> pathlib.Path:
-    """Write a result, unless the file there holds more; then beside it, as NAME.partial.json.
-    Returns the file written.
+    """Write a result, beside the file there if that holds more; returns the file written.
+
+    It is then NAME.partial.json.
 
     More: a list with more rows, at whatever depth; an entry that the new result lacks or has as
     null, of rows one that fewer of them have; or another SUBJECT, which one of the two may lack.

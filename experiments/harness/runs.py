@@ -95,15 +95,13 @@ class Run:
 
     @property
     def step_seconds(self) -> list[float]:
-        """Seconds of each step, without the first, in which programs are loaded and caches are
-        cold."""
+        """Seconds of each step but the first, which loads programs and fills caches."""
         times = [row["step_seconds"] for row in self.train if row.get("step_seconds") is not None]
         return times[1:]
 
     @property
     def records_tokens(self) -> bool:
-        """Whether the last evaluation says by a digest what it was of; runs of older versions do
-        not."""
+        """Whether the last evaluation says by a digest what it was of, as old runs do not."""
         return bool(self.evaluations and self.evaluations[-1].get("evaluated"))
 
     @property
@@ -167,8 +165,7 @@ class Run:
 
 
 def on_one_domain(evaluations: list[dict]) -> list[dict]:
-    """Lines of metrics.jsonl whose losses on the base's domain are of as many tokens as the last
-    one's.
+    """Lines of metrics.jsonl whose domain's losses are of as many tokens as the last one's.
 
     A run that an older version began may have measured it on others, and did not say on how many.
 
@@ -183,8 +180,7 @@ def on_one_domain(evaluations: list[dict]) -> list[dict]:
 
 
 def bits_per_byte(evaluation: dict[str, Any]) -> float | None:
-    """Of a line of metrics.jsonl, from its mean loss in nats a token; None where a part is not
-    known.
+    """Bits per byte of a line of metrics.jsonl, from its mean loss in nats a token; or None.
 
     >>> bits_per_byte({"loss": math.log(2), "tokens": 100, "bytes": 50})
     2.0
@@ -194,8 +190,10 @@ def bits_per_byte(evaluation: dict[str, Any]) -> float | None:
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
-    """One run folder. Raises RunError when it is none, or when a file of it is not what a run
-    writes."""
+    """One run folder.
+
+    Raises RunError when it is none, or when a file of it is not what a run writes.
+    """
     folder = Path(folder)
     lines_file = folder / "metrics.jsonl"
     if not os.path.isfile(lines_file):  # False of a name that is none
@@ -297,8 +295,10 @@ def sealed(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_summary(path: str | Path) -> dict[str, Any]:
-    """What summary.json says. Raises documents.DocumentError, also where it was changed since the
-    run wrote it."""
+    """What summary.json says.
+
+    Raises documents.DocumentError, also where it was changed since the run wrote it.
+    """
     summary = documents.read(path, _SUMMARY, remedy=_REMEDY)
     digest = summary.pop("digest", None)  # older runs have none
     if digest is not None and digest != _digest(summary):

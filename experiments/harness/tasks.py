@@ -37,8 +37,9 @@ def unwatched(title: str, total: int, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 class Task:
-    """One kind of training. A subclass sets the attributes in `__init__`, before any work, and
-    fulfils the methods.
+    """One kind of training: what the loop asks for.
+
+    A subclass sets the attributes in `__init__`, before any work, and fulfils the methods.
 
     Attributes:
       config: a name and the sections data (with batch_size), optimizer, schedule, checkpoint, run
@@ -93,13 +94,11 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, state, watch: Watch = unwatched) -> tuple[dict[str, Any], str]:
-        """The figures of an evaluation, and a line that tells them. Every loop over batches takes
-        them from `watch`."""
+        """The figures of an evaluation and a line on them; loops take batches from `watch`."""
         raise NotImplementedError
 
     def evaluated(self) -> dict[str, Any]:
-        """What is evaluated: the entries of `evaluated.identity`, equal for evaluations that can be
-        compared.
+        """What is evaluated: the entries of `evaluated.identity`, equal where losses compare.
 
         Reads all of it.
         """
@@ -110,8 +109,7 @@ class Task:
         raise NotImplementedError
 
     def memory(self, compiled) -> list[dict]:
-        """Rows {"component", "bytes_formula", "bytes_measured"} of the ledger; clipping has no
-        state."""
+        """Rows {"component", "bytes_formula", "bytes_measured"} of the memory ledger."""
         settings = dataclasses.replace(self.config.optimizer, clip_norm=None)
         return list(
             lrx.memory.ledger(self.optimizer_of(settings), self.abstract["params"], compiled).rows
@@ -154,8 +152,10 @@ class Task:
             self.choose()
 
     def update(self) -> Callable:
-        """`(state, batch, *frozen) -> (state, {"loss", "grad_norm", "tokens", "skipped"})`, to be
-        compiled."""
+        """The update to compile: `(state, batch, *frozen) -> (state, metrics)`.
+
+        Metrics are "loss", "grad_norm", "tokens" and "skipped".
+        """
         accumulation, backprop = self.config.schedule.accumulation, self.config.optimizer.backprop
         if backprop is None:
             update = updates.step(self.sums, self.optimizer, accumulation)
@@ -177,8 +177,10 @@ class Task:
         return run
 
     def check(self, state) -> str | None:
-        """Before the first update, on a row of each part of a batch: projected gradients are
-        projected full ones."""
+        """Compares projected gradients with full ones, before the first update.
+
+        On a row of each part of a batch.
+        """
         if (
             self.config.optimizer.backprop != "projected"
             or lrx.plan(self.optimizer.projection) == "full"
@@ -195,8 +197,7 @@ class Task:
         return f"projected gradients agree with the full ones ({time.perf_counter() - begin:.1f} s)"
 
     def record(self) -> dict[str, tuple[Any, str, str]]:
-        """{key: (value, what changed, remedy)}: surroundings that a checkpoint notes and a resumed
-        run must share."""
+        """Surroundings that a resumed run must share: {key: (value, what changed, remedy)}."""
         subject = f"data.name={self.config.data.name!r}: its tokens changed"
         return {
             "data": (self.dataset.fingerprint, subject, "restore them, or give another workdir")
@@ -218,8 +219,7 @@ class Task:
     def evaluation_batches(
         self, part, title: str, watch: Watch, limit: int | None
     ) -> Iterator[dict[str, jax.Array]]:
-        """The batches of `part` as far as an evaluation of `limit` tokens goes, watched, on the
-        devices."""
+        """The batches of `part` for an evaluation of `limit` tokens, watched, on the devices."""
         size = self.config.run.evaluation_batch_size or self.config.data.batch_size
         own = part.evaluation(size, limit, *distributed.part(self.rows))
         return watch(title, -(-part.evaluated(limit) // size), map(self.on_devices, own))

@@ -1,5 +1,4 @@
-"""The training loop: `run(config, workdir)` trains, evaluates, saves and resumes, whatever the
-`Task`.
+"""The training loop: `run(config, workdir)` trains, evaluates, saves and resumes any `Task`.
 
 `experiments.pretrain` and `experiments.finetune` call it. The run folder:
 
@@ -55,8 +54,7 @@ def run(
     verbose: bool = True,
     extend: bool = False,
 ) -> dict:
-    """Train until `config.schedule.steps`, resuming from the newest good checkpoint in `workdir`;
-    returns the summary.
+    """Train until `config.schedule.steps`, resuming from the newest good checkpoint; the summary.
 
     The summary's `status` is "finished", "diverged", or "stopped" (a signal arrived; call again to
     go on). A run that is over is not repeated: its summary is read back.
@@ -112,8 +110,7 @@ def run(
 
 
 def _problem(restored: checkpoint.Restored, noted) -> str | None:
-    """What is wrong with a step beyond what its manifest tells: its counters, and what was saved
-    beside the arrays."""
+    """What is wrong with a step beyond what its manifest tells: counters, and what lies beside."""
     shape = {"tokens": int, "seconds": float, "skipped": int} | dict.fromkeys(noted, object)
     try:
         documents.check(restored.extra, shape, where="what was saved beside the arrays")
@@ -243,8 +240,7 @@ class _Training:
 
     @staticmethod
     def _compare(lead, noted, where: str) -> None:
-        """ConfigurationError in all processes when one has other surroundings than process 0 notes
-        in `lead`."""
+        """ConfigurationError in all processes when one has other surroundings than process 0."""
         there = distributed.by_lead(lambda: {key: lead[key] for key in noted}, ConfigurationError)
         with distributed.together(ConfigurationError):
             for key, (value, subject, remedy) in noted.items():
@@ -270,8 +266,7 @@ class _Training:
         return self.compiled
 
     def _loop(self, step_function, state):
-        """Dispatch update t, then read the metrics of t - 1, so that the device never waits for the
-        host."""
+        """Dispatch update t, then read the metrics of t - 1, so that no device waits for the host."""
         config, steps = self.config, self.config.schedule.steps
         first, last = config.run.profile_steps or (0, 0)
         if self.stop.before():
@@ -365,8 +360,10 @@ class _Training:
         return step == self.config.schedule.steps or bool(every and step % every == 0)
 
     def _evaluate(self, state) -> bool:
-        """Whether it came to its end. One that is stopped leaves nothing; the resumed run begins
-        with it."""
+        """Evaluate; whether it came to its end.
+
+        One that is stopped leaves nothing; the resumed run begins with it.
+        """
         with self._paused():
             begin = time.perf_counter()
             try:
@@ -394,8 +391,10 @@ class _Training:
             yield batch
 
     def _save(self, state, *, final: bool) -> None:
-        """Start a save; a failed one is reported and tried again at the next interval, only the
-        final one raises."""
+        """Start a save; a failed one is tried again at the next interval.
+
+        Only the final one raises.
+        """
         with self._paused():
             if not bool(self.finite(state["params"])):
                 self._note(

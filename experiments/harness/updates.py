@@ -13,16 +13,17 @@ from lowrank_jax import sharding
 
 
 def loss_sums(model, params, batch):
-    """(sum_i w_i loss_i, sum_i w_i) over the tokens of a batch of "inputs", "targets" and
-    "weights", all (B, S)."""
+    """(sum_i w_i loss_i, sum_i w_i) over the tokens of a batch.
+
+    The batch has "inputs", "targets" and "weights", all (B, S).
+    """
     logits = model.apply({"params": params}, batch["inputs"])
     _, parts = llama.loss_and_metrics(logits, batch["targets"], batch["weights"])
     return parts["loss_sum"], parts["weight_sum"]
 
 
 def projected_loss(sums, frozen=()):
-    """`loss(params, batch, share)`: the sum of the losses of a batch times its share, for kernels
-    with taps."""
+    """`loss(params, batch, share)`: the share of a batch's summed losses, for kernels with taps."""
     return lrx.linen.tapped(
         lambda params, batch, share: sums(params, batch, {}, *frozen)[0] * share
     )

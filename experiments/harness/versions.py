@@ -124,8 +124,7 @@ def translation(
     formats: Mapping[str, int] | None,
     changes: tuple[Change, ...] | None = None,
 ) -> Translation | None:
-    """How a tree that was stored in older formats stands in the present one; None for the present
-    formats.
+    """How a tree stored in older formats stands in the present one; None for the present ones.
 
     Args:
       stored: its paths.

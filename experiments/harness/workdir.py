@@ -1,5 +1,4 @@
-"""The run folder: who may write to it, whether its run is the one asked for, and what is known
-before any work."""
+"""The run folder: who writes to it, whose run it is, and what is known before any work."""
 
 import contextlib
 import dataclasses
@@ -93,8 +92,7 @@ def decisive(values: dict) -> dict:
 
 
 def check_processes(config, workdir: pathlib.Path) -> None:
-    """ConfigurationError unless all processes were given the same configuration and see the same
-    folder.
+    """ConfigurationError unless all processes have the same configuration and see one folder.
 
     The lead, which holds the lock, writes a word into its file, and the others look for it.
     """
@@ -123,8 +121,9 @@ def check_processes(config, workdir: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the folder until the process ends, however it ends; ConfigurationError when another one
-    holds it.
+    """Hold the folder until the process ends, however it ends.
+
+    ConfigurationError when another process holds it.
 
     Of several processes the lead holds it.
     """
@@ -142,8 +141,10 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def over(config, workdir: pathlib.Path, extend: bool = False) -> dict | None:
-    """The summary of a run that is over and not extended, or None. Reads only. Raises as
-    `claim`."""
+    """The summary of a run that is over and not extended, or None.
+
+    Reads only. Raises as `claim`.
+    """
     if not os.path.exists(workdir / "summary.json"):  # False of a name that is none
         return None
     summary, changed = claim(config, workdir, extend)
@@ -153,8 +154,7 @@ def over(config, workdir: pathlib.Path, extend: bool = False) -> dict | None:
 def claim(
     config, workdir: pathlib.Path, extend: bool = False
 ) -> tuple[dict | None, dict[str, list]]:
-    """Compare with the config.json that is there, if any: the summary of a run that is over, and
-    what was changed.
+    """Compare with the config.json that is there: the summary of a finished run, and changes.
 
     Args:
       config: of the run that is asked for.
@@ -204,8 +204,10 @@ def write_files(workdir: pathlib.Path, files: dict[str, Any]) -> None:
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-    """config.json of a run, with all its sections. Raises ConfigurationError, which names what is
-    wrong in the file."""
+    """config.json of a run, with all its sections, by present names.
+
+    Raises ConfigurationError, which names what is wrong in the file.
+    """
     path, remedy = workdir / "config.json", "restore it, or give the folder of another run"
     try:
         values = documents.read(path, dict, remedy=remedy)
@@ -223,8 +225,7 @@ class Wish(threading.Event):
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, where there is nothing to save, it does not wait: it raises `Stopped` in the main
-        thread.
+        """Inside, where there is nothing to save, the wish raises `Stopped` in the main thread.
 
         Several processes would not stop together by that: there it waits.
         """
@@ -269,16 +270,17 @@ def stop_flag(handle_signals: bool) -> Iterator[Wish]:
 
 
 def use_compile_cache() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX already has a place for
-    them."""
+    """Keep compiled programs in the user's cache folder, unless JAX has a place for them."""
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "lowrank_jax" / "xla"))
 
 
 def check_devices(config) -> None:
-    """ConfigurationError unless all devices get equally many sequences of each microbatch and of an
-    evaluation."""
+    """ConfigurationError unless all devices get equally many sequences.
+
+    Of each microbatch, and of an evaluation.
+    """
     devices, accumulation = config.mesh.parts(jax.device_count()), config.schedule.accumulation
     batch = config.data.batch_size
     if batch % (devices * accumulation):
@@ -308,8 +310,10 @@ def check_disk(workdir: pathlib.Path, state, keep: int) -> None:
 
 
 def open_dataset(config: RunConfig) -> Dataset:
-    """The dataset; whatever is wrong with it, or between it and the model, is a
-    ConfigurationError."""
+    """The dataset.
+
+    Whatever is wrong with it, or between it and the model, is a ConfigurationError.
+    """
     try:
         dataset = load(config.data, config.run.seed)
     except (ValueError, OSError, ImportError) as error:

@@ -36,8 +36,7 @@ from lowrank_jax.sharding.meshes import divided
 def attention(
     q_BxSxHxK: jax.Array, k_BxTxGxK: jax.Array, v_BxTxGxK: jax.Array, *, causal: bool
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention(q, k, v, is_causal=causal)`, as products with one batch axis of
-    all heads.
+    """`jax.nn.dot_product_attention` by products with one batch axis of all heads.
 
     Query head h reads key/value head h // R. Scores and softmax are float32. An axis that the mesh
     of `lrx.meshes.use` divides (query heads, or the queries' positions) stays apart, so that
@@ -74,8 +73,7 @@ def attention(
 
 
 def _batched(x: jax.Array, y: jax.Array, *, axes: int, contract: int, **options: Any) -> jax.Array:
-    """The product over x's last axis and the axis `contract` of y; the first `axes` axes of both
-    are batch axes."""
+    """The product over x's last axis and y's axis `contract`; `axes` leading ones are batch."""
     both = tuple(range(axes))
     numbers = (((x.ndim - 1,), (y.ndim + contract,)), (both, both))
     return jax.lax.dot_general(x, y, numbers, **options)
@@ -84,8 +82,7 @@ def _batched(x: jax.Array, y: jax.Array, *, axes: int, contract: int, **options:
 def chunked_attention(
     q_BxSxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax.Array, *, chunk: int
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention(q, k, v, is_causal=True)`, in chunks; reverse-mode
-    differentiable.
+    """Causal attention in chunks, as `jax.nn.dot_product_attention`; reverse-differentiable.
 
     Query head h reads key/value head h // R.
 

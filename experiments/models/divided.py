@@ -1,5 +1,4 @@
-"""What layers of our models add for explicit meshes, where array types say how they lie; elsewhere
-nothing.
+"""What layers of our models add for explicit meshes, where array types say how they lie.
 
 Kernels are gathered where they are multiplied, and sums over divided axes, look-ups and choices
 along them say where they go. All but the look-up are keywords of Flax's own layers and jax's own
@@ -22,22 +21,21 @@ from lowrank_jax.sharding.meshes import at_input, constrain, out_sharding
 
 
 def promoted(*arrays: jax.Array | None, dtype: Any = None, inexact: bool = True) -> list[Any]:
-    """Flax's `promote_dtype` of a layer, and its kernel as the product wants it on an explicit
-    mesh."""
+    """Flax's `promote_dtype` of a layer, with its kernel as products want it on explicit meshes."""
     x, kernel, bias = promote_dtype(*arrays, dtype=dtype, inexact=inexact)
     return [x, at_input(kernel, x), bias]
 
 
 def summed(x, features):
-    """The product of x (B, S, ...) and a kernel whose rows may be divided, as those of o_proj and
-    down_proj are."""
+    """The product of x (B, S, ...) and a kernel whose rows may be divided (o_proj, down_proj)."""
     place = out_sharding((*x.shape[:-1], features), "batch", "length", None)
     return functools.partial(dot_general, out_sharding=place)
 
 
 def rematerialised(block, config):
-    """The module that keeps for its backward pass what `config.remat` says, and on explicit meshes
-    no gathered kernel.
+    """The module that keeps for its backward pass what `config.remat` says.
+
+    On explicit meshes no gathered kernel.
 
     Without, the gathered kernels of all layers would be kept, where the compiler of an auto mesh
     gathers them again.
@@ -58,14 +56,12 @@ def _all_but_reshards(primitive, *_, **__):
 
 
 def positions(chunk: int | None) -> str | None:
-    """The axis of queries' positions: on an explicit mesh every device goes through all chunks of a
-    sequence."""
+    """The axis of queries' positions; explicit meshes take all chunks of a sequence everywhere."""
     return "length" if chunk is None or out_sharding(()) is None else None
 
 
 def beside(k_BxSxGxK, q_BxSxHxK):
-    """Keys or values, repeated for each query head where an explicit mesh divides the query heads
-    and not these."""
+    """Keys or values, repeated for each query head where a mesh divides those alone."""
     q_spec, k_spec = sharding.explicit_spec(q_BxSxHxK), sharding.explicit_spec(k_BxSxGxK)
     if q_spec is None or k_spec is None or q_spec[2] == k_spec[2]:
         return k_BxSxGxK
@@ -94,8 +90,10 @@ class Embed(nn.Embed):
 
 
 def chosen(logits_BxSxV, targets_BxS):
-    """logits[target], (B, S); along a divided vocabulary a sum with one term, which needs no other
-    device's logits."""
+    """logits[target], (B, S), without other devices' logits along a divided vocabulary.
+
+    There it is a sum with one term.
+    """
     spec = sharding.explicit_spec(logits_BxSxV)
     if spec is None or spec[-1] is None:
         return jnp.take_along_axis(logits_BxSxV, targets_BxS[..., None], axis=-1)[..., 0]

@@ -1,5 +1,4 @@
-"""Folders of Hugging Face's transformers as a `LlamaConfig` and parameters, and back: `load` and
-`save`.
+"""Folders of Hugging Face's transformers as a `LlamaConfig` and parameters, and back.
 
     config.json                                        hidden_size, num_hidden_layers, ...
     model.safetensors, or shards and their index       lowrank_jax.interop.safetensors
@@ -147,8 +146,10 @@ def save(
 
 
 def check_folder(folder: pathlib.Path, *, overwrite: bool) -> pathlib.Path:
-    """The path of config.json in a folder that `save` may write to. Raises FileExistsError as
-    `save` does."""
+    """The path of config.json in a folder that `save` may write to.
+
+    Raises FileExistsError as `save` does.
+    """
     path = folder / "config.json"
     present = [
         found.name for found in (path, *folder.glob("model*.safetensors*")) if found.exists()
@@ -335,8 +336,7 @@ def _window(values: Mapping[str, Any], family: str) -> int | None:
 
 
 def _dtype_of(config: llama.LlamaConfig, params: Any) -> str:
-    """The dtype of the parameters, of which shapes and paths are compared with those of the
-    model."""
+    """The dtype of the parameters, whose shapes and paths are compared with the model's."""
     found, expected = checkpoint.leaf_table(params), checkpoint.leaf_table(shapes(config))
     for path in [*expected, *found]:
         there, here = found.get(path, (None, ""))[0], expected.get(path, (None, ""))[0]

@@ -208,8 +208,9 @@ def layer_bias_parameters(config: LlamaConfig) -> int:
 
 
 def parameter_count(config: LlamaConfig) -> int:
-    """Number of parameters: L (2 D H K + 2 D G K + 3 D F + 2 D) + D + V D (2 V D when the head is
-    not tied) + biases.
+    """Number of parameters: L (2 D H K + 2 D G K + 3 D F + 2 D) + D + V D + biases.
+
+    2 V D in place of V D when the head is not tied.
 
     >>> f"{parameter_count(preset('60M')) / 1e6:.2f} M"
     '58.07 M'
@@ -225,8 +226,7 @@ def parameter_count(config: LlamaConfig) -> int:
 
 
 def flops_per_token(config: LlamaConfig, sequence_length: int | None = None) -> int:
-    """Floating-point operations of one forward and backward pass, per token of a sequence of length
-    S.
+    """Operations of one forward and backward pass, per token of a sequence of length S.
 
     6 (L (2 D H K + 2 D G K + 3 D F) + V D) + 12 L H K S: six per weight that meets the token in a
     matrix product (the head, tied or not, but not the embedding look-up) and, as in PaLM
@@ -260,8 +260,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(K, theta, scaling=None):
-    """The angles by which the K / 2 pairs turn per position, float32: f_i = theta^(-2 i / K),
-    stretched by `scaling`.
+    """The angles of the K / 2 pairs per position: f_i = theta^(-2 i / K), float32, stretched.
 
     ("linear", factor): f / factor (Chen et al. 2023, arXiv:2306.15595).
     ("llama3", factor, low, high, length): f / factor where a pair turns less than `low` times in
@@ -285,8 +284,9 @@ def rope_frequencies(K, theta, scaling=None):
 
 
 def rotate(x_BxSxHxK, theta, scaling=None):
-    """Rotary positions, half-split: the pair (x_i, x_{i + K/2}) turns by position *
-    rope_frequencies(K, ...)[i].
+    """Rotary positions, half-split: the pair (x_i, x_{i + K/2}) turns by position * f_i.
+
+    f is `rope_frequencies(K, ...)`.
 
     >>> float(rotate(jnp.ones((1, 2, 1, 2)), 1e4)[0, 1, 0, 0])  # cos 1 - sin 1
     -0.30116...
@@ -458,8 +458,7 @@ def token_losses(logits_BxSxV, targets_BxS):
 
 
 def loss_and_metrics(logits_BxSxV, targets_BxS, weights_BxS):
-    """The exact token mean sum(w * loss) / sum(w), and its parts {"loss_sum", "weight_sum"} for
-    averaging over batches.
+    """The exact token mean sum(w * loss) / sum(w), and both sums for averaging over batches.
 
     A batch without weight has loss 0.
 

@@ -1,5 +1,4 @@
-"""Text from a trained model, by recomputing a window: slow per token, but one small program and no
-cache."""
+"""Text from a trained model by recomputing a window: slow, but one program and no cache."""
 
 import functools
 

@@ -156,8 +156,7 @@ def parameter_count(config: VitConfig) -> int:
 
 
 def flops_per_image(config: VitConfig) -> int:
-    """Floating-point operations of one forward and backward pass, per image, counted as
-    `llama.flops_per_token` counts.
+    """Operations of one forward and backward pass, per image, as `llama.flops_per_token`.
 
     6 (S L (4 D² + 2 D F) + N P² C D + D Y) + 12 L D S².
 

@@ -1,2 +1,1 @@
-"""Parts of `experiments.plan`: targets, cases, the program that compiles one case, the queue,
-advice and reports."""
+"""Parts of `experiments.plan`: targets, cases, their compilation, advice and reports."""

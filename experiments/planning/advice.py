@@ -1,5 +1,4 @@
-"""When a case does not fit: the smallest change that makes it fit, found by compiling the
-candidates.
+"""The smallest change that makes a case fit, found by compiling candidates.
 
 Changes are tried in an order that costs least of the run first: rematerialisation (a third more
 forward work), more microbatches, projected backprop, another optimizer, and at last a mesh that

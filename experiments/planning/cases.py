@@ -1,5 +1,4 @@
-"""Cases of a plan: one configuration compiled for one target, and the product of what a command
-line lists."""
+"""Cases of a plan: one configuration compiled for one target, and products of lists."""
 
 import ast
 import dataclasses
@@ -136,8 +135,10 @@ class Case:
 
 
 def optimizer_of(config: RunConfig) -> Any:
-    """The configured optimizer without clipping in front, so that its projection shows, and without
-    a mesh's sides."""
+    """The configured optimizer without clipping in front, so that its projection shows.
+
+    Without a mesh's sides, too.
+    """
     rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
     side = None if config.optimizer.side == "sharding" else config.optimizer.side
     settings = dataclasses.replace(config.optimizer, clip_norm=None, side=side)
@@ -190,8 +191,10 @@ def with_optimizer(config: RunConfig, text: str) -> RunConfig:
 
 
 def with_backprop(config: RunConfig, text: str) -> RunConfig:
-    """The configuration with another form of the step: "optax" is the optax form, see
-    `OptimizerConfig.backprop`."""
+    """The configuration with another form of the step, see `OptimizerConfig.backprop`.
+
+    "optax" is the optax form.
+    """
     one_of("backprop", text, PLANS)
     projects = methods.METHODS[config.optimizer.name].projects
     value = None if text == "optax" or not projects else text
@@ -201,8 +204,7 @@ def with_backprop(config: RunConfig, text: str) -> RunConfig:
 
 
 def with_mesh(config: RunConfig, text: str) -> RunConfig:
-    """The configuration with another mesh, spelled "fsdp=8,tensor=2"; data takes what the others
-    leave.
+    """The configuration with another mesh, spelled "fsdp=8,tensor=2"; data takes the rest.
 
     >>> with_mesh(RunConfig(), "fsdp=8").mesh.sizes
     {'data': -1, 'fsdp': 8, 'sequence': 1, 'tensor': 1}

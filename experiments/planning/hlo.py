@@ -1,5 +1,6 @@
-"""A compiled program's text made ready for `experiments.harness.collectives.read`, which knows loops and
-branches by name only.
+"""A compiled program's text made ready for `experiments.harness.collectives.read`.
+
+That knows loops and branches by name only.
 
 XLA:TPU does not write the trips of a loop, and writes a collective that it overlaps with
 computation into several fused computations, all with one channel.
@@ -25,8 +26,7 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def with_trips(text: str) -> str:
-    """The text with the trips of every loop that counts from zero to a constant, where it does not
-    say them.
+    """The text with the trips of every loop that counts from zero to a constant.
 
     >>> text = '''%cond.1 (p: (s32[])) -> pred[] {
     ...   %n = s32[]{:T(128)} constant(24)

@@ -1,5 +1,6 @@
-"""Compiles one case and prints its row as JSON: `python -m experiments.planning.program <
-case.json`.
+"""Compiles one case and prints its row as JSON.
+
+Called as `python -m experiments.planning.program < case.json`.
 
 It runs in a process of its own, with the environment and the compiler of the target. The step is
 the one that `experiments.pretrain` would run, on the same mesh with the same shardings and
@@ -72,8 +73,10 @@ def chip_bytes(tree: Any) -> int:
 
 
 def components(abstract: dict[str, Any], chips: int) -> list[dict[str, Any]]:
-    """Rows `{"component", "bytes", "share_bytes"}` of what stays: on one chip, and the whole over
-    the chips."""
+    """Rows `{"component", "bytes", "share_bytes"}` of what stays between updates.
+
+    Bytes of one chip, and the whole over the chips.
+    """
     parts = {"parameters": abstract["params"]} | state_parts(abstract["opt_state"])
     return [
         {"component": name, "bytes": chip_bytes(tree), "share_bytes": whole_bytes(tree) / chips}
@@ -112,8 +115,7 @@ def temporaries(task: Planned) -> dict[str, int]:
 
 
 def operations(task: Planned) -> int:
-    """Floating-point operations of one update by formula, of all chips; recomputation is not
-    counted.
+    """Operations of one update by formula, of all chips; recomputation is not counted.
 
     `llama.flops_per_token`, and for each projected (m, n) at rank r: 2 m n r for down and up each;
     where its gradient is projected, down costs nothing, and the 2 N m n of the weight gradient of N
@@ -133,8 +135,7 @@ def operations(task: Planned) -> int:
 
 
 def exhausted(message: str) -> dict[str, int] | None:
-    """What XLA:TPU says of a program that it does not place: bytes needed and usable; None for
-    another error.
+    """Bytes needed and usable, of a program that XLA:TPU does not place; None for other errors.
 
     >>> exhausted("Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm.")
     {'peak_bytes': 23085449216, 'usable_bytes': 16911433728}

@@ -1,5 +1,4 @@
-"""Runs cases one after another, each in a process of its own, and keeps every finished row in a
-cache file."""
+"""Runs cases one after another, each in a process, and keeps every finished row in a file."""
 
 import dataclasses
 import hashlib
@@ -178,8 +177,9 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def judged(row: dict[str, Any], memory: int | None = None) -> dict[str, Any]:
-    """The row with `limit_bytes`, `fits` and the least seconds of a step; None where the target has
-    no figures.
+    """The row with `limit_bytes`, `fits` and the least seconds of a step.
+
+    None where the target has no figures.
 
     Args:
       row: of `describe` and a process.
@@ -202,8 +202,9 @@ def run(
     memory: int | None = None,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> list[dict[str, Any]]:
-    """Rows of all cases, in order; a case that fails is a row with "error", Ctrl-C ends the list
-    early.
+    """Rows of all cases, in order.
+
+    A case that fails is a row with "error"; Ctrl-C ends the list early.
 
     Args:
       cases: what is compiled.

@@ -1,5 +1,4 @@
-"""What a plan compiles for: chips with the vendors' figures, names of targets, and Pythons that
-have their compilers.
+"""What a plan compiles for: chips with their figures, names of targets, their compilers.
 
 A target is a TPU slice as libtpu names it ("v5e:4x4"), one GPU ("h200"), or fake CPU devices
 ("cpu:8").
@@ -183,8 +182,7 @@ def parse(name: str) -> Target:
 
 
 def interpreter(target: Target, python: str | None = None) -> str:
-    """A Python whose environment has the target's compiler: `python`, else this one, else the
-    workspace's own.
+    """A Python that has the target's compiler: `python`, this one, or the workspace's own.
 
     Raises:
       ConfigurationError: if there is none; says how to make one.

@@ -69,8 +69,7 @@ def _trigram_lines(runs: Sequence[Run], by_step: Any, by_time: Any) -> list[floa
 
 
 def loss(runs: Sequence[Run]) -> Figure:
-    """Training loss (smoothed, thin) and validation loss (markers) against updates and against
-    time."""
+    """Training loss (smoothed, thin) and validation loss (markers), by updates and by time."""
     figure = _figure(10.0, 4.4)
     by_step, by_time = _axes(figure, 2)
     longest = max(
@@ -128,8 +127,7 @@ def loss(runs: Sequence[Run]) -> Figure:
 
 
 def memory(runs: Sequence[Run]) -> Figure:
-    """The memory ledger: one stacked bar per run, measured bytes where they were measured, else
-    bytes by formula."""
+    """The memory ledger: one stacked bar per run, of measured bytes where there are any."""
     shown = [run for run in runs if run.ledger]
     names = list(dict.fromkeys(row["component"] for run in shown for row in run.ledger))
     figure = _figure(10.0, 1.2 + 0.42 * len(shown) + 0.25 * ((len(names) + 4) // 5))
@@ -251,8 +249,7 @@ def step_time(runs: Sequence[Run]) -> Figure:
 
 
 def forgetting(runs: Sequence[Run]) -> Figure:
-    """What fine-tuning gives and takes: loss on the base's domain against validation loss,
-    evaluation by evaluation."""
+    """What fine-tuning gives and takes: loss on the base's domain against validation loss."""
     figure = _figure(7.0, 4.2)
     (axes,) = _axes(figure)
     for index, run in enumerate(runs):
@@ -291,8 +288,7 @@ def _number(value: float | None) -> float:
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Names beside the right border at the height of their last values, pushed apart where they
-    would overlap."""
+    """Names beside the right border at the height of their last values, pushed apart."""
     if not ends:
         return
     low, high = axes.get_ylim()

@@ -136,8 +136,7 @@ def _headline(runs: Sequence[Run]) -> str:
     letters = _groups(runs)
 
     def column(key, show, group):
-        """The figure of each run; in bold the smallest of the finished runs that `group` puts
-        together."""
+        """The figure of each run; bold is the smallest of the finished ones of a `group`."""
 
         def cell(run):
             value = run.final(key)
@@ -190,8 +189,7 @@ def _groups(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _apart(runs: Sequence[Run], letters: dict[str, str]) -> str:
-    """Where runs were evaluated on different tokens, or may have been: which, and what is known of
-    it."""
+    """Which runs were evaluated on different tokens, or may have been, and what is known of it."""
     if len(letters) < 2:
         return ""
     one_of_each = {run.evaluated: run for run in reversed(runs)}

@@ -1,5 +1,6 @@
-"""The command line of a program: flags of absl, and `--config.section.key=value` for every key of
-its configuration.
+"""The command line of a program: flags of absl, and one for every key of its configuration.
+
+A key is set by `--config.section.key=value`.
 
 Whatever is wrong with it ends with one line and exit code 2; `--help` prints the program's
 docstring, its flags, and every key with its meaning, as the docstrings of the sections give it.
@@ -64,8 +65,7 @@ def parser(settings: types.ModuleType, default: pathlib.Path) -> Callable[[list[
 
 
 def configured(settings: types.ModuleType) -> tuple[Any, list[str]]:
-    """The checked configuration of the parsed flags, and notes on settings of the file that do not
-    apply.
+    """The checked configuration of the parsed flags, and notes on what of the file is left out.
 
     A flag that chooses another method than the file leaves out what of the file the method lacks;
     what other flags say stays, and is an error where the method lacks it.
@@ -89,8 +89,10 @@ def refuse(message: str) -> int:
 
 
 def named_file(argv: Sequence[str], default: pathlib.Path) -> str:
-    """The configuration file that the command line names, `file.py:argument` for
-    `get_config(argument)`."""
+    """The configuration file that the command line names.
+
+    `file.py:argument` is for `get_config(argument)`.
+    """
     found = os.path.relpath(default)
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         match = re.fullmatch(r"--?config(?:=(.*))?", word)
@@ -140,8 +142,7 @@ def keys(settings: types.ModuleType) -> dict[str, tuple[str, ...]]:
 
 
 def check_keys(argv: Sequence[str], settings: types.ModuleType) -> None:
-    """ConfigurationError for the first `--config.section.key` that there is not; names the nearest
-    one.
+    """ConfigurationError for the first `--config.section.key` that there is not.
 
     >>> from experiments.settings import configuration
     >>> check_keys(["", "--config.optimizer.rnak=3"], configuration)

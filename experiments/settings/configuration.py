@@ -302,8 +302,10 @@ def check_method(config: Any, method: methods.Method) -> None:
 
 
 def tokenizers_size(name: str) -> int | None:
-    """How many ids an own tokenizer has; None for "bytes", and where the file is missing. Raises
-    ConfigurationError."""
+    """How many ids an own tokenizer has; None for "bytes", and where the file is missing.
+
+    Raises ConfigurationError.
+    """
     try:
         return vocabulary_of(name)
     except (ValueError, OSError, ImportError) as error:
@@ -311,8 +313,7 @@ def tokenizers_size(name: str) -> int | None:
 
 
 def smallest_dimension(model: llama.LlamaConfig) -> int:
-    """The smallest dimension among the matrices of a block: no projection of it has a higher
-    rank."""
+    """The smallest dimension among the matrices of a block: the largest rank of a projection."""
     return min(model.width, model.hidden, model.kv_heads * model.head_size)
 
 
@@ -351,8 +352,7 @@ def with_present_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping) -> RunConfig:
-    """A checked RunConfig from a ConfigDict or a nested dictionary; missing keys take their
-    defaults.
+    """A checked RunConfig from a ConfigDict or a dictionary; missing keys take their defaults.
 
     Raises ConfigurationError for an unknown key (with the nearest known one), a value of the wrong
     type, or one out of range.
@@ -388,8 +388,7 @@ SECTIONS = {
 
 
 def _model(given: dict, tokenizer: Any) -> tuple[str, llama.LlamaConfig]:
-    """(preset, model); an own tokenizer, where its file is there, sets a vocabulary that is not
-    given."""
+    """(preset, model); the file of an own tokenizer sets a vocabulary that is not given."""
     name = given.pop("preset", "nano")
     one_of("model.preset", name, tuple(llama.PRESETS))
     base = dataclasses.asdict(llama.PRESETS[name])

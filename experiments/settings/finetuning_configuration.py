@@ -139,8 +139,7 @@ class AdapterConfig(Section):
 
 
 def parse(method: str, field: str = "adapter.method") -> lrx.adapters.Adapter:
-    """The adapter that an expression describes: calls of names in `lowrank_jax.adapters` on
-    literals, nothing else.
+    """The adapter that an expression describes: calls of `lowrank_jax.adapters` on literals.
 
     >>> parse("lora(rank=4, alpha=8)").rank
     4
@@ -211,8 +210,10 @@ def parse(method: str, field: str = "adapter.method") -> lrx.adapters.Adapter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningOptimizerConfig(OptimizerConfig):
-    """Which optimizer. Beside those of pre-training, some step the two factors of adapters by what
-    they multiply to.
+    """Which optimizer.
+
+    Beside those of pre-training, some step the two factors of adapters by what they multiply
+    to.
 
     Attributes besides those of `OptimizerConfig`:
       ratio: of lora_plus: learning rate of the second factor, as a multiple.
@@ -328,8 +329,7 @@ def template():
 
 
 def from_dict(values: Mapping) -> TuningConfig:
-    """A checked TuningConfig from a ConfigDict or a nested dictionary; missing keys take their
-    defaults.
+    """A checked TuningConfig from a ConfigDict or a dictionary; missing keys take their defaults.
 
     Raises ConfigurationError, as `experiments.settings.configuration.from_dict`.
 

@@ -1,5 +1,4 @@
-"""Sections of a configuration: checks whose errors name field, value and remedy, and the way from
-dictionaries."""
+"""Sections of a configuration: checks that name field, value and remedy; from dictionaries."""
 
 import dataclasses
 import difflib
@@ -44,8 +43,7 @@ def one_of(field: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def reject_unknown(prefix: str, given: Mapping, known: Iterable[str]) -> None:
-    """ConfigurationError for the first key of `given` that is not `known`; names the nearest
-    one."""
+    """ConfigurationError for the first key that is not `known`; names the nearest one."""
     known = [*known]
     for key in given:
         if key not in known:
@@ -123,8 +121,7 @@ def choice(default: Any, choices: Iterable[str]) -> Any:
 
 
 def check(kind: type, prefix: str, values: Mapping[str, Any]) -> None:
-    """ConfigurationError for the first value that is no number, lies outside its range, or is none
-    of its choices."""
+    """ConfigurationError for the first value of a wrong kind, range or choice."""
     for field in dataclasses.fields(kind):
         if field.name not in values:
             continue
@@ -137,8 +134,7 @@ def check(kind: type, prefix: str, values: Mapping[str, Any]) -> None:
 
 
 class Section:
-    """Base of the sections, which are frozen dataclasses: checks ranges and choices however it is
-    made.
+    """Base of the sections, frozen dataclasses that check ranges and choices however made.
 
     A subclass gives SECTION, the name of its table in the configuration.
     """
@@ -186,8 +182,7 @@ def plain(values: Mapping) -> dict:
 
 
 def table(kind: type, values: Mapping, *, free: bool = False):
-    """The section as a ConfigDict that takes whatever the command line spells for keys of several
-    types.
+    """The section as a ConfigDict that takes what the command line spells for several types.
 
     `from_dict` checks their type. With `free`, every key is of that kind, and None until it is set.
     """
@@ -206,8 +201,7 @@ def table(kind: type, values: Mapping, *, free: bool = False):
 
 
 def build(kind: type, section: str, given: Mapping):
-    """The dataclass `kind` from a dictionary of its fields, checked; errors begin with the
-    section's name."""
+    """The checked dataclass `kind` from a dictionary; errors begin with the section's name."""
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
     reject_unknown(f"{section}.", given, names)
@@ -225,8 +219,7 @@ def build(kind: type, section: str, given: Mapping):
 
 
 def _typed(field: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint` says: integers become floats and lists tuples, nothing else is
-    converted."""
+    """`value` as `hint` says: integers become floats and lists tuples, nothing else changes."""
     choices = (
         typing.get_args(hint)
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union

@@ -1,2 +1,1 @@
-"""What each kernel is compared on: a module for a kernel, whose `cases(kind, chip)` yields
-`base.Case`."""
+"""What each kernel is compared on: one module a kernel, whose `cases` yields `base.Case`."""

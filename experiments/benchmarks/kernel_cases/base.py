@@ -1,5 +1,4 @@
-"""One comparison: the program that a user would write in jnp, and the kernel's, on the same
-operands."""
+"""One comparison: a user's program in jnp and the kernel's, on the same operands."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -1,5 +1,6 @@
-"""The scores that a refresh of DCT-AdamW ranks: float32 gradients of LLaMA 7B and 1B matrices, the
-smaller side shrunk.
+"""The scores that a refresh of DCT-AdamW ranks.
+
+Float32 gradients of LLaMA 7B and 1B matrices, the smaller side shrunk.
 
 The kernel against the product with Q, which `lrx.linalg.dct` takes on TPUs ("product", kind 3, the
 default), and against its own two stages written in jnp, which take as few operations as the kernel

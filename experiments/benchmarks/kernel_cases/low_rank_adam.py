@@ -1,5 +1,6 @@
-"""A step of the fused form on one matrix: Adam at rank 1024 (1B: 512), weight in bfloat16, basis in
-float32.
+"""A step of the fused form on one matrix: Adam at rank 1024 (1B: 512).
+
+Weight in bfloat16, basis in float32.
 
 "projected" starts from the projected gradient, as a step between refreshes does, "full" from a
 bfloat16 gradient. The guard reads the projected gradient before anything is written. On GPUs the
@@ -42,8 +43,10 @@ def program(transformation: Any, products: str) -> Callable[..., Any]:
 
 
 def cases(kind: str, chip: str) -> Iterator[Case]:
-    """Every matrix and kind of moments, from both kinds of gradients; the form takes the tiles of
-    the smallest chip."""
+    """Every matrix and kind of moments, from both kinds of gradients.
+
+    The form takes the tiles of the smallest chip.
+    """
     for matrix, (shape, rank) in MATRICES.items():
         s, k = min(shape), max(shape)
         params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}

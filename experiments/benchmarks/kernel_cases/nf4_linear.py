@@ -1,5 +1,6 @@
-"""The frozen base of QLoRA: NF4 matrices of LLaMA 7B and 1B, bfloat16, 4096 tokens and the 16 of a
-decoding batch.
+"""The frozen base of QLoRA: NF4 matrices of LLaMA 7B and 1B in bfloat16.
+
+4096 tokens, and the 16 of a decoding batch.
 
 "forward" is y, "backward" the gradient of x. XLA's program is the best of those that were tried,
 which is the library's own `NormalFloat4.dequantize`: bytes unpacked by shifts, 15 selects, one

@@ -37,8 +37,7 @@ def training(function: Callable) -> Callable:
 
 
 def reread(kind: str, chip: str, n: int, m: int, train: bool) -> int:
-    """Bytes of W and B that the grid of the TPU kernel reads once more for each further tile of
-    rows."""
+    """Bytes of W and B that the TPU kernel reads again for each further tile of rows."""
     if kind != "tpu":
         return 0
     total = 0
