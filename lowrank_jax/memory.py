@@ -4,9 +4,9 @@ compiler lays them out.
 State of one projected leaf of `L` matrices that shrinks s and keeps k, at rank r:
 
     basis      projector.basis_bytes(view)     L s r words if stored; 4 L r for indices, 8 L for keys
-    moments    L inner.state_bytes([r k])      two moments of r k elements and a 4-byte step count, for `inner.adam`
+    moments    L inner.state_bytes([(r, k)])     two moments of r k elements and a 4-byte step count, for `inner.adam`
     residual   residual.state_bytes(view)      L s k words of error, 4 L of norms, or nothing
-    plain      plain.state_bytes(sizes)        of the leaves that are not projected, as one group
+    plain      plain.state_bytes(shapes)       of the leaves that are not projected, as one group
     scalars    16 (+ 4)                        format version, step, skipped, refreshes (and a schedule's count)
 
 Formulas are arithmetic over shapes. Measured bytes are what a compiled program takes as arguments;
@@ -46,11 +46,8 @@ def _abstract(tree: Any) -> Any:
 
 
 def _inner_bytes(inner: Any, leaves: list[jax.ShapeDtypeStruct]) -> int:
-    """Bytes of one inner state; an inner without a formula is asked for its abstract state on these
-    leaves."""
-    if hasattr(inner, "state_bytes"):
-        return inner.state_bytes([math.prod(leaf.shape) for leaf in leaves])
-    return _bytes(jax.eval_shape(inner.init, leaves))
+    """Bytes of one inner state."""
+    return inner.state_bytes([leaf.shape for leaf in leaves])
 
 
 def _matrix_bytes(projection: Any, view: ResolvedView) -> dict[str, int]:

@@ -94,6 +94,9 @@ def test_every_projector_costs_what_its_formula_says(name):
 SLOTS = {
     "bf16 moments": {"inner": lrx.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16)},
     "one bf16 moment": {"inner": lrx.inner.adam(mu_dtype=jnp.bfloat16)},
+    "8 bits": {"inner": lrx.inner.stored8(minimum=16, block=5)},
+    "soap": {"inner": lrx.inner.soap(max_precond_dim=20)},
+    "newton-schulz": {"inner": lrx.inner.newton_schulz(), "plain": lrx.inner.adam()},
     "lion": {"inner": optax.scale_by_lion()},
     "adafactor": {"inner": optax.scale_by_factored_rms(min_dim_size_to_factor=2)},
     "stateless": {"inner": optax.scale_by_sign()},
