@@ -434,6 +434,17 @@ def headlines(*results: dict) -> str:
     return markdown(["what", "measured", "aim", "met or missed", "all of it"], rows)
 
 
+def number(memory: dict) -> str:
+    """One sentence, for the top of the README."""
+    row = _of(memory["card_rows"], weights="int8", rank=256, refresh="none")
+    return (
+        "One number: a step that trains every weight of a 7B LLaMA (GaLore at rank 256, int8 weights, "
+        f"8-bit moments, {memory['length']} tokens) peaks at **{row['peak_bytes'] / 2**30:.1f} GiB** "
+        f"on one {memory['device']}, as its compiler lays it out; nothing was run "
+        "(`docs/results/memory_7b.md`)."
+    )
+
+
 def _losses(study: dict) -> list[str]:
     adamw, *others = study["rows"]
     above = {row["method"]: row["validation_loss"] - adamw["validation_loss"] for row in others}
@@ -494,6 +505,7 @@ def _of(rows: list[dict], **values) -> dict:
 
 
 TABLES: dict[str, Callable[..., str]] = {
+    "number": number,
     "headlines": headlines,
     "methods": methods,
     "adapters": adapters,
@@ -514,6 +526,7 @@ TABLES: dict[str, Callable[..., str]] = {
 
 # Results that a table reads, where they are not the one of its own name.
 READS = {
+    "number": ("memory_7b",),
     "headlines": (
         "study",
         "training_step_60M",
@@ -521,7 +534,7 @@ READS = {
         "peer_training_step",
         "memory_7b",
         "plans",
-    )
+    ),
 }
 
 
