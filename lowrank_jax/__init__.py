@@ -25,7 +25,7 @@ from lowrank_jax.adapters import (
 )
 from lowrank_jax.functions.products import dot_general, einsum, matmul
 from lowrank_jax.matrices import MatrixView, ResolvedView
-from lowrank_jax.optim import inner, scales
+from lowrank_jax.optim import inner, scales, surgery
 from lowrank_jax.optim.learning_rate import apply_learning_rate
 from lowrank_jax.partition import join, partition
 from lowrank_jax.projection import projectors, residuals, transports
@@ -115,6 +115,7 @@ __all__ = [
     "scales",
     "sides_for",
     "state_shardings",
+    "surgery",
     "taps",
     "to_lora",
     "train_step",

@@ -9,7 +9,7 @@
 """
 
 from lowrank_jax.adapters.adaptation import Adaptation
-from lowrank_jax.adapters.base import Adapter, Factors, Group, Op, Site, matrix_op
+from lowrank_jax.adapters.base import Adapter, Factors, Group, Op, Site, Transition, matrix_op
 from lowrank_jax.adapters.combination import combine
 from lowrank_jax.adapters.conversion import Conversion, absorb, to_lora
 from lowrank_jax.adapters.families.dora import dora
@@ -38,6 +38,7 @@ from lowrank_jax.adapters.rules import ALL_LINEAR, Plan
 from lowrank_jax.adapters.starts.drawn import gaussian, kaiming, orthogonal
 from lowrank_jax.adapters.starts.olora import olora
 from lowrank_jax.adapters.starts.pissa import pissa
+from lowrank_jax.adapters.transitions import transition
 from lowrank_jax.adapters.tree import adapt, attach, effective, merge, unmerge
 from lowrank_jax.optim.pair_optimizers import (
     altlora,
@@ -60,6 +61,7 @@ __all__ = [
     "Op",
     "Plan",
     "Site",
+    "Transition",
     "absorb",
     "adapt",
     "altlora",
@@ -100,6 +102,7 @@ __all__ = [
     "shira",
     "specs",
     "to_lora",
+    "transition",
     "uni_lora",
     "unmerge",
     "vera",

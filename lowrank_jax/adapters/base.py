@@ -237,6 +237,22 @@ class Group:
         )
 
 
+class Transition(NamedTuple):
+    """What a transition makes of the sites of a group; arrays keep their shapes and dtypes.
+
+    Attributes:
+      base: `{path: kernels (batch..., n, m)}` of those that change, {} where none does.
+      train, frozen: `{"shared": arrays, "sites": {path: arrays}}`, as they were given.
+      policy: what becomes of the moments, a tree like `train` of `lrx.surgery`'s policies; what is
+        not named is kept.
+    """
+
+    base: Mapping[str, jax.Array]
+    train: dict[str, Any]
+    frozen: dict[str, Any]
+    policy: dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
     """Base of the adapters: frozen numbers, pure functions of one matrix.
@@ -346,6 +362,31 @@ class Adapter:
             "stats".
         """
         raise NotImplementedError(f"{type(self).__name__} must say how its arrays start")
+
+    def transition(
+        self,
+        group: Group,
+        key: jax.Array,
+        step: jax.Array,
+        base: Mapping[str, jax.Array],
+        train: dict[str, Any],
+        frozen: dict[str, Any],
+        stats: Mapping[str, Any],
+    ) -> Transition | None:
+        """What happens between two updates: merging, pruning, swapping; None for nothing.
+
+        Pure and jitted once for all steps: what depends on `step` is a `jax.lax.cond` or a mask.
+
+        Args:
+          group: the sites, all that share a group name.
+          key: of this step.
+          step: int32 (), updates that were made.
+          base: `{path: kernels (batch..., n, m)}`, float32, made when they are read.
+          train, frozen: `{"shared": arrays, "sites": {path: arrays, batch axes in front}}`.
+          stats: `{path: {name: array}}`, what the caller measured.
+        """
+        del group, key, step, base, train, frozen, stats
+        return None
 
     def factors(self, site: Site, p: Arrays) -> Factors | None:
         """`Factors` with `delta = a diag(scale) b`; None where the delta is not thin."""

@@ -28,7 +28,7 @@ import optax
 from lowrank_jax import sharding
 from lowrank_jax.checks import check_floating, check_integer, check_number, is_zero
 from lowrank_jax.optim import inner as inner_lib
-from lowrank_jax.optim import pairs
+from lowrank_jax.optim import pairs, surgery
 from lowrank_jax.optim.guard import all_finite, select
 from lowrank_jax.optim.learning_rate import at_step, decayed_step, selected_for_decay
 from lowrank_jax.optim.pairs import OTHER, SIDES, FactorLeaves
@@ -67,6 +67,10 @@ class PairsState(NamedTuple):
     b: Any
     plain: Any
     bases: Any
+
+
+# the bases say by what momentum was preconditioned, whatever becomes of it
+surgery.register_fields(PairsState, {"bases": "kept"})
 
 
 class MomentumState(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.optim.surgery import register_fields
 from lowrank_jax.serialization import serializable
 
 FORMAT_VERSION = 2  # 2: refreshes
@@ -85,6 +86,10 @@ class MatrixState:
             f"MatrixState({view.path!r}, rank={view.rank}, shrinks={view.side}, basis={shapes}, "
             f"{total:,} bytes)"
         )
+
+
+# moments and error live in the projection, where a policy can say nothing of single entries
+register_fields(MatrixState, {"basis": "kept", "residual": "first"}, of_parameter=True)
 
 
 def matrix_states(state: ProjectionState) -> list[MatrixState]:

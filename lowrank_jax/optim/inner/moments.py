@@ -56,6 +56,12 @@ register_moments(
 )
 
 
+def kinds_of(state: Pytree) -> dict[str, str] | None:
+    """`{field: kind}` of the moments of a state, None where its type is not registered."""
+    entry = _REGISTRY.get(type(state))
+    return None if entry is None else entry.kinds
+
+
 def fields_of(state: Pytree) -> tuple[str, ...]:
     """The fields of a state that are moments; TypeError where its type is not registered."""
     entry = _REGISTRY.get(type(state))
