@@ -8,7 +8,7 @@
 >>> updates, state = tx.update(params, state, params)
 """
 
-from lowrank_jax import adapters, deprecations, linalg, linen, memory
+from lowrank_jax import adapters, deprecations, factorized, linalg, linen, memory
 from lowrank_jax.adapters import (
     Adaptation,
     AdaptedKernel,
@@ -24,6 +24,7 @@ from lowrank_jax.adapters import (
     to_lora,
 )
 from lowrank_jax.functions.products import dot_general, einsum, matmul
+from lowrank_jax.kernel_node import KernelNode
 from lowrank_jax.matrices import MatrixView, ResolvedView
 from lowrank_jax.optim import inner, scales, surgery
 from lowrank_jax.optim.learning_rate import apply_learning_rate
@@ -59,6 +60,7 @@ __all__ = [
     "AdaptedKernel",
     "Evidence",
     "Fused",
+    "KernelNode",
     "MatrixState",
     "MatrixView",
     "Projected",
@@ -87,6 +89,7 @@ __all__ = [
     "effective",
     "einsum",
     "explain",
+    "factorized",
     "frugal",
     "fused",
     "galore",

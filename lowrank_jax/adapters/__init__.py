@@ -9,7 +9,7 @@
 """
 
 from lowrank_jax.adapters.adaptation import Adaptation
-from lowrank_jax.adapters.base import Adapter, Factors, Group, Op, Site, Transition, matrix_op
+from lowrank_jax.adapters.base import Adapter, Factors, Group, Site, Transition, matrix_op
 from lowrank_jax.adapters.combination import combine
 from lowrank_jax.adapters.conversion import Conversion, absorb, to_lora
 from lowrank_jax.adapters.families.dora import dora
@@ -40,6 +40,7 @@ from lowrank_jax.adapters.starts.olora import olora
 from lowrank_jax.adapters.starts.pissa import pissa
 from lowrank_jax.adapters.transitions import transition
 from lowrank_jax.adapters.tree import adapt, attach, effective, merge, unmerge
+from lowrank_jax.kernel_node import Op
 from lowrank_jax.optim.pair_optimizers import (
     altlora,
     altlora_plus,

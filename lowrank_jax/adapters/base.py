@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -30,17 +30,11 @@ import numpy as np
 
 from lowrank_jax import sharding
 from lowrank_jax.checks import is_integer
+from lowrank_jax.kernel_node import Op, product
 from lowrank_jax.matrices import DENSE, MatrixView, Shape
-from lowrank_jax.rows import over_rows
 
 Arrays = dict[str, Any]
 Axes = Mapping[str, tuple[str | None, ...]]
-INPUTS = ("features", "indices", "windows", "transposed")
-USES = (
-    "gather",
-    "dot_general",
-    "conv_general_dilated",
-)  # what multiplies by a kernel, in the words of jaxprs
 
 
 class Factors(NamedTuple):
@@ -60,89 +54,6 @@ class Factors(NamedTuple):
     scale: jax.Array
     b: jax.Array
     rank_of: np.ndarray | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """A linear operator without bias: what a host does to its input x, as one matrix `K (n, m)`.
-
-    Attributes:
-      shape: (n, m).
-      contract: `(x, M (n, q)) -> (..., q)`, the host's input times another matrix, the host's way:
-        `x @ M`, `M[ids]`, a convolution. Products are counted in the dtype of x and summed in
-        float32. Where `input` is "transposed" the host computes `x Kᵀ`, and M has m rows.
-      kernel: `() -> K (n, m)`; asked for only where it is needed.
-      product: `x -> (..., m)`, the operator itself.
-      input: what x is: "features" (contract is `x @ M`), "indices", "windows" of a convolution, or
-        "transposed".
-      plain: `product` is `x @ K` with nothing of the host's own about it (precision, dtype, another
-        product, adapters), so that a kernel may make it.
-
-    >>> import jax.numpy as jnp
-    >>> op = matrix_op(jnp.ones((3, 4)))
-    >>> op(jnp.ones((2, 3))).shape
-    (2, 4)
-    """
-
-    shape: Shape
-    contract: Callable[[Any, jax.Array], jax.Array]
-    kernel: Callable[[], jax.Array]
-    product: Callable[[Any], jax.Array]
-    input: str = "features"
-    plain: bool = False
-
-    def __call__(self, x: Any) -> jax.Array:
-        return self.product(x)
-
-    def thin(self, x: Any, factors: Factors) -> jax.Array:
-        """`x a diag(scale) b`, or `x bᵀ diag(scale) aᵀ` for a transposed host; no dense delta is
-        formed."""
-        a, scale, b, _ = factors
-        if self.input == "transposed":
-            a, b = b.T, a.T
-        low = self.contract(x, a) * scale
-        compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else low.dtype
-        return product(low.astype(compute), b)
-
-    def plus(self, forward: Callable[[Any], jax.Array], delta: Callable[[], jax.Array]) -> Op:
-        """This operator plus another: `forward(x)` in the product, `delta()` in the kernel."""
-
-        def product(x):
-            y = self(x)
-            return y + sharding.beside(forward(x), y)
-
-        return dataclasses.replace(
-            self, product=product, kernel=lambda: self.kernel() + delta(), plain=False
-        )
-
-    def replaced(self, kernel: Callable[[], jax.Array]) -> Op:
-        """The host's product with another kernel, which is formed again in the backward pass rather
-        than kept."""
-
-        def product(x):
-            return jax.checkpoint(lambda x: self.contract(x, self.as_factor(kernel())))(x)
-
-        return dataclasses.replace(self, product=product, kernel=kernel, plain=False)
-
-    def as_factor(self, kernel: jax.Array) -> jax.Array:
-        """A kernel in the orientation that `contract` wants."""
-        return kernel.T if self.input == "transposed" else kernel
-
-
-def product(x: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array:
-    """`x (..., n) @ matrix (n, q)`, counted in the dtype of x and summed in float32 (float64 where
-    x is)."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    matrix = matrix.astype(x.dtype)
-
-    def rows(x):
-        axes, spec = (((x.ndim - 1,), (0,)), ((), ())), sharding.product_spec(x, matrix)
-        options = {} if spec is None else {"out_sharding": jax.sharding.PartitionSpec(*spec)}
-        return jax.lax.dot_general(
-            x, matrix, axes, precision=precision, preferred_element_type=wide, **options
-        )
-
-    return over_rows(rows, x)
 
 
 def matrix_op(kernel: jax.Array) -> Op:
@@ -261,6 +172,7 @@ class Adapter:
       ranked: it has a rank, and its `scale` is a vector (r,); else a scalar ().
       reads_kernel: `init_site` wants the kernel.
       reads_bank: its product depends on the largest matrix of the group (`Site.bank`).
+      whole_matrix: it means nothing for some rows or columns of the kernel alone.
       stochastic: `wrap` draws from its key, and every entry point gives it one of its own for each
         site and layer. A property where it depends on the options; by default it is whether there
         is a rate of `dropout`, which the `wrap` of this class knows. A family with another random
@@ -280,6 +192,7 @@ class Adapter:
     ranked: ClassVar[bool] = False
     reads_kernel: ClassVar[bool] = False
     reads_bank: ClassVar[bool] = False
+    whole_matrix: ClassVar[bool] = False
     nested: ClassVar[bool] = False
     in_arrays: ClassVar[tuple[str, ...]] = ("rank", "alpha", "init")
 

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from lowrank_jax import sharding
-from lowrank_jax.adapters.base import Adapter, Op, Site, product
-from lowrank_jax.functions.products import Layout, decoding, dense, dot_general, undecoded
+from lowrank_jax.adapters.base import Adapter, Site
+from lowrank_jax.kernel_node import KernelNode, Op, parts_of, product, with_parts_of
 from lowrank_jax.matrices import MatrixView
+from lowrank_jax.quantized import decoding, dense, undecoded
 from lowrank_jax.serialization import serializable
+from lowrank_jax.typing import Kernel, Key, Pytree
 
 
 class RawKernelError(ValueError, AttributeError):
@@ -130,7 +132,7 @@ def axis_names(
 @serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AdaptedKernel:
+class AdaptedKernel(KernelNode):
     """A kernel that is given to a loss together with its adapters, in the order in which they act.
 
     >>> import jax, jax.numpy as jnp
@@ -143,18 +145,6 @@ class AdaptedKernel:
 
     kernel: Any
     bound: tuple[Bound, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.kernel.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.kernel.dtype
-
-    @property
-    def ndim(self) -> int:
-        return len(self.kernel.shape)
 
     def __jax_array__(self) -> jax.Array:
         raise self.raw("is read as an array")
@@ -192,6 +182,7 @@ class AdaptedKernel:
         bound = (dataclasses.replace(one, shared=put(one.shared)) for one in self.bound)
         return dataclasses.replace(self, bound=tuple(bound))
 
+    @property
     def view(self) -> MatrixView:
         """The view of the slice that is here: leading axes that a scan took apart are gone."""
         site = self.bound[0].site
@@ -210,67 +201,94 @@ class AdaptedKernel:
             batch=shift(view.batch[taken:]), rows=shift(view.rows), cols=shift(view.cols)
         )
 
-    def dot_general(
-        self,
-        x: jax.Array,
-        dimension_numbers: Any,
-        precision: Any = None,
-        preferred_element_type: Any = None,
-        product: Callable[..., jax.Array] | None = None,
-        **options: Any,
-    ) -> jax.Array:
-        """`lrx.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes
-        its batch axes.
+    @property
+    def path(self) -> str:
+        return self.bound[0].site.path
 
-        `product` stands in for `lrx.dot_general` in the base product.
-        """
-        options |= {"precision": precision}
-        if preferred_element_type is not None:  # a product of one's own need not know it
-            options |= {"preferred_element_type": preferred_element_type}
-        own, node = product or dot_general, self.at("dot_general")
-        if not isinstance(node, AdaptedKernel):
-            bare = lambda x, kernel: own(x, dense(kernel, x.dtype), dimension_numbers, **options)  # noqa: E731
-            return decoding(bare, node)(x, node)
-        view = node.view()
-        (_, contract), (_, batch) = (tuple(map(tuple, axes)) for axes in dimension_numbers)
-        if set(contract) != set(view.rows) or set(batch) != set(view.batch):
-            raise ValueError(
-                f"adapters of {self.bound[0].site.path!r}: the product contracts axes {contract} "
-                f"and batches axes {batch} of the kernel, but its view has rows {view.rows} and "
-                f"batch {view.batch}; give it another MatrixView in views="
-            )
-        layout = Layout.of(x.ndim, self.ndim, view, dimension_numbers)
+    @property
+    def label(self) -> str:
+        return f"adapters of {self.path!r}"
 
-        def base(x, matrix):
-            return own(x, matrix, (((x.ndim - 1,), (0,)), ((), ())), **options)
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The products that see any of the adapters; `at` parts them."""
+        uses = [one.site.uses for one in self.bound]
+        return tuple(sorted(set().union(*uses))) if all(uses) else ()
 
-        site = self.bound[0].site
-        plain = (
-            own in (jax.lax.dot_general, dot_general)
-            and not any(options.values())
-            and view.rows == (0,)
+    @property
+    def whole_matrix(self) -> bool:
+        """Whether one of the adapters reads whole rows and columns of the kernel."""
+        return any(one.adapter.whole_matrix for one in self.bound)
+
+    def base(self) -> Kernel:
+        return self.kernel
+
+    def with_base(self, base: Kernel) -> AdaptedKernel:
+        return dataclasses.replace(self, kernel=base)
+
+    def parts(self) -> tuple[Pytree, Pytree]:
+        own, shared = parts_of(self.kernel)
+        arrays = [(one.arrays, one.keys, one.ids) for one in self.bound]
+        return (own, arrays), (shared, [one.shared for one in self.bound])
+
+    def with_parts(self, own: Pytree, shared: Pytree) -> AdaptedKernel:
+        bound = (
+            dataclasses.replace(one, arrays=arrays, keys=keys, ids=ids, shared=beside)
+            for one, (arrays, keys, ids), beside in zip(self.bound, own[1], shared[1], strict=True)
         )
+        return AdaptedKernel(with_parts_of(self.kernel, own[0], shared[0]), tuple(bound))
+
+    def dense(self, dtype: Any = None) -> jax.Array | None:
+        """The adapted kernel, every adapter's `effective` in turn; None where rows choose."""
+        if any(one.ids is not None for one in self.bound):
+            return None
+        array, view = dense(self.kernel, self.dtype if dtype is None else dtype), self.view
+
+        def adapted(matrix, _, bound):
+            for one in bound:
+                matrix = one.effective(matrix)
+            return matrix
+
+        matrices = view.to_matrices(array)
+        matrices = over_batch(adapted, len(view.batch))(matrices, matrices, self.bound)
+        return view.from_matrices(matrices, tuple(array.shape)).astype(array.dtype)
+
+    def multiply(self, op: Op, x: jax.Array, key: Key | None = None) -> tuple[jax.Array, Any]:
+        """The product of each matrix with every adapter in turn, whose keys are their own."""
+        site, view = self.bound[0].site, self.view
+        layout, plain = op.layout(view), op.plain and view.rows == (0,)
+        spec = sharding.matrix_spec(site.path, site.view) if plain else None
 
         def whole(x, kernel, bound):
-            direct = (
-                undecoded(kernel, sharding.matrix_spec(site.path, site.view)) if plain else None
-            )
-            bare = plain and direct is None and getattr(kernel, "dtype", None) == x.dtype
+            is_node = isinstance(kernel, KernelNode)
+            base = kernel if is_node else dense(kernel, x.dtype, site.path)
+            direct = undecoded(kernel, spec) if plain else None
+            bare = plain and direct is None and not is_node and kernel.dtype == x.dtype
+            inputs, (own, shared) = layout.inputs(x), _matrices_of(base, view)
 
-            def run(x, matrix, bound):
-                own = base if direct is None else lambda x, _: direct(x)
-                return fold(dense_op(matrix, precision, own, bare), bound)(x)
+            def run(x, own, bound):
+                one = op.matrix(with_parts_of(base, own, shared))
+                one = dataclasses.replace(one, own=direct or one.own, plain=bare)
+                return fold(one, bound)(x)
 
-            kernel = dense(kernel, x.dtype, site.path)
-            outputs = over_batch(run, layout.batch)(
-                layout.inputs(x), view.to_matrices(kernel), bound
-            )
+            outputs = over_batch(run, layout.batch)(inputs, own, bound)
             outputs = layout.result(outputs, [self.shape[axis] for axis in view.cols])
-            return _as_host(
-                outputs, lambda x, k: own(x, k, dimension_numbers, **options), x, kernel
-            )
+            return _as_host(outputs, op.multiply, x, base)
 
-        return decoding(whole, self.kernel)(x, self.kernel, node.bound)
+        return decoding(whole, self.kernel)(x, self.kernel, self.bound), None
+
+
+def _matrices_of(base: Kernel, view: MatrixView) -> tuple[Pytree, Pytree]:
+    """`(own, shared)` arrays of a base as `(batch..., n, m)`; a node is a stack of matrices as it
+    is."""
+    if not isinstance(base, KernelNode):
+        return view.to_matrices(base), ()
+    if base.view != view:
+        raise ValueError(
+            f"{base.label} of shape {tuple(base.shape)} is seen as {base.view}, the adapters on it "
+            f"see {view}; give them the same views=, or node.dense() as their base"
+        )
+    return base.parts()
 
 
 def over_batch(function: Callable, axes: int) -> Callable:
@@ -319,17 +337,7 @@ def fold(op: Op, bound: tuple[Bound, ...]) -> Op:
 
         return jax.vmap(row)(x, ids, jnp.arange(ids.shape[0]))
 
-    return dataclasses.replace(op, product=product)
-
-
-def dense_op(
-    matrix: jax.Array, precision: Any = None, base: Callable | None = None, plain: bool = False
-) -> Op:
-    """The operator `x @ matrix`; `base(x, matrix)` is the host's own product, `plain` where it is
-    no more than that."""
-    contract = lambda x, factor: product(x, factor, precision)  # noqa: E731
-    own = contract if base is None else base
-    return Op(matrix.shape, contract, lambda: matrix, lambda x: own(x, matrix), plain=plain)
+    return dataclasses.replace(op, own=product)
 
 
 def _as_host(y: jax.Array, own: Callable[..., jax.Array], *operands: Any) -> jax.Array:
@@ -340,7 +348,7 @@ def _as_host(y: jax.Array, own: Callable[..., jax.Array], *operands: Any) -> jax
 
 def _at(kernel: Any, use: str) -> Any:
     """A kernel as a product of one kind sees it."""
-    return kernel.at(use) if isinstance(kernel, AdaptedKernel) else kernel
+    return kernel.at(use) if isinstance(kernel, KernelNode) else kernel
 
 
 def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
@@ -428,7 +436,7 @@ def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.A
     kernel = _at(kernel, "conv_general_dilated")
     if not isinstance(kernel, AdaptedKernel):
         return decoding(lambda x, kernel: convolve(x, dense(kernel, x.dtype)), kernel)(x, kernel)
-    view, last = kernel.view(), kernel.ndim - 1
+    view, last = kernel.view, kernel.ndim - 1
     if view != MatrixView(rows=tuple(range(last)), cols=(last,)):
         raise ValueError(
             f"adapters of {kernel.bound[0].site.path!r}: a convolution's kernel "

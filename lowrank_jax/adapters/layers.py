@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.adapters.hosts import AdaptedKernel, conv
-from lowrank_jax.functions.products import dot_general, einsum
+from lowrank_jax.functions.products import dot_general, einsum, multiplied
 from lowrank_jax.projection.tapped import Tapped
 from lowrank_jax.trees import is_quantized
 
@@ -92,7 +92,7 @@ def product_of(value: Any, own: Callable[..., Any], where: str) -> Callable[...,
     def product(x: jax.Array, given: Any, dimension_numbers: Any, **call: Any) -> jax.Array:
         kernel = with_base(value, given)
         if isinstance(kernel, NODES):
-            return kernel.dot_general(x, dimension_numbers, product=own, **_given(call))
+            return multiplied(x, kernel, dimension_numbers, own, **_given(call))
         return own(x, kernel.dequantize(x.dtype), dimension_numbers, **call)
 
     return product

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.adapters.base import USES, Adapter, Group, Site
+from lowrank_jax.adapters.base import Adapter, Group, Site
 from lowrank_jax.checks import as_python, listed, no_match
+from lowrank_jax.kernel_node import USES
 from lowrank_jax.resolution import LeafViews, Views, is_linear, is_stacked
 from lowrank_jax.trees import is_quantized, leaves_with_metadata
 

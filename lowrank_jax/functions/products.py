@@ -1,97 +1,180 @@
 """Products of an input and a kernel that may be more than an array.
 
-A kernel is an array, a quantised array (`dequantize(dtype)`), or a node that knows how to multiply
-(`dot_general(x, dimension_numbers, ...)`): a kernel with a tap of projected backprop, or one with
-adapters. A loss that multiplies by `lrx.matmul`, `lrx.einsum` or `lrx.dot_general` takes all of
-them; the Flax skins do so for Flax models.
+An array is multiplied as JAX does it. Of anything else (`lowrank_jax.kernel_node.KernelNode`) a
+product knows one verb: it describes itself by an `Op`, and asks the node to `multiply`. A loss that
+multiplies by `lrx.matmul`, `lrx.einsum` or `lrx.dot_general` takes all of them; the Flax skins do so
+for Flax models.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lowrank_jax import kernels, linalg, sharding
+from lowrank_jax import sharding
+from lowrank_jax.kernel_node import KernelNode, Layout, Op, product
 from lowrank_jax.matrices import MatrixView
+from lowrank_jax.quantized import as_node, dense
 from lowrank_jax.rows import over_rows
-from lowrank_jax.trees import is_quantized
-
-
-def dense(kernel: Any, dtype: Any, path: str | None = None) -> jax.Array:
-    """The kernel as an array; only a quantised one is cast.
-
-    One whose parameter's `path` is given is gathered for a product as codes, where
-    `lrx.meshes.use(parameters=)` says how it lies: left to the compiler, its value is gathered, of
-    2 or 4 bytes an entry.
-    """
-    if not is_quantized(kernel):
-        return kernel
-    spec = None if path is None else sharding.for_product(path, kernel.ndim)
-    places = None if spec is None else kernel.specs(spec)
-    if spec is None or places is None:
-        return kernel.dequantize(dtype)
-    codes = sharding.constrained(kernel, places)
-    return sharding.constrained(codes.dequantize(dtype), jax.sharding.PartitionSpec(*spec))
-
-
-def decoding(function: Callable, kernel: Any) -> Callable:
-    """`function`, which decodes `kernel`: a quantised one again in the backward pass, which keeps
-    its codes alone."""
-    return jax.checkpoint(function) if is_quantized(kernel) else function
-
-
-def undecoded(
-    kernel: Any, spec: tuple[Any, Any] | None = None
-) -> Callable[[jax.Array], jax.Array] | None:
-    """`x -> x K` by `lrx.kernels.nf4_linear`, of one matrix in NF4 that asks for it; None of every
-    other kernel.
-
-    `spec` says how K lies on the mesh of `lrx.meshes.use`.
-    """
-    if (
-        not isinstance(kernel, linalg.NormalFloat4)
-        or kernel.products != "kernel"
-        or kernel.ndim != 2
-    ):
-        return None
-    if sharding.explicit_trace():
-        return None
-    return lambda x: kernels.nf4_linear(x, kernel, spec=spec)
+from lowrank_jax.typing import Kernel, Shape
 
 
 def dot_general(
     x: jax.Array,
-    kernel: Any,
+    kernel: Kernel,
     dimension_numbers: Any,
     precision: Any = None,
     preferred_element_type: Any = None,
     **options: Any,
 ) -> jax.Array:
-    """`jax.lax.dot_general(x, kernel, ...)` for a kernel that may have a tap or adapters.
+    """`jax.lax.dot_general(x, kernel, ...)` for a kernel that may be a node.
 
-    Of such a kernel the contracted axes must be its rows, batched axes its remaining batch axes.
-    The last axis of an array x is contracted on one axis of rows, `(N, n)`, wherever a mesh allows
-    it (`rows.fold_rows`), so that the gradient of the kernel contracts one axis too.
+    Of a node that does not form its matrix the contracted axes must be its rows, batched axes its
+    remaining batch axes. The last axis of an array x is contracted on one axis of rows, `(N, n)`,
+    wherever a mesh allows it (`rows.fold_rows`), so that the gradient of the kernel contracts one
+    axis too.
 
     >>> import jax.numpy as jnp
     >>> dot_general(jnp.ones((2, 3)), jnp.ones((3, 4)), (((1,), (0,)), ((), ()))).shape
     (2, 4)
     """
     options |= {"precision": precision, "preferred_element_type": preferred_element_type}
-    direct = undecoded(kernel)
-    plain = (((x.ndim - 1,), (0,)), ((), ()))
-    if direct is not None and not any(options.values()) and _tuples(dimension_numbers) == plain:
-        return direct(x)
-    if hasattr(kernel, "dot_general"):
-        return kernel.dot_general(x, dimension_numbers, **options)
-    own = lambda x, kernel: _by_rows(x, dense(kernel, x.dtype), dimension_numbers, **options)  # noqa: E731
-    return decoding(own, kernel)(x, kernel)
+    return multiplied(x, kernel, dimension_numbers, **options)
+
+
+def multiplied(
+    x: jax.Array,
+    kernel: Kernel,
+    dimension_numbers: Any,
+    own: Callable[..., jax.Array] | None = None,
+    **options: Any,
+) -> jax.Array:
+    """`dot_general(x, kernel, dimension_numbers, **options)`; products with arrays are `own`, or
+    those of this file where it is None."""
+    own = _by_rows if own is None or own is dot_general else own
+    # a product of one's own need not know a type of the result that nobody asked for
+    if options.get("preferred_element_type") is None:
+        options = {k: v for k, v in options.items() if k != "preferred_element_type"}
+    options = {"precision": None} | options
+    seen = _seen(kernel)
+    if not isinstance(seen, KernelNode):
+        return own(x, seen, dimension_numbers, **options)
+    op = _op(x, seen, _tuples(dimension_numbers), own, options)
+    return _alone(seen, *seen.multiply(op, x))
+
+
+def _seen(kernel: Kernel) -> Kernel:
+    """What a dense product multiplies by: a node, or an array."""
+    node = as_node(kernel)
+    if node is None:
+        return kernel
+    seen = node.at("dot_general")
+    return node if seen is node else _seen(seen)
+
+
+def _alone(node: KernelNode, y: jax.Array, aux: Any) -> jax.Array:
+    """The product, which nothing stands beside."""
+    if aux is not None:
+        raise ValueError(
+            f"{node.label}: multiply gives something beside the product, which lrx.matmul and its "
+            "like have no way to hand out; give (y, None)"
+        )
+    return y
+
+
+def _op(
+    x: jax.Array,
+    node: KernelNode,
+    numbers: Any,
+    own: Callable[..., jax.Array],
+    options: dict[str, Any],
+) -> Op:
+    """What `own(x, node, numbers, **options)` does, as a node is told."""
+    (_, contracted), (_, batch) = numbers
+
+    def layout(view: MatrixView) -> Layout:
+        if set(contracted) != set(view.rows) or set(batch) != set(view.batch):
+            raise ValueError(
+                f"{node.label}: the product contracts axes {contracted} and batches axes {batch} "
+                f"of the kernel, but its view has rows {view.rows} and batch {view.batch}; give it "
+                "another MatrixView, or leave it out"
+            )
+        return Layout.of(x.ndim, node.ndim, view, numbers)
+
+    side = _side(node, contracted, batch)
+    contract, expand = _thin_products(x, node, side, layout, options)
+    multiply = lambda x, kernel: multiplied(x, kernel, numbers, own, **options)  # noqa: E731
+    base = node if node.base() is None else node.base()
+    return Op(
+        shape=tuple(node.view.matrix_shape(node.shape)[-2:]) if side != "other" else node.shape,
+        contract=contract,
+        expand=expand,
+        kernel=lambda: dense(base, x.dtype),
+        own=lambda x: multiply(x, dense(base, x.dtype)),
+        input=side,
+        plain=own in (_by_rows, jax.lax.dot_general) and not any(options.values()),
+        multiply=multiply,
+        layout=layout,
+        matrix=lambda kernel: _matrix_op(kernel, own, options),
+    )
+
+
+def _side(node: KernelNode, contracted: Shape, batch: Shape) -> str:
+    """Whether a product contracts a node's rows, its columns, or something else."""
+    if node.ndim < 2 or set(batch) != set(node.view.batch):
+        return "other"
+    sides = {"features": node.view.rows, "transposed": node.view.cols}
+    return next((name for name, axes in sides.items() if set(axes) == set(contracted)), "other")
+
+
+def _thin_products(
+    x: jax.Array,
+    node: KernelNode,
+    side: str,
+    layout: Callable[[MatrixView], Layout],
+    options: dict[str, Any],
+) -> tuple[Callable[[Any, jax.Array], jax.Array], Callable[[jax.Array, jax.Array], jax.Array]]:
+    """`(contract, expand)` of a product, by factors with the kernel's batch axes in front."""
+
+    def laid() -> tuple[Layout, tuple[int, ...]]:
+        view = node.view
+        if side == "transposed":  # the columns are the inputs
+            view = MatrixView(batch=view.batch, rows=view.cols, cols=view.rows)
+        return layout(view), tuple(node.shape[axis] for axis in view.cols)
+
+    def thin(x, factor, axes):
+        run = lambda x, factor: product(x, factor, options["precision"])  # noqa: E731
+        for _ in range(axes):
+            run = jax.vmap(run)
+        return run(x, factor)
+
+    def contract(x, factor):
+        own, _ = laid()
+        return thin(own.inputs(x), factor, own.batch)
+
+    def expand(low, factor):
+        own, cols = laid()
+        y = own.result(thin(low, factor, own.batch), cols)
+        # summed in float32, given in the type that the product with an array has
+        return y.astype(options.get("preferred_element_type") or jnp.result_type(x, node.dtype))
+
+    return contract, expand
+
+
+def _matrix_op(kernel: Kernel, own: Callable[..., jax.Array], options: dict[str, Any]) -> Op:
+    """The operator `x (..., n) -> x K` of one matrix, an array or a node."""
+
+    numbers = lambda x: (((x.ndim - 1,), (0,)), ((), ()))  # noqa: E731
+    return Op(
+        shape=tuple(kernel.shape),
+        contract=lambda x, factor: product(x, factor, options["precision"]),
+        kernel=lambda: dense(kernel, kernel.dtype),
+        own=lambda x: multiplied(x, kernel, numbers(x), own, **options),
+    )
 
 
 def _by_rows(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
@@ -119,8 +202,8 @@ def _tuples(numbers: Any) -> Any:
     return tuple(map(_tuples, numbers)) if isinstance(numbers, list | tuple) else numbers
 
 
-def matmul(x: jax.Array, kernel: Any) -> jax.Array:
-    """`x (..., d_in) @ kernel (d_in, d_out)` for a kernel that may have a tap or adapters.
+def matmul(x: jax.Array, kernel: Kernel) -> jax.Array:
+    """`x (..., d_in) @ kernel (d_in, d_out)` for a kernel that may be a node.
 
     >>> import jax.numpy as jnp
     >>> matmul(jnp.ones((2, 5, 3)), jnp.ones((3, 4))).shape
@@ -129,21 +212,50 @@ def matmul(x: jax.Array, kernel: Any) -> jax.Array:
     return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-def einsum(subscripts: str, x: jax.Array, kernel: Any, **options: Any) -> jax.Array:
-    """`jnp.einsum(subscripts, x, kernel)` of two operands, for a kernel that may have a tap or
-    adapters.
+def einsum(subscripts: str, x: jax.Array, kernel: Kernel, **options: Any) -> jax.Array:
+    """`jnp.einsum(subscripts, x, kernel)` of two operands, for a kernel that may be a node.
 
-    An index that only one operand has and the result lacks is not supported for a kernel with a tap
-    or adapters.
+    An index that only one operand has and the result lacks is not supported for a node that does
+    not form its matrix: one with a tap or adapters, or in factors.
 
     >>> import jax.numpy as jnp
     >>> einsum("bsd,dhk->bshk", jnp.ones((2, 5, 8)), jnp.ones((8, 2, 4))).shape
     (2, 5, 2, 4)
     """
-    if not hasattr(kernel, "dot_general"):
-        own = lambda x, kernel: jnp.einsum(subscripts, x, dense(kernel, x.dtype), **options)  # noqa: E731
-        return decoding(own, kernel)(x, kernel)
-    left, right, out = _indices(subscripts, x.ndim, kernel.ndim)
+    seen = _seen(kernel)
+    if not isinstance(seen, KernelNode):
+        return jnp.einsum(subscripts, x, seen, **options)
+    if not seen.factored:
+        return _alone(seen, *seen.multiply(_einsum_op(subscripts, seen, options), x))
+    numbers, order = _numbers(subscripts, x, seen)
+    return jnp.transpose(dot_general(x, seen, numbers, **options), order)
+
+
+def _einsum_op(subscripts: str, node: KernelNode, options: dict[str, Any]) -> Op:
+    """An einsum as a node is told that multiplies by its matrix alone."""
+
+    def refused(*_: Any) -> Any:
+        raise ValueError(
+            f"einsum {subscripts!r}: {node.label} multiplies by Op.multiply alone here"
+        )
+
+    own = lambda x, kernel: jnp.einsum(subscripts, x, dense(kernel, x.dtype), **options)  # noqa: E731
+    return Op(
+        shape=node.shape,
+        contract=refused,
+        expand=refused,
+        kernel=lambda: dense(node, node.dtype),
+        own=lambda x: own(x, node),
+        input="other",
+        multiply=own,
+        layout=refused,
+        matrix=refused,
+    )
+
+
+def _numbers(subscripts: str, x: jax.Array, node: KernelNode) -> tuple[Any, tuple[int, ...]]:
+    """`(dimension_numbers, order)` of an einsum: a dot_general, and how its axes are transposed."""
+    left, right, out = _indices(subscripts, x.ndim, node.ndim)
     batch = [name for name in left if name in right and name in out]
     contract = [name for name in left if name in right and name not in out]
     free = [[name for name in names if name not in batch + contract] for names in (left, right)]
@@ -154,7 +266,7 @@ def einsum(subscripts: str, x: jax.Array, kernel: Any, **options: Any) -> jax.Ar
         or len(set(right)) != len(right)
     ):
         raise ValueError(
-            f"einsum {subscripts!r}: with a tap or adapters every index of the product must be "
+            f"einsum {subscripts!r}: with {node.label} every index of the product must be "
             "contracted or kept, once"
         )
     axes = lambda names, among: tuple(among.index(name) for name in names)  # noqa: E731
@@ -162,7 +274,7 @@ def einsum(subscripts: str, x: jax.Array, kernel: Any, **options: Any) -> jax.Ar
         (axes(contract, left), axes(contract, right)),
         (axes(batch, left), axes(batch, right)),
     )
-    return jnp.transpose(dot_general(x, kernel, numbers, **options), axes(out, result))
+    return numbers, axes(out, result)
 
 
 def _indices(subscripts: str, *ndims: int) -> list[list[str]]:
@@ -182,78 +294,3 @@ def _indices(subscripts: str, *ndims: int) -> list[list[str]]:
         return [*before, *(extra if dots else []), *after]
 
     return [expand(names[0]), expand(names[1]), expand(out)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the operands of a product lie: axes of x as (batch, free, rows), of the result as (batch,
-    free, cols).
-
-    Attributes:
-      x: the axes of x in that order.
-      y: the axes of the result in that order.
-      batch, free: how many axes are batch axes of the kernel, and how many are x's own.
-
-    >>> import jax.numpy as jnp
-    >>> heads = MatrixView(rows=(0, 1), cols=(2,))  # an output projection (heads, head_dim, d)
-    >>> layout = Layout.of(4, 3, heads, (((2, 3), (0, 1)), ((), ())))
-    >>> layout.inputs(jnp.ones((2, 5, 4, 8))).shape
-    (2, 5, 32)
-    """
-
-    x: tuple[int, ...]
-    y: tuple[int, ...]
-    batch: int
-    free: int
-
-    @classmethod
-    def of(cls, x_ndim: int, kernel_ndim: int, view: MatrixView, dimension_numbers: Any) -> Layout:
-        """Of `dot_general(x, kernel, dimension_numbers)`, which contracts the view's rows, and
-        batches its batch."""
-        (contract_x, contract_w), (batch_x, batch_w) = (
-            tuple(map(tuple, axes)) for axes in dimension_numbers
-        )
-        # the axes of the product: batch, free axes of x, free axes of the kernel in their own order
-        order = [contract_x[contract_w.index(axis)] for axis in view.rows]
-        free = [axis for axis in range(x_ndim) if axis not in contract_x and axis not in batch_x]
-        cols = [
-            axis for axis in range(kernel_ndim) if axis not in view.rows and axis not in batch_w
-        ]
-        first = len(batch_x) + len(free)
-        aligned = [batch_x[batch_w.index(axis)] for axis in view.batch]
-        batch_y = [batch_w.index(axis) for axis in view.batch]
-        return cls(
-            x=(*aligned, *free, *order),
-            y=(
-                *batch_y,
-                *range(len(batch_x), first),
-                *(first + cols.index(axis) for axis in view.cols),
-            ),
-            batch=len(batch_x),
-            free=len(free),
-        )
-
-    def inputs(self, x: jax.Array) -> jax.Array:
-        """x as `(batch..., free..., rows)`."""
-        return self._matrices(x, self.x)
-
-    def outputs(self, y: jax.Array) -> jax.Array:
-        """The result, or its cotangent, as `(batch..., free..., cols)`."""
-        return self._matrices(y, self.y)
-
-    def result(self, y: jax.Array, cols: Sequence[int]) -> jax.Array:
-        """The inverse of `outputs`, for columns folded from axes of these sizes."""
-        kept = self.batch + self.free
-        if len(cols) > 1:
-            y = sharding.reshape(y, (*y.shape[:kept], *cols), first=kept)
-        if self.y == tuple(range(y.ndim)):
-            return y
-        return jnp.transpose(y, tuple(self.y.index(axis) for axis in range(y.ndim)))
-
-    def _matrices(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
-        if tuple(axes) != tuple(range(x.ndim)):
-            x = jnp.transpose(x, axes)
-        kept = self.batch + self.free
-        if x.ndim == kept + 1:
-            return x
-        return sharding.reshape(x, (*x.shape[:kept], math.prod(x.shape[kept:])), first=kept)

@@ -18,19 +18,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax import sharding
-from lowrank_jax.functions.products import Layout, dense, dot_general
-from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.kernel_node import KernelNode, Op, parts_of, with_parts_of
+from lowrank_jax.matrices import MatrixView, ResolvedView
 from lowrank_jax.projection.batches import each
 from lowrank_jax.projection.projectors.base import thin_product
+from lowrank_jax.quantized import dense
 from lowrank_jax.rows import fold_rows
 from lowrank_jax.serialization import serializable
+from lowrank_jax.typing import Kernel, Pytree
 
 
 @serializable
@@ -82,9 +83,8 @@ class Tap:
 @serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tapped:
-    """A kernel that is given to a loss together with its tap; `dot_general`, `matmul` and `einsum`
-    take it.
+class Tapped(KernelNode):
+    """A kernel that is given to a loss together with its tap; `lrx.matmul` and its like take it.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -99,18 +99,6 @@ class Tapped:
     kernel: Any
     tap: Tap
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.kernel.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.kernel.dtype
-
-    @property
-    def ndim(self) -> int:
-        return len(self.kernel.shape)
-
     def __jax_array__(self) -> jax.Array:
         raise ValueError(
             f"tap {self.tap.view.path!r}: the kernel is read as an array, and its projected "
@@ -118,50 +106,54 @@ class Tapped:
             "or leave it out with Views(rules=((path, None),))"
         )
 
-    def dot_general(
-        self,
-        x: jax.Array,
-        dimension_numbers: Any,
-        precision: Any = None,
-        preferred_element_type: Any = None,
-        product: Callable[..., jax.Array] | None = None,
-        **options: Any,
-    ) -> jax.Array:
-        """`lrx.dot_general(x, self, ...)`: contracted axes must be the kernel's rows, batched axes
-        its batch axes.
+    @property
+    def path(self) -> str:
+        return self.tap.view.path
 
-        `product` makes the base product in place of `lrx.dot_general`, as equal numbers.
-        """
-        options |= {"dimension_numbers": dimension_numbers, "precision": precision}
-        if preferred_element_type is not None:  # keywords of `product` stay
-            options |= {"preferred_element_type": preferred_element_type}
-        product = functools.partial(product or dot_general, **options)
-        view = _view_of_product(self, dimension_numbers)
-        layout = Layout.of(x.ndim, self.ndim, view.view, dimension_numbers)
-        tap = self.tap
+    @property
+    def label(self) -> str:
+        return f"tap {self.path!r}"
+
+    @property
+    def view(self) -> MatrixView:
+        return self._view().view
+
+    def base(self) -> Kernel:
+        return self.kernel
+
+    def with_base(self, base: Kernel) -> Tapped:
+        return dataclasses.replace(self, kernel=base)
+
+    def parts(self) -> tuple[Pytree, Pytree]:
+        own, shared = parts_of(self.kernel)
+        return (own, self.tap), shared
+
+    def with_parts(self, own: Pytree, shared: Pytree) -> Tapped:
+        return Tapped(with_parts_of(self.kernel, own[0], shared), own[1])
+
+    def dense(self, dtype: Any = None) -> None:
+        """None: the projected gradient would lack what the matrix is used for."""
+
+    def multiply(self, op: Op, x: jax.Array, key: Any = None) -> tuple[jax.Array, Any]:
+        """The base product, whose backward pass gives the tap its low-rank gradient."""
+        view, tap = self._view(), self.tap
+        layout = op.layout(view.view)
         arrays = (x, self.kernel, tap.basis, tap.sketch_basis, tap.low, tap.sketch)
-        return _tapped(product, layout, view, tap.projector, *sharding.varying_alike(*arrays))
+        alike = sharding.varying_alike(*arrays)
+        return _tapped(op.multiply, layout, view, tap.projector, *alike), None
 
-
-def _view_of_product(kernel: Tapped, dimension_numbers: Any) -> ResolvedView:
-    """The view of the slice of the leaf that this product uses: scanned axes are gone, the rest
-    must fit."""
-    view = kernel.tap.view
-    while len(view.shape) > kernel.ndim and view.layered:
-        view = view.layer()
-    if view.shape != tuple(kernel.shape):
-        raise ValueError(
-            f"tap {view.path!r}: a product uses a slice of shape {tuple(kernel.shape)} of the "
-            f"kernel of shape {kernel.tap.view.shape}; only leading batch axes may be taken apart"
-        )
-    (_, contract), (_, batch) = (tuple(map(tuple, axes)) for axes in dimension_numbers)
-    if set(contract) != set(view.view.rows) or set(batch) != set(view.view.batch):
-        raise ValueError(
-            f"tap {view.path!r}: the product contracts axes {contract} and batches axes {batch} of "
-            f"the kernel, but its view has rows {view.view.rows} and batch {view.view.batch}; give "
-            "it another MatrixView, or leave it out"
-        )
-    return view
+    def _view(self) -> ResolvedView:
+        """The view of the slice of the leaf that is here: scanned axes are gone, the rest must
+        fit."""
+        view = self.tap.view
+        while len(view.shape) > self.ndim and view.layered:
+            view = view.layer()
+        if view.shape != tuple(self.shape):
+            raise ValueError(
+                f"tap {view.path!r}: a product uses a slice of shape {tuple(self.shape)} of the "
+                f"kernel of shape {self.tap.view.shape}; only leading batch axes may be taken apart"
+            )
+        return view
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

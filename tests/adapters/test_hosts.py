@@ -10,6 +10,7 @@ import pytest
 
 import lowrank_jax as lrx
 from lowrank_jax.adapters.base import matrix_op
+from lowrank_jax.functions.products import multiplied
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
@@ -216,7 +217,7 @@ def test_a_host_may_bring_its_own_product_and_precision():
     wrong = lambda x, matrix, *_, **options: jnp.full((*x.shape[:-1], matrix.shape[-1]), 7.0)  # noqa: E731
     numbers = (((1,), (0,)), ((), ()))
     base = lrx.matmul(x, kernels()["dense"])
-    found = tree["dense"].dot_general(x, numbers, product=wrong) - 7.0
+    found = multiplied(x, tree["dense"], numbers, wrong) - 7.0
     np.testing.assert_allclose(found, lrx.matmul(x, tree["dense"]) - base, atol=1e-5)
     ids = jnp.array([1, 5])
     found = (
@@ -396,7 +397,7 @@ def test_a_quantised_base_gives_what_its_decoded_kernel_gives(name):
     reads = name in ("dora", "hira", "shira", "loha", "fourierft", "bat")
     asked = []
     op = matrix_op(plain["kernel"])
-    counting = type(op)(op.shape, op.contract, lambda: asked.append(1) or op.kernel(), op.product)
+    counting = type(op)(op.shape, op.contract, lambda: asked.append(1) or op.kernel(), op.own)
     p = made.arrays("kernel")
     FAMILIES[name].wrap(counting, made.plan.sites[0], p)(normal((5, 8)))
     assert bool(asked) == reads

@@ -18,11 +18,11 @@ TIERS = (
     ("version", "deprecations", "typing", "codes", "trees", "checks", "serialization"),
     ("sharding", "rows"),
     ("matrices",),
-    ("default_views", "resolution", "partition"),
+    ("kernel_node", "default_views", "resolution", "partition"),
     ("linalg",),
     ("kernels",),
-    ("functions", "optim"),
-    ("projection", "adapters"),
+    ("quantized", "functions", "optim"),
+    ("projection", "adapters", "factorized"),
     ("memory", "linen", "nnx", "interop"),
 )
 PLACE = {

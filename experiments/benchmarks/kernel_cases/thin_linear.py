@@ -21,7 +21,7 @@ MATRICES = {"7B up": (4096, 11008), "7B down": (11008, 4096), "1B up": (2048, 54
 def xla(x, w, a, b):
     """LoRA as `lrx.adapters.lora` applies it."""
     adapter = adapters.lora(rank=RANK)
-    op = dataclasses.replace(adapters.matrix_op(w), product=lambda x: x @ w)
+    op = dataclasses.replace(adapters.matrix_op(w), own=lambda x: x @ w)
     factors = {"a": a, "b": b, "scale": jnp.ones(RANK, x.dtype)}
     return adapter.wrap(op, adapter.site(w.shape), factors)(x).astype(x.dtype)
 

@@ -47,6 +47,7 @@ class Dora(Lora):
     """
 
     reads_kernel: ClassVar[bool] = True
+    whole_matrix: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,7 +99,7 @@ class Dora(Lora):
             return y + (gain - 1) * op(dropped) + gain * sharding.beside(thin, y)
 
         return dataclasses.replace(
-            op, product=product, kernel=lambda: self.effective(site, op.kernel(), p), plain=False
+            op, own=product, kernel=lambda: self.effective(site, op.kernel(), p), plain=False
         )
 
     def count(self, site):

@@ -180,7 +180,7 @@ class Lora(Adapter):
                 spec = sharding.matrix_spec(site.path, site.view)
                 return kernels.thin_linear(x, op.kernel(), a * scale, b, spec=spec)
 
-            return dataclasses.replace(op.plus(both, lambda: self.delta(site, p)), product=both)
+            return dataclasses.replace(op.plus(both, lambda: self.delta(site, p)), own=both)
 
         def forward(x):
             if key is None or self.dropout == 0:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,8 @@ class Miss(Adapter):
     >>> miss.effective(miss.site(kernel.shape), kernel, p).tolist()
     [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [1.0, 2.0, 3.0]]
     """
+
+    whole_matrix: ClassVar[bool] = True
 
     rank: int = 64
     mode: str = "miss"

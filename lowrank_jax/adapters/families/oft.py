@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,8 @@ class Oft(Adapter):
     >>> oft.start(jax.random.key(0), jnp.ones((8, 6)))["skew"].shape
     (2, 6)
     """
+
+    whole_matrix: ClassVar[bool] = True
 
     block: int = 32
     cayley: str = "exact"
@@ -112,7 +115,7 @@ class Oft(Adapter):
         def product(x):
             return op(sharding.placing(turned, sharding.explicit_spec(x))(x, p["skew"], p["scale"]))
 
-        return dataclasses.replace(op, product=product, kernel=kernel, plain=False)
+        return dataclasses.replace(op, own=product, kernel=kernel, plain=False)
 
     def count(self, site):
         return site.n * (self.block - 1) // 2

@@ -120,7 +120,7 @@ class Shira(Adapter):
             values = p["values"] * p["scale"]
             return place(*sharding.varying_alike(x, matrix, values, p["rows"], p["cols"]))
 
-        return dataclasses.replace(op, product=product, kernel=kernel, plain=False)
+        return dataclasses.replace(op, own=product, kernel=kernel, plain=False)
 
     def count(self, site):
         return self.rank * (site.n + site.m)

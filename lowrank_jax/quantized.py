@@ -1,0 +1,107 @@
+"""Quantised kernels as nodes.
+
+Parameters hold codes (`lowrank_jax.codes.Codes`), which are plain pytrees: their paths, bytes and
+shardings are those of a checkpoint. A product sees a `QuantizedKernel` of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from lowrank_jax import kernels, linalg, sharding
+from lowrank_jax.codes import Codes
+from lowrank_jax.kernel_node import KernelNode, Op, formed
+from lowrank_jax.trees import is_quantized
+from lowrank_jax.typing import Kernel, Shape
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedKernel(KernelNode):
+    """A quantised array in a kernel's place: decoded where it is multiplied, and again in the
+    backward pass, which keeps the codes alone.
+
+    >>> import jax.numpy as jnp
+    >>> import lowrank_jax as lrx
+    >>> node = QuantizedKernel(lrx.linalg.quantize_blocks(jnp.ones((4, 6)), "linear"))
+    >>> lrx.matmul(jnp.ones((3, 4)), node).shape
+    (3, 6)
+    """
+
+    codes: Codes
+
+    @property
+    def shape(self) -> Shape:
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.codes.dtype
+
+    @property
+    def factored(self) -> bool:
+        return False
+
+    def multiply(self, op: Op, x: jax.Array, key: Any = None) -> tuple[jax.Array, Any]:
+        direct = undecoded(self.codes) if op.plain else None
+        if direct is not None and op.layout(self.view).x == tuple(range(x.ndim)):
+            return direct(x), None
+        return super().multiply(op, x, key)
+
+    def dense(self, dtype: Any = None) -> jax.Array:
+        return self.codes.dequantize(self.dtype if dtype is None else dtype)
+
+
+def as_node(kernel: Kernel) -> KernelNode | None:
+    """The node of what stands in a kernel's place; None of an array."""
+    if is_quantized(kernel):
+        return QuantizedKernel(kernel)
+    return kernel if isinstance(kernel, KernelNode) else None
+
+
+def dense(kernel: Kernel, dtype: Any, path: str | None = None) -> jax.Array:
+    """The kernel as an array; only a quantised one is cast.
+
+    One whose parameter's `path` is given is gathered for a product as codes, where
+    `lrx.meshes.use(parameters=)` says how it lies: left to the compiler, its value is gathered, of
+    2 or 4 bytes an entry.
+    """
+    if isinstance(kernel, KernelNode):
+        return formed(kernel, dtype)
+    if not is_quantized(kernel):
+        return kernel
+    spec = None if path is None else sharding.for_product(path, kernel.ndim)
+    places = None if spec is None else kernel.specs(spec)
+    if spec is None or places is None:
+        return kernel.dequantize(dtype)
+    codes = sharding.constrained(kernel, places)
+    return sharding.constrained(codes.dequantize(dtype), PartitionSpec(*spec))
+
+
+def decoding(function: Callable, kernel: Kernel) -> Callable:
+    """`function`, which decodes `kernel`: a quantised one again in the backward pass, which keeps
+    its codes alone."""
+    return jax.checkpoint(function) if is_quantized(kernel) else function
+
+
+def undecoded(
+    kernel: Kernel, spec: tuple[Any, Any] | None = None
+) -> Callable[[jax.Array], jax.Array] | None:
+    """`x -> x K` by `lrx.kernels.nf4_linear`, of one matrix in NF4 that asks for it; None of every
+    other kernel.
+
+    `spec` says how K lies on the mesh of `lrx.meshes.use`.
+    """
+    if (
+        not isinstance(kernel, linalg.NormalFloat4)
+        or kernel.products != "kernel"
+        or kernel.ndim != 2
+        or sharding.explicit_trace()
+    ):
+        return None
+    return lambda x: kernels.nf4_linear(x, kernel, spec=spec)
