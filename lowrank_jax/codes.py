@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.reprs import Short
 from lowrank_jax.typing import Key, Shape, Spec
 
 
-class Codes:
+class Codes(Short):
     """Base of quantised arrays: pytrees whose leaves are codes and scales, and whose value is one
     array.
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import sharding
 from lowrank_jax.matrices import MatrixView
+from lowrank_jax.reprs import Short
 from lowrank_jax.rows import over_rows
 from lowrank_jax.typing import Kernel, Key, Pytree, Shape
 
@@ -145,7 +146,7 @@ class Op:
         return kernel.T if self.input == "transposed" else kernel
 
 
-class KernelNode:
+class KernelNode(Short):
     """Base of what may stand in a kernel's place.
 
     A subclass is a pytree (`jax.tree_util.register_dataclass`) with `shape` and either `dense`, by

@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import sharding
+from lowrank_jax.reprs import Short
 from lowrank_jax.typing import Shape as Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatrixView:
+class MatrixView(Short):
     """Names the axes of a leaf: which are batch, which fold into rows, which into columns.
 
     Args:
@@ -104,7 +105,7 @@ DENSE = MatrixView()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResolvedView:
+class ResolvedView(Short):
     """One leaf, with everything that fixes the shapes of its optimizer state.
 
     Attributes:

@@ -13,6 +13,7 @@ import optax
 
 from lowrank_jax import default_views, sharding
 from lowrank_jax.matrices import DENSE, MatrixView, ResolvedView, Shape
+from lowrank_jax.reprs import Short
 from lowrank_jax.trees import is_quantized, leaves_with_metadata
 
 _DEFAULT_EXCLUDE = (
@@ -23,7 +24,7 @@ SIDES = ("paper", "larger", "rows", "cols", "sharding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Views:
+class Views(Short):
     """Ordered rules that say which leaves are matrices. Patterns must match the whole "/"-joined
     path.
 
@@ -78,7 +79,7 @@ class Views:
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class Leaf(Short):
     """One row of a report: a leaf and what became of it (`view` is None where it is not
     projected)."""
 
@@ -90,7 +91,7 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Report(Short):
     """What is projected, at which rank, and what is not and why. `str()` gives the table.
 
     >>> import jax.numpy as jnp

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 
 from lowrank_jax.adapters.rules import Matrices, Plan
+from lowrank_jax.reprs import Short
 from lowrank_jax.serialization import serializable
 
 
 @serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Adaptation:
+class Adaptation(Short):
     """One set of adapters on one tree of parameters.
 
     Attributes:

@@ -32,6 +32,7 @@ from lowrank_jax import sharding
 from lowrank_jax.checks import is_integer
 from lowrank_jax.kernel_node import Op, product
 from lowrank_jax.matrices import DENSE, MatrixView, Shape
+from lowrank_jax.reprs import Short, show
 
 Arrays = dict[str, Any]
 Axes = Mapping[str, tuple[str | None, ...]]
@@ -55,6 +56,9 @@ class Factors(NamedTuple):
     b: jax.Array
     rank_of: np.ndarray | None
 
+    def __repr__(self) -> str:
+        return show(self)
+
 
 def matrix_op(kernel: jax.Array) -> Op:
     """The operator of a bare matrix `(n, m)`: `x @ kernel`."""
@@ -62,7 +66,7 @@ def matrix_op(kernel: jax.Array) -> Op:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Site:
+class Site(Short):
     """One leaf that is adapted, with everything that fixes the shapes of its arrays.
 
     Attributes:
@@ -118,7 +122,7 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Group:
+class Group(Short):
     """The sites of one adaptation that share, in the order that is part of a checkpoint.
 
     Attributes:
@@ -163,9 +167,12 @@ class Transition(NamedTuple):
     frozen: dict[str, Any]
     policy: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return show(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapter:
+class Adapter(Short):
     """Base of the adapters: frozen numbers, pure functions of one matrix.
 
     Class attributes, which a family sets:

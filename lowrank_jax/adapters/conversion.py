@@ -27,6 +27,7 @@ from lowrank_jax.adapters.base import Adapter, Site, check_positive
 from lowrank_jax.adapters.families.lora import Lora
 from lowrank_jax.adapters.rules import Matrices, chosen_rows
 from lowrank_jax.adapters.tree import matrices_of
+from lowrank_jax.reprs import Short
 from lowrank_jax.trees import is_quantized, leaves_with_metadata, map_nodes, stored_like
 
 HOW = ("as it is", "SVD of the product", "SVD of the difference")
@@ -175,7 +176,7 @@ def truncated(
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversion:
+class Conversion(Short):
     """What `to_lora` did to each site: how, to which ranks, and the relative Frobenius error of
     each matrix's delta.
 

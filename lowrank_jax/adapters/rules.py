@@ -15,6 +15,7 @@ import optax
 from lowrank_jax.adapters.base import Adapter, Group, Site
 from lowrank_jax.checks import as_python, listed, no_match
 from lowrank_jax.kernel_node import USES
+from lowrank_jax.reprs import Short
 from lowrank_jax.resolution import LeafViews, Views, is_linear, is_stacked
 from lowrank_jax.trees import is_quantized, leaves_with_metadata
 
@@ -25,7 +26,7 @@ Rules = Adapter | Mapping[str, Adapter | None] | Iterable[tuple[str, Adapter | N
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Short):
     """What an adaptation does, without any array: static under jit.
 
     Attributes:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax.checks import check_floating, check_number, is_zero
+from lowrank_jax.reprs import show
 from lowrank_jax.trees import pure
 
 
@@ -17,6 +18,9 @@ class LearningRateState(NamedTuple):
     """State of `apply_learning_rate`: int32 count of accepted steps, which drives the schedule."""
 
     count: Any
+
+    def __repr__(self) -> str:
+        return show(self)
 
 
 def at_step(value: Any, count: Any) -> Any:

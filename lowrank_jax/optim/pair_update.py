@@ -32,6 +32,7 @@ from lowrank_jax.optim import pairs, surgery
 from lowrank_jax.optim.guard import all_finite, select
 from lowrank_jax.optim.learning_rate import at_step, decayed_step, selected_for_decay
 from lowrank_jax.optim.pairs import OTHER, SIDES, FactorLeaves
+from lowrank_jax.reprs import Short, show
 from lowrank_jax.trees import as_float32, pure
 
 FORMAT_VERSION = 1
@@ -68,6 +69,9 @@ class PairsState(NamedTuple):
     plain: Any
     bases: Any
 
+    def __repr__(self) -> str:
+        return show(self)
+
 
 # the bases say by what momentum was preconditioned, whatever becomes of it
 surgery.register_fields(PairsState, {"bases": "kept"})
@@ -78,6 +82,9 @@ class MomentumState(NamedTuple):
 
     count: Any
     mu: Any
+
+    def __repr__(self) -> str:
+        return show(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +124,7 @@ _TRANSPORTS = (None, "kept", "step")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PairOptimizer:
+class PairOptimizer(Short):
     """The choices that make a method; validated, and pure functions of it. The named optimizers
     fill it.
 

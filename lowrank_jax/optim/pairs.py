@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec
 
 from lowrank_jax import linalg, sharding
 from lowrank_jax.matrices import Shape
+from lowrank_jax.reprs import Short
 from lowrank_jax.trees import nodes_with_keys, path_of
 
 SIDES = ("a", "b")
@@ -35,7 +36,7 @@ OTHER = {"a": "b", "b": "a"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class Pair(Short):
     """Two leaves of a flattened tree.
 
     Attributes:

@@ -20,10 +20,11 @@ import jax
 
 from lowrank_jax.checks import check_number, is_number
 from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.reprs import Short
 from lowrank_jax.typing import Scalar
 
 
-class Scale:
+class Scale(Short):
     """Base of the scales: one verb."""
 
     def of(self, view: ResolvedView) -> Scalar:

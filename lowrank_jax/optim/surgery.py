@@ -25,12 +25,13 @@ import optax
 
 from lowrank_jax import linalg
 from lowrank_jax.optim.inner.moments import kinds_of
+from lowrank_jax.reprs import Short
 from lowrank_jax.typing import Pytree, Shape
 
 Names = tuple[str, ...]
 
 
-class Policy:
+class Policy(Short):
     """What becomes of the moments of one parameter."""
 
     def moved(self, moment: jax.Array, kind: str, where: str) -> jax.Array:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lowrank_jax"
 # From below to above. A file imports what stands before it in its own tier, and anything below; of a
 # room (a folder) the files import each other, without circles.
 TIERS = (
-    ("version", "deprecations", "typing", "codes", "trees", "checks", "serialization"),
+    ("version", "deprecations", "reprs", "typing", "codes", "trees", "checks", "serialization"),
     ("sharding", "rows"),
     ("matrices",),
     ("kernel_node", "default_views", "resolution", "partition"),

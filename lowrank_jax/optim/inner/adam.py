@@ -13,6 +13,7 @@ import optax
 from lowrank_jax.checks import check_number, is_number
 from lowrank_jax.optim.inner.base import Inner, size_of
 from lowrank_jax.optim.inner.moments import register_moments
+from lowrank_jax.reprs import show
 from lowrank_jax.typing import Pytree, Scalar
 
 
@@ -39,6 +40,9 @@ class AdamState(NamedTuple):
     count: Any
     mu: Pytree
     nu: Pytree
+
+    def __repr__(self) -> str:
+        return show(self)
 
 
 register_moments(AdamState, {"mu": "first", "nu": "second"}, "count")

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim.inner.moments import Moment, fields_of, registered
+from lowrank_jax.reprs import Short
 from lowrank_jax.typing import Pytree, Scalar, Shape
 
 Update = tuple[Pytree, Scalar, Pytree]
 """What `Inner.update` returns: direction, scale, new state."""
 
 
-class Inner:
+class Inner(Short):
     """Base of the inner transformations: pure functions on one matrix, or on a tree of leaves.
 
     A subclass, usually a frozen dataclass, implements `init` and `update`, and may give more:

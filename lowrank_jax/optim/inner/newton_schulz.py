@@ -13,6 +13,7 @@ from lowrank_jax.checks import check_integer, check_number
 from lowrank_jax.optim import scales
 from lowrank_jax.optim.inner.base import Inner, size_of
 from lowrank_jax.optim.inner.moments import register_moments
+from lowrank_jax.reprs import show
 from lowrank_jax.typing import Pytree, Scalar
 
 MUON = (3.4445, -4.7750, 2.0315)
@@ -22,6 +23,9 @@ class NewtonSchulzState(NamedTuple):
     """State of `newton_schulz`: the momentum, shaped like the low-rank object."""
 
     mu: Pytree
+
+    def __repr__(self) -> str:
+        return show(self)
 
 
 register_moments(NewtonSchulzState, {"mu": "first"})

@@ -18,6 +18,7 @@ from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim.inner.adam import average, debias
 from lowrank_jax.optim.inner.base import Inner, shape_of, size_of
 from lowrank_jax.optim.inner.moments import register_moments
+from lowrank_jax.reprs import show
 from lowrank_jax.typing import Pytree, Scalar, Shape
 
 TINY = 1e-30
@@ -29,6 +30,9 @@ class Sides(NamedTuple):
 
     left: Any
     right: Any
+
+    def __repr__(self) -> str:
+        return show(self)
 
 
 class SoapState(NamedTuple):
@@ -48,6 +52,9 @@ class SoapState(NamedTuple):
     nu: Pytree
     grams: Pytree
     bases: Pytree
+
+    def __repr__(self) -> str:
+        return show(self)
 
 
 register_moments(SoapState, {"mu": "first", "nu": "second"}, "count")
