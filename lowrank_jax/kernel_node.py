@@ -109,8 +109,9 @@ class Op:
         """`x a diag(scale) b`, or `x bᵀ diag(scale) aᵀ` for a transposed host; `a b` is never
         formed."""
         if self.input == "transposed":
+            # (a b)ᵀ = bᵀ aᵀ
             a, b = jnp.swapaxes(b, -1, -2), jnp.swapaxes(a, -1, -2)
-        low = self.contract(x, a)
+        low = self.contract(x, a)  # (..., r)
         low = low if scale is None else low * scale
         # the second product is counted in the dtype of the input, where that has one
         compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else low.dtype
@@ -256,6 +257,7 @@ class KernelNode(Short):
           key: draws what is random; None is deterministic.
         """
         del key
+        # the matrix is formed again in the backward pass, which keeps the node alone
         run = lambda x, node: op.multiply(x, formed(node, x.dtype))  # noqa: E731
         return jax.checkpoint(run)(x, self), None
 

@@ -48,6 +48,7 @@ class QuantizedKernel(KernelNode):
         return False
 
     def multiply(self, op: Op, x: jax.Array, key: Any = None) -> tuple[jax.Array, Any]:
+        # x K by a kernel that never forms K, where x is (..., n) as it comes
         direct = undecoded(self.codes) if op.plain else None
         if direct is not None and op.layout(self.view).x == tuple(range(x.ndim)):
             return direct(x), None
@@ -79,6 +80,7 @@ def dense(kernel: Kernel, dtype: Any, path: str | None = None) -> jax.Array:
     places = None if spec is None else kernel.specs(spec)
     if spec is None or places is None:
         return kernel.dequantize(dtype)
+    # what is gathered are codes, which are decoded where they then lie
     codes = sharding.constrained(kernel, places)
     return sharding.constrained(codes.dequantize(dtype), PartitionSpec(*spec))
 

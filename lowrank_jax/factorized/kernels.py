@@ -123,7 +123,7 @@ class SparseLowRankKernel(KernelNode):
         add = lambda flat, places, values: flat.at[places].add(values)  # noqa: E731
         for _ in self.shape[:-2]:
             add = jax.vmap(add)
-        low = jnp.matmul(self.a, self.b).astype(self.dtype)
+        low = jnp.matmul(self.a, self.b).astype(self.dtype)  # (batch..., n, m)
         # (batch..., n m), which the indices count through
         flat = low.reshape(*self.shape[:-2], -1)
         return add(flat, self.indices, self.values.astype(self.dtype)).reshape(self.shape)

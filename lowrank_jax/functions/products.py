@@ -105,12 +105,17 @@ def _op(
             )
         return Layout.of(x.ndim, node.ndim, view, numbers)
 
+    # which side of the kernel the product sums over: x K, or x Kᵀ
     side = _side(node, contracted, batch)
     contract, expand = _thin_products(x, node, side, layout, options)
     multiply = lambda x, kernel: multiplied(x, kernel, numbers, own, **options)  # noqa: E731
+    # what the operator itself multiplies by: the kernel without the node, where there is one
     base = node if node.base() is None else node.base()
+    shape = tuple(node.shape)
+    if side != "other":
+        shape = tuple(node.view.matrix_shape(shape)[-2:])  # (n, m)
     return Op(
-        shape=tuple(node.view.matrix_shape(node.shape)[-2:]) if side != "other" else node.shape,
+        shape=shape,
         contract=contract,
         expand=expand,
         kernel=lambda: dense(base, x.dtype),
@@ -147,6 +152,7 @@ def _thin_products(
         return layout(view), tuple(node.shape[axis] for axis in view.cols)
 
     def thin(x, factor, axes):
+        # (batch..., free..., n) times (batch..., n, q), in two dimensions but for the batch
         run = lambda x, factor: product(x, factor, options["precision"])  # noqa: E731
         for _ in range(axes):
             run = jax.vmap(run)
@@ -168,6 +174,7 @@ def _thin_products(
 def _matrix_op(kernel: Kernel, own: Callable[..., jax.Array], options: dict[str, Any]) -> Op:
     """The operator `x (..., n) -> x K` of one matrix, an array or a node."""
 
+    # the last axis of x with the first of K
     numbers = lambda x: (((x.ndim - 1,), (0,)), ((), ()))  # noqa: E731
     return Op(
         shape=tuple(kernel.shape),
@@ -225,7 +232,7 @@ def einsum(subscripts: str, x: jax.Array, kernel: Kernel, **options: Any) -> jax
     seen = _seen(kernel)
     if not isinstance(seen, KernelNode):
         return jnp.einsum(subscripts, x, seen, **options)
-    if not seen.factored:
+    if not seen.factored:  # any einsum of its matrix will do
         return _alone(seen, *seen.multiply(_einsum_op(subscripts, seen, options), x))
     numbers, order = _numbers(subscripts, x, seen)
     return jnp.transpose(dot_general(x, seen, numbers, **options), order)
@@ -256,9 +263,11 @@ def _einsum_op(subscripts: str, node: KernelNode, options: dict[str, Any]) -> Op
 def _numbers(subscripts: str, x: jax.Array, node: KernelNode) -> tuple[Any, tuple[int, ...]]:
     """`(dimension_numbers, order)` of an einsum: a dot_general, and how its axes are transposed."""
     left, right, out = _indices(subscripts, x.ndim, node.ndim)
+    # an index of both operands is a batch axis where the result keeps it, else it is summed over
     batch = [name for name in left if name in right and name in out]
     contract = [name for name in left if name in right and name not in out]
     free = [[name for name in names if name not in batch + contract] for names in (left, right)]
+    # the axes of a dot_general: batch, free ones of x, free ones of the kernel
     result = batch + free[0] + free[1]
     if (
         sorted(result) != sorted(out)
