@@ -29,8 +29,7 @@ from lowrank_jax.matrices import MatrixView, ResolvedView
 from lowrank_jax.optim import inner, scales, surgery
 from lowrank_jax.optim.learning_rate import apply_learning_rate
 from lowrank_jax.partition import join, partition
-from lowrank_jax.projection import projectors, residuals, transports
-from lowrank_jax.projection import refresh_schedules as clocks
+from lowrank_jax.projection import projectors, refresh_schedules, residuals, targets, transports
 from lowrank_jax.projection.fused import Fused, fused
 from lowrank_jax.projection.layerwise import layerwise_step
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
@@ -42,7 +41,7 @@ from lowrank_jax.projection.optimizers.recipe import Recipe
 from lowrank_jax.projection.partition_specs import resolved_sides, sides_for, state_shardings
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.stack import Stack
-from lowrank_jax.projection.state import Evidence, MatrixState, Projected, ProjectionState
+from lowrank_jax.projection.state import MatrixState, Projected, ProjectionState, RefreshInputs
 from lowrank_jax.projection.tapped import Tapped
 from lowrank_jax.projection.taps import Taps, check_taps, projected_value_and_grad, taps
 from lowrank_jax.projection.training import plan, train_step
@@ -58,7 +57,6 @@ from lowrank_jax.version import __version__
 __all__ = [
     "Adaptation",
     "AdaptedKernel",
-    "Evidence",
     "Fused",
     "KernelNode",
     "MatrixState",
@@ -67,6 +65,7 @@ __all__ = [
     "Projection",
     "ProjectionState",
     "Recipe",
+    "RefreshInputs",
     "Report",
     "ResolvedView",
     "Stack",
@@ -83,7 +82,6 @@ __all__ = [
     "apply_learning_rate",
     "attach",
     "check_taps",
-    "clocks",
     "dct_adamw",
     "dot_general",
     "effective",
@@ -110,6 +108,7 @@ __all__ = [
     "projected_value_and_grad",
     "projection_of",
     "projectors",
+    "refresh_schedules",
     "residuals",
     "resolve",
     "resolved_sides",
@@ -120,6 +119,7 @@ __all__ = [
     "state_shardings",
     "surgery",
     "taps",
+    "targets",
     "to_lora",
     "train_step",
     "transports",

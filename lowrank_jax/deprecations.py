@@ -67,9 +67,31 @@ NAMES: tuple[Name, ...] = (
     Name(module="lrx", old="absorb", new="lrx.adapters.absorb"),
     Name(module="lrx", old="combine", new="lrx.adapters.combine"),
     Name(module="lrx", old="unmerge", new="lrx.adapters.unmerge"),
+    Name(module="lrx", old="clocks", new="lrx.refresh_schedules"),
+    Name(module="lrx", old="Evidence", new="lrx.RefreshInputs"),
+    Name(module="lrx.refresh_schedules", old="Clock", new="lrx.refresh_schedules.RefreshSchedule"),
+    Name(module="lrx.residuals", old="error_feedback", new="lrx.targets.error_feedback"),
+    Name(
+        module="lrx.residuals", old="ldadam_error_feedback", new="lrx.targets.ldadam_error_feedback"
+    ),
+    Name(module="lrx.Projection", old="clock", new="refresh_schedule"),
 )
 
-OPTIONS: tuple[Option, ...] = ()
+_NAMED = ("galore", "dct_adamw", "frugal", "ldadam", "apollo", "apollo_mini")
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        functions=(
+            "lrx.scale_by_projection",
+            "lrx.Projection",
+            *(f"lrx.{name}" for name in _NAMED),
+        ),
+        old="clock",
+        new="refresh_schedule",
+    ),
+    Option(functions=("lrx.RefreshInputs",), old="grad", new="target"),
+    Option(functions=("lrx.RefreshInputs",), old="moments", new="momentum"),
+)
 
 
 def find(address: str) -> Any:

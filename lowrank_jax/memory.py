@@ -3,11 +3,12 @@ compiler lays them out.
 
 State of one projected leaf of `L` matrices that shrinks s and keeps k, at rank r:
 
-    basis      projector.basis_bytes(view)     L s r words if stored; 4 L r for indices, 8 L for keys
-    moments    L inner.state_bytes([(r, k)])     two moments of r k elements and a 4-byte step count, for `inner.adam`
-    residual   residual.state_bytes(view)      L s k words of error, 4 L of norms, or nothing
+    basis      projector.basis_bytes(view)     L s r words if stored; 4 L r for indices, 8 L for keys; and its memory
+    moments    L inner.state_bytes([(r, k)])   two moments of r k elements and a 4-byte step count, for `inner.adam`
+    residual   residual and target             L s k words of error or momentum, 4 L of norms, or nothing
     plain      plain.state_bytes(shapes)       of the leaves that are not projected, as one group
-    scalars    16 (+ 4)                        format version, step, skipped, refreshes (and a schedule's count)
+    scalars    20 (+ 4)                        format version, step, skipped, partly skipped, refreshes (and a rate's
+                                               count), and the state of a refresh schedule
 
 Formulas are arithmetic over shapes. Measured bytes are what a compiled program takes as arguments;
 on one device and without padding both agree exactly. With sharded parameters a formula counts whole
@@ -53,9 +54,9 @@ def _inner_bytes(inner: Any, leaves: list[jax.ShapeDtypeStruct]) -> int:
 def _matrix_bytes(projection: Any, view: ResolvedView) -> dict[str, int]:
     low = jax.ShapeDtypeStruct(projection.projector.low_shape(view), "float32")
     return {
-        "basis": projection.projector.basis_bytes(view),
+        "basis": projection.projector.basis_bytes(view) + projection.projector.memory_bytes(view),
         "moments": count(view) * _inner_bytes(projection.inner, [low]),
-        "residual": projection.residual.state_bytes(view),
+        "residual": projection.residual.state_bytes(view) + projection.target.state_bytes(view),
     }
 
 
@@ -79,7 +80,7 @@ def formula(tx: optax.GradientTransformation, params: Any) -> list[dict[str, Any
     ...     lrx.galore(1e-2, rank=4), {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}
     ... )
     >>> {row["component"]: row["bytes_formula"] for row in rows}
-    {'parameters': 576, 'gradients': 576, 'basis': 128, 'moments': 516, 'residual': 0, 'plain': 132, 'scalars': 20}
+    {'parameters': 576, 'gradients': 576, 'basis': 128, 'moments': 516, 'residual': 0, 'plain': 132, 'scalars': 24}
     """
     rows: dict[str, int | None] = {"parameters": _bytes(params), "gradients": _bytes(params)}
     projection = getattr(tx, "projection", None)
@@ -93,7 +94,10 @@ def formula(tx: optax.GradientTransformation, params: Any) -> list[dict[str, Any
             for name in ("basis", "moments", "residual")
         }
         rows["plain"] = _inner_bytes(projection.plain, _plain_leaves(report, params))
-        rows["scalars"] = 16 + (4 if hasattr(tx, "recipe") else 0)
+        schedule = projection.refresh_schedule
+        batches = [view.batch for view in report.projected] if schedule.per_layer else [()]
+        schedules = [jax.eval_shape(lambda: schedule.init(batch)) for batch in batches]  # noqa: B023
+        rows["scalars"] = 20 + (4 if hasattr(tx, "recipe") else 0) + _bytes(schedules)
     return [{"component": name, "bytes_formula": size} for name, size in rows.items()]
 
 
@@ -178,6 +182,11 @@ def measure(step: Any, *arguments: Any) -> Program:
     )
 
 
+def _scalars(node: ProjectionState) -> dict[str, Any]:
+    """What a state has beside its matrices and plain leaves."""
+    return {name: x for name, x in node._asdict().items() if name not in ("matrices", "plain")}
+
+
 def components(state: Any) -> dict[str, Any]:
     """The parts of an optimizer state by component, wherever in it a `ProjectionState` lies;
     "other" is not ours."""
@@ -189,11 +198,12 @@ def components(state: Any) -> dict[str, Any]:
         return {"optimizer state": rest}
     matrices = [x for node in ours for x in jax.tree.leaves(node.matrices, is_leaf=is_ours)]
     parts = {
-        "basis": [matrix.basis for matrix in matrices],
+        "basis": [(matrix.basis, matrix.memory) for matrix in matrices],
         "moments": [matrix.inner for matrix in matrices],
-        "residual": [matrix.residual for matrix in matrices],
+        "residual": [(matrix.residual, matrix.target) for matrix in matrices],
         "plain": [node.plain for node in ours],
-        "scalars": [(node.format_version, node.step, node.skipped, node.refreshes) for node in ours]
+        "scalars": [_scalars(node) for node in ours]
+        + [matrix.refresh_schedule for matrix in matrices]
         + [x for x in rest if not x.shape],
     }
     other = [x for x in rest if x.shape]

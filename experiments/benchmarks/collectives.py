@@ -77,9 +77,8 @@ def refresh(preset: str, name: str, rank: int, way: str) -> list[collectives.Col
             if way == "rows whole":
                 with meshes.use(mesh):
                     x = sharding.rows_whole(x)
-            moved = projector.refresh(
-                view, basis, lrx.Evidence(grad=x, step=jnp.ones((), jnp.int32))
-            )
+            inputs = lrx.RefreshInputs(target=x, step=jnp.ones((), jnp.int32))
+            moved = projector.refresh(view, *basis, inputs)
             new.append(constrain(moved, layers) if way == "by layers" else moved)
         return new
 

@@ -109,11 +109,15 @@ def optimizer(refresh: str, rank: int, *, dtype: Any, **options: Any) -> Any:
         "alternating": lrx.projectors.alternating(rank=rank, dtype=dtype),
         "power": lrx.projectors.power(rank=rank, dtype=dtype),
     }
-    clock = lrx.clocks.every(
+    schedule = lrx.refresh_schedules.every(
         period=workload.PERIOD, when="before" if refresh == "power" else "after"
     )
     return lrx.galore(
-        1e-2, projector=projectors[refresh], clock=clock, views=workload.VIEWS, **options
+        1e-2,
+        projector=projectors[refresh],
+        refresh_schedule=schedule,
+        views=workload.VIEWS,
+        **options,
     )
 
 

@@ -8,7 +8,7 @@ parameters and state donated. All run in one process, interleaved; times are med
 `optax.contrib.galore` gets the layers one by one, because it skips stacks.
 
 * normal: a step that refreshes nothing (for T=1 and LDAdam every step refreshes).
-* refresh: the worst step of a period. Staggered clocks: the slowest of their working steps.
+* refresh: the worst step of a period. Staggered schedules: the slowest of their working steps.
 * amortised: the mean over a period of T=200 steps.
 * own arithmetic: the operations of the two thin products `PᵀG` and `P low` over the rate of one
   2048 x 2048 x 2048 product, measured in the same run. The products themselves, batched by layer,

@@ -94,11 +94,14 @@ def own_cases(
 ) -> list[training_step.Case]:
     """Our AdamW, and GaLore by projected backprop with thin refreshes after the update."""
     adamw = optax.adamw(1e-3, weight_decay=1e-4)
-    clock = lrx.clocks.every(
+    schedule = lrx.refresh_schedules.every(
         period=workload.PERIOD, phase=workload.PERIOD - 1, first=False, when="after"
     )
     galore = lrx.galore(
-        1e-2, projector=lrx.projectors.alternating(rank=rank), clock=clock, views=workload.VIEWS
+        1e-2,
+        projector=lrx.projectors.alternating(rank=rank),
+        refresh_schedule=schedule,
+        views=workload.VIEWS,
     )
     name = f"galore, rank {rank}, projected backprop, alternating"
     return [

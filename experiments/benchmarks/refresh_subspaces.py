@@ -154,7 +154,7 @@ class Probe:
     def _exact(self, grads: Any) -> list[jax.Array]:
         svd = lrx.projectors.svd(rank=1)  # ranks are those of the views
         pairs = zip(self.views, self._oriented(grads), strict=True)
-        return [svd.refresh(view, None, lrx.Evidence(grad=x)) for view, x in pairs]
+        return [svd.refresh(view, None, (), lrx.RefreshInputs(target=x))[0] for view, x in pairs]
 
     def _angles(self, bases: list[Any], exact: list[jax.Array]) -> list[jax.Array]:
         columns = [

@@ -47,14 +47,16 @@ def projectors(rank: int) -> dict[str, Any]:
 def refresh_of(projector: Any, view: lrx.ResolvedView):
     """One refresh of a stack as the optimizer makes it, a function to compile.
 
-    `(basis, gradient, moments, step, seed) -> basis`.
+    `((basis, memory), gradient, momentum, step, seed) -> (basis, memory)`.
     """
 
-    def refresh(basis, gradient, moments, step, seed):
+    def refresh(state, gradient, momentum, step, seed):
         keys = jax.random.split(jax.random.key(seed), view.batch)
-        return projector.refresh(
-            view, basis, lrx.Evidence(grad=gradient, moments=moments, step=step, key=keys)
-        )
+        inputs = lrx.RefreshInputs(target=gradient, momentum=momentum, step=step, key=keys)
+        if not projector.starts:
+            return projector.refresh(view, *state, inputs)
+        first = lambda: projector.start(view, inputs)  # noqa: E731
+        return jax.lax.cond(step == 0, first, lambda: projector.refresh(view, *state, inputs))
 
     return refresh
 

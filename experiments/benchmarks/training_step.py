@@ -166,7 +166,7 @@ def optax_step(tx: Any, loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def at(state: Any, step: int) -> Any:
-    """The state as the clock sees it at this step."""
+    """The state as the refresh schedule sees it at this step."""
     count = jnp.asarray(step, jnp.int32)
     if hasattr(state, "projection"):
         return state._replace(projection=state.projection._replace(step=count))
@@ -191,8 +191,8 @@ def make(
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(of.params, state, of.batch).compile()
     program = lrx.memory.measure(compiled)
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (of.params, state)]
-    clock = getattr(getattr(tx, "projection", None), "clock", None)
-    refresh = PERIOD - 1 if clock is not None and clock.phase else 0
+    schedule = getattr(getattr(tx, "projection", None), "refresh_schedule", None)
+    refresh = PERIOD - 1 if schedule is not None and schedule.phase else 0
     sizes[0] += program.temporaries
     return Case(name, rank, tapped, head_tapped, refresh, compiled, of, state, *sizes)
 
@@ -215,7 +215,9 @@ def cases(
     rows.append(make(name, lrx.train_step(of.loss, plain), plain, of, rank=rank, tapped=True))
     after: dict[str, Any] = {
         "projector": lrx.projectors.alternating(rank=rank),
-        "clock": lrx.clocks.every(period=PERIOD, phase=PERIOD - 1, first=False, when="after"),
+        "refresh_schedule": lrx.refresh_schedules.every(
+            period=PERIOD, phase=PERIOD - 1, first=False, when="after"
+        ),
     }
     tx = lrx.galore(1e-2, views=workload.VIEWS, **after)
     rows.append(

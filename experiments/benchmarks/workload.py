@@ -76,11 +76,12 @@ class Case:
     def staggered(self) -> bool:
         """Whether its refreshes are spread over the period."""
         return isinstance(
-            getattr(getattr(self.tx, "projection", None), "clock", None), lrx.clocks.Staggered
+            getattr(getattr(self.tx, "projection", None), "refresh_schedule", None),
+            lrx.refresh_schedules.Staggered,
         )
 
     def at(self, state: Any, step: int) -> Any:
-        """The state as it would be at this step, as far as the clock is concerned."""
+        """The state as it would be at this step, as far as the refresh schedule is concerned."""
         count = jnp.asarray(step, jnp.int32)
         if hasattr(self.tx, "projection"):
             return state._replace(projection=state.projection._replace(step=count))
@@ -94,11 +95,11 @@ class Case:
         stacks = [
             (projection.phase(view), view.batch[0]) for view in projection.report(shapes).projected
         ]
-        clock = projection.clock
+        schedule = projection.refresh_schedule
         return [
             t
             for t in range(1, PERIOD + 1)
-            if any(int(clock.start(t, phase, n)) < n for phase, n in stacks)
+            if any(int(schedule.start(t, phase, n)) < n for phase, n in stacks)
         ]
 
 
@@ -106,7 +107,7 @@ def cases(rank: int) -> list[Case]:
     """The optimizers of the comparison, at one rank; AdamW is the first."""
     common: dict[str, Any] = {"views": VIEWS}
     bases = lrx.projectors
-    stagger = {"clock": lrx.clocks.staggered(period=PERIOD)} | common
+    stagger = {"refresh_schedule": lrx.refresh_schedules.staggered(period=PERIOD)} | common
 
     def galore(projector, **options) -> Any:
         return lrx.galore(1e-2, projector=projector, **options)

@@ -299,7 +299,7 @@ class Checkpoints:
 
     def _load(self, folder, like, partial, older=None):
         flat = _flatten(like)
-        translated = None if older is None else versions.translation(*older)
+        translated = None if older is None else versions.translation(*older, wanted=flat)
         if translated is not None:
             leaves = translated.tree(lambda wanted: self._arrays(folder, wanted, True), flat)
         else:
@@ -334,7 +334,7 @@ class Checkpoints:
                     f"reads {versions.CURRENT.get(kind, 0)}: go on with the version that wrote it"
                 )
         stored = manifest.table(values)
-        translated = versions.translation(stored, values.get("states"))
+        translated = versions.translation(stored, values.get("states"), wanted=expected)
         if translated is not None:
             stored = translated.table(stored, expected)
         stored = {path: leaf for path, leaf in stored.items() if path in expected or not partial}

@@ -87,8 +87,9 @@ def build(
         arguments["clip_norm"] = config.clip_norm
     optimizer = method.build(rate, **arguments)
     if config.refresh_when is not None:
-        clock = dataclasses.replace(optimizer.projection.clock, when=config.refresh_when)
-        optimizer = method.build(rate, **arguments | {"clock": clock})
+        own = optimizer.projection.refresh_schedule
+        moved = dataclasses.replace(own, when=config.refresh_when)
+        optimizer = method.build(rate, **arguments | {"refresh_schedule": moved})
     if config.clip_norm is None or config.backprop is not None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
@@ -133,7 +134,7 @@ def check(config: OptimizerConfig) -> None:
 
 
 # Arguments that the programs give themselves.
-_GIVEN = ("views", "seed", "clock", "inner")
+_GIVEN = ("views", "seed", "refresh_schedule", "inner")
 
 
 def _options(config: OptimizerConfig) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def full_gradients(config: OptimizerConfig) -> str | None:
     projection = build(plain, lambda step: 1.0, stacked=True, seed=0).projection
     plan, projector = lrx.plan(projection), type(projection.projector).__name__.lower()
     another = f"to hold none, take another method, such as {_thin_method()}"
-    if projection.residual.sees_gradient:
+    if projection.reads_gradient:
         return f"full gradients at every update: {config.name} reads all of the gradient; {another}"
     if plan == "full":
         remedy = "--config.optimizer.refresh_every=200 takes them at a refresh alone"
@@ -207,7 +208,7 @@ def full_gradients(config: OptimizerConfig) -> str | None:
     if plan != "full at a refresh":
         return None
     reason, remedy = f"{projector} reads the gradient", another
-    if "grad" not in projection.projector.needs:
+    if "target" not in projection.projector.reads:
         reason = "it comes before the update"
         remedy = "--config.optimizer.refresh_when=after takes thin products"
     elif METHODS[config.name].takes("projector"):

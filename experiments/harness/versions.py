@@ -21,6 +21,7 @@ import numpy as np
 
 from lowrank_jax.optim import pair_update
 from lowrank_jax.projection import state as projection_state
+from lowrank_jax.projection import versions as projection_versions
 
 # The formats of the states of this version: {kind: its `format_version`}.
 CURRENT = {
@@ -53,7 +54,8 @@ class Change:
     Attributes:
       kind: of state: a key of CURRENT.
       version: the older format; the newer one is its successor.
-      renamed: (pattern, replacement) of what has another path, as for `re.sub`.
+      renamed: (pattern, replacement) of what has another path, as for `re.sub`; not of a path that
+        is wanted as it is, under whose new name nothing is.
       removed: patterns of leaves that are no more, which match whole paths.
       filled: (pattern, value) of leaves that are new: patterns of whole paths in present names, and
         a number, or `Copy` of another leaf.
@@ -67,7 +69,14 @@ class Change:
 
 
 # From older to newer; of one kind, in the order of its formats.
-CHANGES: tuple[Change, ...] = ()
+CHANGES: tuple[Change, ...] = (
+    Change(
+        kind="projection",
+        version=2,
+        renamed=projection_versions.RENAMED,
+        filled=projection_versions.FILLED,
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +132,8 @@ def translation(
     stored: Iterable[str],
     formats: Mapping[str, int] | None,
     changes: tuple[Change, ...] | None = None,
+    *,
+    wanted: Collection[str] = (),
 ) -> Translation | None:
     """How a tree stored in older formats stands in the present one; None for the present ones.
 
@@ -130,6 +141,7 @@ def translation(
       stored: its paths.
       formats: {kind: format} of its manifest; None is UNNAMED.
       changes: by default CHANGES.
+      wanted: the paths of the present tree.
     """
     formats = UNNAMED if formats is None else formats
     older = [
@@ -142,7 +154,7 @@ def translation(
     sources = {path: path for path in stored}
     for change in older:
         sources = {
-            _renamed(path, change): source
+            _renamed(path, change, wanted): source
             for path, source in sources.items()
             if not any(re.fullmatch(pattern, path) for pattern in change.removed)
         }
@@ -151,9 +163,10 @@ def translation(
     return Translation(sources, filled)
 
 
-def _renamed(path: str, change: Change) -> str:
+def _renamed(path: str, change: Change, wanted: Collection[str]) -> str:
     for pattern, replacement in change.renamed:
-        path = re.sub(pattern, replacement, path)
+        new = re.sub(pattern, replacement, path)
+        path = path if path in wanted and new not in wanted else new
     return path
 
 

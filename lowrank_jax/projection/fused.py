@@ -24,7 +24,7 @@ from lowrank_jax.checks import check_number, is_integer
 from lowrank_jax.optim.learning_rate import LearningRateState, at_step, selected_for_decay
 from lowrank_jax.projection import fused_kernel
 from lowrank_jax.projection import step as step_lib
-from lowrank_jax.projection.matrix_step import MatrixStep, finish
+from lowrank_jax.projection.matrix_step import MOVING, MatrixStep, leaf_update
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
 from lowrank_jax.projection.write import Write
 
@@ -100,6 +100,11 @@ class Fused:
         with sharding.mesh_of((params, grads)):
             return self._step(params, grads, state, learning_rate, taps, rebased, extra)
 
+    def rate(self, state: RecipeState, learning_rate: Any = None) -> Any:
+        """The learning rate of the next step: this number, or the recipe's."""
+        own = self.recipe.learning_rate if learning_rate is None else learning_rate
+        return at_step(own, state.rate.count)
+
     def rebase(self, params: Any, grads: Any, state: RecipeState) -> tuple[Any, RecipeState]:
         """`(projected gradients, state)` at a due refresh: the part of a step that reads full
         gradients.
@@ -109,17 +114,15 @@ class Fused:
         """
         with sharding.mesh_of((params, grads)):
             grads, projection = step_lib.rebase(
-                self.recipe.projection, grads, state.projection, params
+                self.recipe.projection, grads, state.projection, params, self.rate(state)
             )
         return grads, state._replace(projection=projection)
 
     def _step(self, params, grads, state, learning_rate, taps, rebased, extra):
         config, recipe = self.recipe.projection, self.recipe
-        prepared = step_lib.prepare(config, grads, state.projection, params, taps, rebased)
         check_number("learning_rate", learning_rate)
-        rate = at_step(
-            recipe.learning_rate if learning_rate is None else learning_rate, state.schedule.count
-        )
+        rate = self.rate(state, learning_rate)
+        prepared = step_lib.prepare(config, grads, state.projection, params, taps, rebased, rate)
         accepted = True if prepared.ok is None else prepared.ok
         whole = jax.tree.unflatten(prepared.treedef, prepared.references)
         decays = jax.tree.leaves(
@@ -147,9 +150,9 @@ class Fused:
         for i, leaf in found.items():
             outputs[i] = leaf
         projection = step_lib.finished(config, prepared, state.projection, plain)
-        count = state.schedule.count + jnp.asarray(accepted, jnp.int32)
+        count = state.rate.count + jnp.asarray(accepted, jnp.int32)
         new = jax.tree.unflatten(prepared.treedef, outputs)
-        return new, state._replace(projection=projection, schedule=LearningRateState(count))
+        return new, state._replace(projection=projection, rate=LearningRateState(count))
 
 
 def write_plain(
@@ -234,19 +237,19 @@ def _finish_leaf(
     """The new parameter; leaves the new states in `step`."""
     view, factor, ok = step.view, prepared.factor, prepared.ok
     if not view.layered or (view.spec is not None and view.spec[0] is not None):
-        return write(param, view.restore(step.finish(factor, ok, extra)), 0)
+        return write(param, view.restore(step.update(factor, ok, extra)), 0)
     config, arrays, layer = step.config, step.arrays(), view.layer()
     take = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
-    moving = {name: arrays.pop(name) for name in ("inner", "residual")}
+    moving = {name: arrays.pop(name) for name in MOVING}
 
     def one(number, param, moving):
         trees = moving | jax.tree.map(lambda x: take(x, number), arrays)
-        update, inner, residual = finish(config, layer, trees, factor, ok, extra)
-        return write(param, layer.restore(update), number), {"inner": inner, "residual": residual}
+        update, moved = leaf_update(config, layer, trees, factor, ok, extra)
+        return write(param, layer.restore(update), number), moved
 
     param, moved = in_place(one, view.batch[0], take, put, param, moving)
-    step.inner, step.residual = moved["inner"], moved["residual"]
+    step.parts |= moved
     return param
 
 

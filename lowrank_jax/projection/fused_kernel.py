@@ -13,6 +13,7 @@ import optax
 
 from lowrank_jax import kernels, sharding
 from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.optim import scales
 from lowrank_jax.optim.guard import select
 from lowrank_jax.projection import layout
 from lowrank_jax.projection.matrix_step import MatrixStep
@@ -20,6 +21,7 @@ from lowrank_jax.projection.projectors.base import StoredProjector
 from lowrank_jax.projection.residuals import Discard
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.step import Prepared
+from lowrank_jax.projection.targets import Gradient
 from lowrank_jax.projection.write import Write
 from lowrank_jax.trees import is_quantized
 
@@ -39,10 +41,16 @@ def check(config: Projection) -> None:
                 f"products='kernel' keeps moments in float32 or bfloat16, not {name}={own}; change "
                 "it"
             )
-    if type(config.residual) is not Discard:
+    for name, kind_of in (("residual", Discard), ("target", Gradient)):
+        if type(getattr(config, name)) is not kind_of:
+            raise ValueError(
+                f"products='kernel' drops the rest of the gradient, and "
+                f"{name}={getattr(config, name)!r} does not; give products='xla'"
+            )
+    if config.projector.sees:
         raise ValueError(
-            f"products='kernel' drops the rest of the gradient, and residual={config.residual!r} "
-            "does not; give products='xla'"
+            f"products='kernel' shows a step to no projector, and {config.projector!r} sees it; "
+            "give products='xla'"
         )
     if type(kind) is not StoredProjector or jnp.dtype(kind.dtype) not in (
         jnp.float32,
@@ -103,13 +111,13 @@ def _is_local(step: MatrixStep) -> bool:
     own = layout.current(step.view)
     if own is None or any(sharding.dividing(entry, own.mesh) for entry in (own.s, *own.batch[1:])):
         return False
-    count, block = sharding.parts(own.k, own.mesh), getattr(step.inner.mu, "block", 1)
+    count, block = sharding.parts(own.k, own.mesh), getattr(step.parts["inner"].mu, "block", 1)
     return count == 1 or step.view.kept // count % block == 0
 
 
 def finish_leaf(step: MatrixStep, param: Any, prepared: Prepared, write: Write) -> jax.Array:
     """The new parameter; leaves the new inner state in `step`."""
-    view, state = step.view, step.inner
+    view, state = step.view, step.parts["inner"]
     adam: Any = step.config.inner.as_adam()
     axes, total = len(view.batch), math.prod(view.batch)
     flat = lambda x: x.reshape(total, *x.shape[axes:])  # noqa: E731
@@ -123,11 +131,11 @@ def finish_leaf(step: MatrixStep, param: Any, prepared: Prepared, write: Write) 
     own = layout.current(view)
     w, mu, nu = kernels.low_rank_adam(
         flat(view.view.to_matrices(param)),
-        *jax.tree.map(flat, (step.basis, step.low, state.mu, state.nu)),
+        *jax.tree.map(flat, (step.parts["basis"], step.low, state.mu, state.nu)),
         b1=adam.b1,
         b2=adam.b2,
         eps=eps,
-        rate=rate * scale * step.config.scale,
+        rate=rate * scale * scales.factor(step.config.scale, view),
         decay=decay,
         factor=1.0 if prepared.factor is None else prepared.factor,
         accepted=write.accepted,
@@ -138,5 +146,5 @@ def finish_leaf(step: MatrixStep, param: Any, prepared: Prepared, write: Write) 
     mu, nu = jax.tree.map(lambda x: x.reshape(*view.batch, *x.shape[1:]), (mu, nu))
     new = state._replace(count=jnp.where(write.accepted, count, state.count), mu=mu, nu=nu)
     moved = prepared.ok is not None and state is not step.old.inner
-    step.inner = select(prepared.ok, new, step.old.inner) if moved else new
+    step.parts["inner"] = select(prepared.ok, new, step.old.inner) if moved else new
     return view.view.from_matrices(w.reshape(*view.batch, *w.shape[1:]), view.shape)

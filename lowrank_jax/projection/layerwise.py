@@ -26,7 +26,8 @@ depends on when that is known:
 * without one, nothing moves where the value or the gradient at the top of the stack is not finite,
   which is where most bad batches show. If a gradient is first not finite further down, that layer,
   those below it and everything outside the stack stay as they are, and the layers above have moved
-  already: their kernels, moments and bases.
+  already: their kernels, moments and bases. Such a step is counted in `partly_skipped`, not in
+  `skipped`.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ import jax.numpy as jnp
 
 from lowrank_jax import sharding
 from lowrank_jax.optim.guard import all_finite, energy
-from lowrank_jax.optim.learning_rate import LearningRateState, at_step, selected_for_decay
+from lowrank_jax.optim.learning_rate import LearningRateState, selected_for_decay
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.fused import Fused, fused, write_plain
-from lowrank_jax.projection.matrix_step import MatrixStep, finish, sketch_basis
+from lowrank_jax.projection.matrix_step import MatrixStep, leaf_update, sketch_basis
 from lowrank_jax.projection.stack import Stack, layer_gradients
-from lowrank_jax.projection.state import Projected, matrix_states
+from lowrank_jax.projection.state import Projected, matrix_states, parts_of
 from lowrank_jax.projection.tapped import Tap
 from lowrank_jax.projection.training import plan
 from lowrank_jax.projection.write import Write
@@ -62,7 +63,7 @@ def layerwise_step(
     first two arguments.
 
     Where a gradient inside the stack is not finite, the layers above it have moved when that is
-    found: kernels, moments and bases. The rest stays, and the step counts as skipped. With
+    found: kernels, moments and bases. The rest stays, and the step counts as partly skipped. With
     `exact_skip`, and with a `clip_norm` always, a skipped step changes nothing but its counter.
 
     Args:
@@ -116,11 +117,6 @@ def layerwise_step(
     return step
 
 
-def _arrays(node: Any) -> dict[str, Any]:
-    """The arrays of a matrix's state, or of its step."""
-    return {"basis": node.basis, "inner": node.inner, "residual": node.residual}
-
-
 class _Layerwise:
     """One call: the trees that its passes share. Microbatches lie on a leading axis everywhere.
 
@@ -136,7 +132,9 @@ class _Layerwise:
         self.measured = exact_skip or self.config.clip_norm is not None
         self.plan = plan(self.config)
         # where bases move by full gradients after the update, all of a layer's work is a branch
-        self.branches = self.plan == "full at a refresh" and self.config.clock.when == "after"
+        self.branches = (
+            self.plan == "full at a refresh" and self.config.refresh_schedule.when == "after"
+        )
         self.rest = {name: tree for name, tree in params.items() if name != stack.name}
         leaves, self.treedef = step_lib.flatten(params[stack.name])
         report = self.config.report(params)
@@ -153,10 +151,11 @@ class _Layerwise:
         self.leaves = leaves
         self.matrices = [None if view is None else by_path[view.path] for view in self.views]
         self.microbatches = jax.tree.leaves(args)[0].shape[0]
-        self.due = step_lib.due_any(self.config, state.projection.step, list(report.projected))
-        self.own_due = (
-            True if hasattr(self.config.clock, "start") else self.due
-        )  # staggered clocks ask layer by layer
+        self.now = step_lib.now_of(self.config, state.projection, form.rate(state))
+        self.due = step_lib.due(self.config, state.projection)
+        # a schedule that gives each step a slice of the layers is asked layer by layer
+        by_slice = self.config.refresh_schedule.slice(self.now.step, 0, 1) is not None
+        self.own_due = True if by_slice else self.due
 
     def run(self):
         inputs, value, d_rest, d_top = self._forward()
@@ -167,16 +166,23 @@ class _Layerwise:
         factor = None
         if self.measured:
             ok, factor = self._measure(inputs, d_rest, d_top, ok)
-        fine, _, vectors, d_bottom, moved = self._backward(inputs, d_top, ok, factor, update=True)
+        started = ok
+        fine, top, _, vectors, d_bottom, moved = self._backward(
+            inputs, d_top, ok, factor, update=True
+        )
         d_rest = self._all_rest(d_rest, d_bottom)
+        partly = jnp.asarray(False)
         if self.config.guard and not self.measured:
             ok = ok & fine & all_finite(self._plain(d_rest, vectors))
-        return self._finish(value, d_rest, vectors, moved, ok, factor)
+            partly = started & top & ~ok  # the top layer at least has moved
+        return self._finish(value, d_rest, vectors, moved, ok, factor, partly)
 
     def _measure(self, inputs, d_rest, d_top, ok):
         """`(whether the step is accepted, factor of clipping or None)`, by a backward pass that
         writes nothing."""
-        fine, square, vectors, d_bottom, _ = self._backward(inputs, d_top, ok, None, update=False)
+        fine, _, square, vectors, d_bottom, _ = self._backward(
+            inputs, d_top, ok, None, update=False
+        )
         plain = self._plain(self._all_rest(d_rest, d_bottom), vectors)
         square = square + sum((energy(leaf) for leaf in plain), jnp.zeros(()))
         if self.config.guard:
@@ -236,13 +242,13 @@ class _Layerwise:
         return jax.lax.scan(one, d_rest, (self.args, d_bottom))[0]
 
     def _backward(self, inputs, d_top, ok, factor, *, update: bool):
-        """Down the stack: `(whether all was finite, sum of squares, vectors' gradients, the
-        bottom's, moved)`."""
+        """Down the stack: `(whether all was finite, whether the top layer was, sum of squares,
+        vectors' gradients, the bottom's, moved)`."""
         layers = jax.tree.leaves(inputs)[0].shape[0]
         kernels = [
             leaf for leaf, view in zip(self.leaves, self.views, strict=True) if view is not None
         ]
-        states = [_arrays(m) for m in self.matrices if m is not None]
+        states = [parts_of(m) for m in self.matrices if m is not None]
         vectors = [leaf for leaf, view in zip(self.leaves, self.views, strict=True) if view is None]
         gathered = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in vectors]
 
@@ -255,7 +261,7 @@ class _Layerwise:
 
         def body(i, carry):
             number = layers - 1 - i
-            dx, kernels, states, own_states, gathered, fine, square = carry
+            dx, kernels, states, own_states, gathered, fine, top, square = carry
             part = (
                 take(kernels, number),
                 own_states,
@@ -271,18 +277,22 @@ class _Layerwise:
                     put(old, number, new)
                     for old, new in zip((kernels, states), written, strict=True)
                 )
+            top = jnp.where(i == 0, fine, top)
             own_states = take(states, jnp.maximum(number - 1, 0))
-            return dx, kernels, states, own_states, gathered, fine, square
+            return dx, kernels, states, own_states, gathered, fine, top, square
 
         # states travel with the loop, see `in_place`; kernels would be held twice
         sums = sharding.vary(
-            (jnp.asarray(True), jnp.zeros(())), sharding.varying(self.params, self.state)
+            (jnp.asarray(True), jnp.asarray(True), jnp.zeros(())),
+            sharding.varying(self.params, self.state),
         )
         start = (d_top, kernels, states, take(states, layers - 1), gathered, *sums)
-        dx, kernels, states, _, gathered, fine, square = jax.lax.fori_loop(0, layers, body, start)
+        dx, kernels, states, _, gathered, fine, top, square = jax.lax.fori_loop(
+            0, layers, body, start
+        )
         placed = iter(gathered)
         vectors = [None if view is not None else next(placed) for view in self.views]
-        return fine, square, vectors, dx, (kernels, states)
+        return fine, top, square, vectors, dx, (kernels, states)
 
     def _measure_layer(self, part, number, ok, fine, factor):
         """As `_move_layer`, of a pass that writes nothing."""
@@ -309,7 +319,7 @@ class _Layerwise:
                 self._write(step, kernel, write, factor, number)
                 for step, kernel in zip(steps, part[0], strict=True)
             ]
-            return (kernels, [_arrays(step) for step in steps]), d_vectors, dx, good, energies
+            return (kernels, [step.parts for step in steps]), d_vectors, dx, good, energies
 
         if self.branches:
             return jax.lax.cond(self.due, lambda: by("full"), lambda: by("taps"))
@@ -337,7 +347,7 @@ class _Layerwise:
             return steps, self._projected(steps, ok) if project else None
 
         def low(sketched):
-            now = self.state.projection.step
+            now = self.now
             taps = []
             for view, state, matrix in zip(views, states, matrices, strict=True):
                 basis = sketch_basis(self.config, view, state, now, number) if sketched else None
@@ -367,27 +377,26 @@ class _Layerwise:
         def refreshed():
             grads, d_vectors, d_inputs = whole()
             steps, read = steps_of(grads)
-            return [(step.low, _arrays(step)) for step in steps], read, d_vectors, d_inputs
+            return [(step.low, step.parts) for step in steps], read, d_vectors, d_inputs
 
         def standing():
             grads, d_vectors, d_inputs = low(False)
-            own = [(grad.low, _arrays(state)) for grad, state in zip(grads, states, strict=True)]
+            own = [(grad.low, parts_of(state)) for grad, state in zip(grads, states, strict=True)]
             return own, jnp.asarray(True), d_vectors, d_inputs
 
         own, read, d_vectors, dx = jax.lax.cond(self.due, refreshed, standing)
         steps, _ = steps_of([Projected(low) for low, _ in own], project=False)
-        for step, (_, arrays) in zip(steps, own, strict=True):
-            step.basis, step.inner = arrays["basis"], arrays["inner"]
-            step.residual = arrays["residual"]
+        for step, (_, parts) in zip(steps, own, strict=True):
+            step.parts = parts
         return steps, read, d_vectors, dx
 
     def _projected(self, steps: list[MatrixStep], ok) -> jax.Array:
         """Refreshes and projects the matrices of a layer; whether what a refresh reads is
         finite."""
-        now, read = self.state.projection.step, jnp.asarray(True)
-        refreshes = self.config.clock.when == "before" and self.own_due is not False
+        now, read = self.now, jnp.asarray(True)
+        refreshes = self.config.refresh_schedule.when == "before" and self.own_due is not False
         if refreshes and self.config.guard:
-            read = all_finite([step.target for step in steps]) | ~jnp.asarray(self.own_due)
+            read = all_finite([step.matrix for step in steps]) | ~jnp.asarray(self.own_due)
         for step in steps:
             step.look(self.own_due, now)
             if refreshes:
@@ -404,11 +413,12 @@ class _Layerwise:
     def _write(self, step: MatrixStep, kernel, ok, factor, number):
         """The new kernel of one layer; leaves the new states in `step`, the old ones where not
         ok."""
-        update, inner, residual = finish(self.config, step.view, step.arrays(), factor, ok, {})
-        step.inner, step.residual = inner, residual
-        if self.config.clock.when == "after":
+        update, moved = leaf_update(self.config, step.view, step.arrays(), factor, ok, {})
+        step.parts |= moved
+        if self.config.refresh_schedule.when == "after":
             due = self.own_due
-            step.refresh(due if due is False else ok & due, self.state.projection.step)
+            step.refresh(due if due is False else ok & due, self.now)
+        step.advance(ok, self.now)
         write = self._writer(ok, step.old.view.path, decays=self._decays()[step.old.view.path])
         return write(kernel, step.view.restore(update), number)
 
@@ -427,12 +437,10 @@ class _Layerwise:
         }
 
     def _writer(self, ok, path: str, *, decays: bool) -> Write:
-        recipe, schedule = self.form.recipe, self.state.schedule
-        rate = at_step(recipe.learning_rate, schedule.count)
-        now = self.state.projection.step
-        return Write.of(recipe, self.form.rounding, rate, decays, ok, now, path)
+        form, now, rate = self.form, self.now.step, self.form.rate(self.state)
+        return Write.of(form.recipe, form.rounding, rate, decays, ok, now, path)
 
-    def _finish(self, value, d_rest, vectors, moved, ok, factor):
+    def _finish(self, value, d_rest, vectors, moved, ok, factor, partly):
         """The plain leaves as one group, and the new trees."""
         kernels, states = moved
         own, moving = iter(kernels), iter(states)
@@ -457,7 +465,7 @@ class _Layerwise:
         views = [leaf.view for leaf in report.leaves]
         paths = [leaf.path for leaf in report.leaves]
         prepared = step_lib.Prepared(
-            treedef, leaves, gradients, views, paths, {}, False, False, ok, factor
+            treedef, leaves, gradients, views, paths, {}, False, False, ok, factor, self.now
         )
         decays = self._decays()
         numbers = [i for i, view in enumerate(views) if view is None]
@@ -468,12 +476,14 @@ class _Layerwise:
         matrices = [dataclasses.replace(m, **next(moving)) for m in self.matrices if m is not None]
         accepted = ok.astype(jnp.int32)
         projection = projection._replace(
+            refresh_schedule=step_lib.next_schedule(self.config, projection, self.due, accepted),
             step=projection.step + accepted,
-            skipped=projection.skipped + 1 - accepted,
+            skipped=projection.skipped + (~ok & ~partly).astype(jnp.int32),
+            partly_skipped=projection.partly_skipped + partly.astype(jnp.int32),
             refreshes=projection.refreshes + accepted * jnp.asarray(self.due, jnp.int32),
             matrices=step_lib.replace_matrices(projection.matrices, matrices),
             plain=plain,
         )
-        schedule = LearningRateState(self.state.schedule.count + accepted)
-        new = self.state._replace(projection=projection, schedule=schedule)
+        rate = LearningRateState(self.state.rate.count + accepted)
+        new = self.state._replace(projection=projection, rate=rate)
         return jax.tree.unflatten(treedef, leaves), new, value

@@ -1,9 +1,12 @@
-"""One projected leaf on its way through an update: refresh, project, finish."""
+"""One projected leaf on its way through an update: refresh, project, update.
+
+The mathematics are pure functions of one stack, `refresh.refresh`, `refresh.project` and
+`leaf_update`; `placement` lays their arrays out.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+import functools
 from typing import Any
 
 import jax
@@ -12,106 +15,54 @@ import jax.numpy as jnp
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.optim import scales
 from lowrank_jax.optim.guard import select
 from lowrank_jax.projection import layout
 from lowrank_jax.projection.batches import count, layer_numbers
-from lowrank_jax.projection.refresh_schedules import Staggered
+from lowrank_jax.projection.placement import Trees, laid, like, on_own_matrices, placed
+from lowrank_jax.projection.refresh import fresh_inner, project, refresh, refresh_inputs
+from lowrank_jax.projection.residuals import Combine
 from lowrank_jax.projection.slots import Projection
-from lowrank_jax.projection.state import Evidence, MatrixState, Projected
+from lowrank_jax.projection.state import MatrixState, Now, Projected, parts_of
+from lowrank_jax.projection.targets import Kept
 from lowrank_jax.trees import dequantized
-
-
-def whole(param: Any) -> jax.Array:
-    """A parameter as an array: quantised ones are decoded."""
-    return dequantized(param)
-
-
-def on_own_matrices(
-    function: Callable, config: Projection, view: ResolvedView, trees: Any, *shared: Any
-) -> Any:
-    """`function(config, view, trees, *shared)`, on each device's own matrices where a batch axis is
-    sharded.
-
-    The leaves of `trees` and of the result have the batch axes in front. There the view's batch is
-    the local one, and every array that the function uses must come through its arguments: `shared`,
-    or numbers inside `config`.
-    """
-    axes, whole = len(view.batch), view.spec or ()
-    if not sharding.batch_axes(whole, axes):
-        return function(config, view, trees, *shared)
-    leaves, treedef = jax.tree.flatten((_numbers(config), shared))
-    arrays = [isinstance(leaf, jax.Array) for leaf in leaves]
-
-    def own(trees, traced):
-        traced = iter(traced)
-        filled = [
-            next(traced) if array else leaf for leaf, array in zip(leaves, arrays, strict=True)
-        ]
-        numbers, shared = jax.tree.unflatten(treedef, filled)
-        spec = (*[None] * axes, *whole[axes:])
-        local = dataclasses.replace(
-            view, batch=jax.tree.leaves(trees)[0].shape[:axes], spec=spec if any(spec) else None
-        )
-        return function(_with_numbers(config, iter(numbers)), local, trees, *shared)
-
-    traced = [leaf for leaf, array in zip(leaves, arrays, strict=True) if array]
-    return sharding.over_batch(own, whole, axes)(trees, traced)
-
-
-def _numbers(config: Any) -> list[jax.Array]:
-    """The scalar arrays in the fields of nested dataclasses: hyper-parameters that somebody
-    injected."""
-    if isinstance(config, jax.Array):
-        return [config] if config.ndim == 0 else []
-    if not dataclasses.is_dataclass(config):
-        return []
-    return [
-        x for field in dataclasses.fields(config) for x in _numbers(getattr(config, field.name))
-    ]
-
-
-def _with_numbers(config: Any, numbers: Iterator[jax.Array]) -> Any:
-    """`config` with its scalar arrays replaced, in the order of `_numbers`."""
-    if isinstance(config, jax.Array):
-        return next(numbers) if config.ndim == 0 else config
-    if not _numbers(config):
-        return config
-    new = {
-        field.name: _with_numbers(getattr(config, field.name), numbers)
-        for field in dataclasses.fields(config)
-    }
-    return dataclasses.replace(config, **new)
-
-
-def fresh_inner(config: Projection, view: ResolvedView) -> Any:
-    """The inner state of a leaf, one for each of its matrices."""
-    low_shape = (*view.batch, *config.projector.low_shape(view))
-    low = sharding.zeros(low_shape, jnp.float32, config.projector.low_spec(view))
-    return config.inner.init_stack(low, view)
 
 
 def fresh_state(config: Projection, view: ResolvedView) -> MatrixState:
     """The state of a leaf before its first step."""
 
-    def rest(config, view, trees):
-        return fresh_inner(config, view), config.residual.init(view)
+    def own(config, view, trees):
+        inner = fresh_inner(config, view)
+        return inner, config.target.init(view), config.residual.init(view)
 
     config.projector.check(view)
     layers = layer_numbers(view)
     keys = config.keys(view, jnp.zeros((), jnp.int32), layers)
-    basis = config.projector.init(view, keys)
-    inner, residual = on_own_matrices(rest, config, view, {"layers": layers})
-    return MatrixState(basis, inner, residual, view.structure(), config.projector.structure())
+    basis, memory = config.projector.init(view, keys)
+    inner, target, residual = on_own_matrices(own, config, view, {"layers": layers})
+    schedule = config.refresh_schedule
+    return MatrixState(
+        basis=basis,
+        memory=memory,
+        inner=inner,
+        target=target,
+        residual=residual,
+        refresh_schedule=schedule.init(view.batch) if schedule.per_layer else (),
+        view=view.structure(),
+        projector=config.projector.structure(),
+    )
 
 
-def check_inner(config: Projection, matrix: MatrixState) -> None:
+def check_slots(config: Projection, matrix: MatrixState) -> None:
     """ValueError where the slots cannot work with the inner state of a leaf."""
     axes = len(matrix.view.batch)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), matrix.inner)
     state = jax.eval_shape(config.inner.decoded, state)
+    low_shape = config.projector.low_shape(matrix.view)
     config.transport.check(config.inner, state)
-    config.residual.check(config.inner, state, matrix.view, config.projector.low_shape(matrix.view))
-    if "moments" in config.projector.needs:
+    config.target.check(config.inner, state, matrix.view, low_shape)
+    config.residual.check(config.inner, state, matrix.view, low_shape)
+    if "momentum" in config.projector.reads:
         inner_lib.first_moment(config.inner, state)
 
 
@@ -121,10 +72,10 @@ class MatrixStep:
 
     Attributes:
       gradient: `(batch..., s, k)` float32; None where it came projected.
-      target: likewise what is projected, the gradient or more.
+      matrix: likewise what is projected, the gradient or more.
       low: `(batch..., r, k)`, after `project`.
       sketch: `(batch..., s, q)`, or None.
-      basis, inner, residual: the state so far.
+      parts: the state so far, by field of `MatrixState`.
     """
 
     def __init__(
@@ -140,113 +91,116 @@ class MatrixStep:
         # the numbers and the count of the leaf's matrices, of which a layer-wise step has one
         self.layers = layer_numbers(view) if layer is None else layer
         self.total = count(state.view)
-        self.param = view.orient(whole(param)) if config.reads_params else None
-        self.basis, self.inner, self.residual = state.basis, state.inner, state.residual
+        self.param = view.orient(dequantized(param)) if config.reads_params else None
+        self.parts = parts_of(state)
         self.gradient: Any = None
-        self.target: Any = None
+        self.matrix: Any = None
+        self.low: Any = None
         self.sketch: Any = None
         if isinstance(grad, Projected):
             self.low, self.sketch = _checked(config, view, grad)
         else:
             self.gradient = view.orient(grad).astype(jnp.float32)
-            self.target, self.residual = config.residual.target(state.residual, self.gradient)
+            taken = config.target.take(state.target, self.gradient)
+            self.matrix, self.parts["target"] = taken
 
     @property
     def can_refresh(self) -> bool:
         """Whether a refresh finds what it reads: a gradient, or the sketch that serves instead."""
-        needs = self.config.projector.needs
-        return self.target is not None or not (
-            "grad" in needs or ("sketch" in needs and self.sketch is None)
+        reads = self.config.projector.reads
+        return self.matrix is not None or not (
+            "target" in reads or ("sketch" in reads and self.sketch is None)
         )
 
-    def look(self, due: Any, step: jax.Array) -> None:
+    def look(self, due: Any, now: Now) -> None:
         """Takes the sketch of a full gradient, where a refresh after the update will need it."""
-        if due is False or self.target is None or "sketch" not in self.config.projector.needs:
+        if due is False or self.matrix is None or "sketch" not in self.config.projector.reads:
             return
 
         def product():
-            made = self.target @ sketch_basis(self.config, self.view, self.old, step, self.layers)
+            made = self.matrix @ sketch_basis(self.config, self.view, self.old, now, self.layers)
             return sharding.reshard(made, sharding.whole_spec(self.view.spec))
 
         nothing = sharding.zeros_like(jax.eval_shape(product))
         self.sketch = product() if due is True else jax.lax.cond(due, product, lambda: nothing)
 
-    def refresh(self, due: Any, step: jax.Array) -> None:
-        """Moves basis, moments and residual where `due`: one `cond` on an unbatched scalar.
-
-        What a refresh does not change stays outside the condition, so that a normal step does not
-        copy it.
-        """
+    def refresh(self, due: Any, now: Now) -> None:
+        """Moves the basis, and what moves with it, where `due`: an unbatched scalar."""
         if due is False or not self.can_refresh:
             return
-        state = {"basis": self.basis, "inner": self.inner, "residual": self.residual}
-        seen = {
-            "target": self.target,
+        trees: Trees = {
+            "matrix": self.matrix,
             "sketch": self.sketch,
             "param": self.param,
+            "low": self.low if "low" in self.config.projector.reads else None,
             "layers": self.layers,
         }
-        state |= on_own_matrices(
-            _refresh, self.config, self.view, state | seen, due, step, self.total
-        )
-        self.basis, self.inner, self.residual = state["basis"], state["inner"], state["residual"]
+        schedule = self.config.refresh_schedule
+        if schedule.per_layer:
+            own = schedule.due(self.parts["refresh_schedule"], now.step)
+            trees["due"] = jnp.broadcast_to(own, self.view.batch)
+        trees |= self.parts
+        self.parts |= on_own_matrices(refresh, self.config, self.view, trees, due, now, self.total)
 
     def project(self) -> None:
-        def down(config, view, trees):
-            basis = layout.placed(view, trees["basis"], "basis_at_use")
-            low = config.projector.down(view, basis, trees["x"])
-            return layout.placed(view, layout.placed(view, low, "low_at_use"), "low")
-
-        if self.target is not None:
-            self.low = on_own_matrices(
-                down, self.config, self.view, {"x": self.target, "basis": self.basis}
-            )
+        """Makes the low-rank object, where it did not come as one."""
+        if self.matrix is not None:
+            trees = {"matrix": self.matrix, "basis": self.parts["basis"]}
+            self.low = on_own_matrices(project, self.config, self.view, trees)["low"]
 
     @property
     def kept(self) -> Any:
-        """What the step keeps of the gradient: all of it where the residual rule reads it, else its
+        """What the step keeps of the target: all of it where something reads it, else its
         projection."""
-        return self.target if self.config.residual.sees_gradient else self.low
+        return self.matrix if self.config.reads_gradient else self.low
 
     @property
     def judged(self) -> Any:
         """What the guard judges: as `kept`, without what earlier steps fed back."""
-        return self.gradient if self.config.residual.sees_gradient else self.low
+        return self.gradient if self.config.reads_gradient else self.low
 
-    def arrays(self) -> dict[str, Any]:
-        """What `finish` reads, batch axes in front; what it does not read is left out."""
+    def arrays(self) -> Trees:
+        """What `leaf_update` reads, batch axes in front; what it does not read is left out."""
         own = {
             "low": self.low,
-            "target": self.target if self.config.residual.sees_gradient else None,
+            "matrix": self.matrix if self.config.reads_gradient else None,
             "param": self.param if self.config.inner.reads_params else None,
-            "basis": self.basis,
-            "inner": self.inner,
-            "residual": self.residual,
-        }
-        moved = {"inner": self.old.inner, "residual": self.old.residual}
-        return own | {"old": {name: tree for name, tree in moved.items() if own[name] is not tree}}
+            "basis": self.parts["basis"],
+        } | {name: self.parts[name] for name in MOVING}
+        old = {name: getattr(self.old, name) for name in ("inner", "target", "residual")}
+        return own | {"old": {name: tree for name, tree in old.items() if own[name] is not tree}}
 
-    def finish(
+    def update(
         self, factor: jax.Array | None, ok: jax.Array | None, extra: dict[str, Any]
     ) -> jax.Array:
-        """The oriented update; leaves the new inner and residual states in place, or the old ones
-        where not ok."""
-        update, self.inner, self.residual = on_own_matrices(
-            finish, self.config, self.view, self.arrays(), factor, ok, extra
+        """The oriented update; leaves the new states in place, or the old ones where not ok."""
+        update, parts = on_own_matrices(
+            leaf_update, self.config, self.view, self.arrays(), factor, ok, extra
         )
+        self.parts |= parts
         return update
 
+    def advance(self, ok: jax.Array | None, now: Now) -> None:
+        """The state of a schedule that decides by layers, after a step."""
+        if self.config.refresh_schedule.per_layer and self.parts["refresh_schedule"] != ():
+            trees = {name: self.parts[name] for name in ("basis", "refresh_schedule")}
+            trees["matrix"] = self.matrix
+            moved = on_own_matrices(advance, self.config, self.view, trees, ok, now)
+            self.parts["refresh_schedule"] = moved
+
     def state(self) -> MatrixState:
-        return MatrixState(self.basis, self.inner, self.residual, self.old.view, self.old.projector)
+        """The state so far, as it is kept."""
+        return MatrixState(**self.parts, view=self.old.view, projector=self.old.projector)
 
 
 def _checked(
     config: Projection, view: ResolvedView, grad: Projected
 ) -> tuple[jax.Array, jax.Array | None]:
     """`(low, sketch)` of a projected gradient; ValueError where it cannot serve."""
-    if config.residual.sees_gradient:
+    if config.reads_gradient:
+        target, residual = type(config.target).__name__, type(config.residual).__name__
         raise ValueError(
-            f"leaf {view.path!r}: residual {type(config.residual).__name__} reads the full "
+            f"leaf {view.path!r}: target {target} with residual {residual} reads the full "
             "gradient, and this one is projected; take jax.value_and_grad(loss) for this "
             "optimizer, or residual=lrx.residuals.discard()"
         )
@@ -264,157 +218,101 @@ def _checked(
 
 
 def sketch_basis(
-    config: Projection, view: ResolvedView, state: MatrixState, step: jax.Array, layers: jax.Array
+    config: Projection, view: ResolvedView, state: MatrixState, now: Now, layers: jax.Array
 ) -> jax.Array:
     """`(batch..., k, q)`: what a refresh by a sketch contracts the kept side of the gradient
     with."""
-    evidence = Evidence(
-        moments=layout.divided(view, _debiased(config, state.inner), -1)
-        if "moments" in config.projector.needs
-        else None,
-        step=step,
-        key=config.keys(view, step, layers),
-    )
-    return config.projector.sketch_basis(view, evidence)
+    trees = parts_of(state) | {"layers": layers}
+    inputs = refresh_inputs(config, view, trees, now)
+    return config.projector.sketch_basis(view, state.basis, state.memory, inputs)
 
 
-def _refresh(
-    config: Projection, view: ResolvedView, trees: Any, due: Any, step: jax.Array, total: int
-) -> Any:
-    stay = _movable(config, trees)
-    if isinstance(config.clock, Staggered):
-        return _refresh_staggered(config, view, trees, due, step, total)
-    if due is True:
-        return _refreshed(config, view, trees, step)
-    return jax.lax.cond(due, lambda: _refreshed(config, view, trees, step), lambda: stay)
+MOVING = ("memory", "inner", "target", "residual")
+"""The parts of a state that `leaf_update` moves."""
 
 
-def _movable(config: Projection, trees: dict[str, Any]) -> dict[str, Any]:
-    """The part of the state that a refresh may change."""
-    moving = {
-        "basis": True,
-        "inner": config.transport.moves,
-        "residual": config.residual.follows_basis,
-    }
-    return {name: trees[name] for name, moves in moving.items() if moves}
+def leaf_update(
+    config: Projection, view: ResolvedView, trees: Trees, factor: Any, ok: Any, extra: dict
+) -> tuple[jax.Array, Trees]:
+    """`(oriented update, moved parts of the state)`, from `MatrixStep.arrays`.
 
-
-def _refreshed(
-    config: Projection, view: ResolvedView, trees: dict[str, Any], step: jax.Array
-) -> dict[str, Any]:
-    """The state after a refresh of all matrices in `trees`."""
-    needs, basis, inner = config.projector.needs, trees["basis"], trees["inner"]
-    whole = sharding.whole_spec(view.spec)
-    evidence = Evidence(
-        grad=layout.rows(
-            view, sharding.reshard(trees["target"], whole), pad=config.projector.of_rows
-        )
-        if "grad" in needs
-        else None,
-        sketch=layout.divided(view, sharding.reshard(trees["sketch"], whole), -2)
-        if "sketch" in needs
-        else None,
-        param=sharding.reshard(trees["param"], whole) if "param" in needs else None,
-        moments=layout.divided(view, _debiased(config, inner), -1) if "moments" in needs else None,
-        step=step,
-        key=config.keys(view, step, trees["layers"]),
-    )
-    # placed here, so that what a refresh gathers is gathered at refreshes only
-    new = jax.tree.map(sharding.like, config.projector.refresh(view, basis, evidence), basis)
-    new = layout.placed(view, new, "basis")
-    residual, before = trees["residual"], config.inner.decoded(inner)
-    before = after = layout.mixed(view, before)
-    if config.transport.moves:
-        change = config.projector.overlap(view, basis, new)
-        fresh = config.inner.decoded(fresh_inner(config, view))
-        moved = config.transport(config.inner, before, fresh, change)
-        after = jax.tree.map(sharding.like, moved, before)
-    if config.residual.follows_basis:
-        moved = config.residual.moved(
-            config.projector, view, basis, new, config.inner, before, after, residual
-        )
-        residual = jax.tree.map(sharding.like, moved, residual)
-    after = layout.placed(view, config.inner.encoded(after), "low")
-    return _movable(config, {"basis": new, "inner": after, "residual": residual})
-
-
-def _debiased(config: Projection, inner: Any) -> jax.Array:
-    """The first moment over `1 - b1^t`, in the old basis; whole matrices on an explicit mesh."""
-    moment, value = inner_lib.first_moment(config.inner, config.inner.decoded(inner))
-    seen = jnp.maximum(moment.count, 1)[..., None, None]
-    whole = sharding.whole_spec(sharding.explicit_spec(value))
-    return sharding.reshard(value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen), whole)
-
-
-def _refresh_staggered(
-    config: Projection, view: ResolvedView, trees: Any, due: Any, step: jax.Array, total: int
-):
-    """All layers at step 0, else layers `start .. start + size` of the `total`, of which a device
-    may own none.
-
-    Layer numbers ascend, so those that are due lie next to each other; what else a clamped slice
-    holds stays.
+    Args:
+      config, view, trees: of one stack.
+      factor: of clipping, or None.
+      ok: whether the step is accepted, or None.
+      extra: for the inner transformation.
     """
-    axes, layers = len(view.batch), trees["layers"].reshape(-1)
-    clock: Any = config.clock
-    wide = clock.layers_per_step(total)
-    size = min(wide, layers.size)
-    start = clock.start(step, config.phase(view), total)
-    begin = jnp.minimum(jnp.sum(layers < start), layers.size - size)
+    if factor is not None:
+        scaled = {
+            name: trees[name] * factor for name in ("low", "matrix") if trees[name] is not None
+        }
+        trees = trees | scaled
+    trees = laid(config, view, trees, {"low": "low", "basis": "basis_at_use"})
+    moved = _inner_step(config, view, trees, ok, extra)
+    direction = moved["direction"] if ok is None else jnp.where(ok, moved["direction"], 0)
 
-    def rows(tree):
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), tree)
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size), flat)
-
-    numbers = jax.lax.dynamic_slice_in_dim(layers, begin, size)
-    fresh = (numbers >= start) & (numbers < start + wide)
-
-    def some():
-        def put(whole, after):
-            flat = whole.reshape(-1, *whole.shape[axes:])
-            before = jax.lax.dynamic_slice_in_dim(flat, begin, size)
-            chosen = jnp.where(fresh.reshape(-1, *[1] * (after.ndim - 1)), after, before)
-            return jax.lax.dynamic_update_slice_in_dim(flat, chosen, begin, 0).reshape(whole.shape)
-
-        spec = None if view.spec is None else (None, *view.spec[-2:])
-        few = dataclasses.replace(view, batch=(size,), spec=spec)
-        return jax.tree.map(put, stay, _refreshed(config, few, rows(trees), step))
-
-    stay = _movable(config, trees)
-    branch = jnp.where(step == 0, 2, jnp.where(jnp.any(fresh), 1, 0)) * jnp.asarray(due, jnp.int32)
-    return jax.lax.switch(
-        branch, [lambda: stay, some, lambda: _refreshed(config, view, trees, step)]
+    projector, basis, low, matrix = config.projector, trees["basis"], trees["low"], trees["matrix"]
+    lift = functools.partial(projector.up, view, basis)
+    rest = functools.cache(lambda: projector.rest(view, basis, matrix, low))
+    rounding = lambda: projector.rounding(view, matrix)  # noqa: E731
+    new = {"inner": moved["inner"], "memory": trees["memory"]}
+    new["target"] = config.target.kept(trees["target"], Kept(view, matrix, low, lift, rest))
+    update, new["residual"] = config.residual.combine(
+        Combine(
+            view=view,
+            lift=lift,
+            rest=rest,
+            rounding=rounding,
+            target=matrix,
+            low=low,
+            direction=direction,
+            inner_scale=moved["inner_scale"],
+            scale=scales.factor(config.scale, view),
+            state=trees["residual"],
+        )
     )
+    if projector.sees:
+        memory = trees["memory"]
+        target = matrix if "target" in projector.sees else None
+        new["memory"] = like(projector.seen(view, basis, memory, low, target), memory)
+    return _accepted(config, trees, update, new, ok)
 
 
-def finish(
-    config: Projection,
-    view: ResolvedView,
-    trees: dict[str, Any],
-    factor: Any,
-    ok: Any,
-    extra: dict[str, Any],
-):
-    """Oriented update, inner state, residual state, from `MatrixStep.arrays`."""
-    low, target = (
-        x if factor is None or x is None else x * factor for x in (trees["low"], trees["target"])
-    )
-    low = layout.placed(view, low, "low")
-    basis, param = layout.placed(view, trees["basis"], "basis_at_use"), None
+@placed(takes={"inner": "low"}, gives={"inner": "low", "direction": "low low_at_use"})
+def _inner_step(
+    config: Projection, view: ResolvedView, trees: Trees, ok: Any, extra: dict
+) -> Trees:
+    """Direction and scale of the inner transformation, and its state."""
+    param = None
     if config.inner.reads_params:
-        param = config.projector.down(view, basis, trees["param"])
-    inner = layout.placed(view, trees["inner"], "low")
-    direction, scale, inner = config.inner.update_stack(low, inner, view, param, ok, extra)
-    inner = layout.placed(view, inner, "low")
-    direction = layout.placed(view, layout.placed(view, direction, "low"), "low_at_use")
-    scale = jnp.asarray(scale, jnp.float32) * config.scale
-    if ok is not None:
-        direction = jnp.where(ok, direction, 0)
-    update, residual = config.residual.combine(
-        config.projector, view, basis, trees["residual"], target, low, direction, scale
+        param = config.projector.down(view, trees["basis"], trees["param"])
+    direction, scale, inner = config.inner.update_stack(
+        trees["low"], trees["inner"], view, param, ok, extra
     )
-    if ok is not None:
-        residual = select(ok, residual, (trees | trees["old"])["residual"])
-        inner = select(ok, inner, trees["old"]["inner"]) if "inner" in trees["old"] else inner
-        update = jnp.where(ok, update, 0) if config.residual.sees_gradient else update
-    return update, inner, residual
+    return {"direction": direction, "inner_scale": jnp.asarray(scale, jnp.float32), "inner": inner}
+
+
+def _accepted(
+    config: Projection, trees: Trees, update: jax.Array, new: Trees, ok: Any
+) -> tuple[jax.Array, Trees]:
+    """`(update, states)`, or zeros and the states before the step where it is not accepted."""
+    if ok is None:
+        return update, new
+    old = trees | trees["old"]  # before anything was taken from it, or moved with the basis
+    for name in ("target", "residual"):
+        new[name] = select(ok, new[name], old[name])
+    if "inner" in trees["old"]:  # otherwise the inner transformation left it where it was
+        new["inner"] = select(ok, new["inner"], old["inner"])
+    if config.projector.sees:  # a refreshed memory stays with its basis
+        new["memory"] = select(ok, new["memory"], trees["memory"])
+    return jnp.where(ok, update, 0) if config.reads_gradient else update, new
+
+
+def advance(config: Projection, view: ResolvedView, trees: Trees, ok: Any, now: Now) -> Any:
+    """The state of a schedule by layers after a step."""
+    schedule, state = config.refresh_schedule, trees["refresh_schedule"]
+    captured: jax.Array | None = None
+    if "captured" in schedule.reads:
+        captured = config.projector.measure(view, trees["basis"], trees["matrix"])
+    moved = like(schedule.advance(state, step=now.step, captured=captured), state)
+    return moved if ok is None else select(ok, moved, state)

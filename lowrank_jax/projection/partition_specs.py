@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lowrank_jax import sharding
 from lowrank_jax.projection.layout import Layout
-from lowrank_jax.projection.state import MatrixState
+from lowrank_jax.projection.state import MatrixState, parts_of
 from lowrank_jax.resolution import Views, resolve
 from lowrank_jax.trees import leaves_with_metadata, nodes_with_keys, path_of
 
@@ -113,12 +113,11 @@ def _spread(node: MatrixState, kind: NamedSharding) -> MatrixState:
     basis = place((*view.batch, view.shrunk, view.rank), own_layout.basis)
     low = place((*view.batch, view.rank, view.kept), own_layout.low)
     own = lambda leaf: NamedSharding(kind.mesh, _spec_of(leaf))  # noqa: E731
-    return dataclasses.replace(
-        node,
-        basis=jax.tree.map(basis, node.basis),
-        inner=jax.tree.map(low, node.inner),
-        residual=jax.tree.map(own, node.residual),
-    )
+    rules = {"basis": basis, "inner": low}
+    placed = {
+        name: jax.tree.map(rules.get(name, own), part) for name, part in parts_of(node).items()
+    }
+    return dataclasses.replace(node, **placed)
 
 
 def _given(params: Any, leaves: list[Any], shardings: Any) -> list[tuple[str, NamedSharding]]:

@@ -1,40 +1,124 @@
-"""When does the basis move? One scalar decides for the whole tree, so that a refresh is one `cond`
-outside any vmap."""
+"""When does the basis move?
+
+One scalar decides for the whole tree, so that a refresh is one `cond` outside any vmap, unless a
+schedule says otherwise in one of two ways:
+
+* it gives each step a `slice` of the layers of a stack, whose place may depend on the step;
+* it decides layer by layer (`per_layer`) by a state of its own, which has the batch axes in front.
+  A stack then loops over its layers with one condition each; a vmap of a condition would pay both
+  sides of it for every layer at every step.
+
+The states of a schedule, and what else moves with a basis, are sliced with the basis.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax import deprecations
 from lowrank_jax.checks import check_integer, is_integer
+from lowrank_jax.typing import Pytree, Scalar, Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Clock:
-    """Base of the clocks.
+class RefreshSchedule:
+    """Base of the refresh schedules.
 
     Attributes:
       when: "before" the update, as in the papers (the step that pays for the refresh uses it), or
         "after" it (the new basis serves from the next step on).
+      per_layer: it decides layer by layer.
+      reads: which of "change" and "captured" it needs, of a schedule that is `per_layer`. With
+        "captured" every step takes the full gradient.
+      first: it is due at step 0, so that no step is made with a basis that saw no data.
+
+    Subclasses implement `due`; those with a state `init`, and `refreshed` or `advance`:
+
+    >>> import jax.numpy as jnp
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Doubling(RefreshSchedule):
+    ...     "Due at steps 0, 1, 2, 4, 8, ..."
+    ...
+    ...     def init(self, batch):
+    ...         return jnp.zeros(batch, jnp.int32)
+    ...
+    ...     def due(self, state, step):
+    ...         return step == state
+    ...
+    ...     def refreshed(self, state, *, step, change=None):
+    ...         return jnp.maximum(2 * state, 1)
+    >>> schedule, found = Doubling(), []
+    >>> state = schedule.init(())
+    >>> for step in range(9):
+    ...     if schedule.due(state, step):
+    ...         found, state = [*found, step], schedule.refreshed(state, step=step)
+    >>> found
+    [0, 1, 2, 4, 8]
     """
 
     when: str = "before"
+    per_layer: ClassVar[bool] = False
+    reads: ClassVar[frozenset[str]] = frozenset()
+    first = True
 
     def __post_init__(self):
         if self.when not in ("before", "after"):
             raise ValueError(f"when={self.when!r} must be 'before' or 'after' the update")
 
-    def due(self, step: Any) -> Any:
-        """Scalar: does the basis move at this 0-based step? A Python bool where it is known without
-        the step."""
-        raise TypeError(f"{type(self).__name__} has no scalar clock")
+    @property
+    def every_step(self) -> bool:
+        """Whether all bases move at every step, whatever the state."""
+        return False
+
+    def init(self, batch: Shape) -> Pytree:
+        """The state before the first step: of shapes `(batch...)` in front, () for the tree."""
+        return ()
+
+    def due(self, state: Pytree, step: Scalar) -> Scalar:
+        """Does the basis move at this 0-based step? A scalar, `(batch...)` where `per_layer`, or a
+        Python bool where it is known without state and step."""
+        raise TypeError(f"{type(self).__name__} does not implement due")
+
+    def refreshed(self, state: Pytree, *, step: Scalar, change: jax.Array | None = None) -> Pytree:
+        """The state after a refresh, with which it moves: in the same condition as the basis.
+
+        Args:
+          state: of those layers that moved.
+          step: int32 (), accepted steps before this one.
+          change: `(batch..., r)` where `reads` has "change": the absolute cosine of each old basis
+            vector and the new one in its place (`cosines` of the overlap).
+        """
+        return state
+
+    def advance(self, state: Pytree, *, step: Scalar, captured: jax.Array | None = None) -> Pytree:
+        """The state after any accepted step.
+
+        Args:
+          state: of all layers.
+          step: int32 (), accepted steps before this one.
+          captured: `(batch...)` where `reads` has "captured": the share of the target's energy that
+            the basis of this step sees.
+        """
+        return state
+
+    def slice(self, step: Scalar, phase: int, layers: int) -> tuple[Scalar, int] | None:
+        """`(start, size)` of the layers of a stack that move at this step beside those that are
+        `due`; past the last layer there is none. None for a schedule without slices.
+
+        Args:
+          step: 0-based.
+          phase: a number of the leaf alone.
+          layers: of the stack.
+        """
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Every(Clock):
+class Every(RefreshSchedule):
     """Due when `step mod period = phase`, and at step 0 if `first`.
 
     GaLore, Fira, APOLLO and FRUGAL count from 0: `phase=0`. DCT-AdamW counts from 1 (steps 0, T-1,
@@ -48,8 +132,8 @@ class Every(Clock):
     Raises:
       ValueError: if period < 1.
 
-    >>> clock = Every(period=4, phase=3)
-    >>> [step for step in range(12) if clock.due(step)]
+    >>> schedule = Every(period=4, phase=3)
+    >>> [step for step in range(12) if schedule.due((), step)]
     [0, 3, 7, 11]
     """
 
@@ -62,8 +146,12 @@ class Every(Clock):
         _check_period(self.period)
         check_integer("phase", self.phase, at_least=0)
 
-    def due(self, step):
-        if is_integer(self.period) and self.period == 1:
+    @property
+    def every_step(self):
+        return is_integer(self.period) and self.period == 1
+
+    def due(self, state, step):
+        if self.every_step:
             return True
         period = jnp.asarray(self.period, jnp.int32)
         due = jnp.mod(step, period) == jnp.mod(jnp.asarray(self.phase, jnp.int32), period)
@@ -71,23 +159,25 @@ class Every(Clock):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EveryStep(Clock):
+class EveryStep(RefreshSchedule):
     """Due at every step (LDAdam, Dion, Trion)."""
 
-    def due(self, step):
+    every_step = True
+
+    def due(self, state, step):
         return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Never(Clock):
+class Never(RefreshSchedule):
     """The basis is made at the first step and then stays."""
 
-    def due(self, step):
+    def due(self, state, step):
         return step == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Staggered(Clock):
+class Staggered(RefreshSchedule):
     """Every matrix moves once in a period, but not all at the same step, which takes the spike out
     of refreshes.
 
@@ -115,6 +205,12 @@ class Staggered(Clock):
             )
         _check_period(self.period)
 
+    def due(self, state, step):
+        return step == 0  # all layers
+
+    def slice(self, step, phase, layers):
+        return self.start(step, phase, layers), self.layers_per_step(layers)
+
     def layers_per_step(self, layers: int) -> int:
         return -(-layers // self.period)
 
@@ -131,3 +227,5 @@ every = Every
 every_step = EveryStep
 never = Never
 staggered = Staggered
+
+__getattr__ = deprecations.names("lowrank_jax.refresh_schedules")

@@ -9,30 +9,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax import deprecations
 from lowrank_jax.checks import check_integer, check_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.optim import scales
 from lowrank_jax.projection.batches import each
 from lowrank_jax.projection.projectors.base import Projector
-from lowrank_jax.projection.refresh_schedules import Clock, Every
+from lowrank_jax.projection.refresh_schedules import Every, RefreshSchedule
 from lowrank_jax.projection.residuals import Discard, Residual
-from lowrank_jax.projection.transports import Keep
+from lowrank_jax.projection.state import READABLE
+from lowrank_jax.projection.targets import Gradient, Target
+from lowrank_jax.projection.transports import Keep, Transport
 from lowrank_jax.resolution import Report, Views, check_side, resolve
+from lowrank_jax.typing import Scalar
 
 
+@deprecations.options("lrx.Projection")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Projection:
-    """The slots of `scale_by_projection`, validated.
+    """The slots of `scale_by_projection`, validated; that function says what each is.
+
+    Raises:
+      ValueError: for slots that do not fit together; it names field, value and remedy.
 
     >>> import lowrank_jax as lrx
-    >>> lrx.Projection(projector=lrx.projectors.svd(rank=8)).clock
+    >>> lrx.Projection(projector=lrx.projectors.svd(rank=8)).refresh_schedule
     Every(when='before', period=200, phase=0, first=True)
     """
 
     projector: Projector
     inner: Any = dataclasses.field(default_factory=inner_lib.Adam)
-    clock: Clock = Every(period=200)
-    transport: Any = Keep()
+    refresh_schedule: RefreshSchedule = Every(period=200)
+    transport: Transport = Keep()
+    target: Target = Gradient()
     residual: Residual = Discard()
     scale: Any = 1.0
     side: Any = "paper"
@@ -44,28 +54,79 @@ class Projection:
     seed: Any = 0
 
     def __post_init__(self):
-        kinds = {"projector": Projector, "clock": Clock, "residual": Residual, "views": Views}
-        for name, kind in kinds.items():
+        self._take_old_spelling()
+        for name, (kind, room) in _KINDS.items():
             if not isinstance(getattr(self, name), kind):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be one of lrx.{_ROOMS[name]}"
-                )
-        if not callable(self.transport) or not hasattr(self.transport, "moves"):
-            raise ValueError(f"transport={self.transport!r} must be one of lrx.transports")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of lrx.{room}")
         object.__setattr__(self, "inner", inner_lib.as_inner(self.inner))
-        object.__setattr__(
-            self, "plain", self.inner if self.plain is None else inner_lib.as_inner(self.plain)
-        )
+        plain = self.inner if self.plain is None else inner_lib.as_inner(self.plain)
+        object.__setattr__(self, "plain", plain)
         check_side(self.side, self.tie)
         check_number("clip_norm", self.clip_norm, above=0, otherwise="None for no clipping")
-        check_number("scale", self.scale)
+        scales.check_factor("scale", self.scale, or_scale=True)
         check_integer("seed", self.seed, at_least=-(2**31))
-        no_first = isinstance(self.clock, Every) and not self.clock.first
-        if no_first and "grad" in self.projector.needs:
+        self._check_pairs()
+
+    def _take_old_spelling(self) -> None:
+        """A target that is given as a residual rule, as before targets were a slot."""
+        if not isinstance(self.residual, Target):
+            return
+        if type(self.target) is not Gradient:
             raise ValueError(
-                f"clock: first=False leaves {type(self.projector).__name__} without a basis from "
+                f"residual={self.residual!r} is a target, and target={self.target!r} is given too; "
+                "give one of them, as target="
+            )
+        object.__setattr__(self, "target", self.residual)
+        object.__setattr__(self, "residual", Discard())
+
+    def _check_pairs(self) -> None:
+        """Refuses slots that do not fit together."""
+        projector, schedule, name = self.projector, self.refresh_schedule, type(self.projector)
+        unknown = projector.reads - READABLE
+        if unknown or projector.sees - {"low", "target"}:
+            raise ValueError(
+                f"projector {name.__name__}: reads={set(projector.reads)} must name fields of "
+                f"lrx.RefreshInputs, and sees={set(projector.sees)} 'low' or 'target'"
+            )
+        if not schedule.first and "target" in projector.reads:
+            raise ValueError(
+                f"refresh_schedule: first=False leaves {name.__name__} without a basis from "
                 "data until the first due step; use first=True, or a random or given projector"
             )
+        if schedule.reads and not schedule.per_layer:
+            raise ValueError(
+                f"refresh_schedule {type(schedule).__name__}: reads={set(schedule.reads)} is of "
+                "single matrices; set per_layer, or leave it empty"
+            )
+        if self.clip_norm is not None and self.target.accumulates:
+            raise ValueError(
+                f"clip_norm={self.clip_norm}: {type(self.target).__name__} sums gradients up, and "
+                "a clipped sum is not a sum of clipped gradients; chain "
+                "optax.clip_by_global_norm before the optimizer"
+            )
+
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether every step needs the full gradient, so that it cannot come projected."""
+        by_slots = self.residual.reads_target or self.target.reads_gradient
+        return (
+            by_slots or "target" in self.projector.sees or "captured" in self.refresh_schedule.reads
+        )
+
+    @property
+    def reads_params(self) -> bool:
+        """Whether a step needs the parameters."""
+        return self.inner.reads_params or "param" in self.projector.reads
+
+    @property
+    def reads_learning_rate(self) -> bool:
+        """Whether a step needs `update(..., learning_rate=)`, which recipes pass."""
+        return "learning_rate" in self.projector.reads
+
+    @property
+    def follows_basis(self) -> bool:
+        """Whether a refresh changes more than the basis and the moments."""
+        return self.target.follows_basis or self.residual.follows_basis
 
     def report(self, params: Any, shardings: Any = None) -> Report:
         """What is projected, at which rank, and what is not and why."""
@@ -82,7 +143,7 @@ class Projection:
         """A number of the leaf alone, the same in every process: the CRC32 of its path."""
         return zlib.crc32(view.path.encode())
 
-    def keys(self, view: ResolvedView, step: jax.Array, layers: jax.Array) -> jax.Array:
+    def keys(self, view: ResolvedView, step: Scalar, layers: jax.Array) -> jax.Array:
         """One key for each matrix of a leaf, from the seed, the CRC32 of the path, the step and the
         layer's number."""
         key = jax.random.fold_in(
@@ -91,9 +152,14 @@ class Projection:
         key = jax.random.fold_in(key, step)
         return each(lambda layer: jax.random.fold_in(key, layer), view.batch)(layers)
 
-    @property
-    def reads_params(self) -> bool:
-        return self.inner.reads_params or "param" in self.projector.needs
+    clock = deprecations.attribute("lrx.Projection", "clock")
 
 
-_ROOMS = {"projector": "projectors", "clock": "clocks", "residual": "residuals", "views": "Views"}
+_KINDS: dict[str, tuple[type, str]] = {
+    "projector": (Projector, "projectors"),
+    "refresh_schedule": (RefreshSchedule, "refresh_schedules"),
+    "transport": (Transport, "transports"),
+    "target": (Target, "targets"),
+    "residual": (Residual, "residuals"),
+    "views": (Views, "Views"),
+}

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lowrank_jax import deprecations
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim.surgery import register_fields
 from lowrank_jax.serialization import serializable
+from lowrank_jax.typing import Pytree, Scalar
 
-FORMAT_VERSION = 2  # 2: refreshes
+FORMAT_VERSION = 3  # 2: refreshes; 3: memory, target, refresh_schedule, sampler, partly_skipped
 
 
 class ProjectionState(NamedTuple):
@@ -20,14 +22,18 @@ class ProjectionState(NamedTuple):
 
     Attributes:
       format_version: int32 (), the layout of this state; raised when it changes.
-      step: int32 (), accepted steps. The clock of the whole tree; a skipped step does not count.
+      step: int32 (), accepted steps, by which the refresh schedule counts; a skipped step does not.
       skipped: int32 (), steps whose gradients were not finite, or were projected on a basis that is
         not this one.
+      partly_skipped: int32 (), steps of the layer-wise form that were found not to be finite when
+        some layers had moved already.
       refreshes: int32 (), steps at which a basis moved; taps carry it, so that stale ones are
         noticed.
       matrices: like the parameters, a `MatrixState` where a leaf is projected and
         `optax.MaskedNode` elsewhere.
       plain: state of the inner transformation of the leaves that are not projected.
+      refresh_schedule: state of a refresh schedule of the whole tree; `()` for most.
+      sampler: which layers are active; `()` where all are.
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -35,28 +41,34 @@ class ProjectionState(NamedTuple):
     ...     {"kernel": jnp.ones((4, 8))}
     ... )
     >>> int(state.format_version), int(state.step), int(state.skipped)
-    (2, 0, 0)
+    (3, 0, 0)
     """
 
     format_version: jax.Array
     step: jax.Array
     skipped: jax.Array
+    partly_skipped: jax.Array
     refreshes: jax.Array
     matrices: Any
     plain: Any
+    refresh_schedule: Any = ()
+    sampler: Any = ()
 
 
 @serializable
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MatrixState:
     """State of one projected leaf; every array has the leaf's batch axes in front.
 
     Attributes:
       basis: the projector's basis, for instance `(batch..., s, r)` or int32 indices
-        `(batch..., r)`.
+        `(batch..., r)`. Taps carry it.
+      memory: what the projector remembers beside it; `()` for most.
       inner: state of the inner transformation, one for each matrix, on `(r, k)`.
+      target: state of what is projected beside the gradient, such as an error; or `()`.
       residual: state of the residual rule; `()` for rules without one.
+      refresh_schedule: state of a refresh schedule that decides layer by layer; or `()`.
       view: static; path, shape, axes, side and rank.
       projector: static; what the basis means (`Projector.structure()`), without any number.
 
@@ -70,13 +82,16 @@ class MatrixState:
     """
 
     basis: Any
+    memory: Any = ()
     inner: Any
-    residual: Any
+    target: Any = ()
+    residual: Any = ()
+    refresh_schedule: Any = ()
     view: ResolvedView = dataclasses.field(metadata={"static": True})
     projector: Any = dataclasses.field(metadata={"static": True})
 
     def __repr__(self) -> str:
-        leaves = jax.tree.leaves((self.basis, self.inner, self.residual))
+        leaves = jax.tree.leaves(parts_of(self))
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if hasattr(leaf, "dtype"))
         shapes = [
             tuple(leaf.shape) for leaf in jax.tree.leaves(self.basis) if hasattr(leaf, "shape")
@@ -89,7 +104,15 @@ class MatrixState:
 
 
 # moments and error live in the projection, where a policy can say nothing of single entries
-register_fields(MatrixState, {"basis": "kept", "residual": "first"}, of_parameter=True)
+_KEPT = {"basis": "kept", "memory": "kept", "refresh_schedule": "kept"}
+register_fields(MatrixState, _KEPT | {"target": "first", "residual": "first"}, of_parameter=True)
+
+PARTS = ("basis", "memory", "inner", "target", "residual", "refresh_schedule")
+
+
+def parts_of(state: MatrixState) -> dict[str, Pytree]:
+    """The arrays of a matrix's state, by field."""
+    return {name: getattr(state, name) for name in PARTS}
 
 
 def matrix_states(state: ProjectionState) -> list[MatrixState]:
@@ -118,36 +141,61 @@ class Projected:
     sketch: jax.Array | None = None
 
 
-class Evidence(NamedTuple):
-    """What a projector may use at a refresh; what it did not ask for in `needs` is None.
+class Now(NamedTuple):
+    """Where a step stands, for all matrices of the tree.
 
     Attributes:
-      grad: `(batch..., s, k)` float32, the oriented target (gradient plus any fed-back error),
-        whole.
-      param: `(batch..., s, k)`, the oriented parameter.
-      moments: `(batch..., r, k)`, debiased first moment in the old basis, before this step's
+      step: int32 (), accepted steps before this one.
+      refreshes: int32 (), refreshes before this one.
+      learning_rate: of this step, or None where the caller does not pass it.
+    """
+
+    step: Scalar
+    refreshes: Scalar
+    learning_rate: Scalar | None = None
+
+
+@deprecations.options("lrx.RefreshInputs")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefreshInputs:
+    """What a projector may use at a refresh; what it did not name in `reads` is None.
+
+    Attributes:
+      target: `(batch..., s, k)` float32, the oriented matrix that is projected (gradient, gradient
+        plus fed-back error, momentum), unsharded.
+      momentum: `(batch..., r, k)`, debiased first moment in the old basis, before this step's
         update.
+      param: `(batch..., s, k)`, the oriented parameter.
       sketch: `(batch..., s, q)`, the target times the projector's `sketch_basis (batch..., k, q)`.
-      step: int32 (), 0 at the first refresh.
+      low: `(batch..., r, k)`, this step's low-rank object in the old basis.
+      learning_rate: of this step.
+      refreshes: int32 (), refreshes of the tree before this one.
+      step: int32 (), accepted steps before this one.
       key: typed random keys `(batch...)`, one for each matrix, new at every step.
 
-    A projector is used without an optimizer by making its evidence by hand:
+    A projector is used without an optimizer by making its inputs by hand:
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
     >>> x = jnp.outer(jnp.arange(1.0, 5.0), jnp.ones(8))
     >>> projector = lrx.projectors.svd(rank=1)
     >>> view = lrx.resolve(x, rank=projector.rank_for).projected[0]
-    >>> basis = projector.refresh(
-    ...     view, projector.init(view, jax.random.key(0)), lrx.Evidence(grad=view.orient(x))
-    ... )
+    >>> basis, memory = projector.init(view, jax.random.key(0))
+    >>> inputs = lrx.RefreshInputs(target=view.orient(x))
+    >>> basis, memory = projector.refresh(view, basis, memory, inputs)
     >>> print(projector.measure(view, basis, view.orient(x)))
     1.0
     """
 
-    grad: jax.Array | None = None
+    target: jax.Array | None = None
+    momentum: jax.Array | None = None
     param: jax.Array | None = None
-    moments: jax.Array | None = None
     sketch: jax.Array | None = None
-    step: jax.Array | None = None
+    low: jax.Array | None = None
+    learning_rate: Scalar | None = None
+    refreshes: Scalar | None = None
+    step: Scalar | None = None
     key: jax.Array | None = None
+
+
+READABLE = frozenset(field.name for field in dataclasses.fields(RefreshInputs))

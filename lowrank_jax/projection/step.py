@@ -9,6 +9,7 @@ parameters.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,13 +19,18 @@ import optax
 from lowrank_jax import sharding
 from lowrank_jax.checks import check_floating
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.optim.guard import all_finite, energy
+from lowrank_jax.optim.guard import all_finite, energy, select
 from lowrank_jax.projection import layout
 from lowrank_jax.projection.batches import count, layer_numbers
 from lowrank_jax.projection.matrix_step import MatrixStep, sketch_basis
-from lowrank_jax.projection.refresh_schedules import Staggered
 from lowrank_jax.projection.slots import Projection
-from lowrank_jax.projection.state import MatrixState, Projected, ProjectionState, matrix_states
+from lowrank_jax.projection.state import (
+    MatrixState,
+    Now,
+    Projected,
+    ProjectionState,
+    matrix_states,
+)
 from lowrank_jax.trees import is_quantized, pure
 
 
@@ -54,8 +60,9 @@ class Prepared:
       views: of each leaf, or None.
       paths: of each leaf.
       steps: of each projected leaf, by its number.
-      due: the clock's scalar, with everything that forbids a refresh taken into account.
+      due: the schedule's scalar, with everything that forbids a refresh taken into account.
       moved: whether any basis moves at this step, if the step is accepted.
+      now: where the step stands.
       ok: scalar, or None where nothing can go wrong.
       factor: of clipping, or None.
     """
@@ -70,6 +77,7 @@ class Prepared:
     moved: Any
     ok: Any
     factor: Any
+    now: Now
 
     def plain(self, leaves: list[Any]) -> Any:
         return only_plain(self.treedef, leaves, self.views)
@@ -82,9 +90,11 @@ def prepare(
     params: Any,
     taps: Any,
     rebased: bool = False,
+    learning_rate: Any = None,
 ) -> Prepared:
     """Projects, moves the bases that move before the update (unless `rebased`), and decides for the
     whole tree."""
+    now = now_of(config, state, learning_rate)
     leaves, treedef = flatten(updates)
     references = leaves
     if params is not None:
@@ -103,22 +113,21 @@ def prepare(
         for i, view in enumerate(views)
         if view is not None
     }
-    due, whole = _due(
-        config, state.step, [leaf for leaf in leaves if not isinstance(leaf, Projected)]
-    )
-    moved = due_any(config, state.step, [view for view in views if view is not None])
+    full = [leaf for leaf in leaves if not isinstance(leaf, Projected)]
+    moved = due(config, state)
+    may_move, whole = _may_move(config, state, moved, full)
     fits: Any = True
     if taps is not None:
         fits = jnp.asarray(taps.refreshes == state.refreshes)
         fits = fits if rebased else fits & ~_lacks(config, steps.values(), moved)
-        due = False if due is False else due & fits
+        may_move = False if may_move is False else may_move & fits
     if rebased:
-        due, whole = False, None
+        may_move, whole = False, None
     for step in steps.values():
-        step.look(due, state.step)
-    if config.clock.when == "before":
+        step.look(may_move, now)
+    if config.refresh_schedule.when == "before":
         for step in steps.values():
-            step.refresh(due, state.step)
+            step.refresh(may_move, now)
     for step in steps.values():
         step.project()
     plain = [leaf for leaf, view in zip(leaves, views, strict=True) if view is None]
@@ -133,11 +142,17 @@ def prepare(
         ok = ok & jnp.isfinite(sum((energy(x) for x in kept), jnp.zeros(())))
     factor = None if config.clip_norm is None else _clip_factor(config, kept)
     paths = [leaf.path for leaf in report.leaves]
-    return Prepared(treedef, references, leaves, views, paths, steps, due, moved, ok, factor)
+    return Prepared(
+        treedef, references, leaves, views, paths, steps, may_move, moved, ok, factor, now
+    )
 
 
 def rebase(
-    config: Projection, updates: Any, state: ProjectionState, params: Any
+    config: Projection,
+    updates: Any,
+    state: ProjectionState,
+    params: Any,
+    learning_rate: Any = None,
 ) -> tuple[Any, ProjectionState]:
     """`(projected gradients, state)`: the part of an update that reads full gradients, for bases
     that move before it.
@@ -145,12 +160,12 @@ def rebase(
     The rest of the update is `prepare(..., rebased=True)`. Where a gradient is not finite nothing
     moves, and projected gradients of NaN tell the rest.
     """
-    if config.clock.when == "after":
+    if config.refresh_schedule.when == "after":
         raise ValueError(
-            f"clock={config.clock!r} moves bases after the update; rebase serves those that move "
+            f"refresh_schedule={config.refresh_schedule!r} moves bases after the update; rebase serves those that move "
             "before"
         )
-    prepared = prepare(config, updates, state, params, None)
+    prepared = prepare(config, updates, state, params, None, learning_rate=learning_rate)
     leaves = list(prepared.gradients)
     for i, step in prepared.steps.items():
         # what was not accepted here must not be there, though its projection may be finite
@@ -168,12 +183,14 @@ def finished(
     config: Projection, prepared: Prepared, state: ProjectionState, plain: Any
 ) -> ProjectionState:
     """The new state, after every leaf was finished: bases that move after the update move here."""
-    ok, due = prepared.ok, prepared.due
+    ok, due, now = prepared.ok, prepared.due, prepared.now
     for step in prepared.steps.values():
-        if config.clock.when == "after":
-            step.refresh(due if ok is None or due is False else ok & due, state.step)
+        if config.refresh_schedule.when == "after":
+            step.refresh(due if ok is None or due is False else ok & due, now)
+        step.advance(ok, now)
     accepted = jnp.asarray(1 if ok is None else ok, jnp.int32)
     return state._replace(
+        refresh_schedule=next_schedule(config, state, prepared.moved, accepted),
         step=state.step + accepted,
         skipped=state.skipped + 1 - accepted,
         refreshes=state.refreshes + accepted * jnp.asarray(prepared.moved, jnp.int32),
@@ -182,6 +199,27 @@ def finished(
         ),
         plain=plain,
     )
+
+
+def next_schedule(config: Projection, state: ProjectionState, moved: Any, accepted: Any) -> Any:
+    """The state of a schedule of the whole tree after a step."""
+    schedule, old = config.refresh_schedule, state.refresh_schedule
+    if schedule.per_layer:
+        return ()
+    moved = accepted * jnp.asarray(moved, jnp.int32) > 0
+    new = select(moved, schedule.refreshed(old, step=state.step), old)
+    return select(accepted > 0, schedule.advance(new, step=state.step), old)
+
+
+def now_of(config: Projection, state: ProjectionState, learning_rate: Any) -> Now:
+    """Where a step stands; ValueError where the projector reads a rate that nobody passes."""
+    if config.reads_learning_rate and learning_rate is None:
+        raise ValueError(
+            f"projector {type(config.projector).__name__} reads the learning rate, which "
+            "scale_by_projection does not know: call update(..., learning_rate=rate), or use a "
+            "named optimizer, which passes its own"
+        )
+    return Now(state.step, state.refreshes, learning_rate)
 
 
 def update_plain(
@@ -202,7 +240,8 @@ def update(
     config: Projection, updates: Any, state: ProjectionState, params: Any, extra: dict[str, Any]
 ):
     """The optax form: `(updates, state)`."""
-    prepared = prepare(config, updates, state, params, extra.pop("taps", None))
+    rate = extra.get("learning_rate")
+    prepared = prepare(config, updates, state, params, extra.pop("taps", None), learning_rate=rate)
     references = prepared.references
     if any(map(is_quantized, references)):
         raise ValueError(
@@ -210,7 +249,7 @@ def update(
         )
     outputs: list[Any] = list(references)
     for i, step in prepared.steps.items():
-        value = step.view.restore(step.finish(prepared.factor, prepared.ok, extra)).astype(
+        value = step.view.restore(step.update(prepared.factor, prepared.ok, extra)).astype(
             references[i].dtype
         )
         like = (
@@ -226,65 +265,75 @@ def update(
 
 
 def due(config: Projection, state: ProjectionState) -> Any:
-    """Scalar: does a basis move at the next step? A Python bool where that does not depend on the
-    step."""
-    return due_any(config, state.step, [matrix.view for matrix in matrix_states(state)])
+    """Scalar: does any basis move at the next step? A Python bool where that does not depend on
+    step and state."""
+    schedule, matrices = config.refresh_schedule, matrix_states(state)
+    if not config.projector.moves or not matrices:
+        return False
+    if schedule.per_layer:
+        own = [schedule.due(matrix.refresh_schedule, state.step) for matrix in matrices]
+        return functools.reduce(jnp.logical_or, [jnp.any(jnp.asarray(x)) for x in own])
+    everything = schedule.due(state.refresh_schedule, state.step)
+    work = []
+    for matrix in matrices:
+        layers = count(matrix.view)
+        part = schedule.slice(state.step, config.phase(matrix.view), layers)
+        work += [] if part is None else [jnp.asarray(part[0] < layers)]
+    return everything | jnp.any(jnp.stack(work)) if work else everything
 
 
-def sketch_bases(config: Projection, state: ProjectionState) -> dict[str, jax.Array]:
+def sketch_bases(
+    config: Projection, state: ProjectionState, learning_rate: Any = None
+) -> dict[str, jax.Array]:
     """`{path: (batch..., k, q)}`: what a refresh through taps contracts the gradients with, for
     `lrx.taps`."""
+    now = now_of(config, state, learning_rate)
     return {
-        matrix.view.path: sketch_basis(
-            config, matrix.view, matrix, state.step, layer_numbers(matrix.view)
-        )
+        matrix.view.path: sketch_basis(config, matrix.view, matrix, now, layer_numbers(matrix.view))
         for matrix in matrix_states(state)
     }
 
 
-def due_any(config: Projection, step: jax.Array, views: list[ResolvedView]) -> Any:
-    """Scalar: does any basis move at this step? A Python bool where that does not depend on the
-    step."""
-    if not config.projector.moves or not views:
-        return False
-    clock = config.clock
-    if not isinstance(clock, Staggered):
-        return clock.due(step)
-    work = [clock.start(step, config.phase(view), count(view)) < count(view) for view in views]
-    return (step == 0) | jnp.any(jnp.stack([jnp.asarray(x) for x in work]))
-
-
 def _lacks(config: Projection, steps: Any, moved: Any) -> jax.Array:
     """Whether a refresh is due for which a projected gradient brought nothing."""
-    projected = [step for step in steps if step.target is None]
-    before = config.clock.when == "before"
+    projected = [step for step in steps if step.matrix is None]
+    before = config.refresh_schedule.when == "before"
     if moved is False or not any(before or not step.can_refresh for step in projected):
         return jnp.asarray(False)
     if moved is True:
         raise ValueError(
-            f"clock={config.clock!r} moves {type(config.projector).__name__} at every step by full "
-            "gradients: take jax.value_and_grad(loss), or a projector that refreshes through taps "
-            "(alternating, randomized(iterations=0)) with when='after' and its sketch"
+            f"refresh_schedule={config.refresh_schedule!r} moves {type(config.projector).__name__} "
+            "at every step by full gradients: take jax.value_and_grad(loss), or a projector that "
+            "refreshes through taps (alternating, randomized(iterations=0)) with when='after' and its sketch"
         )
     return jnp.asarray(moved)
 
 
-def _due(config: Projection, step: jax.Array, grads: list[jax.Array]) -> tuple[Any, Any]:
-    """The clock's scalar, and whether the gradients at a due refresh are finite (None where that is
-    not tested).
+def _may_move(
+    config: Projection, state: ProjectionState, moved: Any, grads: list[jax.Array]
+) -> tuple[Any, Any]:
+    """The scalar without which no basis moves, and whether the gradients at a due refresh are finite
+    (None where that is not tested).
 
-    A Python bool means that the answer does not depend on the step.
+    A Python bool means that the answer does not depend on step and state. Of a schedule that gives
+    each step a slice of the layers it says nothing of when.
     """
     if not config.projector.moves:
         return False, None
-    due = True if isinstance(config.clock, Staggered) else config.clock.due(step)
-    if not config.guard or config.clock.when == "after":
-        return due, None
-    if due is True:
+    schedule = config.refresh_schedule
+    if schedule.slice(state.step, 0, 1) is not None:
+        due_at_all: Any = True
+    elif schedule.per_layer:
+        due_at_all = moved
+    else:
+        due_at_all = schedule.due(state.refresh_schedule, state.step)
+    if not config.guard or schedule.when == "after":
+        return due_at_all, None
+    if due_at_all is True:
         whole = all_finite(grads)
         return whole, whole
-    whole = jax.lax.cond(due, lambda: all_finite(grads), lambda: jnp.asarray(True))
-    return due & whole, whole
+    whole = jax.lax.cond(due_at_all, lambda: all_finite(grads), lambda: jnp.asarray(True))
+    return due_at_all & whole, whole
 
 
 def _clip_factor(config: Projection, kept: list[jax.Array]) -> jax.Array:

@@ -13,8 +13,6 @@ import optax
 from lowrank_jax import sharding
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.fused import Fused, fused
-from lowrank_jax.projection.matrix_step import whole
-from lowrank_jax.projection.refresh_schedules import Staggered
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import Projected
 from lowrank_jax.projection.taps import (
@@ -24,7 +22,7 @@ from lowrank_jax.projection.taps import (
     projected_value_and_grad,
     taps,
 )
-from lowrank_jax.trees import is_quantized
+from lowrank_jax.trees import dequantized, is_quantized
 
 PLANS = ("full", "taps", "full at a refresh", "sketch at a refresh")
 
@@ -42,19 +40,18 @@ def plan(projection: Projection) -> str:
     >>> import lowrank_jax as lrx
     >>> plan(lrx.galore(1e-2, rank=8).projection)
     'full at a refresh'
-    >>> after = lrx.clocks.every(period=200, when="after")
-    >>> plan(lrx.galore(1e-2, projector=lrx.projectors.alternating(rank=8), clock=after).projection)
+    >>> alternating = lrx.projectors.alternating(rank=8)
+    >>> plan(lrx.galore(1e-2, projector=alternating).projection)  # which moves after the update
     'sketch at a refresh'
     """
-    if projection.residual.sees_gradient:
+    schedule, reads = projection.refresh_schedule, projection.projector.reads
+    if projection.reads_gradient:
         return "full"
     if not projection.projector.moves:
         return "taps"
-    needs = projection.projector.needs
-    if projection.clock.when == "after" and "grad" not in needs:
-        return "sketch at a refresh" if "sketch" in needs else "taps"
-    every_step = not isinstance(projection.clock, Staggered) and projection.clock.due(0) is True
-    return "full" if every_step else "full at a refresh"
+    if schedule.when == "after" and "target" not in reads:
+        return "sketch at a refresh" if "sketch" in reads else "taps"
+    return "full" if schedule.every_step else "full at a refresh"
 
 
 def train_step(
@@ -123,7 +120,7 @@ def train_step(
         return *form.step(params, grads, state, **options), measured
 
     def step(params, state, *args):
-        if chosen == "full at a refresh" and projection.clock.when == "after":
+        if chosen == "full at a refresh" and projection.refresh_schedule.when == "after":
             # moments move after the update, so the whole step is a branch
             def full(params, state, args):
                 value, grads = gradients.full(params, state, args)
@@ -172,7 +169,9 @@ class _Gradients:
             params,
             state,
             args,
-            step_lib.sketch_bases(self.form.recipe.projection, state.projection),
+            step_lib.sketch_bases(
+                self.form.recipe.projection, state.projection, self.form.rate(state)
+            ),
         )
 
     def unsketched(self, params, state, args):
@@ -194,7 +193,7 @@ def _value_and_grad(loss: Callable[..., Any], accumulate: int, has_aux: bool) ->
     function = jax.value_and_grad(loss, has_aux=has_aux)
 
     def run(params, *args):
-        params = jax.tree.map(whole, params, is_leaf=is_quantized)
+        params = jax.tree.map(dequantized, params, is_leaf=is_quantized)
         if accumulate == 1:
             return function(params, *args)
         first_microbatch(args, accumulate)

@@ -1,13 +1,13 @@
-"""The one projection transformation: projector, clock, transport, inner, residual and storage
-joined.
+"""The one projection transformation: its slots, joined.
 
-A step of one matrix, oriented `(batch..., s, k)` with basis `P (batch..., s, r)`:
+A step of one matrix, oriented `(batch..., s, k)` with basis `P (batch..., s, r)`; `reference` has it
+for one matrix alone, in forty lines:
 
-    K        = target(G)                        residual rule: the gradient, or gradient plus fed-back error
-    P, state = refresh(K) if the clock is due   projector, then transport of the moments
-    R        = PᵀK                              down
-    d, c     = inner(R)                         direction and scale, one inner state for each matrix
-    U        = combine(K, R, d, c)              residual rule: up(c d), plus or instead of the rest
+    K         = target(G)              the gradient, gradient plus fed-back error, or a momentum
+    P, memory = refresh(K)             where the refresh schedule says so, then transport of the moments
+    R         = PᵀK                    down
+    d, c      = inner(R)               direction and scale, one inner state for each matrix
+    U         = combine(K, R, d, c)    residual rule: up(c d), plus or instead of the rest
 
 Whether a refresh is due is one scalar for the whole tree, tested outside any vmap. Leaves that are
 not projected form one ordinary group with an inner state of their own.
@@ -29,14 +29,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax import sharding
+from lowrank_jax import deprecations, sharding
 from lowrank_jax.checks import check_floating
+from lowrank_jax.optim.inner import Inner
 from lowrank_jax.projection import step as step_lib
-from lowrank_jax.projection.matrix_step import check_inner, fresh_state
+from lowrank_jax.projection.matrix_step import check_slots, fresh_state
 from lowrank_jax.projection.projectors.base import Projector
+from lowrank_jax.projection.refresh_schedules import RefreshSchedule
+from lowrank_jax.projection.residuals import Residual
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import FORMAT_VERSION, ProjectionState
-from lowrank_jax.resolution import Report
+from lowrank_jax.projection.targets import Target
+from lowrank_jax.projection.transports import Transport
+from lowrank_jax.resolution import Report, Views
 from lowrank_jax.trees import as_float32, is_placeholder, pure
 
 
@@ -55,17 +60,20 @@ def _init(config: Projection, params: Any) -> ProjectionState:
     matrices = [optax.MaskedNode() if view is None else fresh_state(config, view) for view in views]
     for view, matrix in zip(views, matrices, strict=True):
         if view is not None:
-            check_inner(config, matrix)
+            check_slots(config, matrix)
     plain = step_lib.only_plain(treedef, leaves, views)
     low = jnp.zeros(()) if asked_for_structure else pure(jax.tree.unflatten(treedef, matrices))
     zero = functools.partial(jnp.zeros, (), jnp.int32)
+    schedule = config.refresh_schedule
     return ProjectionState(
         format_version=jnp.asarray(FORMAT_VERSION, jnp.int32),
         step=zero(),
         skipped=zero(),
+        partly_skipped=zero(),
         refreshes=zero(),
         matrices=low,
         plain=config.plain.init(jax.tree.map(as_float32, plain)),
+        refresh_schedule=() if schedule.per_layer else schedule.init(()),
     )
 
 
@@ -83,7 +91,24 @@ class ProjectionTransformation(optax.GradientTransformationExtraArgs):
     projection: Projection
 
 
-def scale_by_projection(projector: Projector, **slots: Any) -> ProjectionTransformation:
+@deprecations.options("lrx.scale_by_projection")
+def scale_by_projection(
+    projector: Projector,
+    *,
+    inner: Inner | optax.GradientTransformation | None = None,
+    refresh_schedule: RefreshSchedule | None = None,
+    transport: Transport | None = None,
+    target: Target | None = None,
+    residual: Residual | None = None,
+    scale: Any = 1.0,
+    side: Any = "paper",
+    tie: str = "rows",
+    views: Views | None = None,
+    plain: Inner | optax.GradientTransformation | None = None,
+    guard: bool = True,
+    clip_norm: Any = None,
+    seed: Any = 0,
+) -> ProjectionTransformation:
     """Runs an inner optimizer in a low-rank subspace of each matrix: the one projection
     transformation.
 
@@ -92,18 +117,20 @@ def scale_by_projection(projector: Projector, **slots: Any) -> ProjectionTransfo
     Args:
       projector: which subspace, one of `lrx.projectors`.
       inner: what runs inside, `lrx.inner.adam(...)` (default) or any optax transformation.
-      clock: when the basis moves, one of `lrx.clocks` (default `every(period=200)`).
+      refresh_schedule: when the basis moves, one of `lrx.refresh_schedules` (default
+        `every(period=200)`).
       transport: what becomes of the moments, one of `lrx.transports` (default `keep()`).
-      residual: what becomes of the rest of the gradient, one of `lrx.residuals` (default
-        `discard()`).
-      scale: factor on the step inside the subspace (GaLore's alpha); a residual rule has its own.
+      target: what is projected, one of `lrx.targets` (default `gradient()`).
+      residual: what becomes of the rest of it, one of `lrx.residuals` (default `discard()`).
+      scale: factor on the step inside the subspace (GaLore's alpha), a number or one of
+        `lrx.scales`; a residual rule has its own.
       side, tie: which dimension is shrunk, and which of a square; see `lrx.resolve`.
       views: which leaves are matrices, `lrx.Views(...)`.
       plain: the inner transformation of leaves that are not projected (default: `inner`).
       guard: skip, and count, steps whose gradients are not finite or have a norm above 2^40, about
         1e12.
       clip_norm: clip the global norm of what is kept: low-rank gradients (full ones where the
-        residual rule reads them) and plain gradients alike.
+        residual rule or the target reads them) and plain gradients alike.
       seed: of random bases and sketches.
 
     Raises:
@@ -121,8 +148,23 @@ def scale_by_projection(projector: Projector, **slots: Any) -> ProjectionTransfo
     >>> state[0].matrices["dense"]["kernel"]
     MatrixState('dense/kernel', rank=2, shrinks=rows, basis=[(2,)], 108 bytes)
     """
-    slots |= slots.pop("slots", {})  # optax.inject_hyperparams hands `**slots` on as one keyword
-    return transformation_of(Projection(projector=projector, **slots))
+    slots = {
+        "inner": inner,
+        "refresh_schedule": refresh_schedule,
+        "transport": transport,
+        "target": target,
+        "residual": residual,
+        "scale": scale,
+        "side": side,
+        "tie": tie,
+        "views": views,
+        "plain": plain,
+        "guard": guard,
+        "clip_norm": clip_norm,
+        "seed": seed,
+    }
+    given = {name: value for name, value in slots.items() if value is not None}
+    return transformation_of(Projection(projector=projector, **given))
 
 
 def transformation_of(projection: Projection) -> ProjectionTransformation:

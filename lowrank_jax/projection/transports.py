@@ -1,8 +1,9 @@
 """What becomes of the moments when the basis moves.
 
-A transport maps an inner state from the old basis to the new one. `change` is the overlap
-`C = P_newᵀ P_old`, as a dense matrix or as an index map, with `apply(low) = C low` and
-`apply_squared(low) = (C∘C) low`.
+A transport maps a decoded inner state from the old basis to the new one. `change` is the overlap
+`C = P_newᵀ P_old`, as a dense matrix or as an index map, with `apply(low) = C low`,
+`apply_squared(low) = (C∘C) low`, and `cosines (batch..., r) = |C_ii|`, how much of each old vector
+the new one in its place keeps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.optim.inner import Inner
+from lowrank_jax.typing import Pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,10 @@ class DenseChange:
     def apply(self, low: jax.Array) -> jax.Array:
         low = jnp.einsum("...ij,...jk->...ik", self.left, low)
         return low if self.right is None else jnp.einsum("...ik,...lk->...il", low, self.right)
+
+    @property
+    def cosines(self) -> jax.Array:
+        return jnp.abs(jnp.diagonal(self.left, axis1=-2, axis2=-1))
 
     def apply_squared(self, low: jax.Array) -> jax.Array:
         right = None if self.right is None else jnp.square(self.right)
@@ -54,6 +61,10 @@ class IndexChange:
 
     apply_squared = apply
 
+    @property
+    def cosines(self) -> jax.Array:
+        return self.found.astype(jnp.float32)
+
 
 @dataclasses.dataclass(frozen=True)
 class SameBasis:
@@ -66,20 +77,42 @@ class SameBasis:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Keep:
+class Transport:
+    """Base of the transports.
+
+    Attributes:
+      moves: `move` does something, so that a refresh makes the overlap of both bases.
+    """
+
+    moves = True
+
+    def check(self, inner: Inner, state: Pytree) -> None:
+        """Refuses inner transformations whose (decoded) state it cannot move."""
+
+    def move(self, inner: Inner, state: Pytree, fresh: Pytree, change: Any) -> Pytree:
+        """The state in the new basis.
+
+        Args:
+          inner: the inner transformation, which knows its moments.
+          state: decoded, one for each matrix, batch axes in front.
+          fresh: the state of `inner.init`.
+          change: the overlap of both bases.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement move")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep(Transport):
     """Moments stay as they are, in slots that now mean other directions (GaLore, Fira, APOLLO)."""
 
     moves = False
 
-    def check(self, inner: Any, state: Any) -> None:
-        """Any inner state will do."""
-
-    def __call__(self, inner, state, fresh, change):
+    def move(self, inner, state, fresh, change):
         return state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reset:
+class Reset(Transport):
     """Moments start again from `inner.init` (FRUGAL).
 
     Args:
@@ -88,29 +121,26 @@ class Reset:
     """
 
     count: bool = True
-    moves = True
 
     def check(self, inner, state):
         if not self.count:
             _check_registered("reset(count=False)", inner, state)
 
-    def __call__(self, inner, state, fresh, change):
+    def move(self, inner, state, fresh, change):
         if self.count:
             return fresh
         return inner_lib.map_moments(inner, state, lambda moment, value: jnp.zeros_like(value))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rotate:
+class Rotate(Transport):
     """First moments by `C m`, second ones by `|C v|` (DCT-AdamW). On index bases a slot keeps its
     moments if its index survives, and a new index starts at zero."""
-
-    moves = True
 
     def check(self, inner, state):
         _check_registered("rotate", inner, state)
 
-    def __call__(self, inner, state, fresh, change):
+    def move(self, inner, state, fresh, change):
         def rotate(moment, value):
             rotated = change.apply(value.astype(jnp.float32))
             return rotated if moment.kind == "first" else jnp.abs(rotated)
@@ -119,14 +149,12 @@ class Rotate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LDAdam:
+class LDAdam(Transport):
     """LDAdam's rule: the second moment is rotated as the variance of a rotated random variable.
 
     With `t` steps seen, `m̂ = m / (1 - b1^t)` and `v̂ = v / (1 - b2^t)`,
     `v <- (1 - b2^t) |(C∘C)(v̂ - m̂²) + (C m̂)²|`, then `m <- C m`.
     """
-
-    moves = True
 
     def check(self, inner, state):
         _check_registered("ldadam", inner, state)
@@ -138,11 +166,11 @@ class LDAdam:
                 f"{type(inner).__name__} has {len(seconds)}: use lrx.inner.adam"
             )
 
-    def __call__(self, inner, state, fresh, change):
+    def move(self, inner, state, fresh, change):
         first, m = inner_lib.first_moment(inner, state)
         m = m.astype(jnp.float32)
 
-        def move(moment, value):
+        def moved(moment, value):
             if moment.kind == "first":
                 return change.apply(m)
             seen = moment.count[..., None, None]
@@ -155,7 +183,7 @@ class LDAdam:
             )
             return jnp.where(seen > 0, second, value)
 
-        return inner_lib.map_moments(inner, state, move)
+        return inner_lib.map_moments(inner, state, moved)
 
 
 def _check_registered(name: str, inner: Any, state: Any) -> None:

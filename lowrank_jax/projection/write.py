@@ -14,6 +14,7 @@ from lowrank_jax.optim.guard import select
 from lowrank_jax.optim.learning_rate import at_step, decayed_step
 from lowrank_jax.projection.optimizers.recipe import Recipe
 from lowrank_jax.trees import dequantized, is_quantized
+from lowrank_jax.typing import Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Write:
         rate: Any,
         decays: bool,
         accepted: Any,
-        step: jax.Array,
+        step: Scalar,
         path: str,
     ) -> Write:
         """The writer of one leaf; its random numbers follow from the seed, the step and the

@@ -221,7 +221,7 @@ def test_backprop_and_the_clock_are_heeded(backprop, when):
     )
     optimizer = optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
     assert optimizer.projection.clip_norm == 1.0  # of what is kept, not chained before
-    assert (optimizer.projection.clock.when, optimizer.projection.clock.period) == (when, 7)
+    assert (optimizer.projection.refresh_schedule.when, optimizer.projection.refresh_schedule.period) == (when, 7)
 
 
 @pytest.mark.parametrize("projector", [None, *methods.PROJECTORS])
@@ -232,7 +232,7 @@ def test_full_gradients_are_told_with_what_avoids_them(backprop, projector):
     plain = dataclasses.replace(config, clip_norm=None)
     optimizer = optimizers.build(plain, lambda step: 0.1, stacked=True, seed=0)
     is_thin = projector in ("alternating", "sketch")
-    assert optimizer.projection.clock.when == ("after" if is_thin else "before")
+    assert optimizer.projection.refresh_schedule.when == ("after" if is_thin else "before")
     plan = lrx.plan(optimizer.projection)
     assert plan == ("sketch at a refresh" if is_thin else "full at a refresh")
     for _ in range(3):

@@ -434,7 +434,7 @@ def studied(generator, folder, target):
             results,
             f"--known={generator.choice([known, folder, '/dev/null'])}",
         ],
-        "clock": lambda: [f"--root={spoilt(generator, target, 'spent_hours')}", results],
+        "refresh_schedule": lambda: [f"--root={spoilt(generator, target, 'spent_hours')}", results],
         "times": lambda: [f"--root={spoilt(generator, target, 'step_seconds.json')}", results],
         "flags": lambda: [root, results, generator.choice(["--nonsense", "more", "--run"])],
     }

@@ -231,7 +231,9 @@ CASES = {
          "learning_rate": lambda step: 0.1 / (1 + step)},
         {},
     ),
-    "reset at a refresh": ("tpu", {"clock": lrx.clocks.every(period=2), "transport": lrx.transports.reset()}, {}),
+    "reset at a refresh": (
+        "tpu", {"refresh_schedule": lrx.refresh_schedules.every(period=2), "transport": lrx.transports.reset()}, {}
+    ),
     "8 bits": ("gpu", {"inner": lrx.inner.stored8(minimum=1, block=8)}, {}),
     "no guard, stochastic": (
         None,
@@ -239,7 +241,7 @@ CASES = {
          "inner": lrx.inner.adam(convention="hf")},
         {"rounding": "stochastic"},
     ),
-    "bases move after the step": ("tpu", {"clock": lrx.clocks.every(period=2, when="after")}, {}),
+    "bases move after the step": ("tpu", {"refresh_schedule": lrx.refresh_schedules.every(period=2, when="after")}, {}),
 }  # fmt: skip
 
 
@@ -284,7 +286,7 @@ def test_decay_before_the_step_and_a_gradient_that_is_not_finite(implementation,
     """`trained` asserts that a skipped step leaves parameters and state as they were, a projected
     leaf's NaN too."""
     interpreted(implementation)
-    recipe = dataclasses.replace(galore(clock=lrx.clocks.every(period=3)).recipe, when="pre")
+    recipe = dataclasses.replace(galore(refresh_schedule=lrx.refresh_schedules.every(period=3)).recipe, when="pre")
     found = {}
     for products in ("xla", "kernel"):
         found[products] = trained(fused.Fused(recipe=recipe, products=products), leaf="down")
@@ -307,7 +309,7 @@ def test_a_gradient_that_is_not_finite_at_a_refresh_is_what_xla_makes_of_it(guar
     options = {
         "guard": guard,
         "clip_norm": None,
-        "clock": lrx.clocks.every(period=2),
+        "refresh_schedule": lrx.refresh_schedules.every(period=2),
         "projector": lrx.projectors.random(rank=3, stored=True),
         "rank": None,
     }

@@ -82,11 +82,11 @@ def _named(
 def _custom(
     name, projector, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, idle=0, **options
 ):
-    clock = {"clock": lrx.clocks.every(period=2)}
+    schedule = {"refresh_schedule": lrx.refresh_schedules.every(period=2)}
     return Method(
         name=name,
         factory=lrx.scale_by_projection,
-        options={"projector": projector} | clock | options,
+        options={"projector": projector} | schedule | options,
         due=due,
         seeded=seeded,
         fast=fast,
@@ -95,7 +95,8 @@ def _custom(
     )
 
 
-P, C, T, R = lrx.projectors, lrx.clocks, lrx.transports, lrx.residuals
+P, C, T, R = lrx.projectors, lrx.refresh_schedules, lrx.transports, lrx.residuals
+G = lrx.targets
 ALL = tuple(range(STEPS))
 _galore = functools.partial(_named, lrx.galore, refresh_every=2)
 _frugal = functools.partial(_named, lrx.frugal, refresh_every=2)
@@ -148,20 +149,21 @@ METHODS = (
     _custom("gaussian-stored", P.random(rank=4, stored=True, dtype=jnp.bfloat16), seeded=True, side="larger"),
     _custom("given-amsgrad", P.given(matrix=BASIS), due=(), inner=optax.scale_by_amsgrad(), transport=T.rotate()),
     _custom("identity-factored", P.identity(), due=(), inner=_factored, residual=R.sgd()),
-    _custom("staggered", P.svd(rank=4), clock=C.staggered(period=2), transport=T.rotate(), due=ALL),
-    _custom("never", P.dct2(rank=4), clock=C.never(), due=(0,), plain=optax.scale_by_rms()),
-    _custom("after", P.svd(rank=4), clock=C.every(period=2, phase=1, when="after"), inner=optax.scale_by_rms(),
-            transport=T.rotate(), due=(0, 1, 3, 5)),
-    _custom("not-first", P.random(rank=4, kind="orthonormal"), clock=C.every(period=2, first=False, phase=1),
+    _custom("staggered", P.svd(rank=4), refresh_schedule=C.staggered(period=2), transport=T.rotate(), due=ALL),
+    _custom("never", P.dct2(rank=4), refresh_schedule=C.never(), due=(0,), plain=optax.scale_by_rms()),
+    _custom("after", P.svd(rank=4), refresh_schedule=C.every(period=2, phase=1, when="after"),
+            inner=optax.scale_by_rms(), transport=T.rotate(), due=(0, 1, 3, 5)),
+    _custom("not-first", P.random(rank=4, kind="orthonormal"), refresh_schedule=C.every(period=2, first=False, phase=1),
             due=(1, 3, 5), seeded=True, tie="cols", seed=7),
-    _custom("ldadam-slots", P.power(rank=4, first="svd"), clock=C.every_step(when="after"), transport=T.ldadam(),
-            residual=R.ldadam_error_feedback(dtype=jnp.bfloat16), due=ALL, side="cols", tolerance=2e-3, seeded=True),
+    _custom("ldadam-slots", P.power(rank=4, first="svd"), refresh_schedule=C.every_step(when="after"),
+            transport=T.ldadam(), target=G.ldadam_error_feedback(dtype=jnp.bfloat16), due=ALL, side="cols",
+            tolerance=2e-3, seeded=True),
     _custom("newton-schulz", P.identity(), due=(), inner=lrx.inner.newton_schulz(), plain=lrx.inner.adam()),
     # plain leaves too, and a side that is too long for a basis; a small eps amplifies rounding
     _custom("soap-inner", P.identity(), due=(), idle=1,
             inner=lrx.inner.soap(refresh_every=2, max_precond_dim=8, b2=0.9, eps=1e-2)),
     _custom("own-inner", P.svd(rank=4), inner=SplitMomentum(), plain=lrx.inner.adam(), transport=T.rotate()),
-    _custom("clipped", P.dct3(rank=4), residual=R.error_feedback(), clip_norm=0.5, inner=_decayed_trace, scale=0.5),
+    _custom("clipped", P.dct3(rank=4), target=G.error_feedback(), clip_norm=0.5, inner=_decayed_trace, scale=0.5),
 )  # fmt: skip
 
 COUPLED = {"clipped": "clip_norm couples leaves on purpose"}

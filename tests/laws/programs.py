@@ -68,7 +68,7 @@ SAMPLES = 3
 SMOOTH, SMOOTH_STORED = 0.02, 0.3
 DRAWS = 12
 
-P, C, T, R, A = lrx.projectors, lrx.clocks, lrx.transports, lrx.residuals, lrx.inner
+P, C, T, R, A = lrx.projectors, lrx.refresh_schedules, lrx.transports, lrx.residuals, lrx.inner
 _LOW = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
 SLOTS: dict[str, dict[str, Any]] = {
     "projector": {
@@ -95,7 +95,7 @@ SLOTS: dict[str, dict[str, Any]] = {
         "svd_bf16": functools.partial(P.svd, dtype=jnp.bfloat16),
         "svd_int8": functools.partial(P.svd, dtype=jnp.int8),
     },
-    "clock": {
+    "refresh_schedule": {
         "every": C.every(period=2),
         "after": C.every(period=2, when="after"),
         "phase": C.every(period=3, phase=1),
@@ -118,8 +118,8 @@ SLOTS: dict[str, dict[str, Any]] = {
         "discard": R.discard(),
         "sign": R.sign(scale=0.5),
         "sgd": R.sgd(scale=0.5),
-        "error_feedback": R.error_feedback(),
-        "ldadam": R.ldadam_error_feedback(),
+        "error_feedback": lrx.targets.error_feedback(),
+        "ldadam": lrx.targets.ldadam_error_feedback(),
         "channel": R.gradient_rescale(),
         "tensor": R.gradient_rescale(axis="tensor", limiter=None),
     },
@@ -166,7 +166,7 @@ class Program:
       stack: batch axes in front.
       fold: whether outputs are two axes, as those of heads.
       dtype: of the parameters.
-      projector, clock, transport, residual, inner: names in `SLOTS`.
+      projector, refresh_schedule, transport, residual, inner: names in `SLOTS`.
       rank, side, tie, scale, clip_norm, guard: of the projection.
       rate: "number" or "schedule".
       decay, when: of the weights.
@@ -183,7 +183,7 @@ class Program:
     rank: int | float = 4
     side: str = "paper"
     tie: str = "rows"
-    clock: str = "every"
+    refresh_schedule: str = "every"
     transport: str = "keep"
     residual: str = "discard"
     inner: str = "adam"
@@ -607,7 +607,7 @@ EQUALITIES: dict[str, tuple[Callable, Callable[[Program], bool]]] = {
     "eager": (eager, lambda p: True),
     "stack": (
         layers_one_by_one,
-        lambda p: bool(p.stack) and p.projector not in SEEDED and "stagg" not in p.clock,
+        lambda p: bool(p.stack) and p.projector not in SEEDED and "stagg" not in p.refresh_schedule,
     ),
     "transposed": (transposed, lambda p: not p.fold),
     "neighbours": (

@@ -20,6 +20,7 @@ import numpy as np
 from flax import serialization
 
 import lowrank_jax as lrx
+from lowrank_jax.projection import versions as versions_of_state
 from tests.adapters import pair_methods
 from tests.laws import adapters, methods
 
@@ -53,16 +54,9 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
 
 
 def restored(saved: Any, like: Any) -> Any:
-    """What was saved, in the structure of `like`; every array must be there, of its shape and
-    dtype."""
-    found, target = flat(saved), jax.tree_util.tree_leaves_with_path(like)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in target]
-    assert sorted(found) == sorted(paths)
-    for path, (_, leaf) in zip(paths, target, strict=True):
-        assert (found[path].shape, found[path].dtype) == (leaf.shape, leaf.dtype), path
-    return jax.tree.unflatten(
-        jax.tree.structure(like), [jax.numpy.asarray(found[path]) for path in paths]
-    )
+    """What was saved, in the structure of `like` and the present layout; every array must be there,
+    of its shape and dtype."""
+    return versions_of_state.upgraded(saved, like)
 
 
 def versions() -> list[pathlib.Path]:

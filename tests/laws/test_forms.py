@@ -35,12 +35,12 @@ def loss(params, x, y):
     return jnp.mean(jnp.square(lrx.matmul(x, params["square"]["kernel"]) - y))
 
 
-def galore(projector, clock, **options):
+def galore(projector, refresh_schedule, **options):
     options = {"eps": 1e-3, "clip_norm": 1.0, "weight_decay": 0.1} | options
-    return lrx.galore(1e-2, projector=projector, clock=clock, views=VIEWS, **options)
+    return lrx.galore(1e-2, projector=projector, refresh_schedule=refresh_schedule, views=VIEWS, **options)
 
 
-every, staggered = lrx.clocks.every, lrx.clocks.staggered
+every, staggered = lrx.refresh_schedules.every, lrx.refresh_schedules.staggered
 P = lrx.projectors
 ROWS = {
     "svd": (galore(P.svd(rank=3), every(period=3)), "full at a refresh"),
@@ -96,11 +96,11 @@ def test_a_recipe_refreshes_without_full_gradients_where_it_can(name):
     """Unless a clock is given, or something else reads all of the gradient anyway."""
     projector, when, plan = SPARING[name]
     recipe = lrx.galore(1e-2, projector=projector, refresh_every=3).projection
-    assert (recipe.clock.when, recipe.clock.period, lrx.plan(recipe)) == (when, 3, plan)
-    given = lrx.galore(1e-2, projector=projector, clock=every(period=3)).projection
-    assert given.clock == every(period=3)
+    assert (recipe.refresh_schedule.when, recipe.refresh_schedule.period, lrx.plan(recipe)) == (when, 3, plan)
+    given = lrx.galore(1e-2, projector=projector, refresh_schedule=every(period=3)).projection
+    assert given.refresh_schedule == every(period=3)
     reading = lrx.galore(1e-2, projector=projector, residual=lrx.residuals.sign()).projection
-    assert (reading.clock.when, lrx.plan(reading)) == ("before", "full")
+    assert (reading.refresh_schedule.when, lrx.plan(reading)) == ("before", "full")
     injected = optax.inject_hyperparams(lrx.galore)(1e-2, projector=projector, views=VIEWS)
     assert jax.eval_shape(injected.init, PARAMS).inner_state.projection.step.shape == ()
 
@@ -208,7 +208,7 @@ def test_no_stack_is_copied_layer_by_layer(layerwise):
         1e-2,
         projector=P.random(rank=7, kind="orthonormal"),
         views=VIEWS,
-        clock=every(period=9, **AFTER),
+        refresh_schedule=every(period=9, **AFTER),
     )
     stack = lrx.Stack(
         before=lambda rest, x: x,

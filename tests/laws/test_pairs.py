@@ -12,7 +12,7 @@ import pytest
 import lowrank_jax as lrx
 from tests.laws import methods as m
 
-P, C, T, R, A = lrx.projectors, lrx.clocks, lrx.transports, lrx.residuals, lrx.inner
+P, C, T, R, A = lrx.projectors, lrx.refresh_schedules, lrx.transports, lrx.residuals, lrx.inner
 SLOTS = {
     "projector": {
         "svd": P.svd(rank=4), "two_sided": P.svd_two_sided(rank=4), "power": P.power(rank=4),
@@ -22,7 +22,7 @@ SLOTS = {
         "gaussian": P.random(rank=4), "structured": P.random(rank=4, kind="structured"),
         "orthonormal": P.random(rank=4, kind="orthonormal"), "given": P.given(matrix=m.BASIS), "identity": P.identity(),
     },
-    "clock": {
+    "refresh_schedule": {
         "every": C.every(period=2), "after": C.every(period=2, when="after"),
         "not_first": C.every(period=2, first=False), "every_step": C.every_step(), "never": C.never(),
         "staggered": C.staggered(period=2),
@@ -37,9 +37,12 @@ SLOTS = {
         "factored": A.from_optax(optax.scale_by_factored_rms(), params=True),
     },
     "residual": {
-        "discard": R.discard(), "sign": R.sign(), "sgd": R.sgd(), "error_feedback": R.error_feedback(),
-        "ldadam_error_feedback": R.ldadam_error_feedback(), "rescale_channel": R.gradient_rescale(),
+        "discard": R.discard(), "sign": R.sign(), "sgd": R.sgd(), "rescale_channel": R.gradient_rescale(),
         "rescale_tensor": R.gradient_rescale(axis="tensor"),
+    },
+    "target": {
+        "gradient": lrx.targets.gradient(), "error_feedback": lrx.targets.error_feedback(),
+        "ldadam_error_feedback": lrx.targets.ldadam_error_feedback(), "momentum": lrx.targets.momentum(),
     },
     "side": {side: side for side in ("paper", "larger", "rows", "cols")},
 }  # fmt: skip
@@ -57,7 +60,7 @@ _FROM_DATA = (
 )
 _NOT_ADAM = ("lion", "trace", "rms", "factored", "identity")
 EXCLUDED = {
-    ("projector", _FROM_DATA, "clock", ("not_first",)): "first=False",
+    ("projector", _FROM_DATA, "refresh_schedule", ("not_first",)): "first=False",
     ("projector", ("hadamard",), "side", ("larger", "cols")): "not a power of two",
     ("projector", ("given",), "side", ("larger", "cols")): "cannot shrink dimension 12",
     ("projector", ("two_sided",), "residual", ("rescale_channel",)): "axis='tensor' or a one-sided",
@@ -80,7 +83,7 @@ EXCLUDED = {
         "residual",
         ("rescale_channel", "rescale_tensor"),
     ): "without bias correction",
-    ("inner", _NOT_ADAM, "residual", ("ldadam_error_feedback",)): "registered first moments",
+    ("inner", _NOT_ADAM, "target", ("ldadam_error_feedback",)): "registered first moments",
 }
 
 
@@ -170,6 +173,6 @@ def test_pairs_that_fit_run_and_stay_finite(chunk):
 def test_pairs_that_do_not_fit_raise_a_named_error(excluded):
     slot, values, other, others = excluded
     for value, second in itertools.product(values, others):
-        row = {"projector": "orthonormal", "clock": "every"} | {slot: value, other: second}
+        row = {"projector": "orthonormal", "refresh_schedule": "every"} | {slot: value, other: second}
         with pytest.raises(ValueError, match=EXCLUDED[excluded]):
             _build(row).init(m.params_like())

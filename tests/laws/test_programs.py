@@ -11,7 +11,7 @@ SEEDS, CHUNK = 200, 10
 
 FOUND = {
     "bases from full gradients move after the update, layer by layer": Program(
-        stack=(3,), clock="after", equality="layerwise"
+        stack=(3,), refresh_schedule="after", equality="layerwise"
     ),
 }
 

@@ -13,6 +13,8 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
+from lowrank_jax.projection.residuals import Combine
+from lowrank_jax.projection.targets import Kept
 from tests.laws.methods import FAST_COMPILE
 
 P, R = lrx.projectors, lrx.residuals
@@ -39,13 +41,16 @@ PROJECTORS = {
     "dct": (P.dct(rank=5), NOTHING),
     "gaussian": (P.random(rank=5), NOTHING),
 }
+TARGETS = lrx.targets
+# residual rule and target
 RULES = {
-    "discard": R.discard(),
-    "sign": R.sign(),
-    "sgd": R.sgd(),
-    "error feedback": R.error_feedback(),
-    "ldadam": R.ldadam_error_feedback(),
-    "rescale": R.gradient_rescale(axis="tensor"),
+    "discard": (R.discard(), TARGETS.gradient()),
+    "sign": (R.sign(), TARGETS.gradient()),
+    "sgd": (R.sgd(), TARGETS.gradient()),
+    "error feedback": (R.discard(), TARGETS.error_feedback()),
+    "ldadam": (R.discard(), TARGETS.ldadam_error_feedback()),
+    "momentum": (R.discard(), TARGETS.momentum(mu=0.0)),
+    "rescale": (R.gradient_rescale(axis="tensor"), TARGETS.gradient()),
 }
 
 
@@ -55,10 +60,10 @@ def views_and_bases():
     def bases(gradient, key):
         found = {}
         for name, (projector, _) in PROJECTORS.items():
-            found[name] = projector.init(views[name], key)
+            found[name], memory = projector.init(views[name], key)
             if projector.moves:
-                evidence = lrx.Evidence(grad=gradient, step=jnp.asarray(0), key=key)
-                found[name] = projector.refresh(views[name], found[name], evidence)
+                inputs = lrx.RefreshInputs(target=gradient, step=jnp.asarray(0), key=key)
+                found[name], _ = projector.refresh(views[name], found[name], memory, inputs)
         return found
 
     views = {
@@ -73,14 +78,32 @@ def combined(views, bases, gradient):
     made = {}
     for name, (projector, _) in PROJECTORS.items():
         view, basis = views[name], bases[name]
-        for kind, rule in RULES.items():
-            target, state = rule.target(rule.init(view), 0.3 * gradient)
-            low = projector.down(view, basis, target)
-            direction, scale = jnp.sign(low), jnp.ones(())
-            made[name, kind] = rule.combine(
-                projector, view, basis, state, target, low, direction, scale
-            )
+        for kind, (rule, target) in RULES.items():
+            matrix, left = target.take(target.init(view), 0.3 * gradient)
+            low = projector.down(view, basis, matrix)
+            kept, combine = records(projector, view, basis, matrix, low, jnp.sign(low))
+            update, _ = rule.combine(combine._replace(state=rule.init(view)))
+            made[name, kind] = update, target.kept(left, kept)
     return made
+
+
+def records(projector, view, basis, matrix, low, direction):
+    """What a step gives to a target and to a residual rule."""
+    lift = lambda low: projector.up(view, basis, low)  # noqa: E731
+    rest = lambda: projector.rest(view, basis, matrix, low)  # noqa: E731
+    combine = Combine(
+        view=view,
+        lift=lift,
+        rest=rest,
+        rounding=lambda: projector.rounding(view, matrix),
+        target=matrix,
+        low=low,
+        direction=direction,
+        inner_scale=jnp.ones(()),
+        scale=1.0,
+        state=(),
+    )
+    return Kept(view, matrix, low, lift, rest), combine
 
 
 def assert_alike(got, expected, seen, tolerance):
@@ -99,7 +122,7 @@ def test_every_rule_and_projector_inside_a_program_and_alone():
         projector, seen = PROJECTORS[name]
         expected, own = alone[name, rule]
         assert_alike(update, expected, seen, 2e-5)
-        if rule in ("error feedback", "ldadam"):
+        if rule in ("error feedback", "ldadam", "momentum"):
             assert_alike(state, own, seen, 2e-6)
             np.testing.assert_allclose(np.asarray(state)[seen], 0, atol=2e-6)
         if rule == "sign":
@@ -116,10 +139,10 @@ def test_a_gradient_that_lies_in_the_subspace_leaves_nothing():
     gradient = W[:, :3] @ W[:3]
     projector = P.svd(rank=5)
     view = lrx.resolve(W, rank=projector.rank_for, side="rows").projected[0]
-    basis = projector.refresh(view, None, lrx.Evidence(grad=gradient))
+    basis, _ = projector.refresh(view, None, (), lrx.RefreshInputs(target=gradient))
     low = projector.down(view, basis, gradient)
-    zero = jnp.zeros_like(low)
-    update, _ = RULES["sign"].combine(projector, view, basis, (), gradient, low, zero, jnp.ones(()))
+    _, combine = records(projector, view, basis, gradient, low, jnp.zeros_like(low))
+    update, _ = R.sign().combine(combine)
     assert not np.any(update)
 
 

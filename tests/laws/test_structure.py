@@ -95,7 +95,7 @@ def test_full_rank_with_an_equivariant_inner_is_the_inner_optimizer(name, inner)
     low = lrx.scale_by_projection(
         ROTATING[name],
         inner=inner,
-        clock=lrx.clocks.every(period=2),
+        refresh_schedule=lrx.refresh_schedules.every(period=2),
         transport=lrx.transports.rotate(),
         views=FULL_VIEWS,
     )
@@ -116,15 +116,15 @@ def test_error_feedback_telescopes(name):
     low = lrx.scale_by_projection(
         projector,
         inner=optax.identity(),
-        clock=lrx.clocks.every(period=2),
+        refresh_schedule=lrx.refresh_schedules.every(period=2),
         views=FULL_VIEWS,
-        residual=lrx.residuals.error_feedback(),
+        target=lrx.targets.error_feedback(),
     )
     params, grads = m.tree(0, shapes=SHAPES), m.tree(1, steps=3, shapes=SHAPES)
     updates, state = _steps(low, params, grads, 3)
     for leaf in SHAPES:
         matrix = state.matrices[leaf]
-        error = matrix.view.restore(matrix.residual)
+        error = matrix.view.restore(matrix.target)
         assert np.any(np.abs(error) > 0.1) == (name != "identity")
         total = sum(update[leaf] for update in updates) + error
         np.testing.assert_allclose(total, np.sum(np.asarray(grads[leaf])[:3], axis=0), atol=2e-5)
@@ -138,7 +138,7 @@ def test_ldadam_error_feedback_telescopes():
     b1, grads = 0.908, np.asarray(m.gradients()["dense"]["kernel"], np.float64)
     matrix = states.projection.matrices["dense"]["kernel"]
     basis, momentum, error = (
-        np.asarray(x, np.float64) for x in (matrix.basis, matrix.inner.mu, matrix.residual)
+        np.asarray(x, np.float64) for x in (matrix.basis, matrix.inner.mu, matrix.target)
     )
     assert matrix.view.side == "rows"
     carried = basis @ momentum
@@ -157,6 +157,8 @@ def test_state_bytes_are_the_formulas(method):
     for matrix in (state.matrices["dense"]["kernel"], state.matrices["stack"]["kernel"]):
         view = matrix.view
         assert size(matrix.basis) == projection.projector.basis_bytes(view)
+        assert size(matrix.memory) == projection.projector.memory_bytes(view)
+        assert size(matrix.target) == projection.target.state_bytes(view)
         assert size(matrix.residual) == projection.residual.state_bytes(view)
         shape = projection.projector.low_shape(view)
         assert size(matrix.inner) == count(view) * projection.inner.state_bytes([shape])

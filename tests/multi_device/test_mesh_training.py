@@ -135,11 +135,11 @@ CONFIG = llama.preset(
 )
 DENSE = dataclasses.replace(CONFIG, layers=1, scan=False)
 VIEWS = lrx.Views(stacked=(r"layers/.*",))
-AFTER = lrx.clocks.every(period=5, when="after")
+AFTER = lrx.refresh_schedules.every(period=5, when="after")
 METHODS = {
     "galore, power": partial(lrx.galore, 1e-2, projector=lrx.projectors.power(rank=8)),
     "galore, alternating": partial(
-        lrx.galore, 1e-2, projector=lrx.projectors.alternating(rank=8), clock=AFTER
+        lrx.galore, 1e-2, projector=lrx.projectors.alternating(rank=8), refresh_schedule=AFTER
     ),
     "galore, random": partial(
         lrx.galore, 1e-2, projector=lrx.projectors.random(rank=8, kind="orthonormal")

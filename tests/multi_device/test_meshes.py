@@ -42,7 +42,7 @@ METHODS = {
     "staggered": lambda: lrx.galore(
         1e-2,
         projector=lrx.projectors.dct(rank=4),
-        clock=lrx.clocks.staggered(period=2),
+        refresh_schedule=lrx.refresh_schedules.staggered(period=2),
         transport=lrx.transports.rotate(),
         **common,
     ),

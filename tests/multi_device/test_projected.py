@@ -27,7 +27,7 @@ PARAMS = {
 }
 X = jnp.asarray(RNG.normal(size=(16, 5, WIDTH)), jnp.float32)
 VIEWS = lrx.Views(stacked=(r"layers/.*",))
-AFTER = lrx.clocks.every(period=3, when="after")
+AFTER = lrx.refresh_schedules.every(period=3, when="after")
 
 
 def loss(params, x):
@@ -54,11 +54,11 @@ def run(step, tx, place, steps=4):
 @pytest.mark.parametrize("name", ["svd", "alternating", "random after"])
 def test_eight_devices_are_one(name, kind):
     options = {
-        "svd": {"projector": lrx.projectors.svd(rank=RANK), "clock": lrx.clocks.every(period=3)},
-        "alternating": {"projector": lrx.projectors.alternating(rank=RANK), "clock": AFTER},
+        "svd": {"projector": lrx.projectors.svd(rank=RANK), "refresh_schedule": lrx.refresh_schedules.every(period=3)},
+        "alternating": {"projector": lrx.projectors.alternating(rank=RANK), "refresh_schedule": AFTER},
         "random after": {
             "projector": lrx.projectors.random(rank=RANK, kind="orthonormal"),
-            "clock": AFTER,
+            "refresh_schedule": AFTER,
         },
     }[name]
     tx = lrx.galore(1e-2, views=VIEWS, eps=1e-3, clip_norm=1.0, **options)
@@ -88,7 +88,7 @@ def test_reductions_carry_low_rank_gradients():
     tx = lrx.galore(
         1e-2,
         projector=lrx.projectors.random(rank=RANK, kind="orthonormal"),
-        clock=AFTER,
+        refresh_schedule=AFTER,
         views=VIEWS,
     )
     shapes = {}

@@ -32,14 +32,14 @@ STACK = lrx.Stack(
     after=lambda rest, x, x0, y: jnp.mean(jnp.square(x - y)),
 )
 galore = functools.partial(lrx.galore, 1e-2, views=VIEWS)
-AFTER = lrx.clocks.every(period=2, when="after")
+AFTER = lrx.refresh_schedules.every(period=2, when="after")
 OPTIMIZERS = {
     "svd": galore(rank=4, refresh_every=2, clip_norm=1.0),
     "svd staggered": galore(
-        projector=lrx.projectors.svd(rank=4), clock=lrx.clocks.staggered(period=2)
+        projector=lrx.projectors.svd(rank=4), refresh_schedule=lrx.refresh_schedules.staggered(period=2)
     ),
-    "sketch": galore(projector=lrx.projectors.alternating(rank=4), clock=AFTER),
-    "random": galore(projector=lrx.projectors.random(rank=4), clock=AFTER),
+    "sketch": galore(projector=lrx.projectors.alternating(rank=4), refresh_schedule=AFTER),
+    "random": galore(projector=lrx.projectors.random(rank=4), refresh_schedule=AFTER),
     "frugal": lrx.frugal(1e-2, projection="columns", refresh_every=2, views=VIEWS),
 }
 

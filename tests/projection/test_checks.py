@@ -42,7 +42,7 @@ NUMBERS += [
     (PROJECTIONS["ldadam"], "mix"),
     (PROJECTIONS["galore"], "seed"),
 ]
-NUMBERS += [(lrx.clocks.every, "period")]
+NUMBERS += [(lrx.refresh_schedules.every, "period")]
 NUMBERS += [(make, field) for make in PAIRS.values() for field in ("rate", "weight_decay", "b1")]
 NUMBERS += [
     (PAIRS["lora_plus"], "ratio"),
@@ -140,8 +140,8 @@ def test_ranks_of_numpy_and_ranks_by_a_dict(rank):
 
 def test_integers_of_numpy_elsewhere():
     four = np.int64(4)
-    assert lrx.clocks.every(period=np.int32(1)).due(3) is True
-    assert lrx.clocks.staggered(period=four).layers_per_step(10) == 3
+    assert lrx.refresh_schedules.every(period=np.int32(1)).due((), 3) is True
+    assert lrx.refresh_schedules.staggered(period=four).layers_per_step(10) == 3
     assert lrx.frugal(0.1, rank=np.int64(0)).projection.projector == P.identity()
     lrx.fused(lrx.galore(0.1, rank=2), plain_block=four)
     stored = lrx.inner.stored8(block=np.int64(64), minimum=np.int64(8)).init(jnp.ones((2, 64)))

@@ -14,22 +14,29 @@ import lowrank_jax as lrx
 )
 def test_every(period, phase, first):
     expected = [t for t in range(20) if t % period == phase % period or (first and t == 0)]
-    clock = lrx.clocks.every(period=period, phase=phase, first=first)
-    assert [t for t in range(20) if clock.due(jnp.int32(t))] == expected
-    traced = jax.jit(lambda p, f, t: lrx.clocks.every(period=p, phase=f, first=first).due(t))
+    clock = lrx.refresh_schedules.every(period=period, phase=phase, first=first)
+    assert [t for t in range(20) if clock.due((), jnp.int32(t))] == expected
+    traced = jax.jit(
+        lambda p, f, t: lrx.refresh_schedules.every(period=p, phase=f, first=first).due((), t)
+    )
     assert [
         t for t in range(20) if traced(jnp.int32(period), jnp.int32(phase), jnp.int32(t))
     ] == expected
 
 
 def test_every_step_and_never():
-    assert [t for t in range(4) if lrx.clocks.every_step().due(jnp.int32(t))] == [0, 1, 2, 3]
-    assert [t for t in range(4) if lrx.clocks.never().due(jnp.int32(t))] == [0]
+    assert [t for t in range(4) if lrx.refresh_schedules.every_step().due((), jnp.int32(t))] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert [t for t in range(4) if lrx.refresh_schedules.never().due((), jnp.int32(t))] == [0]
 
 
 @pytest.mark.parametrize("period, layers", [(4, 10), (4, 3), (1, 5), (7, 7), (3, 8)])
 def test_staggered_moves_every_layer_once_in_a_period(period, layers):
-    clock = lrx.clocks.staggered(period=period)
+    clock = lrx.refresh_schedules.staggered(period=period)
     size = clock.layers_per_step(layers)
     assert size == int(np.ceil(layers / period))
     for phase in (0, 5, 2**32 - 1):
@@ -45,7 +52,7 @@ def test_staggered_refreshes_only_its_layers():
     """Of five layers with period 3 each step moves two, or the last one; step 0 moves all."""
     transformation = lrx.scale_by_projection(
         lrx.projectors.svd(rank=2),
-        clock=lrx.clocks.staggered(period=3),
+        refresh_schedule=lrx.refresh_schedules.staggered(period=3),
         views=lrx.Views(stacked=("kernel",)),
         inner=optax.identity(),
     )
@@ -73,8 +80,10 @@ def test_after_uses_the_old_basis_and_leaves_the_new_one():
     best = int(np.argmax(np.sum(grads**2, axis=1)))
     assert best != 0  # the basis of init is row 0
     for when, row in (("before", best), ("after", 0)):
-        clock = lrx.clocks.every_step(when=when)
-        transformation = lrx.scale_by_projection(projector, clock=clock, inner=optax.identity())
+        clock = lrx.refresh_schedules.every_step(when=when)
+        transformation = lrx.scale_by_projection(
+            projector, refresh_schedule=clock, inner=optax.identity()
+        )
         updates, state = transformation.update(
             jnp.asarray(grads), transformation.init(jnp.asarray(grads))
         )

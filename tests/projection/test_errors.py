@@ -9,14 +9,14 @@ import pytest
 
 import lowrank_jax as lrx
 
-P, C, R = lrx.projectors, lrx.clocks, lrx.residuals
+P, C, R = lrx.projectors, lrx.refresh_schedules, lrx.residuals
 PARAMS = {"kernel": jnp.ones((6, 10))}
 
 AT_CONSTRUCTION = [
     (lambda: lrx.scale_by_projection("svd"), "projector='svd' must be one of lrx.projectors"),
     (
-        lambda: lrx.scale_by_projection(P.svd(rank=2), clock=200),
-        "clock=200 must be one of lrx.clocks",
+        lambda: lrx.scale_by_projection(P.svd(rank=2), refresh_schedule=200),
+        "refresh_schedule=200 must be one of lrx.refresh_schedules",
     ),
     (
         lambda: lrx.scale_by_projection(P.svd(rank=2), residual="sign"),
@@ -44,7 +44,9 @@ AT_CONSTRUCTION = [
         "clip_norm=0 must be a finite number above 0",
     ),
     (
-        lambda: lrx.scale_by_projection(P.svd(rank=2), clock=C.every(period=2, first=False)),
+        lambda: lrx.scale_by_projection(
+            P.svd(rank=2), refresh_schedule=C.every(period=2, first=False)
+        ),
         "first=False leaves Svd",
     ),
     (lambda: P.svd(rank=0), "rank=0 must be a positive integer"),

@@ -22,7 +22,9 @@ GOOD = jax.tree.map(
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20])
 def test_one_bad_entry_skips_the_step(residual, when, bad):
     transformation = lrx.scale_by_projection(
-        lrx.projectors.dct(rank=2), residual=residual, clock=lrx.clocks.every(period=2, when=when)
+        lrx.projectors.dct(rank=2),
+        residual=residual,
+        refresh_schedule=lrx.refresh_schedules.every(period=2, when=when),
     )
     update = jax.jit(transformation.update)
     states = [transformation.init(PARAMS)]
@@ -73,14 +75,14 @@ def test_a_refresh_that_reads_what_the_basis_drops_skips_the_training_step_too()
 
 
 @pytest.mark.parametrize(
-    "residual", [lrx.residuals.error_feedback(), lrx.residuals.ldadam_error_feedback()]
+    "target", [lrx.targets.error_feedback(), lrx.targets.ldadam_error_feedback()]
 )
-def test_errors_that_add_up_make_no_later_step_impossible(residual):
+def test_errors_that_add_up_make_no_later_step_impossible(target):
     """A coordinate that no basis sees gets errors without end; each gradient is below what
     overflows."""
     inner = lrx.inner.from_optax(optax.trace(0.9), decay=(("first", 0.9),))
     transformation = lrx.scale_by_projection(
-        lrx.projectors.columns(select=(0, 1)), residual=residual, inner=inner
+        lrx.projectors.columns(select=(0, 1)), target=target, inner=inner
     )
     update = jax.jit(transformation.update)
     for size in (1e10, 1e18):
@@ -111,7 +113,7 @@ def test_a_norm_that_overflows_leaves_the_limit_as_it_was():
 
 def test_clip_norm():
     """One factor for projected and plain leaves, from the norm of what is kept."""
-    slots = {"inner": optax.identity(), "clock": lrx.clocks.never()}
+    slots = {"inner": optax.identity(), "refresh_schedule": lrx.refresh_schedules.never()}
     indices = (0, 2)
     kept = np.zeros((4, 6), np.float32)
     kept[list(indices)] = GOOD["kernel"][np.array(indices)]
@@ -133,7 +135,7 @@ def test_clip_norm():
 def test_scale_and_plain_and_seed_do_something():
     build = lambda **slots: lrx.scale_by_projection(  # noqa: E731
         lrx.projectors.random(rank=2),
-        clock=lrx.clocks.every_step(),
+        refresh_schedule=lrx.refresh_schedules.every_step(),
         inner=optax.identity(),
         **slots,
     )

@@ -152,7 +152,9 @@ def test_params_are_projected_for_an_inner_that_wants_them():
     w, g = np.random.default_rng(1).normal(size=(2, 4, 6)).astype(np.float32)
     indices = (0, 2)
     build = lambda inner: lrx.scale_by_projection(  # noqa: E731
-        lrx.projectors.columns(select=indices), inner=inner, clock=lrx.clocks.never()
+        lrx.projectors.columns(select=indices),
+        inner=inner,
+        refresh_schedule=lrx.refresh_schedules.never(),
     )
     decay = optax.add_decayed_weights(0.5)
     told = build(lrx.inner.from_optax(decay, params=True))

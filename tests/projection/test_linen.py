@@ -156,7 +156,7 @@ def test_boxes_with_metadata():
     tx = lrx.galore(
         1e-2,
         projector=lrx.projectors.random(rank=3),
-        clock=lrx.clocks.every(period=9, when="after"),
+        refresh_schedule=lrx.refresh_schedules.every(period=9, when="after"),
     )
     step = lrx.train_step(loss, tx)
     new, state, _ = jax.jit(step)(params, tx.init(params), X)

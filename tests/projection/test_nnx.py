@@ -206,7 +206,9 @@ def test_modules_of_ones_own():
 def test_check_taps_and_a_training_step():
     tapped, _, params, taps = setup(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), lrx.Views())
     lrx.check_taps(tapped, taps, params, X)
-    tx = lrx.galore(1e-2, projector=RANDOM, clock=lrx.clocks.every(period=9, when="after"))
+    tx = lrx.galore(
+        1e-2, projector=RANDOM, refresh_schedule=lrx.refresh_schedules.every(period=9, when="after")
+    )
     new, state, _ = jax.jit(lrx.train_step(tapped, tx))(params, tx.init(params), X)
     assert jax.tree.structure(new) == jax.tree.structure(params)
     assert int(state.projection.skipped) == 0

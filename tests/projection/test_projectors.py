@@ -29,9 +29,9 @@ def test_columns_of_zeros_change_no_basis_of_rows(name):
         found = [
             projector.refresh(
                 view,
-                projector.init(view, keys),
-                lrx.Evidence(grad=g, step=jnp.int32(step), key=keys),
-            )
+                *projector.init(view, keys),
+                lrx.RefreshInputs(target=g, step=jnp.int32(step), key=keys),
+            )[0]
             for g in (gradient, jnp.pad(gradient, [(0, 0), (0, 0), (0, 3)]))
         ]
         np.testing.assert_allclose(*found, atol=1e-5)

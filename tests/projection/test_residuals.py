@@ -48,14 +48,48 @@ def test_sign_and_sgd(scale):
         np.testing.assert_allclose(sgd, 6 * _kept(g) + scale * rest, rtol=1e-6)
 
 
+def _fed_back(**options):
+    target = lrx.targets.error_feedback(**options)
+    return _run(lrx.residuals.discard(), optax.identity(), target=target)
+
+
 def test_error_feedback():
-    (first, second), state = _run(lrx.residuals.error_feedback(), optax.identity())
+    (first, second), state = _fed_back()
     np.testing.assert_allclose(first, _kept(G[0]))
     np.testing.assert_allclose(second, _kept(G[1]))
     rest = [g - _kept(g) for g in G]
-    np.testing.assert_allclose(state.matrices.residual, rest[0] + rest[1], rtol=1e-6)
-    _, state = _run(lrx.residuals.error_feedback(dtype=jnp.bfloat16), optax.identity())
-    assert state.matrices.residual.dtype == jnp.bfloat16
+    np.testing.assert_allclose(state.matrices.target, rest[0] + rest[1], rtol=1e-6)
+    _, state = _fed_back(dtype=jnp.bfloat16)
+    assert state.matrices.target.dtype == jnp.bfloat16
+
+
+def test_an_error_fed_back_by_its_old_spelling_is_the_target():
+    with pytest.warns(DeprecationWarning, match="use lrx.targets.error_feedback"):
+        old = lrx.residuals.error_feedback(dtype=jnp.bfloat16)
+    target = lrx.targets.error_feedback(dtype=jnp.bfloat16)
+    made = lrx.Projection(projector=PROJECTOR, residual=old)
+    assert made == lrx.Projection(projector=PROJECTOR, target=target)
+    with pytest.raises(ValueError, match="give one of them, as target="):
+        lrx.Projection(projector=PROJECTOR, residual=old, target=target)
+
+
+def test_a_momentum_is_projected_and_its_projected_part_decays():
+    """`K = M + G`, `M <- K - (1 - mu) up(down(K))`, which is the official code's form."""
+    target = lrx.targets.momentum(mu=0.75)
+    updates, state = _run(lrx.residuals.discard(), optax.identity(), steps=3, target=target)
+    momentum = np.zeros((4, 6))
+    for g, update in zip(G.astype(np.float64), updates, strict=True):
+        projected = _kept(momentum + g)
+        np.testing.assert_allclose(update, projected, rtol=1e-6)
+        momentum = momentum + g - 0.25 * projected
+    np.testing.assert_allclose(state.matrices.target, momentum, rtol=1e-5, atol=1e-6)
+
+
+def test_a_momentum_is_not_clipped():
+    with pytest.raises(ValueError, match="clip_norm=1.0: Momentum sums gradients up.*chain"):
+        lrx.Projection(projector=PROJECTOR, target=lrx.targets.momentum(), clip_norm=1.0)
+    with pytest.raises(ValueError, match="momentum: mu=1.5 must be"):
+        lrx.targets.momentum(mu=1.5)
 
 
 @pytest.mark.parametrize("axis", ["channel", "tensor"])

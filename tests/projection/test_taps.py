@@ -262,7 +262,9 @@ def simple():
 
 def test_stale_taps_skip_the_step():
     params, function = simple()
-    tx = lrx.scale_by_projection(lrx.projectors.dct(rank=2), clock=lrx.clocks.every(period=2))
+    tx = lrx.scale_by_projection(
+        lrx.projectors.dct(rank=2), refresh_schedule=lrx.refresh_schedules.every(period=2)
+    )
     state = tx.init(params)
     old = lrx.taps(state)
     _, state = tx.update(jax.grad(function)(params, X), state, params)
@@ -295,7 +297,9 @@ def test_errors_of_update():
     signed = lrx.scale_by_projection(lrx.projectors.random(rank=2), residual=lrx.residuals.sign())
     with pytest.raises(ValueError, match="residual Sign reads the full gradient"):
         signed.update(grads, signed.init(params), params, taps=taps)
-    every = lrx.scale_by_projection(lrx.projectors.svd(rank=2), clock=lrx.clocks.every_step())
+    every = lrx.scale_by_projection(
+        lrx.projectors.svd(rank=2), refresh_schedule=lrx.refresh_schedules.every_step()
+    )
     with pytest.raises(ValueError, match="at every step by full gradients"):
         every.update(grads, every.init(params), params, taps=taps)
     with pytest.raises(ValueError, match=r"shape \(1, 12\), not \(2, 12\)"):
@@ -332,7 +336,7 @@ def test_mixed_tapped_and_full_leaves():
 
     tx = lrx.scale_by_projection(
         lrx.projectors.random(rank=2, kind="orthonormal"),
-        clock=lrx.clocks.every(period=3, first=False),
+        refresh_schedule=lrx.refresh_schedules.every(period=3, first=False),
     )
     state = tx.init(params)
     state = state._replace(step=state.step + 1)

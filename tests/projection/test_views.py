@@ -212,13 +212,13 @@ def test_a_tree_without_matrices_is_trained_as_by_the_inner_optimizer():
     )
     grads |= {"empty": {"kernel": jnp.ones((0, 3))}}
     clocks = (
-        lrx.clocks.staggered(period=2),
-        lrx.clocks.every_step(),
-        lrx.clocks.every(period=2, when="after"),
+        lrx.refresh_schedules.staggered(period=2),
+        lrx.refresh_schedules.every_step(),
+        lrx.refresh_schedules.every(period=2, when="after"),
     )
     expected, _ = optax.adam(1e-2).update(grads, optax.adam(1e-2).init(params))
     for clock in clocks:
-        inner = lrx.scale_by_projection(lrx.projectors.svd(rank=2), clock=clock)
+        inner = lrx.scale_by_projection(lrx.projectors.svd(rank=2), refresh_schedule=clock)
         transformation = optax.chain(inner, optax.scale_by_learning_rate(1e-2))
         updates, state = transformation.update(grads, transformation.init(params), params)
         np.testing.assert_allclose(

@@ -1,17 +1,17 @@
 """APOLLO and APOLLO-Mini."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import optax
 
 from lowrank_jax.checks import check_number
 from lowrank_jax.optim import inner
-from lowrank_jax.projection import projectors, residuals
-from lowrank_jax.projection import refresh_schedules as clocks
-from lowrank_jax.projection.optimizers.recipe import _projector, _recipe
+from lowrank_jax.projection import projectors, refresh_schedules, residuals
+from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, projector_of, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
 
 
+@named
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -25,7 +25,7 @@ def apollo(
     eps: Any = 1e-6,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     projector: Any = None,
-    **common: Any,
+    **common: Unpack[CommonOptions],
 ) -> ProjectionTransformation:
     """APOLLO (Zhu et al., MLSys 2025): a low-rank Adam only estimates how far to go along the raw
     gradient.
@@ -55,28 +55,48 @@ def apollo(
     """
     check_number("apollo: scale", scale, at_least=0)
     slots = {
-        "projector": _projector(projectors.random, rank, projector),
+        "projector": projector_of(projectors.random, rank, projector),
         "inner": inner.adam(b1=b1, b2=b2, eps=eps, convention="hf"),
-        "own_clock": clocks.every(period=refresh_every),
+        "refresh_schedule": refresh_schedules.every(period=refresh_every),
         "residual": residuals.gradient_rescale(axis=axis, scale=scale**0.5, limiter=limiter),
     }
-    return _recipe(learning_rate, weight_decay, "post", **(slots | common))
+    return recipe(learning_rate, weight_decay, "post", common, **slots)
 
 
+@named
 def apollo_mini(
     learning_rate: optax.ScalarOrSchedule,
     *,
     rank: Any = 1,
+    refresh_every: Any = 200,
     scale: Any = 128.0,
     axis: str = "tensor",
-    **common: Any,
-):
+    limiter: Any = 1.01,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-6,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    projector: Any = None,
+    **common: Unpack[CommonOptions],
+) -> ProjectionTransformation:
     """APOLLO-Mini: `apollo` at rank 1 with one factor for each matrix and scale 128 (paper; lr .01,
-    .02 is better).
+    .02 is better). Options are those of `apollo`.
 
     >>> import lowrank_jax as lrx
     >>> lrx.apollo_mini(1e-2).projection.projector
     Random(rank=1, kind='gaussian', stored=False, dtype=<class 'jax.numpy.float32'>)
     """
-    common |= common.pop("common", {})  # see _recipe
-    return apollo(learning_rate, rank=rank, scale=scale, axis=axis, **common)
+    return apollo(
+        learning_rate,
+        rank=rank,
+        refresh_every=refresh_every,
+        scale=scale,
+        axis=axis,
+        limiter=limiter,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        projector=projector,
+        **common,
+    )

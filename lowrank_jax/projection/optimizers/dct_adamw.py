@@ -1,16 +1,16 @@
 """DCT-AdamW."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import optax
 
 from lowrank_jax.optim import inner
-from lowrank_jax.projection import projectors, residuals, transports
-from lowrank_jax.projection import refresh_schedules as clocks
-from lowrank_jax.projection.optimizers.recipe import _projector, _recipe
+from lowrank_jax.projection import projectors, refresh_schedules, targets, transports
+from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, projector_of, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
 
 
+@named
 def dct_adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -20,11 +20,12 @@ def dct_adamw(
     norm: str = "l1",
     rotate: bool = True,
     error_feedback: bool = False,
+    scale: Any = 1.0,
     b1: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    **common: Any,
+    **common: Unpack[CommonOptions],
 ) -> ProjectionTransformation:
     """DCT-AdamW (arXiv 2505.17967, ICLR 2026): AdamW on the r DCT vectors on which the gradient is
     largest.
@@ -46,6 +47,7 @@ def dct_adamw(
         keep their order.
       error_feedback: project gradient plus the part that was dropped before (official default
         False).
+      scale: factor on the step inside the subspace, 1.
       b1, b2, eps, weight_decay: AdamW's, decay before the step.
       **common: see `galore`.
 
@@ -57,10 +59,11 @@ def dct_adamw(
     """
     phase = refresh_every - 1
     slots = {
-        "projector": _projector(projectors.dct, rank, None, kind=kind, norm=norm),
+        "scale": scale,
+        "projector": projector_of(projectors.dct, rank, None, kind=kind, norm=norm),
         "inner": inner.adam(b1=b1, b2=b2, eps=eps),
-        "own_clock": clocks.every(period=refresh_every, phase=phase),
+        "refresh_schedule": refresh_schedules.every(period=refresh_every, phase=phase),
         "transport": transports.rotate() if rotate else transports.keep(),
-        "residual": residuals.error_feedback() if error_feedback else residuals.discard(),
+        "target": targets.error_feedback() if error_feedback else targets.gradient(),
     }
-    return _recipe(learning_rate, weight_decay, "pre", **(slots | common))
+    return recipe(learning_rate, weight_decay, "pre", common, **slots)

@@ -1,17 +1,17 @@
 """FRUGAL."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import optax
 
 from lowrank_jax.checks import check_number, is_zero
 from lowrank_jax.optim import inner
-from lowrank_jax.projection import projectors, residuals, transports
-from lowrank_jax.projection import refresh_schedules as clocks
-from lowrank_jax.projection.optimizers.recipe import _projector, _recipe
+from lowrank_jax.projection import projectors, refresh_schedules, residuals, transports
+from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, projector_of, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
 
 
+@named
 def frugal(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -27,7 +27,7 @@ def frugal(
     eps: Any = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.01,
     projector: Any = None,
-    **common: Any,
+    **common: Unpack[CommonOptions],
 ) -> ProjectionTransformation:
     """FRUGAL (arXiv 2411.07837): AdamW in a subspace, stateless signSGD (or SGD) on everything left
     over.
@@ -71,7 +71,7 @@ def frugal(
         )
     slots = {
         "inner": inner.adam(b1=b1, b2=b2, eps=eps),
-        "own_clock": clocks.every(period=refresh_every),
+        "refresh_schedule": refresh_schedules.every(period=refresh_every),
         "transport": transports.reset() if reset else transports.keep(),
         "residual": rules[rule],
         "scale": active_scale,
@@ -91,9 +91,9 @@ def frugal(
             "transport": transports.keep(),
             "scale": rest,
         }
-        return _recipe(learning_rate, weight_decay, "pre", **(slots | common))
+        return recipe(learning_rate, weight_decay, "pre", common, **slots)
     options = {"kind": "orthonormal"} if projection == "random" else {}
-    slots["projector"] = _projector(
+    slots["projector"] = projector_of(
         bases[projection], None if projector is not None else rank, projector, **options
     )
-    return _recipe(learning_rate, weight_decay, "pre", **(slots | common))
+    return recipe(learning_rate, weight_decay, "pre", common, **slots)

@@ -1,13 +1,12 @@
 """GaLore."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import optax
 
 from lowrank_jax.optim import inner
-from lowrank_jax.projection import projectors
-from lowrank_jax.projection import refresh_schedules as clocks
-from lowrank_jax.projection.optimizers.recipe import _projector, _recipe
+from lowrank_jax.projection import projectors, refresh_schedules
+from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, projector_of, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
 
 _GALORE_SIDES = {
@@ -19,6 +18,7 @@ _GALORE_SIDES = {
 }
 
 
+@named
 def galore(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -31,7 +31,7 @@ def galore(
     eps: Any = 1e-6,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     projector: Any = None,
-    **common: Any,
+    **common: Unpack[CommonOptions],
 ) -> ProjectionTransformation:
     """GaLore (Zhao et al., ICML 2024): Adam on `R = PᵀG`, with P the leading singular vectors of G
     every T steps.
@@ -53,9 +53,8 @@ def galore(
       projector: in place of `svd(rank=rank)`, for instance `lrx.projectors.power(rank=128)`. One
         that reads a thin product (`alternating`, `randomized(iterations=0)`) or a key (`random`)
         moves after the update, not before it as in the paper, so that projected backprop takes no
-        full gradient; give a `clock` for another choice.
-      **common: `mask` of `apply_learning_rate`; `views`, `plain`, `clip_norm`, `guard`, `seed`,
-        `clock`, `transport`, `residual` of `scale_by_projection`.
+        full gradient; give a `refresh_schedule` for another choice.
+      **common: `mask` of `apply_learning_rate`; the other options of `scale_by_projection`.
 
     The official code infers the side from the low-rank tensor's shape when it projects back and
     fails for "reverse_std" at large ranks; here the side is fixed at `init`.
@@ -68,7 +67,9 @@ def galore(
     >>> updates, state = jax.jit(tx.update)(params, state, params)
     >>> state.projection.matrices["kernel"]
     MatrixState('kernel', rank=4, shrinks=rows, basis=[(8, 4)], 644 bytes)
-    >>> lrx.galore(1e-2, projector=lrx.projectors.alternating(rank=4)).projection.clock.when
+    >>> lrx.galore(
+    ...     1e-2, projector=lrx.projectors.alternating(rank=4)
+    ... ).projection.refresh_schedule.when
     'after'
     """
     if proj_type not in _GALORE_SIDES:
@@ -76,11 +77,11 @@ def galore(
     side, tie = _GALORE_SIDES[proj_type]
     default = projectors.svd_two_sided if proj_type == "full" else projectors.svd
     slots = {
-        "projector": _projector(default, rank, projector),
+        "projector": projector_of(default, rank, projector),
         "inner": inner.adam(b1=b1, b2=b2, eps=eps, convention="hf"),
-        "own_clock": clocks.every(period=refresh_every),
+        "refresh_schedule": refresh_schedules.every(period=refresh_every),
         "scale": scale,
         "side": side,
         "tie": tie,
     }
-    return _recipe(learning_rate, weight_decay, "post", **(slots | common))
+    return recipe(learning_rate, weight_decay, "post", common, **slots)

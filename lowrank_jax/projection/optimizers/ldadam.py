@@ -1,29 +1,30 @@
 """LDAdam."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import optax
 
 from lowrank_jax.optim import inner
-from lowrank_jax.projection import projectors, residuals, transports
-from lowrank_jax.projection import refresh_schedules as clocks
-from lowrank_jax.projection.optimizers.recipe import _recipe
+from lowrank_jax.projection import projectors, refresh_schedules, targets, transports
+from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
 
 
+@named
 def ldadam(
     learning_rate: optax.ScalarOrSchedule,
     *,
     rank: Any = 16,
     mix: Any = 0.908,
     error_feedback: bool = True,
+    scale: Any = 1.0,
     b1: Any = 0.908,
     b2: Any = 0.99,
     eps: Any = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     first: str = "svd",
     projector: Any = None,
-    **common: Any,
+    **common: Unpack[CommonOptions],
 ) -> ProjectionTransformation:
     """LDAdam (ICLR 2025): a new subspace at every step, moments transported, errors fed back.
 
@@ -37,6 +38,7 @@ def ldadam(
       rank: integer (16), fraction, or by path.
       mix: rho, .908.
       error_feedback: on by default.
+      scale: factor on the step inside the subspace, 1.
       b1, b2, eps, weight_decay: (.908, .99), 1e-8; decay before the step.
       first: the basis of the first step, "svd" as in the official code or "range" (no SVD in the
         program).
@@ -46,17 +48,18 @@ def ldadam(
     Squares shrink the outputs here, and the inputs in GaLore, as in the official codes.
 
     >>> import lowrank_jax as lrx
-    >>> lrx.ldadam(1e-3, rank=8).projection.clock
+    >>> lrx.ldadam(1e-3, rank=8).projection.refresh_schedule
     EveryStep(when='before')
     """
     if projector is None:
         projector = projectors.power(rank=rank, first=first, mix=mix)
     slots = {
+        "scale": scale,
         "projector": projector,
         "inner": inner.adam(b1=b1, b2=b2, eps=eps),
-        "own_clock": clocks.every_step(),
+        "refresh_schedule": refresh_schedules.every_step(),
         "transport": transports.ldadam(),
-        "residual": residuals.ldadam_error_feedback() if error_feedback else residuals.discard(),
+        "target": targets.ldadam_error_feedback() if error_feedback else targets.gradient(),
         "tie": "cols",
     }
-    return _recipe(learning_rate, weight_decay, "pre", **(slots | common))
+    return recipe(learning_rate, weight_decay, "pre", common, **slots)

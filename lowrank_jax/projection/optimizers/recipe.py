@@ -1,19 +1,25 @@
 """A named optimizer: a frozen recipe, with its paper's defaults and no logic of its own."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import optax
 
-from lowrank_jax import sharding
-from lowrank_jax.optim.learning_rate import LearningRateState, apply_learning_rate
-from lowrank_jax.projection import refresh_schedules as clocks
-from lowrank_jax.projection import residuals
+from lowrank_jax import deprecations, sharding
+from lowrank_jax.optim.learning_rate import LearningRateState, apply_learning_rate, at_step
 from lowrank_jax.projection import transformation as form
+from lowrank_jax.projection.refresh_schedules import RefreshSchedule
+from lowrank_jax.projection.residuals import Residual
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import ProjectionState
+from lowrank_jax.projection.targets import Target
 from lowrank_jax.projection.transformation import ProjectionTransformation
+from lowrank_jax.projection.transports import Transport
+from lowrank_jax.resolution import Views
+
+Function = TypeVar("Function", bound=Callable)
 
 
 class RecipeState(NamedTuple):
@@ -21,7 +27,7 @@ class RecipeState(NamedTuple):
     `optax.tree_get` looks up."""
 
     projection: ProjectionState
-    schedule: LearningRateState
+    rate: LearningRateState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,11 +63,13 @@ class Recipe:
                 return RecipeState(projection, sharding.settled(final.init(params)))
 
         def update(updates, state, params=None, **extra):
+            if self.projection.reads_learning_rate:
+                extra |= {"learning_rate": at_step(self.learning_rate, state.rate.count)}
             updates, projection = form.update(
                 self.projection, updates, state.projection, params, **extra
             )
             accepted = projection.skipped == state.projection.skipped
-            updates, rate = final.update(updates, state.schedule, params, accepted=accepted)
+            updates, rate = final.update(updates, state.rate, params, accepted=accepted)
             return updates, RecipeState(projection, rate)
 
         transformation = ProjectionTransformation(init, update)
@@ -70,24 +78,76 @@ class Recipe:
         return transformation
 
 
-def _recipe(
+class CommonOptions(TypedDict, total=False):
+    """What every named optimizer takes beside its own options; None leaves the method's choice.
+
+    Under `optax.inject_hyperparams` a `mask` that is a function belongs into its `static_args`, as
+    for optax's own optimizers.
+    """
+
+    inner: Any  # what runs inside the subspace, in place of the method's own
+    refresh_schedule: RefreshSchedule | None  # when the basis moves, in place of `refresh_every`
+    transport: Transport | None  # what becomes of the moments
+    target: Target | None  # what is projected
+    residual: Residual | None  # what becomes of the rest
+    side: Any  # which dimension is shrunk, see `lrx.resolve`
+    tie: str | None  # and which of a square
+    views: Views | None  # which leaves are matrices
+    plain: Any  # the inner transformation of leaves that are not projected
+    mask: Any  # which leaves decay, see `lrx.apply_learning_rate`
+    clip_norm: Any  # of the global norm of what is kept
+    guard: bool  # skip steps that are not finite
+    seed: Any  # of random bases and sketches
+
+
+_DEFAULTS: dict[str, Any] = {"guard": True, "seed": 0}
+
+
+def named(function: Function) -> Function:
+    """Decorates a named optimizer `(learning_rate, *, own options, **common)`.
+
+    `help()` and editors show the common options beside its own, each by name; old names of options
+    are taken with a warning.
+    """
+    signature = inspect.signature(function)
+    own = {n: x for n, x in signature.parameters.items() if x.kind is not x.VAR_KEYWORD}
+    common = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=kind
+        )
+        for name, kind in CommonOptions.__annotations__.items()
+        if name not in own
+    ]
+    shown: Any = function
+    shown.__signature__ = signature.replace(parameters=[*own.values(), *common])
+    return deprecations.options(f"lrx.{function.__name__}")(function)
+
+
+def recipe(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: Any,
     when: str,
+    common: Mapping[str, Any],
     *,
-    own_clock: clocks.Clock,
-    mask: Any = None,
-    common: dict | None = None,
+    refresh_schedule: RefreshSchedule,
     **slots: Any,
-):
-    """The optax form of a recipe; `own_clock` serves where the user gave no `clock`."""
-    if common is not None:  # optax.inject_hyperparams hands `**common` on as one keyword
-        slots = {"own_clock": own_clock, "mask": mask} | slots | common
-        return _recipe(learning_rate, weight_decay, when, **slots)
-    if "clock" not in slots:
-        slots["clock"] = _sparing(
-            own_clock, slots["projector"], slots.get("residual", residuals.discard())
-        )
+) -> ProjectionTransformation:
+    """The optax form of a recipe.
+
+    Args:
+      learning_rate, weight_decay, when: of the final transformation.
+      common: the options of `CommonOptions` that the user gave, which win.
+      refresh_schedule: the method's own.
+      **slots: the method's other choices.
+    """
+    given = {name: value for name, value in common.items() if value is not None}
+    unknown = given.keys() - CommonOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown options {sorted(unknown)}; see help() of the optimizer")
+    mask = given.pop("mask", None)
+    slots |= given
+    if "refresh_schedule" not in slots:
+        slots["refresh_schedule"] = _sparing(refresh_schedule, slots)
     return Recipe(
         projection=Projection(**slots),
         learning_rate=learning_rate,
@@ -97,18 +157,20 @@ def _recipe(
     ).optax()
 
 
-def _sparing(clock: clocks.Clock, projector: Any, residual: Any) -> clocks.Clock:
-    """The clock, after the update where projected backprop then never takes a full gradient (see
+def _sparing(schedule: RefreshSchedule, slots: dict[str, Any]) -> RefreshSchedule:
+    """The schedule, after the update where projected backprop then never takes a full gradient (see
     `lrx.plan`).
 
     That is where a refresh reads a thin product of the gradient or none of it, and nothing else
     reads all of it.
     """
-    reads_gradient = not projector.moves or "grad" in projector.needs or residual.sees_gradient
-    return clock if reads_gradient else dataclasses.replace(clock, when="after")
+    projection = Projection(**slots, refresh_schedule=schedule)
+    projector = projection.projector
+    reads = not projector.moves or "target" in projector.reads or projection.reads_gradient
+    return schedule if reads else dataclasses.replace(schedule, when="after")
 
 
-def _projector(default: Callable, rank: Any, projector: Any, **options: Any) -> Any:
+def projector_of(default: Callable, rank: Any, projector: Any, **options: Any) -> Any:
     """`projector`, or the method's own at this rank; ValueError unless exactly one of the two is
     given."""
     if projector is not None:

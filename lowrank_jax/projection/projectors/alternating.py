@@ -24,22 +24,22 @@ class Alternating(StoredProjector):
     """
 
     of_range: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset({"sketch", "moments", "step", "key"})
+    reads: ClassVar[frozenset[str]] = frozenset({"sketch", "momentum", "step", "key"})
 
     def init(self, view, keys):
-        return self.store(view, structured(keys, view.shrunk, view.rank))
+        return self.store(view, structured(keys, view.shrunk, view.rank)), ()
 
-    def sketch_basis(self, view, evidence):
-        gaussian = normal(evidence.key, (view.kept, view.rank))
-        momentum = jnp.swapaxes(evidence.moments, -1, -2)
+    def sketch_basis(self, view, basis, memory, inputs):
+        gaussian = normal(inputs.key, (view.kept, view.rank))
+        momentum = jnp.swapaxes(inputs.momentum, -1, -2)
         size = jnp.max(jnp.abs(momentum), axis=(-2, -1), keepdims=True)
         warm = linalg.orthonormalize(momentum / jnp.where(size > 0, size, 1))
-        return jnp.where(evidence.step == 0, gaussian, warm)
+        return jnp.where(inputs.step == 0, gaussian, warm)
 
-    def refresh(self, view, basis, evidence):
-        new, old = range_of(evidence.sketch), self.columns(view, basis)
+    def refresh(self, view, basis, memory, inputs):
+        new, old = range_of(inputs.sketch), self.columns(view, basis)
         signs = jnp.where(jnp.sum(new * old, axis=-2, keepdims=True) < 0, -1.0, 1.0)
-        return self.store(view, new * signs)
+        return self.store(view, new * signs), memory
 
 
 alternating = Alternating

@@ -1,8 +1,11 @@
 """The projector interface: which subspace, as a basis that is plain state and pure functions on it.
 
-    init(view, keys) -> basis                      valid before any refresh; every leaf has the
+    init(view, keys) -> (basis, memory)            valid before any refresh; every leaf has the
                                                    batch axes in front
-    refresh(view, basis, evidence) -> basis        may look at what `needs` declares
+    start(view, inputs) -> (basis, memory)         a first basis from data, at step 0 or where a
+                                                   layer becomes active
+    refresh(view, basis, memory, inputs) -> (basis, memory)   may look at what `reads` names
+    seen(view, basis, memory, low, target) -> memory          after every accepted step
     down(view, basis, x (..., s, k)) -> low (..., r, k)
     up(view, basis, low) -> (..., s, k)
     rest(view, basis, target, low) -> (..., s, k)  what the basis does not see of the target
@@ -11,9 +14,12 @@
                                                            a product, so that
                                                    thin(X)ᵀ thin(dY) is the low-rank object of the
                                                    gradient XᵀdY
-    sketch_basis(view, evidence) -> (batch..., k, q)       of projectors that need a "sketch"
+    sketch_basis(view, basis, memory, inputs) -> (batch..., k, q)   of projectors that read a "sketch"
     overlap(view, old, new) -> change              what transports apply to moments
     measure(view, basis, x) -> (...)               captured energy, between 0 and 1
+
+The basis is what a projection needs, and what taps carry; what a projector remembers beside it for
+its next refresh (a momentum of the basis, a warm start, a covariance) is its memory, `()` for most.
 
 Everything that fixes shapes lives in the frozen dataclass. Batch axes are handled by every function
 itself, never by vmap, so that conditions on scalars stay conditions.
@@ -33,11 +39,15 @@ from lowrank_jax import linalg, sharding
 from lowrank_jax.checks import is_integer, is_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.batches import count
+from lowrank_jax.projection.state import RefreshInputs
 from lowrank_jax.projection.transports import DenseChange, IndexChange
 from lowrank_jax.rows import over_rows
 from lowrank_jax.trees import is_quantized
+from lowrank_jax.typing import Key, Pytree
 
 Rank = int | float | tuple[tuple[str, int | float], ...]
+
+BasisAndMemory = tuple[Pytree, Pytree]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,9 @@ class Projector:
         as `((pattern, rank), ...)` or a dict, where the first pattern that matches the whole path
         wins.
 
-    A class also says what its `refresh` reads (`needs`), whether it moves the basis (`moves`),
+    A class also says which fields of `RefreshInputs` its refresh reads (`reads`) and which of "low"
+    and "target" its `seen` does (`sees`), whether it moves the basis (`moves`), whether a refresh
+    decomposes a matrix as an SVD does (`decomposes`), which takes minutes of compilation on TPUs,
     whether bases are orthonormal, whether they lie in the range of a gradient (`of_range`), so that
     r is at most k, and whether a refresh depends on `G Gᵀ` or norms of rows alone (`of_rows`): it
     then may get a gradient with columns of zeros beside its own, which on a mesh make k divisible.
@@ -60,8 +72,10 @@ class Projector:
     """
 
     rank: Any = 1.0
-    needs: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
+    sees: ClassVar[frozenset[str]] = frozenset()
     moves: ClassVar[bool] = True
+    decomposes: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = True
     of_rows: ClassVar[bool] = False
     of_range: ClassVar[bool] = False
@@ -103,11 +117,34 @@ class Projector:
                 f"{view.kept}, or side='paper'"
             )
 
-    def init(self, view: ResolvedView, keys: jax.Array) -> Any:
+    def init(self, view: ResolvedView, keys: Key) -> BasisAndMemory:
         raise TypeError(f"{type(self).__name__} does not implement init")
 
-    def refresh(self, view: ResolvedView, basis: Any, evidence: Any) -> Any:
-        return basis
+    @property
+    def starts(self) -> bool:
+        """Whether `start` is another computation than `refresh`, so that a program holds both."""
+        return type(self).start is not Projector.start
+
+    def start(self, view: ResolvedView, inputs: RefreshInputs) -> BasisAndMemory:
+        """A first basis from data; by default a refresh of what `init` draws."""
+        return self.refresh(view, *self.init(view, jnp.asarray(inputs.key)), inputs)
+
+    def refresh(
+        self, view: ResolvedView, basis: Pytree, memory: Pytree, inputs: RefreshInputs
+    ) -> BasisAndMemory:
+        return basis, memory
+
+    def seen(
+        self,
+        view: ResolvedView,
+        basis: Pytree,
+        memory: Pytree,
+        low: jax.Array,
+        target: jax.Array | None,
+    ) -> Pytree:
+        """The memory after the projection of an accepted step; `target` is None unless `sees` names
+        it."""
+        return memory
 
     def down(self, view: ResolvedView, basis: Any, x: jax.Array) -> jax.Array:
         raise TypeError(f"{type(self).__name__} does not implement down")
@@ -142,8 +179,10 @@ class Projector:
             f"{type(self).__name__} cannot project inside a product; use jax.value_and_grad"
         )
 
-    def sketch_basis(self, view: ResolvedView, evidence: Any) -> jax.Array:
-        raise TypeError(f"{type(self).__name__} needs no sketch")
+    def sketch_basis(
+        self, view: ResolvedView, basis: Pytree, memory: Pytree, inputs: RefreshInputs
+    ) -> jax.Array:
+        raise TypeError(f"{type(self).__name__} reads no sketch")
 
     def structure(self) -> Projector:
         """What a basis of this projector means: enough for `down`, `up` and `thin`, and without any
@@ -164,6 +203,10 @@ class Projector:
     def basis_bytes(self, view: ResolvedView) -> int:
         """Formula of the stored basis, in bytes, over all matrices of the leaf."""
         raise TypeError(f"{type(self).__name__} does not implement basis_bytes")
+
+    def memory_bytes(self, view: ResolvedView) -> int:
+        """Formula of the memory, as of the basis."""
+        return 0
 
     def measure(self, view: ResolvedView, basis: Any, x: jax.Array) -> jax.Array:
         """Captured energy `|PᵀX|² / |X|²` of each matrix, for orthonormal bases (0 where X is
@@ -246,7 +289,7 @@ class StoredProjector(BasisProjector):
     def init(self, view, keys):
         eye = jnp.eye(view.shrunk, view.rank)
         shape = (*view.batch, view.shrunk, view.rank)
-        return self.store(view, jnp.broadcast_to(eye, shape))
+        return self.store(view, jnp.broadcast_to(eye, shape)), ()
 
     def store(self, view: ResolvedView, matrix: jax.Array) -> Any:
         """The basis as it is kept: in `dtype`, or for int8 as codes with one scale for each 256
@@ -278,7 +321,8 @@ class IndexProjector(Projector):
 
     def init(self, view, keys):
         indices = jnp.broadcast_to(jnp.arange(view.rank, dtype=jnp.int32), (*view.batch, view.rank))
-        return sharding.reshard(indices, None if view.spec is None else (*view.spec[:-2], None))
+        spec = None if view.spec is None else (*view.spec[:-2], None)
+        return sharding.reshard(indices, spec), ()
 
     def overlap(self, view, old, new):
         return IndexChange.between(old, new)

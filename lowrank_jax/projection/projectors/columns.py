@@ -47,8 +47,8 @@ class Columns(IndexProjector):
         object.__setattr__(self, "select", tuple(sorted(indices)))
 
     @property
-    def needs(self):
-        return frozenset({"key"} if self.select == "random" else {"grad"} if self.moves else ())
+    def reads(self):
+        return frozenset({"key"} if self.select == "random" else {"target"} if self.moves else ())
 
     @property
     def moves(self):
@@ -73,14 +73,14 @@ class Columns(IndexProjector):
             return super().init(view, keys)
         indices = jnp.asarray(self.select[: view.rank], jnp.int32)
         indices = jnp.array(jnp.broadcast_to(indices, (*view.batch, view.rank)))
-        return sharding.reshard(indices, None if view.spec is None else (*view.spec[:-2], None))
+        spec = None if view.spec is None else (*view.spec[:-2], None)
+        return sharding.reshard(indices, spec), ()
 
-    def refresh(self, view, basis, evidence):
-        if self.select == "random":
-            return per_matrix(
-                lambda key: linalg.random_rows(key, view.shrunk, view.rank), evidence.key
-            )
-        return linalg.top_rows(evidence.grad, view.rank, self.select)
+    def refresh(self, view, basis, memory, inputs):
+        if self.select != "random":
+            return linalg.top_rows(inputs.target, view.rank, self.select), memory
+        draw = lambda key: linalg.random_rows(key, view.shrunk, view.rank)  # noqa: E731
+        return per_matrix(draw, inputs.key), memory
 
     def structure(self):
         return Columns()

@@ -41,13 +41,14 @@ class Dct(TransformProjector):
     def _transform(self, x):
         return linalg.dct(x, self.kind, axis=-2)
 
-    def refresh(self, view, basis, evidence):
+    def refresh(self, view, basis, memory, inputs):
         if self.products == "xla" or any(view.spec or ()):
-            return super().refresh(view, basis, evidence)
-        x, axis = evidence.grad, -2
+            return super().refresh(view, basis, memory, inputs)
+        x, axis = inputs.target, -2
         if view.side == "cols":  # a transpose of the leaf, which the kernel reads as the leaf lies
             x, axis = jnp.swapaxes(x, -2, -1), -1
-        return linalg.top_scores(kernels.dct_scores(x, self.kind, self.norm, axis), view.rank)
+        scores = kernels.dct_scores(x, self.kind, self.norm, axis)
+        return linalg.top_scores(scores, view.rank), memory
 
     def structure(self):
         return Dct(kind=self.kind)

@@ -49,9 +49,8 @@ class Given(StoredProjector):
 
     def init(self, view, keys):
         matrix = jnp.asarray(self._matrix(view.path), jnp.float32)
-        return self.store(
-            view, jnp.array(jnp.broadcast_to(matrix, (*view.batch, view.shrunk, view.rank)))
-        )
+        stack = jnp.array(jnp.broadcast_to(matrix, (*view.batch, view.shrunk, view.rank)))
+        return self.store(view, stack), ()
 
     def overlap(self, view, old, new):
         return SameBasis()

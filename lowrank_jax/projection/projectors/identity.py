@@ -25,7 +25,7 @@ class Identity(Projector):
         return Identity()
 
     def init(self, view, keys):
-        return ()
+        return (), ()
 
     def thin(self, view, basis, x, axis):
         return x

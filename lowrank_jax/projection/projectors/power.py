@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg
@@ -43,34 +42,37 @@ class Power(StoredProjector):
         check_number("power: mix", self.mix, at_least=0, otherwise="None for the gradient alone")
 
     @property
-    def needs(self):
-        return frozenset({"grad", "step"} if self.mix is None else {"grad", "moments", "step"})
+    def reads(self):
+        return frozenset({"target"} if self.mix is None else {"target", "momentum"})
+
+    @property
+    def starts(self):
+        return self.first == "svd"
+
+    @property
+    def decomposes(self):
+        return self.starts
 
     @property
     def of_rows(self):
         return self.mix is None  # the first moment, mixed with the gradient, has no such columns
 
     def init(self, view, keys):
-        return self.store(view, structured(keys, view.shrunk, view.rank))
+        return self.store(view, structured(keys, view.shrunk, view.rank)), ()
 
-    def refresh(self, view, basis, evidence):
-        def svd():
-            return singular_vectors(view, evidence.grad)[0]
+    def start(self, view, inputs):
+        if not self.starts:
+            return super().start(view, inputs)
+        return self.store(view, singular_vectors(view, inputs.target)[0]), ()
 
-        def warm():
-            return self._iterated(self.columns(view, basis), evidence)
-
-        moved = jax.lax.cond(evidence.step == 0, svd, warm) if self.first == "svd" else warm()
-        return self.store(view, moved)
-
-    def _iterated(self, basis, evidence):
-        target = evidence.grad
+    def refresh(self, view, basis, memory, inputs):
+        columns, target = self.columns(view, basis), inputs.target
         if self.mix is not None:
-            momentum = jnp.einsum("...sr,...rk->...sk", basis, evidence.moments)
+            momentum = jnp.einsum("...sr,...rk->...sk", columns, inputs.momentum)
             target = self.mix * momentum + (1 - self.mix) * target
         for _ in range(self.iterations):
-            basis = linalg.power_step(target, basis)
-        return basis
+            columns = linalg.power_step(target, columns)
+        return self.store(view, columns), memory
 
 
 power = Power

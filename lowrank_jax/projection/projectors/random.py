@@ -60,7 +60,7 @@ class Random(BasisProjector):
     kind: str = "gaussian"
     stored: bool | None = None
     dtype: Any = jnp.float32
-    needs: ClassVar[frozenset[str]] = frozenset({"key"})
+    reads: ClassVar[frozenset[str]] = frozenset({"key"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,12 +93,13 @@ class Random(BasisProjector):
 
     def init(self, view, keys):
         if self.stored:
-            return self._store.store(view, self._draw(view, keys))
+            return self._store.store(view, self._draw(view, keys)), ()
         data = jax.random.key_data(keys)
-        return sharding.reshard(data, None if view.spec is None else (*view.spec[:-2], None))
+        spec = None if view.spec is None else (*view.spec[:-2], None)
+        return sharding.reshard(data, spec), ()
 
-    def refresh(self, view, basis, evidence):
-        return self.init(view, evidence.key)
+    def refresh(self, view, basis, memory, inputs):
+        return self.init(view, inputs.key)
 
     def columns(self, view, basis):
         if self.stored:

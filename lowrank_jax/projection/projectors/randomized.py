@@ -36,26 +36,25 @@ class Randomized(StoredProjector):
             raise ValueError(f"randomized: iterations={self.iterations} must not be negative")
 
     @property
-    def needs(self):
-        return frozenset({"grad" if self.iterations else "sketch", "key"})
+    def reads(self):
+        return frozenset({"target" if self.iterations else "sketch", "key"})
 
     def init(self, view, keys):
         if self.iterations:
             return super().init(view, keys)
-        return self.store(
-            view, structured(keys, view.shrunk, view.rank)
-        )  # of the steps before the first sketch
+        # of the steps before the first sketch
+        return self.store(view, structured(keys, view.shrunk, view.rank)), ()
 
-    def sketch_basis(self, view, evidence):
-        return normal(evidence.key, (view.kept, view.rank))
+    def sketch_basis(self, view, basis, memory, inputs):
+        return normal(inputs.key, (view.kept, view.rank))
 
-    def refresh(self, view, basis, evidence):
+    def refresh(self, view, basis, memory, inputs):
         if not self.iterations:
-            return self.store(view, range_of(evidence.sketch))
-        moved = normal(evidence.key, (view.shrunk, view.rank))
+            return self.store(view, range_of(inputs.sketch)), memory
+        moved = normal(inputs.key, (view.shrunk, view.rank))
         for _ in range(self.iterations):
-            moved = linalg.power_step(evidence.grad, moved)
-        return self.store(view, linalg.canonical_signs(moved))
+            moved = linalg.power_step(inputs.target, moved)
+        return self.store(view, linalg.canonical_signs(moved)), memory
 
 
 def range_of(sketch: jax.Array) -> jax.Array:

@@ -39,10 +39,11 @@ class Svd(StoredProjector):
     """
 
     of_range: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset({"grad"})
+    reads: ClassVar[frozenset[str]] = frozenset({"target"})
+    decomposes: ClassVar[bool] = True
 
-    def refresh(self, view, basis, evidence):
-        return self.store(view, singular_vectors(view, evidence.grad)[0])
+    def refresh(self, view, basis, memory, inputs):
+        return self.store(view, singular_vectors(view, inputs.target)[0]), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,17 +52,20 @@ class TwoSidedSvd(StoredProjector):
     `full`)."""
 
     of_range: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset({"grad"})
+    reads: ClassVar[frozenset[str]] = frozenset({"target"})
+    decomposes: ClassVar[bool] = True
 
     def structure(self):
         return TwoSidedSvd(dtype=jnp.dtype(self.dtype))
 
     def init(self, view, keys):
         right = jnp.broadcast_to(jnp.eye(view.kept, view.rank), (*view.batch, view.kept, view.rank))
-        return super().init(view, keys), self.store(view, right)
+        left, memory = super().init(view, keys)
+        return (left, self.store(view, right)), memory
 
-    def refresh(self, view, basis, evidence):
-        return tuple(self.store(view, side) for side in singular_vectors(view, evidence.grad))
+    def refresh(self, view, basis, memory, inputs):
+        sides = singular_vectors(view, inputs.target)
+        return tuple(self.store(view, side) for side in sides), memory
 
     def thin(self, view, basis, x, axis):
         return thin_product(x, self.columns(view, basis[0 if axis == view.side else 1]))

@@ -19,7 +19,7 @@ class TransformProjector(IndexProjector, BasisProjector):
     """
 
     norm: str = "l1"
-    needs: ClassVar[frozenset[str]] = frozenset({"grad"})
+    reads: ClassVar[frozenset[str]] = frozenset({"target"})
     of_rows: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -30,5 +30,5 @@ class TransformProjector(IndexProjector, BasisProjector):
     def _transform(self, x):
         raise TypeError(f"{type(self).__name__} does not implement _transform")
 
-    def refresh(self, view, basis, evidence):
-        return linalg.top_rows(self._transform(evidence.grad), view.rank, self.norm)
+    def refresh(self, view, basis, memory, inputs):
+        return linalg.top_rows(self._transform(inputs.target), view.rank, self.norm), memory
