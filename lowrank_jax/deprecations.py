@@ -75,6 +75,7 @@ NAMES: tuple[Name, ...] = (
         module="lrx.residuals", old="ldadam_error_feedback", new="lrx.targets.ldadam_error_feedback"
     ),
     Name(module="lrx.Projection", old="clock", new="refresh_schedule"),
+    Name(module="lrx.kernels", old="thin_linear", new="lrx.kernels.lora_linear"),
 )
 
 _NAMED = ("galore", "dct_adamw", "frugal", "ldadam", "apollo", "apollo_mini")

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lowrank_jax as lrx
 from experiments.benchmarks import commandline
 from experiments.benchmarks import kernels as single
-from experiments.benchmarks.kernel_cases import thin_linear
+from experiments.benchmarks.kernel_cases import lora_linear
 from experiments.harness import collectives, outputs
 from experiments.planning import hlo, targets
 from lowrank_jax import kernels, linalg, sharding
@@ -84,7 +84,7 @@ def rows(devices: Any) -> Iterator[dict[str, Any]]:
     """Both programs of every case."""
     for sizes, shape, spec, batch in PRODUCTS:
         put = functools.partial(abstract, mesh := meshes.make_mesh(devices=devices, **sizes))
-        for name, case in (("thin_linear", _thin), ("nf4_linear", _nf4)):
+        for name, case in (("lora_linear", _thin), ("nf4_linear", _nf4)):
             own = {form: case(put, mesh, shape, spec, batch, form) for form in ("xla", "pallas")}
             yield {
                 "kernel": name,
@@ -128,11 +128,11 @@ def _thin(put, mesh, shape, spec, batch, form):
     (n, m), (x, dy) = shape, _activations(put, shape, spec, batch)
     w, a = put(shape, "bfloat16", *spec), put((n, RANK), "bfloat16", spec[0])
     b = put((RANK, m), "bfloat16", None, spec[1])
-    kernel = functools.partial(kernels.thin_linear, spec=spec, chip=CHIP)
+    kernel = functools.partial(kernels.lora_linear, spec=spec, chip=CHIP)
 
     def run(*operands):
         with meshes.use(mesh):
-            return thin_linear.training(thin_linear.xla if form == "xla" else kernel)(*operands)
+            return lora_linear.training(lora_linear.xla if form == "xla" else kernel)(*operands)
 
     return measured(run, (x, w, a, b, dy), tuple(leaf.sharding for leaf in (dy, x, a, b)))
 

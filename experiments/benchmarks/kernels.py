@@ -37,7 +37,7 @@ from lowrank_jax.interop import documents
 from lowrank_jax.kernels import _platform
 
 RESULTS = Path(__file__).parents[1] / "results" / "kernels.json"
-KERNELS = ("dct_scores", "low_rank_adam", "nf4_linear", "thin_linear")
+KERNELS = ("dct_scores", "low_rank_adam", "nf4_linear", "lora_linear")
 _BYTES = {
     "bf16": 2,
     "c64": 8,

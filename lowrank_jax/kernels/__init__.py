@@ -6,10 +6,13 @@ and deleted or not written. No device has timed them, so every option that takes
 default.
 """
 
+from lowrank_jax import deprecations
 from lowrank_jax.kernels._dct import dct_scores
+from lowrank_jax.kernels._lora_linear import lora_linear
 from lowrank_jax.kernels._low_rank_adam import low_rank_adam
 from lowrank_jax.kernels._nf4 import nf4_linear
 from lowrank_jax.kernels._platform import CHIPS, IMPLEMENTATIONS
-from lowrank_jax.kernels._thin import thin_linear
 
-__all__ = ["CHIPS", "IMPLEMENTATIONS", "dct_scores", "low_rank_adam", "nf4_linear", "thin_linear"]
+__all__ = ["CHIPS", "IMPLEMENTATIONS", "dct_scores", "lora_linear", "low_rank_adam", "nf4_linear"]
+
+__getattr__ = deprecations.names(__name__)

@@ -1,5 +1,4 @@
-"""Norms of the rows of a DCT in one pass over x: `|(Qᵀ x)_i|`, which rank the basis vectors of
-DCT-AdamW.
+"""Norms of the rows of a DCT in one pass over x: `|(Qᵀ x)_i|`, which rank DCT-AdamW's vectors.
 
     x (..., d, k)   ->   scores (..., d), float32
 
@@ -21,29 +20,29 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lowrank_jax import linalg, sharding
 from lowrank_jax.kernels import _divided, _platform
 
-# at 1024 the compilers' schedules of both forms take about as long (v6e, whose products are wider)
+# At 1024 the compilers' schedules of both forms take about as long (v6e, whose products are wider).
 _SMALLEST = 2048
-_UNROLL = (
-    4  # slots that the compiler overlaps: a quarter to two fifths fewer cycles than one by one
-)
-_LANES = (
-    128  # columns of a tile: Mosaic reads rows at a stride only where the last axis has as many
-)
+
+# Slots that the compiler overlaps: a quarter to two fifths fewer cycles than one by one.
+_UNROLL = 4
+
+# Columns of a tile: Mosaic reads rows at a stride only where the last axis has as many.
+_LANES = _platform.LANES
 
 
 def dct_scores(
-    x: jax.Array,
+    x: Array,
     kind: int,
     norm: str = "l1",
     axis: int = -2,
@@ -51,9 +50,8 @@ def dct_scores(
     implementation: str | None = None,
     chip: str | None = None,
     interpret: bool = False,
-) -> jax.Array:
-    """`lrx.linalg.row_scores(lrx.linalg.dct(x, kind), norm)` with the transform nowhere in device
-    memory.
+) -> Array:
+    """`lrx.linalg.row_scores(lrx.linalg.dct(x, kind), norm)`, whose transform is not in memory.
 
     Args:
       x: `(..., d, k)`, float32 or bfloat16, counted in float32; `(..., k, d)` with axis=-1.
@@ -79,6 +77,34 @@ def dct_scores(
     >>> dct_scores(jnp.ones((4, 3)), kind=2).round(5).tolist()
     [6.0, 0.0, 0.0, 0.0]
     """
+    _check(x, kind, norm, axis)
+    batch, d = x.shape[:-2], x.shape[axis]
+    named = implementation is not None
+    reference = functools.partial(_reference, kind=kind, norm=norm, axis=axis)
+    if x.size == 0:
+        return reference(x)
+    tpu = functools.partial(
+        _tpu,
+        kind=kind,
+        norm=norm,
+        swapped=axis == -1,
+        named=named,
+        chip=chip,
+        interpret=interpret,
+    )
+    scores = _platform.dispatch(
+        implementation,
+        interpret,
+        x.reshape(-1, *x.shape[-2:]),
+        division=_division(x, norm, axis, named),
+        reference=reference,
+        tpu=tpu,
+        gpu=_gpu,
+    )
+    return scores.reshape(*batch, d)
+
+
+def _check(x: Array, kind: int, norm: str, axis: int) -> None:
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dct_scores: x of dtype {x.dtype} must be float32 or bfloat16; cast it")
     if x.ndim < 2 or axis not in (-2, -1):
@@ -88,58 +114,43 @@ def dct_scores(
     for name, value, choices in (("kind", kind, (2, 3)), ("norm", norm, ("l1", "l2"))):
         if value not in choices:
             raise ValueError(f"dct_scores: {name}={value!r} must be one of {choices}")
-    batch, d = x.shape[:-2], x.shape[axis]
-    reference = functools.partial(_reference, kind=kind, norm=norm, axis=axis)
-    if x.size == 0:
-        return reference(x)
-    scores: Any = _platform.dispatch(
-        implementation,
-        interpret,
-        x.reshape(-1, *x.shape[-2:]),
-        division=_division(x, norm, axis, implementation is not None),
-        reference=reference,
-        tpu=functools.partial(
-            _tpu,
-            kind=kind,
-            norm=norm,
-            swapped=axis == -1,
-            named=implementation is not None,
-            chip=chip,
-            interpret=interpret,
-        ),
-        gpu=_gpu,
-    )
-    return scores.reshape(*batch, d)
 
 
-def _division(x, norm, axis, named) -> _divided.Division | None:
-    """Each device has a share of k, as `sharding.rows_whole` lays it out, and its part of every
-    score."""
+def _division(x: Array, norm: str, axis: int, named: bool) -> _divided.Division | None:
+    """Each device has a share of k, and its part of every score.
+
+    Columns are laid out as `sharding.rows_whole` does.
+    """
     mesh = _divided.mesh()
-    if mesh is None or x.shape[-3 - axis] % (mesh.size if named else mesh.size * _LANES):
-        return None  # a device's share that is no multiple of 128 would be copied for the kernel
+    if mesh is None:
+        return None
+    # a share that is no multiple of 128 would be copied for the kernel
+    share = mesh.size if named else mesh.size * _LANES
+    k = x.shape[-3 - axis]
+    if k % share:
+        return None
     over = sharding.all_axes(mesh)
-    own = _divided.matrix((), (), over) if axis == -2 else _divided.matrix((), over, ())
+    columns = _divided.matrix((), (), over) if axis == -2 else _divided.matrix((), over, ())
 
     def added(program, name):
         del name
 
         def run(x):
+            # the l2 norm of all columns is that of the devices' norms
             scores = program(x)
-            return (
-                jax.lax.psum(scores, over)
-                if norm == "l1"
-                else jnp.sqrt(jax.lax.psum(scores * scores, over))
-            )
+            if norm == "l1":
+                return jax.lax.psum(scores, over)
+            return jnp.sqrt(jax.lax.psum(scores * scores, over))
 
         return run
 
-    return _divided.Division(mesh, (own,), _divided.matrix(), added)
+    return _divided.Division(mesh, (columns,), _divided.matrix(), added)
 
 
 def _reference(x, *, kind, norm, axis):
     x = x.astype(jnp.float32)
-    return linalg.row_scores(linalg.dct(x if axis == -2 else jnp.swapaxes(x, -2, -1), kind), norm)
+    x = x if axis == -2 else jnp.swapaxes(x, -2, -1)
+    return linalg.row_scores(linalg.dct(x, kind), norm)
 
 
 def _gpu(x):
@@ -157,7 +168,8 @@ def split(d: int) -> tuple[int, int]:
     >>> split(4096), split(2048), split(5120)
     ((64, 64), (32, 64), (64, 80))
     """
-    found = [(d // b, b) for b in range(16, d + 1, 16) if d % b == 0 and d // b % 8 == 0]
+    sizes = [b for b in range(16, d + 1, 16) if d % b == 0]
+    found = [(d // b, b) for b in sizes if d // b % 8 == 0]
     if not found:
         raise _platform.Misfit(
             f"dct_scores: d={d} is no multiple of 128; take implementation='reference'"
@@ -170,53 +182,94 @@ def operations(d: int, k: int) -> int:
     return 4 * sum(split(d)) * d * k
 
 
-def _cos(turns: jax.Array, d: int) -> jax.Array:
+def _cos(turns: Array, d: int) -> Array:
     """cos(π turns / 2d) for uint32, reduced exactly before the one sine."""
-    quarter = jnp.abs((turns % jnp.uint32(4 * d)).astype(jnp.int32) - 2 * d) - d
+    # cos of a turn of 4d is even and 4d-periodic: |t - 2d| - d lies within a quarter of sin
+    turn = (turns % jnp.uint32(4 * d)).astype(jnp.int32)
+    quarter = jnp.abs(turn - 2 * d) - d
     return jnp.sin(quarter.astype(jnp.float32) * (math.pi / (2 * d)))
 
 
 def frequencies(a: int, b: int) -> np.ndarray:
-    """i of row (p, l) of the turns, `(a, b)`: the first half of l counts 2a q + p, the second 2a q
-    + 2a - p."""
-    p, q = np.arange(a)[:, None], 2 * a * np.arange(b // 2)[None, :]
-    return np.concatenate([q + p, q + np.where(p == 0, a, 2 * a - p)], axis=1)
+    """i of row (p, l) of the turns, `(a, b)`.
+
+    The first half of l counts 2a q + p, the second 2a q + 2a - p.
+    """
+    p = np.arange(a)[:, None]
+    q = 2 * a * np.arange(b // 2)[None, :]
+    mirror = np.where(p == 0, a, 2 * a - p)
+    return np.concatenate([q + p, q + mirror], axis=1)
 
 
-def factors(a: int, b: int) -> tuple[jax.Array, jax.Array]:
-    """`(turns (a, b, 2b), waves (2a, a))`, float32: what the two stages of kind 2 multiply by."""
-    d, half = a * b, jnp.arange(b) < b // 2
+def _turns(a: int, b: int) -> Array:
+    """`(a, b, 2b)`: in slot p, row l has cosines (b) and sines (b) of all j₂."""
+    d = a * b
+    j = jnp.arange(b, dtype=jnp.uint32)
     i = jnp.asarray(frequencies(a, b), jnp.uint32)[:, :, None]
-    phase = i * (2 * jnp.arange(b, dtype=jnp.uint32) + 1)
+    # β = π i (2 j₂ + 1) / 2d; sin t = cos(t + 3π/2), which is 3d in units of π / 2d
+    phase = i * (2 * j + 1)
     scale = jnp.where(i == 0, math.sqrt(1 / d), math.sqrt(2 / d)).astype(jnp.float32)
-    cos, sin = scale * _cos(phase, d), scale * _cos(phase + jnp.uint32(3 * d), d)
-    sign, first = jnp.where(half, -1.0, 1.0)[None, :, None], (jnp.arange(a) == 0)[:, None, None]
-    rows = half[None, :, None]  # slot 0: p = 0 reads the first part alone, p = a the second
+    cos = scale * _cos(phase, d)
+    sin = scale * _cos(phase + jnp.uint32(3 * d), d)
+    # i = 2a q + p takes - sin, i = 2a q + 2a - p takes + sin
+    half = jnp.arange(b) < b // 2
+    sign = jnp.where(half, -1.0, 1.0)[None, :, None]
+    # slot 0: p = 0 reads the first part alone, p = a the second
+    first = (jnp.arange(a) == 0)[:, None, None]
+    rows = half[None, :, None]
     left = jnp.where(first & ~rows, 0, cos)
     right = jnp.where(first, jnp.where(rows, 0, cos), sign * sin)
-    p, j = jnp.arange(a, dtype=jnp.uint32)[:, None], 2 * jnp.arange(a, dtype=jnp.uint32)[None, :]
+    return jnp.concatenate([left, right], axis=-1)
+
+
+def _waves(a: int) -> Array:
+    """`(2a, a)`: cosine and sine of π p j₁ / a for each p in turn; p = 0 has that of p = a too."""
+    p = jnp.arange(a, dtype=jnp.uint32)[:, None]
+    j = 2 * jnp.arange(a, dtype=jnp.uint32)[None, :]
+    cos = _cos(p * j, a)
+    sin = _cos(p * j + 3 * a, a)
+    # cos(π j₁) = ± 1 is the cosine of p = a, in the place of a sine of 0
     alternating = jnp.where(jnp.arange(a) % 2 == 0, 1.0, -1.0)[None, :]
-    waves = jnp.stack(
-        [_cos(p * j, a), jnp.where(p == 0, alternating, _cos(p * j + 3 * a, a))], axis=1
-    )
-    return jnp.concatenate([left, right], axis=-1), waves.reshape(2 * a, a)
+    waves = jnp.stack([cos, jnp.where(p == 0, alternating, sin)], axis=1)
+    return waves.reshape(2 * a, a)
+
+
+def factors(a: int, b: int) -> tuple[Array, Array]:
+    """`(turns (a, b, 2b), waves (2a, a))`, float32: what the two stages of kind 2 multiply by."""
+    return _turns(a, b), _waves(a)
 
 
 def _dot(left, right):
     return jnp.dot(
-        left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        left,
+        right,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
     )
 
 
 def _add(out, start, size, values, limit, norm):
     """Adds the norms of `values`, over its columns before `limit`, lane by lane."""
     inside = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1) < limit
-    out[pl.ds(pl.multiple_of(start, 8), size), :] += jnp.where(
-        inside, jnp.abs(values) if norm == "l1" else values * values, 0
-    )
+    terms = jnp.abs(values) if norm == "l1" else values * values
+    rows = pl.ds(pl.multiple_of(start, 8), size)
+    out[rows, :] += jnp.where(inside, terms, 0)
+
+
+def _as_float32(x, own, d, swapped):
+    """Writes x into `own (d, 128)`: only rows of 32 bits are read at a stride."""
+
+    @pl.loop(0, d // _LANES)
+    def _(step):
+        rows = pl.ds(pl.multiple_of(step * _LANES, _LANES), _LANES)
+        if swapped:
+            own[rows, :] = x[:, rows].astype(jnp.float32).T
+        else:
+            own[rows, :] = x[rows, :].astype(jnp.float32)
 
 
 def _kernel(x, turns, waves, out, low, *own, sizes, kind, norm, swapped):
+    """A tile of 128 columns: x (d, 128) -> sums out (d, 128); low (2d, 128) is between stages."""
     (d, k), (a, b) = sizes, split(sizes[0])
     limit = k - pl.program_id(1) * _LANES
 
@@ -224,23 +277,15 @@ def _kernel(x, turns, waves, out, low, *own, sizes, kind, norm, swapped):
     def _():
         out[...] = jnp.zeros_like(out)
 
-    if own:  # x as float32, d along the rows: only rows of 32 bits are read at a stride
-        (whole,) = own
-
-        @pl.loop(0, d // _LANES)
-        def _(step):
-            rows = pl.ds(pl.multiple_of(step * _LANES, _LANES), _LANES)
-            whole[rows, :] = (
-                x[:, rows].astype(jnp.float32).T if swapped else x[rows, :].astype(jnp.float32)
-            )
-
-        x = whole
+    if own:
+        _as_float32(x, own[0], d, swapped)
+        x = own[0]
 
     def slot(p):
         return pl.ds(pl.multiple_of(p * 2 * b, 16), 2 * b)
 
     if kind == 2:
-
+        # waves over j₁ for each j₂ = j, kept as (p, cos or sin, j₂); then turns over j₂ for each p
         @pl.loop(0, b, unroll=_UNROLL)
         def _(j):
             low[pl.ds(j, 2 * a, b), :] = _dot(waves[...], x[pl.ds(j, a, b), :])
@@ -250,7 +295,7 @@ def _kernel(x, turns, waves, out, low, *own, sizes, kind, norm, swapped):
             _add(out, p * b, b, _dot(turns[p], low[slot(p), :]), limit, norm)
 
     else:
-
+        # the transpose: turns from frequencies of residue ± p, then waves
         @pl.loop(0, a, unroll=_UNROLL)
         def _(p):
             mirror = jnp.where(p == 0, a, 2 * a - p)
@@ -263,15 +308,19 @@ def _kernel(x, turns, waves, out, low, *own, sizes, kind, norm, swapped):
 
 
 def fast_bytes(d: int, itemsize: int, swapped: bool) -> int:
-    """VMEM of a tile: x and the sums twice, for the pipeline, both stages' factors and the first
-    one's result once."""
+    """VMEM of a tile.
+
+    x and the sums twice, for the pipeline, both stages' factors and the first one's result once.
+    """
     a, b = split(d)
-    wide = lambda size: -(-size // _LANES) * _LANES  # noqa: E731  # a narrow array fills its lanes in part
-    factor_bytes = 4 * max(
-        a * b * wide(2 * b) + 2 * a * wide(a), a * 2 * b * wide(b) + a * wide(2 * a)
-    )
+    wide = _platform.wide
+    of_kind_2 = a * b * wide(2 * b) + 2 * a * wide(a)
+    of_kind_3 = a * 2 * b * wide(b) + a * wide(2 * a)
+    factor_bytes = 4 * max(of_kind_2, of_kind_3)
     own = 4 * d * _LANES if swapped or itemsize < 4 else 0
-    return 2 * d * _LANES * (itemsize + 4) + 8 * d * _LANES + own + factor_bytes
+    x_and_sums = 2 * d * _LANES * (itemsize + 4)
+    low = 8 * d * _LANES
+    return x_and_sums + low + own + factor_bytes
 
 
 def _tpu(x, *, kind, norm, swapped, named, chip, interpret):
@@ -279,49 +328,45 @@ def _tpu(x, *, kind, norm, swapped, named, chip, interpret):
     d, k = sizes[::-1] if swapped else sizes
     if not named and d < _SMALLEST:
         raise _platform.Misfit(f"dct_scores: below d={_SMALLEST} XLA's product takes as long")
-    if (
-        not swapped and k % _LANES
-    ):  # XLA lays such an array out with d last, and would copy it for the kernel
+    if not swapped and k % _LANES:
+        # XLA lays such an array out with d last, and would copy it for the kernel
         x, swapped = jnp.swapaxes(x, 1, 2), True
     a, b = split(d)
+    what = f"dct_scores of x ({d}, {k})"
     costs = lambda *_: fast_bytes(d, itemsize, swapped)  # noqa: E731
-    _platform.largest(
-        _platform.budget("tpu", chip), costs, (d,), (_LANES,), f"dct_scores of x ({d}, {k})"
-    )
+    _platform.largest(_platform.budget("tpu", chip), costs, (d,), (_LANES,), what)
     turns, waves = factors(a, b)
     if kind == 3:
         turns, waves = jnp.swapaxes(turns, 1, 2), waves.T
+    # grid position (n, c) is the columns c of matrix n; sums of one matrix stay for all c
     once = pl.Buffered(1)
-    block, index = (
-        ((None, _LANES, d), lambda n, c: (n, c, 0))
-        if swapped
-        else ((None, d, _LANES), lambda n, c: (n, 0, c))
-    )
+    if swapped:
+        x_block = pl.BlockSpec((None, _LANES, d), lambda n, c: (n, c, 0))
+    else:
+        x_block = pl.BlockSpec((None, d, _LANES), lambda n, c: (n, 0, c))
+    turns_block = pl.BlockSpec(turns.shape, lambda n, c: (0, 0, 0), pipeline_mode=once)
+    waves_block = pl.BlockSpec(waves.shape, lambda n, c: (0, 0), pipeline_mode=once)
     scratch = [pltpu.VMEM((2 * d, _LANES), jnp.float32)]
     if swapped or itemsize < 4:
         scratch.append(pltpu.VMEM((d, _LANES), jnp.float32))
+    varying = jax.typeof(x).manual_axis_type
     sums = pl.pallas_call(
         functools.partial(_kernel, sizes=(d, k), kind=kind, norm=norm, swapped=swapped),
         grid=(count, pl.cdiv(k, _LANES)),
-        in_specs=[
-            pl.BlockSpec(block, index),
-            pl.BlockSpec(turns.shape, lambda n, c: (0, 0, 0), pipeline_mode=once),
-            pl.BlockSpec(waves.shape, lambda n, c: (0, 0), pipeline_mode=once),
-        ],
+        in_specs=[x_block, turns_block, waves_block],
         out_specs=pl.BlockSpec((None, d, _LANES), lambda n, c: (n, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct(
-            (count, d, _LANES), jnp.float32, manual_axis_type=jax.typeof(x).manual_axis_type
-        ),
+        out_shape=jax.ShapeDtypeStruct((count, d, _LANES), jnp.float32, manual_axis_type=varying),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=_platform.budget("tpu", chip) * 7 // 6,
+            vmem_limit_bytes=_platform.vmem_limit(chip),
         ),
         interpret=interpret,
         name="dct_scores",
     )(x, turns, waves)
     scores = jnp.sum(sums, axis=-1)
     scores = scores if norm == "l1" else jnp.sqrt(scores)
-    if kind == 3:  # rows came as (j₂, j₁)
+    if kind == 3:
+        # rows came as (j₂, j₁)
         return jnp.swapaxes(scores.reshape(count, b, a), 1, 2).reshape(count, d)
     return scores[:, np.argsort(frequencies(a, b).ravel())]

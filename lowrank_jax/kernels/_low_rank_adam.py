@@ -1,7 +1,8 @@
-"""Adam inside a subspace and its step on the weight, without the step in memory: W is read once and
-written in place.
+"""Adam inside a subspace and its step on the weight, read once and written in place.
 
     low (r, k)   mu, nu (r, k)   P (s, r)   W (s, k), or (k, s) where the columns are shrunk; each of them stacked
+
+The step itself is never in memory:
 
     m = b1 mu + (1 - b1) f low     v = b2 nu + (1 - b2) (f low)²     d = m / (sqrt(v) + eps)
     W <- W - rate P d - decay W
@@ -17,45 +18,50 @@ have the platform's default precision.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh
 
-from lowrank_jax import linalg, sharding
-from lowrank_jax.kernels import _bits, _divided, _low_rank_adam_gpu, _platform
+from lowrank_jax import sharding
+from lowrank_jax.kernels import _divided, _low_rank_adam_gpu, _platform
 from lowrank_jax.kernels import _low_rank_adam_parts as parts
-from lowrank_jax.linalg import dynamic_code
+from lowrank_jax.linalg import QuantizedBlocks, dynamic_code
+from lowrank_jax.typing import Scalar, Spec
 
-_MOMENT_CHUNK = 32  # a tile of 8-bit entries in VMEM has 32 rows
+# A tile of 8-bit entries in VMEM has 32 rows.
+_MOMENT_CHUNK = 32
+
+# A moment as it is stored.
+Moment = Array | QuantizedBlocks
 
 
 def low_rank_adam(
-    w: jax.Array,
-    basis: jax.Array,
-    low: jax.Array,
-    mu: Any,
-    nu: Any,
+    w: Array,
+    basis: Array,
+    low: Array,
+    mu: Moment,
+    nu: Moment,
     *,
-    b1: Any,
-    b2: Any,
-    eps: Any,
-    rate: Any,
-    decay: Any = 0.0,
-    factor: Any = 1.0,
-    accepted: Any = True,
-    keys: jax.Array | None = None,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    rate: Scalar,
+    decay: Scalar = 0.0,
+    factor: Scalar = 1.0,
+    accepted: Scalar = True,
+    keys: Array | None = None,
     side: str = "rows",
     implementation: str | None = None,
-    spec: tuple[Any, Any, Any] | None = None,
+    spec: Spec | None = None,
     chip: str | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, Any, Any]:
-    """`(w, mu, nu)` after one step; donate all three, and not `low`, whose shape is that of the
-    moments.
+) -> tuple[Array, Moment, Moment]:
+    """`(w, mu, nu)` after one step; donate all three, and not `low`, which is like the moments.
 
     Args:
       w: `(L, s, k)`, or `(L, k, s)` with side="cols"; float32 or bfloat16.
@@ -99,101 +105,146 @@ def low_rank_adam(
     >>> print(w[0, 0], mu[0, 0], nu[0, 0])  # the direction is 0.5 / sqrt(0.25)
     [0.9 0.9] [0.5 0.5] [0.25 0.25]
     """
-    coded = isinstance(mu, linalg.QuantizedBlocks)
     _check(w, basis, low, mu, nu, keys, side)
-    values = {
-        "b1": b1,
-        "rest1": 1 - b1,
-        "b2": b2,
-        "rest2": 1 - b2,
-        "eps": eps,
-        "rate": rate,
-        "decay": decay,
-        "factor": factor,
-        "accepted": accepted,
-    }
+    count, stochastic = w.shape[0], keys is not None and w.dtype == jnp.bfloat16
+    numbers = _numbers(
+        count,
+        b1=b1,
+        rest1=1 - b1,
+        b2=b2,
+        rest2=1 - b2,
+        eps=eps,
+        rate=rate,
+        decay=decay,
+        factor=factor,
+        accepted=accepted,
+    )
+    words = _words(w, keys if stochastic else None)
+    choice = parts.Choice(
+        side=side,
+        coded=isinstance(mu, QuantizedBlocks),
+        block=mu.block if isinstance(mu, QuantizedBlocks) else 0,
+        stochastic=stochastic,
+        implementation=implementation,
+        chip=chip,
+        interpret=interpret,
+    )
+    division, mesh = None, _divided.mesh()
+    if spec is not None and mesh is not None:
+        division = _division(mesh, spec, choice, (count, basis.shape[1], low.shape[2]))
+    w, mu, nu = _platform.dispatch(
+        implementation,
+        interpret,
+        numbers,
+        words,
+        w,
+        basis,
+        low,
+        mu,
+        nu,
+        division=division,
+        reference=functools.partial(parts.reference, choice=choice),
+        tpu=functools.partial(_tpu, choice=choice),
+        gpu=functools.partial(_low_rank_adam_gpu.gpu, choice=choice),
+    )
+    return w, mu, nu
+
+
+def _numbers(count: int, **values: Scalar) -> Array:
+    """`(L, fields)` float32: the numbers of `parts.FIELDS` for each matrix."""
+    columns = [jnp.asarray(values[name], jnp.float32) for name in parts.FIELDS]
+    return jnp.stack([jnp.broadcast_to(column, count) for column in columns], axis=1)
+
+
+def _words(w: Array, keys: Array | None) -> Array:
+    """`(L, 4)` uint32: of each matrix a key, the flat index of its first entry, a row's length."""
     count = w.shape[0]
-    numbers = jnp.stack(
-        [jnp.broadcast_to(jnp.asarray(values[n], jnp.float32), count) for n in parts.FIELDS], axis=1
-    )
-    words, stochastic = (
-        jnp.zeros((count, 2), jnp.uint32),
-        keys is not None and w.dtype == jnp.bfloat16,
-    )
-    if keys is not None and stochastic:
-        words = jax.random.key_data(keys)[..., :2]
-    first, across = jnp.zeros((count, 1), jnp.uint32), jnp.full((count, 1), w.shape[-1], jnp.uint32)
-    words = jnp.concatenate(
-        [words, first, across], axis=1
-    )  # of w[l]: a key, the flat index of its first entry, a row
-    block = mu.block if coded else 0
-    choice = parts.Choice(side, coded, block, stochastic, implementation, chip, interpret)
-    operands = (numbers, words, w, basis, low, mu, nu)
-    programs = {"reference": parts.reference, "tpu": _tpu, "gpu": _low_rank_adam_gpu.gpu}
-    bound: dict[str, Any] = {
-        name: functools.partial(program, choice=choice) for name, program in programs.items()
-    }
-    division = None
-    if spec is not None and _divided.mesh() is not None:
-        division = _division(_divided.mesh(), spec, choice, (count, basis.shape[1], low.shape[2]))
-    return _platform.dispatch(implementation, interpret, *operands, division=division, **bound)
+    key_words = jnp.zeros((count, 2), jnp.uint32)
+    if keys is not None:
+        key_words = jax.random.key_data(keys)[..., :2]
+    first = jnp.zeros((count, 1), jnp.uint32)
+    length = jnp.full((count, 1), w.shape[-1], jnp.uint32)
+    return jnp.concatenate([key_words, first, length], axis=1)
 
 
-def _division(mesh, spec, choice, shape) -> _divided.Division:
-    block, side = choice.block, choice.side
-    (count, s, k), (layers, kept, rows) = shape, (sharding.dividing(entry, mesh) for entry in spec)
-    few, many = sharding.parts(layers, mesh), sharding.parts(kept, mesh)
-    if (
-        count % few
-        or k % many
-        or s % sharding.parts(rows, mesh)
-        or (block and kept and k // many % block)
-    ):
+def _division(
+    mesh: Mesh,
+    spec: Spec,
+    choice: parts.Choice,
+    shape: tuple[int, int, int],
+) -> _divided.Division:
+    """How operands of `shape = (L, s, k)` lie: all along L and k, bases along L and s."""
+    count, s, k = shape
+    layers, columns, rows = (sharding.dividing(entry, mesh) for entry in spec)
+    n_layers, n_columns, n_rows = (sharding.parts(axes, mesh) for axes in (layers, columns, rows))
+    even = count % n_layers == 0 and k % n_columns == 0 and s % n_rows == 0
+    cuts_block = bool(choice.block and columns and k // n_columns % choice.block)
+    if not even or cuts_block:
         raise ValueError(
             f"low_rank_adam: spec={spec} on the mesh {dict(mesh.shape)} must divide {count} "
-            f"matrices, k = {k} and s = "
-            f"{s} without a rest" + f", and cut no block of {block}" * bool(block)
+            f"matrices, k = {k} and s = {s} without a rest"
+            + f", and cut no block of {choice.block}"
+            * bool(choice.block)
         )
-    low = _divided.matrix(layers, (), kept)
-    w = low if side == "rows" else _divided.matrix(layers, kept, ())
-    own = _divided.matrix(layers)
-    around = functools.partial(_on_own_block, kept=kept, count=many, rows=rows, choice=choice)
-    operands = own, own, w, _divided.matrix(layers, rows), low, low, low
+    per_layer = _divided.matrix(layers)
+    basis = _divided.matrix(layers, rows)
+    low = _divided.matrix(layers, (), columns)
+    w = low if choice.side == "rows" else _divided.matrix(layers, columns, ())
+    around = functools.partial(
+        _on_own_block,
+        columns=columns,
+        count=n_columns,
+        rows=rows,
+        choice=choice,
+    )
+    operands = (per_layer, per_layer, w, basis, low, low, low)
     return _divided.Division(mesh, operands, (w, low, low), around, falls_back=True)
 
 
-def _on_own_block(program, name, *, kept, count, rows, choice):
-    """`program` on a device's columns of matrices, whose bases are gathered over `rows` one after
-    the other.
+def _check_gains(w: Array, name: str, choice: parts.Choice) -> None:
+    """Where nobody named the kernel, a misfit where XLA's own program moves no more on a TPU."""
+    step_bytes = 4 * w.shape[1] * w.shape[2]
+    small = step_bytes <= _platform.vmem(choice.chip) // 4
+    if name == "tpu" and choice.implementation is None and small and not choice.coded:
+        raise _platform.Misfit(
+            f"low_rank_adam: XLA keeps the step of a block {w.shape[1:]} in VMEM"
+        )
 
-    Its words draw for the entries of the block what they draw for them in all of w. At the default
-    precision a TPU multiplies by a basis in bfloat16, and so it is sent.
+
+def _own_words(words: Array, w: Array, low: Array, columns, count: int, side: str) -> Array:
+    """Words that draw for the entries of a block what they draw for them in all of w."""
+    if side == "rows":
+        # blocks of columns lie next to each other in a row of `count` blocks
+        step, length = low.shape[-1], count * w.shape[-1]
+    else:
+        step, length = low.shape[-1] * w.shape[-1], w.shape[-1]
+    first = jax.lax.axis_index(columns).astype(jnp.uint32) * jnp.uint32(step)
+    return words.at[:, 2].set(first).at[:, 3].set(jnp.uint32(length))
+
+
+def _on_own_block(program, name, *, columns, count, rows, choice):
+    """`program` on a device's columns, with bases gathered over `rows` one after the other.
+
+    At the default precision a TPU multiplies by a basis in bfloat16, and so it is sent.
     """
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    side, exact = choice.side, choice.interpret or precision not in (None, "default")
+    exact = choice.interpret or precision not in (None, "default")
+    sent_rounded = name == "tpu" and not exact
 
     def run(numbers, words, w, basis, low, mu, nu):
-        small = 4 * w.shape[1] * w.shape[2] <= _platform.vmem(choice.chip) // 4
-        if name == "tpu" and choice.implementation is None and small and not choice.coded:
-            raise _platform.Misfit(
-                f"low_rank_adam: XLA keeps the step of a block {w.shape[1:]} in VMEM"
-            )
-        if kept:
-            step, across = low.shape[-1], count * w.shape[-1]
-            step, across = (step, across) if side == "rows" else (step * w.shape[-1], w.shape[-1])
-            first = jax.lax.axis_index(kept).astype(jnp.uint32) * jnp.uint32(step)
-            words = words.at[:, 2].set(first).at[:, 3].set(jnp.uint32(across))
+        _check_gains(w, name, choice)
+        if columns:
+            words = _own_words(words, w, low, columns, count, choice.side)
         if not rows:
             return program(numbers, words, w, basis, low, mu, nu)
 
         def one(layer, carry):
             w, mu, nu = carry
-            *own, part = (
-                jax.lax.dynamic_slice_in_dim(x, layer, 1) for x in (numbers, words, basis)
-            )
-            part = part if exact or name != "tpu" else part.astype(jnp.bfloat16)
-            whole = jax.lax.all_gather(part, rows, axis=1, tiled=True)
-            return program(*own, w, whole, low, mu, nu, first=layer)
+            own = [jax.lax.dynamic_slice_in_dim(x, layer, 1) for x in (numbers, words, basis)]
+            own_numbers, own_words, part = own
+            part = part.astype(jnp.bfloat16) if sent_rounded else part
+            gathered = jax.lax.all_gather(part, rows, axis=1, tiled=True)
+            return program(own_numbers, own_words, w, gathered, low, mu, nu, first=layer)
 
         return jax.lax.fori_loop(0, w.shape[0], one, (w, mu, nu))
 
@@ -213,43 +264,72 @@ def _check(w, basis, low, mu, nu, keys, side) -> None:
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     count, s, r = shapes["basis"] if basis.ndim == 3 else (-1, -1, -1)
     k = low.shape[-1]
-    whole = (count, s, k) if side == "rows" else (count, k, s)
-    if shapes["w"] != whole or any(shapes[name] != (count, r, k) for name in ("low", "mu", "nu")):
+    w_shape, text = (count, s, k), "(L, s, k)"
+    if side == "cols":
+        w_shape, text = (count, k, s), "(L, k, s)"
+    low_shapes = [shapes[name] for name in ("low", "mu", "nu")]
+    if shapes["w"] != w_shape or any(shape != (count, r, k) for shape in low_shapes):
         raise ValueError(
-            f"low_rank_adam: shapes {shapes} must be w "
-            f"{'(L, s, k)' if side == 'rows' else '(L, k, s)'}, basis (L, s, r), and low, mu, nu "
+            f"low_rank_adam: shapes {shapes} must be w {text}, basis (L, s, r), and low, mu, nu "
             "(L, r, k)"
         )
-    stored = [
-        (x.code, x.block) if isinstance(x, linalg.QuantizedBlocks) else None for x in (mu, nu)
-    ]
-    block = getattr(mu, "block", None)
-    if stored not in ([None, None], [("signed", block), ("unsigned", block)]):
-        raise ValueError(
-            f"low_rank_adam: mu and nu are stored as {stored[0]} and {stored[1]}; give both as "
-            "arrays, or both in blocks of one size, mu signed and nu unsigned"
-        )
+    _check_storage(mu, nu)
     if keys is not None and keys.shape != (count,):
         raise ValueError(
             f"low_rank_adam: keys of shape {keys.shape} must be ({count},), one for each matrix"
         )
 
 
-def _chunks(size: int, chunk: int, some: Callable[[Any, int], None]) -> None:
-    """`some(start, length)` over an axis; a loop, since Mosaic unrolls what stands inside."""
-    whole, rest = divmod(size, chunk)
-    if whole:
+def _check_storage(mu: Moment, nu: Moment) -> None:
+    kinds = [(x.code, x.block) if isinstance(x, QuantizedBlocks) else None for x in (mu, nu)]
+    block = getattr(mu, "block", None)
+    if kinds not in ([None, None], [("signed", block), ("unsigned", block)]):
+        raise ValueError(
+            f"low_rank_adam: mu and nu are stored as {kinds[0]} and {kinds[1]}; give both as "
+            "arrays, or both in blocks of one size, mu signed and nu unsigned"
+        )
 
-        @pl.loop(0, whole)
-        def _(step):
-            some(pl.multiple_of(step * chunk, chunk), chunk)
 
-    if rest:
-        some(whole * chunk, rest)
+def _step_arrays(rows, n, low, before, after, d):
+    """Moments that are arrays: some rows of a tile, written to `after` and to the direction d."""
+    mu, nu = (x[rows, :].astype(jnp.float32) for x in before)
+    new = parts.moved(low[rows, :], mu, nu, n)
+    for out, value in zip((*after, d), new, strict=True):
+        out[rows, :] = value.astype(out.dtype)
+
+
+def _step_blocks(rows, n, low, before, after, d, *, block, tile, k):
+    """Moments in 8-bit codes: some rows of a tile, a block of columns after the other.
+
+    `before` and `after` are `(codes of mu, scales of mu, codes of nu, scales of nu)`; scales lie in
+    VMEM for all blocks of a row, of which a mask takes the column of this block.
+    """
+    size, cols = rows.size, low.shape[1]
+    width = min(block, cols)
+    blocks = cols // width
+    for part in range(blocks):
+        number = tile * blocks + part
+        lanes = pl.ds(part * width, width)
+        here = jax.lax.broadcasted_iota(jnp.int32, (size, before[1].shape[1]), 1) == number
+        valid = jax.lax.broadcasted_iota(jnp.int32, (size, width), 1) + number * width < k
+        codes = [x[rows, lanes].astype(jnp.int32) for x in before[::2]]
+        scales = [
+            jnp.sum(jnp.where(here, x[rows, :], 0.0), axis=1, keepdims=True) for x in before[1::2]
+        ]
+        mu, nu = (dynamic_code.decode(codes[i], i == 0) * scales[i] for i in range(2))
+        *new, direction = parts.moved(low[rows, lanes], mu, nu, n)
+        for i, code in enumerate(("signed", "unsigned")):
+            accepted = n["accepted"] > 0
+            stored, scale = parts.recoded(codes[i], scales[i], new[i], code, accepted, valid)
+            all_scales = after[2 * i + 1]
+            after[2 * i][rows, lanes] = stored
+            all_scales[rows, :] = jnp.where(here, scale, all_scales[rows, :])
+        d[rows, lanes] = direction.astype(d.dtype)
 
 
 def _tpu_kernel(first, numbers, words, basis, w, low, *refs, choice, k):
-    del first  # of the blocks' places alone
+    """One tile of columns: basis (s, r), w (s, cols) or (cols, s), low and moments (r, cols)."""
+    del first  # read where blocks are found
     leaves = 4 if choice.coded else 2
     before, w_out, after = refs[:leaves], refs[leaves], refs[leaves + 1 : 2 * leaves + 1]
     d, *turned = refs[2 * leaves + 1 :]
@@ -257,117 +337,115 @@ def _tpu_kernel(first, numbers, words, basis, w, low, *refs, choice, k):
     n = {name: numbers[layer, i] for i, name in enumerate(parts.FIELDS)}
     (r, cols), s = low.shape, basis.shape[0]
 
-    def plain(start, size):
+    def moments(start, size):
         rows = pl.ds(start, size)
-        mu, nu = (x[rows, :].astype(jnp.float32) for x in before)
-        m, v, new = parts.moved(low[rows, :], mu, nu, n)
-        for out, value in zip((*after, d), (m, v, new), strict=True):
-            out[rows, :] = value.astype(out.dtype)
+        if choice.coded:
+            _step_blocks(rows, n, low, before, after, d, block=choice.block, tile=tile, k=k)
+        else:
+            _step_arrays(rows, n, low, before, after, d)
 
-    def coded(start, size):
-        rows, width = pl.ds(start, size), min(choice.block, cols)
-        for part in range(cols // width):
-            lanes, number = pl.ds(part * width, width), tile * (cols // width) + part
-            here = jax.lax.broadcasted_iota(jnp.int32, (size, before[1].shape[1]), 1) == number
-            valid = jax.lax.broadcasted_iota(jnp.int32, (size, width), 1) + number * width < k
-            codes = [x[rows, lanes].astype(jnp.int32) for x in before[::2]]
-            scales = [
-                jnp.sum(jnp.where(here, x[rows, :], 0.0), axis=1, keepdims=True)
-                for x in before[1::2]
-            ]
-            mu, nu = (dynamic_code.decode(codes[i], i == 0) * scales[i] for i in range(2))
-            *new, direction = parts.moved(low[rows, lanes], mu, nu, n)
-            for i, code in enumerate(("signed", "unsigned")):
-                kept, scale = parts.recoded(
-                    codes[i], scales[i], new[i], code, n["accepted"] > 0, valid
-                )
-                after[2 * i][rows, lanes] = kept
-                after[2 * i + 1][rows, :] = jnp.where(here, scale, after[2 * i + 1][rows, :])
-            d[rows, lanes] = direction.astype(d.dtype)
-
-    _chunks(r, _MOMENT_CHUNK, coded if choice.coded else plain)
+    _platform.in_chunks(r, _MOMENT_CHUNK, moments)
     if choice.side == "cols":
         turned[0][...] = d[...].T
 
     def write(start, size):
         p = basis[pl.ds(start, size), :]
-        place: Any
+        # rows of P d, or columns of dᵀ Pᵀ; `top, left` is where they begin in the matrix
+        place: tuple[Any, Any]
         if choice.side == "rows":
-            place, step = (pl.ds(start, size), slice(None)), _dot(p, d[...])
-            first, last = start, tile * cols
+            place = (pl.ds(start, size), slice(None))
+            step = _dot(p, d[...])
+            top, left = start, tile * cols
         else:
-            place, step = (slice(None), pl.ds(start, size)), _dot(turned[0][...], p, transpose=True)
-            first, last = tile * cols, start
+            place = (slice(None), pl.ds(start, size))
+            step = _dot(turned[0][...], p, transpose=True)
+            top, left = tile * cols, start
         noise = None
         if choice.stochastic:
-            rows, lanes = (jax.lax.broadcasted_iota(jnp.int32, step.shape, axis) for axis in (0, 1))
-            index = _bits.place(
-                words, layer, (rows + first).astype(jnp.uint32), (lanes + last).astype(jnp.uint32)
-            )
-            noise = _bits.random_bits((words[layer, 0], words[layer, 1]), index)
+            row, col = (jax.lax.broadcasted_iota(jnp.int32, step.shape, axis) for axis in (0, 1))
+            row, col = (row + top).astype(jnp.uint32), (col + left).astype(jnp.uint32)
+            noise = parts.drawn(words, layer, row, col)
         w_out[place] = parts.written(w[place], step, n, noise)
 
-    _chunks(s, parts.CHUNK, write)
+    _platform.in_chunks(s, parts.CHUNK, write)
 
 
 def _dot(x, y, transpose=False):
-    return jax.lax.dot_general(
-        x, y, (((1,), (int(transpose),)), ((), ())), preferred_element_type=jnp.float32
-    )
+    contracted = (1,), (int(transpose),)
+    return jax.lax.dot_general(x, y, (contracted, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _columns(rows: int, cols: int) -> pl.BlockSpec:
+    """The block `(rows, cols)` of a tile of columns, of stacks that begin at `first`."""
+    return pl.BlockSpec((None, rows, cols), lambda layer, tile, first: (first[0] + layer, 0, tile))
+
+
+def _blocks(w: Array, cols: int, moments: list[Array], choice: parts.Choice):
+    """`(w, moments)`: the blocks of one tile of `cols` columns in the stacks from `first` on."""
+    if choice.side == "rows":
+        w_block = _columns(w.shape[1], cols)
+    else:
+        w_block = pl.BlockSpec(
+            (None, cols, w.shape[2]),
+            lambda layer, tile, first: (first[0] + layer, tile, 0),
+        )
+
+    def block(i: int, x: Array) -> pl.BlockSpec:
+        if not (choice.coded and i % 2):
+            return _columns(x.shape[1], cols)
+        # scales of a matrix stay in VMEM for all tiles
+        return pl.BlockSpec(
+            (None, *x.shape[1:]),
+            lambda layer, tile, first: (first[0] + layer, 0, 0),
+        )
+
+    return w_block, [block(i, x) for i, x in enumerate(moments)]
 
 
 def _tpu(numbers, words, w, basis, low, mu, nu, first=0, *, choice):
-    """The matrices of `basis`, which has numbers and words too, are those of the other stacks from
-    `first` on."""
+    """Moments and weights of a tile of columns in one program.
+
+    The matrices of `basis`, which has numbers and words too, are those of the other stacks from
+    `first` on.
+    """
     (count, s, r), k = basis.shape, low.shape[2]
-    if choice.implementation is None and (s % 128 or k % 128):
+    if choice.implementation is None and (s % _platform.LANES or k % _platform.LANES):
         raise _platform.Misfit(f"low_rank_adam: XLA would copy w {w.shape} to the kernel's layout")
     moments, treedef = jax.tree.flatten((mu, nu))
-    sizes = (
-        w.dtype.itemsize,
-        basis.dtype.itemsize,
-        max(x.dtype.itemsize for x in moments[:: 1 + choice.coded]),
-    )
-    _, cols = parts.tiles((s, r, k), sizes, choice.block if choice.coded else 0, "tpu", choice.chip)
-    column = pl.BlockSpec((None, r, cols), lambda layer, tile, first: (first[0] + layer, 0, tile))
-    if choice.side == "rows":
-        weight = pl.BlockSpec(
-            (None, s, cols), lambda layer, tile, first: (first[0] + layer, 0, tile)
-        )
-    else:
-        weight = pl.BlockSpec(
-            (None, cols, s), lambda layer, tile, first: (first[0] + layer, tile, 0)
-        )
-
-    def whole(x):
-        return pl.BlockSpec(
-            (None, *x.shape[1:]), lambda layer, tile, first: (first[0] + layer, 0, 0)
-        )
-
-    specs = [whole(x) if choice.coded and i % 2 else column for i, x in enumerate(moments)]
+    # of codes and scales, the codes
+    stored = moments[:: 1 + choice.coded]
+    of_moment = max(x.dtype.itemsize for x in stored)
+    sizes = (w.dtype.itemsize, basis.dtype.itemsize, of_moment)
+    _, cols = parts.tiles((s, r, k), sizes, choice.block, "tpu", choice.chip)
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    resident = pl.BlockSpec(
-        (None, s, r), lambda layer, tile, first: (layer, 0, 0), pipeline_mode=pl.Buffered(1)
+    basis_block = pl.BlockSpec(
+        (None, s, r),
+        lambda layer, tile, first: (layer, 0, 0),
+        pipeline_mode=pl.Buffered(1),
     )
-    shapes = [_platform.output(x.shape, x) for x in (w, *moments)]
+    w_block, moment_blocks = _blocks(w, cols, moments, choice)
+    # the direction, and its transpose for the product dᵀ Pᵀ
+    scratch = [pltpu.VMEM((r, cols), basis.dtype)]
+    if choice.side == "cols":
+        scratch.append(pltpu.VMEM((cols, r), basis.dtype))
+    # operands after `first`: numbers, words, basis, w, low, moments
+    aliases = {4: 0} | {6 + i: 1 + i for i in range(len(moments))}
+    # scales are filled in turn, tile after tile
+    order: Any = "arbitrary" if choice.coded else "parallel"
     w, *moments = pl.pallas_call(
         functools.partial(_tpu_kernel, choice=choice, k=k),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(count, pl.cdiv(k, cols)),
-            in_specs=[scalars, scalars, resident, weight, column, *specs],
-            out_specs=[weight, *specs],
-            scratch_shapes=[pltpu.VMEM((r, cols), basis.dtype)]
-            + [pltpu.VMEM((cols, r), basis.dtype)] * (choice.side == "cols"),
+            in_specs=[scalars, scalars, basis_block, w_block, _columns(r, cols), *moment_blocks],
+            out_specs=[w_block, *moment_blocks],
+            scratch_shapes=scratch,
         ),
-        out_shape=shapes,
-        input_output_aliases={4: 0} | {6 + i: 1 + i for i in range(len(moments))},
+        out_shape=[_platform.output(x.shape, x) for x in (w, *moments)],
+        input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=(
-                "arbitrary",
-                "arbitrary" if choice.coded else "parallel",
-            ),  # scales are filled in turn
-            vmem_limit_bytes=_platform.budget("tpu", choice.chip) * 7 // 6,
+            dimension_semantics=("arbitrary", order),
+            vmem_limit_bytes=_platform.vmem_limit(choice.chip),
         ),
         interpret=choice.interpret,
         name="low_rank_adam",

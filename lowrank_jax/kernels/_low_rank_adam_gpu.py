@@ -1,5 +1,4 @@
-"""`low_rank_adam` on NVIDIA GPUs: one program for the moments, one for the product that ends on
-W."""
+"""`low_rank_adam` on NVIDIA GPUs: a program for moments, and one for the product that ends on W."""
 
 from __future__ import annotations
 
@@ -10,11 +9,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from lowrank_jax.kernels import _bits, _platform
 from lowrank_jax.kernels import _low_rank_adam_parts as parts
+from lowrank_jax.kernels import _platform
 from lowrank_jax.linalg import dynamic_code
 
-_ENTRIES = 4096  # of a tile of moments
+# Entries of a tile of moments, its columns where they are arrays, and the most rows.
+_ENTRIES = 4096
+_COLS = 256
+_ROWS = 16
+
+
+def _numbers(table, layer):
+    return {name: table[layer, field] for field, name in enumerate(parts.FIELDS)}
 
 
 def _place(layer, first, last, limits):
@@ -24,72 +30,102 @@ def _place(layer, first, last, limits):
 
 
 def _moments_kernel(start, numbers, low, *refs, choice, sizes, tile):
+    """Tile `(i, j)` of the moments; `refs` are moments before, the direction, moments after.
+
+    Moments in codes are `(codes of mu, scales of mu, codes of nu, scales of nu)`.
+    """
     leaves = 4 if choice.coded else 2
     before, d, after = refs[:leaves], refs[leaves], refs[leaves + 1 :]
     (r, k), (i, j) = sizes, tile
     layer, part = pl.program_id(0), pl.program_id(2)
-    n = {name: numbers[layer, field] for field, name in enumerate(parts.FIELDS)}
-    rows, cols = pl.program_id(1) * i + jnp.arange(i), part * j + jnp.arange(j)
+    n = _numbers(numbers, layer)
+    rows = pl.program_id(1) * i + jnp.arange(i)
+    cols = part * j + jnp.arange(j)
+    # low and d are those of this call, moments stand in stacks that begin before
     own, inside = _place(layer, rows, cols, (r, k))
     place, _ = _place(start[0] + layer, rows, cols, (r, k))
-    load = lambda ref, place=place: plgpu.load(ref.at[place], mask=inside, other=0)  # noqa: E731
+    grad = plgpu.load(low.at[own], mask=inside, other=0)
+
+    def load(ref):
+        return plgpu.load(ref.at[place], mask=inside, other=0)
+
     if not choice.coded:
         mu, nu = (load(x).astype(jnp.float32) for x in before)
-        *new, direction = parts.moved(load(low, own), mu, nu, n)
+        *new, direction = parts.moved(grad, mu, nu, n)
         for ref, value in zip(after, new, strict=True):
             plgpu.store(ref.at[place], value.astype(ref.dtype), mask=inside)
         plgpu.store(d.at[own], direction, mask=inside)
         return
-    scale_place, real = (
-        (start[0] + layer, rows[:, None], jnp.full((1, 1), part)),
-        (rows < r)[:, None],
-    )
+    # a tile is a block wide, and has one scale a row
+    scale_place = (start[0] + layer, rows[:, None], jnp.full((1, 1), part))
+    real = (rows < r)[:, None]
     codes = [load(x).astype(jnp.int32) for x in before[::2]]
     scales = [plgpu.load(x.at[scale_place], mask=real, other=0) for x in before[1::2]]
-    mu, nu = (
-        dynamic_code.decode(codes[number], number == 0) * scales[number] for number in range(2)
-    )
-    *new, direction = parts.moved(load(low, own), mu, nu, n)
-    for number, code in enumerate(("signed", "unsigned")):
-        kept, scale = parts.recoded(
-            codes[number], scales[number], new[number], code, n["accepted"] > 0, inside
-        )
-        plgpu.store(after[2 * number].at[place], kept, mask=inside)
-        plgpu.store(after[2 * number + 1].at[scale_place], scale, mask=real)
+    mu = dynamic_code.decode(codes[0], signed=True) * scales[0]
+    nu = dynamic_code.decode(codes[1], signed=False) * scales[1]
+    *new, direction = parts.moved(grad, mu, nu, n)
+    for i, code in enumerate(("signed", "unsigned")):
+        accepted = n["accepted"] > 0
+        stored, scale = parts.recoded(codes[i], scales[i], new[i], code, accepted, inside)
+        plgpu.store(after[2 * i].at[place], stored, mask=inside)
+        plgpu.store(after[2 * i + 1].at[scale_place], scale, mask=real)
     plgpu.store(d.at[own], direction, mask=inside)
 
 
 def _write_kernel(start, numbers, words, w, basis, d, out, *, choice, sizes, tile):
+    """Tile `(i, j)` of w: rows `first`, columns `last`, summed over the rank."""
     (s, r, k), (i, j) = sizes, tile
-    layer, first = pl.program_id(0), pl.program_id(1) * i + jnp.arange(i)
+    depth = parts.GPU_DEPTH
+    layer = pl.program_id(0)
+    first = pl.program_id(1) * i + jnp.arange(i)
     last = pl.program_id(2) * j + jnp.arange(j)
-    n = {name: numbers[layer, field] for field, name in enumerate(parts.FIELDS)}
+    n = _numbers(numbers, layer)
 
     def load(ref, rows, cols, limits):
         place, inside = _place(layer, rows, cols, limits)
         return plgpu.load(ref.at[place], mask=inside, other=0).astype(jnp.float32)
 
-    def body(step, total):
-        q = step * parts.GPU_DEPTH + jnp.arange(parts.GPU_DEPTH)
+    def by_rows(step, total):
+        # P d: P (i, depth), d (depth, j)
+        q = step * depth + jnp.arange(depth)
         return total + plgpu.dot(load(basis, first, q, (s, r)), load(d, q, last, (r, k)))
 
-    def turned(step, total):
-        q = step * parts.GPU_DEPTH + jnp.arange(parts.GPU_DEPTH)
+    def by_cols(step, total):
+        # dᵀ Pᵀ: d (depth, i), P (j, depth)
+        q = step * depth + jnp.arange(depth)
         return total + plgpu.dot(load(d, q, first, (r, k)).T, load(basis, last, q, (s, r)).T)
 
-    product, shape = (body, (s, k)) if choice.side == "rows" else (turned, (k, s))
-    total = jax.lax.fori_loop(
-        0, pl.cdiv(r, parts.GPU_DEPTH), product, jnp.zeros((i, j), jnp.float32)
-    )
+    product, shape = (by_rows, (s, k)) if choice.side == "rows" else (by_cols, (k, s))
+    zero = jnp.zeros((i, j), jnp.float32)
+    total = jax.lax.fori_loop(0, pl.cdiv(r, depth), product, zero)
     place, inside = _place(start[0] + layer, first, last, shape)
     noise = None
     if choice.stochastic:
-        index = _bits.place(
-            words, layer, *(x.astype(jnp.uint32) for x in (first[:, None], last[None, :]))
-        )
-        noise = _bits.random_bits((words[layer, 0], words[layer, 1]), index)
+        rows, cols = first[:, None].astype(jnp.uint32), last[None, :].astype(jnp.uint32)
+        noise = parts.drawn(words, layer, rows, cols)
     old = plgpu.load(w.at[place], mask=inside, other=0)
     plgpu.store(out.at[place], parts.written(old, total, n, noise), mask=inside)
+
+
+def _like(x):
+    return _platform.output(x.shape, x)
+
+
+def _moments(start, numbers, low, moments, choice):
+    """`(d, *moments)`, the direction in the place of `low`."""
+    count, r, k = low.shape
+    cols = choice.block if choice.coded else _COLS
+    rows = max(1, min(_ENTRIES // cols, _ROWS))
+    aliases = {2: 0} | {3 + i: 1 + i for i in range(len(moments))}
+    return pl.pallas_call(
+        functools.partial(_moments_kernel, choice=choice, sizes=(r, k), tile=(rows, cols)),
+        grid=(count, pl.cdiv(r, rows), pl.cdiv(k, cols)),
+        out_shape=[_like(x) for x in (low, *moments)],
+        input_output_aliases=aliases,
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        interpret=choice.interpret,
+        name="low_rank_adam_moments",
+    )(start, numbers, low, *moments)
 
 
 def gpu(numbers, words, w, basis, low, mu, nu, first=None, *, choice):
@@ -105,28 +141,19 @@ def gpu(numbers, words, w, basis, low, mu, nu, first=None, *, choice):
     sizes = (w.dtype.itemsize, basis.dtype.itemsize, mu.dtype.itemsize)
     i, j = parts.tiles((s, r, k), sizes, choice.block, "gpu", choice.chip)
     moments, treedef = jax.tree.flatten((mu, nu))
-    cols = choice.block if choice.coded else 256
-    rows = max(1, min(_ENTRIES // cols, 16))
-    same = lambda x: _platform.output(x.shape, x)  # noqa: E731
-    d, *moments = pl.pallas_call(
-        functools.partial(_moments_kernel, choice=choice, sizes=(r, k), tile=(rows, cols)),
-        grid=(count, pl.cdiv(r, rows), pl.cdiv(k, cols)),
-        out_shape=[same(x) for x in (low, *moments)],
-        input_output_aliases={2: 0} | {3 + number: 1 + number for number in range(len(moments))},
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
-        interpret=choice.interpret,
-        name="low_rank_adam_moments",
-    )(start, numbers, low, *moments)
+    d, *moments = _moments(start, numbers, low, moments, choice)
+    # the tile is one of the oriented w
     if choice.side == "cols":
         i, j = j, i
     rows, cols = w.shape[1:]
     w = pl.pallas_call(
         functools.partial(_write_kernel, choice=choice, sizes=(s, r, k), tile=(i, j)),
         grid=(count, pl.cdiv(rows, i), pl.cdiv(cols, j)),
-        out_shape=same(w),
+        out_shape=_like(w),
         input_output_aliases={3: 0},
         compiler_params=plgpu.CompilerParams(
-            num_warps=8 if i * j >= 128 * 128 else 4, num_stages=parts.STAGES
+            num_warps=8 if i * j >= 128 * 128 else 4,
+            num_stages=parts.STAGES,
         ),
         interpret=choice.interpret,
         name="low_rank_adam_write",

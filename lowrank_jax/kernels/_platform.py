@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import pallas as pl
 
 from lowrank_jax import sharding
-from lowrank_jax.kernels._divided import Division
+from lowrank_jax.kernels._divided import Division, Product, Program
+from lowrank_jax.typing import Pytree, Shape
 
 IMPLEMENTATIONS = ("reference", "tpu", "gpu")
+
+# columns of a register of a TPU, and of what VMEM gives a row
+LANES = 128
 
 
 class Misfit(ValueError):
@@ -20,8 +26,9 @@ class Misfit(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fast:
-    """The memory next to the compute units: VMEM of a TensorCore, shared memory that one block may
-    ask for.
+    """The memory next to the compute units.
+
+    VMEM of a TensorCore; on a GPU the shared memory that one block may ask for.
 
     Attributes:
       platform: "tpu" or "gpu".
@@ -43,14 +50,14 @@ CHIPS = {
     "a100": Fast(platform="gpu", bytes=163 * 2**10),
     "rtx4090": Fast(platform="gpu", bytes=99 * 2**10),
 }
-# The compiler's own scratch and what a pipeline holds beside its blocks. Without a chip the
-# smallest of a platform.
+# What blocks may take: the rest is the compiler's own scratch and what a pipeline holds with them.
 _SHARE = 0.75
 
 
 def budget(platform: str, chip: str | None) -> int:
-    """Bytes that the blocks of one program may take; of a chip of another platform, those of this
-    platform's smallest.
+    """Bytes that the blocks of one program may take.
+
+    Of no chip, and of a chip of another platform, those of this platform's smallest.
 
     Raises:
       ValueError: for a chip that is not in the table.
@@ -58,7 +65,7 @@ def budget(platform: str, chip: str | None) -> int:
     >>> budget("tpu", "v5e") // 2**20, budget("tpu", None) // 2**20
     (96, 48)
     """
-    own = {name: fast.bytes for name, fast in CHIPS.items() if fast.platform == platform}
+    own = _sizes(platform)
     if chip is not None and chip not in own:
         if chip not in CHIPS:
             raise ValueError(
@@ -66,37 +73,68 @@ def budget(platform: str, chip: str | None) -> int:
                 "platform"
             )
         chip = None  # this platform's program is traced, another one's runs
-    return int(_SHARE * (min(own.values()) if chip is None else own[chip]))
+    size = min(own.values()) if chip is None else own[chip]
+    return int(_SHARE * size)
 
 
 def vmem(chip: str | None) -> int:
     """Bytes of a TPU's VMEM; where no TPU is named, of the largest."""
-    sizes = {name: fast.bytes for name, fast in CHIPS.items() if fast.platform == "tpu"}
+    sizes = _sizes("tpu")
     return sizes.get(chip or "", max(sizes.values()))
 
 
-def settled(implementation: str | None, division: Any) -> str | None:
-    """The implementation, which is the reference on an auto mesh of several devices where no
-    division is known.
+def vmem_limit(chip: str | None) -> int:
+    """Bytes that Mosaic may take for one program: a sixth more than its blocks, for scratch."""
+    return budget("tpu", chip) * 7 // 6
 
-    The partitioner cannot divide a kernel.
+
+def _sizes(platform: str) -> dict[str, int]:
+    return {name: fast.bytes for name, fast in CHIPS.items() if fast.platform == platform}
+
+
+def wide(size: int, to: int = LANES) -> int:
+    """The least multiple of `to` that holds `size`.
+
+    By default what a narrow array takes of the lanes of VMEM, which it fills in part.
     """
-    return (
-        "reference"
-        if implementation is None and division is None and sharding.divides()
-        else implementation
-    )
+    return -(-size // to) * to
+
+
+def chosen(implementation: str | None, division: Division | Product | None) -> str | None:
+    """The implementation, for a program that may be divided over a mesh.
+
+    It is the reference on an auto mesh of several devices where no division is known: the
+    partitioner cannot divide a kernel.
+    """
+    unknown = implementation is None and division is None and sharding.divides()
+    return "reference" if unknown else implementation
+
+
+def in_chunks(size: int, chunk: int, part: Callable[[Any, int], None]) -> None:
+    """`part(start, length)` over an axis of `size` entries, `chunk` of them at a time.
+
+    A loop: Mosaic unrolls what stands inside one product, and compiles a large one for minutes.
+    """
+    full, rest = divmod(size, chunk)
+    if full:
+
+        @pl.loop(0, full)
+        def _(step):
+            # the start is named as a multiple, or Mosaic would not know that rows are aligned
+            part(pl.multiple_of(step * chunk, chunk), chunk)
+
+    if rest:
+        part(full * chunk, rest)
 
 
 def dispatch(
     implementation: str | None,
     interpret: bool,
-    *operands: Any,
+    *operands: Pytree,
     division: Division | None = None,
-    **programs: Callable[..., Any],
-) -> tuple[Any, ...]:
-    """`programs[implementation](*operands)`; None takes the one of the platform that is compiled
-    for, if it fits there.
+    **programs: Program,
+) -> Any:
+    """`programs[implementation](*operands)`; None takes that of the platform, where it fits.
 
     The choice is made when the program is lowered, so that compiling for a device that is not there
     takes its branch. Inside `lrx.meshes.use` of several devices on an auto mesh each device runs
@@ -117,19 +155,20 @@ def dispatch(
             "'tpu' or 'gpu'"
         )
     reference = programs["reference"]
-    if settled(implementation, division) == "reference":
+    if chosen(implementation, division) == "reference":
         return reference(*operands)
-    own = (
-        programs
-        if division is None
-        else {name: division.of(program, name) for name, program in programs.items()}
-    )
+    own = programs
+    if division is not None:
+        own = {name: division.of(program, name) for name, program in programs.items()}
     if implementation is not None:
         return own[implementation](*operands)
-    fallback = own["reference"] if division is not None and division.falls_back else reference
+    fallback = reference
+    if division is not None and division.falls_back:
+        fallback = own["reference"]
 
-    def if_it_fits(program):
+    def if_it_fits(program: Program) -> Program:
         def run(*operands):
+            # sizes are static, so a misfit shows while the branch is traced
             try:
                 return program(*operands)
             except Misfit:
@@ -137,26 +176,34 @@ def dispatch(
 
         return run
 
+    # all branches are traced; lowering keeps the one of the platform that is compiled for
     return jax.lax.platform_dependent(
-        *operands, tpu=if_it_fits(own["tpu"]), cuda=if_it_fits(own["gpu"]), default=reference
+        *operands,
+        tpu=if_it_fits(own["tpu"]),
+        cuda=if_it_fits(own["gpu"]),
+        default=reference,
     )
 
 
-def output(shape: tuple[int, ...], x: jax.Array) -> jax.ShapeDtypeStruct:
-    """What a kernel writes: of this shape, in the dtype of x, varying where x does inside
-    `jax.shard_map`."""
-    return jax.ShapeDtypeStruct(shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+def output(shape: Shape, x: jax.Array) -> jax.ShapeDtypeStruct:
+    """What a kernel writes: of this shape, and else like x.
+
+    In its dtype, and inside `jax.shard_map` varying over the mesh axes over which x varies.
+    """
+    varying = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, x.dtype, manual_axis_type=varying)
 
 
-def folded(program: Callable[..., Any]) -> Callable[..., Any]:
+def folded(program: Program) -> Program:
     """`program(x (N, n), ...)` for an x with any leading axes, which come back in its results.
 
     They are folded on each device: a mesh may divide several of them.
     """
 
     def run(x, *operands):
-        found = program(x.reshape(-1, x.shape[-1]), *operands)
-        return jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), found)
+        *lead, n = x.shape
+        results = program(x.reshape(-1, n), *operands)
+        return jax.tree.map(lambda y: y.reshape(*lead, -1), results)
 
     return run
 
@@ -167,14 +214,14 @@ def largest(
     rows: tuple[int, ...],
     cols: tuple[int, ...],
     what: str,
-):
-    """The pair of most rows, then of most columns, of which `costs(rows, cols)` stays within
-    `limit` bytes.
+) -> tuple[int, int]:
+    """The pair of most rows, then of most columns, whose `costs` stay within `limit` bytes.
 
     Raises:
       Misfit: where none fits.
     """
-    fits = [(r, c) for r in rows for c in cols if costs(r, c) <= limit]
+    pairs = itertools.product(rows, cols)
+    fits = [pair for pair in pairs if costs(*pair) <= limit]
     if not fits:
         least = costs(min(rows), min(cols))
         raise Misfit(

@@ -23,12 +23,12 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["h100", "h200", "rtx4090"])
-def test_thin_linear_compiles_with_its_gradients(name, dtype):
+def test_lora_linear_compiles_with_its_gradients(name, dtype):
     rows, n, m, r = 1000, 264, 700, 5
     place = SingleDeviceSharding(targets.parse(name).devices()[0])
 
     def training(x, w, a, b, dy):
-        y, pull = jax.vjp(lambda x, a, b: kernels.thin_linear(x, w, a, b, chip=name), x, a, b)
+        y, pull = jax.vjp(lambda x, a, b: kernels.lora_linear(x, w, a, b, chip=name), x, a, b)
         return y, *pull(dy)
 
     shapes = [(rows, n), (n, m), (n, r), (r, m), (rows, m)]

@@ -42,7 +42,7 @@ def on(mesh, *specs):
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 @pytest.mark.parametrize("w", SPECS)
 @pytest.mark.parametrize("sizes", MESHES)
-def test_thin_linear_and_its_gradients(sizes, w, implementation):
+def test_lora_linear_and_its_gradients(sizes, w, implementation):
     mesh, spec = meshes.make_mesh(**MESHES[sizes]), SPECS[w]
     x, *leaves, dy = arrays = [
         draw(8, 4, 32),
@@ -53,7 +53,7 @@ def test_thin_linear_and_its_gradients(sizes, w, implementation):
     ]
 
     def training(x, *leaves, **options):
-        y, pull = jax.vjp(functools.partial(kernels.thin_linear, **options), x, *leaves)
+        y, pull = jax.vjp(functools.partial(kernels.lora_linear, **options), x, *leaves)
         return y, *pull(dy)
 
     def divided(*arrays):
@@ -93,7 +93,7 @@ def test_nf4_and_its_gradient(sizes, w, double):
 def test_where_a_product_is_not_local_or_nothing_is_known_the_reference_serves():
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
 
-    def maps(x, shape, spec, function=kernels.thin_linear, rules=meshes.RULES):
+    def maps(x, shape, spec, function=kernels.lora_linear, rules=meshes.RULES):
         leaves = [draw(*shape), draw(shape[0], 3), draw(3, shape[1])]
         leaves = [linalg.quantize_nf4(leaves[0])] if function is kernels.nf4_linear else leaves
 
@@ -120,12 +120,12 @@ def test_where_a_product_is_not_local_or_nothing_is_known_the_reference_serves()
     with meshes.use(sequences):  # rows in one axis, where the mesh divides two of them
         assert "shard_map" not in str(
             jax.make_jaxpr(
-                lambda x: kernels.thin_linear(x, draw(32, 24), draw(32, 3), draw(3, 24), spec=up)
+                lambda x: kernels.lora_linear(x, draw(32, 24), draw(32, 3), draw(3, 24), spec=up)
             )(draw(8, 32))
         )
     with meshes.use(mesh):  # inside somebody's own shard_map
         own = jax.shard_map(
-            lambda x: kernels.thin_linear(x, draw(32, 24), draw(32, 3), draw(3, 24), spec=up),
+            lambda x: kernels.lora_linear(x, draw(32, 24), draw(32, 3), draw(3, 24), spec=up),
             mesh=mesh,
             in_specs=jax.P("fsdp"),
             out_specs=jax.P("fsdp"),

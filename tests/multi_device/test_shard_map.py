@@ -188,7 +188,7 @@ CODES = lrx.linalg.quantize_nf4(KERNEL)
 SHIRA = lrx.adapters.shira(rank=2)
 FACTORS = {"x": DRAW(8, 32, 64), "w": KERNEL, "a": DRAW(9, 64, 2), "b": DRAW(10, 2, 16)}
 CUSTOM = {
-    "thin_linear": lambda x, p: lrx.kernels.thin_linear(x, p["w"], p["a"], p["b"]),
+    "lora_linear": lambda x, p: lrx.kernels.lora_linear(x, p["w"], p["a"], p["b"]),
     "nf4_linear": lambda x, p: lrx.kernels.nf4_linear(x + p["a"][:, 0], CODES),
     "shira": lambda x, p: SHIRA.apply(x, p["w"], p["sparse"]),
     "attention": lambda x, p: (

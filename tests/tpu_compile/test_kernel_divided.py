@@ -41,7 +41,7 @@ def compiled(function, places, *operands, **options):
     return jax.jit(function, out_shardings=places, **options).lower(*operands).compile()
 
 
-def test_thin_linear_by_columns_and_rows(mesh):
+def test_lora_linear_by_columns_and_rows(mesh):
     own, spec = mesh(data=2, tensor=2), (None, "tensor")
     put = functools.partial(abstract, own)
     x, w = put((2, 4096, 4096), "bfloat16", "data"), put((4096, 12288), "bfloat16", *spec)
@@ -50,7 +50,7 @@ def test_thin_linear_by_columns_and_rows(mesh):
 
     def training(x, w, a, b, dy):
         with meshes.use(own):
-            product = functools.partial(kernels.thin_linear, spec=spec, chip="v5e")
+            product = functools.partial(kernels.lora_linear, spec=spec, chip="v5e")
             y, pull = jax.vjp(lambda x, a, b: product(x, w, a, b), x, a, b)
         return y, *pull(dy)
 

@@ -13,7 +13,7 @@ CALL = 'custom_call_target="tpu_custom_call"'
 
 
 def training(x, w, a, b, dy, **options):
-    y, pull = jax.vjp(lambda x, a, b: kernels.thin_linear(x, w, a, b, **options), x, a, b)
+    y, pull = jax.vjp(lambda x, a, b: kernels.lora_linear(x, w, a, b, **options), x, a, b)
     return y, *pull(dy)
 
 
@@ -28,7 +28,7 @@ def compiled(compile_for, name, dtype, sizes, **options):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_thin_linear_is_taken_with_its_gradients(compile_for, name, dtype):
+def test_lora_linear_is_taken_with_its_gradients(compile_for, name, dtype):
     program = compiled(compile_for, name, dtype, (1000, 256, 1408, 5))
     assert program.as_text().count(CALL) == 2
     assert (
@@ -37,7 +37,7 @@ def test_thin_linear_is_taken_with_its_gradients(compile_for, name, dtype):
 
 
 @pytest.mark.parametrize(("implementation", "calls"), [("tpu", 2), (None, 0)])
-def test_thin_linear_of_cut_lanes_only_where_it_is_named(compile_for, implementation, calls):
+def test_lora_linear_of_cut_lanes_only_where_it_is_named(compile_for, implementation, calls):
     program = compiled(
         compile_for, "v5e:2x2", "bfloat16", (1000, 264, 700, 5), implementation=implementation
     )

@@ -62,7 +62,7 @@ class Lora(Adapter):
       init: an `Init`, or one of "kaiming" (PEFT's default), "gaussian", "orthogonal", "pissa",
         "milora", "olora".
       trains: "both" factors, or only "a" or "b": LoRA-FA (arXiv:2308.03303) trains "b".
-      products: "xla", or "kernel": `lrx.kernels.thin_linear` makes both products of a dense host in
+      products: "xla", or "kernel": `lrx.kernels.lora_linear` makes both products of a dense host in
         one pass over x, on a TPU or GPU. It takes float32 and bfloat16, x and kernel alike; where
         the host's product has a precision, a result dtype or a function of its own, or other
         adapters stand before, XLA makes them; so it does on a mesh of explicit axes, and inside
@@ -178,7 +178,7 @@ class Lora(Adapter):
             def both(x):
                 a, scale, b, _ = self.checked_factors(site, p)
                 spec = sharding.matrix_spec(site.path, site.view)
-                return kernels.thin_linear(x, op.kernel(), a * scale, b, spec=spec)
+                return kernels.lora_linear(x, op.kernel(), a * scale, b, spec=spec)
 
             return dataclasses.replace(op.plus(both, lambda: self.delta(site, p)), own=both)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.kernel_cases.base import Case
 from lowrank_jax import adapters
-from lowrank_jax.kernels import _platform, _thin
+from lowrank_jax.kernels import _lora_linear, _platform
 
 TOKENS, RANK = 4096, 16
 MATRICES = {"7B up": (4096, 11008), "7B down": (11008, 4096), "1B up": (2048, 5461)}
@@ -42,17 +42,17 @@ def reread(kind: str, chip: str, n: int, m: int, train: bool) -> int:
         return 0
     total = 0
     for inputs, outputs in ((n, m), (m, n))[: 1 + train]:
-        rows, _ = _thin.tiles((TOKENS, inputs, outputs, RANK), 2, "tpu", chip)
+        rows, _ = _lora_linear.tiles((TOKENS, inputs, outputs, RANK), 2, "tpu", chip)
         total += 2 * (-(-TOKENS // rows) - 1) * (n * m + RANK * outputs)
     return total
 
 
 def cases(kind: str, chip: str) -> Iterator[Case]:
     """Every matrix, forward and training."""
-    kernel = functools.partial(_thin.thin_linear, implementation=kind, chip=chip)
+    kernel = functools.partial(_lora_linear.lora_linear, implementation=kind, chip=chip)
     for matrix, (n, m) in MATRICES.items():
-        tile = _thin.tiles((TOKENS, n, m, RANK), 2, kind, chip)
-        fast = _thin.fast_bytes((TOKENS, n, m, RANK), 2, kind, *tile)
+        tile = _lora_linear.tiles((TOKENS, n, m, RANK), 2, kind, chip)
+        fast = _lora_linear.fast_bytes((TOKENS, n, m, RANK), 2, kind, *tile)
         facts = {"tile": tile, "fast_bytes": fast, "fast_limit": _platform.CHIPS[chip].bytes}
         for part in ("forward", "training"):
             train = part == "training"

@@ -8,7 +8,7 @@ import pytest
 
 import lowrank_jax as lrx
 from lowrank_jax import kernels
-from lowrank_jax.kernels import _platform, _thin
+from lowrank_jax.kernels import _lora_linear, _platform
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 
@@ -32,7 +32,7 @@ def gradients(arrays, weight, **options):
     """`(y, gradients of x, W, A, B)` of a loss that weighs every entry of y."""
 
     def loss(*arrays):
-        y = kernels.thin_linear(*arrays, **options)
+        y = kernels.lora_linear(*arrays, **options)
         return jnp.sum(y.astype(jnp.float32) * weight), y
 
     found, y = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
@@ -43,10 +43,10 @@ def gradients(arrays, weight, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients_are_those_of_float64(shape, dtype, monkeypatch):
     monkeypatch.setattr(
-        _thin, "_TPU_ROWS", (24, 40)
+        _lora_linear, "_TPU_ROWS", (24, 40)
     )  # several tiles, the last of them cut, of chunks, the last cut
-    monkeypatch.setattr(_thin, "_CHUNK", 16)
-    monkeypatch.setattr(_thin, "_TPU_COLS", (128,))
+    monkeypatch.setattr(_lora_linear, "_CHUNK", 16)
+    monkeypatch.setattr(_lora_linear, "_TPU_COLS", (128,))
     arrays = operands(shape, dtype)
     weight = (
         np.random.default_rng(1)
@@ -71,11 +71,11 @@ def test_value_and_gradients_are_those_of_float64(shape, dtype, monkeypatch):
 
 def test_leading_axes_are_rows_and_no_rows_are_nothing():
     x, w, a, b = operands((6, 8, 4, 2), "float32")
-    flat = kernels.thin_linear(x, w, a, b)
+    flat = kernels.lora_linear(x, w, a, b)
     np.testing.assert_array_equal(
-        kernels.thin_linear(x.reshape(2, 3, 8), w, a, b), flat.reshape(2, 3, 4)
+        kernels.lora_linear(x.reshape(2, 3, 8), w, a, b), flat.reshape(2, 3, 4)
     )
-    assert kernels.thin_linear(x[:0], w, a, b, implementation="tpu").shape == (0, 4)
+    assert kernels.lora_linear(x[:0], w, a, b, implementation="tpu").shape == (0, 4)
 
 
 @pytest.mark.parametrize(
@@ -96,16 +96,16 @@ def test_leading_axes_are_rows_and_no_rows_are_nothing():
 def test_errors_name_field_value_and_remedy(change, message):
     arrays = dict(zip("xwab", operands((4, 8, 4, 2), "float32"), strict=True))
     with pytest.raises(ValueError, match=message):
-        kernels.thin_linear(**(arrays | change))
+        kernels.lora_linear(**(arrays | change))
 
 
 def test_a_tile_fits_the_chip_it_is_made_for():
     wide = (4096, 11008, 4096, 16)
-    large, small = (_thin.tiles(wide, 2, "tpu", chip) for chip in ("v5e", "v5p"))
+    large, small = (_lora_linear.tiles(wide, 2, "tpu", chip) for chip in ("v5e", "v5p"))
     assert large > small
-    assert _thin.fast_bytes(wide, 2, "tpu", *large) > _platform.budget("tpu", "v5p")
+    assert _lora_linear.fast_bytes(wide, 2, "tpu", *large) > _platform.budget("tpu", "v5p")
     with pytest.raises(_platform.Misfit, match="implementation='reference' has no such bound"):
-        _thin.tiles((4096, 200_000, 4096, 16), 4, "tpu", "v5p")
+        _lora_linear.tiles((4096, 200_000, 4096, 16), 4, "tpu", "v5p")
 
 
 def lowered(function, arrays, platform):
@@ -114,14 +114,14 @@ def lowered(function, arrays, platform):
 
 @pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cpu", None)])
 def test_the_platform_of_the_program_chooses(platform, call):
-    text = lowered(kernels.thin_linear, operands((40, 128, 256, 4), "float32"), platform)
+    text = lowered(kernels.lora_linear, operands((40, 128, 256, 4), "float32"), platform)
     assert ("custom_call" in text) == (call is not None)
     assert call is None or call in text
 
 
 def test_cut_lanes_are_left_to_xla():
     assert "custom_call" not in lowered(
-        kernels.thin_linear, operands((40, 128, 250, 4), "float32"), "tpu"
+        kernels.lora_linear, operands((40, 128, 250, 4), "float32"), "tpu"
     )
 
 
@@ -130,9 +130,9 @@ def test_what_does_not_fit_falls_back_unless_it_is_named():
         jax.ShapeDtypeStruct(s, jnp.float32)
         for s in [(512, 409_600), (409_600, 256), (409_600, 4), (4, 256)]
     ]
-    assert "custom_call" not in lowered(kernels.thin_linear, arrays, "tpu")
+    assert "custom_call" not in lowered(kernels.lora_linear, arrays, "tpu")
     with pytest.raises(_platform.Misfit):
-        lowered(lambda *arrays: kernels.thin_linear(*arrays, implementation="tpu"), arrays, "tpu")
+        lowered(lambda *arrays: kernels.lora_linear(*arrays, implementation="tpu"), arrays, "tpu")
 
 
 def adapted_loss(products, **options):
