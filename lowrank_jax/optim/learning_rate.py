@@ -78,7 +78,8 @@ def apply_learning_rate(
         to one.
 
     The extra argument `accepted` of `update` (a boolean scalar, True by default) makes a skipped
-    step leave parameters and schedule untouched; the named optimizers pass it.
+    step leave parameters and schedule untouched; `rates`, a tree of numbers like the updates, stands
+    in place of the one rate. The named optimizers pass both.
 
     Raises:
       ValueError: for an unknown `when`, a rate that is not finite, a negative decay, decay without
@@ -100,7 +101,7 @@ def apply_learning_rate(
         check_floating(params, "apply_learning_rate")
         return LearningRateState(jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, *, accepted: Any = True, **extra):
+    def update(updates, state, params=None, *, accepted: Any = True, rates: Any = None, **extra):
         del extra
         rate, decay = at_step(learning_rate, state.count), at_step(weight_decay, state.count)
         if decays and params is None:
@@ -109,11 +110,13 @@ def apply_learning_rate(
             )
         check_floating(updates, "apply_learning_rate")
 
-        def apply(u, p, decayed):
+        def apply(u, p, decayed, rate):
             return decayed_step(u, p, rate, decay if decayed else 0, when, accepted).astype(u.dtype)
 
         selected = selected_for_decay(updates, params, weight_decay, mask)
-        new = jax.tree.map(apply, updates, updates if params is None else params, selected)
+        if rates is None:
+            rates = jax.tree.map(lambda _: rate, updates)
+        new = jax.tree.map(apply, updates, updates if params is None else params, selected, rates)
         return new, LearningRateState(state.count + jnp.asarray(accepted, jnp.int32))
 
     return optax.GradientTransformationExtraArgs(init, update)

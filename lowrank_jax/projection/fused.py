@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import sharding
 from lowrank_jax.checks import check_number, is_integer
-from lowrank_jax.optim.learning_rate import LearningRateState, at_step, selected_for_decay
+from lowrank_jax.optim.learning_rate import LearningRateState, selected_for_decay
 from lowrank_jax.projection import fused_kernel
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.matrix_step import MOVING, MatrixStep, leaf_update
@@ -102,8 +102,7 @@ class Fused:
 
     def rate(self, state: RecipeState, learning_rate: Any = None) -> Any:
         """The learning rate of the next step: this number, or the recipe's."""
-        own = self.recipe.learning_rate if learning_rate is None else learning_rate
-        return at_step(own, state.rate.count)
+        return self.recipe.rate(state.rate.count, given=learning_rate)
 
     def rebase(self, params: Any, grads: Any, state: RecipeState) -> tuple[Any, RecipeState]:
         """`(projected gradients, state)` at a due refresh: the part of a step that reads full
@@ -141,8 +140,11 @@ class Fused:
                 outputs[i] = fused_kernel.finish_leaf(step, outputs[i], prepared, write)
             else:
                 outputs[i] = _finish_leaf(step, outputs[i], prepared, extra, write)
+        plain_rate = recipe.rate(state.rate.count, plain=True, given=learning_rate)
         writers = {
-            i: Write.of(recipe, self.rounding, rate, decays[i], accepted, now, prepared.paths[i])
+            i: Write.of(
+                recipe, self.rounding, plain_rate, decays[i], accepted, now, prepared.paths[i]
+            )
             for i, view in enumerate(prepared.views)
             if view is None
         }

@@ -436,8 +436,9 @@ class _Layerwise:
             for leaf, flag in zip(report.leaves, jax.tree.leaves(flags), strict=True)
         }
 
-    def _writer(self, ok, path: str, *, decays: bool) -> Write:
-        form, now, rate = self.form, self.now.step, self.form.rate(self.state)
+    def _writer(self, ok, path: str, *, decays: bool, plain: bool = False) -> Write:
+        form, now = self.form, self.now.step
+        rate = form.recipe.rate(self.state.rate.count, plain=plain)
         return Write.of(form.recipe, form.rounding, rate, decays, ok, now, path)
 
     def _finish(self, value, d_rest, vectors, moved, ok, factor, partly):
@@ -469,7 +470,9 @@ class _Layerwise:
         )
         decays = self._decays()
         numbers = [i for i, view in enumerate(views) if view is None]
-        writers = {i: self._writer(ok, paths[i], decays=decays[paths[i]]) for i in numbers}
+        writers = {
+            i: self._writer(ok, paths[i], decays=decays[paths[i]], plain=True) for i in numbers
+        }
         found, plain = write_plain(self.form, prepared, projection.plain, params, {}, writers)
         for i, leaf in found.items():
             leaves[i] = leaf

@@ -5,9 +5,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
+import jax
 import optax
 
 from lowrank_jax import deprecations, sharding
+from lowrank_jax.checks import check_number
 from lowrank_jax.optim.learning_rate import LearningRateState, apply_learning_rate, at_step
 from lowrank_jax.projection import transformation as form
 from lowrank_jax.projection.refresh_schedules import RefreshSchedule
@@ -37,6 +39,8 @@ class Recipe:
     Attributes:
       projection: the slots of the projection transformation.
       learning_rate, weight_decay, when, mask: see `apply_learning_rate`.
+      plain_learning_rate: of the leaves that are not projected, a number or a schedule; None for
+        the one of the others.
 
     >>> import lowrank_jax as lrx
     >>> recipe = lrx.galore(1e-2, rank=8).recipe
@@ -49,6 +53,29 @@ class Recipe:
     weight_decay: Any = 0.0
     when: str = "pre"
     mask: Any = None
+    plain_learning_rate: Any = None
+
+    def __post_init__(self):
+        check_number("plain_learning_rate", self.plain_learning_rate, otherwise="a schedule")
+
+    def rate(self, count: jax.Array, *, plain: bool = False, given: Any = None) -> Any:
+        """The learning rate of a step, of the leaves that are projected or of the `plain` others.
+
+        Args:
+          count: accepted steps, which drive schedules.
+          given: in place of `learning_rate`.
+        """
+        if plain and self.plain_learning_rate is not None:
+            return at_step(self.plain_learning_rate, count)
+        return at_step(self.learning_rate if given is None else given, count)
+
+    def _rates(self, params: Any, updates: Any, count: jax.Array) -> Any:
+        """A tree of the rates of the updates, or None where all leaves have one."""
+        if self.plain_learning_rate is None:
+            return None
+        kinds = [leaf.view is None for leaf in self.projection.report(params).leaves]
+        rates = {plain: self.rate(count, plain=plain) for plain in (False, True)}
+        return jax.tree.unflatten(jax.tree.structure(updates), [rates[plain] for plain in kinds])
 
     def optax(self) -> ProjectionTransformation:
         """`scale_by_projection`, then `apply_learning_rate`, which a skipped step leaves untouched
@@ -64,12 +91,17 @@ class Recipe:
 
         def update(updates, state, params=None, **extra):
             if self.projection.reads_learning_rate:
-                extra |= {"learning_rate": at_step(self.learning_rate, state.rate.count)}
+                extra |= {"learning_rate": self.rate(state.rate.count)}
+            gradients = updates
             updates, projection = form.update(
-                self.projection, updates, state.projection, params, **extra
+                self.projection, gradients, state.projection, params, **extra
             )
             accepted = projection.skipped == state.projection.skipped
-            updates, rate = final.update(updates, state.rate, params, accepted=accepted)
+            tree = gradients if params is None else params
+            rates = self._rates(tree, updates, state.rate.count)
+            updates, rate = final.update(
+                updates, state.rate, params, accepted=accepted, rates=rates
+            )
             return updates, RecipeState(projection, rate)
 
         transformation = ProjectionTransformation(init, update)
@@ -94,6 +126,7 @@ class CommonOptions(TypedDict, total=False):
     tie: str | None  # and which of a square
     views: Views | None  # which leaves are matrices
     plain: Any  # the inner transformation of leaves that are not projected
+    plain_learning_rate: Any  # and their rate, in place of the one of the others
     mask: Any  # which leaves decay, see `lrx.apply_learning_rate`
     clip_norm: Any  # of the global norm of what is kept
     guard: bool  # skip steps that are not finite
@@ -144,7 +177,7 @@ def recipe(
     unknown = given.keys() - CommonOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown options {sorted(unknown)}; see help() of the optimizer")
-    mask = given.pop("mask", None)
+    mask, plain_rate = given.pop("mask", None), given.pop("plain_learning_rate", None)
     slots |= given
     if "refresh_schedule" not in slots:
         slots["refresh_schedule"] = _sparing(refresh_schedule, slots)
@@ -154,6 +187,7 @@ def recipe(
         weight_decay=weight_decay,
         when=when,
         mask=mask,
+        plain_learning_rate=plain_rate,
     ).optax()
 
 
