@@ -37,7 +37,9 @@ from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
 from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
+from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.recipe import Recipe
+from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.partition_specs import resolved_sides, sides_for, state_shardings
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.stack import Stack
@@ -102,6 +104,7 @@ __all__ = [
     "memory",
     "merge",
     "meshes",
+    "muon",
     "partition",
     "plan",
     "precondition_pairs",
@@ -116,6 +119,7 @@ __all__ = [
     "scaled_adamw",
     "scales",
     "sides_for",
+    "soap",
     "state_shardings",
     "surgery",
     "taps",

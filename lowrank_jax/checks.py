@@ -12,6 +12,7 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -99,6 +100,23 @@ def check_integer(field: str, value: Any, *, at_least: int, otherwise: str = "")
     if is_number(value) and not (is_integer(value) and value >= at_least):
         other = otherwise and f", or {otherwise}"
         raise ValueError(f"{field}={value} must be an integer of at least {at_least}{other}")
+
+
+def check_static(field: str, value: Any) -> None:
+    """ValueError for a traced number where shapes or the length of a program follow from it.
+
+    >>> import jax
+    >>> jax.jit(lambda n: check_static("newton_schulz: steps", n))(5)
+    Traceback (most recent call last):
+        ...
+    ValueError: newton_schulz: steps is a traced array, and must be a Python number; under optax.inject_hyperparams ...
+    """
+    if isinstance(value, jax.Array):
+        name = field.rpartition(" ")[2]
+        raise ValueError(
+            f"{field} is a traced array, and must be a Python number; under "
+            f"optax.inject_hyperparams pass static_args=({name!r},)"
+        )
 
 
 def check_floating(tree: Any, who: str) -> None:

@@ -295,6 +295,9 @@ METHODS: dict[str, Method] = _table(
             studied=(Studied(title="APOLLO", learning_rate=1e-2),),
         ),
         Method(name="apollo_mini", build=_apollo_mini, own_rank=1, advice={}),
+        Method(name="muon", build=lrx.muon),
+        # eigenvectors at the first step, QR of square matrices at every refresh
+        Method(name="soap", build=lrx.soap, decomposes=True),
         Method(name="lora_plus", build=lrx.lora_plus, kind=PAIRS, programs=("finetune",)),
         Method(
             name="scaled_adamw",

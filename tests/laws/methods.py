@@ -141,6 +141,10 @@ METHODS = (
     _apollo("apollo", rank=4),
     _apollo("apollo-tensor", projector=P.svd(rank=4), axis="tensor", limiter=None),
     _named(lrx.apollo_mini, "apollo_mini", refresh_every=2, seeded=True),
+    _named(lrx.muon, "muon", due=(), scale=lrx.scales.rms()),  # fans are swapped in a transpose
+    # plain leaves too, and a side that is too long for a basis; a small eps amplifies rounding
+    _named(lrx.soap, "soap", due=(), idle=1, refresh_every=2, max_precond_dim=8, eps=1e-2,
+           plain=lrx.inner.soap(max_precond_dim=8, eps=1e-2)),
     _custom("columns-l2", P.columns(rank=4, select="l2"), transport=T.reset(count=False)),
     _custom("columns-l1-rotate", P.columns(rank=4, select="l1"), transport=T.rotate(), residual=R.sign(scale=0.1)),
     _custom("columns-given", P.columns(select=(1, 2, 5, 9)), due=(), inner=optax.scale_by_rms()),
@@ -158,10 +162,6 @@ METHODS = (
     _custom("ldadam-slots", P.power(rank=4, first="svd"), refresh_schedule=C.every_step(when="after"),
             transport=T.ldadam(), target=G.ldadam_error_feedback(dtype=jnp.bfloat16), due=ALL, side="cols",
             tolerance=2e-3, seeded=True),
-    _custom("newton-schulz", P.identity(), due=(), inner=lrx.inner.newton_schulz(), plain=lrx.inner.adam()),
-    # plain leaves too, and a side that is too long for a basis; a small eps amplifies rounding
-    _custom("soap-inner", P.identity(), due=(), idle=1,
-            inner=lrx.inner.soap(refresh_every=2, max_precond_dim=8, b2=0.9, eps=1e-2)),
     _custom("own-inner", P.svd(rank=4), inner=SplitMomentum(), plain=lrx.inner.adam(), transport=T.rotate()),
     _custom("clipped", P.dct3(rank=4), target=G.error_feedback(), clip_norm=0.5, inner=_decayed_trace, scale=0.5),
 )  # fmt: skip

@@ -5,6 +5,8 @@ Values are compared eagerly with the bare transformation; the fast tier also tra
 update, which shows that its state keeps dtype, shape and structure under `jit`.
 """
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -94,7 +96,8 @@ def _injected(method, **options):
             )
 
         return optax.inject_hyperparams(chained, **options)(learning_rate=0.1)
-    static = ("rank", "kind") if method.factory is lrx.dct_adamw else ("rank",)
+    shaping = {"rank", "kind", "steps", "max_precond_dim"}
+    static = shaping & inspect.signature(method.factory).parameters.keys()
     return optax.inject_hyperparams(method.factory, static_args=static, **options)(**method.options)
 
 
@@ -126,6 +129,8 @@ def test_inject_hyperparams(method):
         (lrx.ldadam, {}),
         (lrx.apollo, {"rank": 4}),
         (lrx.dct_adamw, {"rank": 4}),
+        (lrx.muon, {"steps": 5}),
+        (lrx.soap, {"max_precond_dim": 8}),
     ],
 )
 def test_a_traced_rank_names_static_args(factory, options):

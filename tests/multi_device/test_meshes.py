@@ -55,25 +55,13 @@ METHODS = {
     "orthonormal": lambda: lrx.galore(
         1e-2, projector=lrx.projectors.random(rank=4, kind="orthonormal"), refresh_every=2, **common
     ),
-    "newton-schulz": lambda: inside(lrx.inner.newton_schulz()),
+    "muon": lambda: lrx.muon(1e-2, **common),
     # a small eps amplifies rounding, and eigenvectors of one gradient are not determined
-    "soap": lambda: inside(lrx.inner.soap(refresh_every=1, eps=1e-2, first="identity")),
+    "soap": lambda: lrx.soap(1e-2, refresh_every=1, eps=1e-2, first="identity", **common),
     "injected": lambda: optax.inject_hyperparams(lrx.galore, static_args=("rank", "refresh_every"))(
         1e-2, projector=lrx.projectors.dct(rank=4), b1=0.8, **common
     ),
 }
-
-
-def inside(inner):
-    """An inner transformation on whole matrices."""
-    return optax.chain(
-        lrx.scale_by_projection(
-            lrx.projectors.identity(), inner=inner, plain=lrx.inner.adam(), **common
-        ),
-        optax.scale_by_learning_rate(1e-2),
-    )
-
-
 STEPS = 3  # the first and the third refresh
 
 

@@ -24,6 +24,8 @@ PROJECTIONS = {
     "ldadam": lambda rate=0.1, **options: lrx.ldadam(rate, rank=2, **options),
     "apollo": lambda rate=0.1, **options: lrx.apollo(rate, rank=2, **options),
     "apollo_mini": lambda rate=0.1, **options: lrx.apollo_mini(rate, **options),
+    "muon": lambda rate=0.1, **options: lrx.muon(rate, **options),
+    "soap": lambda rate=0.1, **options: lrx.soap(rate, **options),
 }
 PAIRS = {
     "lora_plus": lrx.lora_plus,
@@ -34,8 +36,10 @@ PAIRS = {
 lora = functools.partial(A.lora, rank=2)
 COMMON = ("rate", "weight_decay", "b1", "clip_norm")
 NUMBERS = [(PROJECTIONS[name], field) for name in PROJECTIONS for field in COMMON]
-NUMBERS += [(PROJECTIONS[name], "eps") for name in ("galore", "dct_adamw", "ldadam")]
-NUMBERS += [(PROJECTIONS[name], "scale") for name in ("galore", "apollo", "apollo_mini")]
+NUMBERS += [
+    (PROJECTIONS[name], "eps") for name in ("galore", "dct_adamw", "ldadam", "muon", "soap")
+]
+NUMBERS += [(PROJECTIONS[name], "scale") for name in ("galore", "apollo", "apollo_mini", "muon")]
 NUMBERS += [(PROJECTIONS["frugal"], field) for field in ("active_scale", "inactive_scale")]
 NUMBERS += [
     (PROJECTIONS["apollo"], "limiter"),

@@ -98,17 +98,14 @@ def dct_adamw(c, m, n):
 def muon(c, m, n):
     """The recorded code rounds every operation to bfloat16, which is 1 to 3 % from float32."""
     scales = {"spectral_norm": lrx.scales.fan_ratio(), "rms_norm": lrx.scales.rms(0.2)}
-    inner = lrx.inner.newton_schulz(
+    return lrx.muon(
+        0.01,
         momentum=c["momentum"],
         nesterov=c["nesterov"],
-        eps=1e-8,
-        compute_dtype=jnp.dtype(c["iteration_dtype"]),
         scale=scales[c["shape_factor"]],
+        compute_dtype=c["iteration_dtype"],
+        weight_decay=0.1,
     )
-    direction = lrx.scale_by_projection(
-        lrx.projectors.identity(), inner=inner, plain=lrx.inner.adam()
-    )
-    return optax.chain(direction, lrx.apply_learning_rate(0.01, 0.1))
 
 
 METHODS = {

@@ -133,6 +133,8 @@ RECIPES = {
     "ldadam": lambda: lrx.ldadam(optax.constant_schedule(1e-3), rank=RANK, views=VIEWS),
     "apollo": lambda: lrx.apollo(1e-2, rank=RANK, views=VIEWS),
     "apollo_mini": lambda: lrx.apollo_mini(1e-2, views=VIEWS),
+    "muon": lambda: lrx.muon(1e-2, views=VIEWS),
+    "soap": lambda: lrx.soap(1e-2, max_precond_dim=20, views=VIEWS),
 }
 
 

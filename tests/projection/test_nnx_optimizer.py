@@ -83,6 +83,8 @@ NAMED = {
     "ldadam": lrx.ldadam(1e-2, rank=4, views=VIEWS),
     "apollo": lrx.apollo(1e-2, rank=4, views=VIEWS),
     "apollo_mini": lrx.apollo_mini(1e-2, views=VIEWS),
+    "muon": lrx.muon(1e-2, views=VIEWS),
+    "soap": lrx.soap(1e-2, views=VIEWS, first="identity"),
 }
 
 

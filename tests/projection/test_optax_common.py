@@ -31,6 +31,8 @@ ROWS = {
     "ldadam": {"learning_rate": 1e-2, "rank": 2},
     "apollo": {"learning_rate": 1e-2, "rank": 2},
     "apollo_mini": {"learning_rate": 1e-2},
+    "muon": {"learning_rate": 1e-2, "weight_decay": 0.0},
+    "soap": {"learning_rate": 1e-2, "weight_decay": 0.0, "first": "identity"},
 }
 FAST = ("dct_adamw", "frugal")
 EXCLUDED = {  # (row, test): why
@@ -77,7 +79,9 @@ def test_every_test_of_optax_and_every_named_optimizer_is_here():
         for name in lrx.__all__
         if "learning_rate" in str(getattr(getattr(lrx, name), "__annotations__", ""))
     }
-    assert named - {"Recipe", "RefreshInputs"} == set(ROWS) | set(NOT_ROWS) | {"apply_learning_rate"}
+    assert named - {"Recipe", "RefreshInputs"} == set(ROWS) | set(NOT_ROWS) | {
+        "apply_learning_rate"
+    }
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg, sharding
-from lowrank_jax.checks import check_integer, check_number
+from lowrank_jax.checks import check_integer, check_number, check_static
 from lowrank_jax.optim import scales
 from lowrank_jax.optim.inner.base import Inner, size_of
 from lowrank_jax.optim.inner.moments import register_moments
@@ -67,7 +67,7 @@ class NewtonSchulz(Inner):
     steps: int = 5
     coefficients: tuple[float, float, float] = MUON
     eps: float = 1e-7
-    compute_dtype: jnp.dtype | None = None
+    compute_dtype: jnp.dtype | str | None = None
     scale: Scalar | scales.Scale = 1.0
     mu_dtype: jnp.dtype = jnp.float32
     splits = True
@@ -78,6 +78,7 @@ class NewtonSchulz(Inner):
         check_number("newton_schulz: momentum", self.momentum, at_least=0, below=1)
         check_number("newton_schulz: eps", self.eps, at_least=0)
         scales.check_factor("newton_schulz: scale", self.scale, or_scale=True)
+        check_static("newton_schulz: steps", self.steps)
         check_integer("newton_schulz: steps", self.steps, at_least=1)
 
     def init(self, tree, view=None):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from lowrank_jax import linalg, sharding
-from lowrank_jax.checks import check_integer, check_number
+from lowrank_jax.checks import check_integer, check_number, check_static
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim.inner.adam import average, debias
 from lowrank_jax.optim.inner.base import Inner, shape_of, size_of
@@ -138,6 +138,7 @@ class Soap(Inner):
         for name in ("b1", "b2", "b3"):
             check_number(f"soap: {name}", getattr(self, name), at_least=0, below=1)
         check_number("soap: eps", self.eps, at_least=0)
+        check_static("soap: max_precond_dim", self.max_precond_dim)
         for name in ("refresh_every", "max_precond_dim"):
             check_integer(f"soap: {name}", getattr(self, name), at_least=1)
         known = isinstance(self.first, str) and self.first in STARTS

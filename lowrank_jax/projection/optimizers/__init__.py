@@ -5,7 +5,9 @@ from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
 from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
+from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
+from lowrank_jax.projection.optimizers.soap import soap
 
 __all__ = [
     "Recipe",
@@ -16,4 +18,6 @@ __all__ = [
     "frugal",
     "galore",
     "ldadam",
+    "muon",
+    "soap",
 ]

@@ -1,5 +1,6 @@
 """Muon against a float64 reference by singular values, the recorded official traces, and optax."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +89,44 @@ def test_optax_contrib_muon(nesterov):
     axes = {"kernel": optax.contrib.MuonDimensionNumbers()}
     peer = optax.contrib.scale_by_muon(nesterov=nesterov, weight_dimension_numbers=axes)
     np.testing.assert_allclose(last(muon(nesterov=nesterov)), last(peer), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape_factor", ["fan_ratio", "rms"])
+def test_optax_contrib_muon_with_adamw_on_the_rest(shape_factor):
+    """Matrices and vectors with decay, each with their own rate, in both of its shape factors."""
+    params = {"kernel": jnp.asarray(drawn(6, 4), jnp.float32), "bias": jnp.ones(4)}
+    grads = {"kernel": drawn(5, 6, 4, seed=1), "bias": drawn(5, 4, seed=2)}
+    scale = {"fan_ratio": lrx.scales.fan_ratio(least=1.0), "rms": lrx.scales.rms(0.2)}
+    common = {"nesterov": False, "weight_decay": 0.1}
+    plain_rate = optax.linear_schedule(3e-3, 1e-3, 4)
+    peer = optax.contrib.muon(
+        0.02,
+        adam_learning_rate=plain_rate,
+        adam_b1=0.8,
+        adam_b2=0.9,
+        adam_weight_decay=0.1,
+        consistent_rms={"rms": 0.2}.get(shape_factor),
+        **common,
+    )
+    ours = lrx.muon(
+        0.02,
+        plain_learning_rate=plain_rate,
+        scale=scale[shape_factor],
+        b1=0.8,
+        b2=0.9,
+        **common,
+    )
+
+    def trained(tx):
+        def body(carry, g):
+            params, state = carry
+            updates, state = tx.update(g, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        steps = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), grads)
+        return jax.lax.scan(body, (params, tx.init(params)), steps)[0][0]
+
+    chex.assert_trees_all_close(trained(ours), trained(peer), atol=1e-5)
 
 
 def test_leaves_that_are_no_matrices_need_another_inner():

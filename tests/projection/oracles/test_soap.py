@@ -88,15 +88,13 @@ def test_the_released_code(golden, orientation):
     weight, grads = problem(m, n, defaults["steps"])
     for row in traces["rows"]:
         want = row["traces"][orientation]
-        inner = lrx.inner.soap(
+        first = np.asarray(want["first_right"]), np.asarray(want["first_left"])
+        tx = lrx.soap(
+            defaults["learning_rate"],
+            weight_decay=defaults["weight_decay"],
             refresh_every=defaults["refresh_every"],
             normalize=row["configuration"]["normalize"],
-            first=(np.asarray(want["first_right"]), np.asarray(want["first_left"])),
-        )
-        tx = optax.chain(
-            lrx.scale_by_projection(lrx.projectors.identity(), inner=inner),
-            # the first call does not decay either
-            lrx.apply_learning_rate(0.01, lambda t: jnp.where(t == 0, 0, 0.1), when="post"),
+            first=first,
         )
         params = {"kernel": jnp.asarray(weight.T)}
         state, update = tx.init(params), jax.jit(tx.update)
