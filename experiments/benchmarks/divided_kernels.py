@@ -158,9 +158,8 @@ def _step(mesh, shape, spec, rank, inner, part, form):
     views = lrx.Views(stacked=("kernel",)) if len(shape) > 2 else lrx.Views()
     side = lrx.sides_for(params, views=views)
     view = lrx.resolve(params, views, rank=rank, side=side).projected[0]
-    basis = lrx.projectors.given(
-        matrix=np.zeros((view.shrunk, rank), np.float32)
-    )  # its values are the state's
+    # the values are the state's; this one only says their shape
+    basis = lrx.projectors.given(matrix=np.zeros((view.shrunk, rank), np.float32))
     tx = lrx.galore(1e-3, projector=basis, inner=inner, weight_decay=0.1, views=views, side=side)
     places = lrx.state_shardings(tx, params, spread=True)
     optimizer = lrx.fused(tx, products="xla" if form == "xla" else "kernel")

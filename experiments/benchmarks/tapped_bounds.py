@@ -89,9 +89,8 @@ def programs(n: int, m: int, r: int, tokens: int) -> dict[str, Program]:
     function, operands, operations, least = program(
         backward_cols, n + m, (tokens, m), (n, m), (m, r), (tokens, n)
     )
-    return {
-        "backward": (function, operands, operations, least + 4 * tokens * r)
-    }  # dY Q is written and read
+    least += 4 * tokens * r  # dY Q is written and read
+    return {"backward": (function, operands, operations, least)}
 
 
 def gain(chip: str, operations: int, moved: int, least: int) -> float:

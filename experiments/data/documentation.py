@@ -28,9 +28,8 @@ TESTS = {"test", "tests", "idle_test"}
 class PythonDocumentation(tfds.core.GeneratorBasedBuilder):
     """One example per file that documents something, by path; the version is Python's own."""
 
-    url_infos: ClassVar[
-        dict
-    ] = {}  # nothing is downloaded; the default look-up of checksums needs importlib_resources
+    # nothing is downloaded; the default look-up of checksums needs importlib_resources
+    url_infos: ClassVar[dict] = {}
     VERSION = PythonStdlib.VERSION
 
     def _info(self):

@@ -63,24 +63,23 @@ class _Order:
 
     def __init__(self, keys, counts, vocabulary_size):
         self.keys, self.counts, self.vocabulary_size = keys, counts, vocabulary_size
+        # keys are sorted, so each context is a run of them
         self.contexts, first = np.unique(keys // vocabulary_size, return_index=True)
-        self.totals, self.kinds = (
-            np.add.reduceat(counts, first),
-            np.diff(np.append(first, len(keys))),
-        )
+        self.totals = np.add.reduceat(counts, first)
+        self.kinds = np.diff(np.append(first, len(keys)))  # different words after a context
         once, twice = np.sum(counts == 1), np.sum(counts == 2)
         # without singletons the estimate is 0, which would leave unseen words nothing
         self.discount = once / (once + 2 * twice) if once and twice else 0.5
 
     def interpolate(self, context, word, lower):
-        count = _look_up(
-            self.keys, self.counts, context * self.vocabulary_size + word
-        )  # negative without context
+        """P(word | context) = (max(c - D, 0) + D kinds(context) lower) / c(context)."""
+        key = context * self.vocabulary_size + word  # negative without context, and so not found
+        count = _look_up(self.keys, self.counts, key)
         total = _look_up(self.contexts, self.totals, context)
         kinds = _look_up(self.contexts, self.kinds, context)
-        mixed = (np.maximum(count - self.discount, 0) + self.discount * kinds * lower) / np.maximum(
-            total, 1
-        )
+        # what the discount takes from the words that were seen goes to the lower order
+        kept = np.maximum(count - self.discount, 0)
+        mixed = (kept + self.discount * kinds * lower) / np.maximum(total, 1)
         return np.where(total > 0, mixed, lower)
 
 

@@ -139,9 +139,8 @@ def _instruction(path: str, number: int, found: Mapping[str, Any]) -> tuple:
     """(prompt, response), or (role, text) of the turns of a conversation."""
     pairs = [form for form in PAIRS if form[0] in found and form[2] in found]
     chats = [form for form in CHATS if form[0] in found]
-    if pairs[:1] == [
-        PAIRS[0]
-    ]:  # these keys are what the configuration names, whatever else is there
+    # the first keys are those that the configuration names, whatever else is there
+    if pairs[:1] == [PAIRS[0]]:
         pairs, chats = pairs[:1], []
     if len(pairs) + len(chats) != 1:
         _refuse_form(path, number, found, _named(pairs, chats))

@@ -19,9 +19,8 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 class PythonStdlib(tfds.core.GeneratorBasedBuilder):
     """One example per non-empty UTF-8 `.py` file, by path; the version is Python's own."""
 
-    url_infos: ClassVar[
-        dict
-    ] = {}  # nothing is downloaded; the default look-up of checksums needs importlib_resources
+    # nothing is downloaded; the default look-up of checksums needs importlib_resources
+    url_infos: ClassVar[dict] = {}
     VERSION = tfds.core.Version("{}.{}.{}".format(*sys.version_info[:3]))
 
     def _info(self):
@@ -83,13 +82,10 @@ def prepared_here(builder_of: type[tfds.core.GeneratorBasedBuilder], directory: 
     if not builder.data_path.exists():
         with exclusive(os.path.join(directory, f".{builder.name}.lock")):
             builder = builder_of(data_dir=directory)
-            try:
-                builder.download_and_prepare(
-                    file_format="array_record"
-                )  # does nothing when it was prepared meanwhile
+            try:  # does nothing when it was prepared meanwhile
+                builder.download_and_prepare(file_format="array_record")
             except OSError:
-                if (
-                    not builder.data_path.exists()
-                ):  # else another process, unseen by the lock, was first
+                # another process that the lock did not see may have been first
+                if not builder.data_path.exists():
                     raise
     return builder_source(builder_of(data_dir=directory))

@@ -237,9 +237,8 @@ class JsonTokenizer(Tokenizer):
         """Text to int32 ids, without bos and eos."""
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if not self._control.isdisjoint(
-            ids
-        ):  # the vocabulary of words holds the name of a special token
+        # the vocabulary of words holds the name of a special token: encode around such names
+        if not self._control.isdisjoint(ids):
             pieces = [
                 self._tokenizer.encode(piece, add_special_tokens=False)
                 for piece in _cut(text, self._special)

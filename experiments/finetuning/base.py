@@ -80,11 +80,10 @@ def parameter_shapes(config, classes: int = 0) -> Any:
         images = jax.ShapeDtypeStruct((1, config.image, config.image, config.channels), jnp.float32)
         return jax.eval_shape(vit.Vit(config).init, jax.random.key(0), images)["params"]
     found = huggingface.shapes(config)
-    if classes:
+    if classes:  # a head beside the one for tokens
         dtype = llama.DTYPES[config.param_dtype]
-        found = found | {
-            "classifier": {"kernel": jax.ShapeDtypeStruct((config.width, classes), dtype)}
-        }
+        kernel = jax.ShapeDtypeStruct((config.width, classes), dtype)
+        found = found | {"classifier": {"kernel": kernel}}
     return found
 
 
@@ -112,13 +111,16 @@ def _pieces(leaf) -> Iterator[np.ndarray]:
         yield np.asarray(leaf.addressable_data(0))
     else:
         leaf = meshes.on_auto_axes(leaf)
-        whole, rows = jax.NamedSharding(leaf.sharding.mesh, jax.P()), len(leaf)
+        replicated, rows = jax.NamedSharding(leaf.sharding.mesh, jax.P()), len(leaf)
+        # as many rows as make up a block, gathered by one compiled slice
         size = min(rows, max(1, BLOCK // (leaf.nbytes // rows)))
-        block = jax.jit(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, size), out_shardings=whole)
+        block = jax.jit(
+            lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, size), out_shardings=replicated
+        )
         for i in range(0, rows - rows % size, size):
             yield np.asarray(block(leaf, i).addressable_data(0))
         if rows % size:
-            rest = jax.jit(lambda x: x[rows - rows % size :], out_shardings=whole)
+            rest = jax.jit(lambda x: x[rows - rows % size :], out_shardings=replicated)
             yield np.asarray(rest(leaf).addressable_data(0))
 
 
@@ -172,8 +174,9 @@ def restore_newest(
 
     Raises ConfigurationError when there is none.
     """
-    put = lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)  # noqa: E731
-    target = jax.tree.map(put, like, shardings)
+    # `partial`: the folder's step may hold more, such as an optimizer's state
+    placed = lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)  # noqa: E731
+    target = jax.tree.map(placed, like, shardings)
     where, found = f"base.source={str(folder)!r}", None
     if (folder / "checkpoints").is_dir():
         checkpoints = checkpoint.Checkpoints(

@@ -54,6 +54,7 @@ def export(workdir, output, form: str) -> pathlib.Path:
             f"workdir={str(workdir)!r}: is no fine-tuning run; use python -m experiments.export"
         )
     base = tuned_base(workdir, values)
+    # before its parameters are read
     if form != "run" and (base.is_vit or base.classes):
         raise ConfigurationError(
             f"--export_format={form!r}: is for language models; give 'run' for a vision "
@@ -71,6 +72,7 @@ def export(workdir, output, form: str) -> pathlib.Path:
             huggingface.save(output, base.config, params, entries=entries)
         else:
             _write_run(output, read_description(workdir / MODEL), params)
+    # whoever reads the folder needs no other
     for name, content in tokenizer.files.items() if tokenizer else ():
         documents.write(output / name, content)
     return output
@@ -121,6 +123,7 @@ def _write_peft(
         raise ConfigurationError(
             "--export_format='peft': the whole model was trained; give 'huggingface'"
         )
+    # PEFT's files name the layers of the base in the form of transformers
     params, rest, base = read_tuned(workdir, config, model, model.base.placing())
     adaptation = model.parts.adaptation(params, rest)
     fields = {"base_model_name_or_path": config.base.source, "task_type": "CAUSAL_LM"}

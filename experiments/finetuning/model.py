@@ -119,6 +119,7 @@ class Adapted(Parts):
     def __init__(self, config: AdapterConfig, shapes, *, scan: bool, new: tuple[str, ...]):
         """`new` holds patterns of leaves that train whole because the base has none of them."""
         rules = config.parsed()
+        # a convolution of patches is a matrix of (pixels, width), where a rule asks for it
         is_targeted = any(re.fullmatch(pattern, PATCHES) for pattern, _ in rules)
         patches = ((PATCHES, lrx.MatrixView(rows=(0, 1, 2), cols=(3,))),) if is_targeted else ()
         self.views = lrx.Views(stacked=(LAYERS,) if scan else (), rules=patches)
@@ -130,6 +131,7 @@ class Adapted(Parts):
             "bias": config.bias,
             "views": self.views,
         }
+        # abstract: what it trains is known, and checked, before any parameter is read
         try:
             self._adaptation = jax.eval_shape(self._adapt, shapes, jax.random.key(0))
         except ValueError as error:
@@ -155,7 +157,7 @@ class Adapted(Parts):
         """Leaves that train whole are copies, because a state is donated to its update."""
 
         def make(tree, key):
-            made, left = jax.random.split(key)
+            made, left = jax.random.split(key)  # for the factors; for dropout
             adaptation = self._adapt(tree, made)
             whole = {path: leaf.copy() for path, leaf in adaptation.train["whole"].items()}
             return {
@@ -198,13 +200,17 @@ class Model:
     def __init__(self, config: TuningConfig, base: Base, classes: tuple[str, ...]):
         self.base, self.classes, self.adapter = base, classes, dataclasses.asdict(config.adapter)
         self.is_new_head = bool(classes) and base.classes != classes
-        self.config = (
-            dataclasses.replace(base.config, classes=len(classes)) if base.is_vit else base.config
-        )
-        self.net = (vit.Vit if base.is_vit else llama.Llama)(self.config)
-        self.head = "head" if base.is_vit else objectives.CLASSIFIER
-        self.shapes = parameter_shapes(self.config, 0 if base.is_vit else len(classes))
-        unreached = ("lm_head",) if classes and not base.is_vit else ()
+        unreached: tuple[str, ...] = ()
+        self.net: vit.Vit | llama.Llama
+        if base.is_vit:  # its head is for classes, and of the base's own configuration
+            self.config = dataclasses.replace(base.config, classes=len(classes))
+            self.net, self.head = vit.Vit(self.config), "head"
+            self.shapes = parameter_shapes(self.config)
+        else:  # a classifier stands beside the head for tokens, which it does not need
+            self.config = base.config
+            self.net, self.head = llama.Llama(self.config), objectives.CLASSIFIER
+            self.shapes = parameter_shapes(self.config, len(classes))
+            unreached = ("lm_head",) if classes else ()
         if config.adapter.method:
             new = (f"{self.head}/.*",) if self.is_new_head else ()
             self.parts: Parts = Adapted(config.adapter, self.shapes, scan=self.config.scan, new=new)
@@ -218,12 +224,12 @@ class Model:
         wanted = {self.head: self.shapes[self.head]}
 
         def draw(key):
+            """Kernels as the model's own, biases zero."""
+
             def one(leaf):
-                return (
-                    0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
-                    if leaf.ndim > 1
-                    else jnp.zeros_like(leaf)
-                )
+                if leaf.ndim < 2:
+                    return jnp.zeros_like(leaf)
+                return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
             return jax.tree.map(one, wanted)
 

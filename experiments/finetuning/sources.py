@@ -1,4 +1,4 @@
-"""Models to start from: run folders, exported folders and folders of Hugging Face's transformers.
+"""Models to start from: run folders, exported folders, folders of transformers, new ones.
 
 `open_base` reads only what describes a model; `Base.read` reads its parameters.
 """
@@ -48,6 +48,7 @@ def open_base(config: BaseConfig, seed: int, tokenizer: str = "") -> Base:
         return _new(config, seed, tokenizer)
     base = _opened(config)
 
+    # an overflow of the base's own training shows here, not after the first update
     def read(place):
         params = base.read(place)
         _check_finite(params, config.source)
@@ -69,6 +70,7 @@ def _check_finite(params, source: str) -> None:
 
 
 def _opened(config: BaseConfig) -> Base:
+    """The model of a folder, whatever kind of folder it is."""
     folder = pathlib.Path(config.source).expanduser()
     path = folder / "config.json"
     if not path.is_file():
@@ -78,11 +80,8 @@ def _opened(config: BaseConfig) -> Base:
             "runs/default), an exported folder, or one of Hugging Face's transformers"
         )
     values = read_document(path, dict, config.source)
-    overrides = {
-        name: value
-        for name in ("dtype", "param_dtype", "remat")
-        if (value := getattr(config, name)) is not None
-    }
+    overrides = _overrides(config)
+    # what its config.json holds says who wrote it
     if "model_type" in values or "architectures" in values:
         return _of_transformers(folder, config, overrides)
     if "adapter" in values:
@@ -94,30 +93,30 @@ def _opened(config: BaseConfig) -> Base:
     return _with(base, config, overrides)
 
 
+def _overrides(config: BaseConfig) -> dict[str, Any]:
+    """What the configuration says of the model in place of the folder or the preset."""
+    given = {name: getattr(config, name) for name in ("dtype", "param_dtype", "remat")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _new(config: BaseConfig, seed: int, tokenizer: str) -> Base:
-    overrides = {name: getattr(config, name) for name in ("dtype", "param_dtype", "remat")}
-    chosen = {name: value for name, value in overrides.items() if value is not None}
-    model_config = dataclasses.replace(
-        finetuning_configuration.PRESETS[config.preset or ""], **chosen
-    )
+    """A model of new parameters, drawn from the seed."""
+    preset = finetuning_configuration.PRESETS[config.preset or ""]
+    model_config = dataclasses.replace(preset, **_overrides(config))
     is_vit = isinstance(model_config, vit.VitConfig)
     if not is_vit:
         size = configuration.tokenizers_size(tokenizer) if tokenizer else None
         model_config = dataclasses.replace(
             model_config, vocabulary_size=size or model_config.vocabulary_size
         )
+    # one example of what the model reads, which decides no shape of a parameter
+    model = vit.Vit(model_config) if is_vit else llama.Llama(model_config)
+    example = jnp.zeros((1, *_image(model_config))) if is_vit else jnp.zeros((1, 1), jnp.int32)
 
     def read(place):
-        def init(key):
-            if is_vit:
-                return vit.Vit(model_config).init(key, jnp.zeros((1, *_image(model_config))))[
-                    "params"
-                ]
-            return llama.Llama(model_config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-
-        return jax.jit(init, out_shardings=place(parameter_shapes(model_config)))(
-            jax.random.key(seed)
-        )
+        shardings = place(parameter_shapes(model_config))
+        init = jax.jit(lambda key: model.init(key, example)["params"], out_shardings=shardings)
+        return init(jax.random.key(seed))
 
     base = Base(
         source=config.preset or "",
@@ -133,18 +132,17 @@ def _image(config: vit.VitConfig) -> tuple[int, int, int]:
 
 
 def _of_transformers(folder: pathlib.Path, config: BaseConfig, overrides: dict) -> Base:
+    """A folder of Hugging Face's transformers."""
     try:
-        model_config = huggingface.config_from(
-            huggingface.read_config(folder / "config.json"), **overrides
-        )
+        values = huggingface.read_config(folder / "config.json")
+        model_config = huggingface.config_from(values, **overrides)
     except ValueError as error:
         raise ConfigurationError(f"base.source={config.source!r}: {error}") from error
 
     def read(place):
+        shardings = place(parameter_shapes(model_config))
         try:
-            return huggingface.load(
-                folder, shardings=place(parameter_shapes(model_config)), **overrides
-            )[1]
+            return huggingface.load(folder, shardings=shardings, **overrides)[1]
         except (ValueError, OSError, ImportError) as error:
             raise ConfigurationError(f"base.source={config.source!r}: {error}") from error
 
@@ -153,38 +151,37 @@ def _of_transformers(folder: pathlib.Path, config: BaseConfig, overrides: dict) 
 
 
 def _pretrained(folder: pathlib.Path) -> Base:
+    """A run of `experiments.pretrain`."""
     try:
         config = configuration.from_dict(read_config(folder))
     except ConfigurationError as error:
         raise ConfigurationError(
             f"base.source={str(folder)!r} holds no run of this program: {error}"
         ) from error
+    # the run's own copy, where it has one: the file that was named may be gone
     tokenizer = found_in(folder) or config.data.tokenizer
+    shapes, meaning = parameter_shapes(config.model), {"model": dataclasses.asdict(config.model)}
     return Base(
         source=str(folder),
         config=config.model,
-        read=lambda place: read_parameters(
-            folder,
-            parameter_shapes(config.model),
-            place,
-            {"model": dataclasses.asdict(config.model)},
-        ),
+        read=lambda place: read_parameters(folder, shapes, place, meaning),
         tokenizer=tokenizer,
         domain=TuningDataConfig(**dataclasses.asdict(config.data) | {"tokenizer": tokenizer}),
     )
 
 
 def _exported(folder: pathlib.Path) -> Base:
+    """What `experiments.finetune --export` wrote for `base.source`."""
     values = read_description(folder / "config.json")
-    (config, domain), classes = read_sections(values, str(folder)), tuple(values["classes"])
-    kind = type(config)
-    count = len(classes) if kind is llama.LlamaConfig else 0
+    config, domain = read_sections(values, str(folder))
+    classes = tuple(values["classes"])
+    # a vision transformer's head is part of its own configuration
+    count = len(classes) if isinstance(config, llama.LlamaConfig) else 0
+    shapes = parameter_shapes(config, count)
     return Base(
         source=str(folder),
         config=config,
-        read=lambda place: read_parameters(
-            folder, parameter_shapes(config, count), place, meaning_of(values)
-        ),
+        read=lambda place: read_parameters(folder, shapes, place, meaning_of(values)),
         tokenizer=found_in(folder) or values["tokenizer"],
         classes=classes,
         domain=dataclasses.replace(domain, tokenizer=found_in(folder) or domain.tokenizer),
@@ -200,11 +197,8 @@ def _with(base: Base, config: BaseConfig, overrides: dict) -> Base:
         if model_config.param_dtype == base.config.param_dtype:
             return params
         dtype = llama.DTYPES[model_config.param_dtype]
-        cast = jax.jit(
-            lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree),
-            out_shardings=place(params),
-        )
-        return cast(params)
+        cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)  # noqa: E731
+        return jax.jit(cast, out_shardings=place(params))(params)
 
     domain = _domain(config, base)
     return dataclasses.replace(
@@ -213,8 +207,11 @@ def _with(base: Base, config: BaseConfig, overrides: dict) -> Base:
 
 
 def _domain(config: BaseConfig, base: Base) -> TuningDataConfig | None:
-    if config.domain is None or config.domain == "none":
-        return None if config.domain == "none" else base.domain
+    """The data on which forgetting is measured; None where it is not."""
+    if config.domain == "none":
+        return None
+    if config.domain is None:
+        return base.domain
     try:
         length = None if base.is_vit else min(256, base.config.sequence_length)
         task = "classification" if base.is_vit else "language_modelling"
@@ -230,6 +227,7 @@ def tuned_base(folder: pathlib.Path, values: dict) -> Base:
     config = finetuning_configuration.from_dict(values)
     description = read_description(folder / MODEL)
     tokenizer = found_in(folder) or description["tokenizer"]
+    # which may be a tuned one again
     base = open_base(config.base, config.run.seed, tokenizer)
     model = Model(config, base, tuple(description["classes"]))
     return Base(
@@ -255,10 +253,10 @@ def read_tuned(folder: pathlib.Path, config: TuningConfig, model: Model, place: 
         params = model.base.read(place)
         digest = parameter_digest(params)
         frozen = parts.cut_off(model.with_head(params, config.run.seed, place))
-    like, places = parts.abstract, parts.shardings(place(model.shapes))
-    like, places = (
-        {name: tree for name, tree in part.items() if name != "key"} for part in (like, places)
-    )
+    # the key of dropout is no part of the model
+    shardings = parts.shardings(place(model.shapes))
+    like = {name: tree for name, tree in parts.abstract.items() if name != "key"}
+    places = {name: tree for name, tree in shardings.items() if name != "key"}
     restored = restore_newest(folder, like, places, model.meaning())
     if digest is not None and restored.extra["base"] != digest:
         raise ConfigurationError(

@@ -44,10 +44,9 @@ class Finetuning(Task):
 
     def __init__(self, config: TuningConfig, devices: Sequence[Any] | None = None):
         super().__init__(config.mesh, devices)
-        self.config, self.base = (
-            config,
-            open_base(config.base, config.run.seed, config.data.tokenizer),
-        )
+        self.config = config
+        # only what describes the base is read; its parameters come when all else is known to fit
+        self.base = open_base(config.base, config.run.seed, config.data.tokenizer)
         self.dataset = open_data(config.data, self.base.tokenizer, config.run.seed)
         self._check_base()
         self.model = Model(config, self.base, self.dataset.classes)
@@ -84,10 +83,8 @@ class Finetuning(Task):
                 f"another kind of model; give base.source or base.preset {remedy}, or other data"
             )
         if base.is_vit:
-            shape, wanted = (
-                data.train.images.shape[1:],
-                (base.config.image, base.config.image, base.config.channels),
-            )
+            shape = data.train.images.shape[1:]
+            wanted = (base.config.image, base.config.image, base.config.channels)
             if shape != wanted:
                 raise ConfigurationError(
                     f"data.name={config.data.name!r}: images {shape}, the base takes {wanted}"
@@ -160,10 +157,12 @@ class Finetuning(Task):
         """
         config, data = self.model.config, self.config.data
         if self.base.is_vit:
-            whole = vit.flops_per_image(config) * data.batch_size
+            all_products = vit.flops_per_image(config) * data.batch_size
         else:
-            whole = llama.flops_per_token(config, data.length) * data.batch_size * data.length
-        return whole * 2 / 3 if self.parts.adapts else whole
+            tokens = data.batch_size * data.length
+            all_products = llama.flops_per_token(config, data.length) * tokens
+        # without the gradient of the frozen kernels
+        return all_products * 2 / 3 if self.parts.adapts else all_products
 
     def meaning(self):
         return self.model.meaning()
@@ -208,12 +207,9 @@ class Finetuning(Task):
 
     def _sums_of(self, name: str):
         """`(params, rest, batch, *frozen)`, without dropout."""
-        is_classes = (
-            self.domain is not None and self.domain.classes
-            if name == "domain"
-            else self.dataset.classes
-        )
-        function = objectives.classes if is_classes else objectives.language
+        measured = self.domain if name == "domain" else self.dataset
+        has_classes = measured is not None and bool(measured.classes)
+        function = objectives.classes if has_classes else objectives.language
         run = lambda tree, batch: function(self.model.net, tree, batch)  # noqa: E731
         run = lrx.linen.adapted(run) if self.parts.adapts else run
 
@@ -224,13 +220,15 @@ class Finetuning(Task):
         return sums
 
     def _figures(self, name: str, state, batches) -> dict[str, float]:
-        rest = {key: value for key, value in state.items() if key == "fixed"}
+        """Means over all tokens, or rows, of the batches."""
+        rest = {key: value for key, value in state.items() if key == "fixed"}  # no dropout's key
         total, weight, right = 0.0, 0.0, 0.0
         for batch in batches:
-            found = self._measure[name](state["params"], rest, batch, *self.frozen)
-            total, weight, right = (
-                a + float(b) for a, b in zip((total, weight, right), found, strict=True)
+            loss_sum, weight_sum, right_sum = self._measure[name](
+                state["params"], rest, batch, *self.frozen
             )
+            total, weight = total + float(loss_sum), weight + float(weight_sum)
+            right += float(right_sum)
         weight = max(weight, 1.0)
         return {"loss": total / weight, "accuracy": right / weight, "tokens": int(weight)}
 
@@ -243,7 +241,7 @@ class Finetuning(Task):
             line = f"validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.2%}"
         else:
             del found["accuracy"]
-            found["perplexity"] = math.exp(min(found["loss"], 700.0))
+            found["perplexity"] = math.exp(min(found["loss"], 700.0))  # a double ends there
             line = f"validation loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
         if self.domain is not None:
             part = self.domain.validation
@@ -266,9 +264,8 @@ class Finetuning(Task):
         much.
         """
         settings = self.config.run
-        return settings.domain_tokens or own.evaluated(settings.evaluation_tokens) * min(
-            own.length, part.length
-        )
+        rows = own.evaluated(settings.evaluation_tokens)
+        return settings.domain_tokens or rows * min(own.length, part.length)
 
     def memory(self, compiled):
         rows = super().memory(compiled)
@@ -284,6 +281,7 @@ class Finetuning(Task):
     def summary(self, state, evaluations):
         config, last = self.config, evaluations[-1] if evaluations else {}
         first = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
+        # figures of the last evaluation, and of the first, from before any update
         kept = ("loss", "accuracy", "perplexity", "domain_loss", "domain_accuracy")
         named = {
             name: name if name.startswith(("domain", "perplexity")) else f"validation_{name}"
@@ -301,13 +299,13 @@ class Finetuning(Task):
         for name in kept:
             is_comparable = is_same_domain or not name.startswith("domain")
             entries[f"{named[name]}_before"] = first.get(name) if is_comparable else None
+        wants_trigram, length = config.run.trigram, config.data.length
         entries["trigram_loss"] = (
-            trigram_loss(config, self.dataset, config.data.length) if config.run.trigram else None
+            trigram_loss(config, self.dataset, length) if wants_trigram else None
         )
         if state is not None and config.run.sample_tokens:
-            plain = jax.jit(self.parts.plain)(
-                state["params"], {"fixed": state.get("fixed")}, *self.frozen
-            )
+            rest = {"fixed": state.get("fixed")}
+            plain = jax.jit(self.parts.plain)(state["params"], rest, *self.frozen)
             entries["sample"] = sampled(config, self.dataset.tokenizer, self.model.net, plain)
         return entries
 

@@ -66,16 +66,15 @@ def read(text: str) -> list[Collective]:
             match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
             if not match:
                 continue
-            shapes = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match.group(1))
-            if (
-                match.group(3) and match.group(2) != "all-reduce"
-            ):  # (operands, results), then some contexts
+            result, kind, is_start = match.groups()
+            shapes = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
+            # an asynchronous start gives (operands, results), then some contexts
+            if is_start and kind != "all-reduce":
                 data = [shape for shape in shapes if shape[0] not in ("u32", "s32")] or shapes
                 shapes = data[len(data) // 2 :]
             for dtype, size in shapes:
-                found[match.group(2), dtype, tuple(int(n) for n in size.split(",") if n)] += (
-                    times.get(name, 1)
-                )
+                shape = tuple(int(n) for n in size.split(",") if n)
+                found[kind, dtype, shape] += times.get(name, 1)
     made = [Collective(kind, dtype, shape, count) for (kind, dtype, shape), count in found.items()]
     return sorted(made, key=lambda one: (-one.bytes, one.kind, one.shape))
 
@@ -93,6 +92,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 def _times(inside: dict[str, list[str]]) -> dict[str, int]:
     """How often each computation runs: the trips of all loops around it."""
+    # {computation: (the one that calls it, how often it does in one run of itself)}
     callers: dict[str, tuple[str, int]] = {}
     for name, lines in inside.items():
         for line in lines:
@@ -105,6 +105,7 @@ def _times(inside: dict[str, list[str]]) -> dict[str, int]:
                     callers.setdefault(target, (name, 1))
     times = {}
     for name in inside:
+        # up to the entry; `seen` ends a circle, which a damaged text may have
         total, where, seen = 1, name, set()
         while where in callers and where not in seen:
             seen.add(where)

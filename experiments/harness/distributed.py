@@ -121,6 +121,7 @@ def join(hosts: Hosts) -> None:
     if hosts.process:
         _reach(hosts)
     left = max(1.0, hosts.join_timeout - (time.monotonic() - began))
+    # jax waits for the others in a call that ends in an abort: end before it does
     timer = threading.Timer(left, _give_up, [hosts])
     timer.daemon = True
     timer.start()
@@ -210,9 +211,7 @@ def exchange(text: str) -> list[str]:
 def by_lead(make: Callable[[], Any], error: type[Exception]) -> Any:
     """What `make()`, called by process 0 alone, returns, in every process.
 
-    A JSON value where there are several.
-
-    What it raises is raised in the others as `error`.
+    A JSON value where there are several. What it raises is raised in the others as `error`.
     """
     if not joined():
         return make()
@@ -280,7 +279,7 @@ class Stop:
         if not joined():
             return self._asked.is_set()
         self._place += 1
-        if self._last is None:
+        if self._last is None:  # nobody has asked yet, as far as this process knows
             if self._asked.is_set():
                 with _tolerated("ALREADY_EXISTS"):
                     _client().key_value_set(self._key, str(self._place + 2))
@@ -292,9 +291,7 @@ class Stop:
 def end(error: BaseException) -> NoReturn:
     """Say why this process alone ends, and end it at once.
 
-    An orderly exit would wait for the others.
-
-    They notice by the closed connection (gloo) or by silence.
+    An orderly exit would wait for the others. They notice by the closed connection (gloo) or by silence.
     """
     where = f"process {jax.process_index()} of {jax.process_count()}"
     text = (str(error).strip() or repr(error)).splitlines()[0]
@@ -324,14 +321,15 @@ def part(rows: jax.sharding.NamedSharding) -> tuple[int, int]:
     if not joined():
         return 0, 1
     count = jax.device_count()
+    # a batch of one row for each device: which rows lie on this process's devices?
     indices = rows.addressable_devices_indices_map((count,)).values()
     held = {row for index in indices if index for row in range(*index[0].indices(count))}
     first, size = min(held), len(held)
+    # neighbours that begin at a multiple of their number
     if max(held) - first + 1 == size and first % size == 0 and count % size == 0:
         return first // size, count // size
-    if (
-        size * jax.process_count() == count
-    ):  # interleaved: the order of rows within a batch decides nothing
+    # interleaved: the order of rows within a batch decides nothing
+    if size * jax.process_count() == count:
         return jax.process_index(), jax.process_count()
     raise ConfigurationError(
         f"mesh={dict(rows.mesh.shape)}: the rows of process {jax.process_index()} are no part of a "

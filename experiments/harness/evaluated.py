@@ -26,23 +26,19 @@ def identity(dataset: Dataset, limit: int | None) -> dict[str, Any]:
     """What `limit` tokens of the validation data are: {"evaluated", "bytes", "text"}.
 
     Digests of the tokens and of the text, and its bytes; the last two None where they are not
-    known.
-
-    Classes have no bytes: their loss is that of a label.
+    known. Classes have no bytes: their loss is that of a label.
     """
     part, tokenizer = dataset.validation, dataset.tokenizer
-    digests = {
-        name: hashlib.sha256() for name in ("inputs", "targets")
-    }  # apart, however many rows are read at once
+    # one digest of each, so that it does not matter how many rows are read at once
+    digests = {name: hashlib.sha256() for name in ("inputs", "targets")}
     spells = tokenizer is not None and not dataset.classes
     size = 0
     for batch in part.evaluation(ROWS, limit):
-        counted = batch["weights"] > 0
+        counted = batch["weights"] > 0  # tokens have a weight each, images one a row
         for name, digest in digests.items():
-            digest.update(
-                np.asarray(batch[name])[counted].tobytes()
-            )  # tokens have a weight each, images one a row
+            digest.update(np.asarray(batch[name])[counted].tobytes())
         size += sum(map(len, spelled(tokenizer, batch["targets"][counted]))) if spells else 0
+    # the text is known where all of a packed stream is evaluated
     is_stream = isinstance(part, Batches) and part.mode == "pack"
     text = None
     if spells and is_stream and part.evaluated(limit) == part.evaluated():

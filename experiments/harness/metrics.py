@@ -167,11 +167,8 @@ class Progress:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(step - self._bar.n)
         elif step % self.every == 0 or step == self.total:
-            eta = (
-                (time.perf_counter() - self._begin)
-                / max(step - self._start, 1)
-                * (self.total - step)
-            )
+            elapsed, done = time.perf_counter() - self._begin, max(step - self._start, 1)
+            eta = elapsed / done * (self.total - step)
             self.say(f"step {step}/{self.total}  {figures}  ETA {format_seconds(eta)}")
 
     def part(self, title: str, done: int, total: int) -> None:
@@ -229,9 +226,7 @@ def memory_in_use() -> int:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:  # not Linux: the peak is what the system tells
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        return _peak_resident()
 
 
 def peak_memory() -> int:
@@ -239,11 +234,14 @@ def peak_memory() -> int:
     statistics = jax.local_devices()[0].memory_stats()
     if statistics:
         return statistics["peak_bytes_in_use"]
+    return _peak_resident()
+
+
+def _peak_resident() -> int:
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @functools.cache
@@ -257,6 +255,7 @@ def peak_flops() -> tuple[float, str]:
     for kind, peak in PEAK_FLOPS.items():
         if device.device_kind.startswith(kind):
             return peak, f"{kind}, dense bf16, data sheet"
+    # no data sheet: the best of some products of square matrices
     size = 1024 if device.platform == "cpu" else 8192
     matrix = jnp.ones((size, size), jnp.float32)
     product = jax.jit(lambda x: x @ x)
@@ -267,6 +266,5 @@ def peak_flops() -> tuple[float, str]:
         product(matrix).block_until_ready()
         seconds.append(time.perf_counter() - begin)
     shared = jax.local_device_count() if device.platform == "cpu" else 1
-    return 2 * size**3 / min(
-        seconds
-    ) / shared, f"{device.device_kind}, float32 matmul of {size}, measured"
+    rate = 2 * size**3 / min(seconds) / shared
+    return rate, f"{device.device_kind}, float32 matmul of {size}, measured"

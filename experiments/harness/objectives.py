@@ -39,9 +39,8 @@ def class_logits(model, params, batch):
     )
     x_BxSxD = kept["intermediates"]["norm"]["__call__"][0]
     is_last_BxS = jnp.arange(x_BxSxD.shape[1]) == batch["last"][:, None]
-    x_BxD = jnp.sum(
-        jnp.where(is_last_BxS[..., None], x_BxSxD, 0), axis=1
-    )  # a sum, wherever the positions lie
+    # a sum with one term: a gather would need to know where the positions lie
+    x_BxD = jnp.sum(jnp.where(is_last_BxS[..., None], x_BxSxD, 0), axis=1)
     return lrx.matmul(x_BxD, params[CLASSIFIER]["kernel"]).astype(jnp.float32)
 
 

@@ -64,8 +64,10 @@ def build(
     """
     check(config)
     method = METHODS[config.name]
+    # what the configuration sets goes to the method by name; the rest keeps the method's default
     arguments = {key: value for key, value in _settings(config).items() if key not in _TRANSLATED}
     options = parse_options(config.options)
+    # other groups of leaves have a peak of their own, and the same schedule
     for key in method.rates:
         if key in options:
             options[key] = _with_peak(rate, config.learning_rate, options[key])
@@ -87,9 +89,11 @@ def build(
         arguments["clip_norm"] = config.clip_norm
     optimizer = method.build(rate, **arguments)
     if config.refresh_when is not None:
+        # the method's own period and phase stay, so it is built twice
         own = optimizer.projection.refresh_schedule
         moved = dataclasses.replace(own, when=config.refresh_when)
         optimizer = method.build(rate, **arguments | {"refresh_schedule": moved})
+    # projected backprop clips what it keeps of the gradient, inside the step
     if config.clip_norm is None or config.backprop is not None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

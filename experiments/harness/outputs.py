@@ -72,6 +72,7 @@ def problem(path: str | os.PathLike, *, is_folder: bool) -> str | None:
             return f"is a {there}, where a {wanted} is to be written"
         if place.exists() and not (is_folder or place.is_file()):
             return "is no ordinary file"
+        # what is there already of its path, and whether a file of some size can be made in it
         places = (place, *place.parents) if is_folder else place.parents
         nearest = next(parent for parent in places if os.path.lexists(parent))
         if not nearest.is_dir():
@@ -80,11 +81,8 @@ def problem(path: str | os.PathLike, *, is_folder: bool) -> str | None:
             file.write(_PROBE)
             file.flush()
             os.fsync(file.fileno())
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # a name that is too long or no name, a loop of links
+    # a name that is too long, or is none; a loop of links
+    except (OSError, ValueError, RuntimeError) as error:
         return f"cannot be written ({getattr(error, 'strerror', None) or error})"
     return None
 
@@ -107,10 +105,9 @@ def write_result(
 ) -> pathlib.Path:
     """Write a result, beside the file there if that holds more; returns the file written.
 
-    It is then NAME.partial.json.
-
-    More: a list with more rows, at whatever depth; an entry that the new result lacks or has as
-    null, of rows one that fewer of them have; or another SUBJECT, which one of the two may lack.
+    It is then NAME.partial.json. More is a list with more rows, at whatever depth; an entry that the
+    new result lacks or has as null, of rows one that fewer of them have; or another SUBJECT, which
+    one of the two may lack.
 
     Args:
       path: the file.

@@ -113,6 +113,7 @@ class Run:
         """
         if self.records_tokens:
             return self.evaluations[-1]["evaluated"]
+        # what changes no token is left out
         data = {
             key: value
             for key, value in self.data.items()
@@ -147,6 +148,7 @@ class Run:
         last_evaluation = self.evaluations[-1] if self.evaluations else {}
         last_step = self.train[-1] if self.train else {}
         optimizer = self.config.get("optimizer") or {}
+        times = self.step_seconds
         so_far = {
             "optimizer": optimizer.get("name") if isinstance(optimizer, dict) else optimizer,
             "steps": self.steps,
@@ -156,9 +158,7 @@ class Run:
             "validation_accuracy": last_evaluation.get("accuracy"),
             "domain_loss": last_evaluation.get("domain_loss"),
             "bits_per_byte": bits_per_byte(last_evaluation),
-            "median_step_seconds": statistics.median(self.step_seconds)
-            if self.step_seconds
-            else None,
+            "median_step_seconds": statistics.median(times) if times else None,
             "total_seconds": last_step.get("seconds"),
         }
         return so_far.get(key)
@@ -186,7 +186,10 @@ def bits_per_byte(evaluation: dict[str, Any]) -> float | None:
     2.0
     """
     loss, tokens, size = (evaluation.get(name) for name in ("loss", "tokens", "bytes"))
-    return None if loss is None or not tokens or not size else loss * tokens / size / math.log(2)
+    if loss is None or not tokens or not size:
+        return None
+    # nats a token -> nats of the text -> nats a byte -> bits a byte
+    return loss * tokens / size / math.log(2)
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
@@ -204,18 +207,14 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         )
     try:
         rows = metrics.read(lines_file)
-        config, ledger = (
-            documents.read(folder / name, shape, remedy=_REMEDY)
-            if (folder / name).exists()
-            else None
-            for name, shape in (("config.json", _CONFIG), ("ledger.json", _LEDGER))
-        )
-        summary = (
-            read_summary(folder / "summary.json") if (folder / "summary.json").exists() else None
-        )
+        config = _optional(folder / "config.json", _CONFIG)
+        ledger = _optional(folder / "ledger.json", _LEDGER)
+        ending = folder / "summary.json"
+        summary = read_summary(ending) if ending.exists() else None
         history = read_history(folder)
     except DocumentError as error:
         raise RunError(str(error)) from error
+    # of a step that was repeated, the last line stays
     kinds: dict[str, dict[int, dict]] = {"train": {}, "eval": {}}
     for row in rows:
         if row["kind"] in kinds:
@@ -232,11 +231,17 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     )
 
 
+def _optional(path: Path, shape: Any) -> Any:
+    """A document of a run folder; None where the run has not written it yet."""
+    return documents.read(path, shape, remedy=_REMEDY) if path.exists() else None
+
+
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """Several run folders, in the order given, each once, under names that tell them apart."""
     paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not paths:
         raise RunError("no run folders: name at least one, such as runs/default")
+    # as many parts of the paths as it takes to tell them apart
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1

@@ -110,13 +110,14 @@ class Task:
 
     def memory(self, compiled) -> list[dict]:
         """Rows {"component", "bytes_formula", "bytes_measured"} of the memory ledger."""
+        # without clipping in front, so that the ledger sees the projection itself
         settings = dataclasses.replace(self.config.optimizer, clip_norm=None)
-        return list(
-            lrx.memory.ledger(self.optimizer_of(settings), self.abstract["params"], compiled).rows
-        )
+        optimizer = self.optimizer_of(settings)
+        return list(lrx.memory.ledger(optimizer, self.abstract["params"], compiled).rows)
 
     def optimizer_of(self, settings) -> optax.GradientTransformation:
         """The optimizer that these settings describe."""
+        # "sharding" is resolved once: shapes of the state follow from it
         if settings.side == "sharding" and not self._sides:
             self._sides = lrx.sides_for(
                 self.shapes["params"], self.places["params"], views=optimizers.views(self.stacked)
@@ -135,13 +136,12 @@ class Task:
             )
         except ValueError as error:
             raise ConfigurationError(f"optimizer.name={settings.name!r}: {error}") from error
-        follow = lrx.state_shardings(
+        # the state lies where its parameters do
+        state_places = lrx.state_shardings(
             self.optimizer, params, self.places["params"], spread=self.config.mesh.spreads
         )
-        shapes, places = (
-            {**own, "opt_state": more}
-            for own, more in ((self.shapes, opt_state), (self.places, follow))
-        )
+        shapes = {**self.shapes, "opt_state": opt_state}
+        places = {**self.places, "opt_state": state_places}
         self.abstract = jax.tree.map(placed, shapes, places)
 
     def keep_sides(self, sides: dict[str, tuple[str, int]]) -> None:
@@ -163,11 +163,11 @@ class Task:
             update = updates.fused(self.sums, self.optimizer, accumulation, backprop)
         if self.mesh.size == 1 and not self.config.mesh.explicit:
             return update
+        # the new state lies as the old one did, whatever the compiler would choose
         stored = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         parameters = self.abstract["params"] if self.config.mesh.spreads else None
-        place = (
-            jax.sharding.reshard if self.config.mesh.explicit else jax.lax.with_sharding_constraint
-        )
+        is_explicit = self.config.mesh.explicit
+        place = jax.sharding.reshard if is_explicit else jax.lax.with_sharding_constraint
 
         def run(state, batch, *frozen):
             with meshes.use(self.mesh, parameters=parameters):
@@ -181,19 +181,19 @@ class Task:
 
         On a row of each part of a batch.
         """
-        if (
-            self.config.optimizer.backprop != "projected"
-            or lrx.plan(self.optimizer.projection) == "full"
-        ):
+        if self.config.optimizer.backprop != "projected":
+            return None
+        if lrx.plan(self.optimizer.projection) == "full":
             return None
         begin = time.perf_counter()
+        # one row for each part that a batch is cut into
         own = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // distributed.part(self.rows)[1]
         batch = self.on_devices({name: array[:own] for name, array in self.host_batch(0).items()})
         share = 1.0 / max(float(jnp.sum(batch["weights"])), 1.0)
-        loss, taps = updates.projected_loss(self.sums, self.frozen), lrx.taps(state["opt_state"])
-        lrx.check_taps(
-            loss, taps, state["params"], batch, share, tolerance=1e-3 if self.exact else 5e-2
-        )
+        loss = updates.projected_loss(self.sums, self.frozen)
+        taps = lrx.taps(state["opt_state"])
+        tolerance = 1e-3 if self.exact else 5e-2  # float32 products, or bfloat16 ones
+        lrx.check_taps(loss, taps, state["params"], batch, share, tolerance=tolerance)
         return f"projected gradients agree with the full ones ({time.perf_counter() - begin:.1f} s)"
 
     def record(self) -> dict[str, tuple[Any, str, str]]:
@@ -222,7 +222,8 @@ class Task:
         """The batches of `part` for an evaluation of `limit` tokens, watched, on the devices."""
         size = self.config.run.evaluation_batch_size or self.config.data.batch_size
         own = part.evaluation(size, limit, *distributed.part(self.rows))
-        return watch(title, -(-part.evaluated(limit) // size), map(self.on_devices, own))
+        count = -(-part.evaluated(limit) // size)  # rounded up: the last batch may be padded
+        return watch(title, count, map(self.on_devices, own))
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch of an update, abstract."""
@@ -257,7 +258,8 @@ def without_weak_types(tree):
 def trigram_loss(config, dataset: Dataset, length: int) -> float:
     """Loss of a trigram model of the training text on the tokens that the evaluation sees."""
     tokens, limit = dataset.validation.tokens, config.run.evaluation_tokens
-    tokens = tokens if limit is None else tokens[: max(1, limit // length) * length + 1]
+    if limit is not None:  # whole rows, and one token more, which is the last target
+        tokens = tokens[: max(1, limit // length) * length + 1]
     return ngram.trigram_loss(dataset.train.tokens, tokens, dataset.vocabulary_size)
 
 
@@ -273,6 +275,7 @@ def sampled(config, tokenizer, model, params) -> str:
         jax.random.key(settings.seed),
         settings.temperature,
     )
+    # a vocabulary may be larger than the tokenizer's
     known = np.asarray(tokens[0])
     return settings.sample_prompt + tokenizer.decode(known[known < tokenizer.vocabulary_size])
 
@@ -285,18 +288,14 @@ class Pretraining(Task):
         self.config, self.dataset = config, self.open_dataset(config)
         self.model, self.stacked = llama.Llama(config.model), config.model.scan
         self.rate = optimizers.schedule(config.schedule, config.optimizer.learning_rate)
+        # shapes and places first: nothing is made before the whole run is known to fit together
         params = jax.eval_shape(self._params, jax.random.key(0))
-        self.shapes, self.places = (
-            {"params": params},
-            {"params": meshes.shardings(params, axes.LLAMA, self.mesh)},
-        )
+        self.shapes = {"params": params}
+        self.places = {"params": meshes.shardings(params, axes.LLAMA, self.mesh)}
         self.choose()
-        data = config.data
-        self.work = (
-            llama.flops_per_token(config.model, data.sequence_length)
-            * data.batch_size
-            * data.sequence_length
-        )
+        length = config.data.sequence_length
+        tokens = config.data.batch_size * length
+        self.work = llama.flops_per_token(config.model, length) * tokens
         self.exact = config.model.dtype == "float32"
         self.evaluation_step = jax.jit(lambda params, batch: self.sums(params, batch, {}))
 
@@ -338,15 +337,14 @@ class Pretraining(Task):
 
     def summary(self, state, evaluations):
         config, last = self.config, evaluations[-1] if evaluations else {}
+        wants_trigram, length = config.run.trigram, config.data.sequence_length
         entries = {
             "preset": config.preset,
             "parameters": llama.parameter_count(config.model),
             "validation_loss": last.get("loss"),
             "perplexity": last.get("perplexity"),
             "script_perplexity": last.get("script_perplexity"),
-            "trigram_loss": trigram_loss(config, self.dataset, config.data.sequence_length)
-            if config.run.trigram
-            else None,
+            "trigram_loss": trigram_loss(config, self.dataset, length) if wants_trigram else None,
         }
         if state is not None and config.run.sample_tokens:
             entries["sample"] = sampled(config, self.dataset.tokenizer, self.model, state["params"])

@@ -72,8 +72,7 @@ def run(
 
     Raises:
       ConfigurationError: before any work.
-      experiments.harness.checkpoint.CheckpointError: damage that has no good step to fall back to, or a
-        final save that failed.
+      CheckpointError: damage that has no good step to fall back to, or a final save that failed.
     """
     workdir = pathlib.Path(workdir).absolute()
     with contextlib.ExitStack() as held:
@@ -82,11 +81,13 @@ def run(
         )
         if stored is not None:  # nothing is written: the folder may be one that can only be read
             return stored
+        # one writer a folder, until the process ends
         with distributed.together(ConfigurationError):
             outputs.check("workdir", workdir, is_folder=True)
             workdir.mkdir(parents=True, exist_ok=True)
             held.enter_context(folder.locked(workdir))
         asked = held.enter_context(folder.stop_flag(handle_signals))
+        # whose run it is: only now nobody else can change what the folder says
         folder.check_processes(config, workdir)
         stored, changed = distributed.by_lead(
             lambda: folder.claim(config, workdir, extend), ConfigurationError
@@ -96,6 +97,7 @@ def run(
         if config.run.compile_cache:
             folder.use_compile_cache()
         folder.check_devices(config)
+        # a resumed run keeps the sides that its matrices were projected from
         sides = distributed.by_lead(
             lambda: checkpoint.stored_sides(workdir / "checkpoints"), ConfigurationError
         )
@@ -105,7 +107,7 @@ def run(
                 trained.keep_sides(sides)
                 made = _Training(trained, workdir, asked, verbose and distributed.leads(), changed)
             return made.run()
-        except distributed.Stopped:
+        except distributed.Stopped:  # while there was nothing to save
             return {"status": "stopped", "step": None, "steps": config.schedule.steps}
 
 
@@ -116,8 +118,14 @@ def _problem(restored: checkpoint.Restored, noted) -> str | None:
         documents.check(restored.extra, shape, where="what was saved beside the arrays")
     except DocumentError as error:
         return str(error)
+    # the state counts its updates itself, unless its optimizer keeps no schedule
     done = optimizers.done(restored.tree["opt_state"])
     return None if done in (None, restored.step) else f"its state has seen {done} updates"
+
+
+def _all_finite(params: Any) -> jax.Array:
+    """Whether every number of a tree is finite."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 
 class _Training:
@@ -130,13 +138,15 @@ class _Training:
         self.workdir, self.verbose = workdir, verbose
         self.asked, self.stop = asked, distributed.Stop(asked)
         folder.check_disk(workdir, task.abstract, self.config.checkpoint.keep)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        # what a checkpoint notes beside the arrays
+        self.step, self.tokens, self.seconds, self.skipped = 0, 0, 0.0, 0
         self.owed = task.evaluates_first  # an evaluation before the next update
-        self.skipped, self.not_finite = 0, 0
-        self.pending: tuple[int, dict] | None = None
-        self.lines: list[str] = []
+        self.not_finite = 0  # updates in a row
+        self.pending: tuple[int, dict] | None = None  # the update in flight, and its metrics
+        self.lines: list[str] = []  # what was said before metrics.jsonl was open
 
     def run(self) -> dict:
+        """Restore or initialise, compile, loop, and sum up."""
         config, workdir = self.config, self.workdir
         self.checkpoints = checkpoint.Checkpoints(
             workdir / "checkpoints",
@@ -156,18 +166,7 @@ class _Training:
                     workdir, self.changed, self.step, config.schedule.steps, self._announce
                 )
             self.writer = writer = self._written()
-            self.progress = metrics.Progress(
-                config.schedule.steps,
-                self.step,
-                every=config.run.log_every,
-                enabled=self.verbose,
-            )
-            for line in self.lines:
-                self.writer.write("note", step=self.step, text=line)
-            for line in filter(
-                None, (self.task.headline(), optimizers.full_gradients(config.optimizer))
-            ):
-                self._note(line)
+            self._introduce()
             with self.asked.at_once():
                 step_function = self._compile()
                 checked = self.task.check(state)
@@ -178,9 +177,8 @@ class _Training:
             state, status = self._loop(step_function, state)
             summary = self._finish(state, status)
         except BaseException:
-            if (
-                not distributed.joined()
-            ):  # a save in flight would wait for processes that may be lost
+            # of several processes a save in flight would wait for those that may be lost
+            if not distributed.joined():
                 try:
                     self.checkpoints.close()
                 except checkpoint.CheckpointError as error:  # what ended the run is told last
@@ -193,6 +191,19 @@ class _Training:
         self.checkpoints.close()
         return summary
 
+    def _introduce(self) -> None:
+        """The progress line begins, with what is known before the first update."""
+        config = self.config
+        self.progress = metrics.Progress(
+            config.schedule.steps, self.step, every=config.run.log_every, enabled=self.verbose
+        )
+        for line in self.lines:
+            self.writer.write("note", step=self.step, text=line)
+        self._note(self.task.headline())
+        held = optimizers.full_gradients(config.optimizer)
+        if held is not None:
+            self._note(held)
+
     def _written(self) -> metrics.Metrics:
         """The run's files, which process 0 alone writes, and where its metrics go."""
         if not distributed.leads():
@@ -204,13 +215,10 @@ class _Training:
         return metrics.Metrics(self.workdir / "metrics.jsonl", board)
 
     def _restore_or_initialise(self):
-        # before the state needs memory
+        # surroundings are read before the state needs memory, and only where they are compared
         noted = self.task.record() if distributed.joined() or self.checkpoints.steps() else {}
-        self._compare(
-            {key: value for key, (value, _, _) in noted.items()},
-            noted,
-            "from process 0 to this one",
-        )
+        own = {key: value for key, (value, _, _) in noted.items()}
+        self._compare(own, noted, "from process 0 to this one")
         with history.fitting(self.changed, self.workdir):
             restored = self.checkpoints.restore(
                 self.task.abstract, check=lambda restored: _problem(restored, noted)
@@ -225,6 +233,7 @@ class _Training:
         self.step = restored.step
         self.tokens, self.seconds = restored.extra["tokens"], restored.extra["seconds"]
         self.skipped = restored.extra["skipped"]
+        # the lines of later updates are written again as these are repeated
         path = self.workdir / "metrics.jsonl"
         dropped = metrics.truncate(path, self.step) if distributed.leads() else 0
         # an evaluation that was stopped left no line
@@ -253,11 +262,8 @@ class _Training:
         task = self.task
         update = jax.jit(task.update(), donate_argnums=0)
         self.compiled = update.lower(task.abstract, task.batch_shapes(), *task.frozen).compile()
-        self.finite = jax.jit(
-            lambda params: jnp.all(
-                jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)])
-            )
-        )
+        self.finite = jax.jit(_all_finite)
+        # what the utilisation is a share of
         self.peak, source = metrics.peak_flops()
         self._note(
             f"compiled in {time.perf_counter() - begin:.1f} s; peak {self.peak:.3g} FLOP/s "
@@ -271,15 +277,15 @@ class _Training:
         first, last = config.run.profile_steps or (0, 0)
         if self.stop.before():
             return state, "stopped"
-        distributed.exchange(
-            "compiled"
-        )  # nor is the wait for another process's compilation counted
+        # nor is the wait for another process's compilation counted
+        distributed.exchange("compiled")
         self.mark = time.perf_counter()
         if self.owed and not self._evaluate(state):
             return state, "stopped"
         for step in range(self.step + 1, steps + 1):
             if step == first:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
+            # the batch is a function of the step: a resumed run repeats it
             batch = self.task.on_devices(self.task.host_batch(step - 1))
             state, measured = step_function(state, batch, *self.task.frozen)
             self._collect()
@@ -293,12 +299,10 @@ class _Training:
                 )
             complete = not self._is_evaluated(step) or self._evaluate(state)
             stopping = not complete or self.stop.poll()
-            if (
-                stopping
-                or step == steps
-                or (config.checkpoint.every and step % config.checkpoint.every == 0)
-            ):
-                self._save(state, final=stopping or step == steps)
+            is_last, every = step == steps, config.checkpoint.every
+            is_due = bool(every) and step % every == 0
+            if stopping or is_last or is_due:
+                self._save(state, final=stopping or is_last)
             if stopping and (step < steps or not complete):
                 return state, "stopped"
             if self.not_finite >= PATIENCE:
@@ -316,11 +320,13 @@ class _Training:
         step, measured = self.pending
         self.pending = None
         measured = {name: value.item() for name, value in jax.device_get(measured).items()}
+        # from one update read to the next: with several in flight no single one can be timed
         now = time.perf_counter()
         elapsed, self.mark = now - self.mark, now
         self.seconds += elapsed
         tokens = int(measured.pop("tokens"))
         self.tokens += tokens
+        # model FLOPs utilisation: the formula's operations over what the devices could have done
         mfu = self.task.work / elapsed / (self.peak * jax.device_count())
         moved = step - 1 - measured["skipped"]  # skipped updates do not move the schedule
         self.writer.write(
@@ -336,14 +342,13 @@ class _Training:
             mfu=mfu,
             skipped=measured["skipped"],
         )
-        skipped = measured["skipped"] > self.skipped
-        if skipped:
+        is_skipped = measured["skipped"] > self.skipped
+        if is_skipped:
             why = "a gradient was not finite, or its norm above 1e12"
             self._note(f"update {step} was skipped: {why} ({measured['skipped']} so far)", step)
             self.skipped = measured["skipped"]
-        self.not_finite = (
-            self.not_finite + 1 if skipped or not math.isfinite(measured["loss"]) else 0
-        )
+        is_lost = is_skipped or not math.isfinite(measured["loss"])
+        self.not_finite = self.not_finite + 1 if is_lost else 0
         self.progress.update(
             step, loss=measured["loss"], tokens_per_second=tokens / elapsed, mfu=mfu
         )
@@ -402,9 +407,10 @@ class _Training:
                     "checkpoint stays"
                 )
                 return
+            # what a resumed run needs beside the arrays, and the surroundings that it must share
             extra = {"tokens": self.tokens, "seconds": self.seconds, "skipped": self.skipped}
             extra |= {key: value for key, (value, _, _) in self.task.record().items()}
-            try:
+            try:  # the save before this one
                 self.checkpoints.wait()
             except checkpoint.CheckpointError as error:
                 self._note(f"{error}. Training goes on")
@@ -418,6 +424,7 @@ class _Training:
                 self._note(f"{error}. Training goes on")
 
     def _finish(self, state, status: str) -> dict:
+        """The summary of a run that is over, written; of a stopped one, how far it came."""
         self._collect()
         config, task = self.config, self.task
         stopped = {"status": "stopped", "step": self.step, "steps": config.schedule.steps}
@@ -425,10 +432,10 @@ class _Training:
             return stopped
         self.checkpoints.wait()
         lead = distributed.leads()
+        # all of the run, not only of this process's life
         rows = metrics.read(self.workdir / "metrics.jsonl") if lead else []
-        train, evaluations = (
-            [row for row in rows if row["kind"] == kind] for kind in ("train", "eval")
-        )
+        times = [row["step_seconds"] for row in rows if row["kind"] == "train"]
+        evaluations = [row for row in rows if row["kind"] == "eval"]
         if lead:
             checkpoint.write_json(self.workdir / "ledger.json", task.memory(self.compiled))
         try:
@@ -443,9 +450,7 @@ class _Training:
             "steps": self.step,
             "tokens": self.tokens,
             "state_bytes": folder.tree_bytes(task.abstract["opt_state"]),
-            "median_step_seconds": statistics.median(row["step_seconds"] for row in train)
-            if train
-            else None,
+            "median_step_seconds": statistics.median(times) if times else None,
             "total_seconds": self.seconds,
             "skipped": self.skipped,
             "peak_memory_bytes": metrics.peak_memory(),
@@ -454,9 +459,11 @@ class _Training:
         } | told
         if "sample" in summary:
             self.progress.say(f"sample:\n{summary['sample']}")
+        # what the last evaluation was of, by which runs are compared
         last = evaluations[-1] if evaluations else {}
         summary |= {"evaluated": last.get("evaluated"), "validation_bytes": last.get("bytes")}
         summary["bits_per_byte"] = runs.bits_per_byte(last)
+        # JSON has no infinity
         summary = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in summary.items()
@@ -472,5 +479,6 @@ class _Training:
             print(line, file=sys.stderr, flush=True)
 
     def _note(self, line: str, step: int | None = None) -> None:
+        """A line of metrics.jsonl and of the terminal."""
         self.writer.write("note", step=self.step if step is None else step, text=line)
         self.progress.say(line)

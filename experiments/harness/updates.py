@@ -80,6 +80,7 @@ def step(sums, optimizer, accumulation: int):
     def update(state, batch, *frozen):
         params = state["params"]
         rest = {name: value for name, value in state.items() if name not in ("params", "opt_state")}
+        # a key for each microbatch, and one that stays for the next update
         after, keys = rest, {}
         if "key" in rest:
             key, own = jax.random.split(rest["key"])
@@ -103,11 +104,11 @@ def step(sums, optimizer, accumulation: int):
                 (parts, keys),
             )
             loss, weight, grads = total
+        # the exact token mean: sums over all microbatches, divided once
         weight = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, params)
-        extra = (
-            {"scale": rest["fixed"]} if "fixed" in rest else {}
-        )  # of adapters, for optimizers of their factors
+        # the scale of adapters, for optimizers of their factors
+        extra = {"scale": rest["fixed"]} if "fixed" in rest else {}
         moves, opt_state = optax.with_extra_args_support(optimizer).update(
             grads, state["opt_state"], params, **extra
         )

@@ -34,14 +34,8 @@ from lowrank_jax.interop.documents import DocumentError
 # are measured.
 WATCHING: dict[str, tuple[str, ...]] = {
     "name": (),
-    "mesh": (
-        "data",
-        "fsdp",
-        "sequence",
-        "tensor",
-        "spread",
-        "explicit",
-    ),  # other devices add up the same numbers
+    # other devices add up the same numbers
+    "mesh": ("data", "fsdp", "sequence", "tensor", "spread", "explicit"),
     "checkpoint": ("every", "keep", "verify"),
     "run": (
         "log_every",
@@ -97,7 +91,7 @@ def check_processes(config, workdir: pathlib.Path) -> None:
     The lead, which holds the lock, writes a word into its file, and the others look for it.
     """
     now = as_json(config)
-    word = secrets.token_hex(8)
+    word = secrets.token_hex(8)  # new in every run, so that an older one is not taken for it
     there, word = distributed.by_lead(lambda: [now, word], ConfigurationError)
     with distributed.together(ConfigurationError):
         for section in sorted(there.keys() | now.keys()):
@@ -108,6 +102,7 @@ def check_processes(config, workdir: pathlib.Path) -> None:
                 )
         if distributed.leads():
             (workdir / ".lock").write_text(word)
+    # the others wait for the word, as long as a shared file system may take
     with distributed.together(ConfigurationError):
         end = time.monotonic() + _SHARED
         while not (workdir / ".lock").is_file() or (workdir / ".lock").read_text() != word:
@@ -123,15 +118,13 @@ def check_processes(config, workdir: pathlib.Path) -> None:
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the folder until the process ends, however it ends.
 
-    ConfigurationError when another process holds it.
-
-    Of several processes the lead holds it.
+    ConfigurationError when another process holds it. Of several processes of one run the lead does.
     """
     if not distributed.leads():
         yield
         return
     with open(workdir / ".lock", "a") as file:
-        try:
+        try:  # the system frees the lock when the process ends
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigurationError(
@@ -169,7 +162,7 @@ def claim(
         there, here = decisive(read_config(workdir)), decisive(as_json(config))
         for key in sorted(there.keys() | here.keys()):
             old, new = there.get(key), here.get(key)
-            if old == new:
+            if old == new:  # a key that the older run did not have is None
                 continue
             extends = history.may_change(key)
             if extend and extends:
@@ -184,6 +177,7 @@ def claim(
         raise ConfigurationError(
             f"workdir={str(workdir)!r}: holds checkpoints but no config.json; give another folder"
         )
+    # damage is found before any work, not when the run is over
     try:
         if (workdir / "metrics.jsonl").exists():
             metrics.read(workdir / "metrics.jsonl")
@@ -257,6 +251,7 @@ def stop_flag(handle_signals: bool) -> Iterator[Wish]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(number, frame):
+        # a second signal of this kind kills, as it would without a run
         signal.signal(number, before[number])
         stop.express()
 
@@ -298,6 +293,7 @@ def check_devices(config) -> None:
 def check_disk(workdir: pathlib.Path, state, keep: int) -> None:
     """ConfigurationError when the disk cannot hold `keep` checkpoints and the one being written."""
     needed, free = (keep + 1) * tree_bytes(state), shutil.disk_usage(workdir).free
+    # the steps that are there make room before newer ones are written
     present = sum(
         path.stat().st_size for path in (workdir / "checkpoints").rglob("*") if path.is_file()
     )

@@ -53,9 +53,8 @@ def cases(kind: str, chip: str) -> Iterator[Case]:
         low: Any = {
             "kernel": jax.eval_shape(lrx.Projected, jax.ShapeDtypeStruct((rank, k), jnp.float32))
         }
-        basis = lrx.projectors.given(
-            matrix=np.zeros((s, rank), np.float32)
-        )  # its values are the state's
+        # the values are the state's; this one only says their shape
+        basis = lrx.projectors.given(matrix=np.zeros((s, rank), np.float32))
         for moments, (inner, itemsize) in MOMENTS.items():
             transformation = lrx.galore(1e-3, projector=basis, inner=inner, weight_decay=0.1)
             block = inner.block if moments == "8 bits" else 0

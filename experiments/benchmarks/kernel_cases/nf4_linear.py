@@ -27,9 +27,8 @@ def program(n: int, train: bool, implementation: str, chip: str) -> Callable:
         own = lambda x: _nf4.nf4_linear(x, w, implementation=implementation, chip=chip)  # noqa: E731
         if not train:
             return own(x)
-        _, pull = jax.vjp(
-            own, jnp.zeros((x.shape[0], n), x.dtype)
-        )  # its product is not used, and XLA drops it
+        # the product of the forward pass is not used, and XLA drops it
+        _, pull = jax.vjp(own, jnp.zeros((x.shape[0], n), x.dtype))
         return pull(x)[0]
 
     return run
