@@ -171,7 +171,7 @@ class Checkpoints:
         if step == self._finished:
             return
         leaves = {path: leaf for path, leaf in _flatten(tree).items() if leaf.size}
-        table = leaf_table(tree)
+        table = leaf_table(tree)  # all leaves, those of size zero too
         folder = self.directory / str(step)
         try:
             with distributed.together(CheckpointError):
@@ -183,6 +183,7 @@ class Checkpoints:
         except Exception as error:
             self._fail(step, error)
             self._raise()
+        # the values are on the host: the rest happens beside the training
         self._thread = threading.Thread(
             target=self._finish, args=(step, table, dict(extra or {})), name=f"checkpoint {step}"
         )
@@ -238,6 +239,7 @@ class Checkpoints:
             chosen = distributed.by_lead(choose, CheckpointError)
             if chosen is None:
                 return None
+            # all processes read the same step, and all pass it over when one cannot
             step, extra, older = chosen
             folder = self.directory / str(step)
             restored, problem = self._read_arrays(folder, like, partial, extra, older)
@@ -308,14 +310,13 @@ class Checkpoints:
 
     def _arrays(self, folder, flat: Mapping[str, Any], partial: bool) -> dict[str, Any]:
         """{path: array} of the leaves that a step stores under these paths."""
+        sharding_of = lambda leaf: getattr(leaf, "sharding", None)  # noqa: E731
         target = {
-            path: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
-            )
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf))
             for path, leaf in flat.items()
             if leaf.size
         }
-        if partial:
+        if partial:  # the other leaves are not read
             reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
             each = ocp.checkpoint_utils.construct_restore_args(target)
             options = ocp.args.PyTreeRestore(target, restore_args=each, partial_restore=True)
@@ -382,6 +383,7 @@ class Checkpoints:
 
     def _prune(self, newest: int) -> None:
         """Keep `keep` finished steps up to `newest`; unfinished older ones go too."""
+        # a newer step than this one is damaged, and kept for whoever wants to look at it
         older = [step for step in self.steps() if step <= newest]
         finished = [step for step in older if (self.directory / str(step) / MANIFEST).exists()]
         for step in older:

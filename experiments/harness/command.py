@@ -65,8 +65,7 @@ def run(
 
     Args:
       program: the module, for the line that says how to resume.
-      settings: the module of the configuration: `experiments.settings.configuration` or
-        `experiments.settings.finetuning_configuration`.
+      settings: the module `configuration` or `finetuning_configuration`.
       task: makes the task of the configuration.
       conclude: `(summary, workdir)` prints the last lines of a run that is over.
       default: the configuration file where none is named.
@@ -80,7 +79,7 @@ def run(
             return refuse(
                 f"unexpected arguments {argv[1:]}: flags are written --config.section.key=value"
             )
-        try:
+        try:  # before jax is used: processes join first
             hosts = _hosts(alone)
         except ConfigurationError as error:
             return refuse(str(error))
@@ -92,6 +91,7 @@ def run(
             os._exit(code)  # what was joined by half does not end in order
         try:
             summary = _trained(program, settings, task, before)
+            # one process says what all of them did
             if distributed.leads() and summary["status"] != "stopped":
                 workdir = pathlib.Path(summary["workdir"])
                 if REPORT.value:
@@ -158,7 +158,7 @@ def _trained(
 
 def _report(workdir: pathlib.Path) -> None:
     """Write the report, or say why there is none: a folder that is read only, a damaged file."""
-    from experiments.reporting import page
+    from experiments.reporting import page  # with matplotlib, which a run does not need
 
     problem = outputs.problem(workdir / "report", is_folder=True)
     if problem is not None:

@@ -80,6 +80,7 @@ def export(workdir, output, *, overwrite: bool = False) -> tuple[int, list[pathl
     except (ValueError, OSError, ImportError) as error:
         raise ConfigurationError(str(error)) from error
     step, params = _read_parameters(workdir, config)
+    # transformers reads the ids of special tokens from config.json; -1 is none
     ids = {f"{name}_token_id": getattr(tokenizer, name) for name in ("bos", "eos", "pad")}
     entries: dict[str, Any] = {name: id if id >= 0 else None for name, id in ids.items()}
     files = huggingface.save(output, config.model, params, overwrite=overwrite, entries=entries)
@@ -120,10 +121,10 @@ def _read_parameters(workdir: pathlib.Path, config: RunConfig) -> tuple[int, Any
 
 
 def _write_readme(output: pathlib.Path, config: RunConfig, step: int, tokenizer) -> pathlib.Path:
-    template = {ByteTokenizer: _BYTES, SentencePieceTokenizer: _PIECES, JsonTokenizer: _JSON}[
-        type(tokenizer)
-    ]
-    tokens = template.format(eos=tokenizer.eos, bos=tokenizer.bos, pad=tokenizer.pad, folder=output)
+    templates = {ByteTokenizer: _BYTES, SentencePieceTokenizer: _PIECES, JsonTokenizer: _JSON}
+    tokens = templates[type(tokenizer)].format(
+        eos=tokenizer.eos, bos=tokenizer.bos, pad=tokenizer.pad, folder=output
+    )
     values = huggingface.config_to(config.model)
     text = _README.format(
         name=config.name,

@@ -103,6 +103,7 @@ def extend(
     before = runs.read_summary(summary) if summary.is_file() else None
     entries = runs.read_history(workdir)
     entry = {"extended": True, "step": step, "changed": dict(changed), "before": before}
+    # the process that noted it may have died before its first update
     same = bool(entries) and all(
         entries[-1].get(key) == entry[key] for key in ("extended", "step", "changed")
     )
@@ -130,19 +131,19 @@ def started(
 
     Raises ConfigurationError where there is none, or it is of another model or optimizer.
     """
-    folder, with_state = (
-        pathlib.Path(settings.start_from or "").expanduser(),
-        settings.start_with == "state",
-    )
+    folder = pathlib.Path(settings.start_from or "").expanduser()
+    with_state = settings.start_with == "state"
     where = f"run.start_from={settings.start_from!r}"
     if not (folder / "checkpoints").is_dir():
         raise ConfigurationError(f"{where}: holds no checkpoints; name the folder of a run")
+    # what is taken over; the frozen arrays of adapters belong to their parameters
     parts = {
         name: tree
         for name, tree in task.abstract.items()
         if with_state or name in ("params", "fixed")
     }
     sides = optimizers.sides(task.abstract["opt_state"])
+    # how the other run computed may differ, as long as the arrays mean the same
     meaning = {section: dict(entries) for section, entries in task.meaning().items()}
     for key in COMPUTES:
         meaning.get("model", {}).pop(key, None)

@@ -88,7 +88,7 @@ def write(folder: pathlib.Path, step: int, leaves: Table, entries: Mapping[str, 
         "versions": {"jax": jax.__version__, "orbax": ocp.__version__, "numpy": np.__version__},
         **entries,
     }
-    values = json.loads(json.dumps(values))
+    values = json.loads(json.dumps(values))  # tuples become lists, as they are read back
     outputs.write_json(folder / NAME, {**values, "digest": digest(values)})
 
 
@@ -129,6 +129,7 @@ def problem(
       stored: gives orbax's metadata of a step's arrays, {path: something with a shape and a dtype}.
       verify: compare checksums.
     """
+    # names first, then contents, then what orbax makes of them
     present, listed = files(folder / STATE), values["files"]
     different = sorted(set(present) ^ set(listed))
     if different:

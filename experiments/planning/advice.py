@@ -92,7 +92,7 @@ def candidates(case: Case, row: dict[str, Any]) -> Iterator[dict[str, Change]]:
     Where what the step keeps is already more than the chip has, only optimizer and mesh can help:
     the others are not tried alone.
     """
-    kept: dict[str, Change] = {}
+    kept: dict[str, Change] = {}  # what later combinations hold, too
     hopeless = row["argument_bytes"] > row["limit_bytes"]
     if not case.config.model.remat:
         kept = {"remat": lambda config: _replaced(config, "model", remat=True)}
@@ -105,11 +105,13 @@ def candidates(case: Case, row: dict[str, Any]) -> Iterator[dict[str, Change]]:
         }
         if not hopeless:
             yield kept | largest
+    # smaller batches cost nothing of the result, so the largest number of them stays
     kept |= largest or {}
     last: Change | None = None
     for change in _optimizers(case):
         last = change
         yield kept | {"optimizer": change}
+    # at last a mesh that divides the parameters: alone, and with all the rest
     sizes = case.mesh_sizes()
     if sizes["fsdp"] == 1 and case.target.chips > 1:
         rest = case.target.chips // (sizes["tensor"] * sizes["sequence"])
@@ -137,6 +139,7 @@ def advise(case: Case, row: dict[str, Any], evaluate: Callable[[Case], dict[str,
         for change in changes.values():
             config = change(config)
         candidate = dataclasses.replace(case, config=config)
+        # several combinations come to one program
         words = flags(case.config, config)
         if candidate.key not in known:
             try:
@@ -154,6 +157,7 @@ def advise(case: Case, row: dict[str, Any], evaluate: Callable[[Case], dict[str,
         best = attempt(changes)
         if best is None:
             continue
+        # the last change made it fit; which of those before it can it do without?
         for name in [*changes][:-1]:
             fewer = {key: change for key, change in changes.items() if key != name}
             shorter = attempt(fewer)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -89,22 +90,15 @@ class Case:
           ConfigurationError: where they do not make up the target's devices.
         """
         sizes, chips = dict(self.config.mesh.sizes), self.target.chips
-        known = 1
-        for size in sizes.values():
-            known *= size if size > 0 else 1
+        # an axis that is left open takes what the others leave
+        known = math.prod(size for size in sizes.values() if size > 0)
         opened = [name for name, size in sizes.items() if size == -1]
         if len(opened) == 1 and chips % known == 0:
             sizes[opened[0]] = chips // known
-        product = 1
-        for size in sizes.values():
-            product *= size
+        is_whole = math.prod(sizes.values()) == chips and min(sizes.values()) > 0
         text = ",".join(f"{name}={size}" for name, size in self.config.mesh.sizes.items())
-        require(
-            product == chips and min(sizes.values()) > 0,
-            "mesh",
-            text,
-            f"{self.topology} has {chips} devices; choose sizes whose product that is",
-        )
+        remedy = f"{self.topology} has {chips} devices; choose sizes whose product that is"
+        require(is_whole, "mesh", text, remedy)
         return sizes
 
     def check(self) -> None:
@@ -118,12 +112,8 @@ class Case:
             f"--config.schedule.accumulation={max(1, batch // shares)} or a divisor of it"
         )
         require(batch % (shares * parts) == 0, "data.batch_size", batch, remedy)
-        require(
-            not self.execute or self.target.kind == "cpu",
-            "execute",
-            True,
-            "only cpu targets are run; use cpu:N",
-        )
+        runs_here = not self.execute or self.target.kind == "cpu"
+        require(runs_here, "execute", True, "only cpu targets are run; use cpu:N")
         if self.target.kind == "tpu":
             remedy = (
                 f"{self.config.optimizer.name} would take an exact SVD, whose program takes "
@@ -174,6 +164,7 @@ def with_optimizer(config: RunConfig, text: str) -> RunConfig:
             given[field] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             given[field] = value
+    # what is no key of the section is an option of the method
     keys = [field.name for field in dataclasses.fields(configuration.OptimizerConfig)]
     options = {key: given.pop(key) for key in [*given] if key not in keys and method.takes(key)}
     if options:
@@ -255,6 +246,7 @@ def product(
         topologies, [*itertools.product(*lists)]
     ):
         try:
+            # the optimizer before the form of its step: another one may have no other form
             own = config if mesh is None else with_mesh(config, mesh)
             own = own if optimizer is None else with_optimizer(own, optimizer)
             own = own if backprop is None else with_backprop(own, backprop)
@@ -264,18 +256,16 @@ def product(
             words = " ".join(word for word in (topology, mesh, optimizer, backprop) if word)
             notes.append(f"left out: {words}: {error}")
             continue
-        if (
-            own.optimizer.backprop == "projected"
-            and len(backprops) > 1
-            and gradients_of(own) == "full"
-        ):
+        is_projected = own.optimizer.backprop == "projected"
+        # where both forms are listed, one program is enough
+        if is_projected and len(backprops) > 1 and gradients_of(own) == "full":
             note = (
                 f"{case.name}: needs full gradients at every step, so that its program is that of "
                 "backprop=full"
             )
             notes += [] if note in notes else [note]
             continue
-        found.setdefault(case.key, case)
+        found.setdefault(case.key, case)  # equal programs once
     if not found:
         raise ConfigurationError(
             notes[0].removeprefix("left out: ") if notes else "nothing to plan"

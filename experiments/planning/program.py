@@ -92,6 +92,7 @@ def temporaries(task: Planned) -> dict[str, int]:
     logits: B S V in float32, once (the loss and its gradient make two or three of it).
     """
     config, params, sizes = task.config, task.abstract["params"], task.mesh.shape
+    # a projected gradient has r of the s rows of a full one
     gradients: float = chip_bytes(params)
     if gradients_of(config) not in ("full", "full at a refresh"):
         views = {view.path: view for view in task.projected}
@@ -101,16 +102,12 @@ def temporaries(task: Planned) -> dict[str, int]:
     rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"] * config.schedule.accumulation)
     positions = rows * config.data.sequence_length // sizes["sequence"]
     itemsize = jnp.dtype(config.model.dtype).itemsize
+    layer_inputs = config.model.layers * positions * config.model.width * itemsize
+    logits = 4 * rows * config.data.sequence_length * config.model.vocabulary_size
     return {
         "gradients": round(gradients),
-        "layer_inputs": config.model.layers * positions * config.model.width * itemsize
-        if config.model.remat
-        else 0,
-        "logits": 4
-        * rows
-        * config.data.sequence_length
-        * config.model.vocabulary_size
-        // sizes["tensor"],
+        "layer_inputs": layer_inputs if config.model.remat else 0,
+        "logits": logits // sizes["tensor"],
     }
 
 
@@ -127,10 +124,13 @@ def operations(task: Planned) -> int:
     tapped = gradients_of(config) != "full"
     for view in task.projected:
         count, m, n, r = math.prod(view.batch), view.shrunk, view.kept, view.rank
+        up = down = 2 * m * n * r
         if tapped:
-            total += count * (2 * tokens * r * (m + n) - 2 * tokens * m * n + 2 * m * n * r)
+            # x P and its product with dy, in place of the weight gradient and of down
+            thin, weight_gradient = 2 * tokens * r * (m + n), 2 * tokens * m * n
+            total += count * (thin - weight_gradient + up)
         else:
-            total += count * 4 * m * n * r
+            total += count * (down + up)
     return total
 
 

@@ -81,6 +81,7 @@ class Cache:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # a line that a kill cut short would join this one
         if self.path.exists() and documents.is_torn(self.path):
             _drop_torn(self.path)
         entry = {"key": key, "source": self.source, "row": row}
@@ -116,6 +117,7 @@ def compile_case(
       CompileError: where the process failed.
     """
     target = case.target
+    # its compiler wants an environment of its own, which only a new process can have
     command = [targets.interpreter(target, python), "-m", "experiments.planning.program"]
     environment = os.environ | target.environment() | (measured.ENVIRONMENT if case.execute else {})
     begin = time.monotonic()
@@ -133,7 +135,7 @@ def compile_case(
             assert process.stdin is not None
             process.stdin.write(json.dumps(case.to_json()))
             process.stdin.close()
-            while process.poll() is None:
+            while process.poll() is None:  # often at first: small programs take a second
                 time.sleep(0.1 if time.monotonic() - begin < 5 else 1.0)
                 if tick is not None:
                     tick(time.monotonic() - begin)
@@ -145,6 +147,7 @@ def compile_case(
         err.seek(0)
         lines, errors = out.read().splitlines(), err.read().strip().splitlines()
     if process.returncode or not lines:
+        # of a long output, the line that says what was wrong
         named = [line for line in errors if "Error" in line or "error" in line]
         said = (named or errors or ["it said nothing"])[-1]
         raise CompileError(f"{case.label}: exit code {process.returncode}: {said[:400]}")
@@ -155,6 +158,7 @@ def describe(case: Case) -> dict[str, Any]:
     """The fields of a row that say what was compiled."""
     config, target = case.config, case.target
     sizes, own = case.mesh_sizes(), config.optimizer
+    parts = sizes["data"] * sizes["fsdp"] * config.schedule.accumulation
     return {
         "key": case.key,
         "preset": config.preset,
@@ -168,8 +172,7 @@ def describe(case: Case) -> dict[str, Any]:
         "batch": config.data.batch_size,
         "length": config.data.sequence_length,
         "accumulation": config.schedule.accumulation,
-        "rows_per_chip": config.data.batch_size
-        // (sizes["data"] * sizes["fsdp"] * config.schedule.accumulation),
+        "rows_per_chip": config.data.batch_size // parts,
         "remat": config.model.remat,
         "dtype": config.model.dtype,
         "param_dtype": config.model.param_dtype,
@@ -186,10 +189,13 @@ def judged(row: dict[str, Any], memory: int | None = None) -> dict[str, Any]:
       memory: bytes a chip has for the program, in place of the chip's own.
     """
     facts = targets.parse(row["topology"]).facts
+    # what the compiler said that it may use, else the data sheet
     usable = row.get("usable_bytes") or (None if facts is None else facts.hbm_bytes)
     limit = usable if memory is None else memory
-    fits = None if limit is None else row["placed"] and row["peak_bytes"] <= limit
-    fits = False if not row["placed"] else fits
+    fits = None if limit is None else row["peak_bytes"] <= limit
+    if not row["placed"]:  # the compiler refused it: its peak is a lower bound
+        fits = False
+    # at the peak rate of all chips
     least = None if facts is None else row["flops"] / row["chips"] / facts.peak_flops
     return row | {"limit_bytes": limit, "fits": fits, "seconds_at_peak": least}
 

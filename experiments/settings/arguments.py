@@ -34,7 +34,7 @@ def parser(settings: types.ModuleType, default: pathlib.Path) -> Callable[[list[
     """What `absl.app.run` takes as `flags_parser`.
 
     Args:
-      settings: `experiments.settings.configuration` or `experiments.settings.finetuning_configuration`.
+      settings: the module `configuration` or `finetuning_configuration`.
       default: the configuration file where none is named.
     """
 
@@ -71,12 +71,13 @@ def configured(settings: types.ModuleType) -> tuple[Any, list[str]]:
     what other flags say stays, and is an error where the method lacks it.
     """
     flag = flags.FLAGS["config"]
+    # flags win over the file, whatever names the file uses
     explicit = config_flags.get_override_values(flag)
     given, renamed = versions.present_keys(plain(flags.FLAGS.config), explicit)
+    # what the file says for its own method may be nothing for the one that a flag chose
     own = plain(load(config_flags.get_config_filename(flag)))["optimizer"]["name"]
-    notes = optimizers.fit(
-        given["optimizer"], own, [key.removeprefix("optimizer.") for key in explicit]
-    )
+    by_flag = [key.removeprefix("optimizer.") for key in explicit]
+    notes = optimizers.fit(given["optimizer"], own, by_flag)
     config = settings.from_dict(given)
     optimizers.check(config.optimizer)
     return config, [*renamed, *notes]
@@ -114,7 +115,7 @@ def load(file: str) -> Any:
     try:
         made = runpy.run_path(path)
         return made["get_config"](*argument)
-    except Exception as error:
+    except Exception as error:  # of the file's own code: whatever it raises
         line = error.lineno if isinstance(error, SyntaxError) else _line(error, path)
         where = "" if line is None else f", line {line}"
         told = f"{type(error).__name__}: {error}"
@@ -150,11 +151,8 @@ def check_keys(argv: Sequence[str], settings: types.ModuleType) -> None:
     experiments.settings.sections.ConfigurationError: optimizer.rnak: section optimizer has no key 'rnak'; did ...
     """
     sections = keys(settings)
-    known = [
-        f"{section}.{key}" if section else key
-        for section, table in sections.items()
-        for key in table
-    ]
+    join = lambda section, key: f"{section}.{key}" if section else key  # noqa: E731
+    known = [join(section, key) for section, table in sections.items() for key in table]
     for word in argv[1:]:
         match = re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=.*)?", word, re.DOTALL)
         if match is None or match[1] in known:
@@ -165,6 +163,7 @@ def check_keys(argv: Sequence[str], settings: types.ModuleType) -> None:
             raise ConfigurationError(
                 f"{path}: is a section; set one of its keys, {', '.join(sections[path])}"
             )
+        # the right key in the wrong section, else the nearest spelling
         elsewhere = [name for name in known if name.rpartition(".")[2] == key]
         near = elsewhere or difflib.get_close_matches(path, known, n=1)
         hint = f"did you mean {' or '.join(near)}?" if near else f"keys are {', '.join(known)}"
@@ -180,17 +179,16 @@ def page(settings: types.ModuleType, file: str, program: str) -> str:
     """What `--help` prints."""
     main = sys.modules["__main__"]
     lines = [(main.__doc__ or "").strip(), "", "Flags:"]
-    for name, flag in sorted(flags.FLAGS.flag_values_dict().items()):
-        if not _is_own(name, program):
-            continue
-        lines += _entry(
-            f"--{name}", "" if flag is None else repr(flag), flags.FLAGS[name].help or ""
-        )
+    for name, value in sorted(flags.FLAGS.flag_values_dict().items()):
+        if _is_own(name, program):
+            shown = "" if value is None else repr(value)
+            lines += _entry(f"--{name}", shown, flags.FLAGS[name].help or "")
     lines += [
         "",
         "Keys of the configuration, written --config.section.key=value, as this file sets them:",
         f"  {file}",
     ]
+    # as the file sets them, beside the program's own defaults where they differ
     values = settings.to_dict(settings.from_dict(load(file)))
     defaults = settings.to_dict(settings.from_dict({}))
     for section, kind in settings.SECTIONS.items():
@@ -209,6 +207,7 @@ def _section(
 ) -> Iterator[str]:
     texts, fields = descriptions(kind), kind.__dataclass_fields__  # type: ignore[attr-defined]
     for key, value in values.items():
+        # the docstring of the section's class says what a key means
         text = texts.get(key) or FURTHER[f"{section}.{key}"]
         field = fields.get(key)
         if field is not None and "choices" in field.metadata:

@@ -235,7 +235,7 @@ class MeshConfig(Section):
     def parts(self, devices: int) -> int:
         """How many parts a batch is cut into on so many devices."""
         sizes = self.sizes
-        if -1 in (self.data, self.fsdp):
+        if -1 in (self.data, self.fsdp):  # the rest, whichever of the two takes it
             return max(1, devices // (self.sequence * self.tensor))
         return sizes["data"] * sizes["fsdp"]
 
@@ -260,36 +260,21 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        """What depends on several sections: each check names the key to change."""
         smallest = smallest_dimension(self.model)
         rank = self.optimizer.rank
         if isinstance(rank, int):
-            require(
-                rank <= smallest,
-                "optimizer.rank",
-                rank,
-                f"the model's smallest matrix dimension is {smallest}; go no higher",
-            )
+            remedy = f"the model's smallest matrix dimension is {smallest}; go no higher"
+            require(rank <= smallest, "optimizer.rank", rank, remedy)
         batch, parts = self.data.batch_size, self.schedule.accumulation
-        divides = batch % parts == 0
-        require(
-            divides, "schedule.accumulation", parts, f"choose a divisor of data.batch_size={batch}"
-        )
-        length = self.data.sequence_length
-        longest = self.model.sequence_length
-        fits = length <= longest
-        require(
-            fits,
-            "data.sequence_length",
-            length,
-            f"the model takes {longest}; shorten it or raise model.sequence_length",
-        )
+        remedy = f"choose a divisor of data.batch_size={batch}"
+        require(batch % parts == 0, "schedule.accumulation", parts, remedy)
+        length, longest = self.data.sequence_length, self.model.sequence_length
+        remedy = f"the model takes {longest}; shorten it or raise model.sequence_length"
+        require(length <= longest, "data.sequence_length", length, remedy)
         pads = self.run.trigram and self.data.packing == "pad"
-        require(
-            not pads,
-            "run.trigram",
-            True,
-            "a trigram model reads the packed stream; set data.packing='pack' or run.trigram=False",
-        )
+        remedy = "a trigram model reads the packed stream; set data.packing='pack' or "
+        require(not pads, "run.trigram", True, remedy + "run.trigram=False")
         check_method(self, methods.METHODS[self.optimizer.name])
 
 
@@ -324,6 +309,7 @@ def to_dict(config: RunConfig) -> dict:
     True
     """
     sections = dataclasses.asdict(config)
+    # the preset is a key of the section model, which it is the default of
     sections["model"] = {"preset": sections.pop("preset"), **sections["model"]}
     return sections
 
@@ -394,8 +380,6 @@ def _model(given: dict, tokenizer: Any) -> tuple[str, llama.LlamaConfig]:
     base = dataclasses.asdict(llama.PRESETS[name])
     if given.get("vocabulary_size") is None and isinstance(tokenizer, str):
         base["vocabulary_size"] = tokenizers_size(tokenizer) or base["vocabulary_size"]
-    return name, build(
-        llama.LlamaConfig,
-        "model",
-        base | {key: value for key, value in given.items() if value is not None},
-    )
+    # None is the preset's
+    chosen = {key: value for key, value in given.items() if value is not None}
+    return name, build(llama.LlamaConfig, "model", base | chosen)

@@ -159,19 +159,20 @@ def descriptions(kind: type) -> dict[str, str]:
     {'a': 'two numbers, in a line and a half.', 'b': 'two numbers, in a line and a half.'}
     """
     found: dict[str, str] = {}
+    # base classes first: a subclass may say more of a field
     for base in reversed(kind.__mro__):
         text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
         _, header, entries = text.partition("Attributes")
         lines = entries.splitlines()[1:] if header else []
         names: list[str] = []
         for line in lines:
-            entry = re.match(r"  (\w+(?:, \w+)*): (.*)", line)
+            entry = re.match(r"  (\w+(?:, \w+)*): (.*)", line)  # "a, b: what they are"
             if entry:
                 names = entry[1].split(", ")
                 found |= dict.fromkeys(names, entry[2])
-            elif line.startswith("    "):
+            elif line.startswith("    "):  # goes on
                 found |= {name: f"{found[name]} {line.strip()}" for name in names}
-            elif line.strip():
+            elif line.strip():  # the next paragraph of the docstring
                 break
     return found
 
@@ -191,6 +192,7 @@ def table(kind: type, values: Mapping, *, free: bool = False):
     hints = typing.get_type_hints(kind)
     result = config_dict.ConfigDict()
     for key, value in values.items():
+        # a ConfigDict keeps the type of a value, unless a placeholder of any type stands there
         loose = free and key in hints
         if loose or isinstance(hints.get(key), types.UnionType):
             result[key] = config_dict.placeholder(object)
@@ -220,29 +222,21 @@ def build(kind: type, section: str, given: Mapping):
 
 def _typed(field: str, value: Any, hint: Any) -> Any:
     """`value` as `hint` says: integers become floats and lists tuples, nothing else changes."""
-    choices = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    choices = typing.get_args(hint) if is_union else (hint,)
     if value is None and type(None) in choices:
         return None
     kinds = tuple(typing.get_origin(choice) or choice for choice in choices)
-    if isinstance(value, list) and tuple in kinds:
+    if isinstance(value, list) and tuple in kinds:  # JSON has no tuples
         return tuple(value)
-    if isinstance(value, bool) and bool not in kinds:
+    is_bool = isinstance(value, bool)  # an int for Python, and for nobody else
+    plain_kinds = tuple(kind for kind in kinds if isinstance(kind, type))
+    matches = Any in kinds or isinstance(value, plain_kinds)
+    if is_bool and bool not in kinds:
         matches = False
-    else:
-        matches = Any in kinds or isinstance(
-            value, tuple(kind for kind in kinds if isinstance(kind, type))
-        )
-    if not matches and isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        require(
-            abs(value) <= sys.float_info.max,
-            field,
-            value,
-            "is too large for a number; give a smaller one",
-        )
+    if not matches and isinstance(value, int) and not is_bool and float in kinds:
+        remedy = "is too large for a number; give a smaller one"
+        require(abs(value) <= sys.float_info.max, field, value, remedy)
         return float(value)
     named = " or ".join(
         getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None)
