@@ -47,6 +47,7 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
     """
     x = np.asarray(values, float)
     known = np.isfinite(x)
+    # running sums, so that each window is a difference of two
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, x, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     centre = np.arange(len(x))
@@ -72,36 +73,22 @@ def loss(runs: Sequence[Run]) -> Figure:
     """Training loss (smoothed, thin) and validation loss (markers), by updates and by time."""
     figure = _figure(10.0, 4.4)
     by_step, by_time = _axes(figure, 2)
-    longest = max(
-        (row["seconds"] for run in runs for row in run.train + run.evaluations), default=0.0
-    )
-    unit, seconds = next(
-        (u, s)
-        for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1))
-        if longest > 2 * s or s == 1
-    )
+    rows = [row for run in runs for row in run.train + run.evaluations]
+    unit, seconds = _unit_of_time(max((row["seconds"] for row in rows), default=0.0))
     ends, tops, bottoms = [], [], []
     for index, run in enumerate(runs):
-        style: dict[str, Any] = {
-            "color": colour(index),
-            "linestyle": DASHES[index // len(RUN_COLOURS) % len(DASHES)],
-        }
-        train = smoothed(
-            [_number(row.get("loss")) for row in run.train], max(1, len(run.train) // 50)
-        )
+        # more runs than colours: each further round of colours has another dash
+        dash = DASHES[index // len(RUN_COLOURS) % len(DASHES)]
+        style: dict[str, Any] = {"color": colour(index), "linestyle": dash}
+        window = max(1, len(run.train) // 50)  # 2 % of the run
+        train = smoothed([_number(row.get("loss")) for row in run.train], window)
         evaluated = [row for row in run.evaluations if row.get("loss") is not None]
         for axes, key, scale in ((by_step, "step", 1), (by_time, "seconds", seconds)):
             x = [row[key] / scale for row in run.train]
             axes.plot(x, train, linewidth=0.9, alpha=0.4, **style)
-            x = [row[key] / scale for row in evaluated]
-            axes.plot(
-                x,
-                [row["loss"] for row in evaluated],
-                marker="o",
-                markersize=4.5,
-                linewidth=1.6,
-                **style,
-            )
+            x, y = [row[key] / scale for row in evaluated], [row["loss"] for row in evaluated]
+            axes.plot(x, y, marker="o", markersize=4.5, linewidth=1.6, **style)
+        # the first steep piece would flatten all the rest, and may lie above the figure
         shown = train[int(START * len(train)) :]
         values = [
             *shown[np.isfinite(shown)],
@@ -110,13 +97,14 @@ def loss(runs: Sequence[Run]) -> Figure:
         if values:
             tops.append(max(values))
             bottoms.append(min(values))
-            ends.append(
-                (evaluated[-1]["loss"] if evaluated else values[-1], run.name, colour(index))
-            )
+            last = evaluated[-1]["loss"] if evaluated else values[-1]
+            ends.append((last, run.name, colour(index)))
     lines = _trigram_lines(runs, by_step, by_time)
     if tops:
         top, bottom = max([*tops, *lines]), min([*bottoms, *lines])
-        by_step.set_ylim(bottom - 0.06 * (top - bottom) - 1e-3, top + 0.04 * (top - bottom) + 1e-3)
+        # a margin, and some height where all values are one
+        height = top - bottom
+        by_step.set_ylim(bottom - 0.06 * height - 1e-3, top + 0.04 * height + 1e-3)
     by_step.set(xlabel="update", ylabel="loss (nats per token)")
     by_time.set(xlabel=f"{unit} of training")
     for axes in (by_step, by_time):
@@ -126,29 +114,30 @@ def loss(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def _unit_of_time(longest: float) -> tuple[str, int]:
+    """The largest unit of which a run takes more than two, and its seconds."""
+    units = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+    return next((unit, size) for unit, size in units if longest > 2 * size or size == 1)
+
+
 def memory(runs: Sequence[Run]) -> Figure:
     """The memory ledger: one stacked bar per run, of measured bytes where there are any."""
     shown = [run for run in runs if run.ledger]
     names = list(dict.fromkeys(row["component"] for run in shown for row in run.ledger))
+    # a bar for each run, and rows of five names in the legend
     figure = _figure(10.0, 1.2 + 0.42 * len(shown) + 0.25 * ((len(names) + 4) // 5))
     (axes,) = _axes(figure)
     totals = [sum(ledger_bytes(row) for row in run.ledger) for run in shown]
-    scale, unit = next(
-        (s, u)
-        for s, u in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
-        if max(totals) >= s or s == 1
-    )
+    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+    scale, unit = next((size, name) for size, name in units if max(totals) >= size or size == 1)
     left = np.zeros(len(shown))
     for index, name in enumerate(names):
-        width = (
-            np.array(
-                [
-                    sum(ledger_bytes(r) for r in run.ledger if r["component"] == name)
-                    for run in shown
-                ]
-            )
-            / scale
-        )
+        of_run = [
+            sum(ledger_bytes(row) for row in run.ledger if row["component"] == name)
+            for run in shown
+        ]
+        width = np.array(of_run) / scale
+        # more components than colours: the further ones are hatched
         fill = COMPONENT_COLOURS[index % len(COMPONENT_COLOURS)]
         hatch = "///" if index >= len(COMPONENT_COLOURS) else None
         axes.barh(
@@ -232,6 +221,7 @@ def step_time(runs: Sequence[Run]) -> Figure:
         )
     low = min(1e3 * step_quantiles(run)["median"] for _, run in shown)
     high = max(1e3 * step_quantiles(run)["worst"] for _, run in shown)
+    # a worst step may be a hundred times the median
     if high > 4 * low:
         axes.set_xscale("log")
         axes.set_xlim(low / (high / low) ** 0.18 / 1.1, high * 1.1)
@@ -258,7 +248,7 @@ def forgetting(runs: Sequence[Run]) -> Figure:
             continue
         x, y = [row["loss"] for row in rows], [row["domain_loss"] for row in rows]
         axes.plot(x, y, color=colour(index), linewidth=1.2, marker=".", label=run.name)
-        if rows[0]["step"] == 0:
+        if rows[0]["step"] == 0:  # before the first update
             axes.plot(
                 x[:1], y[:1], color=colour(index), marker="o", markerfacecolor="white", markersize=8
             )
@@ -292,14 +282,16 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     if not ends:
         return
     low, high = axes.get_ylim()
-    gap = 0.052 * (high - low)
+    gap = 0.052 * (high - low)  # the height of a line of text
     ordered = sorted(ends)
     heights = np.array([value for value, _, _ in ordered])
+    # neighbours that overlap move apart, each by half
     for _ in range(50 * len(ordered)):
         overlap = np.maximum(gap - np.diff(heights), 0) / 2
         heights[:-1] -= overlap
         heights[1:] += overlap
     heights += max(0.0, low - heights[0]) - max(0.0, heights[-1] - high)
+    # a thin line leads from the value to its name
     right = blended_transform_factory(axes.transAxes, axes.transData)
     for height, (value, name, tint) in zip(heights, ordered, strict=True):
         axes.plot(

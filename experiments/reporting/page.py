@@ -63,51 +63,23 @@ def write(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
     output = outputs.check(
         "output", output if output.suffix else output / "report.html", is_folder=False
     )
-    page = [f"<h1>{_title(runs)}</h1>", _origin(runs), _headline(runs)]
-    if any(run.train or run.evaluations for run in runs):
-        page.append("<h2>Loss</h2>")
-        caption = (
-            "Thin: training loss, smoothed over 2 % of the run. Markers: validation loss, exact "
-            "mean over tokens; its last value stands beside the name. The first "
-            f"{figures.START:.0%} of a run may lie above the figure."
-        )
-        if len(_groups(runs)) > 1:
-            caption += (
-                " Runs of different data or tokenizers are not on one scale here: see the letters "
-                "above."
-            )
-        page.append(_picture(figures.loss(runs), output, "loss", caption))
-    else:
-        page.append("<p class=note>No run has recorded a step yet.</p>")
-    if any(row.get("domain_loss") is not None for run in runs for row in run.evaluations):
-        page.append("<h2>Forgetting</h2>")
-        caption = (
-            "One marker an evaluation, from before the first update (open) to the last one (large, "
-            "filled)."
-        )
-        page.append(_picture(figures.forgetting(runs), output, "forgetting", caption))
-    page.append("<h2>Memory</h2>")
-    page += _memory(runs, output)
-    if any(run.step_seconds for run in runs):
-        page.append("<h2>Step time</h2>")
-        caption = "Filled: median. Bar: 95th percentile. Open: worst. The first step is left out."
-        page.append(_picture(figures.step_time(runs), output, "step_time", caption))
-        rows = [
-            [_name(runs, run), *(f"{1e3 * v:.4g}" for v in figures.step_quantiles(run).values())]
-            for run in runs
-            if run.step_seconds
+    # a section is there where some run has something for it
+    body = "\n".join(
+        [
+            f"<h1>{_title(runs)}</h1>",
+            _origin(runs),
+            _headline(runs),
+            *_loss(runs, output),
+            *_forgetting(runs, output),
+            "<h2>Memory</h2>",
+            *_memory(runs, output),
+            *_step_time(runs, output),
+            *_history(runs),
+            "<h2>Configuration</h2>",
+            *_configuration(runs),
+            *_samples(runs),
         ]
-        page.append(_table(["run", "median ms", "95 % ms", "worst ms"], rows))
-    if any(run.history for run in runs):
-        page += ["<h2>History</h2>", *_history(runs)]
-    page += ["<h2>Configuration</h2>", *_configuration(runs)]
-    samples = [(run, text) for run in runs if (text := run.summary.get("sample"))]
-    if samples:
-        page.append("<h2>Sampled text</h2>")
-        page += [
-            f"<p>{_name(runs, run)}</p><pre>{html.escape(str(text))}</pre>" for run, text in samples
-        ]
-    body = "\n".join(page)
+    )
     document = (
         '<!doctype html>\n<html lang="en"><head><meta '
         f'charset="utf-8"><title>{_title(runs)}</title>'
@@ -118,12 +90,66 @@ def write(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    return (
-        f"Run {html.escape(runs[0].name)}" if len(runs) == 1 else f"{len(runs)} runs side by side"
+    if len(runs) == 1:
+        return f"Run {html.escape(runs[0].name)}"
+    return f"{len(runs)} runs side by side"
+
+
+def _loss(runs: Sequence[Run], output: Path) -> Iterable[str]:
+    """Losses of training and validation, as far as they are recorded."""
+    if not any(run.train or run.evaluations for run in runs):
+        yield "<p class=note>No run has recorded a step yet.</p>"
+        return
+    caption = (
+        "Thin: training loss, smoothed over 2 % of the run. Markers: validation loss, exact "
+        "mean over tokens; its last value stands beside the name. The first "
+        f"{figures.START:.0%} of a run may lie above the figure."
     )
+    if len(_groups(runs)) > 1:
+        caption += (
+            " Runs of different data or tokenizers are not on one scale here: see the letters "
+            "above."
+        )
+    yield "<h2>Loss</h2>"
+    yield _picture(figures.loss(runs), output, "loss", caption)
+
+
+def _forgetting(runs: Sequence[Run], output: Path) -> Iterable[str]:
+    """Loss on the base's domain against the new one, of fine-tuning runs that measured it."""
+    if any(row.get("domain_loss") is not None for run in runs for row in run.evaluations):
+        caption = (
+            "One marker an evaluation, from before the first update (open) to the last one (large, "
+            "filled)."
+        )
+        yield "<h2>Forgetting</h2>"
+        yield _picture(figures.forgetting(runs), output, "forgetting", caption)
+
+
+def _step_time(runs: Sequence[Run], output: Path) -> Iterable[str]:
+    """Quantiles of a step's time, as a figure and in milliseconds."""
+    timed = [run for run in runs if run.step_seconds]
+    if timed:
+        caption = "Filled: median. Bar: 95th percentile. Open: worst. The first step is left out."
+        rows = [
+            [_name(runs, run), *(f"{1e3 * v:.4g}" for v in figures.step_quantiles(run).values())]
+            for run in timed
+        ]
+        yield "<h2>Step time</h2>"
+        yield _picture(figures.step_time(runs), output, "step_time", caption)
+        yield _table(["run", "median ms", "95 % ms", "worst ms"], rows)
+
+
+def _samples(runs: Sequence[Run]) -> Iterable[str]:
+    """What each run wrote at its end."""
+    samples = [(run, text) for run in runs if (text := run.summary.get("sample"))]
+    if samples:
+        yield "<h2>Sampled text</h2>"
+    for run, text in samples:
+        yield f"<p>{_name(runs, run)}</p><pre>{html.escape(str(text))}</pre>"
 
 
 def _origin(runs: Sequence[Run]) -> str:
+    """The versions that made the runs, each set of them once."""
     versions = {
         "; ".join(f"{k} {v}" for k, v in sorted((run.summary.get("versions") or {}).items()))
         for run in runs
@@ -133,6 +159,7 @@ def _origin(runs: Sequence[Run]) -> str:
 
 
 def _headline(runs: Sequence[Run]) -> str:
+    """The table of one figure a column and one run a row."""
     letters = _groups(runs)
 
     def column(key, show, group):
@@ -140,6 +167,7 @@ def _headline(runs: Sequence[Run]) -> str:
 
         def cell(run):
             value = run.final(key)
+            # an unfinished run is no rival: its figure still moves
             rivals = [one.final(key) for one in runs if one.finished and group(one) == group(run)]
             known = [rival for rival in rivals if rival is not None]
             best = run.finished and len(runs) > 1 and len(known) > 1 and value == min(known)
@@ -168,6 +196,7 @@ def _headline(runs: Sequence[Run]) -> str:
         ("median step", figure("median_step_seconds", lambda seconds: f"{1e3 * seconds:.4g} ms")),
         ("time", figure("total_seconds", format_seconds)),
     ]
+    # columns of fine-tuning, and the letters where all runs have one, are left out when empty
     optional = {"trained", "accuracy", "base's domain, before", "after", "bits per byte"}
     cells = {title: [show(run) for run in runs] for title, show in columns}
     empty = {MISSING, f"<span class=plain>{MISSING}</span>"}
@@ -192,11 +221,13 @@ def _apart(runs: Sequence[Run], letters: dict[str, str]) -> str:
     """Which runs were evaluated on different tokens, or may have been, and what is known of it."""
     if len(letters) < 2:
         return ""
+    # by what of the configuration of data do the groups differ?
     one_of_each = {run.evaluated: run for run in reversed(runs)}
     keys = dict.fromkeys(key for run in one_of_each.values() for key in run.data)
     differing = [
         key for key in keys if len({repr(run.data.get(key)) for run in one_of_each.values()}) > 1
     ]
+    # runs of older versions say less of what they were evaluated on
     recorded = sum(run.records_tokens for run in one_of_each.values())
     is_mixed = 0 < recorded < len(letters)
     lines = []
@@ -222,6 +253,8 @@ def _apart(runs: Sequence[Run], letters: dict[str, str]) -> str:
 
 def _history(runs: Sequence[Run]) -> Iterable[str]:
     """Extensions, and the runs that others started from."""
+    if any(run.history for run in runs):
+        yield "<h2>History</h2>"
     for run in runs:
         if run.history:
             lines = "".join(f"<li>{html.escape(line)}</li>" for line in history_lines(run.history))
@@ -229,15 +262,15 @@ def _history(runs: Sequence[Run]) -> Iterable[str]:
 
 
 def _status(run: Run) -> str:
+    """A note on a run that did not come to its end, "" for one that did."""
     status = run.summary.get("status", "finished") if run.finished else "unfinished"
-    return (
-        ""
-        if status == "finished"
-        else f" <span class=note>{html.escape(status)}, step {run.steps}</span>"
-    )
+    if status == "finished":
+        return ""
+    return f" <span class=note>{html.escape(status)}, step {run.steps}</span>"
 
 
 def _memory(runs: Sequence[Run], output: Path) -> Iterable[str]:
+    """Bytes by component, of formula and of the compiled program side by side."""
     shown = [run for run in runs if run.ledger]
     if shown:
         caption = (
@@ -255,12 +288,8 @@ def _memory(runs: Sequence[Run], output: Path) -> Iterable[str]:
             cells = []
             for run in shown:
                 row = next((row for row in run.ledger if row["component"] == name), {})
-                cells.append(
-                    " / ".join(
-                        _cell(row.get(key), format_bytes)
-                        for key in ("bytes_formula", "bytes_measured")
-                    )
-                )
+                pair = (row.get("bytes_formula"), row.get("bytes_measured"))
+                cells.append(" / ".join(_cell(count, format_bytes) for count in pair))
             rows.append([html.escape(name), *cells])
         yield _table(header, rows)
     missing = [html.escape(run.name) for run in runs if not run.ledger]
@@ -269,6 +298,7 @@ def _memory(runs: Sequence[Run], output: Path) -> Iterable[str]:
 
 
 def _configuration(runs: Sequence[Run]) -> Iterable[str]:
+    """What differs between the runs, and all of each, folded away."""
     flat = [_flatten(run.config) for run in runs]
     if len(runs) > 1:
         keys = [
@@ -296,11 +326,8 @@ def _flatten(config: dict, prefix: str = "") -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
+        is_section = isinstance(value, dict)
+        flat |= _flatten(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return flat
 
 
