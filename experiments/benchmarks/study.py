@@ -92,6 +92,7 @@ def wanted(done: dict[Key, dict], method: str) -> list[Key]:
     >>> wanted({}, "AdamW")
     [('AdamW', 0.001, 0), ('AdamW', 0.003, 0), ('AdamW', 0.01, 0)]
     """
+    # three rates around the usual one, with one seed
     centre = GRID.index(METHODS[method][0])
     searched = first_seed(done, method)
     low, high = centre - 1, centre + 1
@@ -99,6 +100,7 @@ def wanted(done: dict[Key, dict], method: str) -> list[Key]:
         missing = [rate for rate in GRID[low : high + 1] if rate not in searched]
         if missing:
             return [(method, rate, SEEDS[0]) for rate in missing]
+        # further where the best is at the edge; else more seeds at the best
         best = GRID.index(min(GRID[low : high + 1], key=searched.__getitem__))
         if best == low and low > max(0, centre - 1 - EXTENSIONS):
             low -= 1
@@ -136,6 +138,7 @@ def time_steps(repetitions: int = 20) -> dict[str, float]:
 
     Runs side by side disturb each other, so their own times say little.
     """
+    # one core, as the runs have it; jax counts the cores when it is imported
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import jax
@@ -158,12 +161,13 @@ def time_steps(repetitions: int = 20) -> dict[str, float]:
 
         def step(update=update, held=held, batch=batch):
             def run():
+                # the state is donated: each step goes on from the one before
                 held[0], _ = update(held[0], batch)
                 return held[0]
 
             return timing.seconds(run)
 
-        step()
+        step()  # compiles
         cases[method] = step
     return timing.interleave(cases, repetitions)
 
@@ -178,6 +182,7 @@ def collect(
     """The committed result: one row for each method, and every run behind it."""
     rows = []
     for method in METHODS:
+        # a rate that diverged is no candidate
         searched = {
             rate: loss for rate, loss in first_seed(done, method).items() if math.isfinite(loss)
         }
@@ -247,6 +252,7 @@ def worker(root: pathlib.Path, key: Key, core: int, steps: int) -> None:
 
 def _next(done: dict[Key, dict], running: list[Key]) -> Key | None:
     """The next run to start: searches first, breadth first over methods."""
+    # of each method what it wants next; searches before seeds, and methods take turns
     queues = [[key for key in wanted(done, method) if key not in running] for method in METHODS]
     ready = [queue[0] for queue in queues if queue]
     started = [name for name, _, _ in [*done, *running]]
@@ -285,7 +291,7 @@ def queue(
     """
     cores = _cores()
     root.mkdir(parents=True, exist_ok=True)
-    clock = root / "spent_hours"
+    clock = root / "spent_hours"  # of all lives of the queue
     before = (
         documents.read(clock, float, remedy="write the hours there, or remove it")
         if clock.exists()
@@ -297,6 +303,7 @@ def queue(
     stopping = False
 
     def stop(*_):
+        """Runs save and end; no other begins."""
         nonlocal stopping
         stopping = True
         for _, process in active.values():
@@ -330,6 +337,7 @@ def queue(
                     f"{key} failed with exit code {process.returncode}; its folder is "
                     f"{folder(root, key)}"
                 )
+            # after every run, so that a kill loses nothing but what it interrupted
             spent = before + (time.monotonic() - begin) / 3600
             outputs.write_json(clock, spent)
             result = collect(finished(root), steps, spent, budget_hours, step_seconds)

@@ -33,19 +33,18 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.nd
     >>> sorted(permute(np.arange(10), 10, seed=0, epoch=np.zeros(10, int)).tolist())
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
+    # an even number of bits, split into two halves
     half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     with np.errstate(over="ignore"):
-        key = _mix(
-            np.asarray(epoch, np.uint64)
-            + _mix(np.full(np.shape(index), seed % 2**64, np.uint64) + np.uint64(1))
-        )
-        keys = [
-            _mix(key + np.uint64(r + 1) * np.uint64(0x9E3779B97F4A7C15)) for r in range(_ROUNDS)
-        ]
+        # one key of seed and epoch, and of it one for each round (the golden ratio's bits apart)
+        seeds = np.full(np.shape(index), seed % 2**64, np.uint64)
+        key = _mix(np.asarray(epoch, np.uint64) + _mix(seeds + np.uint64(1)))
+        step = np.uint64(0x9E3779B97F4A7C15)
+        keys = [_mix(key + np.uint64(r + 1) * step) for r in range(_ROUNDS)]
         x = np.asarray(index, np.uint64)
         outside = np.ones(x.shape, bool)
-        while outside.any():
+        while outside.any():  # at most four times as many values as wanted: few walk far
             left, right = x >> half, x & mask
             for round_key in keys:
                 left, right = right, left ^ (_mix(right ^ round_key) & mask)
@@ -64,13 +63,8 @@ class Numbered:
     """
 
     def __init__(self, count: int, evaluated: int, batch_size: int, seed: int, length: int = 1):
-        self.examples, self._all, self.batch_size, self.seed, self.length = (
-            count,
-            evaluated,
-            batch_size,
-            seed,
-            length,
-        )
+        self.examples, self._all = count, evaluated
+        self.batch_size, self.seed, self.length = batch_size, seed, length
 
     def batch(
         self, step: int, process_index: int = 0, process_count: int = 1
@@ -80,20 +74,17 @@ class Numbered:
         Raises ValueError when the split has no example, or `process_count` does not divide the
         batch.
         """
-        positions = step * self.batch_size + self._slice(
-            self.batch_size, process_index, process_count
-        )
-        return self._read(
-            permute(positions % self.examples, self.examples, self.seed, positions // self.examples)
-        )
+        own = self._slice(self.batch_size, process_index, process_count)
+        # places in the endless sequence of epochs
+        positions = step * self.batch_size + own
+        epoch, place = positions // self.examples, positions % self.examples
+        return self._read(permute(place, self.examples, self.seed, epoch))
 
     def evaluated(self, limit_tokens: int | None = None) -> int:
         """How many examples an evaluation takes: all, or limit_tokens // length, at least one."""
-        return (
-            self._all
-            if limit_tokens is None
-            else min(self._all, max(1, limit_tokens // self.length))
-        )
+        if limit_tokens is None:
+            return self._all
+        return min(self._all, max(1, limit_tokens // self.length))
 
     def evaluation(
         self,
@@ -106,6 +97,7 @@ class Numbered:
         count = self.evaluated(limit_tokens)
         own = self._slice(batch_size, process_index, process_count)
         for first in range(0, count, batch_size):
+            # beyond the end the last example stands again, and has no weight
             batch = self._read(np.minimum(first + own, count - 1))
             batch["weights"][first + own >= count] = 0
             yield batch
@@ -155,13 +147,13 @@ class Batches(Numbered):
         if mode not in MODES:
             raise ValueError(f"data.packing={mode!r}: choose one of {', '.join(MODES)}")
         self.split, self.sequence_length, self.mode = split, sequence_length, mode
-        windows, documents = len(split.tokens) - 1, len(split.starts) - 1
-        counts = (
-            (windows // sequence_length, -(-windows // sequence_length))
-            if mode == "pack"
-            else (documents,) * 2
-        )
-        super().__init__(*counts, batch_size, seed, sequence_length)
+        # every token but the first is a target
+        targets, documents = len(split.tokens) - 1, len(split.starts) - 1
+        if mode == "pack":  # whole windows are trained on, the remainder is evaluated too
+            count, evaluated = targets // sequence_length, -(-targets // sequence_length)
+        else:
+            count = evaluated = documents
+        super().__init__(count, evaluated, batch_size, seed, sequence_length)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -188,6 +180,7 @@ class Batches(Numbered):
         else:
             start = self.split.starts[examples]
             length = np.minimum(self.split.starts[examples + 1] - start, S)
+        # (b, S + 1): inputs, and one to the right of them the targets
         index = np.minimum(start[:, None] + offset, len(tokens) - 1)
         window = tokens[index].astype(np.int32)
         if self.mode == "pad":  # a document that was cut ends with eos nevertheless

@@ -64,10 +64,8 @@ def tokenized(
 ) -> TokenizedSplit:
     """The tokens of `split`, from `directory/tokens/` or made there now.
 
-    Safe in several processes, and to interrupt.
-
-    With `bos`, every document begins with the tokenizer's bos. Pairs and conversations are put into
-    a template of `experiments.data.chat`.
+    Safe in several processes, and to interrupt. With `bos`, every document begins with the
+    tokenizer's bos. Pairs and conversations are put into a template of `experiments.data.chat`.
 
     Raises ValueError when the source has no such split, or the split has fewer than two tokens.
     """
@@ -77,6 +75,7 @@ def tokenized(
             f"split {split!r}: {source.name} has the splits {have}; set data.train_split and "
             "data.validation_split among them, or to a slice such as 'train[:99%]'"
         )
+    # the folder's name holds a digest of all that decides the tokens
     content = [source.identity, tokenizer.identity, split, *["bos"] * bos]
     content += [] if template == "plain" else [f"template {template}"]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -87,19 +86,15 @@ def tokenized(
             if held:  # then whoever wrote these was killed
                 for leftover in glob.glob(glob.escape(folder) + ".*.incomplete"):
                     shutil.rmtree(leftover)
-            if not os.path.isdir(folder):
-                _write(
-                    source,
-                    split,
-                    folder,
-                    lambda document: _encode(document, tokenizer, bos, template),
-                    tokenizer,
-                )
+            if not os.path.isdir(folder):  # while this one waited, another may have made it
+                encode = lambda document: _encode(document, tokenizer, bos, template)  # noqa: E731
+                _write(source, split, folder, encode, tokenizer)
     info = documents.read(
         os.path.join(folder, "info.json"), _INFO, remedy=f"delete the folder {folder}"
     )
     if info["dtype"] not in ("uint16", "int32"):
         raise ValueError(f"{folder} holds tokens of type {info['dtype']!r}: delete the folder")
+    # what is there must be what info.json says, before anything is trained on it
     tokens = np.memmap(os.path.join(folder, "tokens.bin"), dtype=info["dtype"], mode="r")
     if tokens.size != info["tokens"]:
         raise ValueError(
@@ -125,6 +120,7 @@ def tokenized(
 
 def _write(source, split, folder, encode, tokenizer):
     """Writes the folder of a split; `encode(document)` gives ids, a mark and which have a loss."""
+    # in place whole: a folder under its own name is never half written
     temporary = f"{folder}.{os.getpid()}.incomplete"
     os.makedirs(temporary)
     try:
@@ -146,6 +142,7 @@ def _write_tokens(source, split, folder, encode, vocabulary_size: int) -> dict:
 
     Returns what info.json says of them.
     """
+    # two bytes a token where all ids fit
     dtype = np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.int32)
     starts, marks, checksum, has_gaps = [0], [], 0, False
     names = [os.path.join(folder, name) for name in ("tokens.bin", "counted.bin")]

@@ -69,6 +69,7 @@ class Instructions(Rows):
         S, starts = self.sequence_length, self.split.starts
         prompt = self.marks[examples]
         after = starts[examples + 1] - starts[examples] - prompt  # tokens from the first reply on
+        # the first reply stays whole, as far as a row goes; the prompt loses its beginning for it
         response = np.minimum(self._first_reply(starts[examples] + prompt, after), S)
         kept = np.minimum(prompt, S + 1 - response)
         length = kept + np.minimum(after, np.minimum(S, S + 1 - kept))
@@ -76,7 +77,7 @@ class Instructions(Rows):
         window = self._window(first, length, S + 1)
         place = np.arange(1, S + 1)  # of a target in its window
         weights = (place >= kept[:, None]) & (place < length[:, None])
-        if self.split.counted is not None:
+        if self.split.counted is not None:  # a conversation: only some of what follows are replies
             index = np.minimum(first[:, None] + place, len(self.tokens) - 1)
             weights &= self.split.counted[index] > 0
         return {

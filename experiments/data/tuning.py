@@ -95,13 +95,8 @@ class TuningDataConfig:
     def _check_fields(self) -> None:
         require = self._require
         require(self.task in TASKS, "task", f"choose one of {', '.join(TASKS)}")
-        for field in (
-            "name",
-            "file_pattern",
-            "train_split",
-            "validation_split",
-            *sum(KEYS.values(), ()),
-        ):
+        named = ("name", "file_pattern", "train_split", "validation_split")
+        for field in (*named, *sum(KEYS.values(), ())):
             value = getattr(self, field)
             require(isinstance(value, str) and value, field, "give a non-empty string")
         whole = isinstance(self.batch_size, int) and not isinstance(self.batch_size, bool)
@@ -109,47 +104,27 @@ class TuningDataConfig:
         language = self.task == "language_modelling"
         if self.template is not None:
             one_of("data.template", self.template, chat.TEMPLATES)
-            require(
-                self.task == "instruction", "template", f"{self.task} has no prompts; leave it None"
-            )
-        require(
-            self.packing is None or self.packing in MODES,
-            "packing",
-            f"choose one of {', '.join(MODES)}",
-        )
-        require(
-            self.packing is None or language,
-            "packing",
-            f"{self.task} has a document per row; leave it None",
-        )
+            remedy = f"{self.task} has no prompts; leave it None"
+            require(self.task == "instruction", "template", remedy)
+        if self.packing is not None:
+            require(self.packing in MODES, "packing", f"choose one of {', '.join(MODES)}")
+            require(language, "packing", f"{self.task} has a document per row; leave it None")
 
     def _check_splits(self) -> None:
         require = self._require
-        require(
-            self.train_split != self.validation_split,
-            "validation_split",
-            "is the training split: choose another",
-        )
-        require(
-            not self.validation or self.is_jsonl,
-            "validation",
-            "goes with a .jsonl file as data.name; leave it ''",
-        )
+        differ = self.train_split != self.validation_split
+        require(differ, "validation_split", "is the training split: choose another")
+        remedy = "goes with a .jsonl file as data.name; leave it ''"
+        require(not self.validation or self.is_jsonl, "validation", remedy)
         for field in ("train_split", "validation_split") if self.is_jsonl else ():
             default = field.removesuffix("_split")
-            require(
-                getattr(self, field) == default,
-                field,
-                f"slices are of TFDS datasets; leave it {default!r}",
-            )
+            remedy = f"slices are of TFDS datasets; leave it {default!r}"
+            require(getattr(self, field) == default, field, remedy)
 
     def _check_images(self) -> None:
         require = self._require
-        require(
-            self.task == "classification",
-            "task",
-            f"{self.name} has classes; set data.task='classification'",
-        )
+        remedy = f"{self.name} has classes; set data.task='classification'"
+        require(self.task == "classification", "task", remedy)
         require(self.sequence_length is None, "sequence_length", "images have none; leave it None")
         require(not self.tokenizer, "tokenizer", "images have none; leave it ''")
         require(not self.bos, "bos", "images have no tokens; leave it False")
@@ -160,12 +135,9 @@ class TuningDataConfig:
         whole = isinstance(length, int) and not isinstance(length, bool)
         require(whole and length >= 2, "sequence_length", "give an integer of at least 2")
         language = self.task == "language_modelling"
-        text = self.name in ("documentation", "stdlib")
-        require(
-            language or not text,
-            "task",
-            f"{self.name} is plain text; set data.task='language_modelling'",
-        )
+        is_plain = self.name in ("documentation", "stdlib")
+        remedy = f"{self.name} is plain text; set data.task='language_modelling'"
+        require(language or not is_plain, "task", remedy)
 
     @property
     def is_jsonl(self) -> bool:
@@ -180,9 +152,9 @@ class TuningDataConfig:
     @property
     def length(self) -> int:
         """Tokens per row; 1 for images."""
-        return (
-            1 if self.has_images else 256 if self.sequence_length is None else self.sequence_length
-        )
+        if self.has_images:
+            return 1
+        return 256 if self.sequence_length is None else self.sequence_length
 
 
 def load_tuning(

@@ -215,14 +215,10 @@ def parameter_count(config: LlamaConfig) -> int:
     >>> f"{parameter_count(preset('60M')) / 1e6:.2f} M"
     '58.07 M'
     """
-    blocks = config.layers * (
-        layer_matrix_parameters(config) + layer_bias_parameters(config) + 2 * config.width
-    )
-    return (
-        blocks
-        + config.width
-        + config.vocabulary_size * config.width * (1 if config.tied_head else 2)
-    )
+    norms = 2 * config.width
+    layer = layer_matrix_parameters(config) + layer_bias_parameters(config) + norms
+    tables = config.vocabulary_size * config.width * (1 if config.tied_head else 2)
+    return config.layers * layer + config.width + tables
 
 
 def flops_per_token(config: LlamaConfig, sequence_length: int | None = None) -> int:
@@ -237,9 +233,8 @@ def flops_per_token(config: LlamaConfig, sequence_length: int | None = None) -> 
     6588672
     """
     sequence_length = sequence_length or config.sequence_length
-    weights = (
-        config.layers * layer_matrix_parameters(config) + config.vocabulary_size * config.width
-    )
+    head = config.vocabulary_size * config.width
+    weights = config.layers * layer_matrix_parameters(config) + head
     return 6 * weights + 12 * config.layers * config.heads * config.head_size * sequence_length
 
 
@@ -279,6 +274,7 @@ def rope_frequencies(K, theta, scaling=None):
     if kind == "linear":
         return frequencies / factor
     low, high, length = rest
+    # turns in `length` positions, between the two bounds as 0 to 1
     share = jnp.clip((frequencies * (length / (2 * math.pi)) - low) / (high - low), 0, 1)
     return frequencies * ((1 - share) / factor + share)
 
@@ -336,6 +332,7 @@ class Attention(nn.Module):
         k_BxSxGxK, v_BxSxGxK = (
             constrain(x, "batch", None, "kv", None) for x in (k_BxSxGxK, v_BxSxGxK)
         )
+        # where the mesh divides the query heads alone, each of them has its own copy
         k_BxSxGxK, v_BxSxGxK = (beside(x, q_BxSxHxK) for x in (k_BxSxGxK, v_BxSxGxK))
         q_BxSxHxK, k_BxSxGxK = (
             rotate(x, config.rope_theta, config.rope_scaling) for x in (q_BxSxHxK, k_BxSxGxK)
@@ -435,6 +432,7 @@ class Llama(nn.Module):
             for layer in range(config.layers):
                 x_BxSxD, _ = block(config, name=f"layer_{layer}")(x_BxSxD)
         x_BxSxD = RMSNorm(config, name="norm")(x_BxSxD)
+        # logits in float32, whatever the compute dtype
         product = functools.partial(dot_general, preferred_element_type=jnp.float32)
         if config.tied_head:
 
@@ -469,8 +467,6 @@ def loss_and_metrics(logits_BxSxV, targets_BxS, weights_BxS):
     (1.3863, 1.0)
     """
     weights_BxS = weights_BxS.astype(jnp.float32)
-    loss_sum, weight_sum = (
-        jnp.sum(token_losses(logits_BxSxV, targets_BxS) * weights_BxS),
-        jnp.sum(weights_BxS),
-    )
+    loss_sum = jnp.sum(token_losses(logits_BxSxV, targets_BxS) * weights_BxS)
+    weight_sum = jnp.sum(weights_BxS)
     return loss_sum / jnp.maximum(weight_sum, 1.0), {"loss_sum": loss_sum, "weight_sum": weight_sum}

@@ -359,7 +359,7 @@ def test_prepare_without_tensorflow(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tfds, "builder", unknown)
     monkeypatch.setattr(prepare, "_installed", lambda module: False)
-    with pytest.raises(SystemExit, match=r"error: 'c4/en'.*pip install 'lowrank_jax\[prepare\]'"):
+    with pytest.raises(SystemExit, match=r"error: 'c4/en'.*pip install -e '\.\[prepare\]'"):
         prepare.main(["c4/en", f"--directory={tmp_path}"])
     monkeypatch.setattr(prepare, "_installed", lambda module: True)
     with pytest.raises(tfds.core.DatasetNotFoundError):

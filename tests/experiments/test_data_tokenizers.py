@@ -169,7 +169,7 @@ def test_files_that_are_no_tokenizers(tmp_path, package, monkeypatch):
     path = made.byte_level(tmp_path / "good")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(
-        ImportError, match=r"needs the tokenizers package: pip install 'lowrank_jax\[tokenizers\]'"
+        ImportError, match=r"needs the tokenizers package: pip install -e '\.\[tokenizers\]'"
     ):
         make_tokenizer(path)
 
