@@ -76,6 +76,10 @@ NAMES: tuple[Name, ...] = (
     ),
     Name(module="lrx.Projection", old="clock", new="refresh_schedule"),
     Name(module="lrx.kernels", old="thin_linear", new="lrx.kernels.lora_linear"),
+    Name(module="lrx.Adaptation", old="fixed", new="frozen"),
+    Name(module="lrx.Adaptation", old="plan", new="layout"),
+    Name(module="lrx.adapters", old="Plan", new="lrx.adapters.Layout"),
+    Name(module="lrx.adapters", old="specs", new="lrx.adapters.partition_specs"),
 )
 
 _NAMED = ("galore", "dct_adamw", "frugal", "ldadam", "apollo", "apollo_mini")
@@ -92,6 +96,15 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(functions=("lrx.RefreshInputs",), old="grad", new="target"),
     Option(functions=("lrx.RefreshInputs",), old="moments", new="momentum"),
+    Option(functions=("lrx.adapt",), old="whole", new="trainable"),
+    Option(functions=("lrx.Adaptation.replace",), old="fixed", new="frozen"),
+    Option(functions=("lrx.Adaptation.replace",), old="plan", new="layout"),
+    Option(
+        functions=("lrx.adapters.lora", "lrx.adapters.dora"),
+        old="products",
+        new="implementation",
+        values=(("kernel", "pallas"),),
+    ),
 )
 
 

@@ -117,7 +117,7 @@ class Adapted(Parts):
     adapts = needs_base = True
 
     def __init__(self, config: AdapterConfig, shapes, *, scan: bool, new: tuple[str, ...]):
-        """`new` holds patterns of leaves that train whole because the base has none of them."""
+        """`new` holds patterns of leaves that train in full because the base has none of them."""
         rules = config.parsed()
         # a convolution of patches is a matrix of (pixels, width), where a rule asks for it
         is_targeted = any(re.fullmatch(pattern, PATCHES) for pattern, _ in rules)
@@ -127,7 +127,7 @@ class Adapted(Parts):
             "rules": rules,
             "exclude": config.exclude,
             "layers": config.layers,
-            "whole": (*config.whole, *new),
+            "trainable": (*config.whole, *new),
             "bias": config.bias,
             "views": self.views,
         }
@@ -139,7 +139,7 @@ class Adapted(Parts):
         key = jax.eval_shape(jax.random.key, 0)
         self.abstract = {
             "params": self._adaptation.train,
-            "fixed": self._adaptation.fixed,
+            "fixed": self._adaptation.frozen,
             "key": key,
         }
         self.count = self._adaptation.trained
@@ -154,15 +154,15 @@ class Adapted(Parts):
         return {"params": train, "fixed": fixed, "key": jax.NamedSharding(mesh, jax.P())}
 
     def cut(self, tree, key, places):
-        """Leaves that train whole are copies, because a state is donated to its update."""
+        """Leaves that train in full are copies, because a state is donated to its update."""
 
         def make(tree, key):
             made, left = jax.random.split(key)  # for the factors; for dropout
             adaptation = self._adapt(tree, made)
-            whole = {path: leaf.copy() for path, leaf in adaptation.train["whole"].items()}
+            in_full = {path: leaf.copy() for path, leaf in adaptation.train["trainable"].items()}
             return {
-                "params": adaptation.train | {"whole": whole},
-                "fixed": adaptation.fixed,
+                "params": adaptation.train | {"trainable": in_full},
+                "fixed": adaptation.frozen,
                 "key": left,
             }
 
@@ -173,7 +173,7 @@ class Adapted(Parts):
 
     def adaptation(self, params, rest) -> lrx.adapters.Adaptation:
         """The adapters with the arrays of a state."""
-        return self._adaptation.replace(train=params, fixed=rest["fixed"])
+        return self._adaptation.replace(train=params, frozen=rest["fixed"])
 
     def tree(self, params, rest, *frozen):
         """With dropout where `rest` has a key."""

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.adapters import versions as adapter_versions
 from lowrank_jax.optim import pair_update
 from lowrank_jax.projection import state as projection_state
 from lowrank_jax.projection import versions as projection_versions
@@ -27,9 +28,10 @@ from lowrank_jax.projection import versions as projection_versions
 CURRENT = {
     "projection": projection_state.FORMAT_VERSION,
     "pairs": pair_update.FORMAT_VERSION,
+    "adapters": adapter_versions.FORMAT_VERSION,
 }
 # Those of manifests that name none: all that were written before manifests did.
-UNNAMED = {"projection": 2, "pairs": 1}
+UNNAMED = {"projection": 2, "pairs": 1, "adapters": 1}
 # The leaf that says the format, and the one beside it that only a projection's state has.
 VERSION, MARK = "format_version", "refreshes"
 
@@ -76,6 +78,7 @@ CHANGES: tuple[Change, ...] = (
         renamed=projection_versions.RENAMED,
         filled=projection_versions.FILLED,
     ),
+    Change(kind="adapters", version=1, renamed=adapter_versions.RENAMED),
 )
 
 

@@ -8,6 +8,7 @@
 96
 """
 
+from lowrank_jax import deprecations
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Factors, Group, Site, Transition, matrix_op
 from lowrank_jax.adapters.combination import combine
@@ -33,8 +34,8 @@ from lowrank_jax.adapters.named import (
     padded,
     weighted,
 )
-from lowrank_jax.adapters.partition_specs import shardings, specs
-from lowrank_jax.adapters.rules import ALL_LINEAR, Plan
+from lowrank_jax.adapters.partition_specs import partition_specs, shardings
+from lowrank_jax.adapters.rules import ALL_LINEAR, Layout
 from lowrank_jax.adapters.starts.drawn import gaussian, kaiming, orthogonal
 from lowrank_jax.adapters.starts.olora import olora
 from lowrank_jax.adapters.starts.pissa import pissa
@@ -59,8 +60,8 @@ __all__ = [
     "Conversion",
     "Factors",
     "Group",
+    "Layout",
     "Op",
-    "Plan",
     "Site",
     "Transition",
     "absorb",
@@ -95,13 +96,13 @@ __all__ = [
     "orthogonal",
     "padded",
     "partition",
+    "partition_specs",
     "pissa",
     "precondition_pairs",
     "rand_lora",
     "scaled_adamw",
     "shardings",
     "shira",
-    "specs",
     "to_lora",
     "transition",
     "uni_lora",
@@ -109,3 +110,5 @@ __all__ = [
     "vera",
     "weighted",
 ]
+
+__getattr__ = deprecations.names(__name__)

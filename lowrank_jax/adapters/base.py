@@ -384,13 +384,13 @@ class Adapter(Short):
         self.validate(site)
         self.check_rank(site)
         keys = jax.random.split(key)
-        train, fixed, sites = self.init_shared(keys[0], Group(sites={"": site}, order=(("", 0),)))
+        train, frozen, sites = self.init_shared(keys[0], Group(sites={"": site}, order=(("", 0),)))
         scale = jnp.full((site.rank,) if self.ranked else (), self.scaling(site), jnp.float32)
-        given = {"scale": scale, "shared": train | fixed, **sites.get("", {})}
-        train, fixed = self.init_site(
+        given = {"scale": scale, "shared": train | frozen, **sites.get("", {})}
+        train, frozen = self.init_site(
             keys[1], site, kernel.astype(jnp.float32), given | {"stats": stats}
         )
-        return given | fixed | train
+        return given | frozen | train
 
     def count(self, site: Site) -> int:
         """Trained numbers of one matrix of a site, the shared ones aside."""

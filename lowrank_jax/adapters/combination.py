@@ -124,7 +124,7 @@ def combine(
     """A plain LoRA with scale 1 out of several adaptations that have factors; negative weights
     subtract.
 
-    Leaves that only some adapt take what those have. Leaves trained whole go along where one
+    Leaves that only some adapt take what those have. Leaves trained in full go along where one
     adaptation trains them.
 
     Args:
@@ -143,7 +143,7 @@ def combine(
     Raises:
       ValueError: for an option that the method lacks or does not use; for ranks that differ, where
         factors are added entry by entry; for adapters without factors; for a leaf that two
-        adaptations train whole.
+        adaptations train in full.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -155,15 +155,15 @@ def combine(
     >>> print(combine({"one": one, "two": two}, {"one": 1.0, "two": -0.5}))
     leaf    shape   adapter  rank  trained
     kernel  (8, 6)  lora     4     56
-    1 leaf adapted, 0 trained whole: 56 trained, 48 frozen of the model's 48 parameters (117 %)
+    1 leaf adapted, 0 trained in full: 56 trained, 48 frozen of the model's 48 parameters (117 %)
     """
     values = _weights(adaptations, weights)
     rule = _rule(method, rank, energy, density, majority_sign, key)
-    chosen_rows((one.plan for one in adaptations.values()), None)
-    paths = dict.fromkeys(path for one in adaptations.values() for path in one.plan.by_path)
+    chosen_rows((one.layout for one in adaptations.values()), None)
+    paths = dict.fromkeys(path for one in adaptations.values() for path in one.layout.by_path)
     parts = {}
     for path in paths:
-        having = {n: one for n, one in adaptations.items() if path in one.plan.by_path}
+        having = {n: one for n, one in adaptations.items() if path in one.layout.by_path}
         site = _site(having, path)
         thin = {n: _thin(one, path, n) for n, one in having.items()}
         weight = [values[n] for n in having]
@@ -229,7 +229,7 @@ def _rule(method: str, rank: Any, energy: Any, density: Any, majority_sign: str,
 
 def _site(having: Mapping[str, Adaptation], path: str) -> Site:
     """The site that they share; ValueError where shape or view differ."""
-    (name, first), *rest = ((n, one.plan.by_path[path][1]) for n, one in having.items())
+    (name, first), *rest = ((n, one.layout.by_path[path][1]) for n, one in having.items())
     for other, site in rest:
         seen, others = ((one.shape, one.view, one.lookup, one.uses) for one in (first, site))
         if seen != others:
@@ -244,7 +244,7 @@ def _site(having: Mapping[str, Adaptation], path: str) -> Site:
 def _thin(adaptation: Adaptation, path: str, name: str) -> SiteFactors:
     thin = factors_of(adaptation, path)
     if thin is None:
-        kind = type(adaptation.plan.by_path[path][0]).__name__
+        kind = type(adaptation.layout.by_path[path][0]).__name__
         raise ValueError(
             f"{name!r}: {kind} at {path!r} has no factors; lrx.to_lora(params, adaptation, rank=) "
             "first"
@@ -253,18 +253,18 @@ def _thin(adaptation: Adaptation, path: str, name: str) -> SiteFactors:
 
 
 def _with_whole(adaptations: Mapping[str, Adaptation]) -> Adaptation:
-    """The first adaptation with the leaves that any of them trains whole."""
+    """The first adaptation with the leaves that any of them trains in full."""
     whole: dict[str, Any] = {}
     for one in adaptations.values():
-        twice = sorted(set(whole) & set(one.plan.whole))
+        twice = sorted(set(whole) & set(one.layout.trainable))
         if twice:
             raise ValueError(
-                f"leaves {twice} are trained whole by two adaptations, and whole leaves are not "
+                f"leaves {twice} are trained in full by two adaptations, and whole leaves are not "
                 "combined"
             )
-        whole |= one.train["whole"]
+        whole |= one.train["trainable"]
     first = next(iter(adaptations.values()))
-    return first.replace(train=first.train | {"whole": whole})
+    return first.replace(train=first.train | {"trainable": whole})
 
 
 def _by_factor(

@@ -34,7 +34,7 @@ HOW = ("as it is", "SVD of the product", "SVD of the difference")
 
 
 @dataclasses.dataclass(frozen=True)
-class SiteFactors:
+class SiteFactors(Short):
     """Factors of the matrices of a site, `a diag(scale) b`, and which of their q components are of
     a matrix's own rank.
 
@@ -76,7 +76,7 @@ class SiteFactors:
 
 def factors_of(adaptation: Adaptation, path: str) -> SiteFactors | None:
     """The factors of a site, or None where its adapter has none."""
-    adapter, site = adaptation.plan.by_path[path]
+    adapter, site = adaptation.layout.by_path[path]
     arrays = adaptation.arrays(path)
     shared = arrays.pop("shared")
     rank_of: Any = None
@@ -123,8 +123,8 @@ def lora_of(
     ranks, dropout)}`."""
     sites, adapters, matrices = [], [], {}
     groups: dict[Lora, str] = {}
-    train: dict[str, Any] = {"shared": {}, "sites": {}, "whole": dict(like.train["whole"])}
-    fixed: dict[str, Any] = {"shared": {}, "sites": {}}
+    train: dict[str, Any] = {"shared": {}, "sites": {}, "trainable": dict(like.train["trainable"])}
+    frozen: dict[str, Any] = {"shared": {}, "sites": {}}
     for path, (site, a, b, ranks, dropout) in parts.items():
         rank = a.shape[-1]
         adapter = Lora(rank=rank, alpha=float(rank), dropout=dropout)
@@ -135,19 +135,19 @@ def lora_of(
         sites.append(site)
         adapters.append(adapter)
         train["sites"][path] = {"a": a.astype(jnp.float32), "b": b.astype(jnp.float32)}
-        fixed["sites"][path] = {"scale": matrices[path].scale(adapter, site)}
+        frozen["sites"][path] = {"scale": matrices[path].scale(adapter, site)}
     order = tuple((site.path, index) for site in sites for index in range(site.count))
-    given = [entry for entry in like.plan.order if entry in set(order)]
-    plan = dataclasses.replace(
-        like.plan,
+    given = [entry for entry in like.layout.order if entry in set(order)]
+    layout = dataclasses.replace(
+        like.layout,
         name=name,
         sites=tuple(sites),
         adapters=tuple(adapters),
-        whole=tuple(train["whole"]),
+        trainable=tuple(train["trainable"]),
         order=tuple(given + [entry for entry in order if entry not in set(given)]),
         candidates=(),
     )
-    return Adaptation(train, fixed, plan.banked(), tuple(matrices.items()))
+    return Adaptation(train, frozen, layout.banked(), tuple(matrices.items()))
 
 
 def truncated(
@@ -213,7 +213,7 @@ def to_lora(
 
     Adapters with factors are taken as they are, exactly, unless a smaller rank or an energy is
     asked for; the others by a truncated SVD of `effective(K) - K`. Starts from the kernel give rank
-    2 r, against the kernel as it was. Weights and masks are worked in; leaves trained whole and a
+    2 r, against the kernel as it was. Weights and masks are worked in; leaves trained in full and a
     rate of dropout go along, other random mechanisms do not.
 
     Args:
@@ -236,12 +236,12 @@ def to_lora(
     leaf    how       rank  largest error
     kernel  as it is  4     0
     """
-    chosen_rows([adaptation.plan], None)
+    chosen_rows([adaptation.layout], None)
     if rank is not None:
         check_positive("rank", rank)
     nodes = {path: node for path, node, _ in leaves_with_metadata(params)}
     parts, how, ranks, errors = {}, {}, {}, {}
-    for path, (adapter, site) in adaptation.plan.by_path.items():
+    for path, (adapter, site) in adaptation.layout.by_path.items():
         found = factors_of(adaptation, path)
         delta, arrays = _delta_of(nodes, adaptation, path, found is not None)
         a, b, ranks[path], how[path] = _pair_of(
@@ -249,7 +249,7 @@ def to_lora(
         )
         errors[path] = _measured(site, a, b, ranks[path], delta, arrays)
         parts[path] = (site, a, b, ranks[path], adapter.dropout_rate)
-    return lora_of(adaptation, parts, adaptation.plan.name), Conversion(how, ranks, errors)
+    return lora_of(adaptation, parts, adaptation.layout.name), Conversion(how, ranks, errors)
 
 
 def _pair_of(
@@ -262,7 +262,7 @@ def _pair_of(
     energy: Any,
 ) -> tuple[jax.Array, jax.Array, np.ndarray, str]:
     """`(a, b, ranks, how)` of one site."""
-    adapter, site = adaptation.plan.by_path[path]
+    adapter, site = adaptation.layout.by_path[path]
     if found is not None:
         found = found.compact()
         a, b = found.scaled()
@@ -296,7 +296,7 @@ def _delta_of(
 
     Of an adapter with factors the kernel is not read.
     """
-    adapter, site = adaptation.plan.by_path[path]
+    adapter, site = adaptation.layout.by_path[path]
     arrays = adaptation.arrays(path)
     shared = arrays.pop("shared")
     if additive:
@@ -375,23 +375,23 @@ def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
     >>> before = lrx.adapt(params, lrx.adapters.lora(rank=2, init="pissa"), jax.random.key(1))
     >>> residual, after = absorb(params, before)
-    >>> jnp.linalg.matrix_rank(residual["kernel"]).item(), sorted(after.fixed["sites"]["kernel"])
+    >>> jnp.linalg.matrix_rank(residual["kernel"]).item(), sorted(after.frozen["sites"]["kernel"])
     (4, ['scale'])
     """
-    chosen_rows([adaptation.plan], None)
-    adaptation.plan.check_uses("a kernel that takes up an offset serves all of them")
-    sites = adaptation.fixed["sites"]
+    chosen_rows([adaptation.layout], None)
+    adaptation.layout.check_uses("a kernel that takes up an offset serves all of them")
+    sites = adaptation.frozen["sites"]
     offsets = {path: arrays for path, arrays in sites.items() if {"a0", "b0"} <= set(arrays)}
     if not offsets:
         raise ValueError(
-            f"{adaptation.plan.name!r} has no offset a0, b0: there is nothing that could be "
+            f"{adaptation.layout.name!r} has no offset a0, b0: there is nothing that could be "
             "absorbed"
         )
 
     def place(path, node):
         if path not in offsets:
             return node
-        site, own = adaptation.plan.by_path[path][1], offsets[path]
+        site, own = adaptation.layout.by_path[path][1], offsets[path]
         array = meta.unbox(node)
         if is_quantized(array) and not array.writable:
             raise ValueError(
@@ -414,4 +414,4 @@ def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
         path: {name: x for name, x in own.items() if name not in ("a0", "b0")}
         for path, own in sites.items()
     }
-    return map_nodes(place, params), adaptation.replace(fixed=adaptation.fixed | {"sites": left})
+    return map_nodes(place, params), adaptation.replace(frozen=adaptation.frozen | {"sites": left})

@@ -20,6 +20,7 @@ from lowrank_jax.adapters.base import Adapter, Site
 from lowrank_jax.kernel_node import KernelNode, Op, parts_of, product, with_parts_of
 from lowrank_jax.matrices import MatrixView
 from lowrank_jax.quantized import decoding, dense, undecoded
+from lowrank_jax.reprs import Short
 from lowrank_jax.serialization import serializable
 from lowrank_jax.typing import Kernel, Key, Pytree
 
@@ -44,7 +45,7 @@ class Outside:
 @serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class Bound(Short):
     """One adapter of one leaf, with its arrays.
 
     Attributes:

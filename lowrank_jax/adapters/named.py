@@ -23,7 +23,7 @@ from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Site, check_positive
 from lowrank_jax.adapters.rules import Matrices
 
-TREES = ("train", "fixed")
+TREES = ("train", "frozen")
 
 
 def weighted(adaptation: Adaptation, weight: Any) -> Adaptation:
@@ -31,7 +31,7 @@ def weighted(adaptation: Adaptation, weight: Any) -> Adaptation:
     adaptation.
 
     The weight may be traced, so one compiled program serves every weight. Multiplicative families
-    (OFT) scale their generator. Leaves that are trained whole have no scale and stay as they are;
+    (OFT) scale their generator. Leaves that are trained in full have no scale and stay as they are;
     leave the name out of `active=`.
 
     Raises:
@@ -42,7 +42,7 @@ def weighted(adaptation: Adaptation, weight: Any) -> Adaptation:
     >>> adaptation = lrx.adapt(
     ...     {"kernel": jnp.ones((4, 6))}, lrx.adapters.lora(rank=2, alpha=4), jax.random.key(0)
     ... )
-    >>> weighted(adaptation, 0.5).fixed["sites"]["kernel"]["scale"].tolist()
+    >>> weighted(adaptation, 0.5).frozen["sites"]["kernel"]["scale"].tolist()
     [1.0, 1.0]
     """
     if jnp.ndim(weight):
@@ -52,9 +52,9 @@ def weighted(adaptation: Adaptation, weight: Any) -> Adaptation:
         )
     sites = {
         path: arrays | {"scale": arrays["scale"] * jnp.asarray(weight, arrays["scale"].dtype)}
-        for path, arrays in adaptation.fixed["sites"].items()
+        for path, arrays in adaptation.frozen["sites"].items()
     }
-    return adaptation.replace(fixed=adaptation.fixed | {"sites": sites})
+    return adaptation.replace(frozen=adaptation.frozen | {"sites": sites})
 
 
 def padded(adaptation: Adaptation, rank: int) -> Adaptation:
@@ -76,21 +76,23 @@ def padded(adaptation: Adaptation, rank: int) -> Adaptation:
     ((4, 3), 20)
     """
     check_positive("rank", rank)
-    larger = [f"{site.path!r} ({site.rank})" for site in adaptation.plan.sites if site.rank > rank]
+    larger = [
+        f"{site.path!r} ({site.rank})" for site in adaptation.layout.sites if site.rank > rank
+    ]
     if larger:
         raise ValueError(
             f"rank={rank} is smaller than that of {', '.join(larger)}; lrx.to_lora(..., rank=) "
             "compresses"
         )
-    ranked = {site.path for adapter, site in adaptation.plan.by_path.values() if adapter.ranked}
+    ranked = {site.path for adapter, site in adaptation.layout.by_path.values() if adapter.ranked}
     return _padded(adaptation, dict.fromkeys(ranked, rank))
 
 
 def _padded(adaptation: Adaptation, ranks: Mapping[str, int]) -> Adaptation:
     """The adaptation with the rank of each named site raised."""
-    plan, trees = adaptation.plan, {name: dict(getattr(adaptation, name)) for name in TREES}
+    layout, trees = adaptation.layout, {name: dict(getattr(adaptation, name)) for name in TREES}
     sites, adapters = [], []
-    for adapter, site in plan.by_path.values():
+    for adapter, site in layout.by_path.values():
         rank = ranks.get(site.path, site.rank)
         sites.append(dataclasses.replace(site, rank=rank))
         if rank == site.rank:
@@ -114,8 +116,8 @@ def _padded(adaptation: Adaptation, ranks: Mapping[str, int]) -> Adaptation:
             shared = tree["shared"].get(site.group, {})
             pad = {key: _pad_rank(x, axes.get(key, ()), rank) for key, x in shared.items()}
             tree["shared"] = tree["shared"] | ({site.group: pad} if pad else {})
-    plan = dataclasses.replace(plan, sites=tuple(sites), adapters=tuple(adapters))
-    return adaptation.replace(plan=plan, **trees)
+    layout = dataclasses.replace(layout, sites=tuple(sites), adapters=tuple(adapters))
+    return adaptation.replace(layout=layout, train=trees["train"], frozen=trees["frozen"])
 
 
 def _pad_rank(x: jax.Array, axes: tuple[str | None, ...], rank: int) -> jax.Array:
@@ -143,11 +145,11 @@ def at_rank(adaptation: Adaptation, rank: int) -> Adaptation:
     >>> adaptation = lrx.adapt(
     ...     {"kernel": jnp.ones((4, 6))}, lrx.adapters.dylora(rank=4, alpha=8), jax.random.key(0)
     ... )
-    >>> at_rank(adaptation, 2).fixed["sites"]["kernel"]["scale"].tolist()
+    >>> at_rank(adaptation, 2).frozen["sites"]["kernel"]["scale"].tolist()
     [4.0, 4.0]
     """
     check_positive("rank", rank)
-    layout = adaptation.plan
+    layout = adaptation.layout
     trees = {name: dict(getattr(adaptation, name)) for name in TREES}
     for tree in trees.values():
         tree["sites"] = dict(tree["sites"])
@@ -170,12 +172,17 @@ def at_rank(adaptation: Adaptation, rank: int) -> Adaptation:
                 }
         # (batch..., 1) times (batch..., r)
         ratio = jnp.asarray(ratios, jnp.float32).reshape(*site.lead, 1)
-        frozen = trees["fixed"]["sites"][path]
-        trees["fixed"]["sites"][path] = frozen | {"scale": frozen["scale"] * ratio}
+        frozen = trees["frozen"]["sites"][path]
+        trees["frozen"]["sites"][path] = frozen | {"scale": frozen["scale"] * ratio}
         sites.append(dataclasses.replace(site, rank=new))
         adapters.append(adapter if new == site.rank else adapter.truncated(new))
     layout = dataclasses.replace(layout, sites=tuple(sites), adapters=tuple(adapters))
-    return adaptation.replace(plan=layout, matrices=tuple(matrices.items()), **trees)
+    return adaptation.replace(
+        layout=layout,
+        matrices=tuple(matrices.items()),
+        train=trees["train"],
+        frozen=trees["frozen"],
+    )
 
 
 def _check_nested(adapter: Adapter, site: Site, rank: int) -> None:
@@ -231,7 +238,7 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
 
     Raises:
       ValueError: without any; naming everything that differs but what is in the arrays alone (rank,
-        alpha, start); for leaves trained whole, of which there is one for all rows.
+        alpha, start); for leaves trained in full, of which there is one for all rows.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -247,10 +254,10 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
     if not adaptations:
         raise ValueError("candidates: there is no adaptation to choose from")
     for name, one in adaptations.items():
-        if one.plan.whole or one.plan.candidates:
+        if one.layout.trainable or one.layout.candidates:
             what = (
-                f"leaves {one.plan.whole} are trained whole"
-                if one.plan.whole
+                f"leaves {one.layout.trainable} are trained in full"
+                if one.layout.trainable
                 else "it holds candidates itself"
             )
             raise ValueError(f"candidates: {name!r} cannot be chosen by rows: {what}")
@@ -265,14 +272,14 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
             )
     largest: dict[str, int] = {}
     for one in adaptations.values():
-        for site in one.plan.sites:
-            group = first.plan.by_path[site.path][1].group
+        for site in one.layout.sites:
+            group = first.layout.by_path[site.path][1].group
             largest[group] = max(largest.get(group, 0), site.rank)
-    ranks = {site.path: largest[site.group] for site in first.plan.sites}
+    ranks = {site.path: largest[site.group] for site in first.layout.sites}
     even = [_padded(one, ranks) for one in adaptations.values()]
-    lead = {site.path: len(site.lead) for site in first.plan.sites}
+    lead = {site.path: len(site.lead) for site in first.layout.sites}
     shapes = {
-        str(jax.tree.map(jnp.shape, (one.train["shared"], one.fixed["shared"]))) for one in even
+        str(jax.tree.map(jnp.shape, (one.train["shared"], one.frozen["shared"]))) for one in even
     }
     if len(shapes) > 1:
         raise ValueError(
@@ -290,11 +297,11 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
             }
             for path, arrays in trees[0]["sites"].items()
         }
-        return {"shared": shared, "sites": sites} | ({"whole": {}} if name == "train" else {})
+        return {"shared": shared, "sites": sites} | ({"trainable": {}} if name == "train" else {})
 
-    plan = dataclasses.replace(even[0].plan, name="candidates", candidates=tuple(adaptations))
+    layout = dataclasses.replace(even[0].layout, name="candidates", candidates=tuple(adaptations))
     matrices = _interleaved([dict(one.matrices) for one in adaptations.values()])
-    return Adaptation(stacked("train"), stacked("fixed"), plan, matrices)
+    return Adaptation(stacked("train"), stacked("frozen"), layout, matrices)
 
 
 def _interleaved(own: list[dict[str, Matrices]]) -> tuple[tuple[str, Matrices], ...]:
@@ -314,20 +321,20 @@ def _united(adaptations: Mapping[str, Adaptation]) -> dict[str, Adaptation]:
     adapt a leaf."""
     donors: dict[str, Adaptation] = {}
     for one in adaptations.values():
-        donors |= {path: one for path in one.plan.by_path if path not in donors}
+        donors |= {path: one for path in one.layout.by_path if path not in donors}
     return {name: _widened(one, donors) for name, one in adaptations.items()}
 
 
 def _widened(one: Adaptation, donors: Mapping[str, Adaptation]) -> Adaptation:
     """The adaptation with leaves of others, off."""
     found = {
-        path: one.plan.by_path.get(path) or donor.plan.by_path[path]
+        path: one.layout.by_path.get(path) or donor.layout.by_path[path]
         for path, donor in donors.items()
     }
     trees = {name: {part: dict(own) for part, own in getattr(one, name).items()} for name in TREES}
     matrices = dict(one.matrices)
     for path, donor in donors.items():
-        if path in one.plan.by_path:
+        if path in one.layout.by_path:
             continue
         count, group = found[path][1].count, found[path][1].group
         matrices[path] = Matrices(ranks=(0,) * count, alphas=(None,) * count)
@@ -337,18 +344,20 @@ def _widened(one: Adaptation, donors: Mapping[str, Adaptation]) -> Adaptation:
                 if key in given[part]:
                     tree[part].setdefault(key, jax.tree.map(jnp.zeros_like, given[part][key]))
     order = [
-        *one.plan.order,
+        *one.layout.order,
         *(
             entry
             for path, donor in donors.items()
-            if path not in one.plan.by_path
-            for entry in donor.plan.order
+            if path not in one.layout.by_path
+            for entry in donor.layout.order
             if entry[0] == path
         ),
     ]
     adapters, sites = zip(*found.values(), strict=True)
-    plan = dataclasses.replace(one.plan, adapters=adapters, sites=sites, order=tuple(order))
-    return one.replace(plan=plan, matrices=tuple((path, matrices[path]) for path in found), **trees)
+    layout = dataclasses.replace(one.layout, adapters=adapters, sites=sites, order=tuple(order))
+    return one.replace(
+        layout=layout, matrices=tuple((path, matrices[path]) for path in found), **trees
+    )
 
 
 def candidate_ids(adaptation: Adaptation, names: Any) -> jax.Array:
@@ -363,7 +372,7 @@ def candidate_ids(adaptation: Adaptation, names: Any) -> jax.Array:
     >>> candidate_ids(candidates({"a": one, "b": one}), ["b", None]).tolist()
     [1, -1]
     """
-    known = adaptation.plan.candidates
+    known = adaptation.layout.candidates
     missing = [name for name in names if name is not None and name not in known]
     if missing:
         raise ValueError(f"{missing} are not among the candidates {known}; None is the base")
@@ -371,7 +380,7 @@ def candidate_ids(adaptation: Adaptation, names: Any) -> jax.Array:
 
 
 def hot_swap(old: Adaptation, new: Adaptation) -> Adaptation:
-    """`new` in the place of `old` without recompiling: its arrays, in the static plan, the dtypes
+    """`new` in the place of `old` without recompiling: its arrays, in the static layout, the dtypes
     and places of `old`.
 
     Ranks are padded to those of `old`, alphas are in `scale`; sites that `new` does not adapt are
@@ -379,7 +388,7 @@ def hot_swap(old: Adaptation, new: Adaptation) -> Adaptation:
     compiled program.
 
     Raises:
-      ValueError: listing all that does not fit: sites or whole leaves that only one of them has,
+      ValueError: listing all that does not fit: sites, or leaves trained in full, that only one of them has,
         larger ranks, other views, families, options or arrays.
 
     >>> import jax, jax.numpy as jnp
@@ -389,18 +398,18 @@ def hot_swap(old: Adaptation, new: Adaptation) -> Adaptation:
     >>> swapped = hot_swap(
     ...     room, lrx.adapt(params, lrx.adapters.lora(rank=4, alpha=16), jax.random.key(1))
     ... )
-    >>> swapped.plan == room.plan, swapped.fixed["sites"]["kernel"]["scale"].tolist()
+    >>> swapped.layout == room.layout, swapped.frozen["sites"]["kernel"]["scale"].tolist()
     (True, [4.0, 4.0, 4.0, 4.0, 0.0, 0.0, 0.0, 0.0])
     """
     problems = _differences(old, new, "old", "new", fewer=True)
-    mine, theirs = set(old.plan.whole), set(new.plan.whole)
+    mine, theirs = set(old.layout.trainable), set(new.layout.trainable)
     if mine != theirs:
         problems.append(
-            f"leaves {sorted(mine ^ theirs)} are trained whole by one of them alone; name them for "
+            f"leaves {sorted(mine ^ theirs)} are trained in full by one of them alone; name them for "
             "both"
         )
-    room = {site.path: site.rank for site in old.plan.sites}
-    for site in new.plan.sites:
+    room = {site.path: site.rank for site in old.layout.sites}
+    for site in new.layout.sites:
         if site.rank > room.get(site.path, site.rank):
             problems.append(
                 f"{site.path!r}: rank {site.rank} exceeds {room[site.path]}; pad the old one by "
@@ -409,7 +418,7 @@ def hot_swap(old: Adaptation, new: Adaptation) -> Adaptation:
             )
     if problems:
         raise ValueError("hot_swap: the new adaptation does not fit: " + "; ".join(problems))
-    even = _padded(new, {path: rank for path, rank in room.items() if path in new.plan.by_path})
+    even = _padded(new, {path: rank for path, rank in room.items() if path in new.layout.by_path})
     trees = {}
     for name in TREES:
         mine, theirs = getattr(old, name), getattr(even, name)
@@ -423,7 +432,7 @@ def hot_swap(old: Adaptation, new: Adaptation) -> Adaptation:
             part: jax.tree.map(_like, theirs[part], mine[part]) for part in mine if part != "sites"
         }
         trees[name] = rest | {"sites": sites}
-    return old.replace(**trees)
+    return old.replace(train=trees["train"], frozen=trees["frozen"])
 
 
 def _like(x: Any, old: jax.Array) -> jax.Array:
@@ -438,14 +447,14 @@ def _differences(
 ) -> list[str]:
     """What keeps two adaptations out of one program; with `fewer` the second may adapt fewer
     leaves."""
-    mine, theirs = one.plan.by_path, other.plan.by_path
+    mine, theirs = one.layout.by_path, other.layout.by_path
     lacking = [(first, [path for path in theirs if path not in mine])]
     lacking += [] if fewer else [(second, [path for path in mine if path not in theirs])]
     found = [
         f"{name!r} does not adapt {paths}; give it these sites" for name, paths in lacking if paths
     ]
-    if one.plan.candidates != other.plan.candidates:
-        found.append(f"their candidates are {one.plan.candidates} and {other.plan.candidates}")
+    if one.layout.candidates != other.layout.candidates:
+        found.append(f"their candidates are {one.layout.candidates} and {other.layout.candidates}")
     for path in mine:
         if path not in theirs:
             continue

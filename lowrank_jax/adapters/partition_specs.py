@@ -19,13 +19,15 @@ from lowrank_jax.adapters.base import Adapter, Site
 from lowrank_jax.trees import is_quantized, nodes_with_keys, path_of
 
 
-def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Trees like `adaptation.train` and `adaptation.fixed` of PartitionSpecs, from those of the
+def partition_specs(
+    adaptation: Adaptation, param_specs: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Trees like `adaptation.train` and `adaptation.frozen` of PartitionSpecs, from those of the
     parameters.
 
     Each array of a site follows its kernel along the axes that its family names in `axes`; along
     others, and of arrays that are not named there, it is whole. Shared arrays are replicated,
-    leaves trained whole lie as before. What is cut into blocks (OFT's) needs a number of blocks
+    leaves trained in full lie as before. What is cut into blocks (OFT's) needs a number of blocks
     that the mesh axis divides.
 
     Args:
@@ -41,7 +43,7 @@ def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dic
     >>> adaptation = lrx.adapt(
     ...     {"kernel": jnp.ones((8, 6))}, lrx.adapters.lora(rank=2), jax.random.key(0)
     ... )
-    >>> train, fixed = specs(adaptation, {"kernel": jax.P("fsdp", "tensor")})
+    >>> train, frozen = partition_specs(adaptation, {"kernel": jax.P("fsdp", "tensor")})
     >>> train["sites"]["kernel"]
     {'a': P('fsdp', None), 'b': P(None, 'tensor')}
     """
@@ -49,27 +51,29 @@ def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dic
     flat = nodes_with_keys(param_specs, is_spec)
     given = {path_of(keys): sharding.codes_of(spec) or PartitionSpec() for keys, spec in flat}
     missing = [
-        path for path in [*adaptation.plan.by_path, *adaptation.plan.whole] if path not in given
+        path
+        for path in [*adaptation.layout.by_path, *adaptation.layout.trainable]
+        if path not in given
     ]
     if missing:
         raise ValueError(f"param_specs: no spec for {missing}; give a tree like the parameters")
-    choice = (None,) * bool(adaptation.plan.candidates)
+    choice = (None,) * bool(adaptation.layout.candidates)
     trees = []
-    for tree in (adaptation.train, adaptation.fixed):
+    for tree in (adaptation.train, adaptation.frozen):
         placed: dict[str, Any] = {
             "shared": jax.tree.map(lambda _: PartitionSpec(), tree["shared"]),
             "sites": {},
         }
         for path, arrays in tree["sites"].items():
-            adapter, site = adaptation.plan.by_path[path]
+            adapter, site = adaptation.layout.by_path[path]
             placed["sites"][path] = {
                 name: _spec_of(adapter, site, given[path], name, len(x.shape), choice)
                 for name, x in arrays.items()
             }
-        if "whole" in tree:
-            placed["whole"] = {
+        if "trainable" in tree:
+            placed["trainable"] = {
                 path: jax.tree.map(lambda _, own=given[path]: own, node)
-                for path, node in tree["whole"].items()
+                for path, node in tree["trainable"].items()
             }
         trees.append(placed)
     return trees[0], trees[1]
@@ -78,7 +82,7 @@ def specs(adaptation: Adaptation, param_specs: Any) -> tuple[dict[str, Any], dic
 def shardings(
     adaptation: Adaptation, param_shardings: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `specs`, but NamedShardings of NamedShardings; an axis that the mesh does not divide
+    """As `partition_specs`, but NamedShardings of NamedShardings; an axis that the mesh does not divide
     evenly stays whole.
 
     Args:
@@ -86,13 +90,13 @@ def shardings(
       param_shardings: a tree like the parameters, on one mesh, as `lrx.meshes.shardings` makes.
 
     Raises:
-      ValueError: for anything but a NamedSharding; and as `specs`.
+      ValueError: for anything but a NamedSharding; and as `partition_specs`.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
     >>> params, mesh = {"kernel": jnp.ones((8, 6))}, lrx.meshes.make_mesh(data=-1)
     >>> placed = lrx.meshes.shardings(params, [("kernel", ("embed", "mlp"))], mesh)
-    >>> train, fixed = shardings(
+    >>> train, frozen = shardings(
     ...     lrx.adapt(params, lrx.adapters.lora(rank=2), jax.random.key(0)), placed
     ... )
     >>> train["sites"]["kernel"]["b"].spec
@@ -114,9 +118,11 @@ def shardings(
     def place(leaf, spec):
         return NamedSharding(mesh, sharding.even(mesh, leaf.shape, spec))
 
-    train, fixed = specs(adaptation, jax.tree.unflatten(treedef, [own.spec for _, own in flat]))
+    train, frozen = partition_specs(
+        adaptation, jax.tree.unflatten(treedef, [own.spec for _, own in flat])
+    )
     return jax.tree.map(place, adaptation.train, train), jax.tree.map(
-        place, adaptation.fixed, fixed
+        place, adaptation.frozen, frozen
     )
 
 

@@ -1,4 +1,4 @@
-"""Which leaves are adapted, how, and at which rank: ordered rules, and the plan that they make."""
+"""Which leaves are adapted, how, and at which rank: ordered rules, and the layout that they make."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Rules = Adapter | Mapping[str, Adapter | None] | Iterable[tuple[str, Adapter | N
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(Short):
+class Layout(Short):
     """What an adaptation does, without any array: static under jit.
 
     Attributes:
       name: of the adaptation; it enters the keys of what is random and of initialisers.
       sites: the adapted leaves.
       adapters: of each site, with its own rank.
-      whole: paths of leaves that are trained as they are.
+      trainable: paths of leaves that are trained in full, without an adapter.
       order: `((path, index), ...)` of all matrices; part of a checkpoint where adapters share
         (Uni-LoRA).
       total: parameters of the tree.
@@ -44,7 +44,7 @@ class Plan(Short):
     name: str
     sites: tuple[Site, ...]
     adapters: tuple[Adapter, ...]
-    whole: tuple[str, ...]
+    trainable: tuple[str, ...]
     order: tuple[tuple[str, int], ...]
     total: int
     candidates: tuple[str, ...] = ()
@@ -83,8 +83,8 @@ class Plan(Short):
                 "it by lrx.interop.peft.load(..., head=None)"
             )
 
-    def banked(self) -> Plan:
-        """The plan, its sites told the largest matrix of their group."""
+    def banked(self) -> Layout:
+        """The layout, its sites told the largest matrix of their group."""
         banks = {group: of.bank for group, (_, of) in self.groups.items()}
         return dataclasses.replace(
             self,
@@ -142,7 +142,7 @@ class Selection:
     layers_pattern: str = LAYER_IN_PATH
     ranks: Any = ()
     alphas: Any = ()
-    whole: Any = ()
+    trainable: Any = ()
     bias: str = "none"
     uses: Any = ()
     views: Views = Views()
@@ -162,7 +162,7 @@ class Selection:
             object.__setattr__(
                 self, field, tuple(value.items()) if isinstance(value, Mapping) else tuple(value)
             )
-        for field in ("exclude", "whole"):
+        for field in ("exclude", "trainable"):
             value = getattr(self, field)
             object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
         for pattern, adapter in self.rules:
@@ -179,7 +179,9 @@ class Selection:
         mappings = ("rules", "ranks", "alphas", "uses")
         named = [(field, pattern) for field in mappings for pattern, _ in getattr(self, field)]
         named += [
-            (field, pattern) for field in ("exclude", "whole") for pattern in getattr(self, field)
+            (field, pattern)
+            for field in ("exclude", "trainable")
+            for pattern in getattr(self, field)
         ]
         for field, pattern in [*named, ("layers_pattern", self.layers_pattern)]:
             try:
@@ -194,8 +196,8 @@ class Selection:
                     "(\\d+)"
                 )
 
-    def plan(self, params: Any, name: str) -> tuple[Plan, dict[str, Matrices]]:
-        """The plan, and what the ranks of each site are; ValueError for rules that do not fit the
+    def layout(self, params: Any, name: str) -> tuple[Layout, dict[str, Matrices]]:
+        """The layout, and what the ranks of each site are; ValueError for rules that do not fit the
         tree."""
         found = leaves_with_metadata(params)
         leaves = [Leaf(*entry) for entry in found if not isinstance(entry[1], optax.MaskedNode)]
@@ -220,20 +222,20 @@ class Selection:
             matrices[site.path] = own
         leaf_views.check()
         self._check_used(used, leaves)
-        whole = self._whole(leaves, {site.path for site in sites})
-        if not sites and not whole:
+        trainable = self._trainable(leaves, {site.path for site in sites})
+        if not sites and not trainable:
             paths = listed([leaf.path for leaf in leaves])
-            raise ValueError(f"nothing is adapted and nothing trained whole. Paths here: {paths}")
-        plan = Plan(
+            raise ValueError(f"nothing is adapted and nothing trained in full. Paths here: {paths}")
+        layout = Layout(
             name=name,
             sites=tuple(sites),
             adapters=tuple(adapters),
-            whole=whole,
+            trainable=trainable,
             order=self._order(sites),
             total=sum(leaf.size for leaf in leaves),
         )
-        plan = plan.banked()
-        for adapter, site in zip(plan.adapters, plan.sites, strict=True):
+        layout = layout.banked()
+        for adapter, site in zip(layout.adapters, layout.sites, strict=True):
             for rank in sorted(set(matrices[site.path].ranks) - {0}):
                 one, at_rank = (
                     _at_rank(adapter, rank),
@@ -242,7 +244,7 @@ class Selection:
                 one.validate(at_rank)
                 if self.bounded:
                     one.check_rank(at_rank)
-        return plan, matrices
+        return layout, matrices
 
     def _adapter_of(self, leaf: Leaf, used: set[str]) -> Adapter | None:
         excluded = [pattern for pattern in self.exclude if re.fullmatch(pattern, leaf.path)]
@@ -265,7 +267,7 @@ class Selection:
             if ndim < 2:
                 raise ValueError(
                     f"a rule matches {path!r} of shape {tuple(leaf.node.shape)}, which is no "
-                    "matrix; write the pattern of the kernel alone, or name the leaf in whole="
+                    "matrix; write the pattern of the kernel alone, or name the leaf in trainable="
                 )
             return True, "rule"
 
@@ -324,7 +326,7 @@ class Selection:
             tuple(r if n in self.layers else 0 for r, n in zip(ranks, numbers, strict=True)), alphas
         )
 
-    def _whole(self, leaves: list[Leaf], adapted: set[str]) -> tuple[str, ...]:
+    def _trainable(self, leaves: list[Leaf], adapted: set[str]) -> tuple[str, ...]:
         found = []
         for leaf in leaves:
             is_bias = leaf.path.rsplit("/", 1)[-1] == "bias"
@@ -332,16 +334,18 @@ class Selection:
                 path.rpartition("/")[0] == leaf.path.rpartition("/")[0] for path in adapted
             )
             trained = is_bias and (self.bias == "all" or (self.bias == "adapted" and beside))
-            if not trained and not any(re.fullmatch(pattern, leaf.path) for pattern in self.whole):
+            if not trained and not any(
+                re.fullmatch(pattern, leaf.path) for pattern in self.trainable
+            ):
                 continue
             if leaf.path in adapted:
                 raise ValueError(
-                    f"{leaf.path!r} is adapted and trained whole; choose one, or leave it out by "
+                    f"{leaf.path!r} is adapted and trained in full; choose one, or leave it out by "
                     "exclude="
                 )
             if is_quantized(leaf.node):
                 raise ValueError(
-                    f"whole: {leaf.path!r} is quantised, and codes do not train; give it an adapter"
+                    f"trainable: {leaf.path!r} is quantised, and codes do not train; give it an adapter"
                 )
             found.append(leaf.path)
         return tuple(found)
@@ -353,12 +357,14 @@ class Selection:
             *(pattern for pattern, _ in self.views.rules),
         ]  # may be those of the whole model
         here = {
-            p for p in (*self.whole, *views) if any(re.fullmatch(p, leaf.path) for leaf in leaves)
+            p
+            for p in (*self.trainable, *views)
+            if any(re.fullmatch(p, leaf.path) for leaf in leaves)
         }
         fields = [
             ("rules", [pattern for pattern, _ in self.rules], used),
             ("exclude", self.exclude, used),
-            ("whole", self.whole, here),
+            ("trainable", self.trainable, here),
             ("views", views, here),
         ]
         for field, prefix in (("ranks", "rank "), ("alphas", "alpha "), ("uses", "uses ")):
@@ -427,10 +433,10 @@ def _group_of(adapter: Adapter, groups: Mapping[Adapter, str]) -> str:
     return adapter.group
 
 
-def chosen_rows(plans: Iterable[Plan], ids: Any) -> jax.Array | None:
+def chosen_rows(plans: Iterable[Layout], ids: Any) -> jax.Array | None:
     """`ids` as an array; ValueError where rows must choose among candidates and do not, or where
     there are none."""
-    names = [name for plan in plans for name in plan.candidates]
+    names = [name for layout in plans for name in layout.candidates]
     if names and ids is None:
         raise ValueError(
             f"each row of a batch chooses among the candidates {names}: pass ids= to attach; where "

@@ -21,6 +21,7 @@ from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Group, Site, Transition
 from lowrank_jax.adapters.tree import matrices_of
 from lowrank_jax.optim.surgery import Keep, Policy, apply_policy
+from lowrank_jax.reprs import show
 from lowrank_jax.trees import leaves_with_metadata, map_nodes, stored_like
 from lowrank_jax.typing import Pytree
 
@@ -39,6 +40,9 @@ class Moved(NamedTuple):
     base: Pytree
     opt_state: Pytree
     policy: Pytree
+
+    def __repr__(self) -> str:
+        return show(self)
 
 
 def transition(
@@ -83,7 +87,7 @@ def transition(
     >>> moved.base["kernel"] is params["kernel"]  # LoRA does nothing between updates
     True
     """
-    layout = adaptation.plan
+    layout = adaptation.layout
     if layout.candidates:
         raise ValueError(
             f"transition: rows choose among {layout.candidates}; move each of them by itself"
@@ -91,7 +95,7 @@ def transition(
     key = jax.random.fold_in(key, zlib.crc32(layout.name.encode()))
     step = jnp.asarray(step, jnp.int32)
     nodes = {path: node for path, node, _ in leaves_with_metadata(base)}
-    train, frozen = adaptation.train, adaptation.fixed
+    train, frozen = adaptation.train, adaptation.frozen
     policy: dict[str, Any] = jax.tree.map(lambda _: Keep(), train)
     written: dict[str, jax.Array] = {}
     for name, (adapter, group) in layout.groups.items():
@@ -117,7 +121,7 @@ def transition(
         )
     if opt_state is not None:
         opt_state = apply_policy(policy, opt_state)
-    moved = adaptation.replace(train=train, fixed=frozen)
+    moved = adaptation.replace(train=train, frozen=frozen)
     return Moved(moved, base, opt_state, policy)
 
 

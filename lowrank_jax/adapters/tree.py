@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from lowrank_jax import sharding
+from lowrank_jax import deprecations, sharding
 from lowrank_jax.adapters.adaptation import Adaptation, Adaptations
 from lowrank_jax.adapters.base import Adapter, Site
 from lowrank_jax.adapters.hosts import AdaptedKernel, Bound
@@ -30,6 +30,7 @@ from lowrank_jax.resolution import Views
 from lowrank_jax.trees import dequantized, leaves_with_metadata, map_nodes, stored_like
 
 
+@deprecations.options("lrx.adapt")
 def adapt(
     params: Any,
     rules: Rules,
@@ -41,7 +42,7 @@ def adapt(
     layers_pattern: str = LAYER_IN_PATH,
     ranks: Any = (),
     alphas: Any = (),
-    whole: Any = (),
+    trainable: Any = (),
     bias: str = "none",
     uses: Any = (),
     order: tuple[tuple[str, int], ...] | None = None,
@@ -66,7 +67,7 @@ def adapt(
       layers_pattern: finds that number, its first group.
       ranks, alphas: `{pattern: number, or one number for each matrix of a stack}`, first match
         wins. Smaller ranks in a stack are padded.
-      whole: patterns of leaves that train as they are (a new head, norms).
+      trainable: patterns of leaves that train in full, without an adapter (a new head, norms).
       uses: `{pattern: products}` of adapted leaves that are used in several ways: ("gather",)
         adapts the look-up of a table and leaves the output layer that shares it as it is, as PEFT
         does; ("dot_general",) the reverse. By default every product sees the adapter. `effective`
@@ -80,7 +81,7 @@ def adapt(
     Raises:
       ValueError: a pattern that matches nothing (with suggestions), a leaf that is no matrix, an
         axis nobody claimed, an adapter that does not fit a shape, a rank larger than a matrix can
-        have, a leaf both adapted and trained whole.
+        have, a leaf both adapted and trained in full.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -88,7 +89,7 @@ def adapt(
     >>> adaptation = lrx.adapt(
     ...     params, {".*/kernel": lrx.adapters.lora(rank=4)}, jax.random.key(0), bias="adapted"
     ... )
-    >>> sorted(adaptation.train["sites"]), sorted(adaptation.train["whole"]), adaptation.trained
+    >>> sorted(adaptation.train["sites"]), sorted(adaptation.train["trainable"]), adaptation.trained
     (['dense/kernel'], ['dense/bias'], 112)
     """
     selection = Selection(
@@ -98,40 +99,43 @@ def adapt(
         layers_pattern=layers_pattern,
         ranks=ranks,
         alphas=alphas,
-        whole=whole,
+        trainable=trainable,
         bias=bias,
         uses=uses,
         views=Views() if views is None else views,
         order=order,
     )
-    plan, matrices = selection.plan(params, name)
+    layout, matrices = selection.layout(params, name)
     nodes = {path: node for path, node, _ in leaves_with_metadata(params)}
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     train: dict[str, Any] = {
         "shared": {},
         "sites": {},
-        "whole": {path: nodes[path] for path in plan.whole},
+        "trainable": {path: nodes[path] for path in layout.trainable},
     }
-    fixed: dict[str, Any] = {"shared": {}, "sites": {}}
+    frozen: dict[str, Any] = {"shared": {}, "sites": {}}
     given: dict[str, Any] = {}
     ranks = {(path, i): rank for path, own in matrices.items() for i, rank in enumerate(own.ranks)}
-    for group, (adapter, sites) in plan.groups.items():
-        own = jax.random.fold_in(key, zlib.crc32(f"shared {group}".encode()))
-        trained, frozen, per_site = adapter.init_shared(
-            own, dataclasses.replace(sites, ranks=ranks)
+    for group, (adapter, sites) in layout.groups.items():
+        group_key = jax.random.fold_in(key, zlib.crc32(f"shared {group}".encode()))
+        group_train, group_frozen, per_site = adapter.init_shared(
+            group_key, dataclasses.replace(sites, ranks=ranks)
         )
-        train["shared"] |= {group: trained} if trained else {}
-        fixed["shared"] |= {group: frozen} if frozen else {}
+        train["shared"] |= {group: group_train} if group_train else {}
+        frozen["shared"] |= {group: group_frozen} if group_frozen else {}
         given |= per_site
-    for path, (adapter, site) in plan.by_path.items():
-        frozen = {"scale": matrices[path].scale(adapter, site)} | given.get(path, {})
-        shared = train["shared"].get(site.group, {}) | fixed["shared"].get(site.group, {})
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        layered = frozen | {"stats": dict((stats or {}).get(path, {}))}
-        made, more = _initialised(adapter, site, own, nodes[path], layered, shared)
-        train["sites"] |= {path: made} if made else {}
-        fixed["sites"][path] = frozen | more
-    return Adaptation(train, fixed, plan, tuple(matrices.items()))
+    for path, (adapter, site) in layout.by_path.items():
+        scale = matrices[path].scale(adapter, site)
+        known = {"scale": scale} | given.get(path, {})
+        shared = train["shared"].get(site.group, {}) | frozen["shared"].get(site.group, {})
+        site_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        measured = {"stats": dict((stats or {}).get(path, {}))}
+        site_train, site_frozen = _initialised(
+            adapter, site, site_key, nodes[path], known | measured, shared
+        )
+        train["sites"] |= {path: site_train} if site_train else {}
+        frozen["sites"][path] = known | site_frozen
+    return Adaptation(train, frozen, layout, tuple(matrices.items()))
 
 
 def _initialised(
@@ -166,7 +170,7 @@ def matrices_of(node: Any, site: Site) -> jax.Array:
 def named(adaptations: Adaptations, active: tuple[str, ...] | None) -> dict[str, Adaptation]:
     """The active adaptations in their order; ValueError for a name that is not there."""
     found = (
-        {adaptations.plan.name: adaptations}
+        {adaptations.layout.name: adaptations}
         if isinstance(adaptations, Adaptation)
         else dict(adaptations)
     )
@@ -221,11 +225,11 @@ def attach(
     (2, 6)
     """
     chosen = named(adaptations, active)
-    numbers = chosen_rows((one.plan for one in chosen.values()), ids)
+    numbers = chosen_rows((one.layout for one in chosen.values()), ids)
     bound: dict[str, list[Bound]] = {}
     for name, adaptation in chosen.items():
-        own = numbers if adaptation.plan.candidates else None
-        for path, (adapter, site) in adaptation.plan.by_path.items():
+        own = numbers if adaptation.layout.candidates else None
+        for path, (adapter, site) in adaptation.layout.by_path.items():
             arrays = adaptation.arrays(path)
             shared, keys = arrays.pop("shared"), None
             rows = None if own is None else jnp.broadcast_to(own, (*site.lead, *own.shape))
@@ -300,7 +304,7 @@ def merge(params: Any, adaptations: Adaptations, *, active: tuple[str, ...] | No
     """
     chosen = named(adaptations, active)
     merged = _worked(params, chosen, lambda adapter, *rest: adapter.effective(*rest), _mapped)
-    _check_finite(merged, {path for one in chosen.values() for path in one.plan.by_path})
+    _check_finite(merged, {path for one in chosen.values() for path in one.layout.by_path})
     return merged
 
 
@@ -315,7 +319,7 @@ def unmerge(
 
     Raises:
       ValueError: as `attach`; without a base, an adapter that has no inverse (DoRA), or leaves
-        trained whole.
+        trained in full.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -330,7 +334,9 @@ def unmerge(
     True
     """
     chosen = named(adaptations, active)
-    paths = {path for one in chosen.values() for path in [*one.plan.by_path, *one.plan.whole]}
+    paths = {
+        path for one in chosen.values() for path in [*one.layout.by_path, *one.layout.trainable]
+    }
     if base is not None:
         kept = {path: node for path, node, _ in leaves_with_metadata(base)}
         missing = sorted(paths - set(kept))
@@ -341,10 +347,10 @@ def unmerge(
         return map_nodes(
             lambda path, node: _boxed_as(node, kept[path]) if path in paths else node, merged
         )
-    whole = [path for one in chosen.values() for path in one.plan.whole]
-    if whole:
+    trained = [path for one in chosen.values() for path in one.layout.trainable]
+    if trained:
         raise ValueError(
-            f"leaves {whole} were trained whole; only base= brings back what they were"
+            f"leaves {trained} were trained in full; only base= brings back what they were"
         )
     backwards = dict(reversed(list(chosen.items())))
     return _worked(merged, backwards, lambda adapter, *rest: adapter.remove(*rest), _mapped)
@@ -365,19 +371,19 @@ def _worked(params: Any, chosen: dict[str, Adaptation], work: Callable, over: Ca
 def _worked_there(
     params: Any, chosen: dict[str, Adaptation], work: Callable, over: Callable
 ) -> Any:
-    paths = {path for adaptation in chosen.values() for path in adaptation.plan.by_path}
+    paths = {path for adaptation in chosen.values() for path in adaptation.layout.by_path}
     for adaptation in chosen.values():
-        adaptation.plan.check_uses("a plain leaf serves all of them")
-    chosen_rows((adaptation.plan for adaptation in chosen.values()), None)
+        adaptation.layout.check_uses("a plain leaf serves all of them")
+    chosen_rows((adaptation.layout for adaptation in chosen.values()), None)
 
     def place(path: str, node: Any) -> Any:
         box, array = node, meta.unbox(node)
         matrices: Any = None
         view: Any = None
         for adaptation in chosen.values():
-            if path not in adaptation.plan.by_path:
+            if path not in adaptation.layout.by_path:
                 continue
-            adapter, site = adaptation.plan.by_path[path]
+            adapter, site = adaptation.layout.by_path[path]
             arrays = adaptation.arrays(path)
             shared = arrays.pop("shared")
             matrices, view = matrices_of(array, site) if matrices is None else matrices, site.view
@@ -404,7 +410,7 @@ def _placed(params: Any, chosen: dict[str, Adaptation], paths: set[str], place: 
     trained: dict[str, Any] = {}
     views: dict[str, Any] = {}
     for adaptation in chosen.values():
-        for path, (_, site) in adaptation.plan.by_path.items():
+        for path, (_, site) in adaptation.layout.by_path.items():
             if path not in nodes or tuple(nodes[path].shape) != site.shape:
                 found = "missing" if path not in nodes else f"of shape {tuple(nodes[path].shape)}"
                 raise ValueError(
@@ -415,19 +421,19 @@ def _placed(params: Any, chosen: dict[str, Adaptation], paths: set[str], place: 
                     f"{path!r} is seen as {views[path]} by one active adaptation and as "
                     f"{site.view} by another; give both the same views="
                 )
-        twice = [path for path in adaptation.plan.whole if path in trained]
+        twice = [path for path in adaptation.layout.trainable if path in trained]
         if twice:
             raise ValueError(
-                f"leaves {twice} are trained whole by two active adaptations; activate one of them"
+                f"leaves {twice} are trained in full by two active adaptations; activate one of them"
             )
-        trained |= adaptation.train["whole"]
+        trained |= adaptation.train["trainable"]
     missing = [path for path in trained if path not in nodes]
     if missing:
         raise ValueError(
-            f"leaves {missing}, trained whole, are missing in params; give the tree that adapt saw"
+            f"leaves {missing}, trained in full, are missing in params; give the tree that adapt saw"
         )
 
-    # a leaf that one adaptation trains whole may be adapted by another
+    # a leaf that one adaptation trains in full may be adapted by another
     now = lambda path, node: _boxed_as(node, trained[path]) if path in trained else node  # noqa: E731
     return map_nodes(lambda path, node: place(path, now(path, node)), params)
 

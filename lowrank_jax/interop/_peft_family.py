@@ -3,7 +3,7 @@ adapters it is.
 
 A `Family` speaks of one matrix at a time, at that matrix's own rank; tensors are NumPy arrays as
 torch stores them. `lowrank_jax.interop.peft` does the rest: which modules, which keys, stacks,
-leaves trained whole.
+leaves trained in full.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Shared:
     modules."""
 
     train: Arrays = dataclasses.field(default_factory=dict)
-    fixed: Arrays = dataclasses.field(default_factory=dict)
+    frozen: Arrays = dataclasses.field(default_factory=dict)
     modules: Mapping[str, Arrays] = dataclasses.field(default_factory=dict)
 
 

@@ -48,13 +48,13 @@ class VeraFamily(Family):
     def shared(self, config, hosts, tensors, order):
         if config.get("save_projection", True):
             return Shared(
-                fixed={"bank_a": tensors[self.banks[0]].T, "bank_b": tensors[self.banks[1]].T}
+                frozen={"bank_a": tensors[self.banks[0]].T, "bank_b": tensors[self.banks[1]].T}
             )
         adapter, site = (
             self.make(config, None, config["r"]),
             Site(shape=largest(hosts), rank=config["r"]),
         )
-        return Shared(fixed=adapter.init_shared(None, Group(sites={"": site}, order=()))[1])
+        return Shared(frozen=adapter.init_shared(None, Group(sites={"": site}, order=()))[1])
 
     def fields(self, made, options):
         first = common("adapters", (adapter for adapter, _ in made))

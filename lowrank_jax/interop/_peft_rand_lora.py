@@ -70,10 +70,10 @@ class RandLoraFamily(Family):
         if config.get("save_projection", True):
             # (r, 1, p) there, (r, p) here
             bank_a = tensors[BANKS["randlora_A"]][:, 0]
-            return Shared(fixed={"bank_a": bank_a, "bank_b": tensors[BANKS["randlora_B"]]})
+            return Shared(frozen={"bank_a": bank_a, "bank_b": tensors[BANKS["randlora_B"]]})
         adapter = self.make(config, None, config["r"])
         bank_a, bank_b = torch_banks(adapter.bases, adapter.seed, *sizes_of(config["r"], hosts))
-        return Shared(fixed={"bank_a": bank_a, "bank_b": bank_b})
+        return Shared(frozen={"bank_a": bank_a, "bank_b": bank_b})
 
     def fields(self, made, options):
         bases = common("bases", (adapter.bases for adapter, _ in made))

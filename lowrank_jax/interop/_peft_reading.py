@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.adapters.base import Arrays, Site
-from lowrank_jax.adapters.rules import Matrices, Plan, Selection
+from lowrank_jax.adapters.rules import Layout, Matrices, Selection
 from lowrank_jax.adapters.tree import matrices_of
 from lowrank_jax.interop import _peft_config, _peft_tied, _peft_whole, safetensors
 from lowrank_jax.interop._peft_config import PREFIX
@@ -36,7 +36,7 @@ class Source:
       tree: the base.
       tensors: of the file.
       hosts: `{module: its kind}` of the adapted modules, in the order of the tree.
-      whole: what is trained whole.
+      whole: what is trained in full.
       tied: what belongs to an output layer that shares a table.
     """
 
@@ -140,10 +140,10 @@ class Source:
         }
         return {key: of for key, of in found.items() if key in self.tensors}
 
-    def plan(
+    def layout(
         self, views: Views, name: str, order: Sequence[str] | None
-    ) -> tuple[Plan, dict[str, Matrices]]:
-        """The plan, and the ranks and alphas of its matrices: 0 of layers of a stack that have no
+    ) -> tuple[Layout, dict[str, Matrices]]:
+        """The layout, and the ranks and alphas of its matrices: 0 of layers of a stack that have no
         adapter."""
         places, family = self.tree.matrices, self.family
         sizes: dict[str, list[int]] = {}
@@ -163,7 +163,7 @@ class Source:
             )
         first = [places[module] for module in order or ()]
         every = [(path, number) for path, own in sizes.items() for number in range(len(own))]
-        plan, matrices = Selection(
+        layout, matrices = Selection(
             rules={re.escape(path): adapter for path, adapter in rules.items()},
             views=Views(
                 rules=tuple(
@@ -179,16 +179,16 @@ class Source:
             uses={
                 re.escape(places[module].path): ("gather",) for module in self.tied.uses(self.hosts)
             },
-            whole=tuple(
+            trainable=tuple(
                 re.escape(path)
                 for path in {self.tree.places[key].path: None for key in self.whole.keys}
             ),
             order=tuple(dict.fromkeys([*((p.path, p.number) for p in first), *every]))
             if order
             else None,
-        ).plan(self.tree.params, name)
+        ).layout(self.tree.params, name)
         for path, own in sizes.items():
-            adapter = plan.by_path[path][0]
+            adapter = layout.by_path[path][0]
             ranks = tuple(
                 size if adapter.ranked else getattr(adapter, "rank", 1) * (size > 0) for size in own
             )
@@ -196,7 +196,7 @@ class Source:
             matrices[path] = Matrices(
                 ranks, tuple(None if a == getattr(adapter, "alpha", None) else a for a in alphas)
             )
-        return plan, matrices
+        return layout, matrices
 
     def arrays(self, site: Site, shared: Shared) -> tuple[Arrays, Arrays]:
         """`(trained, frozen)` arrays of a leaf, one matrix after the other."""
@@ -220,14 +220,14 @@ class Source:
                     number
                 ]
 
-            train, fixed = self.family.read(adapter, host, tensors, kernel)
-            found.append((train, fixed | dict(shared.modules.get(module, {}))))
+            train, frozen = self.family.read(adapter, host, tensors, kernel)
+            found.append((train, frozen | dict(shared.modules.get(module, {}))))
         return _stacked([train for train, _ in found], site), _stacked(
-            [fixed for _, fixed in found], site
+            [frozen for _, frozen in found], site
         )
 
     def leaf(self, path: str) -> Any:
-        """A leaf that is trained whole."""
+        """A leaf that is trained in full."""
         return self.tree.whole(
             path, [self.tensors[self.whole.keys[place.name]] for place in self.tree.at(path)]
         )

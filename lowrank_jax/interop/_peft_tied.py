@@ -1,7 +1,7 @@
 """A table that is also the output layer: one leaf here, two modules in torch, and what PEFT does to
 which.
 
-Without `ensure_weight_tying` PEFT adapts the look-up alone, and what it trains whole
+Without `ensure_weight_tying` PEFT adapts the look-up alone, and what it trains in full
 (`modules_to_save`) is a copy that only the look-up reads. With it, which LoRA alone has and only
 for a table named `embed_tokens`, the output layer has the same adapter,
 `lora_A = lora_embedding_Bᵀ` and `lora_B = lora_embedding_Aᵀ`, or the same copy; a file holds both.
@@ -227,7 +227,7 @@ def check_site(family: Family, tree: Tree, site: Site, head: str | None) -> str 
 def write_whole(
     family: Family, tree: Tree, whole: Mapping[str, Any], head: str | None
 ) -> dict[str, Any]:
-    """Tensors of the output layer whose table is trained whole; ValueError where the method cannot
+    """Tensors of the output layer whose table is trained in full; ValueError where the method cannot
     say it."""
     name = head_of(tree, head)
     found = {}

@@ -22,7 +22,7 @@ class Found:
     """What a file holds beside adapters.
 
     Attributes:
-      keys: `{torch's name: key}` of the parameters that are trained whole.
+      keys: `{torch's name: key}` of the parameters that are trained in full.
       copies: `{key: torch's name}` of parameters of the base that PEFT wrote along.
       repeated: keys of further copies.
     """
@@ -33,7 +33,7 @@ class Found:
 
 
 def find(config: Mapping[str, Any], bias: str, tree: Tree, adapted: Any, tensors: Any) -> Found:
-    """What is trained whole. ValueError for a `bias` that the method lacks, and for some layers of
+    """What is trained in full. ValueError for a `bias` that the method lacks, and for some layers of
     a stack only."""
     mode = config.get("bias") or "none"
     if mode not in {"none", "all", bias}:
@@ -50,7 +50,7 @@ def find(config: Mapping[str, Any], bias: str, tree: Tree, adapted: Any, tensors
     parts = [path for path in whole if not all(place.name in keys for place in tree.at(path))]
     if parts:
         raise ValueError(
-            f"{sorted(parts)}: some layers of these stacks train whole; load it onto single layers"
+            f"{sorted(parts)}: some layers of these stacks train in full; load it onto single layers"
         )
     copies = {
         key: name
@@ -101,7 +101,7 @@ def check_copies(found: Found, tree: Tree, tensors: Any) -> None:
 def write(
     whole: Mapping[str, Any], bias: str, tree: Tree, adapted: Any, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`(fields of the configuration, tensors)` of leaves that train whole.
+    """`(fields of the configuration, tensors)` of leaves that train in full.
 
     Raises:
       ValueError: the method has no `bias` in PEFT, or `modules_to_save` would take modules that do

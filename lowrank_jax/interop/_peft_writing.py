@@ -19,12 +19,12 @@ from lowrank_jax.interop._torch_layout import Place, Tree
 def family_of(adaptation: Adaptation, options: Collection[str]) -> Family:
     """The family of all adapters; ValueError for several, for candidates, and for fields that are
     not the caller's."""
-    if adaptation.plan.candidates:
+    if adaptation.layout.candidates:
         raise ValueError(
-            f"rows choose among {adaptation.plan.candidates} here: save each of the adaptations by "
+            f"rows choose among {adaptation.layout.candidates} here: save each of the adaptations by "
             "itself"
         )
-    kinds = {type(adapter) for adapter in adaptation.plan.adapters}
+    kinds = {type(adapter) for adapter in adaptation.layout.adapters}
     found = [family for family in FAMILIES.values() if kinds and kinds <= set(family.adapters)]
     if not found:
         known = ", ".join(
@@ -99,7 +99,7 @@ def matrices(
 
 def shared_arrays(adaptation: Adaptation) -> Arrays:
     """The arrays of the one group that shares, if any; ValueError for several."""
-    groups = {*adaptation.train["shared"], *adaptation.fixed["shared"]}
+    groups = {*adaptation.train["shared"], *adaptation.frozen["shared"]}
     if len(groups) > 1:
         raise ValueError(
             f"group: {sorted(groups)} share apart; in a PEFT file all modules share: save them one "
@@ -107,7 +107,7 @@ def shared_arrays(adaptation: Adaptation) -> Arrays:
         )
     found: Arrays = {}
     for group in groups:
-        found = adaptation.fixed["shared"].get(group, {}) | adaptation.train["shared"].get(
+        found = adaptation.frozen["shared"].get(group, {}) | adaptation.train["shared"].get(
             group, {}
         )
     return {name: np.asarray(array) for name, array in found.items()}

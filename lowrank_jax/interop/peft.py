@@ -19,8 +19,8 @@
     RANDLORA    rand_lora       randlora_lambda, randlora_gamma              (r, N), (N, p); base_model.randlora_{A,B}
 
 Convolutions have `lora_A (r, c_in, window...)` and `lora_B (c_out, r, 1, ...)`. A stack of layers
-is one leaf here and a module for each layer there. What PEFT trains whole (`modules_to_save`,
-`bias`) is what `lrx.adapt` trains whole.
+is one leaf here and a module for each layer there. What PEFT trains in full (`modules_to_save`,
+`bias`) is what `lrx.adapt` trains in full.
 
 Of a table that the output layer shares (no leaf of its own here, `head` there) PEFT adapts the
 look-up alone, which is `uses=("gather",)`; only LoRA with `ensure_weight_tying` adapts both, which
@@ -78,7 +78,7 @@ def load(
 ) -> Adaptation:
     """The adaptation of `params` that a folder of PEFT holds.
 
-    Factors come as float32, leaves trained whole in their own dtype. The base is not changed: of a
+    Factors come as float32, leaves trained in full in their own dtype. The base is not changed: of a
     PiSSA or OLoRA that was saved without conversion the offset is found again from `params`, as
     PEFT does it.
 
@@ -127,23 +127,23 @@ def load(
     in_order = lambda: _order(order, names, source.hosts)  # noqa: E731
     shared = source.family.shared(source.config, source.hosts, source.tensors, in_order)
     known = order is not None or names is llama.torch_name
-    plan, matrices = source.plan(views or Views(), name, in_order() if known else None)
+    layout, matrices = source.layout(views or Views(), name, in_order() if known else None)
     train: dict[str, Any] = {
         "shared": {},
         "sites": {},
-        "whole": {path: source.leaf(path) for path in plan.whole},
+        "trainable": {path: source.leaf(path) for path in layout.trainable},
     }
-    fixed: dict[str, Any] = {"shared": {}, "sites": {}}
-    for group in plan.groups:
-        for arrays, tree_of in ((shared.train, train), (shared.fixed, fixed)):
+    frozen: dict[str, Any] = {"shared": {}, "sites": {}}
+    for group in layout.groups:
+        for arrays, tree_of in ((shared.train, train), (shared.frozen, frozen)):
             tree_of["shared"] |= (
                 {group: {k: jnp.asarray(as_float(x)) for k, x in arrays.items()}} if arrays else {}
             )
-    for path, (adapter, site) in plan.by_path.items():
-        trained, frozen = source.arrays(site, shared)
-        train["sites"] |= {path: trained} if trained else {}
-        fixed["sites"][path] = {"scale": matrices[path].scale(adapter, site)} | frozen
-    return Adaptation(train, fixed, plan, tuple(matrices.items()))
+    for path, (adapter, site) in layout.by_path.items():
+        site_train, site_frozen = source.arrays(site, shared)
+        train["sites"] |= {path: site_train} if site_train else {}
+        frozen["sites"][path] = {"scale": matrices[path].scale(adapter, site)} | site_frozen
+    return Adaptation(train, frozen, layout, tuple(matrices.items()))
 
 
 def save(
@@ -172,7 +172,7 @@ def save(
       names, views, convolutions: as for `load`.
       order: with `save_indices=False`, as for `load`.
       head: as for `load`. A table that the output layer shares, with an adapter that both see, or
-        trained whole, is written with `ensure_weight_tying` and the tensors of both.
+        trained in full, is written with `ensure_weight_tying` and the tensors of both.
       config: further fields: base_model_name_or_path, revision, task_type, inference_mode,
         peft_version, auto_mapping; fan_in_fan_out=True where torch's base has transposed Conv1D
         modules (GPT-2); of Uni-LoRA save_indices=False, and of RandLoRA save_projection=False,
@@ -203,7 +203,7 @@ def save(
     sizes: dict[str, int] = {}
     alphas: dict[str, Any] = {}
     tied: dict[str, Any] = {}
-    for path, (adapter, site) in adaptation.plan.by_path.items():
+    for path, (adapter, site) in adaptation.layout.by_path.items():
         _peft_writing.check_site(family, tree, site)
         host, shares = tree.host(path), _peft_tied.check_site(family, tree, site, head)
         for place, own, p, fold in _peft_writing.matrices(adaptation, tree, adapter, site):
@@ -224,10 +224,12 @@ def save(
     tensors |= family.write_shared(
         first, hosts, arrays, shared, config, lambda: _order(order, names, hosts)
     )
-    entries, whole = _peft_whole.write(adaptation.train["whole"], family.bias, tree, hosts, config)
+    entries, whole = _peft_whole.write(
+        adaptation.train["trainable"], family.bias, tree, hosts, config
+    )
     general = {"peft_type": family.peft_type, "base_model_name_or_path": None, "task_type": None}
     targets = _peft_config.target_modules(list(hosts), tree.modules)
-    tied_whole = _peft_tied.write_whole(family, tree, adaptation.train["whole"], head)
+    tied_whole = _peft_tied.write_whole(family, tree, adaptation.train["trainable"], head)
     if tied or tied_whole:
         targets, fields = (
             _peft_tied.ties(targets) if tied else targets,

@@ -183,7 +183,7 @@ def _declared(
             f"{path!r}: {adapter.kind} shares arrays between layers, which no layer can hold; "
             "leave the model as it is and wrap the function, lrx.linen.adapted(function)"
         )
-    return *made.plan.by_path[path], arrays
+    return *made.layout.by_path[path], arrays
 
 
 @contextlib.contextmanager
@@ -230,10 +230,10 @@ def insert(declared: Any, base: Any, adaptation: Adaptation) -> Any:
     >>> model.apply({"params": params}, x).shape
     (3, 6)
     """
-    given = _nodes(base) | adaptation.train["whole"]
+    given = _nodes(base) | adaptation.train["trainable"]
     leaves = _nodes(declared)
     arrays: dict[str, Any] = {}
-    for path, (adapter, _) in adaptation.plan.by_path.items():
+    for path, (adapter, _) in adaptation.layout.by_path.items():
         own = adaptation.arrays(path)
         own.pop("shared")
         arrays |= {f"{path}_{adapter.kind}/{name}": array for name, array in own.items()}
@@ -274,7 +274,7 @@ def extract(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
     """The inverse of `insert`: the parameters of the base model, and the adaptation with the arrays
     in `params`.
 
-    For `lrx.merge`, files, and another model. Leaves trained whole are in both.
+    For `lrx.merge`, files, and another model. Leaves trained in full are in both.
 
     Raises:
       ValueError: if `params` lacks an array of the adaptation.
@@ -297,7 +297,7 @@ def extract(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
         return meta.unbox(nodes[path])
 
     def sites(tree: dict[str, Any]) -> dict[str, Any]:
-        kinds = {path: adapter.kind for path, (adapter, _) in adaptation.plan.by_path.items()}
+        kinds = {path: adapter.kind for path, (adapter, _) in adaptation.layout.by_path.items()}
         own = {
             path: {name: read(f"{path}_{kinds[path]}/{name}") for name in arrays}
             for path, arrays in tree["sites"].items()
@@ -314,9 +314,9 @@ def extract(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
         return type(node)({name: without(value) for name, value in node.items() if not slot(name)})  # type: ignore[call-arg]
 
     train = sites(adaptation.train) | {
-        "whole": {path: read(path) for path in adaptation.plan.whole}
+        "trainable": {path: read(path) for path in adaptation.layout.trainable}
     }
-    return without(params), adaptation.replace(train=train, fixed=sites(adaptation.fixed))
+    return without(params), adaptation.replace(train=train, frozen=sites(adaptation.frozen))
 
 
 def _inner(node: Any) -> Any:

@@ -89,7 +89,7 @@ def insert(model: nnx.Module, adaptation: Adaptation) -> None:
     `nnx.scan`, `nnx.grad` and their like work as before. Of Variables there are then four types,
     which filters tell apart, and no `nnx.Param`:
 
-    - `AdapterParam`, what trains: `up/kernel_adapters/0/trained/a`, leaves trained whole in their
+    - `AdapterParam`, what trains: `up/kernel_adapters/0/trained/a`, leaves trained in full in their
       places, and what a group shares, `adapter_groups/default/unilora/trained/theta`;
     - `AdapterConstant`: frozen arrays of adapters;
     - `FrozenParam`: the parameters of the base model; `AdaptedParam`, which derives from it, the
@@ -123,7 +123,7 @@ def insert(model: nnx.Module, adaptation: Adaptation) -> None:
     >>> [leaf.shape for leaf in jax.tree.leaves(nnx.state(model, lrx.nnx.AdapterParam))]
     [(4, 2), (2, 6)]
     """
-    plan = adaptation.plan
+    layout = adaptation.layout
     holders = _holders(model)
     _check(model, adaptation, holders)
     for path, places in holders.items():
@@ -133,7 +133,7 @@ def insert(model: nnx.Module, adaptation: Adaptation) -> None:
         new = kind.from_metadata(value, metadata)
         for module, attribute in places:
             setattr(module, attribute, new)
-        if path not in plan.by_path:
+        if path not in layout.by_path:
             continue
         name = attribute + hosts.ADAPTERS
         listed = getattr(module, name) if hasattr(module, name) else nnx.List([])
@@ -144,7 +144,7 @@ def insert(model: nnx.Module, adaptation: Adaptation) -> None:
     shared = _groups(adaptation)
     if shared:
         groups = getattr(model, GROUPS, None)
-        setattr(model, GROUPS, nnx.Dict(dict(groups or {}) | {plan.name: nnx.Dict(shared)}))
+        setattr(model, GROUPS, nnx.Dict(dict(groups or {}) | {layout.name: nnx.Dict(shared)}))
         if not hasattr(type(model), "lends"):
             hosts.set_class(model, _lending(type(model)))
 
@@ -180,23 +180,23 @@ def _check(
     model: nnx.Module, adaptation: Adaptation, holders: dict[str, list[tuple[nnx.Module, str]]]
 ) -> None:
     """ValueError, before anything is changed, if the adaptation does not fit the model."""
-    plan = adaptation.plan
-    if plan.candidates:
+    layout = adaptation.layout
+    if layout.candidates:
         raise ValueError(
-            f"{plan.name!r} holds candidates {plan.candidates} for rows; attach it and call "
+            f"{layout.name!r} holds candidates {layout.candidates} for rows; attach it and call "
             "lrx.nnx.merge"
         )
     known = {one.name for _, one in nnx.iter_graph(model) if isinstance(one, AdapterOfLayer)}
-    if plan.name in known:
+    if layout.name in known:
         raise ValueError(
-            f"the model has an adaptation {plan.name!r} already; give lrx.adapt another name="
+            f"the model has an adaptation {layout.name!r} already; give lrx.adapt another name="
         )
-    missing = [path for path in (*plan.by_path, *plan.whole) if path not in holders]
+    missing = [path for path in (*layout.by_path, *layout.trainable) if path not in holders]
     if missing:
         raise ValueError(
             f"leaves {missing} are no parameters of the model, which has {sorted(holders)[:12]}"
         )
-    for path, (adapter, site) in plan.by_path.items():
+    for path, (adapter, site) in layout.by_path.items():
         for module, name in holders[path]:
             value = vars(module)[name].get_value()
             if tuple(value.shape) != site.shape:
@@ -219,16 +219,16 @@ def _retyped(
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Type, value and metadata of what stands in the place of a parameter."""
     metadata, value = variable.get_metadata(), variable.get_raw_value()
-    if path in adaptation.plan.by_path:
+    if path in adaptation.layout.by_path:
         return AdaptedParam, value, metadata | {"adapted": path}
-    if path in adaptation.plan.whole:
-        return AdapterParam, adaptation.train["whole"][path], metadata
+    if path in adaptation.layout.trainable:
+        return AdapterParam, adaptation.train["trainable"][path], metadata
     return (type(variable) if isinstance(variable, FrozenParam) else FrozenParam), value, metadata
 
 
 def _adapter_of(adaptation: Adaptation, path: str, kernel: nnx.Variable) -> AdapterOfLayer:
     """The module of one site; its arrays are named and placed along the axes of the kernel."""
-    adapter, site = adaptation.plan.by_path[path]
+    adapter, site = adaptation.layout.by_path[path]
     placing = {key: value for key, value in kernel.get_metadata().items() if key in _PLACING}
     names = kernel.get_metadata("out_sharding", None)
 
@@ -244,20 +244,20 @@ def _adapter_of(adaptation: Adaptation, path: str, kernel: nnx.Variable) -> Adap
         return made
 
     trained = variables(AdapterParam, adaptation.train["sites"].get(path, {}))
-    frozen = variables(AdapterConstant, adaptation.fixed["sites"].get(path, {}))
+    frozen = variables(AdapterConstant, adaptation.frozen["sites"].get(path, {}))
     shares = bool(adaptation.arrays(path)["shared"])
-    return AdapterOfLayer(adaptation.plan.name, adapter, site, trained, frozen, shares)
+    return AdapterOfLayer(adaptation.layout.name, adapter, site, trained, frozen, shares)
 
 
 def _groups(adaptation: Adaptation) -> dict[str, nnx.Dict]:
     """What the groups of an adaptation share, as modules of the root."""
     found = {}
-    for group in adaptation.plan.groups:
+    for group in adaptation.layout.groups:
         trained = {
             key: AdapterParam(x) for key, x in adaptation.train["shared"].get(group, {}).items()
         }
         frozen = {
-            key: AdapterConstant(x) for key, x in adaptation.fixed["shared"].get(group, {}).items()
+            key: AdapterConstant(x) for key, x in adaptation.frozen["shared"].get(group, {}).items()
         }
         if trained or frozen:
             found[group] = nnx.Dict(trained=nnx.Dict(trained), frozen=nnx.Dict(frozen))
@@ -345,7 +345,7 @@ def extract(model: nnx.Module, adaptation: Adaptation) -> tuple[dict[str, Any], 
     """The parameters of the base model as a pure dict, and the adaptation with the arrays that the
     model holds.
 
-    For `lrx.merge`, files, and another model. Leaves trained whole are in both.
+    For `lrx.merge`, files, and another model. Leaves trained in full are in both.
 
     Raises:
       ValueError: if the model does not hold this adaptation.
@@ -360,31 +360,31 @@ def extract(model: nnx.Module, adaptation: Adaptation) -> tuple[dict[str, Any], 
     >>> sorted(lrx.merge(*lrx.nnx.extract(model, adaptation)))
     ['bias', 'kernel']
     """
-    plan = adaptation.plan
-    found = {one.site.path: one for one in _adapters(model) if one.name == plan.name}
-    missing = [path for path in plan.by_path if path not in found]
+    layout = adaptation.layout
+    found = {one.site.path: one for one in _adapters(model) if one.name == layout.name}
+    missing = [path for path in layout.by_path if path not in found]
     if missing:
         raise ValueError(
-            f"adaptation {plan.name!r}: the model has no adapters of it at {missing}; insert it "
+            f"adaptation {layout.name!r}: the model has no adapters of it at {missing}; insert it "
             "first"
         )
 
     def is_base(path: tuple[Any, ...], value: Any) -> bool:
-        return isinstance(value, FrozenParam) or "/".join(map(str, path)) in plan.whole
+        return isinstance(value, FrozenParam) or "/".join(map(str, path)) in layout.trainable
 
     base = nnx.to_pure_dict(nnx.state(model, is_base))
     flat = {
         "/".join(map(str, keys)): value
         for keys, value in nnx.to_flat_state(nnx.state(model, AdapterParam))
     }
-    groups = getattr(model, GROUPS, {}).get(plan.name, {})
+    groups = getattr(model, GROUPS, {}).get(layout.name, {})
     values = lambda variables: {key: value.get_value() for key, value in variables.items()}  # noqa: E731
-    trees: dict[str, Any] = {"train": {}, "fixed": {}}
-    for name, part in (("train", "trained"), ("fixed", "frozen")):
+    trees: dict[str, Any] = {"train": {}, "frozen": {}}
+    for name, part in (("train", "trained"), ("frozen", "frozen")):
         before = getattr(adaptation, name)
         trees[name] = {
             "shared": {group: values(groups[group][part]) for group in before["shared"]},
             "sites": {path: values(getattr(found[path], part)) for path in before["sites"]},
         }
-    trees["train"]["whole"] = {path: flat[path].get_value() for path in plan.whole}
-    return base, adaptation.replace(**trees)
+    trees["train"]["trainable"] = {path: flat[path].get_value() for path in layout.trainable}
+    return base, adaptation.replace(train=trees["train"], frozen=trees["frozen"])

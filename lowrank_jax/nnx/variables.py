@@ -26,7 +26,7 @@ _ARRAYS = (
 
 
 class AdapterParam(nnx.Variable):
-    """What trains: the trained arrays of adapters, and leaves that are trained whole."""
+    """What trains: the trained arrays of adapters, and leaves that are trained in full."""
 
 
 class AdapterConstant(nnx.Variable):

@@ -3,7 +3,7 @@
 They take any tree of trained adapter parameters. A mapping with leaves `a (..., n, r)` and
 `b (..., r, m)` is a pair, its delta `a diag(scale) b` (the papers write the transpose: their A is
 our aᵀ, their B our bᵀ); leading axes are layers or experts, each a pair of its own. All other
-leaves (magnitudes, biases, modules trained whole) take AdamW's step with the same learning rate,
+leaves (magnitudes, biases, modules trained in full) take AdamW's step with the same learning rate,
 schedule and decay, at every step. A tree without a pair is an error. A step whose gradients,
 updates or moments are not finite, or whose gradients have a norm above 2^40, changes nothing but
 `skipped`.

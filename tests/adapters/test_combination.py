@@ -37,7 +37,7 @@ ALL, WEIGHTS = {"one": ONE, "two": TWO, "three": THREE}, [0.7, -0.4, 1.3]
 
 def numpy_pairs(adaptation, path, layer):
     """`(a, s, b)` of one matrix, float64."""
-    arrays = adaptation.fixed["sites"][path] | adaptation.train["sites"][path]
+    arrays = adaptation.frozen["sites"][path] | adaptation.train["sites"][path]
     index = (layer,) if path.startswith("layers") else ()
     return tuple(np.asarray(arrays[name][index], np.float64) for name in ("a", "scale", "b"))
 
@@ -116,9 +116,9 @@ def test_methods_are_pefts(method, options):
                 delta(found, path, layer), oracle(method, path, layer, **options), atol=2e-5
             )
     rank = {"cat": 9, "linear": 3}.get(method, options.get("rank", 3))
-    assert found.plan.by_path["out/kernel"][1].rank == rank
-    assert found.plan.name == "combined"
-    assert all((arrays["scale"] == 1).all() for arrays in found.fixed["sites"].values())
+    assert found.layout.by_path["out/kernel"][1].rank == rank
+    assert found.layout.name == "combined"
+    assert all((arrays["scale"] == 1).all() for arrays in found.frozen["sites"].values())
 
 
 def test_options_change_the_result():
@@ -207,7 +207,7 @@ def test_one_sum_of_two_is_both_attached_and_subtraction_undoes_it():
     np.testing.assert_allclose(
         lrx.matmul(x, lrx.attach(PARAMS, found)["out"]["kernel"]), both, rtol=1e-5, atol=1e-5
     )
-    assert found.plan.name == "sum"
+    assert found.layout.name == "sum"
     back = combine({"sum": found, "two": TWO}, [1, -1], method="svd", rank=3)
     np.testing.assert_allclose(delta(back, "out/kernel"), delta(ONE, "out/kernel"), atol=2e-5)
 
@@ -237,7 +237,7 @@ def test_energy_chooses_ranks_matrix_by_matrix():
         assert dict(found.matrices)["layers/kernel"].ranks == (2, 1)
         assert found.trained == 3 * 11
         np.testing.assert_array_equal(
-            found.fixed["sites"]["layers/kernel"]["scale"], [[1, 1], [1, 0]]
+            found.frozen["sites"]["layers/kernel"]["scale"], [[1, 1], [1, 0]]
         )
         cut = combine({"one": one}, [1.0], method=method, energy=0.99, rank=1, **extra)
         assert dict(cut.matrices)["layers/kernel"].ranks == (1, 1)
@@ -297,19 +297,19 @@ def test_ranks_padded_in_a_stack_count_as_what_they_are():
 def test_a_leaf_that_one_alone_adapts_takes_that_one_and_whole_leaves_go_along():
     params = {"out": {"kernel": jnp.zeros((5, 7))}, "head": {"kernel": jnp.ones((2, 2))}}
     lora = lrx.adapters.lora(rank=2)
-    one = made(1, params, {"out/kernel": lora}, whole="head/.*")
+    one = made(1, params, {"out/kernel": lora}, trainable="head/.*")
     two = made(2, params | {"more": {"kernel": jnp.zeros((3, 3))}}, {"more/kernel": lora})
     found = combine({"one": one, "two": two}, [2, 3])
     np.testing.assert_allclose(delta(found, "out/kernel"), 2 * delta(one, "out/kernel"), rtol=1e-5)
     np.testing.assert_allclose(
         delta(found, "more/kernel"), 3 * delta(two, "more/kernel"), rtol=1e-5
     )
-    assert found.plan.whole == ("head/kernel",) and found.train["whole"] is not None
+    assert found.layout.trainable == ("head/kernel",) and found.train["trainable"] is not None
     np.testing.assert_array_equal(
-        found.train["whole"]["head/kernel"], one.train["whole"]["head/kernel"]
+        found.train["trainable"]["head/kernel"], one.train["trainable"]["head/kernel"]
     )
     with pytest.raises(
-        ValueError, match=r"leaves \['head/kernel'\] are trained whole by two adaptations"
+        ValueError, match=r"leaves \['head/kernel'\] are trained in full by two adaptations"
     ):
         combine({"one": one, "two": one}, [1, 1])
 
@@ -328,7 +328,7 @@ def test_families_with_factors_and_offsets_combine():
     np.testing.assert_allclose(
         delta(found, "kernel"), kernels["uni"] + 2 * kernels["pissa"], atol=1e-4
     )
-    assert found.plan.by_path["kernel"][1].rank == 6
+    assert found.layout.by_path["kernel"][1].rank == 6
 
 
 def test_errors_name_what_is_wrong():

@@ -40,7 +40,7 @@ def made(rules, params=PARAMS, spread=0.3, **options):
 def deltas(adaptation, params=PARAMS):
     """What an adaptation adds to each kernel, float64."""
     found = lrx.effective(params, adaptation)
-    tops = {path: path.split("/")[0] for path in adaptation.plan.by_path}
+    tops = {path: path.split("/")[0] for path in adaptation.layout.by_path}
     return {
         path: np.asarray(found[top]["kernel"], np.float64) - params[top]["kernel"]
         for path, top in tops.items()
@@ -63,12 +63,12 @@ def test_factors_convert_exactly(name):
     found, report = to_lora(PARAMS, adaptation)
     for path, delta in deltas(adaptation).items():
         np.testing.assert_allclose(deltas(found)[path], delta, atol=1e-6)
-        adapter, site = found.plan.by_path[path]
+        adapter, site = found.layout.by_path[path]
         assert (
             type(adapter) is lrx.adapters.lora
             and adapter.alpha == adapter.rank == site.rank == rank
         )
-        assert (found.fixed["sites"][path]["scale"] == 1).all()
+        assert (found.frozen["sites"][path]["scale"] == 1).all()
         assert report.how[path] == "as it is" and not report.errors[path].any()
     assert found.trained == rank * (2 * 14 + 10)
 
@@ -112,12 +112,17 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_reported(family):
 def test_full_rank_is_exact_and_never_more_than_a_matrix_has():
     adaptation = made(lrx.adapters.oft(block=2))
     found, report = to_lora(PARAMS, adaptation, rank=64)
-    assert [found.plan.by_path[path][1].rank for path in ("layers/kernel", "out/kernel")] == [6, 4]
+    assert [found.layout.by_path[path][1].rank for path in ("layers/kernel", "out/kernel")] == [
+        6,
+        4,
+    ]
     for path, delta in deltas(adaptation).items():
         np.testing.assert_allclose(deltas(found)[path], delta, atol=5e-6)
         assert not report.errors[path].any()
     small, report = to_lora(PARAMS, made(lrx.adapters.lora(rank=2)), rank=5)
-    assert small.plan.by_path["out/kernel"][1].rank == 2 and report.how["out/kernel"] == "as it is"
+    assert (
+        small.layout.by_path["out/kernel"][1].rank == 2 and report.how["out/kernel"] == "as it is"
+    )
 
 
 def spectrum(values, n=8, m=6):
@@ -134,7 +139,7 @@ def test_energy_gives_each_matrix_its_rank_padded_in_a_stack():
     found, report = to_lora(PARAMS, adaptation, energy=0.99)
     assert report.ranks["layers/kernel"].tolist() == [2, 1]
     assert dict(found.matrices)["layers/kernel"].alphas == (2.0, 1.0)
-    np.testing.assert_array_equal(found.fixed["sites"]["layers/kernel"]["scale"], [[1, 1], [1, 0]])
+    np.testing.assert_array_equal(found.frozen["sites"]["layers/kernel"]["scale"], [[1, 1], [1, 0]])
     assert found.trained == 3 * 14
     np.testing.assert_allclose(
         report.errors["layers/kernel"], [0.1 / np.hypot(4, 2), 0.01 * np.sqrt(2)], rtol=0.01
@@ -171,7 +176,7 @@ def test_masks_weights_and_ranks_of_a_stack_are_worked_in():
         found, report = to_lora(PARAMS, wide)
         times = 2 if family.init == "pissa" else 1
         assert report.ranks["layers/kernel"].tolist() == [times, 3 * times]
-        assert found.plan.by_path["layers/kernel"][1].rank == 3 * times
+        assert found.layout.by_path["layers/kernel"][1].rank == 3 * times
         for path, delta in deltas(wide).items():
             np.testing.assert_allclose(deltas(found)[path], delta, atol=2e-6)
         squeezed, report = to_lora(PARAMS, wide, rank=2)
@@ -186,19 +191,21 @@ def test_layers_that_are_left_out_stay_out():
         adaptation = made({"layers/kernel": family}, layers=(1,))
         found, report = to_lora(PARAMS, adaptation, rank=2)
         assert report.ranks["layers/kernel"].tolist() == [0, 2]
-        assert not found.fixed["sites"]["layers/kernel"]["scale"][0].any()
+        assert not found.frozen["sites"]["layers/kernel"]["scale"][0].any()
         assert not deltas(found)["layers/kernel"][0].any()
 
 
 def test_what_is_trained_whole_and_dropout_go_along_and_bases_may_be_boxed():
     params = {"kernel": jnp.asarray(normal(1, 6, 4)), "bias": jnp.ones(4)}
     adaptation = made(
-        {"kernel": lrx.adapters.lora(rank=2, dropout=0.25)}, params, whole="bias", name="mine"
+        {"kernel": lrx.adapters.lora(rank=2, dropout=0.25)}, params, trainable="bias", name="mine"
     )
     found, _ = to_lora(params, adaptation)
-    assert found.plan.whole == ("bias",) and found.plan.name == "mine"
-    np.testing.assert_array_equal(found.train["whole"]["bias"], adaptation.train["whole"]["bias"])
-    assert found.plan.by_path["kernel"][0].dropout == 0.25
+    assert found.layout.trainable == ("bias",) and found.layout.name == "mine"
+    np.testing.assert_array_equal(
+        found.train["trainable"]["bias"], adaptation.train["trainable"]["bias"]
+    )
+    assert found.layout.by_path["kernel"][0].dropout == 0.25
 
 
 def test_conversion_errors():
@@ -222,7 +229,7 @@ def test_absorbing_writes_the_offset_into_the_kernel(init):
     before = made(lrx.adapters.lora(rank=2, alpha=3, init=init))
     absorbed, after = absorb(PARAMS, before)
     for path in ("layers", "out"):
-        own = before.fixed["sites"][f"{path}/kernel"]
+        own = before.frozen["sites"][f"{path}/kernel"]
         offset = np.asarray(own["a0"] * own["scale"][..., None, :], np.float64) @ np.asarray(
             own["b0"], np.float64
         )
@@ -233,7 +240,7 @@ def test_absorbing_writes_the_offset_into_the_kernel(init):
             s = np.linalg.svd(np.asarray(PARAMS[path]["kernel"], np.float64), compute_uv=False)
             left = np.linalg.svd(np.asarray(absorbed[path]["kernel"], np.float64), compute_uv=False)
             np.testing.assert_allclose(left[..., : s.shape[-1] - 2], s[..., 2:], atol=1e-5)
-    assert all(set(arrays) == {"scale"} for arrays in after.fixed["sites"].values())
+    assert all(set(arrays) == {"scale"} for arrays in after.frozen["sites"].values())
     assert after.train is before.train
     for a, b in zip(
         jax.tree.leaves(lrx.merge(absorbed, after)),
@@ -248,11 +255,11 @@ def test_what_was_trained_on_an_absorbed_base_goes_back_to_the_original():
     absorbed, after = absorb(PARAMS, before)
     moved = after.replace(train=jax.tree.map(lambda x: x + 0.1, after.train))
     found, _ = to_lora(absorbed, moved)  # refers to the absorbed base: rank r
-    assert found.plan.by_path["out/kernel"][1].rank == 2
+    assert found.layout.by_path["out/kernel"][1].rank == 2
     other, _ = to_lora(
         PARAMS, before.replace(train=moved.train)
     )  # refers to the original: rank 2 r
-    assert other.plan.by_path["out/kernel"][1].rank == 4
+    assert other.layout.by_path["out/kernel"][1].rank == 4
     want = lrx.merge(absorbed, moved)
     for got in (lrx.merge(absorbed, found), lrx.merge(PARAMS, other)):
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -267,7 +274,7 @@ def test_absorbing_into_bfloat16_loses_what_data_would_keep():
     wide = params["kernel"].astype(jnp.float32)
 
     def error(base, adaptation):
-        adapter, site = adaptation.plan.by_path["kernel"]
+        adapter, site = adaptation.layout.by_path["kernel"]
         arrays = adaptation.arrays("kernel")
         return float(
             jnp.abs(

@@ -171,7 +171,7 @@ def test_what_is_cut_off_leaves_what_was_trained_at_that_rank(rank, scaled_by):
     assert {int(ranks.max()) for ranks in report.ranks.values()} == {own}
     np.testing.assert_allclose(lrx.merge(PARAMS, lora)["one"], wanted, atol=1e-5)
     assert cut.trained == 4 * own * (N + M)
-    assert A.at_rank(cut, rank).plan == cut.plan  # again, and nothing changes
+    assert A.at_rank(cut, rank).layout == cut.layout  # again, and nothing changes
     # it can train on: the same functions at its own largest rank
     for y in outputs(cut, jax.random.key(1)):
         assert np.isfinite(y).all()
@@ -182,13 +182,13 @@ def test_ranks_and_alphas_of_single_matrices_are_cut_by_themselves():
         dylora(scaled_by="largest"), ranks={"stack": (4, 2, 0)}, alphas={"stack": (8.0, 3.0, 3.0)}
     )
     cut = A.at_rank(adaptation, 3)
-    scale = cut.fixed["sites"]["stack"]["scale"]
+    scale = cut.frozen["sites"]["stack"]["scale"]
     np.testing.assert_allclose(scale, [[2.0, 2.0, 2.0], [1.5, 1.5, 0.0], [0.0, 0.0, 0.0]])
     own = dict(cut.matrices)["stack"]
     assert own.ranks == (3, 2, 0)
-    np.testing.assert_allclose(own.scale(*cut.plan.by_path["stack"]), scale)
+    np.testing.assert_allclose(own.scale(*cut.layout.by_path["stack"]), scale)
     drawn = A.at_rank(made(dylora(), ranks={"stack": (4, 2, 1)}), 3)
-    np.testing.assert_allclose(drawn.fixed["sites"]["stack"]["scale"][0], [2.0, 2.0, 2.0])
+    np.testing.assert_allclose(drawn.frozen["sites"]["stack"]["scale"][0], [2.0, 2.0, 2.0])
 
 
 @pytest.mark.slow

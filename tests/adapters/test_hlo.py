@@ -36,13 +36,13 @@ def temporaries(adapter) -> int:
     )
 
     def loss(train, fixed, params, x):
-        tree = lrx.attach(params, adaptation.replace(train=train, fixed=fixed))
+        tree = lrx.attach(params, adaptation.replace(train=train, frozen=fixed))
         return jnp.sum(lrx.matmul(jnp.tanh(lrx.matmul(x, tree["up"])), tree["down"]) ** 2)
 
     x = jax.ShapeDtypeStruct((TOKENS, N), jnp.float32)
     compiled = (
         jax.jit(jax.value_and_grad(loss))
-        .lower(adaptation.train, adaptation.fixed, params, x)
+        .lower(adaptation.train, adaptation.frozen, params, x)
         .compile()
     )
     return compiled.memory_analysis().temp_size_in_bytes

@@ -399,7 +399,7 @@ def test_a_quantised_base_gives_what_its_decoded_kernel_gives(name):
     op = matrix_op(plain["kernel"])
     counting = type(op)(op.shape, op.contract, lambda: asked.append(1) or op.kernel(), op.own)
     p = made.arrays("kernel")
-    FAMILIES[name].wrap(counting, made.plan.sites[0], p)(normal((5, 8)))
+    FAMILIES[name].wrap(counting, made.layout.sites[0], p)(normal((5, 8)))
     assert bool(asked) == reads
     assert decodings(jax.make_jaxpr(loss)(made.train, normal((5, 8))).jaxpr) == 1
 
@@ -442,7 +442,7 @@ def test_every_row_takes_its_own_candidate(family):
             return lrx.adapt(params, {".*": FAMILIES[family]}, jax.random.key(i), name=str(i))
 
         made = [moved(adapt(i), 20 * i) for i in (0, 1)]
-        both = A.candidates({one.plan.name: one for one in made})
+        both = A.candidates({one.layout.name: one for one in made})
         alone = [products(params), *(products(lrx.effective(params, one)) for one in made)]
         return products(lrx.attach(params, both, ids=ids)), alone
 

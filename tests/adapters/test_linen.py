@@ -123,11 +123,11 @@ FOREIGN = {
 
 @functools.cache
 def foreign():
-    """(parameters in boxes, an adaptation of three families, a leaf trained whole)."""
+    """(parameters in boxes, an adaptation of three families, a leaf trained in full)."""
     params = initial(Foreign(), X)
     rules = {"(.*/heads|.*/down)/kernel": A.lora(rank=2), ".*/up/kernel": FAMILIES["uni_lora"]}
     rules |= {".*/out/kernel": A.oft(block=2)}
-    return params, adapted(params, rules, views=lrx.Views(rules=FOREIGN), whole="head/.*")
+    return params, adapted(params, rules, views=lrx.Views(rules=FOREIGN), trainable="head/.*")
 
 
 def test_a_foreign_model_with_its_own_scan():
@@ -349,7 +349,7 @@ def test_our_model(options):
     params = initial(model, tokens)
     views = lrx.Views(stacked=() if options.get("scan") is False else ("layers/.*",))
     rules = {"all-linear": A.lora(rank=2), "embed/.*": A.lora(rank=2)}
-    adaptation = adapted(params, rules, views=views, whole="norm/.*")
+    adaptation = adapted(params, rules, views=views, trainable="norm/.*")
 
     def loss(params):
         return llama.loss_and_metrics(

@@ -59,7 +59,7 @@ class Tied(nn.Module):
 def test_a_use_that_passes_adapters_by_is_refused(model, x, rules):
     params = initial(model, x)
     adaptation = adapted(params, rules, views=CONV if isinstance(model, nn.ConvTranspose) else None)
-    (path,) = adaptation.plan.by_path
+    (path,) = adaptation.layout.by_path
     for program in (
         on(model),
         jax.jit(on(model)),

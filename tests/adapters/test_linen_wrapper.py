@@ -127,8 +127,10 @@ def test_a_scan_with_partitioning_dropout_and_gradients():
         "scale": PartitionSpec("layers", None),
     }
     base, _ = lrx.linen.extract(params, lrx.adapt(params, {".*/Dense_0/kernel": lora}, KEY))
-    adaptation = moved(lrx.adapt(base, {".*/Dense_0/kernel": lora}, KEY, whole=".*/Dense_1/bias"))
-    adaptation.train["whole"]["layers/Dense_1/bias"] = jnp.ones((2, 8))
+    adaptation = moved(
+        lrx.adapt(base, {".*/Dense_0/kernel": lora}, KEY, trainable=".*/Dense_1/bias")
+    )
+    adaptation.train["trainable"]["layers/Dense_1/bias"] = jnp.ones((2, 8))
 
     def loss(train, key, model=model):
         inserted = lrx.linen.insert(params, base, adaptation.replace(train=train))
@@ -149,7 +151,7 @@ def test_a_scan_with_partitioning_dropout_and_gradients():
     assert abs(got[0] - with_dropout[0]) > 1e-3
     assert (
         lrx.linen.extract(lrx.linen.insert(params, base, adaptation), adaptation)[1]
-        .train["whole"]
+        .train["trainable"]
         .keys()
     )
 

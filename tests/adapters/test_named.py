@@ -85,7 +85,7 @@ def test_a_weight_of_0_is_the_base_and_one_program_serves_all(family):
 
 
 def test_weights_scale_deltas_and_nothing_else():
-    adaptation = made(lora(rank=2, alpha=6), 1, whole="out/bias")
+    adaptation = made(lora(rank=2, alpha=6), 1, trainable="out/bias")
     half = weighted(adaptation, -0.5)
     plain, found = lrx.effective(PARAMS, adaptation), lrx.effective(PARAMS, half)
     for path in ("layers", "out"):
@@ -172,9 +172,9 @@ def test_padding_changes_arrays_and_not_the_function(name):
     ):
         np.testing.assert_allclose(got, want, atol=1e-6)
     assert wide.trained == adaptation.trained
-    assert all(site.rank == adapter.rank == 5 for adapter, site in wide.plan.by_path.values())
-    assert wide.fixed["sites"]["layers/kernel"]["scale"].shape == (2, 5)
-    assert not wide.fixed["sites"]["layers/kernel"]["scale"][:, 2:].any()
+    assert all(site.rank == adapter.rank == 5 for adapter, site in wide.layout.by_path.values())
+    assert wide.frozen["sites"]["layers/kernel"]["scale"].shape == (2, 5)
+    assert not wide.frozen["sites"]["layers/kernel"]["scale"][:, 2:].any()
     if name == "lora":
         a, b = (wide.train["sites"]["layers/kernel"][side] for side in "ab")
         assert a.shape == (2, 6, 5) and b.shape == (2, 5, 6)
@@ -292,7 +292,7 @@ def test_candidates_that_differ_in_more_than_arrays_are_refused():
         ),
         (made(lora(rank=2, trains="b"), 1), "trains is 'both' and 'b'"),
         (
-            made(lora(rank=2), 1, whole="out/bias"),
+            made(lora(rank=2), 1, trainable="out/bias"),
             r"'two' cannot be chosen by rows: leaves \('out/bias',\) are",
         ),
         (candidates({"x": one}), "'two' cannot be chosen by rows: it holds candidates itself"),
@@ -363,13 +363,13 @@ def test_hot_swap_turns_off_what_the_new_one_does_not_adapt_and_keeps_dtypes():
 
 
 def test_hot_swap_lists_everything_that_does_not_fit():
-    old = made({"out/kernel": lora(rank=2)}, 1, whole="out/bias")
+    old = made({"out/kernel": lora(rank=2)}, 1, trainable="out/bias")
     with pytest.raises(ValueError, match="does not fit") as error:
         hot_swap(old, made(lrx.adapters.lora(rank=3, dropout=0.1), 2))
     for text in (
         "'old' does not adapt ['layers/kernel']; give it these sites",
         "'out/kernel': dropout is 0.0 and 0.1",
-        "leaves ['out/bias'] are trained whole by one of them alone",
+        "leaves ['out/bias'] are trained in full by one of them alone",
         "'out/kernel': rank 3 exceeds 2; pad the old one by lrx.adapters.padded(old, 3)",
     ):
         assert text in str(error.value)

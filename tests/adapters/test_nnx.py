@@ -110,7 +110,7 @@ def test_stacked_layers_that_share():
     parameters."""
     model = Stack(nnx.Rngs(0))
     params = parameters(model)
-    adaptation = adapted(params, RULES, views=STACKED, whole=".*/norm/.*")
+    adaptation = adapted(params, RULES, views=STACKED, trainable=".*/norm/.*")
     held, before = inserted(nnx.clone(model), adaptation)
     graphdef, state = nnx.split(held)
 
@@ -139,7 +139,7 @@ def test_stacked_layers_that_share():
         grads["sites"]["layers/up/kernel"],
         atol=1e-4,
     )
-    close(held_grads["layers"]["norm"]["scale"], grads["whole"]["layers/norm/scale"], atol=1e-4)
+    close(held_grads["layers"]["norm"]["scale"], grads["trainable"]["layers/norm/scale"], atol=1e-4)
 
 
 def test_nothing_trains_that_is_not_named():

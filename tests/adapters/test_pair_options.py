@@ -381,7 +381,7 @@ def test_meshes(name, axis_type):
 
 
 def test_the_trees_of_an_adaptation():
-    """`adaptation.train` is the parameters, `adaptation.fixed` the scale: ranks 2 and 1 in one
+    """`adaptation.train` is the parameters, `adaptation.frozen` the scale: ranks 2 and 1 in one
     stack, a whole head."""
     params = {
         "layers": {"q": {"kernel": jnp.zeros((2, 6, 5))}},
@@ -394,7 +394,7 @@ def test_the_trees_of_an_adaptation():
         jax.random.key(0),
         ranks={path: (2, 1)},
         views=lrx.Views(stacked=("layers/.*",)),
-        whole="head/.*",
+        trainable="head/.*",
     )
     rng = np.random.default_rng(0)
     train = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), adaptation.train)
@@ -409,7 +409,7 @@ def test_the_trees_of_an_adaptation():
             for g, k in zip(*map(jax.tree.leaves, (gradient, kernels(train))), strict=True)
         )
 
-    tx = A.altlora(0.1, scale=adaptation.fixed, b1=0.0, damping=0.0, plain=optax.identity())
+    tx = A.altlora(0.1, scale=adaptation.frozen, b1=0.0, damping=0.0, plain=optax.identity())
     updates, _ = tx.update(jax.grad(loss)(train), tx.init(train), train)
     moved = jax.tree.map(
         lambda x, y: x - y, kernels(optax.apply_updates(train, updates)), kernels(train)

@@ -1,4 +1,4 @@
-"""Which leaves are adapted, at which rank, what trains whole, what the report says, and what every
+"""Which leaves are adapted, at which rank, what trains in full, what the report says, and what every
 error says."""
 
 import dataclasses
@@ -125,9 +125,9 @@ def test_layers_are_chosen_by_number_in_paths_and_in_stacks():
         f"encoder_7/{name}/kernel" for name in "qv"
     ]
     adaptation = lrx.adapt(stack(), LORA, KEY, views=STACKED, layers=(0, 2))
-    scale = adaptation.fixed["sites"]["layers/q/kernel"]["scale"]
+    scale = adaptation.frozen["sites"]["layers/q/kernel"]["scale"]
     assert scale.tolist() == [[4.0, 4.0], [0.0, 0.0], [4.0, 4.0]]
-    assert adaptation.fixed["sites"]["layers/experts/kernel"]["scale"].any((1, 2)).tolist() == [
+    assert adaptation.frozen["sites"]["layers/experts/kernel"]["scale"].any((1, 2)).tolist() == [
         True,
         False,
         True,
@@ -146,7 +146,7 @@ def test_ranks_and_alphas_follow_patterns():
         ranks={"layers_1/.*": 2, ".*/q/.*": 3},
         alphas={"layers_10/q/.*": 30.0},
     )
-    scales = {path: own["scale"] for path, own in adaptation.fixed["sites"].items()}
+    scales = {path: own["scale"] for path, own in adaptation.frozen["sites"].items()}
     found = {path: (len(scale), round(float(scale[0]), 4)) for path, scale in scales.items()}
     assert found == {
         "layers_0/q/kernel": (3, 2.6667),
@@ -169,7 +169,7 @@ def test_every_layer_of_a_stack_may_have_its_own_rank_and_alpha():
         alphas={"layers/q/kernel": (1.0, 2.0, 3.0)},
         exclude="layers/experts/.*",
     )
-    scale = adaptation.fixed["sites"]["layers/q/kernel"]["scale"]
+    scale = adaptation.frozen["sites"]["layers/q/kernel"]["scale"]
     np.testing.assert_allclose(scale, [[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
     assert adaptation.train["sites"]["layers/q/kernel"]["a"].shape == (3, 8, 4)
     assert adaptation.trained == 5 * 14
@@ -183,8 +183,8 @@ def test_every_layer_of_a_stack_may_have_its_own_rank_and_alpha():
 def test_adapters_of_one_rule_share_whatever_their_ranks():
     adapter = A.vera(rank=4)
     adaptation = lrx.adapt(params(), adapter, KEY, ranks={"layers_0/.*": 2, "layers_1/.*": 6})
-    assert list(adaptation.fixed["shared"]) == ["vera"]
-    assert adaptation.fixed["shared"]["vera"]["bank_a"].shape == (8, 6)
+    assert list(adaptation.frozen["shared"]) == ["vera"]
+    assert adaptation.frozen["shared"]["vera"]["bank_a"].shape == (8, 6)
     assert adaptation.trained == 2 * ((2 + 6) + (6 + 6) + (4 + 6))
 
 
@@ -207,33 +207,35 @@ def test_groups_keep_apart_what_is_shared():
 
 
 def test_order_is_layer_by_layer_or_as_given():
-    plan = lrx.adapt(stack(), LORA, KEY, views=STACKED, exclude=".*experts.*").plan
+    plan = lrx.adapt(stack(), LORA, KEY, views=STACKED, exclude=".*experts.*").layout
     assert plan.order == tuple(("layers/q/kernel", i) for i in range(3))
-    paths = [path for path, _ in lrx.adapt(params(), LORA, KEY).plan.order]
+    paths = [path for path, _ in lrx.adapt(params(), LORA, KEY).layout.order]
     assert paths == [f"layers_{i}/{name}/kernel" for i in (0, 1, 10) for name in "qv"]
     given = tuple((path, 0) for path in reversed(paths))
-    assert lrx.adapt(params(), LORA, KEY, order=given).plan.order == given
+    assert lrx.adapt(params(), LORA, KEY, order=given).layout.order == given
 
 
-# what trains whole
+# what trains in full
 
 
 def test_biases_and_whole_leaves_train_beside_the_adapters():
     def whole(**options):
-        return sorted(lrx.adapt(params(), {".*/q/kernel": LORA}, KEY, **options).train["whole"])
+        return sorted(lrx.adapt(params(), {".*/q/kernel": LORA}, KEY, **options).train["trainable"])
 
     assert whole() == []
     assert whole(bias="adapted") == [f"layers_{i}/q/bias" for i in (0, 1, 10)]
     assert len(whole(bias="all")) == 7
-    assert whole(whole="head/.*") == ["head/bias", "head/kernel"]
-    assert sorted(lrx.adapt(params(), {}, KEY, whole=("norm/.*",)).train["whole"]) == ["norm/scale"]
+    assert whole(trainable="head/.*") == ["head/bias", "head/kernel"]
+    assert sorted(lrx.adapt(params(), {}, KEY, trainable=("norm/.*",)).train["trainable"]) == [
+        "norm/scale"
+    ]
 
 
 def test_whole_leaves_reach_the_model_in_their_boxes():
     head = nn.Partitioned(jnp.ones((8, 9)), names=(None, "vocab"))
     tree = {"q": {"kernel": jnp.ones((8, 6))}, "head": {"kernel": head}}
-    adaptation = lrx.adapt(tree, LORA, KEY, whole="head/kernel")
-    assert adaptation.train["whole"]["head/kernel"].shape == (8, 9)
+    adaptation = lrx.adapt(tree, LORA, KEY, trainable="head/kernel")
+    assert adaptation.train["trainable"]["head/kernel"].shape == (8, 9)
     moved = adaptation.replace(train=jax.tree.map(lambda x: x + 1, adaptation.train))
     for form in (lrx.attach, lrx.effective, lrx.merge):
         head = form(tree, moved)["head"]["kernel"]
@@ -247,10 +249,10 @@ def test_whole_leaves_reach_the_model_in_their_boxes():
 def test_a_leaf_trained_whole_by_one_adaptation_may_be_adapted_by_another():
     tree = {"q": {"kernel": jnp.ones((8, 6))}}
     whole, lora = (
-        lrx.adapt(tree, {}, KEY, whole="q/kernel", name="whole"),
+        lrx.adapt(tree, {}, KEY, trainable="q/kernel", name="whole"),
         lrx.adapt(tree, LORA, KEY, name="lora"),
     )
-    both = {"whole": whole, "lora": lora}
+    both = {"trainable": whole, "lora": lora}
     both = {
         name: one.replace(train=jax.tree.map(lambda x: x + 1.0, one.train))
         for name, one in both.items()
@@ -345,18 +347,18 @@ def test_the_report_says_what_trains():
         "head/kernel": A.oft(block=4),
     }
     tree = {name: params()[name] for name in ("layers_0", "norm", "head")}
-    assert str(lrx.adapt(tree, rules, KEY, whole="norm/scale", bias="adapted")) == "\n".join(
+    assert str(lrx.adapt(tree, rules, KEY, trainable="norm/scale", bias="adapted")) == "\n".join(
         [
             "leaf               shape   adapter  rank  trained",
             "head/kernel        (8, 9)  oft      -     12",
             "layers_0/q/kernel  (8, 6)  unilora  2     0",
             "layers_0/v/kernel  (8, 6)  miss     4     24",
             "(shared by 1)              unilora  -     8",
-            "head/bias          (9,)    whole    -     9",
-            "layers_0/q/bias    (6,)    whole    -     6",
-            "layers_0/v/bias    (6,)    whole    -     6",
-            "norm/scale         (8,)    whole    -     8",
-            "3 leaves adapted, 4 trained whole: 73 trained, 168 frozen of the model's 197 "
+            "head/bias          (9,)    in full  -     9",
+            "layers_0/q/bias    (6,)    in full  -     6",
+            "layers_0/v/bias    (6,)    in full  -     6",
+            "norm/scale         (8,)    in full  -     8",
+            "3 leaves adapted, 4 trained in full: 73 trained, 168 frozen of the model's 197 "
             "parameters (37.1 %)",
         ]
     )
@@ -369,15 +371,15 @@ UNUSED = {
     "shadowed": ({"rules": [(".*/q/.*l", LORA), ("layers_0/q/kernel", LORA)]}, "rules: 'layers_0/q/kernel' matches no"),
     "near": ({"rules": {"layers_0/k/kernel": LORA}}, r"Did you mean \[.*'layers_0/q/kernel'.*\]\?"),
     "exclude": ({"exclude": "layers_0/k/kernel"}, r"exclude: 'layers_0/k/kernel' .* Did you mean"),
-    "whole": ({"whole": "heads/.*"}, r"whole: 'heads/\.\*' matches no leaf"),
+    "trainable": ({"trainable": "heads/.*"}, r"trainable: 'heads/\.\*' matches no leaf"),
     "ranks": ({"ranks": {"layers_0/k/kernel": 3}}, r"ranks: 'layers_0/k/kernel' .* Did you mean"),
     "ranks of none": ({"ranks": {"head/kernel": 3}}, "ranks: 'head/kernel' matches no leaf that it could apply to"),
     "alphas": ({"alphas": {"layers_0/k/kernel": 3.0}}, r"alphas: 'layers_0/k/kernel' .* Did you mean"),
     "views": ({"views": lrx.Views(stacked="blocks/.*")}, r"views: 'blocks/\.\*' matches no leaf"),
     "layers": ({"layers": (0, 2)}, r"no adapted leaf is of layer \[2\], only of \['0', '1', '10'\]"),
-    "nothing": ({"rules": {}}, r"nothing is adapted and nothing trained whole. Paths here: \['embed/embedding'"),
+    "nothing": ({"rules": {}}, r"nothing is adapted and nothing trained in full. Paths here: \['embed/embedding'"),
     "no matrix": ({"rules": {"norm/.*": LORA}}, "'norm/scale' of shape .* is no matrix; write the pattern of"),
-    "both": ({"whole": ".*/q/kernel"}, "'layers_0/q/kernel' is adapted and trained whole; choose one"),
+    "both": ({"trainable": ".*/q/kernel"}, "'layers_0/q/kernel' is adapted and trained in full; choose one"),
     "bias": ({"bias": "lora_only"}, "bias='lora_only' must be one of"),
     "no adapter": ({"rules": {".*": "lora"}}, "'lora' is neither an adapter such as"),
     "regex": ({"rules": {"(": LORA}}, r"rules: '\(' is not a regular expression"),
@@ -418,14 +420,16 @@ def test_ranks_that_cannot_be_padded_are_one_in_a_stack(adapter):
     ):
         lrx.adapt(tree, adapter, KEY, views=views, ranks={"kernel": (1, 2)})
     adaptation = lrx.adapt(tree, adapter, KEY, views=views, ranks={"kernel": (2, 0)})
-    assert adaptation.trained == adaptation.plan.adapters[0].count(adaptation.plan.sites[0])
+    assert adaptation.trained == adaptation.layout.adapters[0].count(adaptation.layout.sites[0])
 
 
 def test_quantised_leaves_are_adapted_and_not_trained_whole():
     tree = {"q": {"kernel": lrx.linalg.quantize_blocks(jnp.ones((8, 6)))}}
     assert lrx.adapt(tree, LORA, KEY).trained == 28
-    with pytest.raises(ValueError, match="whole: 'q/kernel' is quantised, and codes do not train"):
-        lrx.adapt(tree, {}, KEY, whole="q/kernel")
+    with pytest.raises(
+        ValueError, match="trainable: 'q/kernel' is quantised, and codes do not train"
+    ):
+        lrx.adapt(tree, {}, KEY, trainable="q/kernel")
 
 
 def test_the_tree_must_be_the_one_that_adapt_saw():
@@ -443,13 +447,13 @@ def test_the_tree_must_be_the_one_that_adapt_saw():
         ValueError, match=r"active: \['new'\] are not among the adaptations \['default'\]"
     ):
         lrx.attach(params(), adaptation, active=("new",))
-    both = {name: lrx.adapt(params(), {}, KEY, whole="norm/scale", name=name) for name in "ab"}
+    both = {name: lrx.adapt(params(), {}, KEY, trainable="norm/scale", name=name) for name in "ab"}
     with pytest.raises(
-        ValueError, match=r"\['norm/scale'\] are trained whole by two active adaptations"
+        ValueError, match=r"\['norm/scale'\] are trained in full by two active adaptations"
     ):
         lrx.attach(params(), both)
     with pytest.raises(
-        ValueError, match="were trained whole; only base= brings back what they were"
+        ValueError, match="were trained in full; only base= brings back what they were"
     ):
         lrx.adapters.unmerge(params(), both["a"])
 

@@ -102,7 +102,7 @@ def test_a_smaller_rank_in_a_stack_starts_as_if_it_were_alone():
             views=lrx.Views(stacked="kernel"),
             ranks={"kernel": (4, 2)},
         )
-        p = as64(adaptation.train["sites"]["kernel"]) | as64(adaptation.fixed["sites"]["kernel"])
+        p = as64(adaptation.train["sites"]["kernel"]) | as64(adaptation.frozen["sites"]["kernel"])
         for layer, rank in enumerate((4, 2)):
             own = take[:rank]
             best = (u[layer][:, own] * s[layer][own]) @ vt[layer][own]
@@ -116,7 +116,7 @@ def test_a_smaller_rank_in_a_stack_starts_as_if_it_were_alone():
         views=lrx.Views(stacked="kernel"),
         ranks={"kernel": (4, 2)},
     )
-    p = as64(adaptation.train["sites"]["kernel"]) | as64(adaptation.fixed["sites"]["kernel"])
+    p = as64(adaptation.train["sites"]["kernel"]) | as64(adaptation.frozen["sites"]["kernel"])
     products = (p["a"] * p["scale"][:, None]) @ p["b"]
     assert (
         np.abs(products).max() < 1e-6
@@ -180,11 +180,11 @@ def test_uni_lora_draws_the_indices_of_peft():
     for path, m in order:
         a, data = data[: rank * 12].reshape(rank, 12), data[rank * 12 :]
         b, data = data[: m * rank].reshape(m, rank), data[m * rank :]
-        fixed = adaptation.fixed["sites"][path]
+        fixed = adaptation.frozen["sites"][path]
         assert np.array_equal(fixed["ia"], a.T) and np.array_equal(fixed["ib"], b.T)
     assert not data.size
     np.testing.assert_allclose(
-        adaptation.fixed["shared"]["unilora"]["norm"], 1 / np.sqrt(counts), rtol=1e-6
+        adaptation.frozen["shared"]["unilora"]["norm"], 1 / np.sqrt(counts), rtol=1e-6
     )
     theta = adaptation.train["shared"]["unilora"]["theta"]
     assert theta.shape == (20,) and 0.3 < np.abs(theta).max() <= 0.5
@@ -206,9 +206,9 @@ def test_uni_lora_counts_only_what_is_adapted(stacked):
         }
         options = {"ranks": {"layer_1/.*": 1}}
     adaptation = lrx.adapt(params, adapter, jax.random.key(0), **options)
-    assert set(adaptation.fixed["shared"]) == {"unilora"} and adaptation.trained == 9
-    norm, uses = np.asarray(adaptation.fixed["shared"]["unilora"]["norm"], np.float64), np.zeros(9)
-    for p in adaptation.fixed["sites"].values():
+    assert set(adaptation.frozen["shared"]) == {"unilora"} and adaptation.trained == 9
+    norm, uses = np.asarray(adaptation.frozen["shared"]["unilora"]["norm"], np.float64), np.zeros(9)
+    for p in adaptation.frozen["sites"].values():
         flat = lambda name, axes, p=p: np.reshape(p[name], (-1, *p[name].shape[-axes:]))  # noqa: E731
         for ia, ib, scale in zip(flat("ia", 2), flat("ib", 2), flat("scale", 1), strict=True):
             own = scale != 0
@@ -228,7 +228,7 @@ def test_uni_lora_follows_a_given_order_within_a_stack():
         )
 
     there, back = (
-        adapt(order).fixed["sites"]["kernel"] for order in (None, (("kernel", 1), ("kernel", 0)))
+        adapt(order).frozen["sites"]["kernel"] for order in (None, (("kernel", 1), ("kernel", 0)))
     )
     assert np.array_equal(there["ia"], back["ia"][::-1]) and np.array_equal(
         there["ib"], back["ib"][::-1]
@@ -297,7 +297,7 @@ def test_rand_lora_starts_at_zero_with_even_gammas():
 def test_leaves_of_several_ranks_share_bases_of_the_largest():
     params = {"q": jnp.ones((6, 8)), "v": jnp.ones((4, 4))}
     adaptation = lrx.adapt(params, {".*": A.rand_lora(rank=4)}, jax.random.key(0), ranks={"v": 3})
-    shared = adaptation.fixed["shared"]["randlora"]
+    shared = adaptation.frozen["shared"]["randlora"]
     assert shared["bank_a"].shape == (4, 6) and shared["bank_b"].shape == (8, 2, 4)
     assert adaptation.trained == 2 * (4 + 6) + 2 * (3 + 4)
     assert lrx.attach(params, adaptation)["v"].shape == (4, 4)

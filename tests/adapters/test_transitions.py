@@ -56,7 +56,7 @@ def model(params, train, adaptation):
     tree = lrx.attach(params, adaptation.replace(train=train))
     x = jnp.tanh(
         lrx.matmul(
-            X, tree["stack"] if "stack" not in adaptation.plan.by_path else first(tree["stack"])
+            X, tree["stack"] if "stack" not in adaptation.layout.by_path else first(tree["stack"])
         )
     )
     return lrx.matmul(jnp.tanh(lrx.matmul(x, tree["one"])), tree["plain"]) + tree["bias"]
@@ -76,7 +76,7 @@ def trained(steps, every=4, tx=optax.adam):
             {"one|stack": Restarting(rank=1, every=every)},
             jax.random.key(0),
             views=VIEWS,
-            whole="bias",
+            trainable="bias",
         ),
     )
 

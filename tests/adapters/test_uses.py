@@ -150,7 +150,7 @@ def test_what_a_plain_leaf_cannot_say_is_refused_by_name():
 def test_a_conversion_keeps_the_uses():
     one = made(A.oft(block=3), uses=EVERY)
     lora, _ = lrx.to_lora(PARAMS, one, rank=8)
-    assert lora.plan.sites[0].uses == ("gather",)
+    assert lora.layout.sites[0].uses == ("gather",)
     for found, wanted in zip(bare(PARAMS, lora), bare(PARAMS, one), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 

@@ -77,7 +77,8 @@ def test_staggered_steps_are_those_of_the_clock():
     working = case.working_steps(shapes)
     projection = case.tx.projection
     total = sum(
-        int(projection.refresh_schedule.start(t, projection.phase(view), view.batch[0])) < view.batch[0]
+        int(projection.refresh_schedule.start(t, projection.phase(view), view.batch[0]))
+        < view.batch[0]
         for view in projection.report(shapes).projected
         for t in range(1, workload.PERIOD + 1)
     )

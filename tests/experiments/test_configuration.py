@@ -221,7 +221,10 @@ def test_backprop_and_the_clock_are_heeded(backprop, when):
     )
     optimizer = optimizers.build(config, lambda step: 0.1, stacked=True, seed=0)
     assert optimizer.projection.clip_norm == 1.0  # of what is kept, not chained before
-    assert (optimizer.projection.refresh_schedule.when, optimizer.projection.refresh_schedule.period) == (when, 7)
+    assert (
+        optimizer.projection.refresh_schedule.when,
+        optimizer.projection.refresh_schedule.period,
+    ) == (when, 7)
 
 
 @pytest.mark.parametrize("projector", [None, *methods.PROJECTORS])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.settings import configuration, finetuning_configuration
+from lowrank_jax.adapters.versions import present_path
 from tests.experiments import old_checkpoints as old
 from tests.experiments import runs
 
@@ -36,8 +37,9 @@ def assert_as_expected(workdir, known):
         np.testing.assert_allclose(
             [*found[kind].values()], [*known[kind].values()], rtol=1e-5, err_msg=kind
         )
-    assert found["parameters"].keys() == known["parameters"].keys()
-    for path, numbers in known["parameters"].items():
+    wanted = {present_path(path): numbers for path, numbers in known["parameters"].items()}
+    assert found["parameters"].keys() == wanted.keys()
+    for path, numbers in wanted.items():
         np.testing.assert_allclose(
             found["parameters"][path], numbers, rtol=0, atol=2e-5 * numbers[0], err_msg=path
         )

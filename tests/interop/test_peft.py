@@ -57,10 +57,10 @@ def test_files_make_the_weights_they_stand_for_and_are_written_again(case, form,
     back = load(tmp_path / "again", form)
     jax.tree.map(
         np.testing.assert_array_equal,
-        (back.train, back.fixed),
-        (adaptation.train, adaptation.fixed),
+        (back.train, back.frozen),
+        (adaptation.train, adaptation.frozen),
     )
-    assert (back.plan, back.matrices) == (adaptation.plan, adaptation.matrices)
+    assert (back.layout, back.matrices) == (adaptation.layout, adaptation.matrices)
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert written["target_modules"] == ["q_proj", "v_proj"]
     other = {"rank_pattern", "alpha_pattern", "oft_block_size", "peft_version"}
@@ -106,7 +106,7 @@ def test_hira_of_several_ranks_is_written_at_the_largest_which_is_what_peft_make
 def test_layers_are_chosen_as_peft_chooses_them(targets, layers, pattern, adapted, tmp_path):
     config = {"target_modules": targets, "layers_to_transform": layers, "layers_pattern": pattern}
     adaptation = load(write(tmp_path, LORA | config, plain_lora(adapted)), "unstacked")
-    assert sorted(adaptation.plan.by_path) == sorted(
+    assert sorted(adaptation.layout.by_path) == sorted(
         f"layer_{m.split('.')[2]}/attention/{m.split('.')[-1]}/kernel" for m in adapted
     )
 
@@ -320,10 +320,10 @@ def test_weights_are_worked_in_and_halves_are_read_as_floats(tmp_path):
     weights = jnp.array([0.5, 0.0])
     fixed = {
         path: own | {"scale": own["scale"] * weights}
-        for path, own in adaptation.fixed["sites"].items()
+        for path, own in adaptation.frozen["sites"].items()
     }
     weighted, more = (
-        adaptation.replace(fixed={"shared": {}, "sites": fixed}),
+        adaptation.replace(frozen={"shared": {}, "sites": fixed}),
         {"fan_in_fan_out": True},
     )
     peft.save(
@@ -342,7 +342,7 @@ def test_weights_are_worked_in_and_halves_are_read_as_floats(tmp_path):
         2,
     )
     off = {path: own | {"scale": own["scale"] * 0} for path, own in fixed.items()}
-    off = adaptation.replace(fixed={"shared": {}, "sites": off})
+    off = adaptation.replace(frozen={"shared": {}, "sites": off})
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj' is switched off"):
         peft.save(tmp_path, off, params, llama.torch_name, views=VIEWS)
 
@@ -357,10 +357,12 @@ def test_modules_saved_whole_and_biases(tmp_path):
     }
     config = LORA | {"target_modules": ["up"], "modules_to_save": ["head"], "bias": "lora_only"}
     adaptation = peft.load(write(tmp_path, config, tensors | more), params)
-    assert sorted(adaptation.train["whole"]) == ["body/up/bias", "head/bias", "head/kernel"]
-    np.testing.assert_array_equal(adaptation.train["whole"]["head/kernel"], more["head.weight"].T)
+    assert sorted(adaptation.train["trainable"]) == ["body/up/bias", "head/bias", "head/kernel"]
     np.testing.assert_array_equal(
-        adaptation.train["whole"]["body/up/bias"], more["body.up.base_layer.bias"]
+        adaptation.train["trainable"]["head/kernel"], more["head.weight"].T
+    )
+    np.testing.assert_array_equal(
+        adaptation.train["trainable"]["body/up/bias"], more["body.up.base_layer.bias"]
     )
     peft.save(tmp_path / "again", adaptation, params)
     again = safetensors.read(tmp_path / "again" / "adapter_model.safetensors")
@@ -370,8 +372,8 @@ def test_modules_saved_whole_and_biases(tmp_path):
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert (written["modules_to_save"], written["bias"]) == (["head"], "lora_only")
     # of a module that is trained in part PEFT wants all
-    part = {"head/kernel": adaptation.train["whole"]["head/kernel"]}
-    part = adaptation.replace(train=adaptation.train | {"whole": part})
+    part = {"head/kernel": adaptation.train["trainable"]["head/kernel"]}
+    part = adaptation.replace(train=adaptation.train | {"trainable": part})
     peft.save(tmp_path / "part", part, params)
     found = safetensors.read(tmp_path / "part" / "adapter_model.safetensors")
     np.testing.assert_array_equal(found[f"{PREFIX}head.bias"], params["head"]["bias"])
@@ -379,7 +381,7 @@ def test_modules_saved_whole_and_biases(tmp_path):
     # what PEFT writes along with the base is compared with it
     copies = {"body.down.weight": np.asarray(params["body"]["down"]["kernel"]).T}
     assert sorted(
-        peft.load(write(tmp_path, config, tensors | more | copies), params).train["whole"]
+        peft.load(write(tmp_path, config, tensors | more | copies), params).train["trainable"]
     )
     with pytest.raises(ValueError, match="parameters of its base that differ .*body.down.weight"):
         peft.load(
@@ -414,7 +416,7 @@ def test_every_bias(tmp_path):
     config = LORA | {"target_modules": ["up"], "bias": "all"}
     write(tmp_path, config, tensors | biases | {"head.bias": normal(3)})
     adaptation = peft.load(tmp_path, params)
-    assert sorted(adaptation.train["whole"]) == [
+    assert sorted(adaptation.train["trainable"]) == [
         "body/down/bias",
         "body/norm/bias",
         "body/up/bias",
@@ -429,7 +431,7 @@ def test_every_bias(tmp_path):
         "head.modules_to_save.bias": saved["head.bias"],
     }
     write(tmp_path, config | {"modules_to_save": ["head"]}, tensors | biases | saved | thrice)
-    assert "head/kernel" in peft.load(tmp_path, params).train["whole"]
+    assert "head/kernel" in peft.load(tmp_path, params).train["trainable"]
 
 
 @pytest.mark.parametrize("name", ["lora", "vera", "uni_lora", "fourierft"])

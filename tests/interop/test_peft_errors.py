@@ -74,7 +74,7 @@ LOADS = {
         modules(lambda m, o, i: {"fourierft_spectrum": (6 if m == MODULES[2] else 5,)}),
     ),
     "some layers whole": refused(
-        "train whole; load it onto single layers",
+        "train in full; load it onto single layers",
         LORA | {"target_modules": ["q_proj"], "modules_to_save": ["1.self_attn.v_proj"]},
         plain_lora([Q.format(0), Q.format(1)]) | {f"{V.format(1)}.weight": normal(4, 4)},
     ),
@@ -107,7 +107,7 @@ def test_files_that_are_not_there(tmp_path):
 
 def test_what_the_caller_says(tmp_path):
     write(tmp_path, LORA | {"lora_bias": True}, plain_lora())
-    assert load(tmp_path, "stacked", ignore=("lora_bias",), name="mine").plan.name == "mine"
+    assert load(tmp_path, "stacked", ignore=("lora_bias",), name="mine").layout.name == "mine"
     params = {"a": {"kernel": jnp.ones((4, 4))}, "b": {"kernel": jnp.ones((4, 4))}}
     own = lambda path, index: "m." + {"a/kernel": "b", "b/kernel": "a"}[path] + ".weight"  # noqa: E731
     tensors = {
@@ -117,7 +117,7 @@ def test_what_the_caller_says(tmp_path):
     }
     tensors = {key: x for key, x in tensors.items() if key.startswith("m.a")}
     write(tmp_path, {"peft_type": "HIRA", "r": 2, "target_modules": ["a"]}, tensors)
-    assert list(peft.load(tmp_path, params, own).plan.by_path) == ["b/kernel"]
+    assert list(peft.load(tmp_path, params, own).layout.by_path) == ["b/kernel"]
     with pytest.raises(ValueError, match="names: 'a/kernel' and 'b/kernel' are both 'w.weight'"):
         peft.load(tmp_path, params, lambda path, index: "w.weight")
     with pytest.raises(ValueError, match="'layers/attention/q_proj/kernel' is a stack"):
@@ -132,9 +132,9 @@ def test_what_the_caller_says(tmp_path):
         peft.load(tmp_path, params)
     first, second = (peft.load(tmp_path, params, order=order) for order in (("a", "b"), ("b", "a")))
     np.testing.assert_array_equal(
-        first.fixed["sites"]["a/kernel"]["ia"], second.fixed["sites"]["b/kernel"]["ia"]
+        first.frozen["sites"]["a/kernel"]["ia"], second.frozen["sites"]["b/kernel"]["ia"]
     )
-    assert first.plan.order != second.plan.order
+    assert first.layout.order != second.layout.order
     with pytest.raises(
         ValueError, match="save_indices=False: PEFT would draw other indices for .*'a'"
     ):
@@ -159,15 +159,16 @@ def other_names(path, index):
 
 def moved(adaptation):
     return adaptation.replace(
-        fixed=jax.tree.map(lambda x: x[::-1] if x.ndim else x, adaptation.fixed)
+        frozen=jax.tree.map(lambda x: x[::-1] if x.ndim else x, adaptation.frozen)
     )
 
 
 def halved(adaptation):
     sites = {
-        path: own | {"scale": 0.5 * own["scale"]} for path, own in adaptation.fixed["sites"].items()
+        path: own | {"scale": 0.5 * own["scale"]}
+        for path, own in adaptation.frozen["sites"].items()
     }
-    return adaptation.replace(fixed=adaptation.fixed | {"sites": sites})
+    return adaptation.replace(frozen=adaptation.frozen | {"sites": sites})
 
 
 # rules, options of adapt, what becomes of the adaptation, options of save
@@ -188,7 +189,7 @@ SAVES = {
     "views": ("views: 'body/up/kernel' is", {UP: FEW}, {}, None, {
         "views": lrx.Views(rules=((UP, lrx.MatrixView(rows=(1,), cols=(0,))),))}),
     "biases": ("'body.up.bias'. belong to adapted modules", {UP: lrx.adapters.hira(rank=2)}, {"bias": "adapted"}),
-    "kernels whole": ("would take .'xnorm'. too", {UP: FEW}, {"whole": "body/norm/.*"}, None, {"names": other_names}),
+    "kernels": ("would take .'xnorm'. too", {UP: FEW}, {"trainable": "body/norm/.*"}, None, {"names": other_names}),
     "positions": ("positions: PEFT files hold none", {UP: lrx.adapters.fourierft(frequencies=5)}, {}, moved),
     "no weights": ("scale: a UNILORA file holds", {UP: lrx.adapters.uni_lora(rank=2, size=8)}, {}, halved),
     "candidates": ("rows choose among", {UP: FEW}, {}, lambda one: lrx.adapters.candidates({"a": one, "b": one})),
@@ -220,7 +221,7 @@ def test_frequencies_by_name(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["n_frequency"], config["n_frequency_pattern"]) == (6, {"body.up": 5})
     back = peft.load(tmp_path, params)
-    assert {path: adapter.frequencies for path, (adapter, _) in back.plan.by_path.items()} == {
+    assert {path: adapter.frequencies for path, (adapter, _) in back.layout.by_path.items()} == {
         UP: 5,
         DOWN: 6,
     }

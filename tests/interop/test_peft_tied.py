@@ -26,7 +26,7 @@ PATH = "embed_tokens/embedding"
 
 
 def uses(adaptation):
-    return {site.path: site.uses for site in adaptation.plan.sites}[PATH]
+    return {site.path: site.uses for site in adaptation.layout.sites}[PATH]
 
 
 def parts(adaptation, params=PARAMS):
@@ -67,7 +67,7 @@ def test_where_an_adapter_of_the_table_acts(config, tensors, wanted, both, tmp_p
 def test_a_copy_of_the_table_for_both_trains_whole(tmp_path):
     tensors = UP | {"embed_tokens.weight": COPY, "lm_head.weight": COPY}
     adaptation = peft.load(write(tmp_path, SAVED | {"ensure_weight_tying": True}, tensors), PARAMS)
-    np.testing.assert_array_equal(adaptation.train["whole"][PATH], COPY)
+    np.testing.assert_array_equal(adaptation.train["trainable"][PATH], COPY)
     peft.save(tmp_path / "again", adaptation, PARAMS)
     again = safetensors.read(tmp_path / "again" / "adapter_model.safetensors")
     assert {key: x.tolist() for key, x in again.items()} == {
@@ -82,7 +82,7 @@ def test_a_copy_of_the_table_for_both_trains_whole(tmp_path):
 def test_a_tree_with_an_output_layer_of_its_own_has_every_file(tmp_path):
     both = CONFIG | {"target_modules": ["embed_tokens", "lm_head"]}
     adaptation = peft.load(write(tmp_path, both, LOOK_UP | HEAD), UNTIED)
-    assert all(site.uses == () for site in adaptation.plan.sites)
+    assert all(site.uses == () for site in adaptation.layout.sites)
     merged = lrx.merge(UNTIED, adaptation)
     np.testing.assert_allclose(
         merged["lm_head"]["kernel"], merged["embed_tokens"]["embedding"].T, atol=1e-6
@@ -113,7 +113,7 @@ def test_an_encoder_shares_no_table(tmp_path):
         of(names[0]) | of(names[1]) | of(names[2]),
     )
     adaptation = peft.load(folder, params)
-    assert [site.uses for site in adaptation.plan.sites] == [()] * 2 + [("gather",)]
+    assert [site.uses for site in adaptation.layout.sites] == [()] * 2 + [("gather",)]
     with pytest.raises(
         ValueError, match=r"\{'embeddings/word_embeddings/embedding': .*peft.load\(.*head=None\)"
     ):
@@ -124,7 +124,7 @@ def test_an_encoder_shares_no_table(tmp_path):
     peft.save(tmp_path / "again", lrx.adapt(params, rules, jax.random.key(0)), params)
     whole = SAVED | {"target_modules": [names[1]], "modules_to_save": [names[2]]}
     tensors = of(names[1]) | {f"embeddings.{names[2]}.weight": COPY}
-    found = peft.load(write(tmp_path, whole, tensors), params).train["whole"]
+    found = peft.load(write(tmp_path, whole, tensors), params).train["trainable"]
     np.testing.assert_array_equal(found[f"embeddings/{names[2]}/embedding"], COPY)
 
 
@@ -171,7 +171,7 @@ OTHER = {"table": PARAMS["embed_tokens"], "up": PARAMS["up"]}
 SAVES = {
     "method": ({PATH: lrx.adapters.hira(rank=2)}, {}, "'embed_tokens' is adapted as the look-up and as the output la"),
     "magnitudes": ({PATH: lrx.adapters.dora(rank=2)}, {}, "'embed_tokens' has DoRA as the look-up and as the output"),
-    "whole": ({"up/kernel": lrx.adapters.hira(rank=2)}, {"whole": PATH}, "'embed_tokens' is trained as the look-up"),
+    "in full": ({"up/kernel": lrx.adapters.hira(rank=2)}, {"trainable": PATH}, "'embed_tokens' is trained as the look"),
     "output layer": ({PATH: FEW}, {"uses": {PATH: ("dot_general",)}}, r"adapted at \('dot_general',\), which no PEFT"),
     "kernel": ({"up/kernel": FEW}, {"uses": {"up/.*": ("gather",)}}, r"'up/kernel' is adapted at \('gather',\), which"),
     "name": ({"table/embedding": FEW}, {}, "'table' is adapted as .* but for LoRA on a table named 'embed_tokens' wi"),

@@ -198,7 +198,7 @@ def test_rows_that_choose_among_adapters_take_the_kernel_too():
 def test_lora_leaves_to_xla_what_the_kernel_would_change(change):
     params = {"kernel": jax.random.normal(jax.random.key(0), (128, 256)) / 8}
     x = jnp.ones((5, 128), jnp.bfloat16 if change == "dtype of x" else jnp.float32)
-    kernel = lrx.adapters.lora(rank=4, products="kernel")
+    kernel = lrx.adapters.lora(rank=4, implementation="pallas")
     chosen = {"own": lrx.adapt(params, kernel, jax.random.key(1))}
     if change == "an adapter before":
         chosen = {"first": lrx.adapt(params, lrx.adapters.dora(rank=2), jax.random.key(2))} | chosen

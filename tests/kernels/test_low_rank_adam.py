@@ -286,7 +286,9 @@ def test_decay_before_the_step_and_a_gradient_that_is_not_finite(implementation,
     """`trained` asserts that a skipped step leaves parameters and state as they were, a projected
     leaf's NaN too."""
     interpreted(implementation)
-    recipe = dataclasses.replace(galore(refresh_schedule=lrx.refresh_schedules.every(period=3)).recipe, when="pre")
+    recipe = dataclasses.replace(
+        galore(refresh_schedule=lrx.refresh_schedules.every(period=3)).recipe, when="pre"
+    )
     found = {}
     for products in ("xla", "kernel"):
         found[products] = trained(fused.Fused(recipe=recipe, products=products), leaf="down")

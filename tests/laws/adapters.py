@@ -201,9 +201,9 @@ def converted(row: Row, rank: int) -> tuple[Any, Any, dict[str, jax.Array]]:
 def off(adaptation: lrx.Adaptation) -> lrx.Adaptation:
     """With a weight of 0 in every scale."""
     sites = {
-        path: own | {"scale": 0 * own["scale"]} for path, own in adaptation.fixed["sites"].items()
+        path: own | {"scale": 0 * own["scale"]} for path, own in adaptation.frozen["sites"].items()
     }
-    return adaptation.replace(fixed=adaptation.fixed | {"sites": sites})
+    return adaptation.replace(frozen=adaptation.frozen | {"sites": sites})
 
 
 def model(tree: Any, x: jax.Array, *, scan: bool = True) -> jax.Array:

@@ -122,7 +122,7 @@ def write_states(version: pathlib.Path) -> None:
         moved, kernels = adapters.moved(row), adapters.ran(row, "moved")["kernels"]
         found["adapters"][row.name] = {
             "train": moved.train,
-            "fixed": moved.fixed,
+            "fixed": moved.frozen,
             "kernels": kernels,
         }
     (version / STATES).write_bytes(serialization.to_bytes(found))

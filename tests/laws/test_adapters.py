@@ -105,7 +105,7 @@ def test_a_scan_is_its_unrolled_layers_and_jit_is_eager(row):
 @a.every_row()
 def test_a_stack_is_its_layers_one_by_one(row):
     kernels, path = a.params()["stack"]["kernel"], "stack/kernel"
-    _, site = a.moved(row).plan.by_path[path]
+    _, site = a.moved(row).layout.by_path[path]
     one = dataclasses.replace(site, shape=site.shape[1:], view=DENSE)
     arrays = a.moved(row).arrays(path)
     shared = arrays.pop("shared")
@@ -162,7 +162,7 @@ def test_a_bfloat16_model_stays_one(row):
 def test_every_named_axis_is_that_axis_of_the_kernel(row):
     """`axes` names for each array which of its axes are as long as the kernel's rows, its columns,
     or the rank."""
-    adapter, site = a.start(row).plan.by_path["dense/kernel"]
+    adapter, site = a.start(row).layout.by_path["dense/kernel"]
     sizes = {"rows": site.n, "cols": site.m, "rank": site.rank}
     for name, array in a.start(row).arrays("dense/kernel").items():
         if name in ("scale", "shared"):
@@ -179,14 +179,14 @@ def test_every_named_axis_is_that_axis_of_the_kernel(row):
 
 def test_arrays_survive_a_checkpoint(tmp_path):
     rows = [row for row in a.ROWS if row.fast or row.name == "vera-regenerated"]
-    tree = {row.name: {"train": a.moved(row).train, "fixed": a.moved(row).fixed} for row in rows}
+    tree = {row.name: {"train": a.moved(row).train, "frozen": a.moved(row).frozen} for row in rows}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "adapters", tree)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "adapters", jax.tree.map(jnp.zeros_like, tree))
     for row in rows:
         again = a.moved(row).replace(
-            train=restored[row.name]["train"], fixed=restored[row.name]["fixed"]
+            train=restored[row.name]["train"], frozen=restored[row.name]["frozen"]
         )
         for found, leaf in zip(jax.tree.leaves(again), jax.tree.leaves(a.moved(row)), strict=True):
             assert found.dtype == leaf.dtype and np.array_equal(found, leaf)

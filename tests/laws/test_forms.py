@@ -37,7 +37,9 @@ def loss(params, x, y):
 
 def galore(projector, refresh_schedule, **options):
     options = {"eps": 1e-3, "clip_norm": 1.0, "weight_decay": 0.1} | options
-    return lrx.galore(1e-2, projector=projector, refresh_schedule=refresh_schedule, views=VIEWS, **options)
+    return lrx.galore(
+        1e-2, projector=projector, refresh_schedule=refresh_schedule, views=VIEWS, **options
+    )
 
 
 every, staggered = lrx.refresh_schedules.every, lrx.refresh_schedules.staggered
@@ -98,7 +100,11 @@ def test_a_recipe_refreshes_without_full_gradients_where_it_can(name):
     """Unless a clock is given, or something else reads all of the gradient anyway."""
     projector, when, plan = SPARING[name]
     recipe = lrx.galore(1e-2, projector=projector, refresh_every=3).projection
-    assert (recipe.refresh_schedule.when, recipe.refresh_schedule.period, lrx.plan(recipe)) == (when, 3, plan)
+    assert (recipe.refresh_schedule.when, recipe.refresh_schedule.period, lrx.plan(recipe)) == (
+        when,
+        3,
+        plan,
+    )
     given = lrx.galore(1e-2, projector=projector, refresh_schedule=every(period=3)).projection
     assert given.refresh_schedule == every(period=3)
     reading = lrx.galore(1e-2, projector=projector, residual=lrx.residuals.sign()).projection

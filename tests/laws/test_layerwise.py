@@ -37,7 +37,11 @@ every, P = lrx.refresh_schedules.every, lrx.projectors
 
 def galore(projector, refresh_schedule, **options):
     return lrx.galore(
-        1e-2, projector=projector, refresh_schedule=refresh_schedule, views=VIEWS, **({"eps": 1e-3} | options)
+        1e-2,
+        projector=projector,
+        refresh_schedule=refresh_schedule,
+        views=VIEWS,
+        **({"eps": 1e-3} | options),
     )
 
 

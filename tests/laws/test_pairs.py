@@ -173,6 +173,9 @@ def test_pairs_that_fit_run_and_stay_finite(chunk):
 def test_pairs_that_do_not_fit_raise_a_named_error(excluded):
     slot, values, other, others = excluded
     for value, second in itertools.product(values, others):
-        row = {"projector": "orthonormal", "refresh_schedule": "every"} | {slot: value, other: second}
+        row = {"projector": "orthonormal", "refresh_schedule": "every"} | {
+            slot: value,
+            other: second,
+        }
         with pytest.raises(ValueError, match=EXCLUDED[excluded]):
             _build(row).init(m.params_like())

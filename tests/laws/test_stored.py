@@ -61,10 +61,10 @@ def test_old_adapters_mean_what_they_did(version, name):
     like = adapters.start(row)
     train, fixed = (
         stored.restored(saved["train"], like.train),
-        stored.restored(saved["fixed"], like.fixed),
+        stored.restored(saved["fixed"], like.frozen),
     )
     found = adapters.program(row)(
-        adapters.params(), like.replace(train=train, fixed=fixed), adapters.inputs()
+        adapters.params(), like.replace(train=train, frozen=fixed), adapters.inputs()
     )
     m.assert_close(found["kernels"], saved["kernels"], 1e-5)
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lrx
 from lowrank_jax.adapters import candidates
-from lowrank_jax.adapters.partition_specs import specs
+from lowrank_jax.adapters.partition_specs import partition_specs
 
 SHAPES = {"layers": {"up": (2, 16, 32), "down": (2, 32, 16)}, "heads": {"kernel": (16, 4, 8)}}
 SPECS = {
@@ -79,7 +79,8 @@ def step(params, train, fixed, x, adaptation, **place):
 
     def loss(train):
         return jnp.mean(
-            forward(lrx.attach(params, adaptation.replace(train=train, fixed=fixed)), x, place) ** 2
+            forward(lrx.attach(params, adaptation.replace(train=train, frozen=fixed)), x, place)
+            ** 2
         )
 
     value, grads = jax.value_and_grad(loss)(train)
@@ -96,7 +97,7 @@ def placed(mesh, tree, tree_specs):
 def on_one_device(name):
     adaptation = made(FAMILIES[name])
     return adaptation, jax.jit(functools.partial(step, adaptation=adaptation))(
-        tree(0), adaptation.train, adaptation.fixed, X
+        tree(0), adaptation.train, adaptation.frozen, X
     )
 
 
@@ -107,7 +108,7 @@ CASES = [(name, kind) for kind in (AxisType.Auto, AxisType.Explicit) for name in
 def test_a_step_on_eight_devices_is_that_of_one(name, kind):
     adaptation, (want, value) = on_one_device(name)
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(kind,) * 2)
-    train, fixed = specs(adaptation, SPECS)
+    train, fixed = partition_specs(adaptation, SPECS)
     # the model's own business: on an explicit mesh a sum over a sharded axis must be told where it
     # goes
     place = {"out_sharding": P("fsdp", None)} if kind == AxisType.Explicit else {}
@@ -120,7 +121,7 @@ def test_a_step_on_eight_devices_is_that_of_one(name, kind):
         )(
             placed(mesh, tree(0), SPECS),
             placed(mesh, adaptation.train, train),
-            placed(mesh, adaptation.fixed, fixed),
+            placed(mesh, adaptation.frozen, fixed),
             jax.device_put(X, NamedSharding(mesh, P("fsdp", None))),
         )
     for x, spec in zip(*map(jax.tree.leaves, (got, train)), strict=True):
@@ -154,17 +155,17 @@ def test_look_ups_and_products_on_an_explicit_mesh_lie_where_they_are_told(famil
     adaptation, ids = adaptation.replace(train=moved), jnp.arange(8)
 
     def products(params, train, fixed, ids, x, place=None, spread=None):
-        attached = lrx.attach(params, adaptation.replace(train=train, fixed=fixed))
+        attached = lrx.attach(params, adaptation.replace(train=train, frozen=fixed))
         rows = lambda ids, table: table.at[ids].get(out_sharding=place) if place else table[ids]  # noqa: E731
         told = lrx.dot_general(x, attached["up"], (((1,), (0,)), ((), ())), out_sharding=spread)
         return lrx.adapters.embed(ids, attached["table"], rows), told, lrx.matmul(x, attached["up"])
 
-    want = products(params, adaptation.train, adaptation.fixed, ids, X)
-    train, fixed = specs(adaptation, own)
+    want = products(params, adaptation.train, adaptation.frozen, ids, X)
+    train, fixed = partition_specs(adaptation, own)
     given = (
         placed(mesh, params, own),
         placed(mesh, adaptation.train, train),
-        placed(mesh, adaptation.fixed, fixed),
+        placed(mesh, adaptation.frozen, fixed),
     )
     with jax.set_mesh(mesh):
         batch = jax.device_put((ids, X), (P("fsdp"), P("fsdp", None)))
@@ -187,12 +188,12 @@ def test_adapters_of_adapted_kernels_and_of_divided_rows_on_an_explicit_mesh():
     one = one.replace(train=jax.tree.map(lambda x: x + 0.1, one.train))
     place = lambda x, own: jax.device_put(x, NamedSharding(mesh, own))  # noqa: E731
     x, given = tree(3)["layers"]["down"][0].T, jax.tree.map(lambda x: place(x, spec), params)
-    arrays = lambda both: [(own.train, own.fixed) for own in both]  # noqa: E731
-    lie = [tuple(specs(own, {"down": spec, "up": spec})) for own in (one, two)]
+    arrays = lambda both: [(own.train, own.frozen) for own in both]  # noqa: E731
+    lie = [tuple(partition_specs(own, {"down": spec, "up": spec})) for own in (one, two)]
 
     def run(params, arrays, x, ids, **place):
         pairs = zip(("one", "two"), (one, two), arrays, strict=True)
-        both = {name: own.replace(train=train, fixed=fixed) for name, own, (train, fixed) in pairs}
+        both = {name: own.replace(train=train, frozen=fixed) for name, own, (train, fixed) in pairs}
         y = lrx.dot_general(x, lrx.attach(params, both)["down"], (((1,), (0,)), ((), ())), **place)
         return y, lrx.effective(params, both)["down"], lrx.adapters.embed(ids, params["up"])
 
@@ -247,9 +248,9 @@ def test_stacks_that_an_explicit_mesh_divides_along_their_layers_convert(name):
     kernels, views = {"up": tree(0)["layers"]["up"]}, lrx.Views(stacked=("up",))
     adaptation = lrx.adapt(kernels, {"up": FAMILIES[name]}, jax.random.key(0), views=views)
     adaptation = adaptation.replace(train=jax.tree.map(lambda x: x + 0.1, adaptation.train))
-    train, fixed = specs(adaptation, {"up": P("layers", "tensor", None)})
+    train, fixed = partition_specs(adaptation, {"up": P("layers", "tensor", None)})
     given = adaptation.replace(
-        train=placed(mesh, adaptation.train, train), fixed=placed(mesh, adaptation.fixed, fixed)
+        train=placed(mesh, adaptation.train, train), frozen=placed(mesh, adaptation.frozen, fixed)
     )
     with jax.set_mesh(mesh):
         found, report = lrx.to_lora(
@@ -267,7 +268,7 @@ def test_arrays_follow_their_kernels():
         name: jax.eval_shape(lambda family=family: made(family))
         for name, family in FAMILIES.items()
     }
-    found = {name: specs(adaptation, SPECS) for name, adaptation in shapes.items()}
+    found = {name: partition_specs(adaptation, SPECS) for name, adaptation in shapes.items()}
     train, fixed = found["pissa"]
     assert train["sites"]["layers/up"] == {"a": P(None, "fsdp", None), "b": P(None, None, "tensor")}
     assert fixed["sites"]["layers/down"] == {
@@ -279,10 +280,10 @@ def test_arrays_follow_their_kernels():
     assert found["dora"][0]["sites"]["layers/up"]["magnitude"] == P(None, "tensor")
     assert found["oft"][0]["sites"]["layers/down"]["skew"] == P(None, "tensor", None)
     both = jax.eval_shape(candidates, {"one": shapes["lora"], "two": shapes["lora"]})
-    assert specs(both, SPECS)[0]["sites"]["layers/up"]["a"] == P(None, None, "fsdp", None)
+    assert partition_specs(both, SPECS)[0]["sites"]["layers/up"]["a"] == P(None, None, "fsdp", None)
     for name, adaptation in shapes.items():
         for tree_specs, arrays in zip(
-            found[name], (adaptation.train, adaptation.fixed), strict=True
+            found[name], (adaptation.train, adaptation.frozen), strict=True
         ):
             assert jax.tree.structure(tree_specs) == jax.tree.structure(arrays)
 
@@ -291,8 +292,8 @@ def test_stacks_folds_shared_and_whole_leaves():
     params = {"layers": jnp.ones((4, 8, 2, 6)), "head": jnp.ones((8, 3))}
     views = lrx.Views(rules=(("layers", lrx.MatrixView(batch=(0,), rows=(1,), cols=(2, 3))),))
     rules = {"layers": lrx.adapters.uni_lora(rank=2, size=8)}
-    adaptation = lrx.adapt(params, rules, jax.random.key(0), views=views, whole="head")
-    train, fixed = specs(
+    adaptation = lrx.adapt(params, rules, jax.random.key(0), views=views, trainable="head")
+    train, fixed = partition_specs(
         adaptation, {"layers": P("stage", "fsdp", None, "tensor"), "head": P("fsdp")}
     )
     assert fixed["sites"]["layers"] == {
@@ -300,20 +301,24 @@ def test_stacks_folds_shared_and_whole_leaves():
         "ia": P("stage", "fsdp", None),
         "ib": P("stage", None, None),
     }
-    assert train["shared"]["unilora"] == {"theta": P()} and train["whole"] == {"head": P("fsdp")}
-    assert specs(adaptation, {"layers": None, "head": P()})[1]["sites"]["layers"]["ia"] == P(
-        None, None, None
-    )
+    assert train["shared"]["unilora"] == {"theta": P()} and train["trainable"] == {
+        "head": P("fsdp")
+    }
+    assert partition_specs(adaptation, {"layers": None, "head": P()})[1]["sites"]["layers"][
+        "ia"
+    ] == P(None, None, None)
 
 
 def test_errors():
     adaptation = made(FAMILIES["lora"])
     coded = {"up": lrx.linalg.quantize_nf4(jnp.ones((64, 4)))}
     whole = lrx.adapt(coded, {"up": FAMILIES["lora"]}, jax.random.key(0))
-    assert specs(whole, jax.tree.map(lambda _: None, coded))[0]["sites"]["up"]["a"] == P(None, None)
+    assert partition_specs(whole, jax.tree.map(lambda _: None, coded))[0]["sites"]["up"]["a"] == P(
+        None, None
+    )
     with pytest.raises(ValueError, match=r"no spec for \['heads/kernel'\]"):
-        specs(adaptation, {"layers": SPECS["layers"]})
+        partition_specs(adaptation, {"layers": SPECS["layers"]})
     with pytest.raises(
         ValueError, match=r"'heads/kernel' of shape \(16, 4, 8\) has fewer axes than its spec"
     ):
-        specs(adaptation, SPECS | {"heads": {"kernel": P("fsdp", None, None, None)}})
+        partition_specs(adaptation, SPECS | {"heads": {"kernel": P("fsdp", None, None, None)}})

@@ -291,7 +291,7 @@ def test_a_divided_program_has_the_kernel_of_lora_where_the_mesh_knows_its_matri
     sizes, known, taken
 ):
     mesh, params = meshes.make_mesh(**sizes), {"up": {"kernel": draw(256, 512)}, "bias": draw(8)}
-    made = lrx.adapt(params, lrx.adapters.lora(rank=4, products="kernel"), jax.random.key(0))
+    made = lrx.adapt(params, lrx.adapters.lora(rank=4, implementation="pallas"), jax.random.key(0))
     place = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
     parameters = {"up": {"kernel": jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=place)}}
 

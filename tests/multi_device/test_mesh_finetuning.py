@@ -50,7 +50,7 @@ CASES = {
     },
     "mixed": {"adapter": {"rules": MIXED}},
     "by a kernel": {
-        "adapter": {"method": "lora(rank=2, products='kernel')"},
+        "adapter": {"method": "lora(rank=2, implementation='pallas')"},
         "schedule": {"accumulation": 1},
     },
     "vision transformer": {

@@ -54,8 +54,14 @@ def run(step, tx, place, steps=4):
 @pytest.mark.parametrize("name", ["svd", "alternating", "random after"])
 def test_eight_devices_are_one(name, kind):
     options = {
-        "svd": {"projector": lrx.projectors.svd(rank=RANK), "refresh_schedule": lrx.refresh_schedules.every(period=3)},
-        "alternating": {"projector": lrx.projectors.alternating(rank=RANK), "refresh_schedule": AFTER},
+        "svd": {
+            "projector": lrx.projectors.svd(rank=RANK),
+            "refresh_schedule": lrx.refresh_schedules.every(period=3),
+        },
+        "alternating": {
+            "projector": lrx.projectors.alternating(rank=RANK),
+            "refresh_schedule": AFTER,
+        },
         "random after": {
             "projector": lrx.projectors.random(rank=RANK, kind="orthonormal"),
             "refresh_schedule": AFTER,

@@ -101,7 +101,7 @@ def qlora(own, family=lrx.adapters.lora, **place):
             )
 
         def of(train):
-            return loss(lrx.attach(own, adaptation.replace(train=train, fixed=fixed)), x, **place)
+            return loss(lrx.attach(own, adaptation.replace(train=train, frozen=fixed)), x, **place)
 
         value, grads = jax.value_and_grad(of)(train)
         return value, jax.tree.map(lambda w, g: w - 0.5 * g, train, grads)
@@ -118,7 +118,7 @@ def test_a_step_of_qlora_is_that_of_one_device_and_sends_no_decoded_matrix(form,
     mesh, own = meshes.make_mesh(**sizes), params(form)
     adaptation, step = qlora(own, family)
     alone = jax.jit(lambda *given: step(*given))  # a trace of its own
-    want, trained = alone(own, adaptation.train, adaptation.fixed, X)
+    want, trained = alone(own, adaptation.train, adaptation.frozen, X)
     placed = meshes.shardings(own, TABLE, mesh)
     train, fixed = lrx.adapters.shardings(adaptation, placed)
     assert train["sites"]["up/kernel"]["a"].spec == jax.P("fsdp", None)
@@ -127,9 +127,9 @@ def test_a_step_of_qlora_is_that_of_one_device_and_sends_no_decoded_matrix(form,
         program = jax.jit(
             step, in_shardings=(placed, train, fixed, rows), out_shardings=(None, train)
         )
-        compiled = program.lower(own, adaptation.train, adaptation.fixed, X).compile()
+        compiled = program.lower(own, adaptation.train, adaptation.frozen, X).compile()
     value, new = compiled(
-        *jax.device_put((own, adaptation.train, adaptation.fixed, X), (placed, train, fixed, rows))
+        *jax.device_put((own, adaptation.train, adaptation.frozen, X), (placed, train, fixed, rows))
     )
     np.testing.assert_allclose(value, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), new, trained)
@@ -160,11 +160,11 @@ def test_a_tied_output_sends_codes():
 def test_a_step_of_qlora_on_explicit_axes(form):
     mesh, own = meshes.make_mesh(fsdp=8, explicit=True), params(form)
     adaptation, step = qlora(own)
-    want, trained = jax.jit(step)(own, adaptation.train, adaptation.fixed, X)
+    want, trained = jax.jit(step)(own, adaptation.train, adaptation.frozen, X)
     step = qlora(own, out_sharding=jax.P("fsdp", None))[1]
     placed, rows = meshes.shardings(own, TABLE, mesh), jax.NamedSharding(mesh, jax.P("fsdp", None))
     given = jax.device_put(
-        (own, adaptation.train, adaptation.fixed, X),
+        (own, adaptation.train, adaptation.frozen, X),
         (placed, *lrx.adapters.shardings(adaptation, placed), rows),
     )
     with jax.set_mesh(mesh):

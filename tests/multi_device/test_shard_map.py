@@ -36,7 +36,8 @@ AFTER = lrx.refresh_schedules.every(period=2, when="after")
 OPTIMIZERS = {
     "svd": galore(rank=4, refresh_every=2, clip_norm=1.0),
     "svd staggered": galore(
-        projector=lrx.projectors.svd(rank=4), refresh_schedule=lrx.refresh_schedules.staggered(period=2)
+        projector=lrx.projectors.svd(rank=4),
+        refresh_schedule=lrx.refresh_schedules.staggered(period=2),
     ),
     "sketch": galore(projector=lrx.projectors.alternating(rank=4), refresh_schedule=AFTER),
     "random": galore(projector=lrx.projectors.random(rank=4), refresh_schedule=AFTER),

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_jax as lrx
-from lowrank_jax.adapters.partition_specs import specs
+from lowrank_jax.adapters.partition_specs import partition_specs
 from lowrank_jax.projection.state import MatrixState
 from lowrank_jax.sharding import meshes
 from tests.laws.methods import METHODS
@@ -94,12 +94,12 @@ def test_adapters_and_their_state_follow_their_kernels(family, optimizer):
     adaptation = lrx.adapt(
         kernels, FAMILIES[family], jax.random.key(0), views=lrx.Views(stacked=("stack/.*",))
     )
-    trees = specs(adaptation, meshes.specs(kernels, TABLE, mesh))
+    trees = partition_specs(adaptation, meshes.specs(kernels, TABLE, mesh))
     placed = jax.tree.map(
         lambda own: NamedSharding(mesh, own), trees, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
     jax.tree.map(
-        per_device, placed, (adaptation.train, adaptation.fixed)
+        per_device, placed, (adaptation.train, adaptation.frozen)
     )  # raises where it cannot divide
     tx = OPTIMIZERS[optimizer]
     state = lrx.state_shardings(tx, adaptation.train, placed[0], spread=True)
@@ -125,7 +125,7 @@ def test_shardings_of_adapters_leave_whole_what_the_mesh_does_not_divide():
     train, _ = lrx.adapters.shardings(adaptation, placed)
     (own,) = jax.tree.leaves(train["sites"]["kernel"])
     assert not any(own.spec) and any(
-        jax.tree.leaves(specs(adaptation, {"kernel": placed["kernel"].spec})[0])
+        jax.tree.leaves(partition_specs(adaptation, {"kernel": placed["kernel"].spec})[0])
     )
     with pytest.raises(
         ValueError, match="None at 'kernel' is no NamedSharding; give lrx.meshes.shardings"

@@ -125,7 +125,9 @@ OURS = {
     "olora": (on(LINEAR, lrx.adapters.lora(rank=2, init="olora", rank_stabilized=True)), {"ranks": {"lin1/.*": 3}}),
     "biases": (on(EVERY, lrx.adapters.lora(rank=2)), {"bias": "adapted"}),
     "all biases": (on(LINEAR, lrx.adapters.lora(rank=2)), {"bias": "all"}),
-    "whole": (on(LINEAR, lrx.adapters.lora(rank=2)), {"whole": ("head/kernel", "norm/.*", "conv./kernel", "emb/.*")}),
+    "in full": (
+        on(LINEAR, lrx.adapters.lora(rank=2)), {"trainable": ("head/kernel", "norm/.*", "conv./kernel", "emb/.*")},
+    ),
     "hira": (on(EVERY, lrx.adapters.hira(rank=3)), {}),
     "uni-lora": (on(LINEAR, lrx.adapters.uni_lora(rank=2, size=24)), {}),
     "vera": (on(LINEAR, lrx.adapters.vera(rank=5, seed=3)), {"bias": "adapted"}),
@@ -165,12 +167,12 @@ def test_weights_and_masks_are_worked_in(tmp_path):
         (LINEAR, lrx.adapters.oft(block=4)),
     ):
         adaptation = adapted(params, on(names, adapter), {})
-        scaled = jax.tree.map(lambda x: x, adaptation.fixed)
+        scaled = jax.tree.map(lambda x: x, adaptation.frozen)
         for own in scaled["sites"].values():
             own["scale"] = own["scale"] * (
                 jnp.array([1.0, 0.5, 0.0, 0.25]) if own["scale"].ndim else 0.5
             )
-        adaptation = adaptation.replace(fixed=scaled)
+        adaptation = adaptation.replace(frozen=scaled)
         bridge.save(tmp_path, adaptation, params, **FILES)
         compare(
             our_outputs(params, adaptation), torch_outputs(loaded(tmp_path)), torch_outputs(Net())
@@ -197,7 +199,7 @@ def test_offsets_that_peft_converted(init, tmp_path):
     raw = bridge.load(tmp_path / "raw", params, **FILES)
     bridge.save(tmp_path / "ours", raw, params, **FILES)
     ours = bridge.load(tmp_path / "ours", params, **FILES)
-    assert {adapter.rank for adapter in [*converted.plan.adapters, *ours.plan.adapters]} == {4}
+    assert {adapter.rank for adapter in [*converted.layout.adapters, *ours.layout.adapters]} == {4}
     compare(our_outputs(params, ours), theirs, base)
     # absorbed, the rank stays and the base is another
     other, absorbed = lrx.adapters.absorb(params, raw)
@@ -206,6 +208,8 @@ def test_offsets_that_peft_converted(init, tmp_path):
     for name in LINEAR:
         getattr(changed, name).weight.data = torch.tensor(np.asarray(other[name]["kernel"]).T)
     again = loaded(tmp_path / "absorbed", changed)
-    assert {again.peft_config["default"].r, *(adapter.rank for adapter in raw.plan.adapters)} == {2}
+    assert {again.peft_config["default"].r, *(adapter.rank for adapter in raw.layout.adapters)} == {
+        2
+    }
     compare(our_outputs(other, absorbed), torch_outputs(again), base)
     compare(torch_outputs(again), theirs, base)

@@ -77,7 +77,7 @@ def ours(factors, method, **options):
                     strict=True,
                 )
             )
-            for path in one.plan.by_path
+            for path in one.layout.by_path
         }
         each[name] = one.replace(train=one.train | {"sites": sites})
     found = lrx.effective(params, lrx.adapters.combine(each, WEIGHTS, method=method, **options))

@@ -122,7 +122,7 @@ def test_a_shared_table_is_adapted_where_peft_adapts_it(case, base, tmp_path):
     model = moved(config())
     model.save_pretrained(tmp_path)
     adaptation = bridge.load(tmp_path, params, **FILES)
-    sites = {site.path: site.uses for site in adaptation.plan.sites}
+    sites = {site.path: site.uses for site in adaptation.layout.sites}
     assert sites.get("embed/embedding") == uses
     assert ("lora at gather" in str(adaptation)) == (case in ("look-up", "look-up, rslora"))
     theirs = logits(model)
@@ -135,7 +135,7 @@ def test_a_shared_table_is_adapted_where_peft_adapts_it(case, base, tmp_path):
     bridge.save(tmp_path / "ours", adaptation, params, **FILES)
     close(logits(loaded(tmp_path / "ours", causal())), ours(adaptation), 1e-6)
     again = bridge.load(tmp_path / "ours", params, **FILES)
-    assert again.plan.sites == adaptation.plan.sites
+    assert again.layout.sites == adaptation.layout.sites
     assert all(map(np.array_equal, jax.tree.leaves(again.train), jax.tree.leaves(adaptation.train)))
 
 
@@ -205,7 +205,7 @@ def test_saving_refuses_what_peft_cannot_say(base, tmp_path):
             "'model.embed_tokens' has DoRA as the look-up and as the output",
         ),
         (
-            adapt({".*/q_proj/kernel": lrx.adapters.oft(block=2)}, whole=table),
+            adapt({".*/q_proj/kernel": lrx.adapters.oft(block=2)}, trainable=table),
             "'model.embed_tokens' is trained as the",
         ),
         (

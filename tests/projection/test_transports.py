@@ -42,7 +42,9 @@ def test_the_same_basis_changes_nothing(transport, change):
     moved = transport.move(ADAM, state, ADAM.init(state.mu), change)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), moved, state)
     unseen = ADAM.init(state.mu)
-    jax.tree.map(np.testing.assert_array_equal, transport.move(ADAM, unseen, unseen, change), unseen)
+    jax.tree.map(
+        np.testing.assert_array_equal, transport.move(ADAM, unseen, unseen, change), unseen
+    )
 
 
 def test_reset():

@@ -21,11 +21,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import sharding
+from lowrank_jax import deprecations, sharding
 from lowrank_jax.adapters.base import Arrays, Factors, Op, Site, dropout, product
 from lowrank_jax.adapters.families.lora import Lora
 
 
+@deprecations.options("lrx.adapters.dora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dora(Lora):
     """DoRA.
@@ -61,8 +62,8 @@ class Dora(Lora):
         return super().axes(site) | {"magnitude": ("cols",)}
 
     def init_site(self, key, site, kernel, given):
-        train, fixed = super().init_site(key, site, kernel, given)
-        return train | {"magnitude": jnp.linalg.norm(kernel, axis=0)}, fixed
+        train, frozen = super().init_site(key, site, kernel, given)
+        return train | {"magnitude": jnp.linalg.norm(kernel, axis=0)}, frozen
 
     def factors(self, site: Site, p: Arrays) -> Factors | None:
         del site, p

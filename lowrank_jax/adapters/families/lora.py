@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import kernels, sharding
+from lowrank_jax import deprecations, kernels, sharding
 from lowrank_jax.adapters.base import (
     Adapter,
     Arrays,
@@ -50,6 +50,7 @@ INITS: dict[str, Init] = {
 }
 
 
+@deprecations.options("lrx.adapters.lora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora(Adapter):
     """LoRA: `y = x K + s (dropout(x) a) b`.
@@ -62,7 +63,7 @@ class Lora(Adapter):
       init: an `Init`, or one of "kaiming" (PEFT's default), "gaussian", "orthogonal", "pissa",
         "milora", "olora".
       trains: "both" factors, or only "a" or "b": LoRA-FA (arXiv:2308.03303) trains "b".
-      products: "xla", or "kernel": `lrx.kernels.lora_linear` makes both products of a dense host in
+      implementation: "xla", or "pallas": `lrx.kernels.lora_linear` makes both products of a dense host in
         one pass over x, on a TPU or GPU. It takes float32 and bfloat16, x and kernel alike; where
         the host's product has a precision, a result dtype or a function of its own, or other
         adapters stand before, XLA makes them; so it does on a mesh of explicit axes, and inside
@@ -85,7 +86,7 @@ class Lora(Adapter):
     dropout: float = 0.0
     init: Any = "kaiming"
     trains: str = "both"
-    products: str = "xla"
+    implementation: str = "xla"
 
     ranked: ClassVar[bool] = True
     in_arrays: ClassVar[tuple[str, ...]] = ("rank", "alpha", "rank_stabilized", "init")
@@ -96,12 +97,12 @@ class Lora(Adapter):
         check_rate(self.dropout)
         if self.trains not in ("both", "a", "b"):
             raise ValueError(f"trains={self.trains!r} must be 'both', 'a' or 'b'")
-        if self.products not in ("xla", "kernel"):
-            raise ValueError(f"products={self.products!r} must be 'xla' or 'kernel'")
-        if self.products == "kernel" and self.dropout:
+        if self.implementation not in ("xla", "pallas"):
+            raise ValueError(f"implementation={self.implementation!r} must be 'xla' or 'pallas'")
+        if self.implementation == "pallas" and self.dropout:
             raise ValueError(
-                f"products='kernel' reads one x, and dropout={self.dropout} makes two; set "
-                "dropout=0 or products='xla'"
+                f"implementation='pallas' reads one x, and dropout={self.dropout} makes two; set "
+                "dropout=0 or implementation='xla'"
             )
         if not isinstance(self.init, Init) and self.init not in INITS:
             raise ValueError(f"init={self.init!r} must be one of {tuple(INITS)} or an Init object")
@@ -173,7 +174,7 @@ class Lora(Adapter):
         return Factors(p["a0"], p["scale"], p["b0"], np.arange(p["scale"].size))
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
-        if self.products == "kernel" and op.plain and not sharding.explicit_trace():
+        if self.implementation == "pallas" and op.plain and not sharding.explicit_trace():
 
             def both(x):
                 a, scale, b, _ = self.checked_factors(site, p)

@@ -56,7 +56,7 @@ class Vera(Adapter):
     >>> params = {"q": {"kernel": jnp.ones((8, 6))}, "v": {"kernel": jnp.ones((6, 4))}}
     >>> adaptation = lrx.adapt(params, lrx.adapters.vera(rank=5), jax.random.key(0))
     >>> (
-    ...     {name: bank.shape for name, bank in adaptation.fixed["shared"]["vera"].items()},
+    ...     {name: bank.shape for name, bank in adaptation.frozen["shared"]["vera"].items()},
     ...     adaptation.trained,
     ... )
     ({'bank_a': (8, 5), 'bank_b': (5, 6)}, 20)
