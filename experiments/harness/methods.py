@@ -83,8 +83,8 @@ class Method:
       own_rank: the rank where none is given; None of a method that takes a rank wants one.
       decomposes: a refresh takes exact singular vectors: always, never, or `(option, value)`, where
         that option has that value.
-      rates: settings that are learning rates of other groups of leaves: the peak of a schedule that
-        has the shape of the method's own.
+      rates: options that are learning rates of other groups of leaves, such as those that are not
+        projected: the peak of a schedule that has the shape of the method's own.
       programs: which of "pretrain" and "finetune" take it.
       refuses: what it does not work with.
       advice: settings with which the planner tries it where something else does not fit; None is
@@ -97,7 +97,7 @@ class Method:
     kind: str = PROJECTION
     own_rank: int | None = None
     decomposes: bool | tuple[str, Any] = False
-    rates: tuple[str, ...] = ()
+    rates: tuple[str, ...] = ("plain_learning_rate",)
     programs: tuple[str, ...] = ("pretrain", "finetune")
     refuses: tuple[Refusal, ...] = ()
     advice: Mapping[str, Any] | None = None

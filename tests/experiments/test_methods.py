@@ -106,6 +106,22 @@ def test_options_that_are_none_are_refused(options, message):
         optimizers.check(config)
 
 
+def test_leaves_that_are_not_projected_may_have_a_rate_of_their_own():
+    """It follows the schedule, to a peak of its own."""
+    options = "plain_learning_rate=0.03"
+    config = OptimizerConfig(name="muon", learning_rate=0.01, clip_norm=None, options=options)
+    rate = optimizers.schedule(configuration.ScheduleConfig(steps=10, warmup_steps=5), 0.01)
+    optimizer = optimizers.build(config, rate, stacked=False, seed=0)
+    params = {"kernel": jnp.eye(4), "bias": jnp.zeros(3)}
+    state = optimizer.init(params)
+    gradients = {"kernel": jnp.eye(4), "bias": jnp.ones(3)}
+    for step in range(3):
+        updates, state = optimizer.update(gradients, state, params)
+        # the first moments of a constant gradient are that gradient: AdamW steps by its rate
+        expected = -3 * rate(step) * jnp.ones(3)
+        assert jnp.allclose(updates["bias"], expected, rtol=1e-4), step
+
+
 def test_options_stay_with_the_method_of_the_file():
     given = {"name": "galore", "rank": 4, "options": "error_feedback=True"}
     notes = optimizers.fit(given, "dct_adamw", ["name", "rank"])
