@@ -109,6 +109,11 @@ class Method:
         return self.kind == PROJECTION
 
     @property
+    def other_rates(self) -> tuple[str, ...]:
+        """Settings that are learning rates: every projection has one of its plain leaves."""
+        return (*self.rates, *(("plain_learning_rate",) if self.projects else ()))
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """{setting: its default} of `build`."""
         signature = inspect.signature(self.build).parameters.values()

@@ -68,7 +68,7 @@ def build(
     arguments = {key: value for key, value in _settings(config).items() if key not in _TRANSLATED}
     options = parse_options(config.options)
     # other groups of leaves have a peak of their own, and the same schedule
-    for key in method.rates:
+    for key in method.other_rates:
         if key in options:
             options[key] = _with_peak(rate, config.learning_rate, options[key])
     arguments |= options

@@ -10,12 +10,13 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.harness import methods, optimizers, workdir
 from experiments.harness.methods import METHODS, PROJECTORS
 from experiments.settings import configuration
-from experiments.settings.configuration import OptimizerConfig
+from experiments.settings.configuration import OptimizerConfig, ScheduleConfig
 from experiments.settings.sections import ConfigurationError
 from lowrank_jax.projection.projectors.power import Power
 from lowrank_jax.projection.projectors.svd import Svd, TwoSidedSvd
@@ -54,6 +55,23 @@ def takes_singular_vectors(projector):
     return isinstance(projector, Svd | TwoSidedSvd) or (
         isinstance(projector, Power) and projector.first == "svd"
     )
+
+
+@pytest.mark.parametrize("name", ["galore", "muon"])
+def test_the_rate_of_plain_leaves_follows_the_schedule_to_its_own_peak(name):
+    rank = 4 if METHODS[name].takes("rank") else None
+    config = OptimizerConfig(
+        clip_norm=None,
+        name=name,
+        rank=rank,
+        learning_rate=0.02,
+        options="plain_learning_rate=0.005",
+    )
+    rate = optimizers.schedule(ScheduleConfig(steps=100), 0.02)
+    recipe = optimizers.build(config, rate, stacked=True, seed=0).recipe
+    for step in (3, 50, 99):
+        own = float(recipe.rate(step, plain=True))
+        np.testing.assert_allclose(own, float(recipe.rate(step)) / 4, rtol=1e-6)
 
 
 @pytest.mark.parametrize("projector", [None, *PROJECTORS])
