@@ -34,6 +34,7 @@ from lowrank_jax.projection.fused import Fused, fused
 from lowrank_jax.projection.layerwise import layerwise_step
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
+from lowrank_jax.projection.optimizers.fira import fira
 from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
@@ -90,6 +91,7 @@ __all__ = [
     "einsum",
     "explain",
     "factorized",
+    "fira",
     "frugal",
     "fused",
     "galore",

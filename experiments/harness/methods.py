@@ -294,6 +294,7 @@ METHODS: dict[str, Method] = _table(
             decomposes=("first", "svd"),
             studied=(Studied(title="LDAdam", learning_rate=3e-3),),
         ),
+        Method(name="fira", build=lrx.fira, decomposes=True),
         Method(
             name="apollo",
             build=lrx.apollo,

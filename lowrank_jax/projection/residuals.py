@@ -155,35 +155,30 @@ class Sgd(Sign):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GradientRescale(Residual):
-    """The gradient itself, rescaled by what the inner transformation did in the subspace; no
-    back-projection (APOLLO).
+class Rescaled(Residual):
+    """Base of the rules that rescale the gradient, or a part of it, by what the inner
+    transformation did in the subspace, and limit the growth of its norm.
 
-    With the uncorrected direction `N` and the low-rank gradient `R`, `f = |N| / (|R| + 1e-8)` for
-    each index of the kept dimension ("channel") or one for the matrix ("tensor"), `S = scale G f`.
-    The norm-growth limiter then shrinks `S` so that `|S| <= limiter |S_previous|`, and the update
-    is `S` times the inner scale.
+    With the uncorrected direction `N` and the low-rank gradient `R`, `f = |N| / (|R| + 1e-8)`.
 
     Args:
-      axis: "channel" or "tensor".
-      scale: factor on `S`. APOLLO writes it as the square root of its `scale` option (1; Mini:
-        sqrt(128)).
+      axis: "channel" for one f for each index of the kept dimension, or "tensor" for one for the
+        matrix.
       limiter: largest growth of the norm in a step, or None. 1.01 in Fira and APOLLO; see
         `limiter.limited`.
     """
 
     axis: str = "channel"
-    scale: Any = 1.0
     limiter: Any = 1.01
     reads_target = True
     splits = True
+    _name = "rescaled"
 
     def __post_init__(self):
         if self.axis not in ("channel", "tensor"):
-            raise ValueError(f"gradient_rescale: axis={self.axis!r} must be 'channel' or 'tensor'")
-        check_number("gradient_rescale: scale", self.scale, at_least=0)
+            raise ValueError(f"{self._name}: axis={self.axis!r} must be 'channel' or 'tensor'")
         check_number(
-            "gradient_rescale: limiter", self.limiter, at_least=1, otherwise="None for no limit"
+            f"{self._name}: limiter", self.limiter, at_least=1, otherwise="None for no limit"
         )
 
     @property
@@ -193,20 +188,80 @@ class GradientRescale(Residual):
     def init(self, view):
         return () if self.limiter is None else jnp.zeros(view.batch, jnp.float32)
 
-    def combine(self, c):
+    def rescaled(self, c: Combine, x: jax.Array) -> tuple[jax.Array, Pytree]:
+        """`f x (batch..., s, k)`, its growth limited, and the state."""
         axes = (-2,) if self.channels else (-2, -1)
         factor = norms(c.direction, axes) / (norms(c.low, axes) + TINY)
-        update, state = self.scale * c.target * factor, c.state
-        if self.limiter is not None:
-            update, state = limited(update, state, self.limiter)
-        return times(c.inner_scale * c.scale, update), state
+        if self.limiter is None:
+            return x * factor, c.state
+        return limited(x * factor, c.state, self.limiter)
 
     def state_bytes(self, view):
         return 0 if self.limiter is None else 4 * math.prod(view.batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientRescale(Rescaled):
+    """The gradient itself, rescaled by what the inner transformation did in the subspace; no
+    back-projection (APOLLO).
+
+    With f as in `Rescaled`, `S = scale G f`. The norm-growth limiter then shrinks `S` so that
+    `|S| <= limiter |S_previous|`, and the update is `S` times the inner scale.
+
+    Args:
+      axis, limiter: see `Rescaled`.
+      scale: factor on `S`. APOLLO writes it as the square root of its `scale` option (1; Mini:
+        sqrt(128)).
+    """
+
+    scale: Any = 1.0
+    _name = "gradient_rescale"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("gradient_rescale: scale", self.scale, at_least=0)
+
+    def combine(self, c):
+        update, state = self.rescaled(c, self.scale * c.target)
+        return times(c.inner_scale * c.scale, update), state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormScaled(Rescaled):
+    """`up(u) + c S`: the rest, rescaled as the inner transformation rescaled the subspace (Fira).
+
+    With f as in `Rescaled`, c the inner scale (bias correction) and alpha the method's `scale`,
+    which is part of u and not of S, the rest is
+
+        S = f (G - alpha P R)     form="code"
+        S = f (G - P R)           form="paper"
+
+    and its norm is limited as in APOLLO. Both are one at alpha = 1.
+
+    Args:
+      axis, limiter: see `Rescaled`.
+      form: "code", in which a share 1 - alpha of the subspace part stays in the rest, or "paper".
+    """
+
+    form: str = "code"
+    _name = "norm_scaled"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.form not in ("code", "paper"):
+            raise ValueError(f"norm_scaled: form={self.form!r} must be 'code' or 'paper'")
+
+    def combine(self, c):
+        # G - alpha P R = (1 - alpha) G + alpha (G - P R), so that coordinates need no difference
+        removed = c.scale if self.form == "code" else 1.0
+        rest = (1 - removed) * c.target + removed * c.rest()
+        update, state = self.rescaled(c, rest)
+        return c.step() + times(c.inner_scale, update), state
 
 
 discard = Discard
 sign = Sign
 sgd = Sgd
 gradient_rescale = GradientRescale
+norm_scaled = NormScaled
 __getattr__ = deprecations.names("lowrank_jax.residuals")  # targets that were residual rules

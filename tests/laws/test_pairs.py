@@ -38,7 +38,7 @@ SLOTS = {
     },
     "residual": {
         "discard": R.discard(), "sign": R.sign(), "sgd": R.sgd(), "rescale_channel": R.gradient_rescale(),
-        "rescale_tensor": R.gradient_rescale(axis="tensor"),
+        "rescale_tensor": R.gradient_rescale(axis="tensor"), "norm_scaled": R.norm_scaled(),
     },
     "target": {
         "gradient": lrx.targets.gradient(), "error_feedback": lrx.targets.error_feedback(),
@@ -81,7 +81,7 @@ EXCLUDED = {
         "inner",
         _NOT_ADAM,
         "residual",
-        ("rescale_channel", "rescale_tensor"),
+        ("rescale_channel", "rescale_tensor", "norm_scaled"),
     ): "without bias correction",
     ("inner", _NOT_ADAM, "target", ("ldadam_error_feedback",)): "registered first moments",
 }

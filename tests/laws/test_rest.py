@@ -51,6 +51,7 @@ RULES = {
     "ldadam": (R.discard(), TARGETS.ldadam_error_feedback()),
     "momentum": (R.discard(), TARGETS.momentum(mu=0.0)),
     "rescale": (R.gradient_rescale(axis="tensor"), TARGETS.gradient()),
+    "norm scaled": (R.norm_scaled(axis="tensor"), TARGETS.gradient()),
 }
 
 

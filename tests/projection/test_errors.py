@@ -68,6 +68,14 @@ AT_CONSTRUCTION = [
     (lambda: C.staggered(period=2.0), "period=2.0 must be a Python integer"),
     (lambda: R.gradient_rescale(axis="row"), "axis='row' must be"),
     (lambda: R.gradient_rescale(limiter=0.5), "limiter=0.5 must be a finite number of at least 1"),
+    (
+        lambda: R.norm_scaled(form="official"),
+        "norm_scaled: form='official' must be 'code' or 'paper'",
+    ),
+    (
+        lambda: R.norm_scaled(limiter=0.5),
+        "norm_scaled: limiter=0.5 must be a finite number of at least 1",
+    ),
     (lambda: lrx.inner.adam(b1=1.0), "b1=1.0 must be a finite number of at least 0 and below 1"),
     (lambda: lrx.inner.adam(eps=-1), "eps=-1 must be a finite number of at least 0"),
     (lambda: lrx.inner.adam(convention="keras"), "convention='keras' must be one of"),

@@ -109,11 +109,12 @@ SLOTS = {
     "ldadam error feedback": {"target": lrx.targets.ldadam_error_feedback()},
     "rescale": {"residual": lrx.residuals.gradient_rescale()},
     "rescale without limiter": {"residual": lrx.residuals.gradient_rescale(limiter=None)},
+    "norm scaled": {"residual": lrx.residuals.norm_scaled()},
     "staggered": {"refresh_schedule": lrx.refresh_schedules.staggered(period=2)},
     "larger side": {"side": "larger"},
 }
 RESIDUALS = {"error feedback": 4 * 4224, "bf16 error feedback": 2 * 4224, "ldadam error feedback": 4 * 4224,
-             "rescale": 4 * 8}  # fmt: skip  # 4224 projected elements in 8 matrices
+             "rescale": 4 * 8, "norm scaled": 4 * 8}  # fmt: skip  # 4224 projected elements in 8 matrices
 
 
 @pytest.mark.parametrize("name", SLOTS)

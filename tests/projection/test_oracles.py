@@ -167,6 +167,26 @@ def apollo(w, grads, basis=None, axis=0, scale=2.0, limiter=1.01, period=4):
     return w
 
 
+@oriented
+def fira(w, grads, scale=0.25, removed=0.25, limiter=1.01, period=4):
+    m = v = np.zeros((RANK, w.shape[1]))
+    previous = None
+    for t, g in enumerate(grads):
+        if t % period == 0:
+            p = left_basis(g, RANK)
+        low = p.T @ g
+        m, v, n, c = adam(low, m, v, t + 1, eps=1e-6, family="A")
+        f = np.linalg.norm(n, axis=0) / (np.linalg.norm(low, axis=0) + 1e-8)
+        s = (g - removed * p @ low) * f
+        norm = np.linalg.norm(s)
+        if previous is not None:
+            growth = max(norm / (previous + 1e-8), limiter) / limiter
+            s, norm = s / growth, norm / growth
+        previous = norm
+        w = (w - LR * c * (scale * p @ n + s)) * (1 - LR * DECAY)
+    return w
+
+
 def random_basis(s):
     return np.random.default_rng(5).normal(size=(s, RANK)).astype(np.float32)
 
@@ -219,6 +239,14 @@ CASES = {
             LR, projector=lrx.projectors.given(matrix=random_basis(s)), limiter=None, scale=2.0, weight_decay=DECAY
         ), apollo, {"limiter": None, "basis": random_basis},
     ),
+    **{
+        f"fira_{form}": (
+            lambda s, form=form: lrx.fira(LR, rank=RANK, refresh_every=4, form=form, weight_decay=DECAY),
+            fira,
+            {"removed": removed},
+        )
+        for form, removed in [("code", 0.25), ("paper", 1.0)]
+    },
 }  # fmt: skip
 
 

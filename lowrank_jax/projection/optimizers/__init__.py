@@ -2,6 +2,7 @@
 
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
+from lowrank_jax.projection.optimizers.fira import fira
 from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
@@ -15,6 +16,7 @@ __all__ = [
     "apollo",
     "apollo_mini",
     "dct_adamw",
+    "fira",
     "frugal",
     "galore",
     "ldadam",

@@ -51,7 +51,7 @@ def apollo(
 
     >>> import lowrank_jax as lrx
     >>> lrx.apollo(1e-2, rank=1, axis="tensor", scale=4.0).projection.residual
-    GradientRescale(axis='tensor', scale=2.0, limiter=1.01)
+    GradientRescale(axis='tensor', limiter=1.01, scale=2.0)
     """
     check_number("apollo: scale", scale, at_least=0)
     slots = {
