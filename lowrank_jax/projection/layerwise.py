@@ -397,6 +397,10 @@ class _Layerwise:
         refreshes = self.config.refresh_schedule.when == "before" and self.own_due is not False
         if refreshes and self.config.guard:
             read = all_finite([step.matrix for step in steps]) | ~jnp.asarray(self.own_due)
+        if self.config.starts_before:
+            begins = ok & step_lib.starts(self.config, now, [step.gradient for step in steps])
+            for step in steps:
+                step.start(begins, now)
         for step in steps:
             step.look(self.own_due, now)
             if refreshes:

@@ -20,7 +20,7 @@ from lowrank_jax.optim.guard import select
 from lowrank_jax.projection import layout
 from lowrank_jax.projection.batches import count, layer_numbers
 from lowrank_jax.projection.placement import Trees, laid, like, on_own_matrices, placed
-from lowrank_jax.projection.refresh import fresh_inner, project, refresh, refresh_inputs
+from lowrank_jax.projection.refresh import fresh_inner, project, refresh, refresh_inputs, start
 from lowrank_jax.projection.residuals import Combine
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import MatrixState, Now, Projected, parts_of
@@ -128,6 +128,8 @@ class MatrixStep:
         """Moves the basis, and what moves with it, where `due`: an unbatched scalar."""
         if due is False or not self.can_refresh:
             return
+        if self.config.starts_before:  # the first basis was made before the first update
+            due = due & (now.step > 0)
         trees: Trees = {
             "matrix": self.matrix,
             "sketch": self.sketch,
@@ -141,6 +143,11 @@ class MatrixStep:
             trees["due"] = jnp.broadcast_to(own, self.view.batch)
         trees |= self.parts
         self.parts |= on_own_matrices(refresh, self.config, self.view, trees, due, now, self.total)
+
+    def start(self, begins: Any, now: Now) -> None:
+        """Makes the first basis where the first step `begins`, see `Projector.starts_before`."""
+        trees = self.parts | {"matrix": self.matrix, "param": self.param, "layers": self.layers}
+        self.parts |= on_own_matrices(start, self.config, self.view, trees, begins, now)
 
     def project(self) -> None:
         """Makes the low-rank object, where it did not come as one."""

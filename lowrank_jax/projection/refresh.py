@@ -123,11 +123,25 @@ def _new_basis(
     def first():
         return like(projector.start(view, inputs), old)
 
-    if projector.starts:
+    if projector.starts and not config.starts_before:
         found = jax.lax.cond(now.step == 0, first, again)
     else:
         found = again()
     return dict(zip(("basis", "memory"), found, strict=True))
+
+
+def start(config: Projection, view: ResolvedView, trees: Trees, begins: Scalar, now: Now) -> Trees:
+    """The first basis, where the first step `begins` and refreshes come after the update."""
+
+    @placed(takes={}, gives={"basis": "basis"})
+    def first(config, view, trees):
+        inputs = refresh_inputs(config, view, trees, now)
+        old = (trees["basis"], trees["memory"])
+        found = like(config.projector.start(view, inputs), old)
+        return dict(zip(("basis", "memory"), found, strict=True))
+
+    stay = {name: trees[name] for name in ("basis", "memory")}
+    return jax.lax.cond(begins, lambda: first(config, view, trees), lambda: stay)
 
 
 @placed(takes={}, gives={"inner": "low"})

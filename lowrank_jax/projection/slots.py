@@ -110,7 +110,10 @@ class Projection:
         """Whether every step needs the full gradient, so that it cannot come projected."""
         by_slots = self.residual.reads_target or self.target.reads_gradient
         return (
-            by_slots or "target" in self.projector.sees or "captured" in self.refresh_schedule.reads
+            by_slots
+            or self.starts_before
+            or "target" in self.projector.sees
+            or "captured" in self.refresh_schedule.reads
         )
 
     @property
@@ -122,6 +125,11 @@ class Projection:
     def reads_learning_rate(self) -> bool:
         """Whether a step needs `update(..., learning_rate=)`, which recipes pass."""
         return "learning_rate" in self.projector.reads
+
+    @property
+    def starts_before(self) -> bool:
+        """Whether a first basis is made before the first update, and all others after one."""
+        return self.projector.starts_before and self.refresh_schedule.when == "after"
 
     @property
     def follows_basis(self) -> bool:

@@ -123,6 +123,10 @@ def prepare(
         may_move = False if may_move is False else may_move & fits
     if rebased:
         may_move, whole = False, None
+    if config.starts_before:
+        begins = starts(config, now, full)
+        for step in steps.values():
+            step.start(begins, now)
     for step in steps.values():
         step.look(may_move, now)
     if config.refresh_schedule.when == "before":
@@ -334,6 +338,14 @@ def _may_move(
         return whole, whole
     whole = jax.lax.cond(due_at_all, lambda: all_finite(grads), lambda: jnp.asarray(True))
     return due_at_all & whole, whole
+
+
+def starts(config: Projection, now: Now, grads: list[jax.Array]) -> jax.Array:
+    """Whether this is the first step, with gradients of which a first basis may be made."""
+    first = jnp.asarray(now.step == 0)
+    if not config.guard:
+        return first
+    return first & jax.lax.cond(first, lambda: all_finite(grads), lambda: jnp.asarray(True))
 
 
 def _clip_factor(config: Projection, kept: list[jax.Array]) -> jax.Array:

@@ -62,6 +62,8 @@ class Projector:
     A class also says which fields of `RefreshInputs` its refresh reads (`reads`) and which of "low"
     and "target" its `seen` does (`sees`), whether it moves the basis (`moves`), whether a refresh
     decomposes a matrix as an SVD does (`decomposes`), which takes minutes of compilation on TPUs,
+    whether the first basis is made by `start` before the first update even where refreshes come
+    after it (`starts_before`; the first refresh is then that of the second step),
     whether bases are orthonormal, whether they lie in the range of a gradient (`of_range`), so that
     r is at most k, and whether a refresh depends on `G Gᵀ` or norms of rows alone (`of_rows`): it
     then may get a gradient with columns of zeros beside its own, which on a mesh make k divisible.
@@ -76,6 +78,7 @@ class Projector:
     sees: ClassVar[frozenset[str]] = frozenset()
     moves: ClassVar[bool] = True
     decomposes: ClassVar[bool] = False
+    starts_before: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = True
     of_rows: ClassVar[bool] = False
     of_range: ClassVar[bool] = False

@@ -1,0 +1,71 @@
+"""The law of the reference: of each matrix of a tree or of a stack the step is the one that
+`projection/reference.py` says for one matrix alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+import lowrank_jax as lrx
+from lowrank_jax.optim.learning_rate import at_step, decayed_step
+from lowrank_jax.projection import reference
+from lowrank_jax.projection.batches import count
+from lowrank_jax.projection.state import parts_of
+from tests.laws import methods as m
+
+STEPS = 3
+MATRICES = (("dense", None), ("stack", 1))  # a matrix, and a layer of a stack
+
+
+def _is_due(slots, view, layer, step):
+    schedule = slots.refresh_schedule
+    part = schedule.slice(step, slots.phase(view), count(view))
+    own = part is not None and part[0] <= (layer or 0) < part[0] + part[1]
+    return slots.projector.moves and bool(schedule.due((), step) or own)
+
+
+def _layer(tree, layer):
+    return tree if layer is None else jax.tree.map(lambda x: x[layer], tree)
+
+
+def _reference(method, name, layer):
+    """`(updates, parts of the state)` of the first steps of one matrix."""
+    transformation, _, _ = m.program(method)
+    slots, recipe = lrx.projection_of(transformation), getattr(transformation, "recipe", None)
+    state = m.eager(transformation.init, m.params_like())
+    whole = m.projection_state(state).matrices[name]["kernel"]
+    view = whole.view if layer is None else whole.view.layer()
+    state = dataclasses.replace(whole, **_layer(parts_of(whole), layer))
+    param = _layer(m.params_like()[name]["kernel"], layer)
+    for step in range(STEPS):
+        inputs = lrx.RefreshInputs(
+            step=jnp.asarray(step),
+            key=slots.keys(view, step, jnp.asarray(layer or 0)),
+            param=view.orient(param),
+        )
+        gradient = view.orient(_layer(m.at(m.gradients(), step)[name]["kernel"], layer))
+        is_due = _is_due(slots, whole.view, layer, step)
+        update, state = reference.step(slots, view, state, gradient, inputs, due=is_due)
+        update = view.restore(update)
+        if recipe is not None:
+            decay = (
+                at_step(recipe.weight_decay, step) if recipe.mask is None or name == "dense" else 0
+            )
+            rate = at_step(recipe.learning_rate, step)
+            update = decayed_step(update, param, rate, decay, recipe.when, True)
+        param = param + update
+        yield update, parts_of(state)
+
+
+@m.every_method(unless=lambda method: method.name in m.COUPLED)
+def test_each_matrix_makes_the_step_of_the_reference(method):
+    _, (updates, states) = m.trajectory(method)
+    for name, layer in MATRICES:
+        with jax.disable_jit():
+            found = list(_reference(method, name, layer))
+        for step, (update, parts) in enumerate(found):
+            own = m.at(m.projection_state(states), step).matrices[name]["kernel"]
+            m.assert_close(_layer(parts_of(own), layer), parts, method.tolerance)
+            m.assert_close(
+                _layer(m.at(updates, step)[name]["kernel"], layer), update, method.tolerance
+            )

@@ -1,0 +1,193 @@
+"""Slots that a user writes: a memory, a schedule that decides by layers, a rate that is read."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_jax as lrx
+from lowrank_jax import linalg
+from lowrank_jax.projection.projectors.base import StoredProjector
+
+VIEWS = lrx.Views(stacked=("layers/.*",))
+RNG = np.random.default_rng(0)
+PARAMS = {"layers": {"kernel": jnp.asarray(RNG.normal(size=(3, 6, 6)) / 3, jnp.float32)}}
+BATCHES = [jnp.asarray(RNG.normal(size=(5, 6)), jnp.float32) for _ in range(5)]
+STACK = lrx.Stack(
+    before=lambda rest, x: x,
+    layer=lambda layer, x: x + jnp.tanh(lrx.matmul(x, layer["kernel"])),
+    after=lambda rest, x, _: jnp.mean(x**2),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByLayer(lrx.refresh_schedules.RefreshSchedule):
+    """After a refresh the next one of a layer comes later the more its first vector stayed."""
+
+    per_layer: ClassVar[bool] = True
+    reads: ClassVar[frozenset[str]] = frozenset({"change", "captured"})
+
+    def init(self, batch):
+        return {"next": jnp.zeros(batch, jnp.int32), "captured": jnp.zeros(batch)}
+
+    def due(self, state, step):
+        return step >= state["next"]
+
+    def refreshed(self, state, *, step, change=None):
+        wait = 1 + (change[..., 0] > 0.5).astype(jnp.int32)
+        return state | {"next": step + wait}
+
+    def advance(self, state, *, step, captured=None):
+        return state | {"captured": captured}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Remembering(StoredProjector):
+    """A power step from what the last accepted step saw; the first basis is the range of the rows."""
+
+    starts_before: ClassVar[bool] = True
+    reads: ClassVar[frozenset[str]] = frozenset({"target", "learning_rate", "refreshes"})
+    sees: ClassVar[frozenset[str]] = frozenset({"low"})
+    rate: Any = None
+
+    def init(self, view, keys):
+        basis, _ = super().init(view, keys)
+        return basis, jnp.ones((*view.batch, view.kept, view.rank))
+
+    def start(self, view, inputs):
+        basis = linalg.orthonormalize(inputs.target[..., : view.rank])
+        return self.store(view, basis), 2 * jnp.ones((*view.batch, view.kept, view.rank))
+
+    def refresh(self, view, basis, memory, inputs):
+        made = inputs.target @ memory + inputs.learning_rate * self.columns(view, basis)
+        return self.store(view, linalg.orthonormalize(made)), memory
+
+    def seen(self, view, basis, memory, low, target):
+        assert target is None  # it is not named in `sees`
+        return jnp.swapaxes(low, -1, -2) + 0.5 * memory
+
+
+def remembering(when, **options):
+    return lrx.galore(
+        0.1,
+        projector=Remembering(rank=2),
+        refresh_schedule=lrx.refresh_schedules.every(period=2, when=when),
+        views=VIEWS,
+        **options,
+    )
+
+
+def by_layer(**options):
+    return lrx.galore(0.1, rank=2, refresh_schedule=ByLayer(), views=VIEWS, eps=1e-3, **options)
+
+
+OWN = {
+    "by layer": by_layer,
+    "memory before": lambda **options: remembering("before", **options),
+    "memory after": lambda **options: remembering("after", **options),
+    "momentum": lambda **options: lrx.galore(
+        0.1, rank=2, target=lrx.targets.momentum(), views=VIEWS, eps=1e-3, **options
+    ),
+}
+
+
+def run(step, tx):
+    step, params, state = jax.jit(step), PARAMS, tx.init(PARAMS)
+    for batch in BATCHES:
+        params, state, _ = step(params, state, batch)
+    return params, state
+
+
+def optax_step(tx):
+    def step(params, state, batch):
+        value, grads = jax.value_and_grad(STACK.loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_all_forms_are_one(name):
+    tx = OWN[name]()
+    expected = run(optax_step(tx), tx)
+    for step in (lrx.train_step(STACK.loss, tx), lrx.layerwise_step(STACK, tx)):
+        found = run(step, tx)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), found, expected)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_skipped_step_leaves_memories_and_schedules(name):
+    tx = OWN[name]()
+    _, state = run(optax_step(tx), tx)
+    bad = {"layers": {"kernel": jnp.full((3, 6, 6), jnp.nan)}}
+    _, after = jax.jit(tx.update)(bad, state, PARAMS)
+    assert int(after.projection.skipped) == 1
+    same = after._replace(projection=after.projection._replace(skipped=jnp.int32(0)))
+    jax.tree.map(np.testing.assert_array_equal, same, state)
+
+
+def test_each_layer_moves_when_its_own_state_says_so():
+    tx = by_layer()
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    still = np.stack([np.diag([6.0, 5, 4, 3, 2, 1])] * 3)
+    moved = []
+    for step in range(5):  # the last layer's first vector is another axis at each step
+        grads = still.copy()
+        grads[2] = np.roll(grads[2], (step, step), axis=(0, 1))
+        before = state.projection.matrices["layers"]["kernel"]
+        _, state = update({"layers": {"kernel": jnp.asarray(grads, jnp.float32)}}, state, PARAMS)
+        own = state.projection.matrices["layers"]["kernel"]
+        moved.append(np.asarray(own.refresh_schedule["next"] != before.refresh_schedule["next"]))
+    first, last = np.stack(moved)[:, 0], np.stack(moved)[:, 2]
+    assert first.tolist() == [True, False, True, False, True]
+    assert last.tolist() == [True, False, True, True, True]
+    captured = own.refresh_schedule["captured"]
+    assert captured.shape == (3,) and np.all((captured > 0) & (captured <= 1))
+
+
+def test_the_first_basis_is_made_before_the_first_update():
+    tx = remembering("after")
+    assert lrx.plan(tx.projection) == "full"
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    own = state.projection.matrices["layers"]["kernel"]
+    view = own.view
+    expected = linalg.orthonormalize(view.orient(PARAMS["layers"]["kernel"])[..., :2])
+    np.testing.assert_allclose(own.basis, expected, atol=1e-5)
+
+
+def test_a_rate_that_is_read_must_be_passed():
+    tx = lrx.scale_by_projection(Remembering(rank=2), views=VIEWS)
+    with pytest.raises(ValueError, match="Remembering reads the learning rate.*learning_rate=rate"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, learning_rate=0.1)
+
+
+@pytest.mark.parametrize("field", ["reads", "sees"])
+def test_what_a_projector_reads_has_a_name_of_the_inputs(field):
+    wrong = type("Wrong", (Remembering,), {field: frozenset({"grad"})})
+    with pytest.raises(ValueError, match="projector Wrong: reads=.*must name fields"):
+        lrx.scale_by_projection(wrong(rank=2))
+
+
+def test_a_schedule_of_the_tree_reads_no_matrices():
+    wrong = type("Wrong", (ByLayer,), {"per_layer": False})
+    with pytest.raises(ValueError, match="Wrong: reads=.*set per_layer"):
+        lrx.galore(0.1, rank=2, refresh_schedule=wrong())
+
+
+def test_every_option_is_in_the_signature():
+    import inspect
+
+    for name in ("galore", "dct_adamw", "frugal", "ldadam", "apollo", "apollo_mini"):
+        parameters = inspect.signature(getattr(lrx, name)).parameters
+        assert {"inner", "refresh_schedule", "target", "mask", "clip_norm", "seed"} <= set(
+            parameters
+        )
+        assert not any(x.kind is x.VAR_KEYWORD for x in parameters.values())
+    with pytest.raises(TypeError, match="unknown options.*rnak"):
+        lrx.galore(0.1, rank=2, rnak=3)
