@@ -6,31 +6,34 @@
 >>> tx = optax.chain(optax.clip_by_global_norm(1.0), lrx.galore(1e-2, rank=8))
 >>> state = tx.init(params)
 >>> updates, state = tx.update(params, state, params)
+
+What is public is here: verbs and types, named optimizers, and rooms (modules). `WORKSPACE.md` has
+the list.
 """
 
-from lowrank_jax import adapters, deprecations, factorized, linalg, linen, memory
-from lowrank_jax.adapters import (
-    Adaptation,
-    AdaptedKernel,
-    adapt,
-    altlora,
-    altlora_plus,
-    attach,
-    effective,
-    lora_plus,
-    merge,
-    precondition_pairs,
-    scaled_adamw,
-    to_lora,
+import functools
+
+from lowrank_jax import (
+    adapters,
+    deprecations,
+    factorized,
+    linalg,
+    linen,
+    memory,
+    projection,
+    resolution,
 )
+from lowrank_jax.adapters.conversion import to_lora
+from lowrank_jax.adapters.tree import adapt, attach, effective, merge
 from lowrank_jax.functions.products import dot_general, einsum, matmul
 from lowrank_jax.kernel_node import KernelNode
-from lowrank_jax.matrices import MatrixView, ResolvedView
+from lowrank_jax.matrices import MatrixView
 from lowrank_jax.optim import inner, scales, surgery
 from lowrank_jax.optim.learning_rate import apply_learning_rate
+from lowrank_jax.optim.pair_optimizers import altlora, altlora_plus, lora_plus, scaled_adamw
 from lowrank_jax.partition import join, partition
 from lowrank_jax.projection import projectors, refresh_schedules, residuals, targets, transports
-from lowrank_jax.projection.fused import Fused, fused
+from lowrank_jax.projection.fused import fused
 from lowrank_jax.projection.layerwise import layerwise_step
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
@@ -39,41 +42,21 @@ from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
 from lowrank_jax.projection.optimizers.muon import muon
-from lowrank_jax.projection.optimizers.recipe import Recipe
 from lowrank_jax.projection.optimizers.soap import soap
-from lowrank_jax.projection.partition_specs import resolved_sides, sides_for, state_shardings
-from lowrank_jax.projection.slots import Projection
-from lowrank_jax.projection.stack import Stack
-from lowrank_jax.projection.state import MatrixState, Projected, ProjectionState, RefreshInputs
-from lowrank_jax.projection.tapped import Tapped
-from lowrank_jax.projection.taps import Taps, check_taps, projected_value_and_grad, taps
-from lowrank_jax.projection.training import plan, train_step
-from lowrank_jax.projection.transformation import (
-    explain,
-    projection_of,
-    scale_by_projection,
-)
-from lowrank_jax.resolution import Report, Views, resolve
+from lowrank_jax.projection.partition_specs import sides_for, state_shardings
+from lowrank_jax.projection.taps import check_taps, projected_value_and_grad, taps
+from lowrank_jax.projection.training import train_step
+from lowrank_jax.projection.transformation import explain, scale_by_projection
+from lowrank_jax.resolution import Views, resolve
 from lowrank_jax.sharding import meshes
 from lowrank_jax.version import __version__
 
+# nnx and interop, which import flax.nnx and read other people's files, come at their first use
+LAZY = ("interop", "nnx")
+
 __all__ = [
-    "Adaptation",
-    "AdaptedKernel",
-    "Fused",
     "KernelNode",
-    "MatrixState",
     "MatrixView",
-    "Projected",
-    "Projection",
-    "ProjectionState",
-    "Recipe",
-    "RefreshInputs",
-    "Report",
-    "ResolvedView",
-    "Stack",
-    "Tapped",
-    "Taps",
     "Views",
     "__version__",
     "adapt",
@@ -96,6 +79,7 @@ __all__ = [
     "fused",
     "galore",
     "inner",
+    "interop",
     "join",
     "layerwise_step",
     "ldadam",
@@ -107,16 +91,15 @@ __all__ = [
     "merge",
     "meshes",
     "muon",
+    "nnx",
     "partition",
-    "plan",
-    "precondition_pairs",
     "projected_value_and_grad",
-    "projection_of",
+    "projection",
     "projectors",
     "refresh_schedules",
     "residuals",
+    "resolution",
     "resolve",
-    "resolved_sides",
     "scale_by_projection",
     "scaled_adamw",
     "scales",
@@ -131,5 +114,5 @@ __all__ = [
     "transports",
 ]
 
-# nnx and interop, which import flax.nnx and read other people's files, come at their first use
-__getattr__ = deprecations.names(__name__, lazy=("nnx", "interop"))
+__getattr__ = deprecations.names(__name__, lazy=LAZY)
+__dir__ = functools.partial(sorted, __all__)

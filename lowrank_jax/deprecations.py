@@ -8,7 +8,7 @@ Three kinds of things are renamed:
 
 * a name of a module: a row of `NAMES`, and in the module `__getattr__ = deprecations.names(__name__)`;
 * a name of a class (a field, a method): a row of `NAMES` whose module is the class, such as
-  `"lrx.Adaptation"`, and in the class `old = deprecations.attribute("lrx.Adaptation", "old")`;
+  `"lrx.adapters.Adaptation"`, and in the class `old = deprecations.attribute("lrx.adapters.Adaptation", "old")`;
 * a keyword of a function or of a class: a row of `OPTIONS`, and the decorator
   `@deprecations.options("lrx.galore")` on the function or class.
 
@@ -63,21 +63,33 @@ class Option:
     values: tuple[tuple[Any, Any], ...] = ()
 
 
+def _moved(old: str, new: str, names: str) -> tuple[Name, ...]:
+    """Rows of names that are called the same in another module."""
+    return tuple(Name(module=old, old=name, new=f"{new}.{name}") for name in names.split())
+
+
 NAMES: tuple[Name, ...] = (
+    *_moved("lrx", "lrx.adapters", "AdaptedKernel Adaptation precondition_pairs"),
+    *_moved("lrx", "lrx.projection", "Fused MatrixState Projected Projection ProjectionState"),
+    *_moved("lrx", "lrx.projection", "Recipe Stack Tapped Taps projection_of resolved_sides"),
+    *_moved("lrx", "lrx.resolution", "Report ResolvedView"),
+    Name(module="lrx", old="plan", new="lrx.projection.gradient_mode"),
+    *_moved("lrx.adapters", "lrx", "adapt attach effective join merge partition to_lora"),
+    *_moved("lrx.adapters", "lrx", "altlora altlora_plus lora_plus scaled_adamw"),
     Name(module="lrx", old="absorb", new="lrx.adapters.absorb"),
     Name(module="lrx", old="combine", new="lrx.adapters.combine"),
     Name(module="lrx", old="unmerge", new="lrx.adapters.unmerge"),
     Name(module="lrx", old="clocks", new="lrx.refresh_schedules"),
-    Name(module="lrx", old="Evidence", new="lrx.RefreshInputs"),
+    Name(module="lrx", old="Evidence", new="lrx.projectors.RefreshInputs"),
     Name(module="lrx.refresh_schedules", old="Clock", new="lrx.refresh_schedules.RefreshSchedule"),
     Name(module="lrx.residuals", old="error_feedback", new="lrx.targets.error_feedback"),
     Name(
         module="lrx.residuals", old="ldadam_error_feedback", new="lrx.targets.ldadam_error_feedback"
     ),
-    Name(module="lrx.Projection", old="clock", new="refresh_schedule"),
+    Name(module="lrx.projection.Projection", old="clock", new="refresh_schedule"),
     Name(module="lrx.kernels", old="thin_linear", new="lrx.kernels.lora_linear"),
-    Name(module="lrx.Adaptation", old="fixed", new="frozen"),
-    Name(module="lrx.Adaptation", old="plan", new="layout"),
+    Name(module="lrx.adapters.Adaptation", old="fixed", new="frozen"),
+    Name(module="lrx.adapters.Adaptation", old="plan", new="layout"),
     Name(module="lrx.adapters", old="Plan", new="lrx.adapters.Layout"),
     Name(module="lrx.adapters", old="specs", new="lrx.adapters.partition_specs"),
 )
@@ -88,17 +100,17 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         functions=(
             "lrx.scale_by_projection",
-            "lrx.Projection",
+            "lrx.projection.Projection",
             *(f"lrx.{name}" for name in _NAMED),
         ),
         old="clock",
         new="refresh_schedule",
     ),
-    Option(functions=("lrx.RefreshInputs",), old="grad", new="target"),
-    Option(functions=("lrx.RefreshInputs",), old="moments", new="momentum"),
+    Option(functions=("lrx.projectors.RefreshInputs",), old="grad", new="target"),
+    Option(functions=("lrx.projectors.RefreshInputs",), old="moments", new="momentum"),
     Option(functions=("lrx.adapt",), old="whole", new="trainable"),
-    Option(functions=("lrx.Adaptation.replace",), old="fixed", new="frozen"),
-    Option(functions=("lrx.Adaptation.replace",), old="plan", new="layout"),
+    Option(functions=("lrx.adapters.Adaptation.replace",), old="fixed", new="frozen"),
+    Option(functions=("lrx.adapters.Adaptation.replace",), old="plan", new="layout"),
     Option(
         functions=("lrx.adapters.lora", "lrx.adapters.dora"),
         old="products",

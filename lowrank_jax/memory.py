@@ -18,6 +18,7 @@ arrays and a measurement one device.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from typing import Any
@@ -297,3 +298,7 @@ def ledger(
         for name, size in measured.items()
     ]
     return Ledger(tuple(rows), program)
+
+
+__all__ = ["Ledger", "Program", "compile_update", "components", "formula", "ledger", "measure"]
+__dir__ = functools.partial(sorted, __all__)

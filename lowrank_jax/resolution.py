@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -529,3 +530,7 @@ def _check_coverage(leaf_views: LeafViews, leaves: list[Leaf], masked: bool) -> 
             "yours, for instance Views(rules=((r'.*/w', MatrixView()),)), or give them another "
             "optimizer with optax.partition"
         )
+
+
+__all__ = ["Leaf", "Report", "ResolvedView"]
+__dir__ = functools.partial(sorted, __all__)

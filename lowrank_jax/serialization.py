@@ -25,7 +25,7 @@ def serializable(kind: T) -> T:
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lrx
-    >>> gradient = lrx.Projected(jnp.ones((2, 3)))
+    >>> gradient = lrx.projection.Projected(jnp.ones((2, 3)))
     >>> saved = serialization.to_bytes(gradient)
     >>> serialization.from_bytes(gradient, saved).low.shape
     (2, 3)

@@ -77,7 +77,7 @@ def refresh(preset: str, name: str, rank: int, way: str) -> list[collectives.Col
             if way == "rows whole":
                 with meshes.use(mesh):
                     x = sharding.rows_whole(x)
-            inputs = lrx.RefreshInputs(target=x, step=jnp.ones((), jnp.int32))
+            inputs = lrx.projectors.RefreshInputs(target=x, step=jnp.ones((), jnp.int32))
             moved = projector.refresh(view, *basis, inputs)
             new.append(constrain(moved, layers) if way == "by layers" else moved)
         return new

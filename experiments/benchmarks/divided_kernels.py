@@ -172,7 +172,9 @@ def _step(mesh, shape, spec, rank, inner, part, form):
     if part == "projected":
         place = jax.tree.leaves(places.projection.matrices["kernel"].inner.mu)[0]
         low = jax.ShapeDtypeStruct((*view.batch, rank, view.kept), jnp.float32, sharding=place)
-        grads = {"kernel": jax.tree.map(lambda _: low, jax.eval_shape(lrx.Projected, low))}
+        grads = {
+            "kernel": jax.tree.map(lambda _: low, jax.eval_shape(lrx.projection.Projected, low))
+        }
 
     def run(own, grads, state):
         with meshes.use(mesh, parameters=params):

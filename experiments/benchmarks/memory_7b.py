@@ -76,7 +76,7 @@ PODS = (
 )
 
 
-def stack(config: llama.LlamaConfig) -> lrx.Stack:
+def stack(config: llama.LlamaConfig) -> lrx.projection.Stack:
     """`experiments.models.llama.Llama` in three parts."""
     block, norm = llama.Block(config), llama.RMSNorm(config)
     dtype = llama.DTYPES[config.dtype]
@@ -87,7 +87,7 @@ def stack(config: llama.LlamaConfig) -> lrx.Stack:
         logits = jnp.einsum("bsd,dv->bsv", x, kernel, preferred_element_type=jnp.float32)
         return llama.loss_and_metrics(logits, tokens, jnp.ones(tokens.shape))[0]
 
-    return lrx.Stack(
+    return lrx.projection.Stack(
         before=lambda rest, tokens: rest["embed"]["embedding"][tokens].astype(dtype),
         layer=lrx.linen.tapped(lambda layer, x: block.apply({"params": layer}, x)[0]),
         after=after,
@@ -237,7 +237,7 @@ def pod_shardings(mesh: Any, tx: Any, params: Any, *, split: bool) -> tuple[Any,
     placed = jax.tree_util.tree_map_with_path(of_parameter, params)
     state = lrx.state_shardings(tx, params, placed)
     if split:
-        is_matrix = lambda node: isinstance(node, lrx.MatrixState)  # noqa: E731
+        is_matrix = lambda node: isinstance(node, lrx.projection.MatrixState)  # noqa: E731
         by_rows = NamedSharding(mesh, Spec(None, axis, None))
 
         def divided(node):

@@ -132,7 +132,7 @@ def measured_steps(period: int, steps: int, apart: int = 100) -> dict[int, list[
 class Probe:
     """Compares bases on full gradients, all matrices of all leaves in one jitted call each."""
 
-    def __init__(self, projection: lrx.Projection, params: Any):
+    def __init__(self, projection: lrx.projection.Projection, params: Any):
         self.projector: Any = projection.projector
         self.views = projection.report(params).projected
         self.exact = jax.jit(self._exact)
@@ -154,7 +154,10 @@ class Probe:
     def _exact(self, grads: Any) -> list[jax.Array]:
         svd = lrx.projectors.svd(rank=1)  # ranks are those of the views
         pairs = zip(self.views, self._oriented(grads), strict=True)
-        return [svd.refresh(view, None, (), lrx.RefreshInputs(target=x))[0] for view, x in pairs]
+        return [
+            svd.refresh(view, None, (), lrx.projectors.RefreshInputs(target=x))[0]
+            for view, x in pairs
+        ]
 
     def _angles(self, bases: list[Any], exact: list[jax.Array]) -> list[jax.Array]:
         columns = [

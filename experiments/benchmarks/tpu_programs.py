@@ -44,7 +44,7 @@ def projectors(rank: int) -> dict[str, Any]:
     }
 
 
-def refresh_of(projector: Any, view: lrx.ResolvedView):
+def refresh_of(projector: Any, view: lrx.resolution.ResolvedView):
     """One refresh of a stack as the optimizer makes it, a function to compile.
 
     `((basis, memory), gradient, momentum, step, seed) -> (basis, memory)`.
@@ -52,7 +52,9 @@ def refresh_of(projector: Any, view: lrx.ResolvedView):
 
     def refresh(state, gradient, momentum, step, seed):
         keys = jax.random.split(jax.random.key(seed), view.batch)
-        inputs = lrx.RefreshInputs(target=gradient, momentum=momentum, step=step, key=keys)
+        inputs = lrx.projectors.RefreshInputs(
+            target=gradient, momentum=momentum, step=step, key=keys
+        )
         if not projector.starts:
             return projector.refresh(view, *state, inputs)
         first = lambda: projector.start(view, inputs)  # noqa: E731
@@ -61,7 +63,9 @@ def refresh_of(projector: Any, view: lrx.ResolvedView):
     return refresh
 
 
-def compile_row(name: str, projector: Any, view: lrx.ResolvedView, device: Any) -> dict[str, Any]:
+def compile_row(
+    name: str, projector: Any, view: lrx.resolution.ResolvedView, device: Any
+) -> dict[str, Any]:
     """Bytes of the program and of its memory for one leaf on one chip."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), view.batch))
     basis = jax.eval_shape(lambda keys: projector.init(view, keys), keys)

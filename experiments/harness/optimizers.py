@@ -198,7 +198,10 @@ def full_gradients(config: OptimizerConfig) -> str | None:
         return None
     plain = dataclasses.replace(config, clip_norm=None, side=None)
     projection = build(plain, lambda step: 1.0, stacked=True, seed=0).projection
-    plan, projector = lrx.plan(projection), type(projection.projector).__name__.lower()
+    plan, projector = (
+        lrx.projection.gradient_mode(projection),
+        type(projection.projector).__name__.lower(),
+    )
     another = f"to hold none, take another method, such as {_thin_method()}"
     if projection.reads_gradient:
         return f"full gradients at every update: {config.name} reads all of the gradient; {another}"

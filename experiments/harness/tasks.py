@@ -183,7 +183,7 @@ class Task:
         """
         if self.config.optimizer.backprop != "projected":
             return None
-        if lrx.plan(self.optimizer.projection) == "full":
+        if lrx.projection.gradient_mode(self.optimizer.projection) == "full":
             return None
         begin = time.perf_counter()
         # one row for each part that a batch is cut into

@@ -136,10 +136,10 @@ def optimizer_of(config: RunConfig) -> Any:
 
 
 def gradients_of(config: RunConfig) -> str:
-    """Which gradients the step takes: "full", or for projected backprop what `lrx.plan` says."""
+    """Which gradients the step takes: "full", or for projected backprop what `lrx.projection.gradient_mode` says."""
     if config.optimizer.backprop != "projected":
         return "full"
-    return lrx.plan(optimizer_of(config).projection)
+    return lrx.projection.gradient_mode(optimizer_of(config).projection)
 
 
 def with_optimizer(config: RunConfig, text: str) -> RunConfig:

@@ -8,11 +8,13 @@
 96
 """
 
+import functools
+
 from lowrank_jax import deprecations
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Factors, Group, Site, Transition, matrix_op
 from lowrank_jax.adapters.combination import combine
-from lowrank_jax.adapters.conversion import Conversion, absorb, to_lora
+from lowrank_jax.adapters.conversion import Conversion, absorb
 from lowrank_jax.adapters.families.dora import dora
 from lowrank_jax.adapters.families.dylora import dylora
 from lowrank_jax.adapters.families.fourierft import fourierft
@@ -40,16 +42,9 @@ from lowrank_jax.adapters.starts.drawn import gaussian, kaiming, orthogonal
 from lowrank_jax.adapters.starts.olora import olora
 from lowrank_jax.adapters.starts.pissa import pissa
 from lowrank_jax.adapters.transitions import transition
-from lowrank_jax.adapters.tree import adapt, attach, effective, merge, unmerge
+from lowrank_jax.adapters.tree import unmerge
 from lowrank_jax.kernel_node import Op
-from lowrank_jax.optim.pair_optimizers import (
-    altlora,
-    altlora_plus,
-    lora_plus,
-    precondition_pairs,
-    scaled_adamw,
-)
-from lowrank_jax.partition import join, partition
+from lowrank_jax.optim.pair_optimizers import precondition_pairs
 
 __all__ = [
     "ALL_LINEAR",
@@ -65,11 +60,7 @@ __all__ = [
     "Site",
     "Transition",
     "absorb",
-    "adapt",
-    "altlora",
-    "altlora_plus",
     "at_rank",
-    "attach",
     "attend",
     "candidate_ids",
     "candidates",
@@ -77,33 +68,26 @@ __all__ = [
     "conv",
     "dora",
     "dylora",
-    "effective",
     "embed",
     "fourierft",
     "gaussian",
     "hira",
     "hot_swap",
-    "join",
     "kaiming",
     "loha",
     "lora",
-    "lora_plus",
     "matrix_op",
-    "merge",
     "miss",
     "oft",
     "olora",
     "orthogonal",
     "padded",
-    "partition",
     "partition_specs",
     "pissa",
     "precondition_pairs",
     "rand_lora",
-    "scaled_adamw",
     "shardings",
     "shira",
-    "to_lora",
     "transition",
     "uni_lora",
     "unmerge",
@@ -112,3 +96,4 @@ __all__ = [
 ]
 
 __getattr__ = deprecations.names(__name__)
+__dir__ = functools.partial(sorted, __all__)

@@ -57,10 +57,10 @@ class Adaptation(Short):
         metadata={"static": True}, repr=False
     )
 
-    fixed = deprecations.attribute("lrx.Adaptation", "fixed")
-    plan = deprecations.attribute("lrx.Adaptation", "plan")
+    fixed = deprecations.attribute("lrx.adapters.Adaptation", "fixed")
+    plan = deprecations.attribute("lrx.adapters.Adaptation", "plan")
 
-    @deprecations.options("lrx.Adaptation.replace")
+    @deprecations.options("lrx.adapters.Adaptation.replace")
     def replace(
         self,
         *,

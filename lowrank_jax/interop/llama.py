@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -255,3 +256,7 @@ def _order(name: str) -> tuple[int, int, int, str]:
         return (("embed", "layers", "norm", "lm_head").index(path.partition("/")[0]), 0, 0, name)
     module = name.split(".", 3)[3].rpartition(".")[0]
     return (1, layer, list(_INSIDE).index(module), name)
+
+
+__all__ = ["TorchTensor", "flax_path", "from_torch", "to_torch", "torch_name"]
+__dir__ = functools.partial(sorted, __all__)

@@ -35,6 +35,7 @@ warning.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -60,8 +61,6 @@ from lowrank_jax.interop._peft_config import PREFIX
 from lowrank_jax.interop._peft_reading import TENSORS, Source, as_float
 from lowrank_jax.interop._torch_layout import Host, Names, Tree, linen_name
 from lowrank_jax.resolution import Views
-
-__all__ = ["linen_name", "load", "save"]
 
 
 def load(
@@ -276,3 +275,7 @@ def _order(order: Sequence[str] | None, names: Names, hosts: Mapping[str, Host])
             f"order: names {sorted(order)[:8]}, the adapted modules are {sorted(hosts)[:8]}"
         )
     return list(order)
+
+
+__all__ = ["linen_name", "load", "save"]
+__dir__ = functools.partial(sorted, __all__)

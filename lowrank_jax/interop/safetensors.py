@@ -15,6 +15,7 @@ here, one tensor at a time.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import itertools
 import json
@@ -370,3 +371,7 @@ def _write_parts(path: pathlib.Path, parts: Iterable[Any]) -> None:
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
+
+
+__all__ = ["Reader", "check_names", "read", "write"]
+__dir__ = functools.partial(sorted, __all__)

@@ -21,6 +21,8 @@ its products overflow.
 ((2, 8, 3), 'float32')
 """
 
+import functools
+
 from lowrank_jax.codes import Codes
 from lowrank_jax.linalg._lapack import eigh, solve
 from lowrank_jax.linalg.cayley import cayley
@@ -111,3 +113,4 @@ __all__ = [
     "top_scores",
     "truncated_svd",
 ]
+__dir__ = functools.partial(sorted, __all__)

@@ -15,7 +15,10 @@ at the place of that use.
 `WithAdapter` is for authors who want adapters to be parameters of their model.
 """
 
+import functools
+
 from lowrank_jax.linen.interceptor import adapted, tapped
 from lowrank_jax.linen.wrapper import WithAdapter, extract, insert
 
 __all__ = ["WithAdapter", "adapted", "extract", "insert", "tapped"]
+__dir__ = functools.partial(sorted, __all__)

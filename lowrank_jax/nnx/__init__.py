@@ -24,6 +24,8 @@ Known to work with flax 0.12.8 on jax 0.10.2. The nnx of flax 0.12.8 cannot be i
 `import lowrank_jax` does not import it.
 """
 
+import functools
+
 import flax
 import jax
 
@@ -51,3 +53,4 @@ __all__ = [
     "seed_dropout",
     "sharing",
 ]
+__dir__ = functools.partial(sorted, __all__)

@@ -13,6 +13,7 @@ functions with the step's count. A number stands for itself wherever a scale may
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -138,3 +139,6 @@ def factor(scale: Scalar | Scale, view: ResolvedView | None) -> Scalar:
 fan_ratio = FanRatio
 rms = Rms
 by_path = ByPath
+
+__all__ = ["Scale", "by_path", "fan_ratio", "rms"]
+__dir__ = functools.partial(sorted, __all__)

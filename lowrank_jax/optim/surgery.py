@@ -17,6 +17,7 @@ Counts, rates and keys stay: bias corrections go on, as ReLoRA's and SwitchLoRA'
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -263,3 +264,7 @@ def _names(keys: tuple) -> Names:
 
 def _quantized(node: Any) -> bool:
     return isinstance(node, linalg.QuantizedBlocks)
+
+
+__all__ = ["Keep", "LinearMap", "Mask", "Policy", "Zero", "apply_policy", "register_fields"]
+__dir__ = functools.partial(sorted, __all__)

@@ -1,2 +1,35 @@
 """Projection optimizers as optax transformations: one transformation with slots, and named
-recipes."""
+recipes.
+
+What users call stands at the top of `lowrank_jax`; here are the types that they meet, and what asks
+a projection about itself.
+"""
+
+import functools
+
+from lowrank_jax.projection.fused import Fused
+from lowrank_jax.projection.optimizers.recipe import Recipe
+from lowrank_jax.projection.partition_specs import resolved_sides
+from lowrank_jax.projection.slots import Projection
+from lowrank_jax.projection.stack import Stack
+from lowrank_jax.projection.state import MatrixState, Projected, ProjectionState
+from lowrank_jax.projection.tapped import Tapped
+from lowrank_jax.projection.taps import Taps
+from lowrank_jax.projection.training import gradient_mode
+from lowrank_jax.projection.transformation import projection_of
+
+__all__ = [
+    "Fused",
+    "MatrixState",
+    "Projected",
+    "Projection",
+    "ProjectionState",
+    "Recipe",
+    "Stack",
+    "Tapped",
+    "Taps",
+    "gradient_mode",
+    "projection_of",
+    "resolved_sides",
+]
+__dir__ = functools.partial(sorted, __all__)

@@ -48,7 +48,7 @@ from lowrank_jax.projection.matrix_step import MatrixStep, leaf_update, sketch_b
 from lowrank_jax.projection.stack import Stack, layer_gradients
 from lowrank_jax.projection.state import Projected, matrix_states, parts_of
 from lowrank_jax.projection.tapped import Tap
-from lowrank_jax.projection.training import plan
+from lowrank_jax.projection.training import gradient_mode
 from lowrank_jax.projection.write import Write
 from lowrank_jax.trees import is_quantized
 
@@ -83,7 +83,7 @@ def layerwise_step(
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
-    >>> stack = lrx.Stack(
+    >>> stack = lrx.projection.Stack(
     ...     before=lambda rest, x: x,
     ...     layer=lambda layer, x: jnp.tanh(lrx.matmul(x, layer["kernel"])),
     ...     after=lambda rest, x, _: jnp.mean(x**2),
@@ -130,7 +130,7 @@ class _Layerwise:
         self.stack, self.form, self.params, self.state, self.args = stack, form, params, state, args
         self.config = form.recipe.projection
         self.measured = exact_skip or self.config.clip_norm is not None
-        self.plan = plan(self.config)
+        self.plan = gradient_mode(self.config)
         # where bases move by full gradients after the update, all of a layer's work is a branch
         self.branches = (
             self.plan == "full at a refresh" and self.config.refresh_schedule.when == "after"

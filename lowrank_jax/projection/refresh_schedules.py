@@ -14,6 +14,7 @@ The states of a schedule, and what else moves with a basis, are sliced with the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -229,3 +230,6 @@ never = Never
 staggered = Staggered
 
 __getattr__ = deprecations.names("lowrank_jax.refresh_schedules")
+
+__all__ = ["RefreshSchedule", "every", "every_step", "never", "staggered"]
+__dir__ = functools.partial(sorted, __all__)

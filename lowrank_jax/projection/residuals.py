@@ -14,6 +14,7 @@ What is projected is another slot, see `targets`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -265,3 +266,6 @@ sgd = Sgd
 gradient_rescale = GradientRescale
 norm_scaled = NormScaled
 __getattr__ = deprecations.names("lowrank_jax.residuals")  # targets that were residual rules
+
+__all__ = ["Combine", "Residual", "discard", "gradient_rescale", "sgd", "sign"]
+__dir__ = functools.partial(sorted, __all__)

@@ -25,7 +25,7 @@ from lowrank_jax.resolution import Report, Views, check_side, resolve
 from lowrank_jax.typing import Scalar
 
 
-@deprecations.options("lrx.Projection")
+@deprecations.options("lrx.projection.Projection")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Projection:
     """The slots of `scale_by_projection`, validated; that function says what each is.
@@ -34,7 +34,7 @@ class Projection:
       ValueError: for slots that do not fit together; it names field, value and remedy.
 
     >>> import lowrank_jax as lrx
-    >>> lrx.Projection(projector=lrx.projectors.svd(rank=8)).refresh_schedule
+    >>> lrx.projection.Projection(projector=lrx.projectors.svd(rank=8)).refresh_schedule
     Every(when='before', period=200, phase=0, first=True)
     """
 
@@ -86,7 +86,7 @@ class Projection:
         if unknown or projector.sees - {"low", "target"}:
             raise ValueError(
                 f"projector {name.__name__}: reads={set(projector.reads)} must name fields of "
-                f"lrx.RefreshInputs, and sees={set(projector.sees)} 'low' or 'target'"
+                f"lrx.projectors.RefreshInputs, and sees={set(projector.sees)} 'low' or 'target'"
             )
         if not schedule.first and "target" in projector.reads:
             raise ValueError(
@@ -160,7 +160,7 @@ class Projection:
         key = jax.random.fold_in(key, step)
         return each(lambda layer: jax.random.fold_in(key, layer), view.batch)(layers)
 
-    clock = deprecations.attribute("lrx.Projection", "clock")
+    clock = deprecations.attribute("lrx.projection.Projection", "clock")
 
 
 _KINDS: dict[str, tuple[type, str]] = {

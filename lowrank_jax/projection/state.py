@@ -133,7 +133,7 @@ class Projected:
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
-    >>> len(jax.tree.leaves(lrx.Projected(jnp.ones((2, 8)))))
+    >>> len(jax.tree.leaves(lrx.projection.Projected(jnp.ones((2, 8)))))
     1
     """
 
@@ -155,7 +155,7 @@ class Now(NamedTuple):
     learning_rate: Scalar | None = None
 
 
-@deprecations.options("lrx.RefreshInputs")
+@deprecations.options("lrx.projectors.RefreshInputs")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefreshInputs:
     """What a projector may use at a refresh; what it did not name in `reads` is None.
@@ -181,7 +181,7 @@ class RefreshInputs:
     >>> projector = lrx.projectors.svd(rank=1)
     >>> view = lrx.resolve(x, rank=projector.rank_for).projected[0]
     >>> basis, memory = projector.init(view, jax.random.key(0))
-    >>> inputs = lrx.RefreshInputs(target=view.orient(x))
+    >>> inputs = lrx.projectors.RefreshInputs(target=view.orient(x))
     >>> basis, memory = projector.refresh(view, basis, memory, inputs)
     >>> print(projector.measure(view, basis, view.orient(x)))
     1.0

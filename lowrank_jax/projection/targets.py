@@ -14,6 +14,7 @@ All arrays have the batch axes in front; no function is called inside a vmap.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -203,3 +204,14 @@ gradient = Gradient
 error_feedback = ErrorFeedback
 ldadam_error_feedback = LDAdamErrorFeedback
 momentum = Momentum
+
+__all__ = [
+    "Kept",
+    "Moved",
+    "Target",
+    "error_feedback",
+    "gradient",
+    "ldadam_error_feedback",
+    "momentum",
+]
+__dir__ = functools.partial(sorted, __all__)

@@ -27,7 +27,7 @@ from lowrank_jax.trees import dequantized, is_quantized
 PLANS = ("full", "taps", "full at a refresh", "sketch at a refresh")
 
 
-def plan(projection: Projection) -> str:
+def gradient_mode(projection: Projection) -> str:
     """Which gradients a projection optimizer needs.
 
     * "full": always the whole gradient (a residual rule reads it, or the basis follows it at every
@@ -38,10 +38,12 @@ def plan(projection: Projection) -> str:
     * "sketch at a refresh": a thin product with a second tap, after the update.
 
     >>> import lowrank_jax as lrx
-    >>> plan(lrx.galore(1e-2, rank=8).projection)
+    >>> gradient_mode(lrx.galore(1e-2, rank=8).projection)
     'full at a refresh'
     >>> alternating = lrx.projectors.alternating(rank=8)
-    >>> plan(lrx.galore(1e-2, projector=alternating).projection)  # which moves after the update
+    >>> gradient_mode(
+    ...     lrx.galore(1e-2, projector=alternating).projection
+    ... )  # which moves after the update
     'sketch at a refresh'
     """
     schedule, reads = projection.refresh_schedule, projection.projector.reads
@@ -98,7 +100,7 @@ def train_step(
     form = optimizer if isinstance(optimizer, Fused) else fused(optimizer)
     gradients = _Gradients(loss, form, accumulate, has_aux)
     projection = form.recipe.projection
-    chosen = "full" if backprop == "full" else plan(projection)
+    chosen = "full" if backprop == "full" else gradient_mode(projection)
 
     def take(params, state, args):
         """`(value, gradients, state, options of the fused step)`."""

@@ -203,7 +203,7 @@ def projection_of(transformation: Any) -> Projection:
     """The `Projection` behind a transformation of this library; TypeError for any other.
 
     >>> import lowrank_jax as lrx
-    >>> lrx.projection_of(lrx.galore(1e-2, rank=8)).scale
+    >>> lrx.projection.projection_of(lrx.galore(1e-2, rank=8)).scale
     0.25
     """
     projection = getattr(transformation, "projection", None)

@@ -9,6 +9,7 @@ the new one in its place keeps.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -203,3 +204,6 @@ keep = Keep
 reset = Reset
 rotate = Rotate
 ldadam = LDAdam
+
+__all__ = ["Transport", "keep", "ldadam", "reset", "rotate"]
+__dir__ = functools.partial(sorted, __all__)

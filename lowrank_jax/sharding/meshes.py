@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -435,3 +436,21 @@ def at_input(kernel: Any, x: jax.Array, *, rows: int = -2) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     place = lambda x, own: sharding.reshard(x, tuple(sharding.even(mesh, x.shape, own)))  # noqa: E731
     return jax.tree.map(place, kernel, kernel.specs(spec))
+
+
+__all__ = [
+    "RULES",
+    "at_input",
+    "constrain",
+    "describe",
+    "divided",
+    "logical_axes",
+    "make_mesh",
+    "on_auto_axes",
+    "out_sharding",
+    "shardings",
+    "spec",
+    "specs",
+    "use",
+]
+__dir__ = functools.partial(sorted, __all__)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lrx
-from lowrank_jax.adapters import absorb, padded, to_lora, weighted
+from lowrank_jax import to_lora
+from lowrank_jax.adapters import absorb, padded, weighted
 
 pytestmark = pytest.mark.slow  # the fast tier has its laws and documentation
 

@@ -135,9 +135,9 @@ def test_a_foreign_model_with_its_own_scan():
     attached = lrx.attach(params, adaptation)
     assert jax.tree.structure(nn.unbox(params)) == jax.tree.structure(
         jax.tree.map(
-            lambda x: x.kernel if isinstance(x, lrx.AdaptedKernel) else x,
+            lambda x: x.kernel if isinstance(x, lrx.adapters.AdaptedKernel) else x,
             nn.unbox(attached),
-            is_leaf=lambda x: isinstance(x, lrx.AdaptedKernel),
+            is_leaf=lambda x: isinstance(x, lrx.adapters.AdaptedKernel),
         )
     )
     plain = lambda params, x: Foreign().apply({"params": params}, x)  # noqa: E731

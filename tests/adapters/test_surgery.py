@@ -167,7 +167,7 @@ def test_projected_moments_take_what_speaks_of_a_whole_parameter():
     _, state = tx.update(grads, tx.init(params), params)
     moved = jax.jit(apply_policy)({"kernel": Mask(jnp.float32(0.5)), "bias": Zero()}, state)
     own = lambda state: jax.tree.leaves(state, is_leaf=is_projection)  # noqa: E731
-    is_projection = lambda x: isinstance(x, lrx.ProjectionState)  # noqa: E731
+    is_projection = lambda x: isinstance(x, lrx.projection.ProjectionState)  # noqa: E731
     (old,), (new,) = ([x for x in own(one) if is_projection(x)] for one in (state, moved))
     before, after = old.matrices["kernel"], new.matrices["kernel"]
     np.testing.assert_allclose(after.inner.mu, 0.5 * before.inner.mu, rtol=1e-6)

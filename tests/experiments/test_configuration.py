@@ -236,7 +236,7 @@ def test_full_gradients_are_told_with_what_avoids_them(backprop, projector):
     optimizer = optimizers.build(plain, lambda step: 0.1, stacked=True, seed=0)
     is_thin = projector in ("alternating", "sketch")
     assert optimizer.projection.refresh_schedule.when == ("after" if is_thin else "before")
-    plan = lrx.plan(optimizer.projection)
+    plan = lrx.projection.gradient_mode(optimizer.projection)
     assert plan == ("sketch at a refresh" if is_thin else "full at a refresh")
     for _ in range(3):
         note = optimizers.full_gradients(config)

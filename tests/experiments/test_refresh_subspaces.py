@@ -36,11 +36,11 @@ def test_alternating_is_a_power_step_where_the_moment_is_the_projected_gradient(
     basis = jnp.asarray(orthonormal(10, 3))
     view = lrx.resolve(gradient, rank=3).projected[0]
     alternating, power = lrx.projectors.alternating(rank=3), lrx.projectors.power(rank=3)
-    inputs = lrx.RefreshInputs(
+    inputs = lrx.projectors.RefreshInputs(
         target=gradient, momentum=basis.T @ gradient, step=jnp.asarray(5), key=jax.random.key(0)
     )
     sketch = gradient @ alternating.sketch_basis(view, basis, (), inputs)
-    own, _ = alternating.refresh(view, basis, (), lrx.RefreshInputs(sketch=sketch))
+    own, _ = alternating.refresh(view, basis, (), lrx.projectors.RefreshInputs(sketch=sketch))
     stepped, _ = power.refresh(view, basis, (), inputs)
     angles = refresh_subspaces.principal_angles(own, stepped)
     assert float(angles.max()) < 0.1

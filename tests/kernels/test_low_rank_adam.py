@@ -384,7 +384,7 @@ def test_leaves_and_layer_wise_steps_that_it_cannot_write_are_refused():
     params = {"kernel": jnp.ones((8, 16))}
     with pytest.raises(ValueError, match=r"the view takes axes \(1, 0\)"):
         form.step(params, params, form.init(params))
-    stack = lrx.Stack(
+    stack = lrx.projection.Stack(
         before=lambda rest, x: x, layer=lambda layer, x: x, after=lambda rest, x: jnp.mean(x)
     )
     with pytest.raises(ValueError, match="products='kernel' writes whole stacks"):

@@ -142,7 +142,7 @@ def inputs(dtype: Any = jnp.float32):
 
 
 @functools.cache
-def start(row: Row) -> lrx.Adaptation:
+def start(row: Row) -> lrx.adapters.Adaptation:
     """The adaptation as it starts."""
     return jax.jit(lambda params, key: lrx.adapt(params, row.adapter, key, views=VIEWS))(
         params(), jax.random.key(0)
@@ -150,7 +150,7 @@ def start(row: Row) -> lrx.Adaptation:
 
 
 @functools.cache
-def moved(row: Row) -> lrx.Adaptation:
+def moved(row: Row) -> lrx.adapters.Adaptation:
     """The adaptation somewhere else: random numbers added to everything that trains."""
     generator = np.random.default_rng(2)
     add = lambda x: x + 0.2 * jnp.asarray(generator.normal(size=x.shape), x.dtype)  # noqa: E731
@@ -176,7 +176,7 @@ def low_precision(row: Row) -> dict[str, Any]:
     )
 
 
-def padded(row: Row) -> lrx.Adaptation:
+def padded(row: Row) -> lrx.adapters.Adaptation:
     """As `moved`, with a rank of its own for each layer of the stack where the family has ranks, 0
     for the last."""
     rank = getattr(row.adapter, "rank", 0)
@@ -198,7 +198,7 @@ def converted(row: Row, rank: int) -> tuple[Any, Any, dict[str, jax.Array]]:
     return jax.jit(run, compiler_options=FAST_COMPILE)(params(), padded(row))
 
 
-def off(adaptation: lrx.Adaptation) -> lrx.Adaptation:
+def off(adaptation: lrx.adapters.Adaptation) -> lrx.adapters.Adaptation:
     """With a weight of 0 in every scale."""
     sites = {
         path: own | {"scale": 0 * own["scale"]} for path, own in adaptation.frozen["sites"].items()
@@ -218,7 +218,7 @@ def model(tree: Any, x: jax.Array, *, scan: bool = True) -> jax.Array:
 
 def scannable(kernel: Any) -> Any:
     """A kernel whose shared arrays, which have no layer axis, stay outside of the scan."""
-    if not isinstance(kernel, lrx.AdaptedKernel):
+    if not isinstance(kernel, lrx.adapters.AdaptedKernel):
         return kernel
     bound = tuple(dataclasses.replace(one, shared=Outside(one.shared)) for one in kernel.bound)
     return dataclasses.replace(kernel, bound=bound)

@@ -260,8 +260,8 @@ def trajectory(method: Method):
     return run(method, gradients())
 
 
-def projection_state(state) -> lrx.ProjectionState:
-    return state if isinstance(state, lrx.ProjectionState) else state.projection
+def projection_state(state) -> lrx.projection.ProjectionState:
+    return state if isinstance(state, lrx.projection.ProjectionState) else state.projection
 
 
 def same(a, b) -> bool:

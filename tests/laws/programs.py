@@ -228,8 +228,8 @@ class Program:
         options = {"scale": self.scale, "side": self.side, "tie": self.tie, "views": self.views}
         options |= {"clip_norm": self.clip_norm, "guard": self.guard, "plain": A.adam(eps=1e-3)}
         rate = 0.05 if self.rate == "number" else optax.linear_schedule(0.05, 0.02, STEPS)
-        projection = lrx.Projection(**(slots | options | overrides))
-        return lrx.Recipe(
+        projection = lrx.projection.Projection(**(slots | options | overrides))
+        return lrx.projection.Recipe(
             projection=projection, learning_rate=rate, weight_decay=self.decay, when=self.when
         ).optax()
 
@@ -555,7 +555,7 @@ def layerwise(ref: Reference) -> Any:
         value = carried[-1] + jnp.sum(lrx.matmul(x, own["kernel"]) * y)
         return carried.at[-2:].set(jnp.stack([carried[-2] + 1, value]))
 
-    stack = lrx.Stack(before=before, layer=layer, after=lambda rest, x, batch: x[-1])
+    stack = lrx.projection.Stack(before=before, layer=layer, after=lambda rest, x, batch: x[-1])
     accumulate = ref.program.accumulate
     step = compiled(lrx.layerwise_step(stack, ref.tx, accumulate=accumulate))
     batches = [

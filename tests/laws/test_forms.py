@@ -100,7 +100,11 @@ def test_a_recipe_refreshes_without_full_gradients_where_it_can(name):
     """Unless a clock is given, or something else reads all of the gradient anyway."""
     projector, when, plan = SPARING[name]
     recipe = lrx.galore(1e-2, projector=projector, refresh_every=3).projection
-    assert (recipe.refresh_schedule.when, recipe.refresh_schedule.period, lrx.plan(recipe)) == (
+    assert (
+        recipe.refresh_schedule.when,
+        recipe.refresh_schedule.period,
+        lrx.projection.gradient_mode(recipe),
+    ) == (
         when,
         3,
         plan,
@@ -108,7 +112,10 @@ def test_a_recipe_refreshes_without_full_gradients_where_it_can(name):
     given = lrx.galore(1e-2, projector=projector, refresh_schedule=every(period=3)).projection
     assert given.refresh_schedule == every(period=3)
     reading = lrx.galore(1e-2, projector=projector, residual=lrx.residuals.sign()).projection
-    assert (reading.refresh_schedule.when, lrx.plan(reading)) == ("before", "full")
+    assert (reading.refresh_schedule.when, lrx.projection.gradient_mode(reading)) == (
+        "before",
+        "full",
+    )
     injected = optax.inject_hyperparams(lrx.galore)(1e-2, projector=projector, views=VIEWS)
     assert jax.eval_shape(injected.init, PARAMS).inner_state.projection.step.shape == ()
 
@@ -146,7 +153,7 @@ FAST = ("svd", "alternating", "columns after")
 )
 def test_optax_fused_and_projected_are_one(name):
     tx, plan = ROWS[name]
-    assert lrx.plan(tx.projection) == plan
+    assert lrx.projection.gradient_mode(tx.projection) == plan
     params, state, values = run(optax_step(tx), tx)
     fused_params, fused_state, fused_values = run(lrx.train_step(loss, tx, backprop="full"), tx)
     close(fused_params, params, 2e-5)
@@ -218,7 +225,7 @@ def test_no_stack_is_copied_layer_by_layer(layerwise):
         views=VIEWS,
         refresh_schedule=every(period=9, **AFTER),
     )
-    stack = lrx.Stack(
+    stack = lrx.projection.Stack(
         before=lambda rest, x: x,
         layer=lambda p, x: jnp.tanh(lrx.matmul(x, p["kernel"]))[..., :24],
         after=lambda rest, x, _: jnp.mean(x**2),
@@ -253,7 +260,7 @@ def test_no_update_of_full_size():
     params = {"layers": {"kernel": jnp.zeros((16, 128, 256))}}
     tx = lrx.galore(1e-2, projector=P.random(rank=8, kind="orthonormal"), views=VIEWS, guard=False)
     state = tx.init(params)
-    grads = {"layers": {"kernel": lrx.Projected(jnp.zeros((16, 8, 256)))}}
+    grads = {"layers": {"kernel": lrx.projection.Projected(jnp.zeros((16, 8, 256)))}}
 
     def fused(params, grads, state):
         return lrx.fused(tx).step(params, grads, state, taps=lrx.taps(state), rebased=True)

@@ -290,7 +290,7 @@ def test_uses_and_what_may_not_be_formed():
 
     state = lrx.scale_by_projection(lrx.projectors.svd(rank=2)).init({"kernel": kernel})
     tap = lrx.taps(state).taps["kernel"].placed()
-    tapped = lrx.Tapped(kernel, tap)
+    tapped = lrx.projection.Tapped(kernel, tap)
     assert tapped.dense() is None and tapped.path == "kernel"
     assert jax.tree.structure(tapped.with_parts(*tapped.parts())) == jax.tree.structure(tapped)
     for use in (lambda k: lrx.adapters.embed(jnp.array([1]), k), jnp.sin):

@@ -24,7 +24,7 @@ PARAMS = {
 }
 X, Y = DRAW(40, 6) * 5, DRAW(40, 4) * 5
 BATCHES = [(X + 0.1 * i, Y) for i in range(5)]
-STACK = lrx.Stack(
+STACK = lrx.projection.Stack(
     before=lambda rest, x, y: x @ rest["embed"]["kernel"],
     layer=lambda layer, x: x + lrx.matmul(
         jnp.tanh(lrx.matmul(x * layer["norm"]["scale"], layer["up"]["kernel"])), layer["down"]["kernel"]
@@ -145,7 +145,7 @@ def test_a_bad_batch_is_skipped():
 def test_no_gradient_of_the_stack_is_held():
     layers, width = 16, 128
     params = {"layers": {"kernel": jnp.zeros((layers, width, width))}}
-    stack = lrx.Stack(
+    stack = lrx.projection.Stack(
         before=lambda rest, x: x,
         layer=lambda p, x: jnp.tanh(lrx.matmul(x, p["kernel"])),
         after=lambda rest, x, _: jnp.mean(x**2),
@@ -188,7 +188,7 @@ def _breaking():
     )
     layer = lambda p, x: STACK.layer(p, through(x, p["mark"]["scale"][0]))  # noqa: E731
     before = lambda rest, x, y: through(STACK.before(rest, x, y), rest["mark"])  # noqa: E731
-    return lrx.Stack(before=before, layer=layer, after=STACK.after)
+    return lrx.projection.Stack(before=before, layer=layer, after=STACK.after)
 
 
 def _marked(where):

@@ -46,7 +46,7 @@ def _same_up_to_zero_sign(a, b):
 
 
 def _with_skipped(state, skipped):
-    if isinstance(state, lrx.ProjectionState):
+    if isinstance(state, lrx.projection.ProjectionState):
         return state._replace(skipped=skipped)
     return state._replace(projection=state.projection._replace(skipped=skipped))
 
@@ -74,7 +74,7 @@ def test_degenerate_gradients_leave_everything_finite_and_bases_orthonormal(meth
 
 
 def _assert_orthonormal(method, states):
-    projector = lrx.projection_of(m.program(method)[0]).projector
+    projector = lrx.projection.projection_of(m.program(method)[0]).projector
     for matrix in _matrices(states):
         basis = matrix.basis
         if (
@@ -96,7 +96,7 @@ def _assert_orthonormal(method, states):
 
 
 def _matrices(states):
-    is_matrix = lambda x: isinstance(x, lrx.MatrixState)  # noqa: E731
+    is_matrix = lambda x: isinstance(x, lrx.projection.MatrixState)  # noqa: E731
     return [
         x
         for x in jax.tree.leaves(m.projection_state(states).matrices, is_leaf=is_matrix)

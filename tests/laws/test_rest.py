@@ -63,7 +63,7 @@ def views_and_bases():
         for name, (projector, _) in PROJECTORS.items():
             found[name], memory = projector.init(views[name], key)
             if projector.moves:
-                inputs = lrx.RefreshInputs(target=gradient, step=jnp.asarray(0), key=key)
+                inputs = lrx.projectors.RefreshInputs(target=gradient, step=jnp.asarray(0), key=key)
                 found[name], _ = projector.refresh(views[name], found[name], memory, inputs)
         return found
 
@@ -140,7 +140,7 @@ def test_a_gradient_that_lies_in_the_subspace_leaves_nothing():
     gradient = W[:, :3] @ W[:3]
     projector = P.svd(rank=5)
     view = lrx.resolve(W, rank=projector.rank_for, side="rows").projected[0]
-    basis, _ = projector.refresh(view, None, (), lrx.RefreshInputs(target=gradient))
+    basis, _ = projector.refresh(view, None, (), lrx.projectors.RefreshInputs(target=gradient))
     low = projector.down(view, basis, gradient)
     _, combine = records(projector, view, basis, gradient, low, jnp.zeros_like(low))
     update, _ = R.sign().combine(combine)

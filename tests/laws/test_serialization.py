@@ -84,4 +84,6 @@ def test_a_target_of_another_rank_or_kind():
     with pytest.raises(
         ValueError, match=r"Projected: saved fields \['basis', .*are not \['low', 'sketch'\]"
     ):
-        returned(state.projection.matrices["dense"]["kernel"], lrx.Projected(jnp.ones(3)))
+        returned(
+            state.projection.matrices["dense"]["kernel"], lrx.projection.Projected(jnp.ones(3))
+        )

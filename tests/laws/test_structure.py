@@ -57,7 +57,7 @@ def test_a_stack_is_its_layers_one_by_one(method):
 @m.every_method()
 def test_transposing_weight_and_gradient_transposes_the_update(method):
     other = {"rows": "cols", "cols": "rows"}
-    slots = lrx.projection_of(m.program(method)[0])
+    slots = lrx.projection.projection_of(m.program(method)[0])
     flipped = method.build(side=other.get(slots.side, slots.side), tie=other[slots.tie])
     transpose = lambda trees: jax.tree_util.tree_map_with_path(  # noqa: E731
         lambda path, x: jnp.swapaxes(x, -1, -2) if path[-1].key == "kernel" else x, trees
@@ -151,7 +151,7 @@ def test_ldadam_error_feedback_telescopes():
 
 @m.every_method()
 def test_state_bytes_are_the_formulas(method):
-    projection = lrx.projection_of(m.program(method)[0])
+    projection = lrx.projection.projection_of(m.program(method)[0])
     state = m.projection_state(jax.eval_shape(m.program(method)[0].init, m.params_like()))
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
     for matrix in (state.matrices["dense"]["kernel"], state.matrices["stack"]["kernel"]):

@@ -182,7 +182,7 @@ def test_sides_keep_the_sharded_dimension_whole(spec, side):
     sides = lrx.sides_for(params, places)
     assert sides == (("kernel", side),)
     tx = lrx.dct_adamw(1e-3, rank=4, side=sides)
-    assert lrx.resolved_sides(optax.chain(optax.clip(1.0), tx), params) == sides
+    assert lrx.projection.resolved_sides(optax.chain(optax.clip(1.0), tx), params) == sides
     mu = lrx.state_shardings(tx, params, places).projection.matrices["kernel"].inner.mu
     kept = spec[0] if side == "cols" else (spec[1] if len(spec) > 1 else None)
     assert (tuple(mu.spec) + (None,) * 2)[:2] == (None, kept)
@@ -197,8 +197,11 @@ def test_an_explicit_mesh_resolves_sharding_sides_by_itself_and_an_auto_mesh_ask
         PARAMS,
         shardings(AxisType.Explicit),
     )
-    assert lrx.resolved_sides(tx, placed) == (("dense/kernel", "rows"), ("layers/kernel", "rows"))
+    assert lrx.projection.resolved_sides(tx, placed) == (
+        ("dense/kernel", "rows"),
+        ("layers/kernel", "rows"),
+    )
 
 
 def test_resolved_sides_of_a_pipeline_without_projection_are_empty():
-    assert lrx.resolved_sides(optax.adamw(1e-3), PARAMS) == ()
+    assert lrx.projection.resolved_sides(optax.adamw(1e-3), PARAMS) == ()

@@ -26,7 +26,7 @@ PARAMS = {
     "bias": jnp.zeros(16),
 }
 X, Y = DRAW(2, 32, 12), DRAW(3, 32, 16)
-STACK = lrx.Stack(
+STACK = lrx.projection.Stack(
     before=lambda rest, x, y: lrx.matmul(x, rest["in"]["kernel"]) + rest["bias"],
     layer=lambda layer, x: jnp.tanh(lrx.matmul(x, layer["kernel"])),
     after=lambda rest, x, x0, y: jnp.mean(jnp.square(x - y)),
@@ -89,7 +89,7 @@ def test_a_training_step_over_rows_is_that_of_one_device(name, accumulate):
 def test_a_layerwise_step_over_rows_is_that_of_one_device(accumulate):
     views = lrx.Views(stacked=("layers/.*",), rules=(("in/kernel", None),))
     tx = lrx.galore(1e-2, rank=4, refresh_every=2, views=views)
-    over = lrx.Stack(before=STACK.before, layer=STACK.layer, after=averaged(STACK.after))
+    over = lrx.projection.Stack(before=STACK.before, layer=STACK.layer, after=averaged(STACK.after))
     batch, rows = (X, Y), P("data")
     if accumulate > 1:
         batch, rows = tuple(x.reshape(accumulate, -1, x.shape[-1]) for x in batch), P(None, "data")

@@ -54,8 +54,8 @@ NUMBERS += [
     (PAIRS["altlora"], "damping"),
 ]
 NUMBERS += [
-    (lambda **o: lrx.precondition_pairs(**o), "scale"),
-    (lambda **o: lrx.precondition_pairs(**o), "damping"),
+    (lambda **o: lrx.adapters.precondition_pairs(**o), "scale"),
+    (lambda **o: lrx.adapters.precondition_pairs(**o), "damping"),
 ]
 NUMBERS += [
     (lambda **o: lrx.scale_by_projection(P.svd(rank=2), **o), field)
@@ -191,7 +191,10 @@ def test_pairs_that_are_not_real_are_refused_by_name(dtype):
     factor = PAIR["q"] | {"a": PAIR["q"]["a"].astype(dtype)}
     bias = PAIR["bias"].astype(dtype)
     for wrong, path in ((PAIR | {"q": factor}, "q/a"), (PAIR | {"bias": bias}, "bias")):
-        for transformation in (*(make(0.1) for make in PAIRS.values()), lrx.precondition_pairs()):
+        for transformation in (
+            *(make(0.1) for make in PAIRS.values()),
+            lrx.adapters.precondition_pairs(),
+        ):
             with pytest.raises(ValueError, match=f"leaf '{path}' is {dtype}"):
                 jax.eval_shape(transformation.init, wrong)
             state = jax.eval_shape(transformation.init, PAIR)
@@ -318,7 +321,7 @@ def test_decay_of_the_layerwise_form_follows_the_schedule_and_the_mask():
     def layer(layer, x):
         return jnp.tanh(lrx.matmul(x, layer["kernel"])) + layer["bias"]
 
-    stack = lrx.Stack(
+    stack = lrx.projection.Stack(
         before=lambda rest, x: x, layer=layer, after=lambda rest, x, _: jnp.mean(x**2)
     )
     params = {"layers": {"kernel": jnp.stack([jnp.eye(4)] * 2), "bias": jnp.ones((2, 4))}}

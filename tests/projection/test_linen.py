@@ -35,10 +35,10 @@ def check(model, x, views, *, side="paper", tolerance=1e-3, loss=None):
     expected, full = jax.jit(jax.value_and_grad(plain))(params, x)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     lrx.check_taps(tapped, taps, params, x, tolerance=tolerance)
-    leaves = jax.tree.leaves(grads, is_leaf=lambda leaf: isinstance(leaf, lrx.Projected))
+    leaves = jax.tree.leaves(grads, is_leaf=lambda leaf: isinstance(leaf, lrx.projection.Projected))
     seen = 0
     for got, leaf in zip(leaves, jax.tree.leaves(full), strict=True):
-        if isinstance(got, lrx.Projected):
+        if isinstance(got, lrx.projection.Projected):
             seen += 1
             continue
         np.testing.assert_allclose(

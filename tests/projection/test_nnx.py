@@ -48,7 +48,7 @@ def check(model, views, *, side="paper", pure=True, tolerance=1e-5):
     value, grads = run(lrx.projected_value_and_grad(tapped, taps), params, X)
     expected, full = run(jax.value_and_grad(plain), params, X)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    is_projected = lambda leaf: isinstance(leaf, lrx.Projected)  # noqa: E731
+    is_projected = lambda leaf: isinstance(leaf, lrx.projection.Projected)  # noqa: E731
     seen = set()
     for (keys, leaf), got in zip(
         jax.tree_util.tree_leaves_with_path(nnx.as_pure(full)),

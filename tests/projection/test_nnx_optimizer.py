@@ -197,7 +197,9 @@ def test_shardings_of_a_state_of_variables():
     placed = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), params)
     found = lrx.state_shardings(GALORE, params, placed)
     assert jax.tree.structure(found) == jax.tree.structure(GALORE.init(params))
-    assert lrx.sides_for(params, placed, views=VIEWS) == lrx.resolved_sides(GALORE, params)
+    assert lrx.sides_for(params, placed, views=VIEWS) == lrx.projection.resolved_sides(
+        GALORE, params
+    )
 
 
 @pytest.mark.slow
@@ -242,7 +244,7 @@ PAIRS = {
     "scaled_adamw": lrx.scaled_adamw(1e-2, weight_decay=0.1),
     "altlora": lrx.altlora(1e-2, scale=2.0),
     "altlora_plus": lrx.altlora_plus(1e-2, scale=2.0, alternate=None),
-    "precondition": optax.chain(lrx.precondition_pairs(), optax.sgd(0.1)),
+    "precondition": optax.chain(lrx.adapters.precondition_pairs(), optax.sgd(0.1)),
 }
 
 

@@ -81,7 +81,7 @@ def test_the_scratch_is_that_of_a_block():
 
 
 def test_the_layer_wise_step_takes_blocks_too():
-    stack = lrx.Stack(
+    stack = lrx.projection.Stack(
         before=lambda rest, x: rest["embed"]["embedding"][x],
         layer=lambda layer, x: x + jnp.tanh(lrx.matmul(x, layer["kernel"])),
         after=lambda rest, x, _: jnp.mean(x**2),

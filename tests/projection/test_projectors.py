@@ -30,7 +30,7 @@ def test_columns_of_zeros_change_no_basis_of_rows(name):
             projector.refresh(
                 view,
                 *projector.init(view, keys),
-                lrx.RefreshInputs(target=g, step=jnp.int32(step), key=keys),
+                lrx.projectors.RefreshInputs(target=g, step=jnp.int32(step), key=keys),
             )[0]
             for g in (gradient, jnp.pad(gradient, [(0, 0), (0, 0), (0, 3)]))
         ]

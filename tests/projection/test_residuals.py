@@ -67,10 +67,10 @@ def test_an_error_fed_back_by_its_old_spelling_is_the_target():
     with pytest.warns(DeprecationWarning, match="use lrx.targets.error_feedback"):
         old = lrx.residuals.error_feedback(dtype=jnp.bfloat16)
     target = lrx.targets.error_feedback(dtype=jnp.bfloat16)
-    made = lrx.Projection(projector=PROJECTOR, residual=old)
-    assert made == lrx.Projection(projector=PROJECTOR, target=target)
+    made = lrx.projection.Projection(projector=PROJECTOR, residual=old)
+    assert made == lrx.projection.Projection(projector=PROJECTOR, target=target)
     with pytest.raises(ValueError, match="give one of them, as target="):
-        lrx.Projection(projector=PROJECTOR, residual=old, target=target)
+        lrx.projection.Projection(projector=PROJECTOR, residual=old, target=target)
 
 
 def test_a_momentum_is_projected_and_its_projected_part_decays():
@@ -87,7 +87,7 @@ def test_a_momentum_is_projected_and_its_projected_part_decays():
 
 def test_a_momentum_is_not_clipped():
     with pytest.raises(ValueError, match="clip_norm=1.0: Momentum sums gradients up.*chain"):
-        lrx.Projection(projector=PROJECTOR, target=lrx.targets.momentum(), clip_norm=1.0)
+        lrx.projection.Projection(projector=PROJECTOR, target=lrx.targets.momentum(), clip_norm=1.0)
     with pytest.raises(ValueError, match="momentum: mu=1.5 must be"):
         lrx.targets.momentum(mu=1.5)
 

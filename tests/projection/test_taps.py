@@ -128,7 +128,9 @@ def test_rows_save_the_projected_input():
     """The forward pass keeps XP (N, r), not X (N, s), where the rows are shrunk."""
     params = {"kernel": normal(32, 64)}
     tx = lrx.scale_by_projection(lrx.projectors.random(rank=2, kind="orthonormal"))
-    tapped = lrx.Tapped(params["kernel"], lrx.taps(tx.init(params)).taps["kernel"].placed())
+    tapped = lrx.projection.Tapped(
+        params["kernel"], lrx.taps(tx.init(params)).taps["kernel"].placed()
+    )
 
     def saved(function):
         _, pullback = jax.vjp(function, normal(10, 32))
@@ -304,10 +306,15 @@ def test_errors_of_update():
         every.update(grads, every.init(params), params, taps=taps)
     with pytest.raises(ValueError, match=r"shape \(1, 12\), not \(2, 12\)"):
         tx.update(
-            grads | {"kernel": lrx.Projected(grads["kernel"].low[:1])}, state, params, taps=taps
+            grads | {"kernel": lrx.projection.Projected(grads["kernel"].low[:1])},
+            state,
+            params,
+            taps=taps,
         )
     with pytest.raises(ValueError, match="leaf that this transformation does not project"):
-        tx.update(grads | {"bias": lrx.Projected(grads["bias"])}, state, params, taps=taps)
+        tx.update(
+            grads | {"bias": lrx.projection.Projected(grads["bias"])}, state, params, taps=taps
+        )
     with pytest.raises(ValueError, match="accumulate=3"):
         lrx.projected_value_and_grad(function, taps, accumulate=3)(params, X)
     with pytest.raises(ValueError, match="accumulate=0"):

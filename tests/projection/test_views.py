@@ -27,7 +27,7 @@ def test_matrices_are_numpys_transpose_and_reshape(view, shape, matrices):
     np.testing.assert_array_equal(view.to_matrices(jnp.asarray(x)), expected)
     np.testing.assert_array_equal(view.from_matrices(jnp.asarray(expected), shape), x)
     for side in ("rows", "cols"):
-        resolved = lrx.ResolvedView(
+        resolved = lrx.resolution.ResolvedView(
             path="w", shape=shape, view=view, rank=1, side=side, batch=matrices[:-2]
         )
         oriented = resolved.orient(jnp.asarray(x))

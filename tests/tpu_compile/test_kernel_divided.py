@@ -98,7 +98,9 @@ def test_the_fused_form_writes_in_place_and_gathers_one_basis_after_the_other(me
     grads = params
     if part == "projected":
         low = abstract(own, (layers, r, k), "float32", None, None, "fsdp")
-        grads = {"kernel": jax.tree.map(lambda _: low, jax.eval_shape(lrx.Projected, low))}
+        grads = {
+            "kernel": jax.tree.map(lambda _: low, jax.eval_shape(lrx.projection.Projected, low))
+        }
 
     def step(params, grads, state):
         with meshes.use(own, parameters=params_known):

@@ -36,7 +36,7 @@ def program(transformation: Any, products: str) -> Callable[..., Any]:
     form = lrx.fused(transformation, products=products)
 
     def run(params, grads, state):
-        projected = isinstance(grads["kernel"], lrx.Projected)
+        projected = isinstance(grads["kernel"], lrx.projection.Projected)
         return form.step(params, grads, state, taps=lrx.taps(state) if projected else None)
 
     return run
@@ -51,7 +51,9 @@ def cases(kind: str, chip: str) -> Iterator[Case]:
         s, k = min(shape), max(shape)
         params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
         low: Any = {
-            "kernel": jax.eval_shape(lrx.Projected, jax.ShapeDtypeStruct((rank, k), jnp.float32))
+            "kernel": jax.eval_shape(
+                lrx.projection.Projected, jax.ShapeDtypeStruct((rank, k), jnp.float32)
+            )
         }
         # the values are the state's; this one only says their shape
         basis = lrx.projectors.given(matrix=np.zeros((s, rank), np.float32))

@@ -3,6 +3,8 @@
 `base` has the interface; each of the others is a frozen dataclass of pure functions.
 """
 
+import functools
+
 from lowrank_jax.optim.inner.adam import Adam, AdamState, debias
 from lowrank_jax.optim.inner.base import Inner, first_moment, map_moments
 from lowrank_jax.optim.inner.from_optax import FromOptax, as_inner
@@ -18,16 +20,11 @@ soap = Soap
 stored8 = Stored8
 
 __all__ = [
-    "Adam",
     "AdamState",
-    "FromOptax",
     "Inner",
     "Moment",
-    "NewtonSchulz",
     "NewtonSchulzState",
-    "Soap",
     "SoapState",
-    "Stored8",
     "adam",
     "as_inner",
     "debias",
@@ -39,3 +36,4 @@ __all__ = [
     "soap",
     "stored8",
 ]
+__dir__ = functools.partial(sorted, __all__)

@@ -193,7 +193,7 @@ def recipe(
 
 def _sparing(schedule: RefreshSchedule, slots: dict[str, Any]) -> RefreshSchedule:
     """The schedule, after the update where projected backprop then never takes a full gradient (see
-    `lrx.plan`).
+    `lrx.projection.gradient_mode`).
 
     That is where a refresh reads a thin product of the gradient or none of it, and nothing else
     reads all of it.

@@ -1,6 +1,8 @@
 """Projectors: which subspace. See `base` for the interface; each is a frozen dataclass of pure
 functions."""
 
+import functools
+
 from lowrank_jax.projection.projectors.alternating import alternating
 from lowrank_jax.projection.projectors.base import Projector
 from lowrank_jax.projection.projectors.columns import columns
@@ -12,9 +14,11 @@ from lowrank_jax.projection.projectors.power import power
 from lowrank_jax.projection.projectors.random import random
 from lowrank_jax.projection.projectors.randomized import randomized
 from lowrank_jax.projection.projectors.svd import svd, svd_two_sided
+from lowrank_jax.projection.state import RefreshInputs
 
 __all__ = [
     "Projector",
+    "RefreshInputs",
     "alternating",
     "columns",
     "dct",
@@ -29,3 +33,4 @@ __all__ = [
     "svd",
     "svd_two_sided",
 ]
+__dir__ = functools.partial(sorted, __all__)
