@@ -46,6 +46,7 @@ class Runner:
         self.compiled = lrx.memory.compile_update(case.tx, shapes)
         self.params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         self.state = jax.jit(case.tx.init)(self.params)
+        # a staggered schedule works at most steps; normal is one at which no layer is refreshed
         working = case.working_steps(shapes) if case.staggered else []
         self.quiet = next(step for step in range(1, workload.PERIOD) if step not in working)
         self.state_bytes = lrx.memory.ledger(case.tx, shapes).state_bytes
@@ -80,7 +81,7 @@ def measure_references(shapes: Any, rank: int) -> tuple[dict[str, Any], dict[str
 def times(runners: dict[str, Runner], references: dict[str, Any], repetitions: int, refreshes: int):
     """Medians of normal steps and references, then of refreshes, each by name."""
     for runner in runners.values():
-        runner.step(1)
+        runner.step(1)  # loads the programs
     cases: dict[str, Any] = {
         name: lambda program=program: timing.seconds(program)
         for name, program in references.items()
@@ -88,6 +89,7 @@ def times(runners: dict[str, Runner], references: dict[str, Any], repetitions: i
     cases |= {
         name: lambda runner=runner: runner.step(runner.quiet) for name, runner in runners.items()
     }
+    # interleaved, so that whatever else the machine does meets all of them
     normal = timing.interleave(cases, repetitions)
     due = {
         n: lambda runner=r: runner.step(runner.case.refresh)
@@ -107,6 +109,7 @@ def summarize(
 ) -> dict[str, Any]:
     """One row of the table."""
     period = workload.PERIOD
+    # mean seconds over one period of refreshes
     if working:
         worst, amortised = max(working), (sum(working) + (period - len(working)) * normal) / period
     elif refresh is not None:
@@ -131,12 +134,10 @@ def aims(
     rows: list[dict[str, Any]], cases: list[workload.Case], bound: float, tpu: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Each aim with its value, its bound and whether it is met (None where it was not measured)."""
-    ours = [
-        (row, case) for row, case in zip(rows, cases, strict=True) if hasattr(case.tx, "projection")
-    ]
-    contrib = next(
-        row["normal_seconds"] for row in rows if row["optimizer"] == "optax.contrib.galore"
-    )
+    pairs = zip(rows, cases, strict=True)
+    ours = [(row, case) for row, case in pairs if hasattr(case.tx, "projection")]
+    peers = [row for row in rows if row["optimizer"] == "optax.contrib.galore"]
+    contrib = peers[0]["normal_seconds"]
     result = []
 
     def add(aim, what, value, limit):
@@ -152,26 +153,19 @@ def aims(
 
     for row, case in ours:
         if not case.every_step:
-            add(
-                "normal step, own arithmetic + traffic, 20 % (s)",
-                case.name,
+            seconds, by_bound = (
                 row["normal_seconds"],
-                bound,
+                "normal step, own arithmetic + traffic, 20 % (s)",
             )
-            add(
-                "normal step, optax.contrib.galore's (s)", case.name, row["normal_seconds"], contrib
-            )
+            add(by_bound, case.name, seconds, bound)
+            add("normal step, optax.contrib.galore's (s)", case.name, seconds, contrib)
     for row, case in ours:
         if case.aim:
             add("refresh, in normal steps", case.name, row["worst_over_normal"], NORMAL_STEPS)
     for row in tpu["rows"] or [{"projector": name} for name in tpu_programs.projectors(1)]:
         name = " ".join([row["projector"], *map(str, row.get("shape", []))])
-        add(
-            "TPU program of a refresh (bytes)",
-            name,
-            row.get("program_bytes"),
-            tpu_programs.LIMIT_BYTES,
-        )
+        size = row.get("program_bytes")
+        add("TPU program of a refresh (bytes)", name, size, tpu_programs.LIMIT_BYTES)
     return result
 
 

@@ -137,6 +137,7 @@ def reality() -> list[Case]:
 def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each aim with its value, its bound and whether it is met; None where rows are missing."""
     found = []
+    # fully divided parameters: the state of a chip should be its share of the whole
     shares = []
     for row in rows:
         own, share = report.state_bytes(row)
@@ -153,12 +154,12 @@ def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "met": None if worst is None else worst[0] <= 0.01,
         }
     )
-    data = {row["optimizer"]: row for row in rows if row["mesh"] == {"data": 256} and row["placed"]}
+    # replicas alone: what they add up is all that they send
+    replicas = [row for row in rows if row["mesh"] == {"data": 256} and row["placed"]]
+    sent = {row["optimizer"]: row["collectives"] for row in replicas if "collectives" in row}
     value = None
-    if {"adamw", "galore"} <= data.keys():
-        low, full = (
-            data[name]["collectives"]["block_reduced_bytes"] for name in ("galore", "adamw")
-        )
+    if {"adamw", "galore"} <= sent.keys():
+        full, low = (sent[name]["block_reduced_bytes"] for name in ("adamw", "galore"))
         value = full / low
     found.append(
         {

@@ -109,6 +109,7 @@ def principal_angles(first: jax.Array, second: jax.Array) -> jax.Array:
     >>> principal_angles(first, second).tolist()
     [0.0, 90.0]
     """
+    # of PᵀQ, whose singular values are the cosines
     cosines = jnp.linalg.svd(jnp.swapaxes(first, -1, -2) @ second, compute_uv=False)
     return jnp.degrees(jnp.arccos(jnp.clip(cosines, 0, 1)))
 
@@ -121,6 +122,7 @@ def measured_steps(period: int, steps: int, apart: int = 100) -> dict[int, list[
     >>> list(measured_steps(10, 600)), measured_steps(10, 600)[100]
     ([0, 100, 200, 300, 400, 500], [101, 103, 105, 107, 109])
     """
+    # whole periods apart, and up to ten steps of the period that the basis serves
     apart, samples = period * max(1, apart // period), min(10, max(1, period // 2))
     windows = {
         refresh: [refresh + period * (2 * i + 1) // (2 * samples) for i in range(samples)]
@@ -180,6 +182,7 @@ def summary(
 ) -> dict[str, Any]:
     """One measured refresh: captured energies (matrices,) of the step, then of its window."""
     degrees = np.concatenate([np.asarray(x).reshape(-1, x.shape[-1]) for x in angles])
+    # the first is of the refresh's own step, the others of the window that it serves
     (step_own, *window_own), (step_svd, *window_svd) = np.asarray(own), np.asarray(exact)
     window_own, window_svd = np.mean(window_own, axis=0), np.mean(window_svd, axis=0)
     return {
@@ -204,6 +207,7 @@ def train(
     params = jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
     state: Any = {"params": params, "opt_state": tx.init(params)}
     probe = Probe(tx.projection, params)
+    # the run itself sees no full gradient; the probe takes one at the steps that it measures
     update = jax.jit(updates.fused_step(model, tx, 1, "projected"), donate_argnums=0)
     gradient = jax.jit(jax.grad(lambda params, batch: updates.loss_sums(model, params, batch)[0]))
     steps, period = config.schedule.steps, config.optimizer.refresh_every or 200
@@ -222,7 +226,7 @@ def train(
                     summary(samples[step], measured["angles"], measured["own"], measured["svd"])
                 )
         state, seen = update(state, batch)
-        if step in windows:
+        if step in windows:  # refreshed after this update, by what this step's gradient says
             bases, exact = probe.bases(state["opt_state"]), probe.exact(grads)
             measured = {
                 "exact": exact,
@@ -267,7 +271,7 @@ def queue(
             f"[{spent:.1f} min] {number + 1} of {len(keys)}: {refresh} every {period}, seed {seed}",
             flush=True,
         )
-        begin = time.process_time()
+        begin = time.process_time()  # the processor's time, whatever else runs here
         result = run(configured(refresh, period, seed, steps))
         outputs.write_json(path, result | {"cpu_minutes": (time.process_time() - begin) / 60})
     return sum(_read(other)["cpu_minutes"] for other in root.glob("*.json"))

@@ -114,12 +114,15 @@ def operations(
     """
     D, F, L = config.width, config.hidden, config.layers
     KV = config.kv_heads * config.head_size
+    # forward and backward of the two products of attention
     total = 12 * L * D * config.sequence_length * tokens
     for m, n in ((D, D), (D, KV), (D, KV), (D, D), (D, F), (D, F), (F, D)):
-        total += L * (
-            4 * tokens * m * n + 2 * tokens * rank * (m + n) if tapped else 6 * tokens * m * n
-        )
-        total += L * 2 * m * n * rank * (1 if tapped else 2)
+        # forward, and the gradient of the inputs
+        products = 4 * tokens * m * n
+        # the gradient of the weight, or its projection by thin products
+        products += 2 * tokens * rank * (m + n) if tapped else 2 * tokens * m * n
+        # down and up of the update; a tap has done the former
+        total += L * (products + 2 * m * n * rank * (1 if tapped else 2))
     if head:
         m, n = D, config.vocabulary_size
         thin = 2 * tokens * rank * (m + n) + 2 * m * n * rank
@@ -187,13 +190,15 @@ def make(
 ) -> Case:
     """Compiles a case and puts its state past the first refresh."""
     print(f"compiling {name}", file=sys.stderr, flush=True)
+    # a normal step: at step 1 nothing is due
     state = at(jax.jit(tx.init)(of.params), 1)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(of.params, state, of.batch).compile()
     program = lrx.memory.measure(compiled)
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (of.params, state)]
+    # the step of the next refresh: at the beginning of a period, or after its last update
     schedule = getattr(getattr(tx, "projection", None), "refresh_schedule", None)
     refresh = PERIOD - 1 if schedule is not None and schedule.phase else 0
-    sizes[0] += program.temporaries
+    sizes[0] += program.temporaries  # what the step needs besides its arguments
     return Case(name, rank, tapped, head_tapped, refresh, compiled, of, state, *sizes)
 
 
@@ -205,7 +210,7 @@ def cases(
     rank, of = config.width // part, work(config, batch, head=head)
     adamw = optax.adamw(1e-3)
     rows = [make("optax.adamw", optax_step(adamw, of.loss), adamw, of)]
-    if contrib:
+    if contrib:  # which leaves stacked layers unprojected
         flat = work(dataclasses.replace(config, scan=False), batch)
         tx = METHODS["optax_galore"].build(1e-2, rank=rank)
         rows.append(make("optax.contrib.galore", optax_step(tx, flat.loss), tx, flat, rank=rank))
@@ -213,6 +218,7 @@ def cases(
     rows.append(make(f"galore, rank {rank}", optax_step(plain, of.loss), plain, of, rank=rank))
     name = f"galore, rank {rank}, projected backprop"
     rows.append(make(name, lrx.train_step(of.loss, plain), plain, of, rank=rank, tapped=True))
+    # refreshes after the update, by thin products: no full gradient at any step
     after: dict[str, Any] = {
         "projector": lrx.projectors.alternating(rank=rank),
         "refresh_schedule": lrx.refresh_schedules.every(
@@ -250,10 +256,10 @@ def table(
     for part in parts:
         rows = cases(preset, batch, length, part, head=head, contrib=contrib and not lines)
         for row in rows:
-            row.run()
+            row.run()  # loads the program and fills the caches
         seconds = timing.interleave({row.name: row.run for row in rows}, repetitions)
         measured = [line(row, seconds, preset, batch, length, head) for row in rows]
-        lines += measured if not lines else measured[1:]
+        lines += measured if not lines else measured[1:]  # AdamW is shown once
     return {"part": "whole model" if head else "blocks alone", "rows": lines}
 
 
@@ -261,11 +267,8 @@ def line(
     row: Case, seconds: dict[str, float], preset: str, batch: int, length: int, head: bool
 ) -> dict[str, Any]:
     """What is recorded of one case after the timed steps; a tapped one pays a refresh here."""
-    config, own, adamw = (
-        llama.preset(preset, sequence_length=length),
-        seconds[row.name],
-        seconds["optax.adamw"],
-    )
+    config = llama.preset(preset, sequence_length=length)
+    own, adamw = seconds[row.name], seconds["optax.adamw"]
     kind = {"tapped": row.tapped, "head_tapped": row.head_tapped}
     counted = operations(config, batch * length, head=head, rank=row.rank, **kind)
     work_ratio = counted / operations(config, batch * length, head=head)
@@ -284,6 +287,7 @@ def line(
     }
     if row.tapped:
         row.state = at(row.state, row.refresh)
+        # one refresh a period, the rest normal steps
         refresh = row.run()
         mean = (refresh + (PERIOD - 1) * own) / PERIOD
         found |= {"refresh_seconds": refresh, "amortised_ratio": mean / adamw}

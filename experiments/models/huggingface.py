@@ -102,6 +102,7 @@ def load(folder, *, shardings: Any = None, **overrides) -> tuple[llama.LlamaConf
         raise
     like = shapes(config)
     if shardings is not None:
+        # one sharding may stand for a whole part of the tree
         like = jax.tree.map(
             lambda sharding, part: jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
@@ -139,6 +140,7 @@ def save(
     """
     folder = pathlib.Path(folder)
     path = check_folder(folder, overwrite=overwrite)
+    # config.json last: a folder without it holds no model
     values = config_to(config) | {"torch_dtype": _dtype_of(config, params)} | dict(entries or {})
     files = safetensors.write(folder, names.to_torch(params), max_shard_bytes=max_shard_bytes)
     outputs.write_json(path, values)
@@ -201,11 +203,13 @@ def config_from(values: Mapping[str, Any], **overrides) -> llama.LlamaConfig:
     family = values.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type={family!r}: supported are {', '.join(FAMILIES)}")
+    # what `Llama` does not compute is refused, never left out in silence
     for key, only in (("hidden_act", ("silu", "swish")), ("quantization_config", ())):
         if values.get(key) is not None and values[key] not in only:
             remedy = f"only {only[0]} is supported" if only else "dequantise the weights first"
             raise ValueError(f"{key}={values[key]!r}: {remedy}")
     width, heads = _required(values, "hidden_size"), _required(values, "num_attention_heads")
+    # the first LLaMA knew no grouped queries
     kv_heads = heads if family == "llama" and values.get("num_key_value_heads") is None else None
     head_dim = values.get("head_dim")
     theta, scaling = _rope(values)
@@ -262,11 +266,9 @@ def config_to(config: llama.LlamaConfig) -> dict[str, Any]:
         scaling = {"rope_type": kind, **dict(zip(_LLAMA3, numbers, strict=False))}
         if kind == "llama3":
             scaling[_LLAMA3[-1]] = int(scaling[_LLAMA3[-1]])  # transformers warns of another type
-    own = (
-        {"attention_bias": "q_proj" in biases, "mlp_bias": "up_proj" in biases}
-        if family == "llama"
-        else {}
-    )
+    own = {}
+    if family == "llama":  # Qwen2 has its biases without saying so
+        own = {"attention_bias": "q_proj" in biases, "mlp_bias": "up_proj" in biases}
     return {
         "architectures": [FAMILIES[family]],
         "model_type": family,
