@@ -98,16 +98,9 @@ def layerwise_step(
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1 microbatch")
     form = optimizer if isinstance(optimizer, Fused) else fused(optimizer)
-    if form.products != "xla":
-        raise ValueError(
-            f"products={form.products!r} writes whole stacks, not single layers; give "
-            "products='xla'"
-        )
-    if exact_skip and not form.recipe.projection.guard:
-        raise ValueError(
-            "exact_skip=True: an optimizer with guard=False skips no step; give guard=True, or "
-            "leave it out"
-        )
+    for refuses, message in REFUSED:
+        if refuses(form, exact_skip):
+            raise ValueError(f"layerwise: {message}")
 
     def step(params, state, *args):
         if accumulate == 1:
@@ -115,6 +108,21 @@ def layerwise_step(
         return _Layerwise(stack, form, params, state, args, exact_skip).run()
 
     return step
+
+
+# What this form does not do: a test of the fused form and `exact_skip`, and what to do instead. All
+# targets, residual rules and refresh schedules are taken, those by layers with clipping too.
+REFUSED: tuple[tuple[Callable[[Fused, bool], bool], str], ...] = (
+    (
+        lambda form, exact_skip: form.products != "xla",
+        "products='kernel' writes whole stacks, not single layers; give products='xla'",
+    ),
+    (
+        lambda form, exact_skip: exact_skip and not form.recipe.projection.guard,
+        "exact_skip=True: an optimizer with guard=False skips no step; give guard=True, or leave it "
+        "out",
+    ),
+)
 
 
 class _Layerwise:

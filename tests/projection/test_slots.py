@@ -87,6 +87,7 @@ def by_layer(**options):
 
 OWN = {
     "by layer": by_layer,
+    "by layer, clipped": lambda **options: by_layer(clip_norm=0.05, **options),
     "memory before": lambda **options: remembering("before", **options),
     "memory after": lambda **options: remembering("after", **options),
     "momentum": lambda **options: lrx.galore(
