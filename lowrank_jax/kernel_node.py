@@ -76,6 +76,8 @@ class Op:
       line: where the user's program makes this product, for errors; "" where nobody knows.
       plain: `own` is `x @ K` with nothing of the host's own about it (precision, dtype, another
         product, adapters), so that a kernel may make it.
+      aux: `x -> values`, what adapters give beside the product, such as the loss of a router: one
+        entry for each adapter that gives anything; None where none does.
       multiply: `(x, kernel) -> y`, the host's own product with an array, or with another node, in the
         node's place.
       layout: `view -> Layout` of the operands, for a node of this view; ValueError where the product
@@ -98,6 +100,7 @@ class Op:
     expand: Callable[[jax.Array, jax.Array], jax.Array] = product
     line: str = ""
     plain: bool = False
+    aux: Callable[[Any], tuple] | None = None
     multiply: Callable[[Any, Kernel], jax.Array] = _one_matrix
     layout: Callable[[MatrixView], Layout] = _one_matrix
     matrix: Callable[[Kernel], Op] = _one_matrix
@@ -132,6 +135,18 @@ class Op:
         return dataclasses.replace(
             self, own=own, kernel=lambda: self.kernel() + delta(), plain=False
         )
+
+    def giving(self, value: Callable[[Any], Pytree]) -> Op:
+        """This operator, and `value(x)` beside its result: a loss of a router or a gate.
+
+        What value and product both need is computed once under jit.
+        """
+        before = self.aux
+
+        def aux(x):
+            return (*(() if before is None else before(x)), value(x))
+
+        return dataclasses.replace(self, aux=aux)
 
     def replaced(self, kernel: Callable[[], jax.Array]) -> Op:
         """The host's product with another kernel, which is formed again in the backward pass rather

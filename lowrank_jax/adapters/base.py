@@ -187,6 +187,8 @@ class Adapter(Short):
       common_draw: the key is a pair (2,), the adapter's own key and one that all sites and layers
         of the adaptation have, for what is drawn once for all of them.
       nested: the first components of a matrix stand alone at any rank, see `lrx.adapters.at_rank`.
+      gives_aux: `wrap` gives a value beside the product (`Op.giving`), which `lrx.matmul(..., aux=True)`
+        hands out; where nobody takes it, the product is an error.
       in_arrays: options that change arrays alone, at the start, and not what the functions do with
         them; adaptations that differ in these stand in one program.
 
@@ -201,6 +203,7 @@ class Adapter(Short):
     reads_bank: ClassVar[bool] = False
     whole_matrix: ClassVar[bool] = False
     nested: ClassVar[bool] = False
+    gives_aux: ClassVar[bool] = False
     in_arrays: ClassVar[tuple[str, ...]] = ("rank", "alpha", "init")
 
     @property

@@ -270,13 +270,14 @@ class AdaptedKernel(KernelNode):
             def run(x, own, bound):
                 one = op.matrix(with_parts_of(base, own, shared))
                 one = dataclasses.replace(one, own=direct or one.own, plain=bare)
-                return fold(one, bound)(x)
+                adapted = fold(one, bound)
+                return adapted(x), None if adapted.aux is None else adapted.aux(x)
 
-            outputs = over_batch(run, layout.batch)(inputs, own, bound)
+            outputs, aux = over_batch(run, layout.batch)(inputs, own, bound)
             outputs = layout.result(outputs, [self.shape[axis] for axis in view.cols])
-            return _as_host(outputs, op.multiply, x, base)
+            return _as_host(outputs, op.multiply, x, base), aux
 
-        return decoding(whole, self.kernel)(x, self.kernel, self.bound), None
+        return decoding(whole, self.kernel)(x, self.kernel, self.bound)
 
 
 def _matrices_of(base: Kernel, view: MatrixView) -> tuple[Pytree, Pytree]:
@@ -333,12 +334,33 @@ def fold(op: Op, bound: tuple[Bound, ...]) -> Op:
                 "divides, which is not implemented; make the mesh with explicit=False"
             )
 
+        return by_rows(lambda op, x: op(x)[0], x)
+
+    def by_rows(function, x):
+        """`function(operator of the row, the row (1, ...))` of every row."""
+
         def row(x, number, index):
-            return fold(op, tuple(one.of_row(number, index) for one in bound))(x[None])[0]
+            own = fold(op, tuple(one.of_row(number, index) for one in bound))
+            return function(own, x[None])
 
         return jax.vmap(row)(x, ids, jnp.arange(ids.shape[0]))
 
-    return dataclasses.replace(op, own=product)
+    gives = any(one.adapter.gives_aux for one in bound)
+    aux = (lambda x: by_rows(lambda op, x: op.aux(x), x)) if gives else None
+    return dataclasses.replace(op, own=product, aux=aux)
+
+
+def alone(op: Op, bound: tuple[Bound, ...], host: str) -> Op:
+    """The operator with every adapter; ValueError where one gives a value that this host cannot hand
+    out."""
+    adapted = fold(op, bound)
+    if adapted.aux is not None:
+        raise ValueError(
+            f"adapters of {bound[0].site.path!r}: one gives a value beside the product, such as a "
+            f"router's loss, which lrx.adapters.{host} has no way to hand out; adapt a dense product "
+            "in its place, and multiply by lrx.matmul(x, kernel, aux=True)"
+        )
+    return adapted
 
 
 def _as_host(y: jax.Array, own: Callable[..., jax.Array], *operands: Any) -> jax.Array:
@@ -369,7 +391,7 @@ def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.A
     def whole(table, bound):
         matrix = dense(table, table.dtype)
         op = Op(matrix.shape, _rows_of, lambda: matrix, lambda x: own(x, matrix), "indices")
-        return _as_host(fold(op, bound)(indices), own, indices, matrix)
+        return _as_host(alone(op, bound, "embed")(indices), own, indices, matrix)
 
     return decoding(whole, table.kernel)(table.kernel, table.bound)
 
@@ -399,7 +421,7 @@ def attend(x: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
     def whole(x, table, bound):
         matrix = dense(table, x.dtype, bound[0].site.path)
         op = Op(matrix.shape, product, lambda: matrix, lambda x: own(x, matrix), "transposed")
-        return _as_host(fold(op, bound)(x), own, x, matrix)
+        return _as_host(alone(op, bound, "attend")(x), own, x, matrix)
 
     return decoding(whole, table.kernel)(x, table.kernel, table.bound)
 
@@ -463,6 +485,6 @@ def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.A
         array = dense(kernel, x.dtype)
         matrix = view.to_matrices(array)
         op = Op(matrix.shape, contract, lambda: matrix, lambda x: convolve(x, array), "windows")
-        return _as_host(fold(op, bound)(x), convolve, x, array)
+        return _as_host(alone(op, bound, "conv")(x), convolve, x, array)
 
     return decoding(whole, kernel.kernel)(x, kernel.kernel, kernel.bound)

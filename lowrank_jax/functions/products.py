@@ -9,7 +9,7 @@ for Flax models.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +80,8 @@ def _alone(node: KernelNode, y: jax.Array, aux: Any) -> jax.Array:
     """The product, which nothing stands beside."""
     if aux is not None:
         raise ValueError(
-            f"{node.label}: multiply gives something beside the product, which lrx.matmul and its "
-            "like have no way to hand out; give (y, None)"
+            f"{node.label}: it gives a value beside the product, such as a router's loss, and nobody "
+            "takes it; multiply by lrx.matmul(x, kernel, aux=True), which gives both"
         )
     return y
 
@@ -209,14 +209,35 @@ def _tuples(numbers: Any) -> Any:
     return tuple(map(_tuples, numbers)) if isinstance(numbers, list | tuple) else numbers
 
 
-def matmul(x: jax.Array, kernel: Kernel) -> jax.Array:
+@overload
+def matmul(x: jax.Array, kernel: Kernel, *, aux: Literal[False] = False) -> jax.Array: ...
+
+
+@overload
+def matmul(x: jax.Array, kernel: Kernel, *, aux: Literal[True]) -> tuple[jax.Array, Any]: ...
+
+
+def matmul(x, kernel, *, aux=False):
     """`x (..., d_in) @ kernel (d_in, d_out)` for a kernel that may be a node.
+
+    Args:
+      x, kernel: the operands.
+      aux: return `(y, aux)`, with what the node gives beside the product: of a kernel with adapters
+        a tuple, an entry for each that gives anything; None where there is nothing.
 
     >>> import jax.numpy as jnp
     >>> matmul(jnp.ones((2, 5, 3)), jnp.ones((3, 4))).shape
     (2, 5, 4)
+    >>> matmul(jnp.ones((2, 3)), jnp.ones((3, 4)), aux=True)[1] is None
+    True
     """
-    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    numbers = (((x.ndim - 1,), (0,)), ((), ()))
+    if not aux:
+        return dot_general(x, kernel, numbers)
+    seen = _seen(kernel)
+    if not isinstance(seen, KernelNode):
+        return dot_general(x, seen, numbers), None
+    return seen.multiply(_op(x, seen, numbers, _by_rows, {"precision": None}), x)
 
 
 def einsum(subscripts: str, x: jax.Array, kernel: Kernel, **options: Any) -> jax.Array:

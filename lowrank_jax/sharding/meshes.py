@@ -296,11 +296,11 @@ def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator
       parameters: a tree of arrays or `jax.ShapeDtypeStruct`s with NamedShardings on an auto mesh.
         The update of an optimizer of this library then keeps its state divided as
         `lrx.state_shardings(..., spread=True)` says, and gathers what is low-rank layer by layer,
-        where a layer is written. `products="kernel"` of adapters and of the fused form takes a
-        kernel where this tree, by the paths that `lrx.adapt` or the optimizer sees, says that a
-        matrix is divided so that each device can run it on its own block. A quantised matrix with
-        adapters is gathered as codes, before it is decoded (HiRA, which multiplies by it entry by
-        entry, has values sent as well).
+        where a layer is written. `implementation="pallas"` of adapters and `products="kernel"` of
+        the fused form take a kernel where this tree, by the paths that `lrx.adapt` or the optimizer
+        sees, says that a matrix is divided so that each device can run it on its own block. A
+        quantised matrix with adapters is gathered as codes, before it is decoded (HiRA, which
+        multiplies by it entry by entry, has values sent as well).
 
     Raises:
       ValueError: where a leaf of `parameters` lies on no mesh, or on another one.

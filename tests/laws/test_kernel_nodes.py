@@ -306,7 +306,7 @@ def test_errors_name_the_node():
             return x, jnp.ones(())
 
     jax.tree_util.register_dataclass(Loud, ["entries"], ["columns"])
-    with pytest.raises(ValueError, match="Loud: multiply gives something beside the product"):
+    with pytest.raises(ValueError, match="Loud: it gives a value beside the product"):
         lrx.matmul(normal((5, N)), Loud(normal((N,)), N))
     low, x = node("low rank"), normal((N, M))
     with pytest.raises(ValueError, match=r"LowRankKernel: the product contracts axes \(0, 1\)"):

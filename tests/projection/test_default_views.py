@@ -276,7 +276,7 @@ def test_adapters_read_the_same_axes_and_raise_the_same_error():
         lambda x: jnp.ones(x.shape), {"attention": tree, "net": shapes(Convolutions(), IMAGE)}
     )
     adaptation = lrx.adapt(tree, lrx.adapters.lora(rank=2), jax.random.key(0))
-    assert {site.path: site.view for site in adaptation.plan.sites} == views(tree)
+    assert {site.path: site.view for site in adaptation.layout.sites} == views(tree)
     with pytest.raises(ValueError, match="A proposal") as error:
         lrx.adapt(HARD, {".*/kernel": lrx.adapters.lora(rank=1)}, jax.random.key(0))
     made = lrx.adapt(
@@ -285,7 +285,7 @@ def test_adapters_read_the_same_axes_and_raise_the_same_error():
         jax.random.key(0),
         views=eval(remedy(error), {"lrx": lrx}),
     )
-    assert len(made.plan.sites) == sum(
+    assert len(made.layout.sites) == sum(
         path.endswith("kernel") for path, *_ in leaves_with_metadata(HARD)
     )
 

@@ -112,10 +112,16 @@ class Oft(Adapter):
             parts = x.reshape(*x.shape[:-1], -1, self.block)
             return jnp.einsum("...gi,gij->...gj", parts, rotation).reshape(x.shape)
 
-        def product(x):
-            return op(sharding.placing(turned, sharding.explicit_spec(x))(x, p["skew"], p["scale"]))
+        def rotated(x):
+            place = sharding.placing(turned, sharding.explicit_spec(x))
+            return place(x, p["skew"], p["scale"])
 
-        return dataclasses.replace(op, own=product, kernel=kernel, plain=False)
+        # adapters before this one see the rotated input
+        inner_aux = op.aux
+        aux = None if inner_aux is None else lambda x: inner_aux(rotated(x))
+        return dataclasses.replace(
+            op, own=lambda x: op(rotated(x)), kernel=kernel, plain=False, aux=aux
+        )
 
     def count(self, site):
         return site.n * (self.block - 1) // 2
