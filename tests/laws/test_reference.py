@@ -31,14 +31,17 @@ def _layer(tree, layer):
 def _reference(method, name, layer):
     """`(updates, parts of the state)` of the first steps of one matrix."""
     transformation, _, _ = m.program(method)
-    slots, recipe = lrx.projection_of(transformation), getattr(transformation, "recipe", None)
+    slots, recipe = (
+        lrx.projection.projection_of(transformation),
+        getattr(transformation, "recipe", None),
+    )
     state = m.eager(transformation.init, m.params_like())
     whole = m.projection_state(state).matrices[name]["kernel"]
     view = whole.view if layer is None else whole.view.layer()
     state = dataclasses.replace(whole, **_layer(parts_of(whole), layer))
     param = _layer(m.params_like()[name]["kernel"], layer)
     for step in range(STEPS):
-        inputs = lrx.RefreshInputs(
+        inputs = lrx.projectors.RefreshInputs(
             step=jnp.asarray(step),
             key=slots.keys(view, step, jnp.asarray(layer or 0)),
             param=view.orient(param),

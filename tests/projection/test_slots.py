@@ -17,7 +17,7 @@ VIEWS = lrx.Views(stacked=("layers/.*",))
 RNG = np.random.default_rng(0)
 PARAMS = {"layers": {"kernel": jnp.asarray(RNG.normal(size=(3, 6, 6)) / 3, jnp.float32)}}
 BATCHES = [jnp.asarray(RNG.normal(size=(5, 6)), jnp.float32) for _ in range(5)]
-STACK = lrx.Stack(
+STACK = lrx.projection.Stack(
     before=lambda rest, x: x,
     layer=lambda layer, x: x + jnp.tanh(lrx.matmul(x, layer["kernel"])),
     after=lambda rest, x, _: jnp.mean(x**2),
@@ -153,7 +153,7 @@ def test_each_layer_moves_when_its_own_state_says_so():
 
 def test_the_first_basis_is_made_before_the_first_update():
     tx = remembering("after")
-    assert lrx.plan(tx.projection) == "full"
+    assert lrx.projection.gradient_mode(tx.projection) == "full"
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     own = state.projection.matrices["layers"]["kernel"]
     view = own.view
