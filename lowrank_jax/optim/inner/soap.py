@@ -180,9 +180,11 @@ class Soap(Inner):
         del params, extra
         treedef: Any
         leaves, treedef = jax.tree.flatten(grads)
-        columns = (treedef.flatten_up_to(x) for x in (state.mu, state.nu, state.grams, state.bases))
+        by_field = (state.mu, state.nu, state.grams, state.bases)
+        columns = (treedef.flatten_up_to(field) for field in by_field)
         old = [_Leaf(*row) for row in zip(*columns, strict=True)]
         accepted = jnp.asarray(True) if ok is None else ok
+        # t of this call; moments have seen nothing at t = 0, and their scale is then never used
         count = optax.safe_increment(state.count)
         seen = jnp.maximum(count, 1)
         scale = jnp.sqrt(debias(self.b2, seen)) / debias(self.b1, seen)
@@ -192,7 +194,9 @@ class Soap(Inner):
             directions.append(direction)
             new.append(leaf)
         count = jnp.where(accepted, count, state.count)
-        trees = (treedef.unflatten([leaf[i] for leaf in new]) for i in range(len(_Leaf._fields)))
+        # by field again, also where there is no leaf
+        fields = range(len(_Leaf._fields))
+        trees = (treedef.unflatten([leaf[field] for leaf in new]) for field in fields)
         return treedef.unflatten(directions), scale, SoapState(count, *trees)
 
     def _leaf(
@@ -207,26 +211,32 @@ class Soap(Inner):
         def moved(old, new, decay, when):
             return jnp.where(when, average(old, new, decay), old)
 
+        # the first moment stays as the gradients lie, the second one lives in the bases
         mu = moved(mu, g, self.b1, moves)
-        nu = moved(nu, jnp.square(_into(leaf.bases, g)), self.b2, moves)
-        direction = _out_of(leaf.bases, _into(leaf.bases, mu) / (jnp.sqrt(nu) + self.eps))
+        rotated = _into(leaf.bases, g)
+        nu = moved(nu, jnp.square(rotated), self.b2, moves)
+
+        # Adam's direction in the bases, brought back: (..., m, n)
+        steps = _into(leaf.bases, mu) / (jnp.sqrt(nu) + self.eps)
+        direction = _out_of(leaf.bases, steps)
         if self.normalize:
             axes = (-2, -1) if g.ndim > 1 else None
             mean_square = jnp.mean(jnp.square(direction), axis=axes, keepdims=True)
             direction = direction / (jnp.sqrt(mean_square) + TINY)
         direction = jnp.where(collects, 0, direction)
 
+        # Gram matrices see this gradient after the step, of the sides that have them
         decay = self.b2 if self.b3 is None else self.b3
-        made = Sides(_gram(g), _gram(jnp.swapaxes(g, -1, -2))) if g.ndim > 1 else leaf.grams
-        grams = Sides(
-            *(
-                None if old is None else moved(old, new, decay, accepted)
-                for old, new in zip(leaf.grams, made, strict=True)
-            )
-        )
+
+        def averaged(old, x):
+            return moved(old, _gram(x), decay, accepted)
+
+        transposed = jnp.swapaxes(g, -1, -2) if g.ndim > 1 else g
+        grams = _each_side(averaged, leaf.grams, Sides(g, transposed))
+
+        # and so do the bases, which no step uses that their own gradient made
         bases, nu = self._refreshed(grams, leaf.bases, nu, count, accepted, view)
-        placed = (sharding.reshard(x, own) for x in (direction, mu, nu))
-        direction, mu, nu = placed
+        direction, mu, nu = (sharding.reshard(x, own) for x in (direction, mu, nu))
         return direction, _Leaf(mu, nu, grams, bases)
 
     def _refreshed(
@@ -243,7 +253,7 @@ class Soap(Inner):
         The matrices of a stack may have counts of their own, after a reset of some of them: where
         one is due the work is done for all, and each takes its own share.
         """
-        if bases == Sides(None, None):
+        if bases.left is None and bases.right is None:
             return bases, nu
         starts = count == 0
         due = ~starts & (count % self.refresh_every == 0)
@@ -261,22 +271,28 @@ class Soap(Inner):
             rotated, second = rotate()
             return chosen(starts, self._first(grams, view), rotated), second
 
+        # a step that is not accepted decomposes nothing: its Gram matrices may not be finite
         branch = jnp.where(jnp.any(starts), 2, jnp.where(jnp.any(due), 1, 0))
-        return jax.lax.switch(jnp.where(accepted, branch, 0), [stay, rotate, start])
+        branch = jnp.where(accepted, branch, 0)
+        return jax.lax.switch(branch, [stay, rotate, start])
 
     def _first(self, grams: Sides, view: ResolvedView | None) -> Sides:
         """The bases of the first call."""
         if self.first == "gradient":
             return _each_side(_eigenvectors, grams)
+
+        def spread(gram, basis):
+            return jnp.broadcast_to(jnp.asarray(basis, jnp.float32), gram.shape)
+
         if self.first == "identity":
-            return _each_side(
-                lambda gram: jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape), grams
-            )
+            return _each_side(lambda gram: spread(gram, jnp.eye(gram.shape[-1])), grams)
+        # an oriented matrix has the kernel's columns on the left where those are shrunk
         path = "" if view is None else view.path
         rows, cols = self._given(path)
-        given = Sides(cols, rows) if view is not None and view.side == "cols" else Sides(rows, cols)
+        is_turned = view is not None and view.side == "cols"
+        given = Sides(cols, rows) if is_turned else Sides(rows, cols)
 
-        def fitting(name, gram, basis):
+        for name, gram, basis in zip(Sides._fields, grams, given, strict=True):
             shape = None if basis is None else np.shape(basis)
             want = None if gram is None else gram.shape[-2:]
             if shape != want:
@@ -284,18 +300,7 @@ class Soap(Inner):
                     f"soap: first has a basis of shape {shape} for the {name} side of {path!r}, and "
                     f"{want} is needed"
                 )
-            return (
-                None
-                if gram is None
-                else jnp.broadcast_to(jnp.asarray(basis, jnp.float32), gram.shape)
-            )
-
-        return Sides(
-            *(
-                fitting(name, gram, basis)
-                for name, gram, basis in zip(Sides._fields, grams, given, strict=True)
-            )
-        )
+        return _each_side(spread, grams, given)
 
     def _given(self, path: str) -> tuple[Any, Any]:
         """`(rows, cols)` of a leaf."""

@@ -121,6 +121,8 @@ def test_a_side_that_is_too_long_has_no_basis(shape):
     np.testing.assert_allclose(updates, soap(grads, limit=6), atol=2e-3)
     assert state.bases.left.shape == (4, 4)
     assert state.bases.right is None
+    inner, g = lrx.inner.soap(max_precond_dim=6), jnp.ones(shape)
+    assert "7,7" not in str(jax.make_jaxpr(inner.update)(g, inner.init(g)))
 
 
 def test_without_bases_it_is_adam():
