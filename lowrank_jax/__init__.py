@@ -37,6 +37,7 @@ from lowrank_jax.projection.fused import fused
 from lowrank_jax.projection.layerwise import layerwise_step
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
+from lowrank_jax.projection.optimizers.dion import dion
 from lowrank_jax.projection.optimizers.fira import fira
 from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
@@ -69,6 +70,7 @@ __all__ = [
     "attach",
     "check_taps",
     "dct_adamw",
+    "dion",
     "dot_general",
     "effective",
     "einsum",

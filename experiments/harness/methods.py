@@ -217,6 +217,20 @@ def _pairs(method: Callable[..., optax.GradientTransformation]) -> Callable[...,
 # ------------------------------------------------------------------------------------- the tables
 
 
+# Of methods that project a momentum: what they keep is a sum of gradients, and no step of it is
+# clipped. Without the setting the gradients themselves are clipped.
+_KEEPS_SUMS = tuple(
+    Refusal(
+        section="optimizer",
+        key="backprop",
+        value=backprop,
+        remedy="it projects a sum of all gradients, which every step reads; leave "
+        "optimizer.backprop None",
+    )
+    for backprop in ("projected", "full")
+)
+
+
 def _table(rows: Iterable[Any]) -> dict[str, Any]:
     return {row.name: row for row in rows}
 
@@ -282,6 +296,7 @@ METHODS: dict[str, Method] = _table(
             advice={},
             studied=(Studied(title="DCT-AdamW", learning_rate=3e-3),),
         ),
+        Method(name="dion", build=lrx.dion, refuses=_KEEPS_SUMS),
         Method(
             name="frugal",
             build=lrx.frugal,

@@ -76,7 +76,7 @@ class Target:
       reads_gradient: every step needs the full gradient, so that projected backprop takes it.
       follows_basis: `moved` does something.
       accumulates: the state is a sum of gradients. Clipping what is projected would scale it anew
-        at every step, so `clip_norm` is refused, and so is the layer-wise form.
+        at every step, so `clip_norm` is refused.
     """
 
     reads_gradient = False

@@ -131,6 +131,7 @@ def test_inject_hyperparams(method):
         (lrx.dct_adamw, {"rank": 4}),
         (lrx.muon, {"steps": 5}),
         (lrx.soap, {"max_precond_dim": 8}),
+        (lrx.dion, {"rank": 4}),
     ],
 )
 def test_a_traced_rank_names_static_args(factory, options):

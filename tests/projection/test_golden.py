@@ -112,6 +112,12 @@ def muon(c, m, n):
     )
 
 
+def dion(c, m, n):
+    i, j = np.arange(n)[:, None], np.arange(c["rank"])[None]
+    first = np.cos(1 + 2 * i + 3 * i * j)
+    return lrx.dion(0.01, rank=c["rank"], momentum=c["momentum"], first=first, weight_decay=0.1)
+
+
 METHODS = {
     "galore": galore,
     "apollo": apollo,
@@ -119,12 +125,14 @@ METHODS = {
     "frugal": frugal,
     "ldadam": ldadam,
     "dct_adamw": dct_adamw,
+    "dion": dion,
     "muon": muon,
 }
 RECORDED_TO_FOUR_DIGITS = {
     "muon": 4e-4
 }  # by an iteration in bfloat16, of which each rounding is ours
 ROWS = {"muon": 2, "galore": 3, "apollo": 4, "fira": 2, "frugal": 5, "ldadam": 2, "dct_adamw": 4}
+ROWS |= {"dion": 1}
 
 
 def test_every_row_of_our_methods_is_here(golden):

@@ -2,6 +2,7 @@
 
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
+from lowrank_jax.projection.optimizers.dion import dion
 from lowrank_jax.projection.optimizers.fira import fira
 from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
@@ -16,6 +17,7 @@ __all__ = [
     "apollo",
     "apollo_mini",
     "dct_adamw",
+    "dion",
     "fira",
     "frugal",
     "galore",

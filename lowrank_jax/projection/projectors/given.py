@@ -6,11 +6,35 @@ import dataclasses
 import re
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.projectors.base import StoredProjector
 from lowrank_jax.projection.transports import SameBasis
+
+
+def matrix_of(field: str, matrices: Any, path: str) -> Any:
+    """The matrix of a leaf: the one that was given, or of the first pattern that matches the whole
+    path."""
+    rules = matrices if isinstance(matrices, tuple) else ((".*", matrices),)
+    for pattern, matrix in rules:
+        if re.fullmatch(pattern, path):
+            return matrix
+    raise ValueError(f"{field}: no pattern matches {path!r}; add ('.*', matrix) as the last rule")
+
+
+def stack_of(field: str, matrices: Any, view: ResolvedView, rows: int) -> jax.Array:
+    """The matrices `(batch..., rows, r)` of a leaf, float32: its own, or one for all of them."""
+    given = jnp.asarray(matrix_of(field, matrices, view.path), jnp.float32)
+    shape = (*view.batch, rows, view.rank)
+    if given.shape not in (shape, shape[-2:]):
+        raise ValueError(
+            f"{field}: a matrix of shape {given.shape} is not for {view.path!r}; give {shape[-2:]}"
+            + (f", or {shape}" if view.batch else "")
+        )
+    return jnp.array(jnp.broadcast_to(given, shape))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,15 +56,8 @@ class Given(StoredProjector):
                 "given: matrix=None; pass the basis as an array (s, r), or ((pattern, array), ...)"
             )
 
-    def _matrix(self, path: str) -> np.ndarray:
-        rules = self.matrix if isinstance(self.matrix, tuple) else ((".*", self.matrix),)
-        for pattern, matrix in rules:
-            if re.fullmatch(pattern, path):
-                return matrix
-        raise ValueError(f"given: no pattern matches {path!r}; add ('.*', matrix) as the last rule")
-
     def rank_for(self, path, shrunk):
-        shape = np.shape(self._matrix(path))
+        shape = np.shape(matrix_of("given", self.matrix, path))
         if shape[-2] != shrunk:
             raise ValueError(
                 f"given: matrix of shape {shape} cannot shrink dimension {shrunk} of {path!r}"
@@ -48,9 +65,7 @@ class Given(StoredProjector):
         return shape[-1]
 
     def init(self, view, keys):
-        matrix = jnp.asarray(self._matrix(view.path), jnp.float32)
-        stack = jnp.array(jnp.broadcast_to(matrix, (*view.batch, view.shrunk, view.rank)))
-        return self.store(view, stack), ()
+        return self.store(view, stack_of("given", self.matrix, view, view.shrunk)), ()
 
     def overlap(self, view, old, new):
         return SameBasis()
