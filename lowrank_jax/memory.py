@@ -30,6 +30,7 @@ from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.state import MatrixState, ProjectionState
+from lowrank_jax.reprs import Short
 from lowrank_jax.resolution import Report
 
 STATE = ("basis", "moments", "residual", "plain", "scalars", "other", "optimizer state")
@@ -217,7 +218,7 @@ def _as_arguments(tree: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ledger:
+class Ledger(Short):
     """Rows `{"component", "bytes_formula", "bytes_measured"}`, None where a number does not exist.
 
     Attributes:

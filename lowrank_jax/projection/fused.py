@@ -27,13 +27,14 @@ from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.matrix_step import MOVING, MatrixStep, leaf_update
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
 from lowrank_jax.projection.write import Write
+from lowrank_jax.reprs import Short
 
 ROUNDING = ("nearest", "stochastic")
 PRODUCTS = ("xla", "kernel")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fused:
+class Fused(Short):
     """The fused form of a recipe.
 
     Attributes:

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 
 from lowrank_jax import deprecations
 from lowrank_jax.checks import check_integer, is_integer
+from lowrank_jax.reprs import Short
 from lowrank_jax.typing import Pytree, Scalar, Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RefreshSchedule:
+class RefreshSchedule(Short):
     """Base of the refresh schedules.
 
     Attributes:

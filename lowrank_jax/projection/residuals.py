@@ -27,6 +27,7 @@ from lowrank_jax.checks import check_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.limiter import TINY, limited, norms
 from lowrank_jax.projection.targets import Moved
+from lowrank_jax.reprs import Short, show
 from lowrank_jax.typing import Pytree, Scalar, Shape
 
 
@@ -62,6 +63,9 @@ class Combine(NamedTuple):
         """`lift(scale inner_scale direction)`, the step inside the subspace."""
         return self.lift(times(self.inner_scale * self.scale, self.direction))
 
+    def __repr__(self) -> str:
+        return show(self)
+
 
 def times(scale: jax.Array, x: jax.Array) -> jax.Array:
     """A number for each matrix `(batch...)` times the matrices."""
@@ -69,7 +73,7 @@ def times(scale: jax.Array, x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Residual:
+class Residual(Short):
     """Base of the residual rules, without a state.
 
     Attributes:

@@ -21,13 +21,14 @@ from lowrank_jax.projection.residuals import Discard, Residual
 from lowrank_jax.projection.state import READABLE
 from lowrank_jax.projection.targets import Gradient, Target
 from lowrank_jax.projection.transports import Keep, Transport
+from lowrank_jax.reprs import Short
 from lowrank_jax.resolution import Report, Views, check_side, resolve
 from lowrank_jax.typing import Scalar
 
 
 @deprecations.options("lrx.projection.Projection")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Projection:
+class Projection(Short):
     """The slots of `scale_by_projection`, validated; that function says what each is.
 
     Raises:
@@ -35,7 +36,7 @@ class Projection:
 
     >>> import lowrank_jax as lrx
     >>> lrx.projection.Projection(projector=lrx.projectors.svd(rank=8)).refresh_schedule
-    Every(when='before', period=200, phase=0, first=True)
+    Every(period=200)
     """
 
     projector: Projector

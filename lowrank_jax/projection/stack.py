@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from lowrank_jax import sharding
 from lowrank_jax.projection.state import Projected
 from lowrank_jax.projection.tapped import Tapped
+from lowrank_jax.reprs import Short
 from lowrank_jax.trees import dequantized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stack:
+class Stack(Short):
     """A model in three parts around a stack of equal layers.
 
     Attributes:

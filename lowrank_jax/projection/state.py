@@ -11,6 +11,7 @@ import jax
 from lowrank_jax import deprecations
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim.surgery import register_fields
+from lowrank_jax.reprs import Short, show
 from lowrank_jax.serialization import serializable
 from lowrank_jax.typing import Pytree, Scalar
 
@@ -53,6 +54,9 @@ class ProjectionState(NamedTuple):
     plain: Any
     refresh_schedule: Any = ()
     sampler: Any = ()
+
+    def __repr__(self) -> str:
+        return show(self)
 
 
 @serializable
@@ -124,7 +128,7 @@ def matrix_states(state: ProjectionState) -> list[MatrixState]:
 @serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Projected:
+class Projected(Short):
     """The gradient of a tapped kernel: its low-rank object, and at a refresh by a sketch that too.
 
     Attributes:
@@ -157,7 +161,7 @@ class Now(NamedTuple):
 
 @deprecations.options("lrx.projectors.RefreshInputs")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RefreshInputs:
+class RefreshInputs(Short):
     """What a projector may use at a refresh; what it did not name in `reads` is None.
 
     Attributes:

@@ -26,6 +26,7 @@ from lowrank_jax import sharding
 from lowrank_jax.checks import check_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.reprs import Short, show
 from lowrank_jax.typing import Pytree, Scalar, Shape
 
 
@@ -49,6 +50,9 @@ class Moved(NamedTuple):
     after: jax.Array | None
     decay: Scalar | None
 
+    def __repr__(self) -> str:
+        return show(self)
+
 
 class Kept(NamedTuple):
     """What a projection kept.
@@ -67,9 +71,12 @@ class Kept(NamedTuple):
     lift: Callable[[jax.Array], jax.Array]
     rest: Callable[[], jax.Array]
 
+    def __repr__(self) -> str:
+        return show(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
+class Target(Short):
     """Base of the targets: the gradient, without a state.
 
     Attributes:

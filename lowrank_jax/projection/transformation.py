@@ -90,6 +90,9 @@ class ProjectionTransformation(optax.GradientTransformationExtraArgs):
 
     projection: Projection
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.projection!r})"
+
 
 @deprecations.options("lrx.scale_by_projection")
 def scale_by_projection(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.optim.inner import Inner
+from lowrank_jax.reprs import Short
 from lowrank_jax.typing import Pytree
 
 
@@ -78,7 +79,7 @@ class SameBasis:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Transport:
+class Transport(Short):
     """Base of the transports.
 
     Attributes:

@@ -15,7 +15,27 @@ LORA = lrx.adapters.lora(rank=4)
 ADAPTATION = lrx.adapt(PARAMS, LORA, jax.random.key(0))
 ATTACHED = lrx.attach(PARAMS, ADAPTATION)["dense"]["kernel"]
 
+GALORE = lrx.galore(1e-2, rank=8)
+STATE = GALORE.init(PARAMS)
+SHORT = "Svd(rank=8)"
+
 THINGS = {
+    "transformation": (GALORE, f"ProjectionTransformation(Projection(projector={SHORT}, "),
+    "projection": (GALORE.projection, f"Projection(projector={SHORT}, "),
+    "fused": (lrx.fused(GALORE), "Fused("),
+    "state": (STATE, "RecipeState("),
+    "projection state": (STATE.projection, "ProjectionState("),
+    "matrix": (STATE.projection.matrices["dense"]["kernel"], "MatrixState('dense/kernel', "),
+    "taps": (lrx.taps(STATE), "Taps(dense/kernel: rank 8, rows)"),
+    "projected": (lrx.projection.Projected(X), "Projected(low=float32[32,64])"),
+    "inputs": (lrx.projectors.RefreshInputs(target=X), "RefreshInputs(target=float32[32,64])"),
+    "projector": (lrx.projectors.dct(rank=8, kind=2), "Dct(rank=8, kind=2)"),
+    "given": (lrx.projectors.given(matrix=X), "Given("),
+    "schedule": (lrx.refresh_schedules.every(period=3), "Every(period=3)"),
+    "transport": (lrx.transports.rotate(), "Rotate()"),
+    "residual": (lrx.residuals.sign(scale=0.5), "Sign(scale=0.5)"),
+    "target": (lrx.targets.error_feedback(), "ErrorFeedback()"),
+    "ledger": (lrx.memory.ledger(GALORE, PARAMS), "Ledger(rows="),
     "views": (lrx.Views(), "Views()"),
     "view": (lrx.MatrixView(cols=(1, 2)), "MatrixView(cols=(1, 2))"),
     "resolved": (lrx.resolve(X, rank=8).projected[0], "ResolvedView("),

@@ -51,7 +51,7 @@ def apollo(
 
     >>> import lowrank_jax as lrx
     >>> lrx.apollo(1e-2, rank=1, axis="tensor", scale=4.0).projection.residual
-    GradientRescale(axis='tensor', limiter=1.01, scale=2.0)
+    GradientRescale(axis='tensor', scale=2.0)
     """
     check_number("apollo: scale", scale, at_least=0)
     slots = {
@@ -84,7 +84,7 @@ def apollo_mini(
 
     >>> import lowrank_jax as lrx
     >>> lrx.apollo_mini(1e-2).projection.projector
-    Random(rank=1, kind='gaussian', stored=False, dtype=<class 'jax.numpy.float32'>)
+    Random(rank=1, stored=False)
     """
     return apollo(
         learning_rate,

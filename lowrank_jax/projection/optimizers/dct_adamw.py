@@ -55,7 +55,7 @@ def dct_adamw(
 
     >>> import lowrank_jax as lrx
     >>> lrx.dct_adamw(1e-3, rank=0.25).projection.projector
-    Dct(rank=0.25, norm='l1', kind=3, products='xla')
+    Dct(rank=0.25)
     """
     phase = refresh_every - 1
     slots = {

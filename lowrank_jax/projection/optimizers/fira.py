@@ -59,7 +59,7 @@ def fira(
 
     >>> import lowrank_jax as lrx
     >>> lrx.fira(1e-2, rank=8, form="paper").projection.residual
-    NormScaled(axis='channel', limiter=1.01, form='paper')
+    NormScaled(form='paper')
     """
     slots = {
         "projector": projector_of(projectors.svd, rank, projector),

@@ -54,7 +54,7 @@ def frugal(
 
     >>> import lowrank_jax as lrx
     >>> lrx.frugal(1e-3, rank=0.5, projection="columns").projection.residual
-    Sign(scale=1.0)
+    Sign()
     """
     check_number("frugal: active_scale", active_scale)
     check_number("frugal: inactive_scale", inactive_scale)

@@ -49,7 +49,7 @@ def ldadam(
 
     >>> import lowrank_jax as lrx
     >>> lrx.ldadam(1e-3, rank=8).projection.refresh_schedule
-    EveryStep(when='before')
+    EveryStep()
     """
     if projector is None:
         projector = projectors.power(rank=rank, first=first, mix=mix)

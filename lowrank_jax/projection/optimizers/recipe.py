@@ -19,6 +19,7 @@ from lowrank_jax.projection.state import ProjectionState
 from lowrank_jax.projection.targets import Target
 from lowrank_jax.projection.transformation import ProjectionTransformation
 from lowrank_jax.projection.transports import Transport
+from lowrank_jax.reprs import Short, show
 from lowrank_jax.resolution import Views
 
 Function = TypeVar("Function", bound=Callable)
@@ -31,9 +32,12 @@ class RecipeState(NamedTuple):
     projection: ProjectionState
     rate: LearningRateState
 
+    def __repr__(self) -> str:
+        return show(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Short):
     """A projection, a learning rate and a decay rule; `optax()` is its optax form.
 
     Attributes:

@@ -41,6 +41,7 @@ from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.state import RefreshInputs
 from lowrank_jax.projection.transports import DenseChange, IndexChange
+from lowrank_jax.reprs import Short
 from lowrank_jax.rows import over_rows
 from lowrank_jax.trees import is_quantized
 from lowrank_jax.typing import Key, Pytree
@@ -51,7 +52,7 @@ BasisAndMemory = tuple[Pytree, Pytree]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Projector:
+class Projector(Short):
     """Base of the projectors.
 
     Args:
