@@ -22,8 +22,8 @@ class Codes(Short):
     array.
 
     A subclass is registered as a pytree and has at least `shape` and `dequantize`. What it adds
-    says what else it can do: `requantize` makes it writable, `specs` and `blocks` let a mesh divide
-    it.
+    says what else it can do: `requantize` makes it writable, `partition_specs` and `blocks` let a
+    mesh divide it.
 
     >>> import dataclasses, jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -80,7 +80,7 @@ class Codes(Short):
             f"{type(self).__name__} has no requantize, so that nothing can be written to it"
         )
 
-    def specs(self, spec: Spec) -> Any:
+    def partition_specs(self, spec: Spec) -> Any:
         """PartitionSpecs in the place of arrays, where the value lies as `spec` says; None where
         the codes cannot follow it."""
         del spec

@@ -87,6 +87,7 @@ NAMES: tuple[Name, ...] = (
         module="lrx.residuals", old="ldadam_error_feedback", new="lrx.targets.ldadam_error_feedback"
     ),
     Name(module="lrx.projection.Projection", old="clock", new="refresh_schedule"),
+    Name(module="lrx.meshes", old="specs", new="lrx.meshes.partition_specs"),
     Name(module="lrx.kernels", old="thin_linear", new="lrx.kernels.lora_linear"),
     Name(module="lrx.adapters.Adaptation", old="fixed", new="frozen"),
     Name(module="lrx.adapters.Adaptation", old="plan", new="layout"),

@@ -77,7 +77,7 @@ def dense(kernel: Kernel, dtype: Any, path: str | None = None) -> jax.Array:
     if not is_quantized(kernel):
         return kernel
     spec = None if path is None else sharding.for_product(path, kernel.ndim)
-    places = None if spec is None else kernel.specs(spec)
+    places = None if spec is None else kernel.partition_specs(spec)
     if spec is None or places is None:
         return kernel.dequantize(dtype)
     # what is gathered are codes, which are decoded where they then lie

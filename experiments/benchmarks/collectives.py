@@ -9,7 +9,7 @@ devices: of half of them the shrunk dimension s, of the others the kept one k. A
                  divided s whole matrices
     rows whole   an all-to-all of what a device has gives every device all of s and a part of k;
                  transforms and Gram matrices of rows are then its own, `G (Gᵀ P) (s, r)` is added
-                 up (`sharding.rows_whole`)
+                 up (`sharding.unshard_rows`)
     by layers    an all-to-all gives every device L / 8 whole layers; bases are sent back to all
 
 The bases are whole on every device before and after. Bytes are what one device receives; with N
@@ -76,7 +76,7 @@ def refresh(preset: str, name: str, rank: int, way: str) -> list[collectives.Col
             x = view.orient(x)
             if way == "rows whole":
                 with meshes.use(mesh):
-                    x = sharding.rows_whole(x)
+                    x = sharding.unshard_rows(x)
             inputs = lrx.projectors.RefreshInputs(target=x, step=jnp.ones((), jnp.int32))
             moved = projector.refresh(view, *basis, inputs)
             new.append(constrain(moved, layers) if way == "by layers" else moved)

@@ -190,7 +190,7 @@ def _step(mesh, shape, spec, rank, inner, part, form):
 def _scores(mesh, shape, form):
     def run(x):
         with meshes.use(mesh):
-            x = sharding.rows_whole(x)  # as a refresh does
+            x = sharding.unshard_rows(x)  # as a refresh does
             return (
                 linalg.row_scores(linalg.dct(x, 3), "l1")
                 if form == "xla"

@@ -279,7 +279,7 @@ def _pair_of(
 
     def decomposed(one):
         dense = delta(one)
-        dense = sharding.reshard(dense, sharding.whole_spec(sharding.explicit_spec(dense)))
+        dense = sharding.reshard(dense, sharding.unsharded_spec(sharding.explicit_spec(dense)))
         return linalg.truncated_svd(dense, min(site.n, site.m))
 
     svd = over_matrices(decomposed, site, arrays)

@@ -33,7 +33,7 @@ def partition_specs(
     Args:
       adaptation: arrays or ShapeDtypeStructs.
       param_specs: a tree like the parameters of PartitionSpecs; None is replicated. Of a quantised
-        parameter, its matrix's, or what `lrx.meshes.specs` makes.
+        parameter, its matrix's, or what `lrx.meshes.partition_specs` makes.
 
     Raises:
       ValueError: for an adapted leaf without a spec, or with one of more axes than it has.

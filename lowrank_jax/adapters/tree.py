@@ -147,7 +147,9 @@ def _initialised(
     def one(of):
         key, kernel, given = of
         if kernel is not None:
-            kernel = sharding.reshard(kernel, sharding.whole_spec(sharding.explicit_spec(kernel)))
+            kernel = sharding.reshard(
+                kernel, sharding.unsharded_spec(sharding.explicit_spec(kernel))
+            )
         return adapter.init_site(key, site, kernel, given | {"shared": shared})
 
     kernel = matrices_of(node, site) if adapter.reads_kernel else None

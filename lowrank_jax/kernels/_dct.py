@@ -119,7 +119,7 @@ def _check(x: Array, kind: int, norm: str, axis: int) -> None:
 def _division(x: Array, norm: str, axis: int, named: bool) -> _divided.Division | None:
     """Each device has a share of k, and its part of every score.
 
-    Columns are laid out as `sharding.rows_whole` does.
+    Columns are laid out as `sharding.unshard_rows` does.
     """
     mesh = _divided.mesh()
     if mesh is None:

@@ -86,7 +86,7 @@ class NormalFloat4(Codes):
         divides."""
         return (*self.codes.shape[:-2], self.codes.shape[-2] // HALF, self.codes.shape[-1])
 
-    def specs(self, spec: sharding.Spec) -> NormalFloat4:
+    def partition_specs(self, spec: sharding.Spec) -> NormalFloat4:
         """PartitionSpecs in the place of arrays, where the matrix lies as `spec` says, an entry for
         each axis.
 

@@ -88,7 +88,7 @@ class QuantizedBlocks(Codes):
         size = self.shape[-1]
         return (*self.shape[:-1], 1 if size % self.block else size // self.block)
 
-    def specs(self, spec: sharding.Spec) -> "QuantizedBlocks":
+    def partition_specs(self, spec: sharding.Spec) -> "QuantizedBlocks":
         """PartitionSpecs in the place of arrays: codes and scales lie as `spec` says, an entry for
         each axis."""
         own: Any = PartitionSpec(*spec)

@@ -196,7 +196,7 @@ class PairOptimizer(Short):
 
     def init(self, params: Any) -> PairsState:
         with sharding.mesh_of(params):
-            return sharding.settled(self._init(params))
+            return sharding.replicate_rest(self._init(params))
 
     def _init(self, params: Any) -> PairsState:
         check_floating(params, self.method)

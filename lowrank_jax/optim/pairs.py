@@ -182,7 +182,7 @@ def effective(side: str, factor: jax.Array, scale: jax.Array) -> jax.Array:
 def cross(side: str, old: jax.Array, new: jax.Array) -> jax.Array:
     """`oldᵀ new` of two factors a, `old newᵀ` of two factors b: `(..., r, r)`, with whole
     matrices."""
-    spec = sharding.whole_spec(sharding.explicit_spec(new))
+    spec = sharding.unsharded_spec(sharding.explicit_spec(new))
     place = None if spec is None else PartitionSpec(*spec)
     equation = "...nr,...ns->...rs" if side == "a" else "...rm,...sm->...rs"
     return jnp.einsum(equation, old, new, precision=jax.lax.Precision.HIGHEST, out_sharding=place)

@@ -114,9 +114,9 @@ def placed(view: ResolvedView, tree: Any, role: str) -> Any:
 
 
 def rows(view: ResolvedView, x: jax.Array, *, pad: bool = False) -> jax.Array:
-    """A gradient `x (batch..., s, k)` as a refresh reads it, see `sharding.rows_whole`."""
+    """A gradient `x (batch..., s, k)` as a refresh reads it, see `sharding.unshard_rows`."""
     own = current(view)
-    return sharding.rows_whole(x, pad=pad, k=None if own is None else own.k)
+    return sharding.unshard_rows(x, pad=pad, k=None if own is None else own.k)
 
 
 def divided(view: ResolvedView, x: jax.Array, axis: int) -> jax.Array:
@@ -125,9 +125,9 @@ def divided(view: ResolvedView, x: jax.Array, axis: int) -> jax.Array:
     if current(view) is None:
         return x
     return (
-        sharding.rows_whole(x)
+        sharding.unshard_rows(x)
         if axis == -1
-        else jnp.swapaxes(sharding.rows_whole(jnp.swapaxes(x, -1, -2)), -1, -2)
+        else jnp.swapaxes(sharding.unshard_rows(jnp.swapaxes(x, -1, -2)), -1, -2)
     )
 
 
@@ -137,7 +137,7 @@ def mixed(view: ResolvedView, tree: Any) -> Any:
     if current(view) is None:
         return tree
     return jax.tree.map(
-        lambda x: sharding.rows_whole(x) if x.shape[-2:] == (view.rank, view.kept) else x, tree
+        lambda x: sharding.unshard_rows(x) if x.shape[-2:] == (view.rank, view.kept) else x, tree
     )
 
 

@@ -119,7 +119,7 @@ class MatrixStep:
 
         def product():
             made = self.matrix @ sketch_basis(self.config, self.view, self.old, now, self.layers)
-            return sharding.reshard(made, sharding.whole_spec(self.view.spec))
+            return sharding.reshard(made, sharding.unsharded_spec(self.view.spec))
 
         nothing = sharding.zeros_like(jax.eval_shape(product))
         self.sketch = product() if due is True else jax.lax.cond(due, product, lambda: nothing)

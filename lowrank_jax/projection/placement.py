@@ -27,22 +27,22 @@ Trees = dict[str, Pytree]
 
 def _rows(config: Projection, view: ResolvedView, x: jax.Array) -> jax.Array:
     """What a refresh decomposes or scores: rows whole on each device."""
-    x = sharding.reshard(x, sharding.whole_spec(view.spec))
+    x = sharding.reshard(x, sharding.unsharded_spec(view.spec))
     return layout.rows(view, x, pad=config.projector.of_rows)
 
 
 def _sketch(config: Projection, view: ResolvedView, x: jax.Array) -> jax.Array:
     """A sketch `(s, q)`, divided along s: Gram matrices do the rest."""
-    return layout.divided(view, sharding.reshard(x, sharding.whole_spec(view.spec)), -2)
+    return layout.divided(view, sharding.reshard(x, sharding.unsharded_spec(view.spec)), -2)
 
 
 def _unsharded(config: Projection, view: ResolvedView, x: jax.Array) -> jax.Array:
-    return sharding.reshard(x, sharding.whole_spec(view.spec))
+    return sharding.reshard(x, sharding.unsharded_spec(view.spec))
 
 
 def _momentum(config: Projection, view: ResolvedView, x: jax.Array) -> jax.Array:
     """A moment `(r, k)`, divided along k."""
-    x = sharding.reshard(x, sharding.whole_spec(sharding.explicit_spec(x)))
+    x = sharding.reshard(x, sharding.unsharded_spec(sharding.explicit_spec(x)))
     return layout.divided(view, x, -1)
 
 

@@ -76,7 +76,7 @@ class Tap:
             return low, None
         shape = (*view.batch, view.shrunk, self.sketch_basis.shape[-1])
         return low, sharding.vary(
-            sharding.zeros(shape, jnp.float32, sharding.whole_spec(view.spec)), names
+            sharding.zeros(shape, jnp.float32, sharding.unsharded_spec(view.spec)), names
         )
 
 

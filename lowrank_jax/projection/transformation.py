@@ -48,7 +48,7 @@ from lowrank_jax.trees import as_float32, is_placeholder, pure
 def init(config: Projection, params: Any) -> ProjectionState:
     """The state of a projection before its first step."""
     with sharding.mesh_of(params):
-        return sharding.settled(_init(config, params))
+        return sharding.replicate_rest(_init(config, params))
 
 
 def _init(config: Projection, params: Any) -> ProjectionState:

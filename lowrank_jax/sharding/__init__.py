@@ -1,16 +1,15 @@
-"""Shardings of optimizer state that follow from the parameters' shardings, on explicit and on auto
-meshes.
+"""Shardings of optimizer state follow from those of the parameters, on explicit and auto meshes.
 
 An explicit mesh carries shardings in array types: state is born with the right one, and
-decompositions see whole matrices because their input is resharded first. An auto mesh leaves them
-to the compiler, and `state_shardings` gives `jax.jit` the same answer from outside. Where other
-libraries say pjit, this is `jax.jit` with shardings.
+decompositions see unsharded matrices because their input is resharded first. An auto mesh leaves
+them to the compiler, and `state_shardings` gives `jax.jit` the same answer from outside. Where
+other libraries say pjit, this is `jax.jit` with shardings.
 
 One rule places everything: batch axes keep their sharding, the kept dimension `k` keeps its own,
-the rank `r` and the shrunk dimension of a basis are whole.
+the rank `r` and the shrunk dimension of a basis are unsharded.
 """
 
-from lowrank_jax.sharding.auto import all_axes, constrained, for_product, matrix_spec, rows_whole
+from lowrank_jax.sharding.auto import all_axes, constrained, for_product, matrix_spec, unshard_rows
 from lowrank_jax.sharding.context import (
     Spec,
     current_mesh,
@@ -32,18 +31,18 @@ from lowrank_jax.sharding.entries import (
     low_spec,
     parts,
     spec_of,
-    whole_spec,
+    unsharded_spec,
 )
 from lowrank_jax.sharding.explicit import (
-    beside,
     like,
+    match_sharding,
     mesh_of,
     over_batch,
-    placing,
     product_spec,
+    replicate_rest,
     reshape,
     reshard,
-    settled,
+    with_out_sharding,
     zeros,
     zeros_like,
 )
@@ -55,7 +54,6 @@ __all__ = [
     "all_axes",
     "axis_names_of",
     "batch_axes",
-    "beside",
     "codes_of",
     "constrained",
     "current_mesh",
@@ -73,22 +71,23 @@ __all__ = [
     "is_explicit",
     "like",
     "low_spec",
+    "match_sharding",
     "matrix_spec",
     "mesh_of",
     "over_batch",
     "parts",
-    "placing",
     "product_spec",
+    "replicate_rest",
     "reshape",
     "reshard",
-    "rows_whole",
     "scan",
-    "settled",
     "spec_of",
+    "unshard_rows",
+    "unsharded_spec",
     "vary",
     "varying",
     "varying_alike",
-    "whole_spec",
+    "with_out_sharding",
     "zeros",
     "zeros_like",
 ]

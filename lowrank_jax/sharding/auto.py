@@ -1,22 +1,44 @@
-"""Auto meshes, which leave shardings to the compiler: constraints where it needs to be told."""
+"""Auto meshes, which leave shardings to the compiler: constraints where it needs them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax.sharding.context import Spec, current_mesh, current_rows, current_specs, divides
-from lowrank_jax.sharding.entries import axis_names_of, dividing, even, fold_spec, parts
+from lowrank_jax.sharding.entries import (
+    MeshAxes,
+    axis_names_of,
+    dividing,
+    even,
+    fold_spec,
+    parts,
+)
+from lowrank_jax.typing import Pytree, Shape
 
 
-def matrix_spec(path: str, view: Any) -> Spec | None:
-    """Partition entries `(rows, cols)` of the parameter at `path`, as `meshes.use(parameters=)`
-    knows it.
+class AxesOfMatrix(Protocol):
+    """The axes of a parameter that a view takes as batch, rows and columns."""
 
-    None where it does not, and where batch axes of the view are divided.
+    @property
+    def batch(self) -> Shape: ...
+
+    @property
+    def rows(self) -> Shape: ...
+
+    @property
+    def cols(self) -> Shape: ...
+
+
+def matrix_spec(path: str, view: AxesOfMatrix) -> Spec | None:
+    """Partition entries `(rows, cols)` of the parameter at `path`, as a matrix of its view.
+
+    They are what `meshes.use(parameters=)` says. None where it does not, and where batch axes of
+    the view are divided.
     """
     entries = (current_specs.get() or {}).get(path)
     if entries is None or len(entries) != len(view.batch) + len(view.rows) + len(view.cols):
@@ -26,64 +48,73 @@ def matrix_spec(path: str, view: Any) -> Spec | None:
 
 
 def for_product(path: str, ndim: int) -> Spec | None:
-    """How the last `ndim` axes of the parameter at `path` lie in a product on the auto mesh of
-    `meshes.use`.
+    """Partition entries of the last `ndim` axes of the parameter at `path` in a product.
 
-    Gathered over the axes of the mesh that divide rows of the batch. None where
-    `meshes.use(parameters=)` does not say how it lies, and where no rule says how rows do.
+    On the auto mesh of `meshes.use` it is gathered over the axes of the mesh that divide rows of
+    the batch. None where `meshes.use(parameters=)` does not name the parameter, and where no rule
+    divides rows.
     """
-    entries, rows = (current_specs.get() or {}).get(path), current_rows.get()
+    entries = (current_specs.get() or {}).get(path)
+    rows = current_rows.get()
     if entries is None or rows is None or len(entries) < ndim:
         return None
+    # an axis of the mesh that divides the batch gathers the parameter: that is what FSDP does
     used = {name for entry in rows for name in axis_names_of(entry)}
-    kept = (
-        tuple(name for name in axis_names_of(entry) if name not in used)
-        for entry in entries[-ndim:]
-    )
-    return tuple(names or None for names in kept)
+    names = [axis_names_of(entry) for entry in entries[-ndim:]]
+    kept = [tuple(name for name in own if name not in used) for own in names]
+    return tuple(own or None for own in kept)
 
 
-def constrained(tree: Any, specs: Any) -> Any:
-    """The arrays of `tree` where `specs` say, on the auto mesh of `meshes.use`; whole along what it
-    does not divide."""
+def constrained(tree: Pytree, partition_specs: Pytree) -> Pytree:
+    """The arrays of `tree` divided as `partition_specs` say, on the auto mesh of `meshes.use`.
+
+    An axis that the mesh does not divide evenly is unsharded.
+    """
     mesh = current_mesh.get()
-    place = lambda x, spec: NamedSharding(mesh, even(mesh, x.shape, spec))  # noqa: E731
-    return jax.tree.map(
-        lambda x, spec: jax.lax.with_sharding_constraint(x, place(x, spec)), tree, specs
-    )
+
+    def constrain(x, spec):
+        sharding = NamedSharding(mesh, even(mesh, x.shape, spec))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    return jax.tree.map(constrain, tree, partition_specs)
 
 
-def all_axes(mesh: Any) -> tuple[str, ...]:
-    """The axes of a mesh that divide anything, over all of which rows of a refresh lie; those of
-    replicas first."""
-    names, copies = dividing(tuple(reversed(mesh.axis_names)), mesh), _replicas(mesh)
+def all_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh that divide anything; columns of a refresh are divided over all of them.
+
+    Those of replicas come first.
+    """
+    names = dividing(tuple(reversed(mesh.axis_names)), mesh)
+    copies = _replicas(mesh)
     return (*copies, *(name for name in names if name not in copies))
 
 
-def _replicas(mesh: Any) -> tuple[str, ...]:
-    """The axes that divide none of the parameters of `meshes.use`; () where these are not known,
-    and where all do."""
-    names, specs = dividing(mesh.axis_names, mesh), current_specs.get() or {}
-    used = {
-        name for entries in specs.values() for entry in entries for name in axis_names_of(entry)
-    }
-    return tuple(name for name in names if name not in used) if used.intersection(names) else ()
+def _replicas(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that divide none of the parameters of `meshes.use`.
+
+    () where these are not known, and where all axes divide some.
+    """
+    names = dividing(mesh.axis_names, mesh)
+    entries = [entry for spec in (current_specs.get() or {}).values() for entry in spec]
+    used = {name for entry in entries for name in axis_names_of(entry)}
+    if used.isdisjoint(names):
+        return ()
+    return tuple(name for name in names if name not in used)
 
 
-def rows_whole(x: jax.Array, *, pad: bool = False, k: Any = None) -> jax.Array:
-    """`x (..., s, k)` with s whole and k divided over the auto mesh of `meshes.use`; `x` itself
-    elsewhere.
+def unshard_rows(x: Array, *, pad: bool = False, k: MeshAxes = None) -> Array:
+    """`x (..., s, k)` with s unsharded and k divided over the auto mesh of `meshes.use`.
 
-    What a refresh works on: one all-to-all of a device's share, after which transforms along s and
-    Gram matrices of rows send nothing of a matrix's size
+    Elsewhere `x` itself. What a refresh works on: one all-to-all of a device's share, after which
+    transforms along s and Gram matrices of rows send nothing of a matrix's size
     (`python -m experiments.benchmarks.collectives`). Replicas take their part of the columns
-    before; left to it, the partitioner may gather the whole matrix on each device.
+    before; left to it, the partitioner may gather the matrix on each device.
 
     Args:
       x: matrices.
-      pad: add columns of zeros up to the next k that the mesh divides; otherwise such an x stays as
-        it lies.
-      k: the partition entry of k as x lies.
+      pad: add columns of zeros up to the next k that the mesh divides; otherwise such an x is
+        returned as it is.
+      k: the partition entry of k that x has.
     """
     mesh = current_mesh.get()
     if mesh is None or not divides():
@@ -92,12 +123,16 @@ def rows_whole(x: jax.Array, *, pad: bool = False, k: Any = None) -> jax.Array:
     missing = -x.shape[-1] % parts(names, mesh)
     if missing and not pad:
         return x
+    leading = x.ndim - 1
     if missing:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+        x = jnp.pad(x, [(0, 0)] * leading + [(0, missing)])
     if copies:
+        # first a slice of what each replica holds, which sends nothing: k stays divided as it is
         first = (*dividing(k, mesh), *copies)
         names = (*first, *(name for name in names if name not in first))
-        free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*free, first)))
-    spec = PartitionSpec(*(None,) * (x.ndim - 1), names)
+        free = (PartitionSpec.UNCONSTRAINED,) * leading
+        sliced = NamedSharding(mesh, PartitionSpec(*free, first))
+        x = jax.lax.with_sharding_constraint(x, sliced)
+    # then the all-to-all: every device has all rows of its columns
+    spec = PartitionSpec(*(None,) * leading, names)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

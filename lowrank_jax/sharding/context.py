@@ -1,4 +1,4 @@
-"""What a trace knows of the mesh that it is for: set by `meshes.use`, read wherever something is placed."""
+"""What a trace knows of the mesh that it is for, set by `meshes.use`."""
 
 from __future__ import annotations
 

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from lowrank_jax.typing import Pytree
 
-def varying(*trees: Any) -> frozenset[str]:
-    """The mesh axes of `jax.shard_map` over which any array of the trees, or its shape, varies;
-    none outside of it."""
-    types = (
-        x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x) for x in jax.tree.leaves(trees)
-    )
-    kinds = (getattr(kind, "manual_axis_type", None) for kind in types)
+Branch = Callable[[], Pytree]
+
+
+def varying(*trees: Pytree) -> frozenset[str]:
+    """The mesh axes over which any array of the trees, or its shape, varies.
+
+    None outside of `jax.shard_map`.
+    """
+    leaves = jax.tree.leaves(trees)
+    types = [x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x) for x in leaves]
+    kinds = [getattr(kind, "manual_axis_type", None) for kind in types]
     return frozenset(name for kind in kinds if kind is not None for name in kind.varying)
 
 
-def vary(tree: Any, names: frozenset[str]) -> Any:
-    """The same numbers, varying over these mesh axes too, over which the transpose sums
-    cotangents."""
+def vary(tree: Pytree, names: frozenset[str]) -> Pytree:
+    """The same numbers, varying over these mesh axes too; the transpose sums cotangents over them."""
 
     def one(x):
         missing = tuple(sorted(names - varying(x)))
@@ -31,7 +34,7 @@ def vary(tree: Any, names: frozenset[str]) -> Any:
     return jax.tree.map(one, tree)
 
 
-def varying_alike(*trees: Any) -> Any:
+def varying_alike(*trees: Pytree) -> Pytree:
     """The trees, each array varying over the mesh axes over which any of them does.
 
     For the arguments of a custom VJP inside `jax.shard_map`: cotangents that its backward pass
@@ -41,9 +44,8 @@ def varying_alike(*trees: Any) -> Any:
     return vary(trees, varying(trees))
 
 
-def alike(*functions: Callable[[], Any]) -> tuple[Callable[[], Any], ...]:
-    """The functions, each array of a result varying over the mesh axes over which that array of any
-    of them does.
+def alike(*functions: Branch) -> tuple[Branch, ...]:
+    """The functions, whose results vary alike: an array over the axes over which any's does.
 
     For the branches of a cond inside `jax.shard_map`, one of which returns what it has read and
     another a constant.
@@ -57,16 +59,17 @@ def alike(*functions: Callable[[], Any]) -> tuple[Callable[[], Any], ...]:
     )
 
 
-def everywhere(ok: jax.Array, *own: Any) -> jax.Array:
-    """Whether `ok` on every device along the mesh axes over which it varies and the trees `own` do
-    not."""
+def everywhere(ok: jax.Array, *own: Pytree) -> jax.Array:
+    """Whether `ok` on every device of the mesh axes over which it varies and `own` do not."""
     names = tuple(sorted(varying(ok) - varying(own)))
-    return jax.lax.pmin(ok.astype(jnp.int32), names) > 0 if names else ok
+    if not names:
+        return ok
+    # all are true where the least is
+    return jax.lax.pmin(ok.astype(jnp.int32), names) > 0
 
 
-def scan(body: Callable, start: Any, parts: Any) -> Any:
-    """`jax.lax.scan`, whose carry varies over mesh axes from the start where it does after a
-    step."""
+def scan(body: Callable, start: Pytree, parts: Pytree) -> Pytree:
+    """`jax.lax.scan`, whose carry varies from the start over the axes over which it does later."""
     if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
         first = jax.tree.map(lambda x: x[0], parts)
         after = jax.eval_shape(body, start, first)[0]

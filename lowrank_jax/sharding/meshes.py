@@ -1,4 +1,4 @@
-"""Meshes of four named axes, and the rules by which parameters and activations lie on them.
+"""Meshes of four named axes, and the rules that divide parameters and activations over them.
 
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
     placed = meshes.shardings(params, table, mesh)           NamedShardings, a tree like params
@@ -17,7 +17,7 @@ over which axes of the mesh a named axis is divided:
     sequence  positions, outside attention
     tensor    heads, the inner width of the MLP, and the vocabulary
 
-An axis that the mesh does not divide evenly stays whole, and `describe` says so.
+An axis that the mesh does not divide evenly is unsharded, and `describe` says so.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lowrank_jax import sharding
+from lowrank_jax import deprecations, sharding
 from lowrank_jax.trees import is_quantized, leaves_with_metadata
+from lowrank_jax.typing import Kernel, Pytree, Spec
+
+__getattr__ = deprecations.names("lowrank_jax.meshes")  # the address that users know
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -60,7 +63,7 @@ def make_mesh(
     fsdp: int = 1,
     sequence: int = 1,
     tensor: int = 1,
-    devices: Any = None,
+    devices: Sequence[jax.Device] | None = None,
     explicit: bool = False,
 ) -> Mesh:
     """A mesh with the axes `AXES`, whatever their sizes.
@@ -111,7 +114,7 @@ def make_mesh(
     )
 
 
-def logical_axes(params: Any, table: Table) -> Any:
+def logical_axes(params: Pytree, table: Table) -> Pytree:
     """A tree like `params` of tuples of axis names, one for a quantised array.
 
     Args:
@@ -155,7 +158,7 @@ def _mesh_axes(rules: Rules, name: str | None, mesh: Mesh) -> tuple[str, ...]:
                 )
             return axes
     raise ValueError(
-        f"rules: no rule for the axis {name!r}; add ({name!r}, None) if it stays whole"
+        f"rules: no rule for the axis {name!r}; add ({name!r}, None) if it is unsharded"
     )
 
 
@@ -164,11 +167,11 @@ def spec(
     mesh: Mesh,
     rules: Rules = RULES,
     shape: Sequence[int] | None = None,
-) -> Any:
-    """The PartitionSpec of axes with these names; an axis of the mesh is used once, and where it
-    divides `shape`.
+) -> PartitionSpec:
+    """The PartitionSpec of axes with these names.
 
-    An axis of one entry stays whole, also where the mesh would not divide it.
+    An axis of the mesh is used once, and where it divides `shape`. An axis of one entry is
+    unsharded, also where the mesh would not divide it.
 
     >>> mesh = make_mesh(data=-1)
     >>> spec(("batch", None, "embed"), mesh)
@@ -178,23 +181,22 @@ def spec(
     used: set[str] = set()
     for i, name in enumerate(names):
         axes = tuple(axis for axis in _mesh_axes(rules, name, mesh) if axis not in used)
-        if shape is not None and (
-            shape[i] == 1 or shape[i] % math.prod(mesh.shape[axis] for axis in axes)
-        ):
+        # one entry, such as a head that all queries share, is on every device
+        if shape is not None and (shape[i] == 1 or shape[i] % sharding.parts(axes, mesh)):
             axes = ()
         used |= set(axes)
-        entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*entries)
 
 
-def specs(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
+def partition_specs(params: Pytree, table: Table, mesh: Mesh, rules: Rules = RULES) -> Pytree:
     """A tree like `params` of PartitionSpecs; see `logical_axes` and `spec`.
 
-    A quantised array is one of PartitionSpecs: its codes lie as its matrix would, as far as a
-    device has whole blocks.
+    A quantised array is one of PartitionSpecs: its codes are divided as its matrix would be, as far
+    as a device has blocks without a rest.
 
     >>> import jax.numpy as jnp
-    >>> specs(
+    >>> partition_specs(
     ...     {"up": {"kernel": jnp.ones((8, 16))}},
     ...     [(".*/kernel", ("embed", "mlp"))],
     ...     make_mesh(data=-1),
@@ -206,7 +208,7 @@ def specs(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
     def place(leaf, own):
         if not is_quantized(leaf):
             return spec(own, mesh, rules, leaf.shape)
-        placed = leaf.specs(tuple(spec(own, mesh, rules, leaf.blocks)))
+        placed = leaf.partition_specs(tuple(spec(own, mesh, rules, leaf.blocks)))
         if placed is None:  # codes that do not say how they can be divided
             return jax.tree.map(lambda _: PartitionSpec(), leaf)
         # an nnx variable is quantised as its value is, and is another tree than the value's specs
@@ -217,16 +219,16 @@ def specs(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
     return jax.tree.map(place, params, names, is_leaf=is_quantized)
 
 
-def shardings(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """A tree like `params` of NamedShardings; see `specs`."""
-    found = specs(params, table, mesh, rules)
+def shardings(params: Pytree, table: Table, mesh: Mesh, rules: Rules = RULES) -> Pytree:
+    """A tree like `params` of NamedShardings; see `partition_specs`."""
+    found = partition_specs(params, table, mesh, rules)
     return jax.tree.map(
         lambda own: NamedSharding(mesh, own), found, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
 
 
-def describe(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> str:
-    """A line for each leaf, and what stays whole because the mesh does not divide it.
+def describe(params: Pytree, table: Table, mesh: Mesh, rules: Rules = RULES) -> str:
+    """A line for each leaf, and what is unsharded because the mesh does not divide it.
 
     >>> import jax.numpy as jnp
     >>> print(
@@ -252,8 +254,8 @@ def describe(params: Any, table: Table, mesh: Mesh, rules: Rules = RULES) -> str
     return "\n".join(lines)
 
 
-def _specs(mesh: Mesh, parameters: Any) -> dict[str, Any]:
-    """`{path: partition entries, one for each axis}`; a quantised leaf lies as its codes do."""
+def _specs(mesh: Mesh, parameters: Pytree) -> dict[str, Spec]:
+    """`{path: partition entries, one for each axis}`; of a quantised leaf those of its codes."""
     found = {}
     for path, leaf, _ in leaves_with_metadata(parameters):
         own = sharding.codes_of(leaf)
@@ -270,9 +272,11 @@ def _specs(mesh: Mesh, parameters: Any) -> dict[str, Any]:
     return found
 
 
-def _rows(mesh: Mesh, rules: Rules) -> tuple[Any, ...] | None:
-    """Partition entries of the first axes of activations, "batch" and "length"; None where no rule
-    names a batch."""
+def _rows(mesh: Mesh, rules: Rules) -> Spec | None:
+    """Partition entries of the first axes of activations, "batch" and "length".
+
+    None where no rule names a batch.
+    """
     named = [name for name in ("batch", "length") if name in dict(rules)]
     return tuple(spec(named, mesh, rules)) if "batch" in named else None
 
@@ -283,13 +287,12 @@ _CURRENT: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Contex
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator[None]:
-    """While a function is traced inside, `constrain` places its activations, and a refresh its
-    matrices, on this mesh.
+def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Pytree = None) -> Iterator[None]:
+    """The mesh of what is traced inside: activations, refreshes and kernels are divided over it.
 
-    Inside an optimizer's update on an auto mesh, refreshes need it: without it the compiler adds up
-    whole matrices for a DCT along a divided dimension. Kernels (`lrx.kernels`) need it to be
-    divided over an auto mesh.
+    `constrain` places activations, and a refresh its matrices. Inside an optimizer's update on an
+    auto mesh, refreshes need it: without it the compiler adds up unsharded matrices for a DCT along
+    a divided dimension. Kernels (`lrx.kernels`) need it to be divided over an auto mesh.
 
     Args:
       mesh, rules: of the program.
@@ -303,21 +306,25 @@ def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Any = None) -> Iterator
         multiplies by it entry by entry, has values sent as well).
 
     Raises:
-      ValueError: where a leaf of `parameters` lies on no mesh, or on another one.
+      ValueError: where a leaf of `parameters` is on no mesh, or on another one.
     """
-    specs, explicit = None, AxisType.Explicit in mesh.axis_types
+    own, explicit = None, AxisType.Explicit in mesh.axis_types
+    # array types say it on an explicit mesh
     if parameters is not None and not explicit and mesh.size > 1:
-        specs = _specs(mesh, parameters)
-    token, placed = _CURRENT.set((mesh, rules)), sharding.current_mesh.set(mesh)
-    known, rows = sharding.current_specs.set(specs), sharding.current_rows.set(_rows(mesh, rules))
+        own = _specs(mesh, parameters)
+    known: list[tuple[contextvars.ContextVar, Any]] = [
+        (_CURRENT, (mesh, rules)),
+        (sharding.current_mesh, mesh),
+        (sharding.current_specs, own),
+        (sharding.current_rows, _rows(mesh, rules)),
+    ]
+    tokens = [(variable, variable.set(value)) for variable, value in known]
     try:
         with _types_of(mesh) if explicit else contextlib.nullcontext():
             yield
     finally:
-        sharding.current_rows.reset(rows)
-        sharding.current_specs.reset(known)
-        sharding.current_mesh.reset(placed)
-        _CURRENT.reset(token)
+        for variable, token in reversed(tokens):
+            variable.reset(token)
 
 
 def _types_of(mesh: Mesh) -> contextlib.AbstractContextManager:
@@ -327,8 +334,10 @@ def _types_of(mesh: Mesh) -> contextlib.AbstractContextManager:
 
 
 def _placed(names: Sequence[str | None], shape: Sequence[int]) -> tuple[Mesh, PartitionSpec] | None:
-    """The mesh of `use` and where an array of this shape lies on it; None outside `use`, or on one
-    auto device."""
+    """The mesh of `use` and the PartitionSpec of an array of this shape on it.
+
+    None outside `use`, or on one auto device.
+    """
     current = _CURRENT.get()
     if current is None or (current[0].size == 1 and AxisType.Explicit not in current[0].axis_types):
         return None
@@ -341,8 +350,9 @@ def _placed(names: Sequence[str | None], shape: Sequence[int]) -> tuple[Mesh, Pa
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x` with its axes, one name each, divided as the rules say; `x` itself outside `use`, or on
-    one device.
+    """`x` with its axes, one name each, divided as the rules say.
+
+    `x` itself outside `use`, or on one device.
 
     >>> import jax.numpy as jnp
     >>> constrain(jnp.ones((2, 4)), "batch", None).shape
@@ -357,9 +367,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
 
 
-def on_auto_axes(tree: Any) -> Any:
-    """Arrays of an explicit mesh as those of an auto one, where they lie: for programs that do not
-    say what goes where.
+def on_auto_axes(tree: Pytree) -> Pytree:
+    """Arrays of an explicit mesh as those of an auto one, on the same devices.
+
+    For programs that do not say what goes where.
 
     >>> x = jax.device_put(1.0, NamedSharding(make_mesh(data=-1, explicit=True), PartitionSpec()))
     >>> set(on_auto_axes(x).sharding.mesh.axis_types)
@@ -378,8 +389,9 @@ def on_auto_axes(tree: Any) -> Any:
 
 
 def divided(shape: Sequence[int], *names: str | None) -> tuple[bool, ...]:
-    """Which axes of an array of this shape, one name each, the mesh of `use` divides; none outside
-    `use`.
+    """Which axes of an array of this shape, one name each, the mesh of `use` divides.
+
+    None outside `use`.
 
     >>> divided((2, 4), "batch", None)
     (False, False)
@@ -392,11 +404,10 @@ def divided(shape: Sequence[int], *names: str | None) -> tuple[bool, ...]:
 
 
 def out_sharding(shape: Sequence[int], *names: str | None) -> PartitionSpec | None:
-    """What `out_sharding=` tells an operation whose result has this shape and these axes; None off
-    explicit meshes.
+    """The `out_sharding=` of an operation whose result has this shape and these axes.
 
-    On an explicit mesh a sum over a divided axis, and a look-up along one, must be told where the
-    result goes.
+    On an explicit mesh a sum over a divided axis, and a look-up along one, needs it. None
+    elsewhere.
 
     >>> out_sharding((2, 4), "batch", None)
     """
@@ -404,13 +415,12 @@ def out_sharding(shape: Sequence[int], *names: str | None) -> PartitionSpec | No
     return found[1] if found is not None and AxisType.Explicit in found[0].axis_types else None
 
 
-def at_input(kernel: Any, x: jax.Array, *, rows: int = -2) -> Any:
-    """The kernel `(..., rows, cols)` of a product gathered for its input `x (..., rows)`; itself
-    off explicit meshes.
+def at_input(kernel: Kernel, x: jax.Array, *, rows: int = -2) -> Kernel:
+    """The kernel `(..., rows, cols)` of a product, gathered for its input `x (..., rows)`.
 
-    Its rows are divided as the last axis of x is, and its columns over no axis of the mesh that
-    divides x: parameters divided along "embed" over fsdp are gathered over it, because rows of the
-    batch are. The gradient of the kernel goes back to where the kernel lies.
+    Itself off explicit meshes. Its rows are divided as the last axis of x is, and its columns over
+    no axis of the mesh that divides x: parameters divided along "embed" over fsdp are gathered over
+    it, because rows of the batch are. The gradient gets the sharding of the kernel.
 
     Args:
       kernel, x: of a product that contracts the last axis of x; a quantised kernel is gathered as
@@ -425,17 +435,22 @@ def at_input(kernel: Any, x: jax.Array, *, rows: int = -2) -> Any:
     inner, own = sharding.explicit_spec(x), sharding.explicit_spec(kernel)
     if inner is None or own is None:
         return kernel
+    # contracted as x is divided along its last axis; columns stay divided over axes x does not use
     used = {name for entry in inner for name in sharding.axis_names_of(entry)}
     cols = -3 - rows
-    entries = dict.fromkeys(range(-kernel.ndim, 0)) | {rows: inner[-1]}
+    entries = [None] * kernel.ndim
+    entries[rows] = inner[-1]
     if used.isdisjoint(sharding.axis_names_of(own[cols])):
         entries[cols] = own[cols]
-    spec = tuple(entries.values())
+    spec = tuple(entries)
     if not is_quantized(kernel):
         return sharding.reshard(kernel, spec)
     mesh = jax.sharding.get_abstract_mesh()
-    place = lambda x, own: sharding.reshard(x, tuple(sharding.even(mesh, x.shape, own)))  # noqa: E731
-    return jax.tree.map(place, kernel, kernel.specs(spec))
+
+    def place(x, own):
+        return sharding.reshard(x, tuple(sharding.even(mesh, x.shape, own)))
+
+    return jax.tree.map(place, kernel, kernel.partition_specs(spec))
 
 
 __all__ = [
@@ -448,9 +463,9 @@ __all__ = [
     "make_mesh",
     "on_auto_axes",
     "out_sharding",
+    "partition_specs",
     "shardings",
     "spec",
-    "specs",
     "use",
 ]
 __dir__ = functools.partial(sorted, __all__)

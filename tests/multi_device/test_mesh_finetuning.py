@@ -124,7 +124,7 @@ def test_losses_are_those_of_one_device(folder, name, mesh):
 
 def test_what_an_explicit_mesh_does_not_do_is_refused(folder, monkeypatch):
     monkeypatch.setattr(
-        sharding, "placing", lambda function, spec: function
+        sharding, "with_out_sharding", lambda function, spec: function
     )  # nobody says where x R lies
     values = dataclasses.asdict(tuning.tiny(folder, adapter={"method": "oft(block=4)"}, **ROWS))
     config = finetuning_configuration.from_dict(values | {"mesh": MESHES["explicit"]})

@@ -107,7 +107,7 @@ def test_the_vision_transformer_is_covered():
     params = jax.eval_shape(
         vit.Vit(vit.preset("digits")).init, jax.random.key(0), jnp.zeros((1, 8, 8, 1))
     )["params"]
-    found = meshes.specs(params, axes.VIT, meshes.make_mesh(fsdp=4, tensor=2))
+    found = meshes.partition_specs(params, axes.VIT, meshes.make_mesh(fsdp=4, tensor=2))
     assert str(found["layers"]["mlp"]["up_proj"]["kernel"]) == "P(None, 'fsdp', 'tensor')"
     assert str(found["layers"]["mlp"]["up_proj"]["bias"]) == "P(None, 'tensor')"
 
@@ -125,15 +125,15 @@ def test_rules_are_heeded_and_wrong_ones_are_errors():
     params, mesh = {"kernel": jnp.ones((8, 16))}, meshes.make_mesh(fsdp=4, tensor=2)
     table = [("kernel", ("embed", "mlp"))]
     own = (("embed", "tensor"), ("mlp", None))
-    assert str(meshes.specs(params, table, mesh, own)["kernel"]) == "P('tensor', None)"
+    assert str(meshes.partition_specs(params, table, mesh, own)["kernel"]) == "P('tensor', None)"
     with pytest.raises(ValueError, match="rules: 'embed' goes to 'model', and the mesh has"):
-        meshes.specs(params, table, mesh, (("embed", "model"), ("mlp", None)))
+        meshes.partition_specs(params, table, mesh, (("embed", "model"), ("mlp", None)))
     with pytest.raises(ValueError, match=r"no rule for the axis 'mlp'"):
-        meshes.specs(params, table, mesh, (("embed", None),))
+        meshes.partition_specs(params, table, mesh, (("embed", None),))
     with pytest.raises(ValueError, match="nothing matches the leaf 'kernel'"):
-        meshes.specs(params, [("other", ("embed",))], mesh)
+        meshes.partition_specs(params, [("other", ("embed",))], mesh)
     with pytest.raises(ValueError, match=r"'kernel' of shape \(8, 16\) has 2 axes"):
-        meshes.specs(params, [("kernel", ("a", "b", "c"))], mesh)
+        meshes.partition_specs(params, [("kernel", ("a", "b", "c"))], mesh)
 
 
 def test_sizes_that_do_not_fit_are_errors():

@@ -303,8 +303,8 @@ def test_a_side_that_keeps_the_divided_dimension_whole_sends_nothing_of_the_matr
 def test_a_mesh_that_does_not_divide_k_pads_a_refresh_of_rows():
     mesh, x = meshes.make_mesh(fsdp=8), jax.random.normal(jax.random.key(0), (2, 16, 13))
     with meshes.use(mesh):
-        assert sharding.rows_whole(x).shape == x.shape
-        padded = jax.jit(lambda x: sharding.rows_whole(x, pad=True))(x)
+        assert sharding.unshard_rows(x).shape == x.shape
+        padded = jax.jit(lambda x: sharding.unshard_rows(x, pad=True))(x)
     assert padded.sharding.shard_shape(padded.shape) == (2, 16, 2)
     np.testing.assert_array_equal(padded, np.pad(x, [(0, 0), (0, 0), (0, 3)]))
 
@@ -318,7 +318,7 @@ def test_replicas_take_their_part_of_rows_and_gather_no_matrix(k):
 
     def rows(x):
         with meshes.use(mesh, parameters={"kernel": x_lies}):
-            return sharding.rows_whole(x, pad=True)
+            return sharding.unshard_rows(x, pad=True)
 
     x_lies = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
     compiled = jax.jit(rows).lower(x).compile()

@@ -50,31 +50,35 @@ def test_every_device_holds_its_share(form, sizes):
         np.testing.assert_array_equal(node.dequantize(), want.dequantize())
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(own))
     assert on_a_device(own, placed) <= 1.02 * total / 8  # scales of scales are whole
-    codes = meshes.specs({"up": {"kernel": jnp.ones((N, M))}}, TABLE, mesh)["up"]["kernel"]
+    codes = meshes.partition_specs({"up": {"kernel": jnp.ones((N, M))}}, TABLE, mesh)["up"][
+        "kernel"
+    ]
     assert placed["up"]["kernel"].codes.spec == codes
 
 
 def test_blocks_stay_in_one_piece():
     mesh, table = meshes.make_mesh(fsdp=8), [("kernel", ("embed", "mlp"))]
     tree = {"kernel": linalg.quantize_nf4(jnp.ones((256, 64)))}  # four blocks for eight devices
-    assert meshes.specs(tree, table, mesh)["kernel"].codes == jax.P(None, "tensor")
+    assert meshes.partition_specs(tree, table, mesh)["kernel"].codes == jax.P(None, "tensor")
     text = (
         "kernel  (256, 64)  P(None, 'tensor')  (embed = 256, 4 blocks, stays whole: 'fsdp' does "
         "not divide it)"
     )
     assert meshes.describe(tree, table, mesh) == text
     flat = {"kernel": linalg.quantize_blocks(jnp.ones((64, 2000)), block=256)}
-    assert meshes.specs(flat, [("kernel", (None, "embed"))], mesh)["kernel"].codes == jax.P(
-        None, None
-    )
+    assert meshes.partition_specs(flat, [("kernel", (None, "embed"))], mesh)[
+        "kernel"
+    ].codes == jax.P(None, None)
     odd = {
         "kernel": linalg.quantize_nf4(jnp.ones((512, 12)), double=True)
     }  # 96 scales of 8 x 12 blocks
-    assert meshes.specs(odd, table, mesh)["kernel"].absmax.codes == jax.P(("tensor", "fsdp"))
-    odd = {"kernel": linalg.quantize_nf4(jnp.ones((60, 12)), double=True)}
-    assert meshes.specs(odd, [("kernel", (None, "embed"))], mesh)["kernel"].absmax.codes == jax.P(
-        None
+    assert meshes.partition_specs(odd, table, mesh)["kernel"].absmax.codes == jax.P(
+        ("tensor", "fsdp")
     )
+    odd = {"kernel": linalg.quantize_nf4(jnp.ones((60, 12)), double=True)}
+    assert meshes.partition_specs(odd, [("kernel", (None, "embed"))], mesh)[
+        "kernel"
+    ].absmax.codes == jax.P(None)
 
 
 X = jnp.asarray(np.random.default_rng(9).normal(size=(16, N)), jnp.float32)
@@ -195,8 +199,8 @@ def test_a_rest_of_rows_is_cut_off_on_explicit_axes(columns):
 def test_variables_of_nnx_are_quantised_as_their_values_are():
     mesh, own = meshes.make_mesh(fsdp=4, tensor=2), params("double")
     state = nnx.State({"up": {"kernel": nnx.Param(own["up"]["kernel"])}})
-    want = meshes.specs({"up": own["up"]}, TABLE, mesh)
-    assert jax.tree.leaves(meshes.specs(state, TABLE, mesh)) == jax.tree.leaves(want)
+    want = meshes.partition_specs({"up": own["up"]}, TABLE, mesh)
+    assert jax.tree.leaves(meshes.partition_specs(state, TABLE, mesh)) == jax.tree.leaves(want)
 
 
 @pytest.mark.parametrize("spread", [False, True])

@@ -94,7 +94,7 @@ def test_adapters_and_their_state_follow_their_kernels(family, optimizer):
     adaptation = lrx.adapt(
         kernels, FAMILIES[family], jax.random.key(0), views=lrx.Views(stacked=("stack/.*",))
     )
-    trees = partition_specs(adaptation, meshes.specs(kernels, TABLE, mesh))
+    trees = partition_specs(adaptation, meshes.partition_specs(kernels, TABLE, mesh))
     placed = jax.tree.map(
         lambda own: NamedSharding(mesh, own), trees, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )

@@ -96,8 +96,8 @@ class Dora(Lora):
                 return op(base) + op.thin(scaled, found)
             y, thin = op(x), op.thin(dropped, found)
             if dropped is x:
-                return gain * (y + sharding.beside(thin, y))
-            return y + (gain - 1) * op(dropped) + gain * sharding.beside(thin, y)
+                return gain * (y + sharding.match_sharding(thin, y))
+            return y + (gain - 1) * op(dropped) + gain * sharding.match_sharding(thin, y)
 
         return dataclasses.replace(
             op, own=product, kernel=lambda: self.effective(site, op.kernel(), p), plain=False

@@ -98,7 +98,7 @@ class Oft(Adapter):
                 kernel.shape
             )
 
-        return sharding.placing(turned, sharding.explicit_spec(kernel))(
+        return sharding.with_out_sharding(turned, sharding.explicit_spec(kernel))(
             kernel, p["skew"], p["scale"]
         )
 
@@ -113,7 +113,7 @@ class Oft(Adapter):
             return jnp.einsum("...gi,gij->...gj", parts, rotation).reshape(x.shape)
 
         def rotated(x):
-            place = sharding.placing(turned, sharding.explicit_spec(x))
+            place = sharding.with_out_sharding(turned, sharding.explicit_spec(x))
             return place(x, p["skew"], p["scale"])
 
         # adapters before this one see the rotated input

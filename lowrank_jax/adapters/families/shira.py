@@ -101,7 +101,7 @@ class Shira(Adapter):
         def add(kernel, values, rows, cols):
             return kernel.at[rows, cols].add(values.astype(kernel.dtype))
 
-        place = sharding.placing(add, sharding.explicit_spec(kernel))
+        place = sharding.with_out_sharding(add, sharding.explicit_spec(kernel))
         return place(kernel, p["values"] * p["scale"], p["rows"], p["cols"])
 
     def remove(self, site, kernel, p):
@@ -114,7 +114,7 @@ class Shira(Adapter):
 
         def product(x):
             matrix = op.kernel()
-            place = sharding.placing(
+            place = sharding.with_out_sharding(
                 functools.partial(_product, op.contract), sharding.product_spec(x, matrix)
             )
             values = p["values"] * p["scale"]

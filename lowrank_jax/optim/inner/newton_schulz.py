@@ -116,7 +116,7 @@ class NewtonSchulz(Inner):
         """`u p(s) vᵀ` of matrices `x (..., m, n)`, laid out as they are."""
         own = sharding.explicit_spec(x)
         # a Gram matrix adds up over a whole dimension
-        unsharded = sharding.reshard(x, sharding.whole_spec(own))
+        unsharded = sharding.reshard(x, sharding.unsharded_spec(own))
         made = linalg.newton_schulz(
             unsharded, self.steps, self.coefficients, self.eps, self.compute_dtype
         )

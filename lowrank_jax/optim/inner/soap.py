@@ -162,7 +162,7 @@ class Soap(Inner):
 
     def _sides(self, leaf: jax.Array) -> Sides:
         """Zeros for the Gram matrices, or bases, of a leaf."""
-        spec = sharding.whole_spec(sharding.explicit_spec(leaf))
+        spec = sharding.unsharded_spec(sharding.explicit_spec(leaf))
 
         def square(size):
             return sharding.zeros((*leaf.shape[:-2], size, size), jnp.float32, spec)
@@ -333,7 +333,9 @@ def _per_matrix(flag: jax.Array, ndim: int) -> jax.Array:
 
 def _unsharded(x: jax.Array) -> jax.Array:
     """The last two axes gathered, on an explicit mesh: Gram matrices and bases mix them."""
-    return sharding.reshard(x, sharding.whole_spec(sharding.explicit_spec(x))) if x.ndim > 1 else x
+    return (
+        sharding.reshard(x, sharding.unsharded_spec(sharding.explicit_spec(x))) if x.ndim > 1 else x
+    )
 
 
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:

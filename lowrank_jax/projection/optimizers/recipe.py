@@ -91,7 +91,7 @@ class Recipe(Short):
         def init(params):
             with sharding.mesh_of(params):
                 projection = form.init(self.projection, params)
-                return RecipeState(projection, sharding.settled(final.init(params)))
+                return RecipeState(projection, sharding.replicate_rest(final.init(params)))
 
         def update(updates, state, params=None, **extra):
             if self.projection.reads_learning_rate:

@@ -298,7 +298,7 @@ class StoredProjector(BasisProjector):
     def store(self, view: ResolvedView, matrix: jax.Array) -> Any:
         """The basis as it is kept: in `dtype`, or for int8 as codes with one scale for each 256
         entries of a row."""
-        spec = sharding.whole_spec(view.spec)
+        spec = sharding.unsharded_spec(view.spec)
         if jnp.dtype(self.dtype) == jnp.int8:
             return jax.tree.map(
                 lambda x: sharding.reshard(x, spec), linalg.quantize_blocks(matrix, "linear")

@@ -95,7 +95,7 @@ class TwoSidedSvd(StoredProjector):
         return (view.rank, view.rank)
 
     def low_spec(self, view):
-        return sharding.whole_spec(view.spec)
+        return sharding.unsharded_spec(view.spec)
 
     def basis_bytes(self, view):
         return self.matrix_bytes(view, view.shrunk + view.kept)
