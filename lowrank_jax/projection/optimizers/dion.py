@@ -75,7 +75,7 @@ class HalfPower(StoredProjector):
             memory = normal(keys, (view.kept, view.rank))
         else:
             memory = stack_of("dion: first", self.first, view, view.kept)
-        return basis, sharding.reshard(memory, sharding.whole_spec(view.spec))
+        return basis, sharding.reshard(memory, sharding.unsharded_spec(view.spec))
 
     def refresh(self, view, basis, memory, inputs):
         # (s, k) by (k, r); in full precision, since Q is all that earlier steps leave
