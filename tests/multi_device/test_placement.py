@@ -38,12 +38,10 @@ def matrices(tx, kind=AxisType.Auto):
     both = []
     for name in ("dense", "layers"):
         node = state[name]["kernel"]
-        both.append(
-            jax.tree.map(
-                lambda x: tuple(x.spec),
-                (node.basis, node.residual, node.inner.count, node.inner.mu),
-            )
-        )
+        # an error that is fed back, or norms
+        beside = node.target if jax.tree.leaves(node.target) else node.residual
+        kept = (node.basis, beside, node.inner.count, node.inner.mu)
+        both.append(jax.tree.map(lambda x: tuple(x.spec), kept))
     return both
 
 

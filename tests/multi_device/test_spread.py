@@ -75,6 +75,7 @@ def test_each_device_holds_its_share_of_bases_and_low_rank_moments(build):
             if leaf.shape == (*view.batch, view.rank, view.kept):
                 assert per_device(kind, leaf) * 8 == leaf.size
         assert entries(own.residual) == entries(before.residual)
+        assert entries(own.target) == entries(before.target)
 
 
 FAMILIES = {
