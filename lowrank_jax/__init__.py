@@ -44,6 +44,7 @@ from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.soap import soap
+from lowrank_jax.projection.optimizers.trion import trion
 from lowrank_jax.projection.partition_specs import sides_for, state_shardings
 from lowrank_jax.projection.taps import check_taps, projected_value_and_grad, taps
 from lowrank_jax.projection.training import train_step
@@ -114,6 +115,7 @@ __all__ = [
     "to_lora",
     "train_step",
     "transports",
+    "trion",
 ]
 
 __getattr__ = deprecations.names(__name__, lazy=LAZY)

@@ -297,6 +297,7 @@ METHODS: dict[str, Method] = _table(
             studied=(Studied(title="DCT-AdamW", learning_rate=3e-3),),
         ),
         Method(name="dion", build=lrx.dion, refuses=_KEEPS_SUMS),
+        Method(name="trion", build=lrx.trion, refuses=_KEEPS_SUMS),
         Method(
             name="frugal",
             build=lrx.frugal,

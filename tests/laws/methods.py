@@ -149,6 +149,7 @@ METHODS = (
     _named(lrx.fira, "fira-paper", rank=4, refresh_every=2, form="paper", limiter=None),
     # a scale that does not tell inputs from outputs, for the law of transposition
     _named(lrx.dion, "dion", rank=4, scale=lrx.scales.rms(0.2), due=ALL, seeded=True),
+    _named(lrx.trion, "trion", rank=4, kind=3, scale=lrx.scales.rms(0.2), due=ALL),
     _custom("columns-l2", P.columns(rank=4, select="l2"), transport=T.reset(count=False)),
     _custom("columns-l1-rotate", P.columns(rank=4, select="l1"), transport=T.rotate(), residual=R.sign(scale=0.1)),
     _custom("columns-given", P.columns(select=(1, 2, 5, 9)), due=(), inner=optax.scale_by_rms()),

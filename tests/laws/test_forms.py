@@ -74,6 +74,7 @@ ROWS = {
     "apollo": (lrx.apollo(1e-2, rank=3, views=VIEWS), "full"),
     "muon": (lrx.muon(1e-2, views=VIEWS, plain_learning_rate=optax.linear_schedule(1e-3, 0.0, 7)), "taps"),
     "soap": (lrx.soap(1e-2, views=VIEWS, first="identity", refresh_every=2, eps=1e-3), "taps"),
+    "trion": (lrx.trion(1e-2, rank=3, views=VIEWS, plain_learning_rate=1e-3), "full"),
     "dion": (lrx.dion(1e-2, rank=3, views=VIEWS), "full"),
 }  # fmt: skip
 

@@ -59,6 +59,7 @@ ROWS = {
     "frugal": lrx.frugal(1e-2, views=VIEWS, refresh_every=3, clip_norm=5.0),
     "ldadam": lrx.ldadam(1e-2, rank=3, views=VIEWS),
     "apollo": lrx.apollo(1e-2, rank=3, views=VIEWS),
+    "trion": lrx.trion(1e-2, rank=3, views=VIEWS),
     "dion": lrx.dion(1e-2, rank=3, views=VIEWS),
     "dct_adamw": lrx.dct_adamw(1e-2, rank=3, views=VIEWS, error_feedback=True),
     "muon": lrx.muon(1e-2, views=VIEWS, plain_learning_rate=optax.linear_schedule(1e-3, 0.0, 7)),

@@ -37,6 +37,7 @@ METHODS = {
     "columns by norm": lambda: lrx.frugal(
         1e-2, projector=lrx.projectors.columns(rank=4, select="l2"), refresh_every=2, **common
     ),
+    "trion": lambda: lrx.trion(1e-2, rank=4, **common),
     "dion": lambda: lrx.dion(1e-2, rank=4, **common),
     "ldadam": lambda: lrx.ldadam(1e-2, rank=4, **common),
     "apollo": lambda: lrx.apollo(1e-2, rank=4, refresh_every=2, **common),

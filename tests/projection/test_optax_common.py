@@ -32,6 +32,8 @@ ROWS = {
     "ldadam": {"learning_rate": 1e-2, "rank": 2},
     "apollo": {"learning_rate": 1e-2, "rank": 2},
     "apollo_mini": {"learning_rate": 1e-2},
+    "fira": {"learning_rate": 1e-2, "rank": 2},
+    "trion": {"learning_rate": 1e-2, "rank": 2},
     "muon": {"learning_rate": 1e-2, "weight_decay": 0.0},
     "soap": {"learning_rate": 1e-2, "weight_decay": 0.0, "first": "identity"},
 }

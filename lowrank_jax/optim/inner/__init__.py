@@ -9,13 +9,14 @@ from lowrank_jax.optim.inner.adam import Adam, AdamState, debias
 from lowrank_jax.optim.inner.base import Inner, first_moment, map_moments
 from lowrank_jax.optim.inner.from_optax import FromOptax, as_inner
 from lowrank_jax.optim.inner.moments import Moment, register_moments
-from lowrank_jax.optim.inner.newton_schulz import NewtonSchulz, NewtonSchulzState
+from lowrank_jax.optim.inner.newton_schulz import NewtonSchulz, NewtonSchulzState, Orthogonal
 from lowrank_jax.optim.inner.soap import Soap, SoapState
 from lowrank_jax.optim.inner.stored8 import Stored8
 
 adam = Adam
 from_optax = FromOptax
 newton_schulz = NewtonSchulz
+orthogonal = Orthogonal
 soap = Soap
 stored8 = Stored8
 
@@ -32,6 +33,7 @@ __all__ = [
     "from_optax",
     "map_moments",
     "newton_schulz",
+    "orthogonal",
     "register_moments",
     "soap",
     "stored8",

@@ -10,6 +10,7 @@ from lowrank_jax.projection.optimizers.ldadam import ldadam
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
 from lowrank_jax.projection.optimizers.soap import soap
+from lowrank_jax.projection.optimizers.trion import trion
 
 __all__ = [
     "Recipe",
@@ -24,4 +25,5 @@ __all__ = [
     "ldadam",
     "muon",
     "soap",
+    "trion",
 ]

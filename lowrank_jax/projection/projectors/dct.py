@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import kernels, linalg
 from lowrank_jax.checks import is_integer
+from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.projectors.transform import TransformProjector
 
 
@@ -18,28 +19,37 @@ class Dct(TransformProjector):
 
     Args:
       kind: 3, the columns of the DCT-II matrix (the official code's default path, "dct3"), or 2,
-        its rows (its Makhoul path, "dct2").
+        its rows (its Makhoul path, "dct2"); or a pair, for matrices that shrink their inputs and
+        for those that shrink their outputs (`(3, 2)` in the official code of Trion).
       products: "xla", or "kernel": a refresh takes its scores from `lrx.kernels.dct_scores`, on a
         TPU where the shrunk dimension is a multiple of 128 from 2048 on, with XLA's scores to
         rounding. Inside `lrx.meshes.use` of several devices each scores its own columns. Where an
         explicit mesh divides a matrix, XLA's product stays. No device has timed it.
     """
 
-    kind: int = 3
+    kind: int | tuple[int, int] = 3
     products: str = "xla"
 
     def __post_init__(self):
         super().__post_init__()
-        if not is_integer(self.kind) or self.kind not in (2, 3):
+        kinds = self.kind if isinstance(self.kind, tuple) else (self.kind, self.kind)
+        if len(kinds) != 2 or not all(is_integer(kind) and kind in (2, 3) for kind in kinds):
             raise ValueError(
-                f"dct: kind={self.kind!r} must be the number 2 or 3 "
+                f"dct: kind={self.kind!r} must be the number 2 or 3, or a pair of them "
                 "(under optax.inject_hyperparams name it in static_args)"
             )
         if self.products not in ("xla", "kernel"):
             raise ValueError(f"dct: products={self.products!r} must be 'xla' or 'kernel'")
 
-    def _transform(self, x):
-        return linalg.dct(x, self.kind, axis=-2)
+    def kind_of(self, view: ResolvedView) -> int:
+        """The kind of the vectors of a leaf, by its side."""
+        if not isinstance(self.kind, tuple):
+            return self.kind
+        of_inputs, of_outputs = self.kind
+        return of_inputs if view.side == "rows" else of_outputs
+
+    def _transform(self, view, x):
+        return linalg.dct(x, self.kind_of(view), axis=-2)
 
     def refresh(self, view, basis, memory, inputs):
         if self.products == "xla" or any(view.spec or ()):
@@ -47,14 +57,14 @@ class Dct(TransformProjector):
         x, axis = inputs.target, -2
         if view.side == "cols":  # a transpose of the leaf, which the kernel reads as the leaf lies
             x, axis = jnp.swapaxes(x, -2, -1), -1
-        scores = kernels.dct_scores(x, self.kind, self.norm, axis)
+        scores = kernels.dct_scores(x, self.kind_of(view), self.norm, axis)
         return linalg.top_scores(scores, view.rank), memory
 
     def structure(self):
         return Dct(kind=self.kind)
 
     def columns(self, view, basis):
-        return linalg.dct_columns(basis, view.shrunk, self.kind)
+        return linalg.dct_columns(basis, view.shrunk, self.kind_of(view))
 
 
 def dct2(**options: Any) -> Dct:

@@ -21,7 +21,7 @@ class Hadamard(TransformProjector):
             )
         return super().rank_for(path, shrunk)
 
-    def _transform(self, x):
+    def _transform(self, view, x):
         return linalg.hadamard_transform(x, axis=-2)
 
     def structure(self):

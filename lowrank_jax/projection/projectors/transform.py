@@ -27,8 +27,8 @@ class TransformProjector(IndexProjector, BasisProjector):
         if self.norm not in ("l1", "l2"):
             raise ValueError(f"{type(self).__name__}: norm={self.norm!r} must be 'l1' or 'l2'")
 
-    def _transform(self, x):
+    def _transform(self, view, x):
         raise TypeError(f"{type(self).__name__} does not implement _transform")
 
     def refresh(self, view, basis, memory, inputs):
-        return linalg.top_rows(self._transform(inputs.target), view.rank, self.norm), memory
+        return linalg.top_rows(self._transform(view, inputs.target), view.rank, self.norm), memory
