@@ -43,6 +43,7 @@ from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
 from lowrank_jax.projection.optimizers.muon import muon
+from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.optimizers.trion import trion
 from lowrank_jax.projection.partition_specs import sides_for, state_shardings
@@ -95,6 +96,7 @@ __all__ = [
     "meshes",
     "muon",
     "nnx",
+    "online_subspace_descent",
     "partition",
     "projected_value_and_grad",
     "projection",

@@ -85,6 +85,7 @@ class Method:
         that option has that value.
       rates: options that are learning rates of other groups of leaves, such as those that are not
         projected: the peak of a schedule that has the shape of the method's own.
+      peak: the setting that takes the peak of the schedule, `optimizer.learning_rate`; or None.
       programs: which of "pretrain" and "finetune" take it.
       refuses: what it does not work with.
       advice: settings with which the planner tries it where something else does not fit; None is
@@ -98,6 +99,7 @@ class Method:
     own_rank: int | None = None
     decomposes: bool | tuple[str, Any] = False
     rates: tuple[str, ...] = ("plain_learning_rate",)
+    peak: str | None = None
     programs: tuple[str, ...] = ("pretrain", "finetune")
     refuses: tuple[Refusal, ...] = ()
     advice: Mapping[str, Any] | None = None
@@ -311,6 +313,12 @@ METHODS: dict[str, Method] = _table(
             studied=(Studied(title="LDAdam", learning_rate=3e-3),),
         ),
         Method(name="fira", build=lrx.fira, decomposes=True),
+        Method(
+            name="online_subspace_descent",
+            build=lrx.online_subspace_descent,
+            decomposes=("first", "svd"),
+            peak="peak_rate",
+        ),
         Method(
             name="apollo",
             build=lrx.apollo,

@@ -71,6 +71,8 @@ def build(
     for key in method.other_rates:
         if key in options:
             options[key] = _with_peak(rate, config.learning_rate, options[key])
+    if method.peak is not None:
+        arguments[method.peak] = config.learning_rate
     arguments |= options
     if config.projector is not None:
         arguments["projector"] = PROJECTORS[config.projector].build(rank=arguments.pop("rank"))

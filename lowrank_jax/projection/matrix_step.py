@@ -39,6 +39,7 @@ def fresh_state(config: Projection, view: ResolvedView) -> MatrixState:
     layers = layer_numbers(view)
     keys = config.keys(view, jnp.zeros((), jnp.int32), layers)
     basis, memory = config.projector.init(view, keys)
+    memory = jax.tree.map(functools.partial(_of_batch, view), memory)
     inner, target, residual = on_own_matrices(own, config, view, {"layers": layers})
     schedule = config.refresh_schedule
     return MatrixState(
@@ -51,6 +52,15 @@ def fresh_state(config: Projection, view: ResolvedView) -> MatrixState:
         view=view.structure(),
         projector=config.projector.structure(),
     )
+
+
+def _of_batch(view: ResolvedView, x: jax.Array) -> jax.Array:
+    """`x (batch..., ...)` with its batch axes divided as the leaf's are, on an explicit mesh."""
+    if view.spec is None:
+        return x
+    axes = len(view.batch)
+    own = sharding.explicit_spec(x) or (None,) * x.ndim
+    return sharding.reshard(x, (*view.spec[:axes], *own[axes:]))
 
 
 def check_slots(config: Projection, matrix: MatrixState) -> None:

@@ -113,7 +113,7 @@ def _spread(node: MatrixState, kind: NamedSharding) -> MatrixState:
     basis = place((*view.batch, view.shrunk, view.rank), own_layout.basis)
     low = place((*view.batch, view.rank, view.kept), own_layout.low)
     own = lambda leaf: NamedSharding(kind.mesh, _spec_of(leaf))  # noqa: E731
-    rules = {"basis": basis, "inner": low}
+    rules = {"basis": basis, "memory": basis, "inner": low}
     placed = {
         name: jax.tree.map(rules.get(name, own), part) for name, part in parts_of(node).items()
     }

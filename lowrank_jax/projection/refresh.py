@@ -108,7 +108,7 @@ def _momentum(config: Projection, view: ResolvedView, trees: Trees) -> Trees:
     return {"momentum": value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen)}
 
 
-@placed(takes={}, gives={"basis": "basis"})
+@placed(takes={}, gives={"basis": "basis", "memory": "basis"})
 def _new_basis(
     config: Projection, view: ResolvedView, trees: Trees, inputs: RefreshInputs, now: Now
 ) -> Trees:

@@ -18,6 +18,7 @@ from experiments.harness.methods import METHODS, PROJECTORS
 from experiments.settings import configuration
 from experiments.settings.configuration import OptimizerConfig, ScheduleConfig
 from experiments.settings.sections import ConfigurationError
+from lowrank_jax.projection.projectors.online_pca import OnlinePca
 from lowrank_jax.projection.projectors.power import Power
 from lowrank_jax.projection.projectors.svd import Svd, TwoSidedSvd
 from tests.experiments.commands import ENVIRONMENT
@@ -53,7 +54,7 @@ def projector_of(**settings):
 
 def takes_singular_vectors(projector):
     return isinstance(projector, Svd | TwoSidedSvd) or (
-        isinstance(projector, Power) and projector.first == "svd"
+        isinstance(projector, Power | OnlinePca) and projector.first == "svd"
     )
 
 

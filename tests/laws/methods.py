@@ -150,6 +150,9 @@ METHODS = (
     # a scale that does not tell inputs from outputs, for the law of transposition
     _named(lrx.dion, "dion", rank=4, scale=lrx.scales.rms(0.2), due=ALL, seeded=True),
     _named(lrx.trion, "trion", rank=4, kind=3, scale=lrx.scales.rms(0.2), due=ALL),
+    _named(lrx.online_subspace_descent, "online_subspace_descent", rank=4, refresh_every=10, due=ALL, peak_rate=0.1),
+    _named(lrx.online_subspace_descent, "online_subspace_descent-sgd", rank=4, refresh_every=10, due=ALL, seeded=True,
+           basis_optimizer="sgd", first="random", peak_rate=0.05),
     _custom("columns-l2", P.columns(rank=4, select="l2"), transport=T.reset(count=False)),
     _custom("columns-l1-rotate", P.columns(rank=4, select="l1"), transport=T.rotate(), residual=R.sign(scale=0.1)),
     _custom("columns-given", P.columns(select=(1, 2, 5, 9)), due=(), inner=optax.scale_by_rms()),

@@ -71,6 +71,8 @@ ROWS = {
     "dct_adamw T": (lrx.dct_adamw(1e-2, rank=3, refresh_every=3, views=VIEWS), "full at a refresh"),
     "frugal": (lrx.frugal(1e-2, views=VIEWS, refresh_every=3), "full"),
     "ldadam": (lrx.ldadam(1e-2, rank=3, views=VIEWS), "full"),
+    "fira": (lrx.fira(1e-2, rank=3, views=VIEWS, refresh_every=3), "full"),
+    "online_subspace_descent": (lrx.online_subspace_descent(1e-2, rank=3, views=VIEWS, refresh_every=5), "full"),
     "apollo": (lrx.apollo(1e-2, rank=3, views=VIEWS), "full"),
     "muon": (lrx.muon(1e-2, views=VIEWS, plain_learning_rate=optax.linear_schedule(1e-3, 0.0, 7)), "taps"),
     "soap": (lrx.soap(1e-2, views=VIEWS, first="identity", refresh_every=2, eps=1e-3), "taps"),

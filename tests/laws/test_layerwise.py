@@ -58,6 +58,8 @@ ROWS = {
     "stored": galore(P.svd(rank=3), every(period=3), inner=lrx.inner.stored8(minimum=0), plain=lrx.inner.adam()),
     "frugal": lrx.frugal(1e-2, views=VIEWS, refresh_every=3, clip_norm=5.0),
     "ldadam": lrx.ldadam(1e-2, rank=3, views=VIEWS),
+    "fira": lrx.fira(1e-2, rank=3, views=VIEWS, refresh_every=3),
+    "online_subspace_descent": lrx.online_subspace_descent(1e-2, rank=3, views=VIEWS, refresh_every=5, peak_rate=2e-2),
     "apollo": lrx.apollo(1e-2, rank=3, views=VIEWS),
     "trion": lrx.trion(1e-2, rank=3, views=VIEWS),
     "dion": lrx.dion(1e-2, rank=3, views=VIEWS),

@@ -16,7 +16,8 @@ P, C, T, R, A = lrx.projectors, lrx.refresh_schedules, lrx.transports, lrx.resid
 SLOTS = {
     "projector": {
         "svd": P.svd(rank=4), "two_sided": P.svd_two_sided(rank=4), "power": P.power(rank=4),
-        "power_mix": P.power(rank=4, mix=0.9, first="svd"), "randomized": P.randomized(rank=4), "dct2": P.dct2(rank=4),
+        "power_mix": P.power(rank=4, mix=0.9, first="svd"), "online_pca": P.online_pca(rank=4),
+        "randomized": P.randomized(rank=4), "dct2": P.dct2(rank=4),
         "dct3": P.dct3(rank=4), "hadamard": P.hadamard(rank=4), "columns_norm": P.columns(rank=4, select="l1"),
         "columns_random": P.columns(rank=4), "columns_given": P.columns(select=(0, 2, 5, 7)),
         "gaussian": P.random(rank=4), "structured": P.random(rank=4, kind="structured"),

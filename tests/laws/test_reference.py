@@ -45,6 +45,7 @@ def _reference(method, name, layer):
             step=jnp.asarray(step),
             key=slots.keys(view, step, jnp.asarray(layer or 0)),
             param=view.orient(param),
+            learning_rate=None if recipe is None else at_step(recipe.learning_rate, step),
         )
         gradient = view.orient(_layer(m.at(m.gradients(), step)[name]["kernel"], layer))
         is_due = _is_due(slots, whole.view, layer, step)

@@ -38,6 +38,7 @@ PROJECTORS = {
     "svd": (P.svd(rank=5), NOTHING),
     "two-sided": (P.svd_two_sided(rank=5), NOTHING),
     "power": (P.power(rank=5), NOTHING),
+    "online pca": (P.online_pca(rank=5, first="random"), NOTHING),
     "dct": (P.dct(rank=5), NOTHING),
     "gaussian": (P.random(rank=5), NOTHING),
 }

@@ -40,6 +40,10 @@ METHODS = {
     "trion": lambda: lrx.trion(1e-2, rank=4, **common),
     "dion": lambda: lrx.dion(1e-2, rank=4, **common),
     "ldadam": lambda: lrx.ldadam(1e-2, rank=4, **common),
+    "fira": lambda: lrx.fira(1e-2, rank=4, refresh_every=2, **common),
+    "online_subspace_descent": lambda: lrx.online_subspace_descent(
+        1e-2, rank=4, refresh_every=5, **common
+    ),
     "apollo": lambda: lrx.apollo(1e-2, rank=4, refresh_every=2, **common),
     "staggered": lambda: lrx.galore(
         1e-2,

@@ -63,6 +63,16 @@ AT_CONSTRUCTION = [
     (lambda: P.power(rank=2, first="qr"), "first='qr' must be 'svd' or 'range'"),
     (lambda: P.power(rank=2, iterations=0), "iterations=0 must be at least 1"),
     (lambda: P.randomized(rank=2, iterations=-1), "iterations=-1 must not be negative"),
+    (
+        lambda: P.online_pca(rank=2, first="range"),
+        "online_pca: first='range' must be 'svd' or 'random'",
+    ),
+    (lambda: P.online_pca(rank=2, optimizer="adam"), "online_pca: optimizer='adam' must be one of"),
+    (lambda: P.online_pca(rank=2, peak_rate=0.0), "online_pca: peak_rate=0.0 must be"),
+    (
+        lambda: lrx.online_subspace_descent(optax.constant_schedule(0.1), rank=2),
+        "learning_rate is a schedule.*give peak_rate=",
+    ),
     (lambda: C.every(period=0), "period=0 must be an integer of at least 1"),
     (lambda: C.every(period=2, when="during"), "when='during' must be 'before' or 'after'"),
     (lambda: C.staggered(period=2.0), "period=2.0 must be a Python integer"),

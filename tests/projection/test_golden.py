@@ -99,6 +99,17 @@ def dct_adamw(c, m, n):
     )
 
 
+def online_subspace_descent(c, m, n):
+    return lrx.online_subspace_descent(
+        0.01,
+        rank=c["rank"],
+        scale=c["scale"],
+        refresh_every=c["refresh_every"],
+        basis_optimizer=c["basis_optimizer"],
+        weight_decay=0.1,
+    )
+
+
 def muon(c, m, n):
     """The recorded code rounds every operation to bfloat16, which is 1 to 3 % from float32."""
     scales = {"spectral_norm": lrx.scales.fan_ratio(), "rms_norm": lrx.scales.rms(0.2)}
@@ -126,13 +137,14 @@ METHODS = {
     "ldadam": ldadam,
     "dct_adamw": dct_adamw,
     "dion": dion,
+    "online_subspace_descent": online_subspace_descent,
     "muon": muon,
 }
 RECORDED_TO_FOUR_DIGITS = {
     "muon": 4e-4
 }  # by an iteration in bfloat16, of which each rounding is ours
 ROWS = {"muon": 2, "galore": 3, "apollo": 4, "fira": 2, "frugal": 5, "ldadam": 2, "dct_adamw": 4}
-ROWS |= {"dion": 1}
+ROWS |= {"dion": 1, "online_subspace_descent": 2}
 
 
 def test_every_row_of_our_methods_is_here(golden):

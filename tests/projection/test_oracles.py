@@ -187,9 +187,34 @@ def fira(w, grads, scale=0.25, removed=0.25, limiter=1.01, period=4):
     return w
 
 
+@oriented
+def online_subspace_descent(w, grads, optimizer="adamw", rate=lambda t: LR, period=10):
+    m = v = np.zeros((RANK, w.shape[1]))
+    p = left_basis(grads[0], RANK)
+    m_p = v_p = np.zeros_like(p)
+    for t, g in enumerate(grads):
+        low = p.T @ g
+        m, v, n, c = adam(low, m, v, t + 1, eps=1e-6, family="A")
+        w = (w - rate(t) * 0.25 * c * p @ n) * (1 - rate(t) * DECAY)
+        if t == 0:
+            continue
+        unit = g / np.linalg.norm(g)
+        error = p @ p.T @ unit - unit
+        gradient = 2 * (error @ (p.T @ unit).T + unit @ (error.T @ p))
+        lr = rate(t) / LR / period
+        if optimizer == "sgd":
+            p = p - lr * gradient
+        else:
+            m_p, v_p, n, c = adam(gradient, m_p, v_p, t)
+            p = p - lr * 0.01 * p - lr * c * n
+    return w
+
+
 def random_basis(s):
     return np.random.default_rng(5).normal(size=(s, RANK)).astype(np.float32)
 
+
+RATES = {"number": LR, "schedule": optax.warmup_cosine_decay_schedule(0, LR, 3, STEPS)}
 
 CASES = {
     "galore": (lambda s: lrx.galore(LR, rank=RANK, refresh_every=4, weight_decay=DECAY), galore, {}),
@@ -246,6 +271,17 @@ CASES = {
             {"removed": removed},
         )
         for form, removed in [("code", 0.25), ("paper", 1.0)]
+    },
+    **{
+        f"online_subspace_descent_{optimizer}_{rate}": (
+            lambda s, optimizer=optimizer, rate=rate: lrx.online_subspace_descent(
+                RATES[rate], rank=RANK, refresh_every=10, basis_optimizer=optimizer, weight_decay=DECAY,
+                peak_rate=LR if rate == "schedule" else None,
+            ),
+            online_subspace_descent,
+            {"optimizer": optimizer} | ({"rate": RATES[rate]} if rate == "schedule" else {}),
+        )
+        for optimizer, rate in [("adamw", "schedule"), ("adamw", "number"), ("sgd", "schedule")]
     },
 }  # fmt: skip
 

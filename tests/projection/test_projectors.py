@@ -14,6 +14,7 @@ PROJECTORS = {
     "hadamard": P.hadamard(rank=3),
     "columns": P.columns(rank=3, select="l2"),
     "randomized": P.randomized(rank=3),
+    "online pca": P.online_pca(rank=3, period=5),
     "power from an svd": P.power(rank=3, first="svd"),
     "power from a range": P.power(rank=3, first="range"),
 }

@@ -8,6 +8,7 @@ from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
 from lowrank_jax.projection.optimizers.muon import muon
+from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
 from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.optimizers.trion import trion
@@ -24,6 +25,7 @@ __all__ = [
     "galore",
     "ldadam",
     "muon",
+    "online_subspace_descent",
     "soap",
     "trion",
 ]

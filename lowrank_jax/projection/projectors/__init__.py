@@ -10,6 +10,7 @@ from lowrank_jax.projection.projectors.dct import dct, dct2, dct3
 from lowrank_jax.projection.projectors.given import given
 from lowrank_jax.projection.projectors.hadamard import hadamard
 from lowrank_jax.projection.projectors.identity import identity
+from lowrank_jax.projection.projectors.online_pca import online_pca
 from lowrank_jax.projection.projectors.power import power
 from lowrank_jax.projection.projectors.random import random
 from lowrank_jax.projection.projectors.randomized import randomized
@@ -27,6 +28,7 @@ __all__ = [
     "given",
     "hadamard",
     "identity",
+    "online_pca",
     "power",
     "random",
     "randomized",
