@@ -98,7 +98,7 @@ class Method:
     kind: str = PROJECTION
     own_rank: int | None = None
     decomposes: bool | tuple[str, Any] = False
-    rates: tuple[str, ...] = ("plain_learning_rate",)
+    rates: tuple[str, ...] = ()
     peak: str | None = None
     programs: tuple[str, ...] = ("pretrain", "finetune")
     refuses: tuple[Refusal, ...] = ()
