@@ -386,6 +386,7 @@ class Adapter(Short):
         site = self.site(kernel.shape)
         self.validate(site)
         self.check_rank(site)
+        # a group of this one matrix
         keys = jax.random.split(key)
         train, frozen, sites = self.init_shared(keys[0], Group(sites={"": site}, order=(("", 0),)))
         scale = jnp.full((site.rank,) if self.ranked else (), self.scaling(site), jnp.float32)
@@ -409,6 +410,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; x itself without a key or a rate, and for indices."""
     if key is None or rate == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
+    # divided by what is left on average
     keep = sharding.reshard(jax.random.bernoulli(key, 1 - rate, x.shape), sharding.explicit_spec(x))
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 

@@ -79,18 +79,22 @@ class Rule:
         """
         own = np.broadcast_to(own, tasks.shape[1:])
         tasks = jnp.where(own, tasks, 0)
+        # entries are dropped first
         if self.density < 1 and self.method in ("magnitude_prune", "ties"):
             tasks = jax.vmap(lambda x: largest(x, self.density, own))(tasks)
         elif self.density < 1 and self.method.startswith("dare"):
-            kept = jax.vmap(lambda key: jax.random.bernoulli(key, self.density, tasks.shape[1:]))(
-                keys
-            )
+            shape = tasks.shape[1:]
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, self.density, shape))(keys)
             tasks = jnp.where(kept, tasks / self.density, 0)
         if self.method not in ("ties", "dare_ties"):
             return jnp.sum(tasks * weights, axis=0)
-        votes = jnp.sum(tasks if self.majority_sign == "total" else jnp.sign(tasks), axis=0)
+        # each entry elects a sign, 0 votes for plus
+        ballots = tasks if self.majority_sign == "total" else jnp.sign(tasks)
+        votes = jnp.sum(ballots, axis=0)
         agree = jnp.sign(tasks) == jnp.where(votes >= 0, 1, -1)
-        return jnp.sum(tasks * weights * agree, axis=0) / jnp.maximum(jnp.sum(agree, axis=0), 1)
+        # the mean over the tasks that agree, of which a subtracted one is one
+        total = jnp.sum(tasks * weights * agree, axis=0)
+        return total / jnp.maximum(jnp.sum(agree, axis=0), 1)
 
 
 def largest(x: jax.Array, density: float, own: np.ndarray) -> jax.Array:
@@ -102,10 +106,13 @@ def largest(x: jax.Array, density: float, own: np.ndarray) -> jax.Array:
     [[3.0, -4.0], [0.0, 0.0]]
     """
     lead = x.shape[:-2]
+    # how many entries of each matrix are kept, (batch..., 1)
     counts = own.reshape(*lead, -1).sum(axis=-1, keepdims=True)
     keep = np.floor(density * counts).astype(int)
+    # the place of each entry in descending order; padding comes last
     size = jnp.where(own, jnp.abs(x), -1).reshape(*lead, -1)
-    place = jnp.argsort(jnp.argsort(-size, axis=-1, stable=True), axis=-1)
+    order = jnp.argsort(-size, axis=-1, stable=True)
+    place = jnp.argsort(order, axis=-1)
     return jnp.where((place < keep).reshape(x.shape), x, 0)
 
 
@@ -284,13 +291,17 @@ def _by_factor(
             f"method={method!r} adds factors entry by entry, and at {site.path!r} the ranks are "
             f"{ranks}; take 'cat' or 'svd', or bring them to one rank by lrx.to_lora"
         )
-    strength = jnp.stack([_times(w, one) for w, one in zip(weights, thin.values(), strict=True)])
+    # w_i s_i, (k, batch..., q): its root goes to both factors, its sign to a
+    pairs = zip(weights, thin.values(), strict=True)
+    strength = jnp.stack([_times(weight, one) for weight, one in pairs])
     root = jnp.sqrt(jnp.abs(strength))
     signed = jnp.where(strength >= 0, root, -root)
-    stacks = [jnp.stack([getattr(one, side) for one in thin.values()]) for side in ("a", "b")]
-    both = (None, None) if keys is None else jax.vmap(jax.random.split, out_axes=1)(keys)
-    a = rule(stacks[0], signed[..., None, :], first.own[..., None, :], both[0])
-    b = rule(stacks[1], root[..., None], first.own[..., None], both[1])
+    stack_a = jnp.stack([one.a for one in thin.values()])
+    stack_b = jnp.stack([one.b for one in thin.values()])
+    # what is dropped of a and of b is drawn apart
+    key_a, key_b = (None, None) if keys is None else jax.vmap(jax.random.split, out_axes=1)(keys)
+    a = rule(stack_a, signed[..., None, :], first.own[..., None, :], key_a)
+    b = rule(stack_b, root[..., None], first.own[..., None], key_b)
     return a, b, first.ranks
 
 
@@ -308,11 +319,11 @@ def _sum(
     own = np.concatenate([one.own for one in thin], axis=-1)
     top = max(one.own.shape[-1] for one in thin) if rank is None else rank
     if method in ("cat", "svd"):
-        scale = jnp.concatenate([_times(w, one) for w, one in zip(weights, thin, strict=True)], -1)
-        a, b = (
-            jnp.concatenate([one.a for one in thin], -1),
-            jnp.concatenate([one.b for one in thin], -2),
-        )
+        # [w_1 s_1 a_1, w_2 s_2 a_2, ...] [b_1; b_2; ...]
+        scales = [_times(w, one) for w, one in zip(weights, thin, strict=True)]
+        scale = jnp.concatenate(scales, -1)
+        a = jnp.concatenate([one.a for one in thin], -1)
+        b = jnp.concatenate([one.b for one in thin], -2)
         every = SiteFactors(a, scale, b, own).compact()
         a, b = every.scaled()
         if method == "cat":
@@ -323,6 +334,7 @@ def _sum(
 
     def one(trees):
         pairs, own_keys = trees
+        # dense, (k, n, m)
         deltas = jnp.stack([a @ b for a, b in pairs])
         return linalg.truncated_svd(rule(deltas, column, True, own_keys), min(site.n, site.m))
 

@@ -61,6 +61,7 @@ class SiteFactors(Short):
         """The components of a matrix's own rank in front, and no more of the others than the
         largest rank wants."""
         cut = max(int(self.ranks.max()), 1)
+        # own components first, in their order
         order = np.argsort(~self.own, axis=-1, kind="stable")[..., :cut]
         if (order == np.arange(cut)).all():
             return SiteFactors(
@@ -161,6 +162,7 @@ def truncated(
       energy: share of the squared singular values that is enough, or None.
     """
     u, s, vt = svd
+    # the rank of each matrix: the limit, and what the energy wants of it
     ranks = np.minimum(limit, s.shape[-1])
     if energy is not None:
         if isinstance(s, jax.core.Tracer):
@@ -171,8 +173,11 @@ def truncated(
         ranks = np.minimum(ranks, np.asarray(linalg.rank_for_energy(s, energy)))
     size = max(int(ranks.max()), 1)
     kept = np.arange(s.shape[-1]) < ranks[..., None]
+    # U sqrt(S) and sqrt(S) Vᵀ, 0 beyond a matrix's own rank
     root = jnp.sqrt(jnp.where(kept, s, 0))[..., :size]
-    return u[..., :size] * root[..., None, :], root[..., None] * vt[..., :size, :], ranks
+    a = u[..., :size] * root[..., None, :]
+    b = root[..., None] * vt[..., :size, :]
+    return a, b, ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +271,7 @@ def _pair_of(
     if found is not None:
         found = found.compact()
         a, b = found.scaled()
+        # pairs as they are, where nobody asks for a smaller rank
         if energy is None and (rank is None or found.ranks.max() <= rank):
             return a, b, found.ranks, HOW[0]
         limit = found.ranks if rank is None else np.minimum(found.ranks, rank)
@@ -328,7 +334,9 @@ def _measured(
     def one(trees):
         a, b, kept, own = trees
         a, wanted = a * kept, delta(own)
-        off, size = jnp.linalg.norm(a @ b - wanted), jnp.linalg.norm(wanted)
+        off = jnp.linalg.norm(a @ b - wanted)
+        size = jnp.linalg.norm(wanted)
+        # what float32 makes of a product of q components
         rounding = bound * jnp.linalg.norm(a) * jnp.linalg.norm(b)
         return jnp.where(off <= rounding, 0, off / jnp.where(size == 0, 1, size))
 

@@ -288,6 +288,7 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
         )
 
     def stacked(name: str) -> dict[str, Any]:
+        # shared arrays (candidates, ...), those of sites (batch..., candidates, ...)
         trees = [getattr(one, name) for one in even]
         shared = jax.tree.map(lambda *xs: jnp.stack(xs), *(tree["shared"] for tree in trees))
         sites = {
@@ -419,6 +420,7 @@ def hot_swap(old: Adaptation, new: Adaptation) -> Adaptation:
     if problems:
         raise ValueError("hot_swap: the new adaptation does not fit: " + "; ".join(problems))
     even = _padded(new, {path: rank for path, rank in room.items() if path in new.layout.by_path})
+    # arrays of the new one in the structure of the old one
     trees = {}
     for name in TREES:
         mine, theirs = getattr(old, name), getattr(even, name)

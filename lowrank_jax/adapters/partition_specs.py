@@ -141,6 +141,7 @@ def _spec_of(
         )
     whole = tuple(spec) + (None,) * (len(site.shape) - len(spec))
     *batch, rows, cols = sharding.fold_spec(whole, site.view.batch, site.view.rows, site.view.cols)
+    # how many axes are the array's own
     own = ndim - len(batch) - len(choice)
     axes = adapter.axes(site).get(name, (None,) * own)
     if len(axes) != own:

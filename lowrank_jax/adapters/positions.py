@@ -52,12 +52,14 @@ def keyed_positions(key: jax.Array, size: int, count: int) -> jax.Array:
     >>> keyed_positions(jax.random.key(0), 9, 9).tolist()
     [0, 1, 2, 3, 4, 5, 6, 7, 8]
     """
+    # numbers of 2 half bits, in two halves
     half = max(1, -(-(size - 1).bit_length() // 2))
     limit, low = jnp.uint32(size), jnp.uint32(2**half - 1)
     rounds = jax.random.bits(key, (6,), jnp.uint32)
 
     def permuted(x):
         left, right = x >> half, x & low
+        # six rounds of a Feistel network
         for i in range(6):
             left, right = right, left ^ (_mixed(right ^ rounds[i]) & low)
         return (left << half) | right

@@ -156,10 +156,11 @@ def _initialised(
     with sharding.mesh_of(kernel):
         if not site.lead:
             return one((key, kernel, given))
+        # one matrix after the other, whatever the batch axes
         flat = lambda x: x.reshape(site.count, *x.shape[len(site.lead) :])  # noqa: E731
-        made = jax.lax.map(
-            one, jax.tree.map(flat, (jax.random.split(key, site.lead), kernel, given))
-        )
+        keys = jax.random.split(key, site.lead)
+        stacks = jax.tree.map(flat, (keys, kernel, given))
+        made = jax.lax.map(one, stacks)
         return jax.tree.map(lambda x: x.reshape(*site.lead, *x.shape[1:]), made)
 
 
@@ -227,6 +228,7 @@ def attach(
     (2, 6)
     """
     chosen = named(adaptations, active)
+    # which candidate each row takes, where there are any
     numbers = chosen_rows((one.layout for one in chosen.values()), ids)
     bound: dict[str, list[Bound]] = {}
     for name, adaptation in chosen.items():
@@ -234,6 +236,7 @@ def attach(
         for path, (adapter, site) in adaptation.layout.by_path.items():
             arrays = adaptation.arrays(path)
             shared, keys = arrays.pop("shared"), None
+            # (batch..., rows), so that a scan over layers slices it too
             rows = None if own is None else jnp.broadcast_to(own, (*site.lead, *own.shape))
             if key is not None and adapter.stochastic:
                 keys = site_keys(key, name, adapter, site)
@@ -393,6 +396,7 @@ def _worked_there(
             def one(kernel, own, adapter=adapter, site=site, shared=shared):
                 return work(adapter, site, kernel, own | {"shared": shared})
 
+            # over the batch axes, each adapter on what those before it made
             for _ in site.lead:
                 one = over(one)
             matrices = one(matrices, arrays)

@@ -72,31 +72,44 @@ class Dora(Lora):
     def gain(self, kernel: jax.Array, p: Arrays) -> jax.Array:
         """`magnitude / |K + s a b|` of each column, with a constant norm; 1 where the adapter is
         off."""
-        a, b, scale = (jax.lax.stop_gradient(p[name]) for name in ("a", "b", "scale"))
-        kernel, a = jax.lax.stop_gradient(kernel).astype(jnp.float32), a * scale
+        held = jax.lax.stop_gradient
+        kernel = held(kernel).astype(jnp.float32)
+        a, b = held(p["a"]) * held(p["scale"]), held(p["b"])
+        # |K|² of each column, (m,)
+        own = jnp.sum(kernel * kernel, axis=0)
+        # Σ (Kᵀa ⊙ bᵀ), the kernel against the delta: one thin product
         cross = jnp.sum(product(kernel.T, a) * b.T, axis=1)
-        square = jnp.sum((product(b.T, product(a.T, a)) * b.T), axis=1)
-        norm = jnp.sqrt(jnp.maximum(jnp.sum(kernel * kernel, axis=0) + 2 * cross + square, 1e-30))
-        gain = jnp.where(jnp.any(p["scale"] != 0), p["magnitude"] / norm, 1.0)
+        # Σ (bᵀ(aᵀa) ⊙ bᵀ), the delta against itself: products of r x r and r x m
+        gram = product(a.T, a)
+        square = jnp.sum(product(b.T, gram) * b.T, axis=1)
+        # rounding may leave a small negative number where the columns nearly cancel
+        norm = jnp.sqrt(jnp.maximum(own + 2 * cross + square, 1e-30))
+        is_on = jnp.any(p["scale"] != 0)
+        gain = jnp.where(is_on, p["magnitude"] / norm, 1.0)
         # whole on an explicit mesh, whose rows may use the axis along which the columns are sharded
         return sharding.reshard(gain, None if sharding.explicit_spec(gain) is None else (None,))
 
     def effective(self, site, kernel, p):
         del site
-        return (kernel + (p["a"] * p["scale"]) @ p["b"]) * self.gain(kernel, p)
+        direction = kernel + (p["a"] * p["scale"]) @ p["b"]
+        return direction * self.gain(kernel, p)
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
         found = self.pair(p)
 
         def product(x):
-            gain, dropped = self.gain(op.kernel(), p), dropout(x, self.dropout, key)
-            if op.input == "transposed":  # the columns of K are inputs here
+            gain = self.gain(op.kernel(), p)
+            dropped = dropout(x, self.dropout, key)
+            if op.input == "transposed":
+                # the columns of K are inputs here: (x ⊙ gain) (K + delta)ᵀ
                 scaled = (dropped * gain).astype(x.dtype)
                 base = scaled if dropped is x else (x + dropped * (gain - 1)).astype(x.dtype)
                 return op(base) + op.thin(scaled, found)
             y, thin = op(x), op.thin(dropped, found)
             if dropped is x:
+                # gain ⊙ (x K + x delta)
                 return gain * (y + sharding.match_sharding(thin, y))
+            # PEFT's: x K + (gain - 1) ⊙ x' K + gain ⊙ x' delta, with x' the dropped input
             return y + (gain - 1) * op(dropped) + gain * sharding.match_sharding(thin, y)
 
         return dataclasses.replace(

@@ -84,14 +84,17 @@ class FourierFT(Adapter):
         size = (self.frequencies,)
         spectrum = jnp.zeros(size) if self.init == "zeros" else jax.random.normal(key, size)
         flat = torch_permutation(site.n * site.m, self.frequencies, self.seed)
-        rows, cols = jnp.asarray(flat % site.n, jnp.int32), jnp.asarray(flat // site.n, jnp.int32)
+        # a flat position counts through torch's weight (m, n)
+        rows = jnp.asarray(flat % site.n, jnp.int32)
+        cols = jnp.asarray(flat // site.n, jnp.int32)
         return {"spectrum": spectrum}, {"rows": rows, "cols": cols}
 
     def delta(self, site, p):
-        spectrum = (
-            jnp.zeros((site.n, site.m)).at[p["rows"], p["cols"]].set(p["spectrum"] * p["scale"])
-        )
-        return _rows_first(jnp.fft.ifft2(_rows_first(spectrum)).real)
+        # S (n, m): the trained coefficients at their positions, 0 elsewhere
+        coefficients = p["spectrum"] * p["scale"]
+        spectrum = jnp.zeros((site.n, site.m)).at[p["rows"], p["cols"]].set(coefficients)
+        wave = jnp.fft.ifft2(_rows_first(spectrum))
+        return _rows_first(wave.real)
 
     def count(self, site):
         del site

@@ -54,10 +54,13 @@ class Hira(Adapter):
 
     def effective(self, site, kernel, p):
         del site
-        return kernel * (1 + (p["a"] * p["scale"]) @ p["b"])
+        # 1 + scale a b, (n, m): what every entry of the kernel is multiplied by
+        factor = 1 + (p["a"] * p["scale"]) @ p["b"]
+        return kernel * factor
 
     def remove(self, site, kernel, p):
         factor = 1 + (p["a"] * p["scale"]) @ p["b"]
+        # an entry that was multiplied by 0 is lost, and stays 0
         return kernel / jnp.where(factor == 0, 1.0, factor)
 
     def count(self, site):

@@ -62,9 +62,8 @@ class Loha(Adapter):
 
     def init_site(self, key, site, kernel, given):
         del kernel
-        own = jnp.maximum(
-            jnp.sum(given["scale"] != 0), 1
-        )  # a matrix's own rank, without its padding
+        # a matrix's own rank, without its padding
+        own = jnp.maximum(jnp.sum(given["scale"] != 0), 1)
         keys = jax.random.split(key, 3)
 
         def uniform(key, shape, size):
@@ -79,7 +78,11 @@ class Loha(Adapter):
 
     def delta(self, site, p):
         del site
-        return ((p["a1"] * p["scale"]) @ p["b1"]) * ((p["a2"] * (p["scale"] != 0)) @ p["b2"])
+        # s (a1 b1) and a2 b2, (n, m) each; ranks that `scale` masks count in neither
+        is_own = p["scale"] != 0
+        first = (p["a1"] * p["scale"]) @ p["b1"]
+        second = (p["a2"] * is_own) @ p["b2"]
+        return first * second
 
     def count(self, site):
         return 2 * site.rank * (site.n + site.m)

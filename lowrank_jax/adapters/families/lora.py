@@ -159,11 +159,12 @@ class Lora(Adapter):
     def factors(self, site: Site, p: Arrays) -> Factors:
         if "a0" not in p:
             return self.pair(p)
-        a, b = jnp.concatenate([p["a"], p["a0"]], axis=1), jnp.concatenate([p["b"], p["b0"]])
+        # s a b - s a0 b0 as one pair of 2 r components
+        a = jnp.concatenate([p["a"], p["a0"]], axis=1)
+        b = jnp.concatenate([p["b"], p["b0"]])
+        scale = jnp.concatenate([p["scale"], -p["scale"]])
         ranks = np.arange(p["scale"].size)
-        return Factors(
-            a, jnp.concatenate([p["scale"], -p["scale"]]), b, np.concatenate([ranks, ranks])
-        )
+        return Factors(a, scale, b, np.concatenate([ranks, ranks]))
 
     def pair(self, p: Arrays) -> Factors:
         """The factors that train, without an offset."""
@@ -187,7 +188,8 @@ class Lora(Adapter):
             if key is None or self.dropout == 0:
                 return op.thin(x, self.checked_factors(site, p))
             y = op.thin(dropout(x, self.dropout, key), self.pair(p))
-            return y if "a0" not in p else y - op.thin(x, self.offset(p))  # the kernel's own part
+            # the offset is the kernel's own part, which sees the input as it is
+            return y if "a0" not in p else y - op.thin(x, self.offset(p))
 
         return op.plus(forward, lambda: self.delta(site, p))
 

@@ -132,27 +132,32 @@ class Miss(Adapter):
     def delta(self, site, p):
         if self.mode == "bat":
             return super().delta(site, p)
+        # row i is row i mod r of the block
         block = p["scale"] * self._tiled(p["block"], site)
-        return jnp.tile(block, (-(-site.n // self.rank), 1))[: site.n]
+        shards = -(-site.n // self.rank)
+        return jnp.tile(block, (shards, 1))[: site.n]
 
     def effective(self, site, kernel, p):
         if self.mode != "bat":
             return kernel + self.delta(site, p)
+        # K_ij (i, row, j, column) and block_j = E_jᵀ
         blocks, e = self._blocks(kernel), p["scale"] * p["block"]
-        change = jnp.einsum("jba,ibjc->iajc", e, blocks) + jnp.moveaxis(e, 2, 0)
+        # E_j K_ij + E_j
+        rotated = jnp.einsum("jba,ibjc->iajc", e, blocks)
+        change = rotated + jnp.moveaxis(e, 2, 0)
         return kernel + change.reshape(kernel.shape)
 
     def remove(self, site, kernel, p):
         if self.mode != "bat":
             return kernel - self.delta(site, p)
+        # K_ij = (I + E_j)^-1 (K'_ij - E_j)
         e = p["scale"] * p["block"]
-        rest = jnp.transpose(
-            self._blocks(kernel) - jnp.moveaxis(e, 2, 0), (2, 0, 1, 3)
-        )  # (j, i, a, c)
+        rest = self._blocks(kernel) - jnp.moveaxis(e, 2, 0)
+        # one system for each j, (j, i, row, column)
+        rest = jnp.transpose(rest, (2, 0, 1, 3))
         mixing = jnp.eye(self.rank) + jnp.swapaxes(e, 1, 2)
-        return jnp.transpose(jnp.linalg.solve(mixing[:, None], rest), (1, 2, 0, 3)).reshape(
-            kernel.shape
-        )
+        blocks = jnp.linalg.solve(mixing[:, None], rest)
+        return jnp.transpose(blocks, (1, 2, 0, 3)).reshape(kernel.shape)
 
     def _blocks(self, kernel: jax.Array) -> jax.Array:
         """`(i, row, j, column)` of the r x r blocks i, j."""
@@ -165,9 +170,12 @@ class Miss(Adapter):
 
         def forward(x):
             x = dropout(x, self.dropout, key)
+            # (..., shards, r), the last one filled with zeros
             padding = [(0, 0)] * (x.ndim - 1) + [(0, -site.n % self.rank)]
             shards = jnp.pad(x, padding).reshape(*x.shape[:-1], -1, self.rank)
-            low = jnp.sum(shards, -2, dtype=jnp.promote_types(x.dtype, jnp.float32)) * p["scale"]
+            # the sum over shards (..., r) is all that the backward pass keeps
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            low = jnp.sum(shards, -2, dtype=wide) * p["scale"]
             return self._tiled(product(low.astype(x.dtype), p["block"]), site)
 
         return op.plus(forward, lambda: self.delta(site, p))

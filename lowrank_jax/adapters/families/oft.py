@@ -72,14 +72,14 @@ class Oft(Adapter):
     def rotation(self, p: Arrays) -> jax.Array:
         """`R (n / β, β, β)`, float32; `x R` rotates the inputs of each block."""
         rows, cols = np.triu_indices(self.block, 1)
-        half = (
-            jnp.zeros((p["skew"].shape[0], self.block, self.block))
-            .at[:, rows, cols]
-            .set(p["skew"] * p["scale"])
-        )
-        q = half - jnp.swapaxes(half, 1, 2)
+        blocks = p["skew"].shape[0]
+        # the upper triangle of each block, (n / β, β, β), and minus it below: Q is skew
+        upper = jnp.zeros((blocks, self.block, self.block))
+        upper = upper.at[:, rows, cols].set(p["skew"] * p["scale"])
+        q = upper - jnp.swapaxes(upper, 1, 2)
         if self.cayley == "exact":
             return linalg.cayley(q)
+        # five terms of the Neumann series of (I + Q)(I - Q)^-1
         square = q @ q
         return jnp.eye(self.block) + 2 * q + 2 * square + 2 * square @ q + square @ square
 

@@ -194,17 +194,19 @@ def torch_banks(
     >>> bank_a.shape, bank_b.shape
     ((2, 6), (8, 3, 2))
     """
-    first = rank * shorter
+    first = rank * shorter  # bank_a's part of the draws
     draws = torch_uint32(seed, first + longer * count * rank)
     if bases == "uniform":
         bank_a = _uniform_bfloat16(draws[:first], 1 / math.sqrt(shorter)).reshape(rank, shorter)
         bank_b = _uniform_bfloat16(draws[first:], 1 / math.sqrt(rank))
+        # (N, q, r) as drawn, (q, N, r) as stored
         bank_b = np.moveaxis(bank_b.reshape(count, longer, rank), 0, 1)
         bfloat16 = jnp.dtype(jnp.bfloat16)
         return tuple(_standardized(bank, bfloat16) for bank in (bank_a, bank_b))  # type: ignore
     share = 1 / 6 if bases == "sparse" else 1 / (2 * math.sqrt(shorter))
     # torch.rand in float32 keeps 24 of 32 bits
     unit = ((draws & 0xFFFFFF) / 2.0**24).astype(np.float32)
+    # -1, 0 and 1 by where a number falls
     low, high = np.float32(share), np.float32(1 - share)
     signs = (unit > high).astype(np.float32) - (unit < low).astype(np.float32)
     bank_a, bank_b = signs[:first].reshape(rank, shorter), signs[first:]

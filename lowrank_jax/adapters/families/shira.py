@@ -150,7 +150,9 @@ def _blocks(n: int) -> tuple[jax.Array, int]:
 def _changed(kernel, values, rows, cols, start, width) -> jax.Array:
     """The rows `start ... start + width` of K'."""
     part = jax.lax.dynamic_slice_in_dim(kernel, start, width)
-    return part.at[_inside(rows, start, width), cols].add(values.astype(part.dtype), mode="drop")
+    inside = _inside(rows, start, width)
+    # entries of other blocks are out of bounds, and dropped
+    return part.at[inside, cols].add(values.astype(part.dtype), mode="drop")
 
 
 def _inside(rows, start, width) -> jax.Array:
@@ -165,21 +167,26 @@ def _forward(contract, x, kernel, values, rows, cols):
 
 def _backward(contract, residuals, dy):
     x, kernel, values, rows, cols = residuals
-    (starts, width), wide = _blocks(kernel.shape[0]), jnp.promote_types(x.dtype, jnp.float32)
-    flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).astype(x.dtype)
+    starts, width = _blocks(kernel.shape[0])
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # all tokens in one axis
+    flat = x.reshape(-1, x.shape[-1])
+    dy = dy.reshape(-1, dy.shape[-1]).astype(x.dtype)
 
     def outer(x):
         return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=wide)
 
     def block(carry, start):
         dx, dvalues = carry
-        part = contract(dy, _changed(kernel, values, rows, cols, start, width).T).astype(x.dtype)
+        # dy K'ᵀ for these rows of K'
+        changed = _changed(kernel, values, rows, cols, start, width)
+        part = contract(dy, changed.T).astype(x.dtype)
+        dx = jax.lax.dynamic_update_slice_in_dim(dx, part, start, 1)
+        # of the block of xᵀ dy the entries that train
         gradient = outer(jax.lax.dynamic_slice_in_dim(flat, start, width, 1))
-        found = gradient.at[_inside(rows, start, width), cols].get(mode="fill", fill_value=0)
-        return (
-            jax.lax.dynamic_update_slice_in_dim(dx, part, start, 1),
-            dvalues + found.astype(dvalues.dtype),
-        ), None
+        inside = _inside(rows, start, width)
+        found = gradient.at[inside, cols].get(mode="fill", fill_value=0)
+        return (dx, dvalues + found.astype(dvalues.dtype)), None
 
     (dx, dvalues), _ = jax.lax.scan(block, (jnp.zeros_like(flat), jnp.zeros_like(values)), starts)
     # the last two are no numbers that train; the kernel's is dead code unless somebody asks for it

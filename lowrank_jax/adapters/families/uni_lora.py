@@ -90,13 +90,13 @@ class UniLora(Adapter):
         }
         start = 0
         for path, number, site in group.matrices:
-            middle, end = start + site.rank * site.n, start + site.rank * (site.n + site.m)
-            parts[path]["ia"][number, :, : site.rank] = (
-                indices[start:middle].reshape(site.rank, site.n).T
-            )
-            parts[path]["ib"][number, : site.rank] = (
-                indices[middle:end].reshape(site.m, site.rank).T
-            )
+            rank = site.rank
+            middle, end = start + rank * site.n, start + rank * (site.n + site.m)
+            # torch's A (r, n), then its B (m, r), row by row
+            ia = indices[start:middle].reshape(rank, site.n).T
+            ib = indices[middle:end].reshape(site.m, rank).T
+            parts[path]["ia"][number, :, :rank] = ia
+            parts[path]["ib"][number, :rank] = ib
             start = end
         frozen: dict[str, Arrays] = {
             path: {
@@ -113,6 +113,7 @@ class UniLora(Adapter):
         return {}, {}
 
     def factors(self, site, p) -> Factors:
+        # θ / sqrt(uses), which every entry of both factors reads
         values = p["shared"]["theta"] * p["shared"]["norm"]
         a, b = (
             values.at[p[name]].get(out_sharding=jax.typeof(p[name]).sharding)

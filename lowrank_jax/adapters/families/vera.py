@@ -139,7 +139,9 @@ class Vera(Adapter):
 
     def factors(self, site: Site, p: Arrays) -> Factors:
         a, b = self.banks(site, p)
-        return Factors(a, p["scale"] * p["lambda_d"], b * p["lambda_b"], np.arange(site.rank))
+        # one weight for each random direction, one for each output
+        scale = p["scale"] * p["lambda_d"]
+        return Factors(a, scale, b * p["lambda_b"], np.arange(site.rank))
 
     def count(self, site):
         return site.rank + site.m
