@@ -41,6 +41,7 @@ from lowrank_jax.projection.optimizers.dion import dion
 from lowrank_jax.projection.optimizers.fira import fira
 from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
+from lowrank_jax.projection.optimizers.golore import golore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
@@ -82,6 +83,7 @@ __all__ = [
     "frugal",
     "fused",
     "galore",
+    "golore",
     "inner",
     "interop",
     "join",

@@ -137,13 +137,21 @@ class Reset(Transport):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotate(Transport):
     """First moments by `C m`, second ones by `|C v|` (DCT-AdamW). On index bases a slot keeps its
-    moments if its index survives, and a new index starts at zero."""
+    moments if its index survives, and a new index starts at zero.
+
+    Args:
+      second: with False second moments stay as they are (GoLore).
+    """
+
+    second: bool = True
 
     def check(self, inner, state):
         _check_registered("rotate", inner, state)
 
     def move(self, inner, state, fresh, change):
         def rotate(moment, value):
+            if moment.kind != "first" and not self.second:
+                return value
             rotated = change.apply(value.astype(jnp.float32))
             return rotated if moment.kind == "first" else jnp.abs(rotated)
 

@@ -145,6 +145,7 @@ METHODS = (
     # plain leaves too, and a side that is too long for a basis; a small eps amplifies rounding
     _named(lrx.soap, "soap", due=(), idle=1, refresh_every=2, max_precond_dim=8, eps=1e-2,
            plain=lrx.inner.soap(max_precond_dim=8, eps=1e-2)),
+    _named(lrx.golore, "golore", rank=4, refresh_every=2, random_from=3, seeded=True),
     _named(lrx.fira, "fira", rank=4, refresh_every=2),
     _named(lrx.fira, "fira-paper", rank=4, refresh_every=2, form="paper", limiter=None),
     # a scale that does not tell inputs from outputs, for the law of transposition

@@ -62,6 +62,7 @@ ROWS = {
     "online_subspace_descent": lrx.online_subspace_descent(1e-2, rank=3, views=VIEWS, refresh_every=5, peak_rate=2e-2),
     "apollo": lrx.apollo(1e-2, rank=3, views=VIEWS),
     "trion": lrx.trion(1e-2, rank=3, views=VIEWS),
+    "golore": lrx.golore(1e-2, rank=3, random_from=3, refresh_every=2, views=VIEWS),
     "dion": lrx.dion(1e-2, rank=3, views=VIEWS),
     "dct_adamw": lrx.dct_adamw(1e-2, rank=3, views=VIEWS, error_feedback=True),
     "muon": lrx.muon(1e-2, views=VIEWS, plain_learning_rate=optax.linear_schedule(1e-3, 0.0, 7)),

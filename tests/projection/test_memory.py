@@ -130,6 +130,7 @@ RECIPES = {
     "galore": lambda: lrx.galore(1e-2, rank=RANK, views=VIEWS),
     "galore full": lambda: lrx.galore(1e-2, rank=RANK, proj_type="full", views=VIEWS),
     "dct_adamw": lambda: lrx.dct_adamw(1e-2, rank=RANK, error_feedback=True, views=VIEWS),
+    "golore": lambda: lrx.golore(1e-2, rank=RANK, random_from=4, views=VIEWS),
     "dion": lambda: lrx.dion(1e-2, rank=RANK, views=VIEWS),
     "trion": lambda: lrx.trion(1e-2, rank=RANK, views=VIEWS),
     "frugal": lambda: lrx.frugal(1e-2, rank=0.25, views=VIEWS),

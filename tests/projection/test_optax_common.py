@@ -27,6 +27,7 @@ METHODS = {
 ROWS = {
     "galore": {"learning_rate": 1e-2, "rank": 2, "scale": 1.0},
     "dct_adamw": {"learning_rate": 1e-2, "rank": 2},
+    "golore": {"learning_rate": 1e-2, "rank": 2, "random_from": 4, "scale": 1.0},
     "dion": {"learning_rate": 1e-2, "rank": 2},
     "frugal": {"learning_rate": 1e-2, "rank": 2, "weight_decay": 0.0},
     "ldadam": {"learning_rate": 1e-2, "rank": 2},

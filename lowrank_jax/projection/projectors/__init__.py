@@ -15,6 +15,7 @@ from lowrank_jax.projection.projectors.power import power
 from lowrank_jax.projection.projectors.random import random
 from lowrank_jax.projection.projectors.randomized import randomized
 from lowrank_jax.projection.projectors.svd import svd, svd_two_sided
+from lowrank_jax.projection.projectors.switch import switch
 from lowrank_jax.projection.state import RefreshInputs
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "randomized",
     "svd",
     "svd_two_sided",
+    "switch",
 ]
 __dir__ = functools.partial(sorted, __all__)
