@@ -13,7 +13,7 @@ factor by about the rate; AltLoRA moves the kernel along the projected gradient,
 momentum would with that rate.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,36 +25,28 @@ from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.optim import pairs
 from lowrank_jax.optim.pair_update import Momentum, PairOptimizer
 from lowrank_jax.optim.pairs import SIDES
+from lowrank_jax.typing import Pytree, Scalar
 
 
-def _method(method: str, learning_rate: Any, *, common: dict[str, Any], **slots: Any):
-    common = common | common.pop(
-        "common", {}
-    )  # optax.inject_hyperparams hands `**common` on as one keyword
-    unknown = set(common) - {"plain", "mask", "guard"}
-    if unknown:
-        raise TypeError(
-            f"{method}: unexpected {sorted(unknown)}; of the common options there are plain, mask, "
-            "guard"
-        )
-    config = PairOptimizer(method=method, learning_rate=learning_rate, **(slots | common))
+def _transformation(config: PairOptimizer) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(config.init, config.update)
 
 
 def lora_plus(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    ratio: Any = 16.0,
-    ratios: tuple[tuple[str, Any], ...] = (),
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
+    ratio: Scalar = 16.0,
+    ratios: tuple[tuple[str, Scalar], ...] = (),
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    inner: Any = None,
-    **common: Any,
+    inner: optax.GradientTransformation | inner_lib.Inner | None = None,
+    plain: optax.GradientTransformation | inner_lib.Inner | None = None,
+    mask: Pytree | Callable[[Pytree], Pytree] | None = None,
+    guard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """LoRA+ (Hayou et al., ICML 2024): AdamW with `ratio` times the learning rate on every factor
-    b.
+    """LoRA+ (Hayou et al., ICML 2024): AdamW with `ratio` times the learning rate on factors b.
 
     `W <- (1 - lr_W wd) W - lr_W u`, `lr_a = lr`, `lr_b = ratio lr`; Adam in its "torch" convention.
     One factor without its partner (LoRA-FA freezes a) is fine. State: two float32 moments of every
@@ -73,9 +65,10 @@ def lora_plus(
       weight_decay: before the step, with each leaf's own rate.
       inner: in place of Adam, one of `lrx.inner` or any optax transformation that does not couple
         leaves.
-      **common: `plain`, the inner transformation of leaves that are no factor (default: that of the
-        factors); `mask`, which leaves decay, see `lrx.apply_learning_rate`; `guard=False` lets
-        steps through that are not finite.
+      plain: the inner transformation of leaves that are no factor; None for that of the factors.
+      mask: which leaves decay, see `lrx.apply_learning_rate`. Under `optax.inject_hyperparams` a
+        function belongs into its `static_args`.
+      guard: False lets steps through that are not finite.
 
     >>> import jax.numpy as jnp
     >>> params = {"q": {"a": jnp.ones((4, 2)), "b": jnp.zeros((2, 6))}, "bias": jnp.zeros(6)}
@@ -86,29 +79,34 @@ def lora_plus(
     -0.001 -0.016
     """
     adam = inner_lib.adam(b1=b1, b2=b2, eps=eps)
-    return _method(
-        "lora_plus",
-        learning_rate,
-        common=common,
+    config = PairOptimizer(
+        method="lora_plus",
+        learning_rate=learning_rate,
         inner=adam if inner is None else inner,
         ratio=ratio,
         ratios=ratios,
         weight_decay=weight_decay,
+        plain=plain,
+        mask=mask,
+        guard=guard,
     )
+    return _transformation(config)
 
 
 def scaled_adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    scale: Any = 1.0,
-    damping: Any = 1e-6,
+    scale: Scalar | Pytree = 1.0,
+    damping: Scalar = 1e-6,
     order: str = "joint",
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-6,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-6,
     bias_correction: bool = True,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    **common: Any,
+    plain: optax.GradientTransformation | inner_lib.Inner | None = None,
+    mask: Pytree | Callable[[Pytree], Pytree] | None = None,
+    guard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Riemannian preconditioned ("scaled") AdamW (Zhang and Pilanci, ICML 2024).
 
@@ -127,7 +125,7 @@ def scaled_adamw(
       bias_correction: the official class for LLaMA-like models leaves it out, that for GPT-2 has
         it.
       weight_decay: after the step, as in the official code.
-      **common: see `lora_plus`.
+      plain, mask, guard: see `lora_plus`.
 
     Its preconditioner alone, for any other optimizer, is `precondition_pairs`.
 
@@ -139,10 +137,9 @@ def scaled_adamw(
     ((4, 2), 1)
     """
     _check_order(order)
-    return _method(
-        "scaled_adamw",
-        learning_rate,
-        common=common,
+    config = PairOptimizer(
+        method="scaled_adamw",
+        learning_rate=learning_rate,
         scale=scale,
         damping=damping,
         sequential=order == "sequential",
@@ -150,7 +147,11 @@ def scaled_adamw(
         bias_correction="both" if bias_correction else "none",
         weight_decay=weight_decay,
         when="post",
+        plain=plain,
+        mask=mask,
+        guard=guard,
     )
+    return _transformation(config)
 
 
 def _check_order(order: str) -> None:
@@ -161,22 +162,24 @@ def _check_order(order: str) -> None:
 def altlora(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    scale: Any,
-    alternate: Any = 1,
-    damping: Any = 1e-5,
-    b1: Any = 0.9,
+    scale: Scalar | Pytree,
+    alternate: int | None = 1,
+    damping: Scalar = 1e-5,
+    b1: Scalar = 0.9,
     bias_correction: str = "none",
     weight_decay: optax.ScalarOrSchedule = 0.0,
     when: str = "pre",
-    **common: Any,
+    plain: optax.GradientTransformation | inner_lib.Inner | None = None,
+    mask: Pytree | Callable[[Pytree], Pytree] | None = None,
+    guard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """AltLoRA (Yu et al., NeurIPS 2025): least-squares steps of one factor at a time, with momentum
-    that moves along.
+    """AltLoRA (Yu et al., NeurIPS 2025): least-squares steps of one factor at a time.
 
-    On even steps, with `s` the scale: `g = s⁻² ∇a (b bᵀ)⁻¹`, `m <- b1 m b_old bᵀ (b bᵀ)⁻¹ + (1 -
-    b1) g`, `a <- a - lr (m + wd a)`; on odd steps likewise b. The kernel moves by `-lr` times the
-    projection of its gradient on the row space of b, or the column space of a. State of a pair:
-    momentum and one old copy of both factors, float32.
+    Momentum moves along to the new space of the other factor. On even steps, with `s` the scale: `g
+    = s⁻² ∇a (b bᵀ)⁻¹`, `m <- b1 m b_old bᵀ (b bᵀ)⁻¹ + (1 - b1) g`, `a <- a - lr (m + wd a)`; on odd
+    steps likewise b. The kernel moves by `-lr` times the projection of its gradient on the row
+    space of b, or the column space of a. State of a pair: momentum and one old copy of both
+    factors, float32.
 
     Args:
       learning_rate: number or schedule of the step, which the official code ignores. That of SGD on
@@ -194,7 +197,8 @@ def altlora(
       bias_correction: "none" as in the paper, or "first" as in the code, counted by turns.
       weight_decay: gamma.
       when: "pre" as in the paper, or "post" as in the code.
-      **common: see `lora_plus`; `plain` is AdamW's Adam by default.
+      plain: the inner transformation of leaves that are no factor; None for AdamW's Adam.
+      mask, guard: see `lora_plus`.
 
     At damping 0 and factors of full rank, products `a b` do not depend on the gauge: `(a M, b M⁻¹)`
     runs the same way.
@@ -210,11 +214,9 @@ def altlora(
     >>> (2 * updates["q"]["a"] @ params["q"]["b"])[0].tolist()  # what b can express of -gradient
     [-1.0, -1.0, 0.0, 0.0, 0.0, 0.0]
     """
-    common.setdefault("plain", inner_lib.adam(b1=b1))
-    return _method(
-        "altlora",
-        learning_rate,
-        common=common,
+    config = PairOptimizer(
+        method="altlora",
+        learning_rate=learning_rate,
         scale=scale,
         damping=damping,
         alternate=alternate,
@@ -224,26 +226,31 @@ def altlora(
         sequential=True,
         weight_decay=weight_decay,
         when=when,
+        plain=inner_lib.adam(b1=b1) if plain is None else plain,
+        mask=mask,
+        guard=guard,
     )
+    return _transformation(config)
 
 
 def altlora_plus(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    scale: Any,
-    alternate: Any = 1,
-    damping: Any = 1e-5,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-4,
+    scale: Scalar | Pytree,
+    alternate: int | None = 1,
+    damping: Scalar = 1e-5,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-4,
     bias_correction: str = "both",
     transport: str = "kept",
     weight_decay: optax.ScalarOrSchedule = 0.0,
     when: str = "pre",
-    **common: Any,
+    plain: optax.GradientTransformation | inner_lib.Inner | None = None,
+    mask: Pytree | Callable[[Pytree], Pytree] | None = None,
+    guard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """AltLoRA+ (Yu et al., NeurIPS 2025): `altlora` with Adam's second moment of the least-squares
-    steps.
+    """AltLoRA+ (Yu et al., NeurIPS 2025): `altlora` with Adam's second moment of its steps.
 
     `v <- b2 v + (1 - b2) g²`, `a <- a - lr (c m / (sqrt(v) + eps) + wd a)`, with g and m as in
     `altlora`. v does not move with b, and the result depends on the gauge, as in the paper. State
@@ -259,7 +266,8 @@ def altlora_plus(
       transport: "kept", the momentum that moved to the new space is what the next step moves; or
         "step" as in the official code, which moves it for the step and keeps the average that never
         moved.
-      **common: see `lora_plus`; `plain` is AdamW's Adam by default.
+      plain: the inner transformation of leaves that are no factor; None for AdamW's Adam.
+      mask, guard: see `lora_plus`.
 
     >>> import jax.numpy as jnp
     >>> params = {"q": {"a": jnp.eye(4, 2), "b": jnp.eye(2, 6)}}
@@ -274,11 +282,9 @@ def altlora_plus(
         raise ValueError(
             "altlora_plus: transport=None must be 'kept' or 'step'; scaled_adamw moves no momentum"
         )
-    common.setdefault("plain", inner_lib.adam(b1=b1, b2=b2))
-    return _method(
-        "altlora_plus",
-        learning_rate,
-        common=common,
+    config = PairOptimizer(
+        method="altlora_plus",
+        learning_rate=learning_rate,
         scale=scale,
         damping=damping,
         alternate=alternate,
@@ -288,17 +294,21 @@ def altlora_plus(
         sequential=True,
         weight_decay=weight_decay,
         when=when,
+        plain=inner_lib.adam(b1=b1, b2=b2) if plain is None else plain,
+        mask=mask,
+        guard=guard,
     )
+    return _transformation(config)
 
 
 def precondition_pairs(
-    *, scale: Any = 1.0, damping: Any = 1e-6
+    *, scale: Scalar | Pytree = 1.0, damping: Scalar = 1e-6
 ) -> optax.GradientTransformationExtraArgs:
-    """The scaled gradients of all pairs, `∇a (b̂ b̂ᵀ + damping I)⁻¹` and `(âᵀâ + damping I)⁻¹ ∇b`,
-    to be chained.
+    """The scaled gradients of all pairs, to be chained before another optimizer.
 
-    Before `optax.sgd` it gives scaled gradient descent, before any other optimizer that one's
-    Riemannian form. Other leaves pass as they are; there is no state, and no guard.
+    They are `∇a (b̂ b̂ᵀ + damping I)⁻¹` and `(âᵀâ + damping I)⁻¹ ∇b`. Before `optax.sgd` it gives
+    scaled gradient descent, before any other optimizer that one's Riemannian form. Other leaves
+    pass as they are; there is no state, and no guard.
 
     Args:
       scale: see `altlora`; 1 is the paper's. With the true scale, gradients of a kernel come out,
@@ -334,17 +344,17 @@ def precondition_pairs(
             return _preconditioned(updates, params), state
 
     def _preconditioned(updates, params):
-        leaves, (grads, treedef) = jax.tree.leaves(params), jax.tree.flatten(updates)
+        leaves = jax.tree.leaves(params)
+        grads, treedef = jax.tree.flatten(updates)
         made, found = list(grads), pairs.find_factors(params, "precondition_pairs").pairs
         scales = [pairs.scale_of(scale, pair, leaves[pair.leaf["a"]].shape) for pair in found]
         for side in SIDES:
-            for pair, (_, inverse) in zip(
-                found, pairs.partners(side, found, leaves, scales, damping), strict=True
-            ):
+            # the inverse Gram matrix (r, r) of the partner, seen by the kernel with its scale
+            partners = pairs.partners(side, found, leaves, scales, damping)
+            for pair, (_, inverse) in zip(found, partners, strict=True):
                 grad = grads[pair.leaf[side]]
-                made[pair.leaf[side]] = pairs.times(side, grad.astype(jnp.float32), inverse).astype(
-                    grad.dtype
-                )
+                scaled = pairs.times(side, grad.astype(jnp.float32), inverse)
+                made[pair.leaf[side]] = scaled.astype(grad.dtype)
         return jax.tree.unflatten(treedef, made)
 
     return optax.GradientTransformationExtraArgs(init, update)
