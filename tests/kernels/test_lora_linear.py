@@ -135,9 +135,9 @@ def test_what_does_not_fit_falls_back_unless_it_is_named():
         lowered(lambda *arrays: kernels.lora_linear(*arrays, implementation="tpu"), arrays, "tpu")
 
 
-def adapted_loss(products, **options):
+def adapted_loss(implementation, **options):
     params = {"kernel": jax.random.normal(jax.random.key(0), (128, 256)) / 8}
-    adapter = lrx.adapters.lora(rank=4, alpha=16, products=products, **options)
+    adapter = lrx.adapters.lora(rank=4, alpha=16, implementation=implementation, **options)
     adaptation = lrx.adapt(params, adapter, jax.random.key(1))
     x = jax.random.normal(jax.random.key(2), (5, 128))
 
@@ -152,7 +152,7 @@ def adapted_loss(products, **options):
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
 def test_lora_by_the_kernel_is_lora(init):
     (by_xla, train), (by_kernel, _) = (
-        adapted_loss(products, init=init) for products in ("xla", "kernel")
+        adapted_loss(implementation, init=init) for implementation in ("xla", "pallas")
     )
     found, expected = jax.value_and_grad(by_kernel)(train), jax.value_and_grad(by_xla)(train)
     jax.tree.map(
@@ -160,17 +160,17 @@ def test_lora_by_the_kernel_is_lora(init):
     )
 
 
-@pytest.mark.parametrize("products", ["xla", "kernel"])
-def test_lora_takes_the_kernel_only_where_it_is_told_to(products):
-    loss, train = adapted_loss(products)
-    assert ("tpu_custom_call" in lowered(loss, (train,), "tpu")) == (products == "kernel")
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_lora_takes_the_kernel_only_where_it_is_told_to(implementation):
+    loss, train = adapted_loss(implementation)
+    assert ("tpu_custom_call" in lowered(loss, (train,), "tpu")) == (implementation == "pallas")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"products": "pallas"}, "must be 'xla' or 'kernel'"),
-        ({"products": "kernel", "dropout": 0.1}, "dropout=0.1"),
+        ({"implementation": "kernel"}, "must be 'xla' or 'pallas'"),
+        ({"implementation": "pallas", "dropout": 0.1}, "dropout=0.1"),
     ],
 )
 def test_lora_refuses_what_the_kernel_cannot_do(options, message):
@@ -181,17 +181,17 @@ def test_lora_refuses_what_the_kernel_cannot_do(options, message):
 def test_rows_that_choose_among_adapters_take_the_kernel_too():
     params, found = {"kernel": jax.random.normal(jax.random.key(0), (128, 256)) / 8}, {}
     x = jax.random.normal(jax.random.key(2), (3, 5, 128))  # sequences, each with its own adapter
-    for products in ("xla", "kernel"):
-        adapter = lrx.adapters.lora(rank=4, init="orthogonal", products=products)
+    for implementation in ("xla", "pallas"):
+        adapter = lrx.adapters.lora(rank=4, init="orthogonal", implementation=implementation)
         made = {name: lrx.adapt(params, adapter, jax.random.key(i)) for i, name in enumerate("ab")}
         both = lrx.adapters.candidates(made)
 
         def run(x, both=both):
             return lrx.matmul(x, lrx.attach(params, both, ids=jnp.asarray([1, -1, 0]))["kernel"])
 
-        found[products] = run(x)
-        assert ("triton" in lowered(run, (x,), "cuda")) == (products == "kernel")
-    np.testing.assert_allclose(found["kernel"], found["xla"], rtol=1e-4, atol=1e-4)
+        found[implementation] = run(x)
+        assert ("triton" in lowered(run, (x,), "cuda")) == (implementation == "pallas")
+    np.testing.assert_allclose(found["pallas"], found["xla"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", ["precision", "dtype of x", "an adapter before"])
