@@ -102,8 +102,13 @@ def refresh(
         record = Moved(view, *lifts, change, m, moved, first.decay)
         left = slots.target.moved(left, record)
         residual = slots.residual.moved(residual, record)
+    schedule, own = slots.refresh_schedule, state.refresh_schedule
+    if schedule.per_layer:
+        cosines = change.cosines if "change" in schedule.reads else None
+        own = schedule.refreshed(own, step=jnp.asarray(inputs.step), change=cosines)
     return dataclasses.replace(
         state,
+        refresh_schedule=own,
         basis=new,
         memory=memory,
         inner=slots.inner.encoded(after),

@@ -30,8 +30,8 @@ PLANS = ("full", "taps", "full at a refresh", "sketch at a refresh")
 def gradient_mode(projection: Projection) -> str:
     """Which gradients a projection optimizer needs.
 
-    * "full": always the whole gradient (a residual rule reads it, or the basis follows it at every
-      step);
+    * "full": always the whole gradient (a residual rule reads it, the basis follows it at every
+      step, or each layer has a schedule of its own);
     * "taps": never (the basis is fixed, or moves after the update by a random key);
     * "full at a refresh": an exact SVD, a DCT's scores, and every basis that moves before its
       update;
@@ -53,7 +53,8 @@ def gradient_mode(projection: Projection) -> str:
         return "taps"
     if schedule.when == "after" and "target" not in reads:
         return "sketch at a refresh" if "sketch" in reads else "taps"
-    return "full" if schedule.every_step else "full at a refresh"
+    # a refresh moves the state by which a layer is due, so it cannot be asked again afterwards
+    return "full" if schedule.every_step or schedule.per_layer else "full at a refresh"
 
 
 def train_step(

@@ -163,6 +163,8 @@ METHODS = (
     _custom("given-amsgrad", P.given(matrix=BASIS), due=(), inner=optax.scale_by_amsgrad(), transport=T.rotate()),
     _custom("identity-factored", P.identity(), due=(), inner=_factored, residual=R.sgd()),
     _custom("staggered", P.svd(rank=4), refresh_schedule=C.staggered(period=2), transport=T.rotate(), due=ALL),
+    # any direction is near enough: the period doubles at the second refresh
+    _custom("lazy", P.svd(rank=4), refresh_schedule=C.lazy(period=2, threshold=0.0, queue=1), due=(0, 2)),
     _custom("never", P.dct2(rank=4), refresh_schedule=C.never(), due=(0,), plain=optax.scale_by_rms()),
     _custom("after", P.svd(rank=4), refresh_schedule=C.every(period=2, phase=1, when="after"),
             inner=optax.scale_by_rms(), transport=T.rotate(), due=(0, 1, 3, 5)),

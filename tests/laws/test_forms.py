@@ -77,6 +77,7 @@ ROWS = {
     "muon": (lrx.muon(1e-2, views=VIEWS, plain_learning_rate=optax.linear_schedule(1e-3, 0.0, 7)), "taps"),
     "soap": (lrx.soap(1e-2, views=VIEWS, first="identity", refresh_every=2, eps=1e-3), "taps"),
     "trion": (lrx.trion(1e-2, rank=3, views=VIEWS, plain_learning_rate=1e-3), "full"),
+    "lazy": (galore(P.svd(rank=3), lrx.refresh_schedules.lazy(period=2, threshold=0.0, queue=1)), "full"),
     "golore": (lrx.golore(1e-2, rank=3, random_from=3, refresh_every=2, views=VIEWS), "full at a refresh"),
     "dion": (lrx.dion(1e-2, rank=3, views=VIEWS), "full"),
 }  # fmt: skip

@@ -17,8 +17,10 @@ STEPS = 3
 MATRICES = (("dense", None), ("stack", 1))  # a matrix, and a layer of a stack
 
 
-def _is_due(slots, view, layer, step):
+def _is_due(slots, view, layer, step, state):
     schedule = slots.refresh_schedule
+    if schedule.per_layer:
+        return bool(schedule.due(state, step))
     part = schedule.slice(step, slots.phase(view), count(view))
     own = part is not None and part[0] <= (layer or 0) < part[0] + part[1]
     return slots.projector.moves and bool(schedule.due((), step) or own)
@@ -48,7 +50,7 @@ def _reference(method, name, layer):
             learning_rate=None if recipe is None else at_step(recipe.learning_rate, step),
         )
         gradient = view.orient(_layer(m.at(m.gradients(), step)[name]["kernel"], layer))
-        is_due = _is_due(slots, whole.view, layer, step)
+        is_due = _is_due(slots, whole.view, layer, step, state.refresh_schedule)
         update, state = reference.step(slots, view, state, gradient, inputs, due=is_due)
         update = view.restore(update)
         if recipe is not None:
