@@ -32,10 +32,18 @@ from lowrank_jax.optim import inner, scales, surgery
 from lowrank_jax.optim.learning_rate import apply_learning_rate
 from lowrank_jax.optim.pair_optimizers import altlora, altlora_plus, lora_plus, scaled_adamw
 from lowrank_jax.partition import join, partition
-from lowrank_jax.projection import projectors, refresh_schedules, residuals, targets, transports
+from lowrank_jax.projection import (
+    projectors,
+    refresh_schedules,
+    residuals,
+    samplers,
+    targets,
+    transports,
+)
 from lowrank_jax.projection.fused import fused
 from lowrank_jax.projection.layerwise import layerwise_step
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
+from lowrank_jax.projection.optimizers.badam import badam
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
 from lowrank_jax.projection.optimizers.dion import dion
 from lowrank_jax.projection.optimizers.fira import fira
@@ -43,6 +51,7 @@ from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.golore import golore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
+from lowrank_jax.projection.optimizers.lisa import lisa
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.soap import soap
@@ -71,6 +80,7 @@ __all__ = [
     "apollo_mini",
     "apply_learning_rate",
     "attach",
+    "badam",
     "check_taps",
     "dct_adamw",
     "dion",
@@ -91,6 +101,7 @@ __all__ = [
     "ldadam",
     "linalg",
     "linen",
+    "lisa",
     "lora_plus",
     "matmul",
     "memory",
@@ -107,6 +118,7 @@ __all__ = [
     "residuals",
     "resolution",
     "resolve",
+    "samplers",
     "scale_by_projection",
     "scaled_adamw",
     "scales",

@@ -8,7 +8,7 @@ State of one projected leaf of `L` matrices that shrinks s and keeps k, at rank 
     residual   residual and target             L s k words of error or momentum, 4 L of norms, or nothing
     plain      plain.state_bytes(shapes)       of the leaves that are not projected, as one group
     scalars    20 (+ 4)                        format version, step, skipped, partly skipped, refreshes (and a rate's
-                                               count), and the state of a refresh schedule
+                                               count), the state of a refresh schedule, and 4 a slot of a sampler
 
 Formulas are arithmetic over shapes. Measured bytes are what a compiled program takes as arguments;
 on one device and without padding both agree exactly. With sharded parameters a formula counts whole
@@ -28,6 +28,7 @@ import optax
 
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.projection.active import Layers
 from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.state import MatrixState, ProjectionState
 from lowrank_jax.reprs import Short
@@ -69,6 +70,16 @@ def _plain_leaves(report: Report, params: Any) -> list[jax.ShapeDtypeStruct]:
     ]
 
 
+def _active(projection: Any, params: Any) -> tuple[Any, int]:
+    """What has state, of shapes alone: all parameters, or those of the active layers; and the bytes
+    of the sampler's map."""
+    if not projection.sampler.samples:
+        return params, 0
+    layers = Layers.of(projection, params)
+    maps = jax.eval_shape(lambda: layers.draw(0))
+    return jax.eval_shape(lambda params: layers.take(params, layers.draw(0)), params), _bytes(maps)
+
+
 def formula(tx: optax.GradientTransformation, params: Any) -> list[dict[str, Any]]:
     """Bytes by component, `[{"component", "bytes_formula"}, ...]`, computed from shapes alone.
 
@@ -89,6 +100,7 @@ def formula(tx: optax.GradientTransformation, params: Any) -> list[dict[str, Any
     if projection is None:
         rows["optimizer state"] = None
     else:
+        params, maps = _active(projection, params)
         report = projection.report(params)
         matrices = [_matrix_bytes(projection, view) for view in report.projected]
         rows |= {
@@ -99,7 +111,7 @@ def formula(tx: optax.GradientTransformation, params: Any) -> list[dict[str, Any
         schedule = projection.refresh_schedule
         batches = [view.batch for view in report.projected] if schedule.per_layer else [()]
         schedules = [jax.eval_shape(lambda: schedule.init(batch)) for batch in batches]  # noqa: B023
-        rows["scalars"] = 20 + (4 if hasattr(tx, "recipe") else 0) + _bytes(schedules)
+        rows["scalars"] = 20 + (4 if hasattr(tx, "recipe") else 0) + _bytes(schedules) + maps
     return [{"component": name, "bytes_formula": size} for name, size in rows.items()]
 
 

@@ -57,6 +57,12 @@ class Fused(Short):
     def __post_init__(self):
         if self.products not in PRODUCTS:
             raise ValueError(f"products={self.products!r} must be one of {PRODUCTS}")
+        sampler = self.recipe.projection.sampler
+        if sampler.samples:
+            raise ValueError(
+                f"sampler={sampler!r} has no fused form, and so neither train_step nor the "
+                "layer-wise one: take the optax form, jax.value_and_grad and update"
+            )
         if self.products == "kernel":
             fused_kernel.check(self.recipe.projection)
         if self.rounding not in ROUNDING:

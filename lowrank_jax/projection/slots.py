@@ -18,6 +18,7 @@ from lowrank_jax.projection.batches import each
 from lowrank_jax.projection.projectors.base import Projector
 from lowrank_jax.projection.refresh_schedules import Every, RefreshSchedule
 from lowrank_jax.projection.residuals import Discard, Residual
+from lowrank_jax.projection.samplers import All, Sampler
 from lowrank_jax.projection.state import READABLE
 from lowrank_jax.projection.targets import Gradient, Target
 from lowrank_jax.projection.transports import Keep, Transport
@@ -45,6 +46,7 @@ class Projection(Short):
     transport: Transport = Keep()
     target: Target = Gradient()
     residual: Residual = Discard()
+    sampler: Sampler = All()
     scale: Any = 1.0
     side: Any = "paper"
     tie: str = "rows"
@@ -139,7 +141,7 @@ class Projection(Short):
 
     def report(self, params: Any, shardings: Any = None) -> Report:
         """What is projected, at which rank, and what is not and why."""
-        return resolve(
+        report = resolve(
             params,
             self.views,
             rank=self.projector.rank_for,
@@ -147,6 +149,7 @@ class Projection(Short):
             tie=self.tie,
             shardings=shardings,
         )
+        return self.sampler.restricted(report)
 
     def phase(self, view: ResolvedView) -> int:
         """A number of the leaf alone, the same in every process: the CRC32 of its path."""
@@ -170,5 +173,6 @@ _KINDS: dict[str, tuple[type, str]] = {
     "transport": (Transport, "transports"),
     "target": (Target, "targets"),
     "residual": (Residual, "residuals"),
+    "sampler": (Sampler, "samplers"),
     "views": (Views, "Views"),
 }

@@ -88,6 +88,11 @@ def taps(opt_state: Any, sketches: dict[str, jax.Array] | None = None) -> Taps:
     states = projection_states(opt_state)
     found: dict[str, Tap] = {}
     for state in states:
+        if state.sampler != ():
+            raise ValueError(
+                "opt_state: a sampler says which layers are active, and taps are of all layers; "
+                "take jax.value_and_grad(loss) and update"
+            )
         for matrix in matrix_states(state):
             if matrix.view.path in found:
                 raise ValueError(

@@ -33,10 +33,12 @@ from lowrank_jax import deprecations, sharding
 from lowrank_jax.checks import check_floating
 from lowrank_jax.optim.inner import Inner
 from lowrank_jax.projection import step as step_lib
+from lowrank_jax.projection.active import sampled
 from lowrank_jax.projection.matrix_step import check_slots, fresh_state
 from lowrank_jax.projection.projectors.base import Projector
 from lowrank_jax.projection.refresh_schedules import RefreshSchedule
 from lowrank_jax.projection.residuals import Residual
+from lowrank_jax.projection.samplers import Sampler
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import FORMAT_VERSION, ProjectionState
 from lowrank_jax.projection.targets import Target
@@ -103,6 +105,7 @@ def scale_by_projection(
     transport: Transport | None = None,
     target: Target | None = None,
     residual: Residual | None = None,
+    sampler: Sampler | None = None,
     scale: Any = 1.0,
     side: Any = "paper",
     tie: str = "rows",
@@ -125,6 +128,8 @@ def scale_by_projection(
       transport: what becomes of the moments, one of `lrx.transports` (default `keep()`).
       target: what is projected, one of `lrx.targets` (default `gradient()`).
       residual: what becomes of the rest of it, one of `lrx.residuals` (default `discard()`).
+      sampler: which layers are active, one of `lrx.samplers` (default `all()`); the others keep no
+        state and do not move. Needs full gradients, and serves the optax form.
       scale: factor on the step inside the subspace (GaLore's alpha), a number or one of
         `lrx.scales`; a residual rule has its own.
       side, tie: which dimension is shrunk, and which of a square; see `lrx.resolve`.
@@ -157,6 +162,7 @@ def scale_by_projection(
         "transport": transport,
         "target": target,
         "residual": residual,
+        "sampler": sampler,
         "scale": scale,
         "side": side,
         "tie": tie,
@@ -172,9 +178,14 @@ def scale_by_projection(
 
 def transformation_of(projection: Projection) -> ProjectionTransformation:
     """The optax form of a `Projection`."""
-    transformation = ProjectionTransformation(
-        functools.partial(init, projection), functools.partial(update, projection)
-    )
+
+    def build(own):
+        return functools.partial(init, own), functools.partial(update, own)
+
+    functions = build(projection)
+    if projection.sampler.samples:
+        functions = sampled(projection, build, lambda state: state, lambda _, new: new)
+    transformation = ProjectionTransformation(*functions)
     transformation.projection = projection
     return transformation
 

@@ -1,6 +1,7 @@
 """Named optimizers: frozen recipes with their papers' defaults and no logic of their own, a paper a file."""
 
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
+from lowrank_jax.projection.optimizers.badam import badam
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
 from lowrank_jax.projection.optimizers.dion import dion
 from lowrank_jax.projection.optimizers.fira import fira
@@ -8,6 +9,7 @@ from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.golore import golore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
+from lowrank_jax.projection.optimizers.lisa import lisa
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
@@ -19,6 +21,7 @@ __all__ = [
     "RecipeState",
     "apollo",
     "apollo_mini",
+    "badam",
     "dct_adamw",
     "dion",
     "fira",
@@ -26,6 +29,7 @@ __all__ = [
     "galore",
     "golore",
     "ldadam",
+    "lisa",
     "muon",
     "online_subspace_descent",
     "soap",

@@ -12,8 +12,10 @@ from lowrank_jax import deprecations, sharding
 from lowrank_jax.checks import check_number
 from lowrank_jax.optim.learning_rate import LearningRateState, apply_learning_rate, at_step
 from lowrank_jax.projection import transformation as form
+from lowrank_jax.projection.active import sampled
 from lowrank_jax.projection.refresh_schedules import RefreshSchedule
 from lowrank_jax.projection.residuals import Residual
+from lowrank_jax.projection.samplers import Sampler
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import ProjectionState
 from lowrank_jax.projection.targets import Target
@@ -84,6 +86,25 @@ class Recipe(Short):
     def optax(self) -> ProjectionTransformation:
         """`scale_by_projection`, then `apply_learning_rate`, which a skipped step leaves untouched
         too."""
+
+        def build(projection):
+            return dataclasses.replace(self, projection=projection)._functions()
+
+        functions = self._functions()
+        if self.projection.sampler.samples:
+            functions = sampled(
+                self.projection,
+                build,
+                lambda state: state.projection,
+                lambda state, new: state._replace(projection=new),
+            )
+        transformation = ProjectionTransformation(*functions)
+        transformation.projection = self.projection
+        transformation.recipe = self
+        return transformation
+
+    def _functions(self) -> tuple[Callable, Callable]:
+        """`(init, update)` of all layers."""
         final = apply_learning_rate(
             self.learning_rate, self.weight_decay, when=self.when, mask=self.mask
         )
@@ -108,10 +129,7 @@ class Recipe(Short):
             )
             return updates, RecipeState(projection, rate)
 
-        transformation = ProjectionTransformation(init, update)
-        transformation.projection = self.projection
-        transformation.recipe = self
-        return transformation
+        return init, update
 
 
 class CommonOptions(TypedDict, total=False):
@@ -126,6 +144,7 @@ class CommonOptions(TypedDict, total=False):
     transport: Transport | None  # what becomes of the moments
     target: Target | None  # what is projected
     residual: Residual | None  # what becomes of the rest
+    sampler: Sampler | None  # which layers are active
     side: Any  # which dimension is shrunk, see `lrx.resolve`
     tie: str | None  # and which of a square
     views: Views | None  # which leaves are matrices

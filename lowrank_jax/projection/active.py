@@ -1,0 +1,231 @@
+"""The walk of an update where a sampler says which layers are active.
+
+    small params, small gradients = the layers in the slots, at the paths of the first layers
+    small updates, state          = the ordinary update of that model of few layers
+    updates                       = small updates at the layers in the slots, zeros elsewhere
+
+A stacked leaf `(L, ...)` becomes `(slots, ...)`; of leaves that count, `layers_0/...`, the first
+`slots` stand for the slots and the others are `optax.MaskedNode`. So nothing below knows of
+samplers, and the state is that of a model of few layers: its bytes are those that the formulas say
+of it. The small model counts its steps from the last draw, at which its matrices start afresh:
+`Projector.start` and a schedule's first refresh come then, as at any first step.
+
+Gradients of inactive layers are what the caller computes anyway; nothing here reads them, the guard
+and clipping neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax import sharding
+from lowrank_jax.optim.guard import select
+from lowrank_jax.projection.samplers import Group
+from lowrank_jax.projection.slots import Projection
+from lowrank_jax.projection.state import Projected, ProjectionState
+from lowrank_jax.trees import is_placeholder, is_quantized
+from lowrank_jax.typing import Pytree, Scalar
+
+Maps = dict[str, jax.Array]
+"""The layers in the slots `(slots,)`, by the number of layers."""
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _is_leaf(x: Any) -> bool:
+    return _is_masked(x) or isinstance(x, Projected) or is_quantized(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Where the layers of a tree are.
+
+    Attributes:
+      config: the slots.
+      groups: of the matrices that are sampled.
+      paths: of all leaves, with None for masked ones.
+    """
+
+    config: Projection
+    groups: tuple[Group, ...]
+    paths: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, config: Projection, tree: Pytree) -> Layers:
+        leaves = jax.tree.leaves(tree, is_leaf=_is_leaf)
+        refused = [leaf for leaf in leaves if isinstance(leaf, Projected) or is_quantized(leaf)]
+        if refused:
+            raise ValueError(
+                f"sampler={config.sampler!r} takes full gradients and plain arrays, and a leaf is a "
+                f"{type(refused[0]).__name__}; take jax.value_and_grad(loss) of float parameters, or "
+                "give sampler=lrx.samplers.all()"
+            )
+        report = config.report(tree)
+        rows = iter(report.leaves)
+        paths = tuple(None if _is_masked(leaf) else next(rows).path for leaf in leaves)
+        return cls(config, config.sampler.groups(report), paths)
+
+    @property
+    def totals(self) -> list[int]:
+        return sorted({group.total for group in self.groups})
+
+    def draw(self, number: Scalar) -> Maps:
+        """The map of a draw."""
+        key = jax.random.key(jnp.asarray(self.config.seed, jnp.int32))
+        return {str(n): self.config.sampler.draw(number, n, key) for n in self.totals}
+
+    def take(self, tree: Pytree, maps: Maps) -> Pytree:
+        """The small tree: of the layers in the slots."""
+        leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_leaf)
+        by_path = dict(zip(self.paths, leaves, strict=True))
+        new = dict(by_path)
+        for group in self.groups:
+            chosen = maps[str(group.total)]
+            parts = [_layer(group, by_path, number) for number in chosen]
+            if group.stacked:
+                new[group.paths[0]] = jnp.stack(parts)
+                continue
+            absent = [optax.MaskedNode()] * (group.total - len(parts))
+            new |= zip(group.paths, parts + absent, strict=True)
+        return jax.tree.unflatten(
+            treedef, [new[path] if path else optax.MaskedNode() for path in self.paths]
+        )
+
+    def put(self, small: Pytree, like: Pytree, maps: Maps) -> Pytree:
+        """The tree like `like` with the small one's layers at their places, and zeros elsewhere."""
+        leaves, treedef = jax.tree.flatten(like, is_leaf=_is_leaf)
+        by_path = dict(zip(self.paths, leaves, strict=True))
+        new = dict(zip(self.paths, jax.tree.leaves(small, is_leaf=_is_leaf), strict=True))
+        for group in self.groups:
+            chosen = maps[str(group.total)]
+            if group.stacked:
+                path = group.paths[0]
+                new[path] = _scattered(new[path], by_path[path], chosen)
+                continue
+            parts = [new[path] for path in group.paths[: len(chosen)]]
+            for number, path in enumerate(group.paths):
+                new[path] = _where_chosen(parts, chosen, number)
+        return jax.tree.unflatten(
+            treedef, [new[path] if path else optax.MaskedNode() for path in self.paths]
+        )
+
+
+def _small_of(layers: Layers, params: Pytree, maps: Maps) -> Pytree:
+    """The small tree, of shapes where the parameters are shapes."""
+    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
+    if any(map(is_shape, jax.tree.leaves(params))):
+        return jax.eval_shape(layers.take, params, maps)
+    return layers.take(params, maps)
+
+
+def _layer(group: Group, by_path: dict[Any, Any], number: jax.Array) -> jax.Array:
+    """One layer, `(...)`."""
+    if group.stacked:
+        return jax.lax.dynamic_index_in_dim(by_path[group.paths[0]], number, keepdims=False)
+    # one of L arrays, so that no stack of them exists
+    return jax.lax.switch(number, [lambda x=by_path[path]: x for path in group.paths])
+
+
+def _scattered(parts: jax.Array, like: jax.Array, chosen: jax.Array) -> jax.Array:
+    """`(L, ...)` with the parts `(slots, ...)` at the chosen layers."""
+    full = sharding.zeros(like.shape, parts.dtype, sharding.explicit_spec(like))
+    for slot in range(len(chosen)):
+        full = jax.lax.dynamic_update_index_in_dim(full, parts[slot], chosen[slot], 0)
+    return full
+
+
+def _where_chosen(parts: list[jax.Array], chosen: jax.Array, number: int) -> jax.Array:
+    """The part in whose slot the layer of this number is, or zeros."""
+    full = jnp.zeros_like(parts[0])
+    for slot, part in enumerate(parts):
+        full = jnp.where(chosen[slot] == number, part, full)
+    return full
+
+
+def sampled(
+    config: Projection,
+    build: Callable[[Projection], tuple[Callable, Callable]],
+    get: Callable[[Any], ProjectionState],
+    put: Callable[[Any, ProjectionState], Any],
+) -> tuple[Callable, Callable]:
+    """`(init, update)` of a transformation whose layers are sampled.
+
+    Args:
+      config: its slots.
+      build: the ordinary `(init, update)` of a `Projection`.
+      get, put: the projection's state in the state of the transformation.
+    """
+
+    def init(params):
+        if is_placeholder(params):
+            raise ValueError(
+                f"sampler={config.sampler!r}: the state has no leaf for each parameter, which "
+                "optax.tree_utils.tree_map_params asks for; lrx.state_shardings places it"
+            )
+        with sharding.mesh_of(params):
+            layers = Layers.of(config, params)
+            maps = layers.draw(jnp.zeros((), jnp.int32))
+            state = build(config)[0](_small_of(layers, params, maps))
+            return put(state, get(state)._replace(sampler=sharding.replicate_rest(maps)))
+
+    def update(updates, state, params=None, **extra):
+        if extra.get("taps") is not None:
+            raise ValueError(
+                f"sampler={config.sampler!r} takes full gradients: leave taps out, and take "
+                "jax.value_and_grad(loss)"
+            )
+        with sharding.mesh_of((updates, params)):
+            layers = Layers.of(config, updates if params is None else params)
+            old = get(state)
+            number, since = config.sampler.begun(old.step)
+            begins = jnp.asarray(since == 0)
+            maps = select(begins, layers.draw(number), old.sampler)
+            small = layers.take(updates, maps)
+            small_params = None if params is None else layers.take(params, maps)
+            # random bases and sketches differ from draw to draw
+            own = dataclasses.replace(config, seed=config.seed + SEEDS_APART * number)
+            start, step = build(own)
+            fresh = get(start(small if params is None else small_params))
+            begun = old._replace(
+                step=jnp.asarray(since), **select(begins, _drawn(fresh), _drawn(old))
+            )
+            found, new_state = step(small, put(state, begun), small_params, **extra)
+            new = _kept(config, old, get(new_state), since, begins, maps)
+            return layers.put(found, updates, maps), put(new_state, new)
+
+    return init, update
+
+
+SEEDS_APART = 40503
+"""Odd, so that the seeds of two runs that count from 0 on do not meet."""
+
+
+def _drawn(state: ProjectionState) -> dict[str, Pytree]:
+    """What starts afresh at a draw."""
+    return {"matrices": state.matrices, "refresh_schedule": state.refresh_schedule}
+
+
+def _kept(
+    config: Projection,
+    old: ProjectionState,
+    new: ProjectionState,
+    since: Scalar,
+    begins: jax.Array,
+    maps: Maps,
+) -> ProjectionState:
+    """The state after a step; where the step of a draw is skipped, that before it."""
+    accepted = new.step - jnp.asarray(since)
+    new = new._replace(step=old.step + accepted, sampler=maps)
+    if not config.guard:
+        return new
+    stands = (accepted > 0) | ~begins
+    drawn = _drawn(new) | {"sampler": maps}
+    return new._replace(**select(stands, drawn, _drawn(old) | {"sampler": old.sampler}))
