@@ -175,7 +175,7 @@ def fit(given: dict[str, Any], own: str, explicit: Collection[str]) -> list[str]
                 f"optimizer.learning_rate={value!r} is kept, which the configuration file has for "
                 f"{own}"
             )
-        elif reason := _unfit(method, field, own, given.get("projector")):
+        elif reason := _unfit(method, field, value, own, given.get("projector")):
             notes.append(
                 f"optimizer.{field}={value!r} of the configuration file is left out: {reason}"
             )
@@ -183,8 +183,11 @@ def fit(given: dict[str, Any], own: str, explicit: Collection[str]) -> list[str]
     return notes
 
 
-def _unfit(method: Method, field: str, own: str, projector: str | None) -> str | None:
+def _unfit(method: Method, field: str, value: Any, own: str, projector: str | None) -> str | None:
     """Why a value that a file says for its method `own` is nothing for another; None where it is."""
+    refused = {(no.section, no.key, no.value) for no in method.refuses}
+    if ("optimizer", field, value) in refused:
+        return f"{method.name} does not work with it"
     if field == "options":
         return f"they are {own}'s"
     if not method.takes(field):

@@ -339,7 +339,8 @@ def test_any_file_takes_any_method_by_one_flag(path):
         given = plain(load(str(path))) | {"optimizer": file["optimizer"] | {"name": name}}
         method = methods.METHODS[name]
         for refused in method.refuses:
-            given[refused.section] |= {refused.key: not refused.value}
+            if refused.section != "optimizer":  # what the optimizer's section says is left out
+                given[refused.section] |= {refused.key: not refused.value}
         needs_rank = method.needs_rank(None) and name != own
         explicit = ["name", "rank"] if needs_rank else ["name"]
         given["optimizer"] |= {"rank": 8} if needs_rank else {}
@@ -508,3 +509,24 @@ BASELINE = {
     "schedule": {"steps": 2},
     "run": {"evaluation_tokens": 64, "sample_tokens": 0},
 }
+
+
+REFUSED = [(method, refused) for method in methods.METHODS.values() for refused in method.refuses]
+
+
+@pytest.mark.parametrize(
+    ("method", "refused"),
+    REFUSED,
+    ids=[f"{method.name}-{no.key}={no.value}" for method, no in REFUSED],
+)
+def test_what_a_method_refuses_is_an_error_with_its_remedy(method, refused):
+    given = plain(load(str(next(path for path in CONFIGS if path.stem == "tiny"))))
+    for other in method.refuses:
+        given[other.section][other.key] = not other.value if isinstance(other.value, bool) else None
+    given["optimizer"] |= {"name": method.name}
+    optimizers.fit(given["optimizer"], "dct_adamw", ["name"])
+    given["optimizer"] |= {"rank": 8} if method.needs_rank(None) else {}
+    configuration.from_dict(given)
+    given[refused.section][refused.key] = refused.value
+    with pytest.raises(ConfigurationError, match=re.escape(refused.remedy)):
+        configuration.from_dict(given)
