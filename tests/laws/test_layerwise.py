@@ -66,7 +66,8 @@ ROWS = {
     "dion": lrx.dion(1e-2, rank=3, views=VIEWS),
     "dct_adamw": lrx.dct_adamw(1e-2, rank=3, views=VIEWS, error_feedback=True),
     "muon": lrx.muon(1e-2, views=VIEWS, plain_learning_rate=optax.linear_schedule(1e-3, 0.0, 7)),
-    "soap": lrx.soap(1e-2, views=VIEWS, first="identity", refresh_every=2, eps=1e-3),
+    # no basis of the long sides: their Gram matrices lack rank, and rounding decides what it is there
+    "soap": lrx.soap(1e-2, views=VIEWS, first="identity", refresh_every=2, max_precond_dim=10, eps=1e-3),
 }  # fmt: skip
 
 
