@@ -240,9 +240,14 @@ def views(stacked: bool) -> lrx.Views:
     return lrx.Views(stacked=(r"layers/.*",) if stacked else ())
 
 
+# Counts of an optimizer's state: updates that were refused, and layer by layer those that were
+# refused when some layers had moved already.
+REFUSED = ("skipped", "partly_skipped")
+
+
 def skipped(state) -> jax.Array | int:
     """How many updates were refused because a gradient was not finite; 0 where none are."""
-    return sum(value for _, value in optax.tree.get_all_with_path(state, "skipped"))
+    return sum(value for name in REFUSED for _, value in optax.tree.get_all_with_path(state, name))
 
 
 # The nodes of an optimizer's state by whose count its learning rate follows the schedule: {type:
@@ -267,7 +272,7 @@ def done(state) -> int | None:
 
 
 def restarted(state: Any) -> Any:
-    """An optimizer's state whose schedule and count of skipped updates begin anew.
+    """An optimizer's state whose schedule and counts of skipped updates begin anew.
 
     The rest stays.
 
@@ -282,8 +287,11 @@ def restarted(state: Any) -> Any:
         return node._replace(**{field: jnp.zeros_like(getattr(node, field))})
 
     begun = jax.tree.map(begin, state, is_leaf=is_scheduled)
-    counts = optax.tree.get_all_with_path(begun, "skipped")
-    return optax.tree.set(begun, skipped=jnp.zeros_like(counts[0][1])) if counts else begun
+    for name in REFUSED:
+        counts = optax.tree.get_all_with_path(begun, name)
+        if counts:
+            begun = optax.tree.set(begun, **{name: jnp.zeros_like(counts[0][1])})
+    return begun
 
 
 def sides(state) -> dict[str, tuple[int, int]]:

@@ -108,7 +108,7 @@ def test_rows_hold_what_the_table_prints(result):
     low = 8 * (4 * 32 + 3 * 48)  # rank 8: a quarter of the width
     assert (
         rows["galore (power, staggered)"]["state_bytes"]
-        == 4 * 7 * 32 * 8 + 8 * low + 4 * 7 + 4 + 20
+        == 4 * 7 * 32 * 8 + 8 * low + 4 * 7 + 4 + 24
     )
     for row in rows.values():
         assert row["normal_seconds"] > 0

@@ -186,8 +186,8 @@ def test_parameters_of_another_run_and_an_optimizer_that_knows_nothing(folder):
 
 def test_state_of_another_run_with_a_schedule_from_its_beginning(folder):
     there, here, _ = started(folder, "state")
-    begun = [path for path in here if path.endswith(("schedule/count", "/skipped"))]
-    assert len(begun) == 2
+    begun = [path for path in here if path.endswith(("rate/count", "/skipped", "/partly_skipped"))]
+    assert len(begun) == 3
     for path, array in here.items():
         np.testing.assert_array_equal(array, 0 if path in begun else there[path], err_msg=path)
     assert any(there[path] for path in begun)
