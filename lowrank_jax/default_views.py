@@ -46,7 +46,7 @@ def read(
 
     >>> shapes = {"heads/kernel": (16, 4, 8), "heads/bias": (4, 8)}
     >>> read("heads/kernel", (16, 4, 8), None, shapes)
-    (MatrixView(rows=(0,), cols=(1, 2), batch=()), 'bias')
+    (MatrixView(cols=(1, 2)), 'bias')
     """
     bias = _beside(path, "bias", shapes)
     outputs = _outputs_by_bias(shape, bias)
@@ -75,7 +75,7 @@ def guess(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> MatrixView:
     of `read`.
 
     >>> guess("moe/experts_up/kernel", (4, 8, 16), {}), guess("o_proj/kernel", (4, 8, 16), {})
-    (MatrixView(rows=(1,), cols=(2,), batch=(0,)), MatrixView(rows=(0, 1), cols=(2,), batch=()))
+    (MatrixView(rows=(1,), cols=(2,), batch=(0,)), MatrixView(rows=(0, 1), cols=(2,)))
     """
     *_, layer, _ = ("", *path.split("/"))
     bias = _beside(path, "bias", shapes)

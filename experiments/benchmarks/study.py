@@ -292,11 +292,9 @@ def queue(
     cores = _cores()
     root.mkdir(parents=True, exist_ok=True)
     clock = root / "spent_hours"  # of all lives of the queue
-    before = (
-        documents.read(clock, float, remedy="write the hours there, or remove it")
-        if clock.exists()
-        else 0.0
-    )
+    before = 0.0
+    if clock.exists():
+        before = documents.read(clock, float, remedy="write the hours there, or remove it")
     begin = time.monotonic()
     step_seconds = timed(root)
     active: dict[int, tuple[Key, subprocess.Popen]] = {}
@@ -316,9 +314,8 @@ def queue(
         done = finished(root)
         for slot in range(workers):
             running = [key for key, _ in active.values()]
-            key = (
-                None if stopping or spent > budget_hours or slot in active else _next(done, running)
-            )
+            idle = not stopping and spent <= budget_hours and slot not in active
+            key = _next(done, running) if idle else None
             if key is not None:
                 active[slot] = key, _started(root, steps, key, cores[slot % len(cores)])
                 method, rate, seed = key

@@ -34,6 +34,7 @@ ROWS = {
     "apollo": {"learning_rate": 1e-2, "rank": 2},
     "apollo_mini": {"learning_rate": 1e-2},
     "fira": {"learning_rate": 1e-2, "rank": 2},
+    "online_subspace_descent": {"learning_rate": 1e-2, "rank": 2, "peak_rate": 1e-2},
     "trion": {"learning_rate": 1e-2, "rank": 2},
     "muon": {"learning_rate": 1e-2, "weight_decay": 0.0},
     "soap": {"learning_rate": 1e-2, "weight_decay": 0.0, "first": "identity"},
@@ -51,6 +52,8 @@ NOT_ROWS = {  # named optimizers that cannot be rows: why
     "scaled_adamw": "as lora_plus",
     "altlora": "as lora_plus",
     "altlora_plus": "as lora_plus",
+    "lisa": "draws among layers, and the targets have none",
+    "badam": "as lisa",
 }
 
 INJECT = "test_optimizers_can_be_wrapped_in_inject_hyperparams"
