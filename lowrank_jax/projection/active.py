@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax import sharding
+from lowrank_jax.checks import listed
 from lowrank_jax.optim.guard import select
-from lowrank_jax.projection.samplers import Group
+from lowrank_jax.projection.samplers import OUTSIDE, Group
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import Projected, ProjectionState
 from lowrank_jax.trees import is_placeholder, is_quantized
@@ -71,7 +72,15 @@ class Layers:
         report = config.report(tree)
         rows = iter(report.leaves)
         paths = tuple(None if _is_masked(leaf) else next(rows).path for leaf in leaves)
-        return cls(config, config.sampler.groups(report), paths)
+        groups = config.sampler.groups(report)
+        outside = [leaf.path for leaf in report.leaves if leaf.note == OUTSIDE]
+        if outside and not groups:
+            raise ValueError(
+                f"sampler={config.sampler!r}: no matrix belongs to a layer, so that nothing would be "
+                f"sampled; say where layers count by layers=, or name stacks by "
+                f"views=lrx.Views(stacked=...). Matrices here: {listed(outside)}"
+            )
+        return cls(config, groups, paths)
 
     @property
     def totals(self) -> list[int]:

@@ -163,7 +163,7 @@ class _Layerwise:
         self.due = step_lib.due(self.config, state.projection)
         # a schedule that gives each step a slice of the layers is asked layer by layer
         by_slice = self.config.refresh_schedule.slice(self.now.step, 0, 1) is not None
-        self.own_due = True if by_slice else self.due
+        self.own_due = True if by_slice and self.config.projector.moves else self.due
 
     def run(self):
         inputs, value, d_rest, d_top = self._forward()

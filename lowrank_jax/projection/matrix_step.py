@@ -42,13 +42,14 @@ def fresh_state(config: Projection, view: ResolvedView) -> MatrixState:
     memory = jax.tree.map(functools.partial(_of_batch, view), memory)
     inner, target, residual = on_own_matrices(own, config, view, {"layers": layers})
     schedule = config.refresh_schedule
+    scheduled = schedule.init(view.batch) if schedule.per_layer else ()
     return MatrixState(
         basis=basis,
         memory=memory,
         inner=inner,
         target=target,
         residual=residual,
-        refresh_schedule=schedule.init(view.batch) if schedule.per_layer else (),
+        refresh_schedule=jax.tree.map(functools.partial(_of_batch, view), scheduled),
         view=view.structure(),
         projector=config.projector.structure(),
     )
@@ -199,7 +200,8 @@ class MatrixStep:
 
     def advance(self, ok: jax.Array | None, now: Now) -> None:
         """The state of a schedule that decides by layers, after a step."""
-        if self.config.refresh_schedule.per_layer and self.parts["refresh_schedule"] != ():
+        has_state = jax.tree.leaves(self.parts["refresh_schedule"])
+        if self.config.refresh_schedule.per_layer and has_state:
             trees = {name: self.parts[name] for name in ("basis", "refresh_schedule")}
             trees["matrix"] = self.matrix
             moved = on_own_matrices(advance, self.config, self.view, trees, ok, now)

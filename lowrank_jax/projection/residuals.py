@@ -82,8 +82,8 @@ class Residual(Short):
       splits: it needs the direction without its bias correction, which only inner transformations
         that keep the two apart can give.
       follows_basis: `moved` does something.
-      axis: where it is "channel", one number for each index of the kept dimension is made of the
-        low-rank object, which must have that dimension.
+      channels: one number for each index of the kept dimension is made of the low-rank object, which
+        must have that dimension.
     """
 
     reads_target = False

@@ -44,6 +44,9 @@ class Group(NamedTuple):
     stacked: bool
 
 
+OUTSIDE = "outside the layers: always on"  # the note of a matrix that is in no layer
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler(Short):
     """Base of the samplers.
@@ -86,7 +89,7 @@ class Sampler(Short):
         view = leaf.view
         if view is None or view.layered or self._number(leaf.path) is not None:
             return leaf
-        return dataclasses.replace(leaf, view=None, note="outside the layers: always on")
+        return dataclasses.replace(leaf, view=None, note=OUTSIDE)
 
     def _number(self, path: str) -> tuple[str, int] | None:
         """`(path without the number, number)` of a leaf of one layer."""

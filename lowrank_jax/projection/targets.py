@@ -187,7 +187,7 @@ class Momentum(Stored):
       dtype: of the stored momentum, `(batch..., s, k)` elements.
 
     Raises:
-      ValueError: for mu outside [0, 1].
+      ValueError: for mu outside [0, 1).
 
     >>> Momentum(mu=0.9).accumulates
     True

@@ -1,7 +1,7 @@
 """The one projection transformation: its slots, joined.
 
 A step of one matrix, oriented `(batch..., s, k)` with basis `P (batch..., s, r)`; `reference` has it
-for one matrix alone, in forty lines:
+for one matrix alone:
 
     K         = target(G)              the gradient, gradient plus fed-back error, or a momentum
     P, memory = refresh(K)             where the refresh schedule says so, then transport of the moments

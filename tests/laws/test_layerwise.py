@@ -65,6 +65,8 @@ ROWS = {
     "golore": lrx.golore(1e-2, rank=3, random_from=3, refresh_every=2, views=VIEWS),
     "dion": lrx.dion(1e-2, rank=3, views=VIEWS),
     "dct_adamw": lrx.dct_adamw(1e-2, rank=3, views=VIEWS, error_feedback=True),
+    "identity, slices": galore(P.identity(), lrx.refresh_schedules.staggered(period=2),
+                               transport=lrx.transports.reset()),
     "muon": lrx.muon(1e-2, views=VIEWS, plain_learning_rate=optax.linear_schedule(1e-3, 0.0, 7)),
     # no basis of the long sides: their Gram matrices lack rank, and rounding decides what it is there
     "soap": lrx.soap(1e-2, views=VIEWS, first="identity", refresh_every=2, max_precond_dim=10, eps=1e-3),

@@ -192,3 +192,35 @@ def test_every_option_is_in_the_signature():
         assert not any(x.kind is x.VAR_KEYWORD for x in parameters.values())
     with pytest.raises(TypeError, match="unknown options.*rnak"):
         lrx.galore(0.1, rank=2, rnak=3)
+
+
+@pytest.mark.parametrize("recipe", [lrx.lisa, lrx.badam])
+def test_a_sampler_that_finds_no_layer_is_an_error(recipe):
+    params = {f"stage{i}": {"kernel": jnp.ones((4, 6))} for i in range(2)}
+    with pytest.raises(ValueError, match=r"no matrix belongs to a layer.*stage0/kernel"):
+        recipe(1e-2).init(params)
+
+
+def test_a_schedule_by_layers_may_keep_one_array():
+    @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+    class OnceMore(lrx.refresh_schedules.RefreshSchedule):
+        per_layer = True
+
+        def init(self, batch):
+            return jnp.zeros(batch, jnp.int32)
+
+        def due(self, state, step):
+            return state == 0
+
+        def refreshed(self, state, *, step, change=None):
+            return state + 1
+
+        def advance(self, state, *, step, captured=None):
+            return state
+
+    tx = lrx.scale_by_projection(lrx.projectors.svd(rank=2), refresh_schedule=OnceMore())
+    params = {"kernel": jnp.ones((4, 6))}
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
+    assert int(state.matrices["kernel"].refresh_schedule) == 1
