@@ -121,8 +121,19 @@ class Method:
         signature = inspect.signature(self.build).parameters.values()
         return {one.name: one.default for one in signature if one.kind is not one.VAR_KEYWORD}
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Options that must be given, since `build` has no default of them. A rank is none."""
+        keys = {"learning_rate", "rank"}
+        empty = inspect.Parameter.empty
+        return tuple(
+            key for key, own in self.parameters.items() if own is empty and key not in keys
+        )
+
     def takes(self, key: str) -> bool:
         """Whether the method has a setting: a key of the section optimizer, or an option."""
+        if key == "projector" and "rank" not in self.parameters:
+            return False  # it would have no rank
         return (
             key in COMMON
             or (self.projects and key in (*OF_PROJECTIONS, "views", "seed"))
@@ -233,6 +244,19 @@ _KEEPS_SUMS = tuple(
 )
 
 
+# Of methods that move few layers at a time: what they keep of the others is no state at all.
+_SAMPLES_LAYERS = tuple(
+    Refusal(
+        section="optimizer",
+        key="backprop",
+        value=backprop,
+        remedy="which layers are active changes with the steps, and the fused forms write every "
+        "layer; leave optimizer.backprop None",
+    )
+    for backprop in ("projected", "full")
+)
+
+
 def _table(rows: Iterable[Any]) -> dict[str, Any]:
     return {row.name: row for row in rows}
 
@@ -298,6 +322,9 @@ METHODS: dict[str, Method] = _table(
             advice={},
             studied=(Studied(title="DCT-AdamW", learning_rate=3e-3),),
         ),
+        Method(name="golore", build=lrx.golore, decomposes=True),
+        Method(name="lisa", build=lrx.lisa, refuses=_SAMPLES_LAYERS),
+        Method(name="badam", build=lrx.badam, refuses=_SAMPLES_LAYERS),
         Method(name="dion", build=lrx.dion, refuses=_KEEPS_SUMS),
         Method(name="trion", build=lrx.trion, refuses=_KEEPS_SUMS),
         Method(

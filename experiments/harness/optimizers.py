@@ -129,7 +129,14 @@ def check(config: OptimizerConfig) -> None:
             )
     keys = [field.name for field in dataclasses.fields(config)]
     known = [key for key in method.parameters if key not in (*keys, *_GIVEN)]
-    for option in _options(config):
+    given = _options(config)
+    for option in method.required:
+        if option not in given:
+            raise ConfigurationError(
+                f"optimizer.options={config.options!r}: {config.name} needs {option}, which has no "
+                f"default; give it as --config.optimizer.options='{option}=...'"
+            )
+    for option in given:
         if option in keys:
             remedy = f"{option} is a key of its own: --config.optimizer.{option}"
         elif option not in known:

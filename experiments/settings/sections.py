@@ -33,11 +33,11 @@ def _shown(value: Any) -> str:
 
 
 def one_of(field: str, value: Any, choices: Iterable[str]) -> None:
-    """ConfigurationError unless `value` is among `choices`; names the nearest one."""
+    """ConfigurationError unless `value` is among `choices`; names one it begins, or the nearest."""
     choices = [*choices]
-    near = difflib.get_close_matches(
-        value if isinstance(value, str) else _shown(value), choices, n=1
-    )
+    text = value if isinstance(value, str) else _shown(value)
+    begun = [choice for choice in choices if text and choice.startswith(text)]
+    near = begun or difflib.get_close_matches(text, choices, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     require(value in choices, field, value, f"{hint}Choose one of {', '.join(choices)}")
 

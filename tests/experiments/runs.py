@@ -9,10 +9,19 @@ import signal
 import jax
 import numpy as np
 
-from experiments.harness import metrics, training
+from experiments.harness import methods, metrics, training
 from experiments.settings import configuration
 
 ROOT = pathlib.Path(configuration.__file__).parents[2]
+
+
+def settings_of(name, rank=4):
+    """What the section optimizer must say of a method: its name, a rank, and the options that have
+    no default, all of which are steps."""
+    method = methods.METHODS[name]
+    given = {"name": name, "rank": rank} if method.takes("rank") else {"name": name}
+    options = ", ".join(f"{option}=3" for option in method.required)
+    return given | ({"options": options} if options else {})
 
 
 def write_text(folder, files=60, words=400):

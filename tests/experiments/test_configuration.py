@@ -173,7 +173,7 @@ def test_every_optimizer_is_built_and_projects_the_blocks_alone(name):
     method = methods.METHODS[name]
     stacked = not any(refused.key == "scan" for refused in method.refuses)
     params = PARAMS if stacked else FLAT
-    config = OptimizerConfig(name=name, rank=4 if method.takes("rank") else None)
+    config = OptimizerConfig(**runs.settings_of(name))
     optimizer = optimizers.build(config, lambda step: 0.1, stacked=stacked, seed=0)
     state = jax.eval_shape(optimizer.init, params)
     if method.projects:
@@ -345,6 +345,9 @@ def test_any_file_takes_any_method_by_one_flag(path):
         needs_rank = method.needs_rank(None) and name != own
         explicit = ["name", "rank"] if needs_rank else ["name"]
         given["optimizer"] |= {"rank": 8} if needs_rank else {}
+        if method.required:
+            given["optimizer"] |= {"options": runs.settings_of(name)["options"]}
+            explicit.append("options")
         if settings is finetuning_configuration and method.projects:
             given["adapter"] |= {"method": ""}
         if method.kind == methods.PAIRS:

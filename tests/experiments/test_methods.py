@@ -21,6 +21,8 @@ from experiments.settings.sections import ConfigurationError
 from lowrank_jax.projection.projectors.online_pca import OnlinePca
 from lowrank_jax.projection.projectors.power import Power
 from lowrank_jax.projection.projectors.svd import Svd, TwoSidedSvd
+from lowrank_jax.projection.projectors.switch import Switch
+from tests.experiments import runs
 from tests.experiments.commands import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -53,6 +55,8 @@ def projector_of(**settings):
 
 
 def takes_singular_vectors(projector):
+    if isinstance(projector, Switch):
+        return takes_singular_vectors(projector.first) or takes_singular_vectors(projector.then)
     return isinstance(projector, Svd | TwoSidedSvd) or (
         isinstance(projector, Power | OnlinePca) and projector.first == "svd"
     )
@@ -80,8 +84,7 @@ def test_the_rate_of_plain_leaves_follows_the_schedule_to_its_own_peak(name):
 def test_the_table_says_what_decomposes(name, projector):
     if projector is not None and not METHODS[name].takes("projector"):
         return
-    rank = 4 if METHODS[name].takes("rank") else None
-    config, projection = projector_of(name=name, rank=rank, projector=projector)
+    config, projection = projector_of(**runs.settings_of(name), projector=projector)
     own = takes_singular_vectors(projection.projector) or projection.inner.decomposes
     assert optimizers.decomposes(config) == own
 
@@ -123,6 +126,33 @@ def test_options_that_are_none_are_refused(options, message):
     config = OptimizerConfig(name="dct_adamw", rank=4, options=options)
     with pytest.raises(ConfigurationError, match=r"optimizer\.options=.*: " + message):
         optimizers.check(config)
+
+
+def test_an_option_without_a_default_must_be_given():
+    assert METHODS["golore"].required == ("random_from",)
+    assert sum(bool(method.required) for method in METHODS.values()) == 1
+    with pytest.raises(
+        ConfigurationError,
+        match=r"golore needs random_from.*optimizer\.options='random_from=\.\.\.'",
+    ):
+        optimizers.check(OptimizerConfig(name="golore", rank=4))
+    _, projection = projector_of(name="golore", rank=4, options="random_from=7")
+    assert projection.projector.at == 7
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize(
+    "name, options, active", [("lisa", "active=1", 1), ("badam", "period=7, order='random'", 1)]
+)
+def test_a_sampler_counts_the_layers_of_our_models(name, options, active, stacked):
+    """Of a stack and of separate blocks the state holds the active layers alone."""
+    kernels = {"kernel": jnp.ones((3, 8, 12) if stacked else (8, 12))}
+    params = {"layers": kernels} if stacked else {f"layer_{i}": kernels for i in range(3)}
+    config = OptimizerConfig(name=name, options=options, clip_norm=None)
+    optimizer = optimizers.build(config, lambda step: 0.1, stacked=stacked, seed=0)
+    state = jax.eval_shape(optimizer.init, params)
+    moments = [x for x in jax.tree.leaves(state.projection.matrices) if x.ndim > 1]
+    assert sum(x.size for x in moments) == active * 2 * 8 * 12
 
 
 def test_leaves_that_are_not_projected_may_have_a_rate_of_their_own():

@@ -9,10 +9,9 @@ import pytest
 
 from experiments.harness import methods, optimizers, updates
 from experiments.settings import configuration, finetuning_configuration
+from tests.experiments import runs
 
-METHODS = {
-    name: {"rank": 2} if method.takes("rank") else {} for name, method in methods.METHODS.items()
-}
+METHODS = methods.METHODS
 ROWS = np.arange(8.0, dtype=np.float32)
 
 
@@ -27,14 +26,15 @@ def sums(params, batch, rest, shift):
 def method(name):
     """(optimizer, parameters) of a configured method, on a schedule that begins with a rate of
     0."""
-    is_of_pairs = methods.METHODS[name].kind == methods.PAIRS
+    is_of_pairs = METHODS[name].kind == methods.PAIRS
     section = (
         finetuning_configuration.TuningOptimizerConfig
         if is_of_pairs
         else configuration.OptimizerConfig
     )
     rate = optimizers.schedule(configuration.ScheduleConfig(steps=10, warmup_steps=2), 0.1)
-    optimizer = optimizers.build(section(name=name, **METHODS[name]), rate, stacked=False, seed=0)
+    config = section(**runs.settings_of(name, rank=2))
+    optimizer = optimizers.build(config, rate, stacked=False, seed=0)
     matrices = (
         {"a": jnp.eye(4, 2), "b": jnp.eye(2, 8)} if is_of_pairs else {"kernel": jnp.eye(4, 8)}
     )
