@@ -15,6 +15,8 @@ ONE := $(CPU) XLA_FLAGS="$(QUICK)"
 EIGHT := $(CPU) XLA_FLAGS="$(QUICK) --xla_force_host_platform_device_count=8"
 TPU := $(CPU) ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 \
 	TPU_ACCELERATOR_TYPE=v5litepod-4
+# what each test costs; `python -m tests.durations` prints it
+SPENT := --cpu-seconds=.pytest_cache/cpu_seconds
 ONE_PROCESS := not multi_device and not multi_process and not tpu_compile and not cuda_compile and not peer
 
 .PHONY: help train finetune test test-fast test-full test-multi test-tpu test-cuda test-peer lint study evidence report clean
@@ -76,11 +78,11 @@ test-fast: .venv/installed
 	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and $(ONE_PROCESS)"
 
 test-full: .venv/installed
-	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) -m "$(ONE_PROCESS)"
+	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SPENT)/one_process.json -m "$(ONE_PROCESS)"
 
 test-multi: .venv/installed
-	$(EIGHT) $(BIN)/python -m pytest -q -n $(JOBS) -m multi_device tests
-	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) -m multi_process tests/multi_process
+	$(EIGHT) $(BIN)/python -m pytest -q -n $(JOBS) $(SPENT)/eight_devices.json -m multi_device tests
+	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SPENT)/processes.json -m multi_process tests/multi_process
 
 test: lint
 	$(MAKE) test-full

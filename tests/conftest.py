@@ -10,6 +10,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 import pytest
 
+from tests.durations import pytest_addoption, pytest_configure  # noqa: F401
+
 TESTS = Path(__file__).parent
 TIERS = ("multi_device", "multi_process", "tpu_compile", "cuda_compile", "peer")
 
