@@ -26,6 +26,28 @@ def all_finite(arrays: list[jax.Array]) -> jax.Array:
     return sum((energy(x) for x in arrays), jnp.zeros(())) <= LARGEST  # NaN compares false
 
 
+def where_finite(new: Any, old: Any, judged: Any, axes: int) -> Any:
+    """`new` of the matrices whose `judged` arrays are finite, else `old`: what a decomposition that
+    failed would leave behind stays for ever.
+
+    Args:
+      new, old: trees of arrays with `axes` batch axes in front.
+      judged: likewise; codes and indices are always finite.
+      axes: their number.
+    """
+    fine: Any = True
+    for leaf in jax.tree.leaves(judged):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            fine = fine & jnp.all(jnp.isfinite(leaf), axis=tuple(range(axes, leaf.ndim)))
+    if fine is True:
+        return new
+
+    def keep(a, b):
+        return jnp.where(fine.reshape(*fine.shape, *[1] * (a.ndim - axes)), a, b)
+
+    return jax.tree.map(keep, new, old)
+
+
 def select(ok: jax.Array, new: Any, old: Any) -> Any:
     """`new` where ok, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
+from lowrank_jax import linalg
 from lowrank_jax.optim import inner as inner_lib
 
 GRADS = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
@@ -166,3 +167,29 @@ def test_params_are_projected_for_an_inner_that_wants_them():
         build(decay).update(jnp.asarray(g), build(decay).init(jnp.asarray(w)), jnp.asarray(w))
     with pytest.raises(ValueError, match="needs params"):
         told.update(jnp.asarray(g), told.init(jnp.asarray(w)))
+
+
+def test_a_decomposition_that_fails_leaves_soap_the_bases_it_had(monkeypatch):
+    """Of the first call and of a later one; the next one that does not fail goes on."""
+    soap = lrx.inner.soap(refresh_every=2)
+    states = [soap.init(jnp.zeros((3, 5)))]
+    nan = lambda x: jnp.full_like(x, jnp.nan)  # noqa: E731
+    for step, name in enumerate(("eigh", None, "orthonormalize", None, None, None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(linalg, "eigh", lambda x: (nan(x[..., 0]), nan(x)))
+            patch.setattr(linalg, "orthonormalize", nan)
+            if name is None:
+                patch.undo()
+            _, _, state = soap.update(jnp.asarray(GRADS[step % 4]), states[-1])
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
+        states.append(state)
+    assert all(_same(states[0].bases, state.bases) for state in states[:5])
+    for basis in states[5].bases:  # of call 4
+        np.testing.assert_allclose(basis.T @ basis, np.eye(len(basis)), atol=1e-5)
+    direction, _, _ = soap.update(jnp.asarray(GRADS[0]), states[-1])
+    assert np.any(direction)
+
+
+def _same(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)

@@ -15,6 +15,7 @@ import optax
 from lowrank_jax import linalg, sharding
 from lowrank_jax.checks import check_integer, check_number, check_static
 from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.optim.guard import where_finite
 from lowrank_jax.optim.inner.adam import average, debias
 from lowrank_jax.optim.inner.base import Inner, shape_of, size_of
 from lowrank_jax.optim.inner.moments import register_moments
@@ -265,11 +266,15 @@ class Soap(Inner):
             return bases, nu
 
         def rotate():
-            return chosen(due, _rotated(grams, bases, nu), (bases, nu))
+            new = _rotated(grams, bases, nu)
+            sound = where_finite(new, (bases, nu), new[0], axes=nu.ndim - 2)
+            return chosen(due, sound, (bases, nu))
 
         def start():
             rotated, second = rotate()
-            return chosen(starts, self._first(grams, view), rotated), second
+            first = self._first(grams, view)
+            sound = where_finite(first, bases, first, axes=nu.ndim - 2)
+            return chosen(starts, sound, rotated), second
 
         # a step that is not accepted decomposes nothing: its Gram matrices may not be finite
         branch = jnp.where(jnp.any(starts), 2, jnp.where(jnp.any(due), 1, 0))
