@@ -79,7 +79,8 @@ def apply_learning_rate(
 
     The extra argument `accepted` of `update` (a boolean scalar, True by default) makes a skipped
     step leave parameters and schedule untouched; `rates`, a tree of numbers like the updates, stands
-    in place of the one rate. The named optimizers pass both.
+    in place of the one rate. The named optimizers pass both. `learning_rate`, a number, stands in
+    place of the rate or schedule of this step, as in the fused form's `step`.
 
     Raises:
       ValueError: for an unknown `when`, a rate that is not finite, a negative decay, decay without
@@ -102,8 +103,9 @@ def apply_learning_rate(
         return LearningRateState(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None, *, accepted: Any = True, rates: Any = None, **extra):
-        del extra
-        rate, decay = at_step(learning_rate, state.count), at_step(weight_decay, state.count)
+        given = extra.get("learning_rate")
+        rate = at_step(learning_rate if given is None else given, state.count)
+        decay = at_step(weight_decay, state.count)
         if decays and params is None:
             raise ValueError(
                 f"weight_decay={weight_decay} needs params; call update(grads, state, params)"

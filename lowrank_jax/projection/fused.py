@@ -26,6 +26,7 @@ from lowrank_jax.projection import fused_kernel
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.matrix_step import MOVING, MatrixStep, leaf_update
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
+from lowrank_jax.projection.state import Rebased
 from lowrank_jax.projection.write import Write
 from lowrank_jax.reprs import Short
 
@@ -90,7 +91,7 @@ class Fused(Short):
         learning_rate: Any = None,
         *,
         taps: Any = None,
-        rebased: bool = False,
+        rebased: Rebased | None = None,
         **extra: Any,
     ) -> tuple[Any, RecipeState]:
         """The new parameters and state. Donate both: nothing else is as large as the parameters.
@@ -101,7 +102,7 @@ class Fused(Short):
           state: of `init`.
           learning_rate: a number in place of the recipe's learning rate or schedule.
           taps: of `lrx.taps(state)`, where grads hold `Projected` leaves.
-          rebased: grads and state come from `rebase`, so that no basis moves again.
+          rebased: what `rebase` returned beside grads and state, so that no basis moves again.
           **extra: for the inner transformation.
         """
         with sharding.mesh_of((params, grads)):
@@ -111,22 +112,31 @@ class Fused(Short):
         """The learning rate of the next step: this number, or the recipe's."""
         return self.recipe.rate(state.rate.count, given=learning_rate)
 
-    def rebase(self, params: Any, grads: Any, state: RecipeState) -> tuple[Any, RecipeState]:
-        """`(projected gradients, state)` at a due refresh: the part of a step that reads full
-        gradients.
+    def rebase(
+        self, params: Any, grads: Any, state: RecipeState, learning_rate: Any = None
+    ) -> tuple[Any, RecipeState, Rebased]:
+        """`(projected gradients, state, rebased)` at a due refresh: the part of a step that reads
+        full gradients.
 
-        What remains, `step(..., taps=lrx.taps(state), rebased=True)`, is the same at a refresh and
-        between two.
+        What remains, `step(..., taps=lrx.taps(state), rebased=rebased)`, is the same at a refresh
+        and between two. A `learning_rate` is given to both.
         """
+        check_number("learning_rate", learning_rate)
+        rate = self.rate(state, learning_rate)
         with sharding.mesh_of((params, grads)):
-            grads, projection = step_lib.rebase(
-                self.recipe.projection, grads, state.projection, params, self.rate(state)
+            grads, projection, rebased = step_lib.rebase(
+                self.recipe.projection, grads, state.projection, params, rate
             )
-        return grads, state._replace(projection=projection)
+        return grads, state._replace(projection=projection), rebased
 
     def _step(self, params, grads, state, learning_rate, taps, rebased, extra):
         config, recipe = self.recipe.projection, self.recipe
         check_number("learning_rate", learning_rate)
+        if rebased is not None and not isinstance(rebased, Rebased):
+            raise ValueError(
+                f"rebased={rebased!r} must be the third that rebase returns: grads, state, rebased = "
+                "form.rebase(params, grads, state)"
+            )
         rate = self.rate(state, learning_rate)
         prepared = step_lib.prepare(config, grads, state.projection, params, taps, rebased, rate)
         accepted = True if prepared.ok is None else prepared.ok

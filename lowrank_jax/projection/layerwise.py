@@ -139,10 +139,6 @@ class _Layerwise:
         self.config = form.recipe.projection
         self.measured = exact_skip or self.config.clip_norm is not None
         self.plan = gradient_mode(self.config)
-        # where bases move by full gradients after the update, all of a layer's work is a branch
-        self.branches = (
-            self.plan == "full at a refresh" and self.config.refresh_schedule.when == "after"
-        )
         self.rest = {name: tree for name, tree in params.items() if name != stack.name}
         leaves, self.treedef = step_lib.flatten(params[stack.name])
         report = self.config.report(params)
@@ -161,9 +157,14 @@ class _Layerwise:
         self.microbatches = jax.tree.leaves(args)[0].shape[0]
         self.now = step_lib.now_of(self.config, state.projection, form.rate(state))
         self.due = step_lib.due(self.config, state.projection)
-        # a schedule that gives each step a slice of the layers is asked layer by layer
-        by_slice = self.config.refresh_schedule.slice(self.now.step, 0, 1) is not None
-        self.own_due = True if by_slice and self.config.projector.moves else self.due
+        # where bases move by full gradients after the update, or the first one is made before it,
+        # all of a layer's work is a branch by this scalar
+        self.takes_full: Any = None
+        self.otherwise = self.plan
+        if self.plan == "full at a refresh" and self.config.refresh_schedule.when == "after":
+            self.takes_full, self.otherwise = self.due, "taps"
+        elif self.config.starts_before and self.plan != "full":
+            self.takes_full = self.now.step == 0
 
     def run(self):
         inputs, value, d_rest, d_top = self._forward()
@@ -304,12 +305,21 @@ class _Layerwise:
 
     def _measure_layer(self, part, number, ok, fine, factor):
         """As `_move_layer`, of a pass that writes nothing."""
-        # bases that move after the update do not change what is measured
-        plan = "taps" if self.branches else self.plan
-        steps, read, d_vectors, dx = self._layer(
-            part, number, ok & fine if self.config.guard else ok, plan
-        )
-        return None, d_vectors, dx, *self._judged(steps, read, fine)
+
+        def by(plan):
+            accepted = ok & fine if self.config.guard else ok
+            steps, read, d_vectors, dx = self._layer(part, number, accepted, plan)
+            return None, d_vectors, dx, *self._judged(steps, read, fine)
+
+        # bases that move after the update do not change what is measured, but for the first one
+        starting = self.now.step == 0 if self.config.starts_before else None
+        return self._either(by, None if self.takes_full is None else starting)
+
+    def _either(self, by: Callable[[str], Any], takes_full: Any) -> Any:
+        """A layer's work by full gradients where the scalar says so, if there is one."""
+        if takes_full is None:
+            return by(self.otherwise)
+        return jax.lax.cond(takes_full, lambda: by("full"), lambda: by(self.otherwise))
 
     def _move_layer(self, part, number, ok, fine, factor):
         """`((new kernels, new states), gradients of the vectors, gradient of the inputs, whether all
@@ -329,9 +339,7 @@ class _Layerwise:
             ]
             return (kernels, [step.parts for step in steps]), d_vectors, dx, good, energies
 
-        if self.branches:
-            return jax.lax.cond(self.due, lambda: by("full"), lambda: by("taps"))
-        return by(self.plan)
+        return self._either(by, self.takes_full)
 
     def _judged(self, steps, read, fine):
         """`(whether all was finite down to these steps, sum of squares of what they keep)`."""
@@ -402,17 +410,19 @@ class _Layerwise:
         """Refreshes and projects the matrices of a layer; whether what a refresh reads is
         finite."""
         now, read = self.now, jnp.asarray(True)
-        refreshes = self.config.refresh_schedule.when == "before" and self.own_due is not False
+        refreshes = self.config.refresh_schedule.when == "before" and self.due is not False
         if refreshes and self.config.guard:
-            read = all_finite([step.matrix for step in steps]) | ~jnp.asarray(self.own_due)
-        if self.config.starts_before:
-            begins = ok & step_lib.starts(self.config, now, [step.gradient for step in steps])
-            for step in steps:
-                step.start(begins, now)
+            read = all_finite([step.matrix for step in steps]) | ~jnp.asarray(self.due)
+        begins: Any = False
+        gradients = [step.gradient for step in steps if step.gradient is not None]
+        if self.config.starts_before and gradients:
+            begins, whole = step_lib.starts(self.config, now, gradients)
+            begins, read = ok & begins, read if whole is None else read & whole
         for step in steps:
-            step.look(self.own_due, now)
+            step.look(self.due if begins is False else self.due | begins, now)
+            step.start(begins, now)
             if refreshes:
-                step.refresh(ok & read & self.own_due, now)
+                step.refresh(ok & read & self.due, now)
             step.project()
         return read
 
@@ -428,8 +438,7 @@ class _Layerwise:
         update, moved = leaf_update(self.config, step.view, step.arrays(), factor, ok, {})
         step.parts |= moved
         if self.config.refresh_schedule.when == "after":
-            due = self.own_due
-            step.refresh(due if due is False else ok & due, self.now)
+            step.refresh(self.due if self.due is False else ok & self.due, self.now)
         step.advance(ok, self.now)
         write = self._writer(ok, step.old.view.path, decays=self._decays()[step.old.view.path])
         return write(kernel, step.view.restore(update), number)

@@ -141,13 +141,7 @@ class MatrixStep:
             return
         if self.config.starts_before:  # the first basis was made before the first update
             due = due & (now.step > 0)
-        trees: Trees = {
-            "matrix": self.matrix,
-            "sketch": self.sketch,
-            "param": self.param,
-            "low": self.low if "low" in self.config.projector.reads else None,
-            "layers": self.layers,
-        }
+        trees = self._read()
         schedule = self.config.refresh_schedule
         if schedule.per_layer:
             own = schedule.due(self.parts["refresh_schedule"], now.step)
@@ -155,9 +149,21 @@ class MatrixStep:
         trees |= self.parts
         self.parts |= on_own_matrices(refresh, self.config, self.view, trees, due, now, self.total)
 
+    def _read(self) -> Trees:
+        """What a refresh may read beside the state."""
+        return {
+            "matrix": self.matrix,
+            "sketch": self.sketch,
+            "param": self.param,
+            "low": self.low if "low" in self.config.projector.reads else None,
+            "layers": self.layers,
+        }
+
     def start(self, begins: Any, now: Now) -> None:
         """Makes the first basis where the first step `begins`, see `Projector.starts_before`."""
-        trees = self.parts | {"matrix": self.matrix, "param": self.param, "layers": self.layers}
+        if begins is False or self.matrix is None:
+            return
+        trees = self.parts | self._read()
         self.parts |= on_own_matrices(start, self.config, self.view, trees, begins, now)
 
     def project(self) -> None:
@@ -168,9 +174,9 @@ class MatrixStep:
 
     @property
     def kept(self) -> Any:
-        """What the step keeps of the target: all of it where something reads it, else its
+        """What the step is made of: all of the target where something keeps it, else its
         projection."""
-        return self.matrix if self.config.reads_gradient else self.low
+        return self.matrix if self.config.keeps_gradient else self.low
 
     @property
     def judged(self) -> Any:
@@ -181,7 +187,7 @@ class MatrixStep:
         """What `leaf_update` reads, batch axes in front; what it does not read is left out."""
         own = {
             "low": self.low,
-            "matrix": self.matrix if self.config.reads_gradient else None,
+            "matrix": self.matrix if self.config.uses_gradient else None,
             "param": self.param if self.config.inner.reads_params else None,
             "basis": self.parts["basis"],
         } | {name: self.parts[name] for name in MOVING}
@@ -324,7 +330,7 @@ def _accepted(
         new["inner"] = select(ok, new["inner"], old["inner"])
     if config.projector.sees:  # a refreshed memory stays with its basis
         new["memory"] = select(ok, new["memory"], trees["memory"])
-    return jnp.where(ok, update, 0) if config.reads_gradient else update, new
+    return jnp.where(ok, update, 0) if config.keeps_gradient else update, new
 
 
 def advance(config: Projection, view: ResolvedView, trees: Trees, ok: Any, now: Now) -> Any:

@@ -45,8 +45,7 @@ def step(
         dataclasses.replace(inputs, target=target),
     )
     if slots.starts_before and inputs.step == 0:
-        basis, memory = projector.start(view, inputs)
-        state, due = dataclasses.replace(state, basis=basis, memory=memory), False
+        state, due = refresh(slots, view, state, inputs), False
     if due and when == "before":
         state = refresh(slots, view, state, inputs)
     # R = PᵀK, and the inner transformation's step d c in its terms

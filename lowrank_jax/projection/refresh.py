@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim import inner as inner_lib
+from lowrank_jax.optim.guard import where_finite
 from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.placement import Trees, laid, like, placed
 from lowrank_jax.projection.slots import Projection
@@ -68,12 +69,18 @@ def movable(config: Projection, trees: Trees) -> Trees:
     return {name: trees[name] for name, moves in moving.items() if moves}
 
 
-def refreshed(config: Projection, view: ResolvedView, trees: Trees, now: Now) -> Trees:
-    """The state after a refresh of all matrices in `trees`."""
+def refreshed(
+    config: Projection, view: ResolvedView, trees: Trees, now: Now, *, starting: bool = False
+) -> Trees:
+    """The state after a refresh of all matrices in `trees`, or their first one where `starting`.
+
+    A matrix of which a refresh makes no finite basis keeps all that it has.
+    """
     inputs = refresh_inputs(config, view, trees, now)
-    new = _new_basis(config, view, trees, inputs, now)
+    new = _new_basis(config, view, trees, inputs, now, starting)
     found = _moved_state(config, view, trees | {"new": new["basis"]}, now)
-    return movable(config, found | new)
+    old, moved = movable(config, trees), movable(config, found | new)
+    return where_finite(moved, old, new, axes=len(view.batch))
 
 
 def refresh_inputs(config: Projection, view: ResolvedView, trees: Trees, now: Now) -> RefreshInputs:
@@ -110,7 +117,12 @@ def _momentum(config: Projection, view: ResolvedView, trees: Trees) -> Trees:
 
 @placed(takes={}, gives={"basis": "basis", "memory": "basis"})
 def _new_basis(
-    config: Projection, view: ResolvedView, trees: Trees, inputs: RefreshInputs, now: Now
+    config: Projection,
+    view: ResolvedView,
+    trees: Trees,
+    inputs: RefreshInputs,
+    now: Now,
+    starting: bool,
 ) -> Trees:
     """Basis and memory after a refresh, or the first ones."""
     projector = config.projector
@@ -123,7 +135,9 @@ def _new_basis(
     def first():
         return like(projector.start(view, inputs), old)
 
-    if projector.starts and not config.starts_before:
+    if projector.starts and starting:
+        found = first()
+    elif projector.starts and not config.starts_before:
         found = jax.lax.cond(now.step == 0, first, again)
     else:
         found = again()
@@ -131,17 +145,11 @@ def _new_basis(
 
 
 def start(config: Projection, view: ResolvedView, trees: Trees, begins: Scalar, now: Now) -> Trees:
-    """The first basis, where the first step `begins` and refreshes come after the update."""
-
-    @placed(takes={}, gives={"basis": "basis"})
-    def first(config, view, trees):
-        inputs = refresh_inputs(config, view, trees, now)
-        old = (trees["basis"], trees["memory"])
-        found = like(config.projector.start(view, inputs), old)
-        return dict(zip(("basis", "memory"), found, strict=True))
-
-    stay = {name: trees[name] for name in ("basis", "memory")}
-    return jax.lax.cond(begins, lambda: first(config, view, trees), lambda: stay)
+    """The first refresh, where the first step `begins` and all others come after an update."""
+    stay = movable(config, trees)
+    return jax.lax.cond(
+        begins, lambda: refreshed(config, view, trees, now, starting=True), lambda: stay
+    )
 
 
 @placed(takes={}, gives={"inner": "low"})
@@ -236,8 +244,9 @@ def _by_slice(
         own = _take(_flat(trees, axes), begin, size)
         return jax.tree.map(put, stay, refreshed(config, _few(view, size), own, now))
 
-    everything = config.refresh_schedule.due((), now.step)
-    branch = jnp.where(everything, 2, jnp.where(jnp.any(fresh), 1, 0)) * jnp.asarray(due, jnp.int32)
+    branch = jnp.where(now.all_layers, 2, jnp.where(jnp.any(fresh), 1, 0)) * jnp.asarray(
+        due, jnp.int32
+    )
     return jax.lax.switch(branch, [lambda: stay, some, lambda: refreshed(config, view, trees, now)])
 
 

@@ -76,6 +76,11 @@ class RefreshSchedule(Short):
         """Whether all bases move at every step, whatever the state."""
         return False
 
+    @property
+    def sliced(self) -> bool:
+        """Whether each step moves a slice of the layers, see `slice`."""
+        return type(self).slice is not RefreshSchedule.slice
+
     def init(self, batch: Shape) -> Pytree:
         """The state before the first step: of shapes `(batch...)` in front, () for the tree."""
         return ()
@@ -235,8 +240,6 @@ class Lazy(RefreshSchedule):
     of a LAPACK decide there how often a basis moves: 17 refreshes in place of 9 were seen in one
     run. It also moves at steps that T divides, which a new T shifts; here T steps lie between two
     refreshes. State: two int32, one int32 count and `queue` float32 for each matrix.
-
-    `lrx.train_step` takes full gradients at every step with it, where a basis moves before the update.
 
     Args:
       period: the first T.

@@ -101,6 +101,11 @@ class Projection(Short):
                 f"refresh_schedule {type(schedule).__name__}: reads={set(schedule.reads)} is of "
                 "single matrices; set per_layer, or leave it empty"
             )
+        if schedule.per_layer and schedule.sliced:
+            raise ValueError(
+                f"refresh_schedule {type(schedule).__name__}: per_layer decides layer by layer, and "
+                "slice gives each step its layers; implement one of them"
+            )
         if self.clip_norm is not None and self.target.accumulates:
             raise ValueError(
                 f"clip_norm={self.clip_norm}: {type(self.target).__name__} sums gradients up, and "
@@ -109,15 +114,19 @@ class Projection(Short):
             )
 
     @property
+    def keeps_gradient(self) -> bool:
+        """Whether a step is made of the full target: its norm is what `clip_norm` clips."""
+        return self.residual.reads_target or self.target.reads_gradient
+
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether the update of a leaf reads the full target, for the step or for a memory."""
+        return self.keeps_gradient or "target" in self.projector.sees
+
+    @property
     def reads_gradient(self) -> bool:
         """Whether every step needs the full gradient, so that it cannot come projected."""
-        by_slots = self.residual.reads_target or self.target.reads_gradient
-        return (
-            by_slots
-            or self.starts_before
-            or "target" in self.projector.sees
-            or "captured" in self.refresh_schedule.reads
-        )
+        return self.uses_gradient or "captured" in self.refresh_schedule.reads
 
     @property
     def reads_params(self) -> bool:

@@ -152,11 +152,23 @@ class Now(NamedTuple):
       step: int32 (), accepted steps before this one.
       refreshes: int32 (), refreshes before this one.
       learning_rate: of this step, or None where the caller does not pass it.
+      all_layers: whether a schedule that gives each step a slice moves all layers at this one.
     """
 
     step: Scalar
     refreshes: Scalar
     learning_rate: Scalar | None = None
+    all_layers: Scalar = False
+
+
+class Rebased(NamedTuple):
+    """What `rebase` found out, for the rest of the step: it must not be asked again.
+
+    Attributes:
+      moved: bool (), whether any basis moved.
+    """
+
+    moved: Scalar
 
 
 @deprecations.options("lrx.projectors.RefreshInputs")

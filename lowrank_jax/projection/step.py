@@ -23,12 +23,14 @@ from lowrank_jax.optim.guard import all_finite, energy, select
 from lowrank_jax.projection import layout
 from lowrank_jax.projection.batches import count, layer_numbers
 from lowrank_jax.projection.matrix_step import MatrixStep, sketch_basis
+from lowrank_jax.projection.placement import like
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import (
     MatrixState,
     Now,
     Projected,
     ProjectionState,
+    Rebased,
     matrix_states,
 )
 from lowrank_jax.trees import is_quantized, pure
@@ -89,11 +91,11 @@ def prepare(
     state: ProjectionState,
     params: Any,
     taps: Any,
-    rebased: bool = False,
+    rebased: Rebased | None = None,
     learning_rate: Any = None,
 ) -> Prepared:
-    """Projects, moves the bases that move before the update (unless `rebased`), and decides for the
-    whole tree."""
+    """Projects, moves the bases that move before the update (unless `rebased` has), and decides for
+    the whole tree."""
     now = now_of(config, state, learning_rate)
     leaves, treedef = flatten(updates)
     references = leaves
@@ -114,21 +116,26 @@ def prepare(
         if view is not None
     }
     full = [leaf for leaf in leaves if not isinstance(leaf, Projected)]
-    moved = due(config, state)
-    may_move, whole = _may_move(config, state, moved, full)
+    # whether bases move at this step; the scalar that lets them; what their gradients are
+    moved: Any
+    may_move: Any
+    whole: Any
+    if rebased is None:
+        moved = due(config, state)
+        may_move, whole = _may_move(config, moved, full)
+    else:
+        moved, may_move, whole = rebased.moved, False, None
     fits: Any = True
     if taps is not None:
-        fits = jnp.asarray(taps.refreshes == state.refreshes)
-        fits = fits if rebased else fits & ~_lacks(config, steps.values(), moved)
+        fits = _belong(taps, state, steps)
+        fits = fits if rebased is not None else fits & ~_lacks(config, steps, moved, now)
         may_move = False if may_move is False else may_move & fits
-    if rebased:
-        may_move, whole = False, None
-    if config.starts_before:
-        begins = starts(config, now, full)
-        for step in steps.values():
-            step.start(begins, now)
+    begins: Any = False
+    if config.starts_before and rebased is None:
+        begins, whole = starts(config, now, full)
     for step in steps.values():
-        step.look(may_move, now)
+        step.look(may_move | begins if config.starts_before else may_move, now)
+        step.start(begins, now)
     if config.refresh_schedule.when == "before":
         for step in steps.values():
             step.refresh(may_move, now)
@@ -157,17 +164,17 @@ def rebase(
     state: ProjectionState,
     params: Any,
     learning_rate: Any = None,
-) -> tuple[Any, ProjectionState]:
-    """`(projected gradients, state)`: the part of an update that reads full gradients, for bases
-    that move before it.
+) -> tuple[Any, ProjectionState, Rebased]:
+    """`(projected gradients, state, what moved)`: the part of an update that reads full gradients,
+    for bases that move before it.
 
-    The rest of the update is `prepare(..., rebased=True)`. Where a gradient is not finite nothing
+    The rest of the update is `prepare(..., rebased=what moved)`. Where a gradient is not finite nothing
     moves, and projected gradients of NaN tell the rest.
     """
     if config.refresh_schedule.when == "after":
         raise ValueError(
-            f"refresh_schedule={config.refresh_schedule!r} moves bases after the update; rebase serves those that move "
-            "before"
+            f"refresh_schedule={config.refresh_schedule!r} moves bases after the update; rebase "
+            "serves those that move before"
         )
     prepared = prepare(config, updates, state, params, None, learning_rate=learning_rate)
     leaves = list(prepared.gradients)
@@ -180,6 +187,7 @@ def rebase(
     return (
         jax.tree.unflatten(prepared.treedef, leaves),
         state._replace(matrices=replace_matrices(state.matrices, matrices)),
+        Rebased(jnp.asarray(prepared.moved)),
     )
 
 
@@ -211,8 +219,9 @@ def next_schedule(config: Projection, state: ProjectionState, moved: Any, accept
     if schedule.per_layer:
         return ()
     moved = accepted * jnp.asarray(moved, jnp.int32) > 0
-    new = select(moved, schedule.refreshed(old, step=state.step), old)
-    return select(accepted > 0, schedule.advance(new, step=state.step), old)
+    new = select(moved, like(schedule.refreshed(old, step=state.step), old), old)
+    advanced = like(schedule.advance(new, step=state.step), old)
+    return select(accepted > 0, advanced, old)
 
 
 def now_of(config: Projection, state: ProjectionState, learning_rate: Any) -> Now:
@@ -223,7 +232,9 @@ def now_of(config: Projection, state: ProjectionState, learning_rate: Any) -> No
             "scale_by_projection does not know: call update(..., learning_rate=rate), or use a "
             "named optimizer, which passes its own"
         )
-    return Now(state.step, state.refreshes, learning_rate)
+    schedule = config.refresh_schedule
+    all_layers = schedule.due(state.refresh_schedule, state.step) if schedule.sliced else False
+    return Now(state.step, state.refreshes, learning_rate, all_layers)
 
 
 def update_plain(
@@ -244,7 +255,7 @@ def update(
     config: Projection, updates: Any, state: ProjectionState, params: Any, extra: dict[str, Any]
 ):
     """The optax form: `(updates, state)`."""
-    rate = extra.get("learning_rate")
+    rate = extra.pop("learning_rate", None)
     prepared = prepare(config, updates, state, params, extra.pop("taps", None), learning_rate=rate)
     references = prepared.references
     if any(map(is_quantized, references)):
@@ -256,10 +267,9 @@ def update(
         value = step.view.restore(step.update(prepared.factor, prepared.ok, extra)).astype(
             references[i].dtype
         )
-        like = (
-            references[i] if isinstance(prepared.gradients[i], Projected) else prepared.gradients[i]
-        )
-        outputs[i] = sharding.reshard(value, sharding.explicit_spec(like))
+        gradient = prepared.gradients[i]
+        lies_as = references[i] if isinstance(gradient, Projected) else gradient
+        outputs[i] = sharding.reshard(value, sharding.explicit_spec(lies_as))
     plain_updates, plain = update_plain(config, prepared, state.plain, params, extra)
     for i, value in zip(
         [i for i, v in enumerate(prepared.views) if v is None], plain_updates, strict=True
@@ -271,17 +281,28 @@ def update(
 def due(config: Projection, state: ProjectionState) -> Any:
     """Scalar: does any basis move at the next step? A Python bool where that does not depend on
     step and state."""
-    schedule, matrices = config.refresh_schedule, matrix_states(state)
-    if not config.projector.moves or not matrices:
+    if not config.projector.moves or not matrix_states(state):
         return False
+    found = _scheduled(config, state)
+    if config.starts_before and found is not True:
+        found = found | (state.step == 0)
+    return found
+
+
+def _scheduled(config: Projection, state: ProjectionState) -> Any:
+    """`due`, by the refresh schedule alone."""
+    schedule, matrices = config.refresh_schedule, matrix_states(state)
     if schedule.per_layer:
         own = [schedule.due(matrix.refresh_schedule, state.step) for matrix in matrices]
         return functools.reduce(jnp.logical_or, [jnp.any(jnp.asarray(x)) for x in own])
     everything = schedule.due(state.refresh_schedule, state.step)
+    if not schedule.sliced:
+        return everything
     work = []
     for matrix in matrices:
         layers = count(matrix.view)
         part = schedule.slice(state.step, config.phase(matrix.view), layers)
+        # a slice past the last layer of a stack is empty
         work += [] if part is None else [jnp.asarray(part[0] < layers)]
     return everything | jnp.any(jnp.stack(work)) if work else everything
 
@@ -298,12 +319,27 @@ def sketch_bases(
     }
 
 
-def _lacks(config: Projection, steps: Any, moved: Any) -> jax.Array:
+def _belong(taps: Any, state: ProjectionState, steps: dict[int, MatrixStep]) -> jax.Array:
+    """Whether projected gradients were made with the bases of this state."""
+    paths = [step.view.path for step in steps.values() if step.matrix is None]
+    missing = sorted(set(paths) - set(taps.refreshes))
+    if missing:
+        raise ValueError(
+            f"taps: {missing} came projected and have no tap; give the taps that the gradients "
+            "were taken with"
+        )
+    counts = {id(taps.refreshes[path]): taps.refreshes[path] for path in paths}
+    alike = [jnp.asarray(refreshes == state.refreshes) for refreshes in counts.values()]
+    return functools.reduce(jnp.logical_and, alike, jnp.asarray(True))
+
+
+def _lacks(config: Projection, steps: dict[int, MatrixStep], moved: Any, now: Now) -> jax.Array:
     """Whether a refresh is due for which a projected gradient brought nothing."""
-    projected = [step for step in steps if step.matrix is None]
+    projected = [step for step in steps.values() if step.matrix is None]
     before = config.refresh_schedule.when == "before"
     if moved is False or not any(before or not step.can_refresh for step in projected):
-        return jnp.asarray(False)
+        starting = bool(projected) and config.starts_before
+        return jnp.asarray(now.step == 0 if starting else False)
     if moved is True:
         raise ValueError(
             f"refresh_schedule={config.refresh_schedule!r} moves {type(config.projector).__name__} "
@@ -313,39 +349,29 @@ def _lacks(config: Projection, steps: Any, moved: Any) -> jax.Array:
     return jnp.asarray(moved)
 
 
-def _may_move(
-    config: Projection, state: ProjectionState, moved: Any, grads: list[jax.Array]
-) -> tuple[Any, Any]:
+def _may_move(config: Projection, moved: Any, grads: list[jax.Array]) -> tuple[Any, Any]:
     """The scalar without which no basis moves, and whether the gradients at a due refresh are finite
     (None where that is not tested).
 
-    A Python bool means that the answer does not depend on step and state. Of a schedule that gives
-    each step a slice of the layers it says nothing of when.
+    A Python bool means that the answer does not depend on step and state.
     """
-    if not config.projector.moves:
-        return False, None
-    schedule = config.refresh_schedule
-    if schedule.slice(state.step, 0, 1) is not None:
-        due_at_all: Any = True
-    elif schedule.per_layer:
-        due_at_all = moved
-    else:
-        due_at_all = schedule.due(state.refresh_schedule, state.step)
-    if not config.guard or schedule.when == "after":
-        return due_at_all, None
-    if due_at_all is True:
+    if moved is False or not config.guard or config.refresh_schedule.when == "after":
+        return moved, None
+    if moved is True:
         whole = all_finite(grads)
         return whole, whole
-    whole = jax.lax.cond(due_at_all, lambda: all_finite(grads), lambda: jnp.asarray(True))
-    return due_at_all & whole, whole
+    whole = jax.lax.cond(moved, lambda: all_finite(grads), lambda: jnp.asarray(True))
+    return moved & whole, whole
 
 
-def starts(config: Projection, now: Now, grads: list[jax.Array]) -> jax.Array:
-    """Whether this is the first step, with gradients of which a first basis may be made."""
+def starts(config: Projection, now: Now, grads: list[jax.Array]) -> tuple[jax.Array, Any]:
+    """`(whether a first basis is made at this step, whether its gradients are finite)`; the second
+    is None where that is not tested, and true at all later steps."""
     first = jnp.asarray(now.step == 0)
     if not config.guard:
-        return first
-    return first & jax.lax.cond(first, lambda: all_finite(grads), lambda: jnp.asarray(True))
+        return first, None
+    whole = jax.lax.cond(first, lambda: all_finite(grads), lambda: jnp.asarray(True))
+    return first & whole, whole
 
 
 def _clip_factor(config: Projection, kept: list[jax.Array]) -> jax.Array:

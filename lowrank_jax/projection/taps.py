@@ -39,8 +39,11 @@ def is_projected(x: Any) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Taps:
-    """The taps of an optimizer state, by path, and the number of refreshes that their bases have
-    seen.
+    """The taps of an optimizer state, by path.
+
+    Attributes:
+      taps: by path.
+      refreshes: by path, `ProjectionState.refreshes` of the state whose bases they are.
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -50,10 +53,12 @@ class Taps:
     """
 
     taps: dict[str, Tap]
-    refreshes: Any
+    refreshes: dict[str, jax.Array]
 
     def __repr__(self) -> str:
-        return f"Taps({', '.join(f'{path}: rank {t.view.rank}, {t.view.side}' for path, t in self.taps.items())})"
+        views = {path: tap.view for path, tap in self.taps.items()}
+        shown = [f"{path}: rank {view.rank}, {view.side}" for path, view in views.items()]
+        return f"Taps({', '.join(shown)})"
 
 
 def projection_states(opt_state: Any) -> list[ProjectionState]:
@@ -87,6 +92,7 @@ def taps(opt_state: Any, sketches: dict[str, jax.Array] | None = None) -> Taps:
     """
     states = projection_states(opt_state)
     found: dict[str, Tap] = {}
+    refreshes: dict[str, jax.Array] = {}
     for state in states:
         if state.sampler != ():
             raise ValueError(
@@ -99,11 +105,11 @@ def taps(opt_state: Any, sketches: dict[str, jax.Array] | None = None) -> Taps:
                     f"leaf {matrix.view.path!r} is projected by two states in opt_state; pass the "
                     "one that is meant"
                 )
-            sketch = None if sketches is None else sketches.get(matrix.view.path)
-            found[matrix.view.path] = Tap(
-                matrix.basis, None, sketch, None, matrix.view, matrix.projector
-            )
-    return Taps(found, sum(state.refreshes for state in states))
+            path = matrix.view.path
+            sketch = None if sketches is None else sketches.get(path)
+            found[path] = Tap(matrix.basis, None, sketch, None, matrix.view, matrix.projector)
+            refreshes[path] = state.refreshes
+    return Taps(found, refreshes)
 
 
 def projected_value_and_grad(

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lowrank_jax import sharding
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.fused import Fused, fused
 from lowrank_jax.projection.slots import Projection
-from lowrank_jax.projection.state import Projected
+from lowrank_jax.projection.state import Projected, Rebased
 from lowrank_jax.projection.taps import (
     accumulated,
     first_microbatch,
@@ -30,12 +31,14 @@ PLANS = ("full", "taps", "full at a refresh", "sketch at a refresh")
 def gradient_mode(projection: Projection) -> str:
     """Which gradients a projection optimizer needs.
 
-    * "full": always the whole gradient (a residual rule reads it, the basis follows it at every
-      step, or each layer has a schedule of its own);
+    * "full": always the whole gradient (a residual rule reads it, or the basis follows it at every
+      step);
     * "taps": never (the basis is fixed, or moves after the update by a random key);
     * "full at a refresh": an exact SVD, a DCT's scores, and every basis that moves before its
       update;
     * "sketch at a refresh": a thin product with a second tap, after the update.
+
+    Beside these the first step takes the whole gradient where the projector `starts_before` it.
 
     >>> import lowrank_jax as lrx
     >>> gradient_mode(lrx.galore(1e-2, rank=8).projection)
@@ -53,8 +56,7 @@ def gradient_mode(projection: Projection) -> str:
         return "taps"
     if schedule.when == "after" and "target" not in reads:
         return "sketch at a refresh" if "sketch" in reads else "taps"
-    # a refresh moves the state by which a layer is due, so it cannot be asked again afterwards
-    return "full" if schedule.every_step or schedule.per_layer else "full at a refresh"
+    return "full" if schedule.every_step else "full at a refresh"
 
 
 def train_step(
@@ -113,31 +115,36 @@ def train_step(
         if chosen == "sketch at a refresh":
             found = jax.lax.cond(due, gradients.sketched, gradients.unsketched, params, state, args)
             return *found, state, {"taps": taps(state)}
-        value, grads, state = jax.lax.cond(
+        value, grads, state, rebased = jax.lax.cond(
             due, gradients.rebased, gradients.standing, params, state, args
         )
-        return value, grads, state, {"taps": taps(state), "rebased": True}
+        return value, grads, state, {"taps": taps(state), "rebased": rebased}
 
     def finish(params, state, value, grads, options):
         measured = (value, optax.tree.norm(grads)) if with_norm else value
         return *form.step(params, grads, state, **options), measured
 
     def step(params, state, *args):
+        def full(params, state, args):
+            value, grads = gradients.full(params, state, args)
+            return finish(params, state, value, grads, {})
+
+        def low(params, state, args):
+            value, grads = gradients.tapped(params, state, args)
+            return finish(params, state, value, grads, {"taps": taps(state)})
+
+        def usual(params, state, args):
+            value, grads, state, options = take(params, state, args)
+            return finish(params, state, value, grads, options)
+
+        # where moments move after the update, or a first basis before it, a whole step is a branch
         if chosen == "full at a refresh" and projection.refresh_schedule.when == "after":
-            # moments move after the update, so the whole step is a branch
-            def full(params, state, args):
-                value, grads = gradients.full(params, state, args)
-                return finish(params, state, value, grads, {})
-
-            def low(params, state, args):
-                value, grads = gradients.tapped(params, state, args)
-                return finish(params, state, value, grads, {"taps": taps(state)})
-
-            return jax.lax.cond(
-                step_lib.due(projection, state.projection), full, low, params, state, args
-            )
-        value, grads, state, options = take(params, state, args)
-        return finish(params, state, value, grads, options)
+            due = step_lib.due(projection, state.projection)
+            return jax.lax.cond(due, full, low, params, state, args)
+        if projection.starts_before and chosen != "full":
+            begins = state.projection.step == 0
+            return jax.lax.cond(begins, full, usual, params, state, args)
+        return usual(params, state, args)
 
     return step
 
@@ -165,7 +172,7 @@ class _Gradients:
         return value, *self.form.rebase(params, grads, state)
 
     def standing(self, params, state, args):
-        return *self.tapped(params, state, args), state
+        return *self.tapped(params, state, args), state, Rebased(jnp.asarray(False))
 
     def sketched(self, params, state, args):
         return self.tapped(

@@ -216,6 +216,15 @@ def at(trees, step: int):
     return jax.tree.map(lambda x: x[step], trees)
 
 
+def stores_floats(method: Method) -> bool:
+    """Whether a basis holds more than indices."""
+    state = jax.eval_shape(method.build().init, params_like())
+    is_matrix = lambda x: isinstance(x, lrx.projection.MatrixState)  # noqa: E731
+    nodes = jax.tree.leaves(projection_state(state).matrices, is_leaf=is_matrix)
+    bases = jax.tree.leaves([node.basis for node in nodes if is_matrix(node)])
+    return any(jnp.issubdtype(basis.dtype, jnp.floating) for basis in bases)
+
+
 def copy(trees):
     return jax.tree.map(jnp.copy, trees)
 

@@ -1,6 +1,7 @@
 """The law of forms: the optax form, the fused form and projected backprop make the same step,
 refresh mode by mode."""
 
+import dataclasses
 import re
 
 import chex
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
+from lowrank_jax.projection.state import Rebased
 
 RNG = np.random.default_rng(3)
 DRAW = lambda *shape: jnp.asarray(RNG.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)  # noqa: E731
@@ -77,7 +79,7 @@ ROWS = {
     "muon": (lrx.muon(1e-2, views=VIEWS, plain_learning_rate=optax.linear_schedule(1e-3, 0.0, 7)), "taps"),
     "soap": (lrx.soap(1e-2, views=VIEWS, first="identity", refresh_every=2, eps=1e-3), "taps"),
     "trion": (lrx.trion(1e-2, rank=3, views=VIEWS, plain_learning_rate=1e-3), "full"),
-    "lazy": (galore(P.svd(rank=3), lrx.refresh_schedules.lazy(period=2, threshold=0.0, queue=1)), "full"),
+    "lazy": (galore(P.svd(rank=3), lrx.refresh_schedules.lazy(period=2, threshold=0.0, queue=1)), "full at a refresh"),
     "golore": (lrx.golore(1e-2, rank=3, random_from=3, refresh_every=2, views=VIEWS), "full at a refresh"),
     "dion": (lrx.dion(1e-2, rank=3, views=VIEWS), "full"),
 }  # fmt: skip
@@ -260,6 +262,67 @@ def test_fused_needs_a_recipe():
         lrx.train_step(loss, lrx.galore(1e-2, rank=2), backprop="low")
 
 
+class Listening(lrx.inner.Inner):
+    """SGD that says what it is told."""
+
+    def init(self, tree, view=None):
+        return ()
+
+    def update(self, grads, state, *, view=None, params=None, **extra):
+        assert set(extra) == {"loss_scale"}
+        return grads, extra["loss_scale"], state
+
+
+RATED = {
+    "galore": lambda rate: galore(P.svd(rank=3), every(period=3)),
+    "a schedule": lambda rate: lrx.galore(lambda count: rate / (1 + count), rank=3, views=VIEWS),
+    "plain leaves apart": lambda rate: lrx.muon(rate, views=VIEWS, plain_learning_rate=1e-3),
+    "a basis that reads it": lambda rate: lrx.online_subspace_descent(
+        rate, rank=3, views=VIEWS, refresh_every=5, peak_rate=1e-2
+    ),
+    "a sampler": lambda rate: lrx.badam(rate, views=VIEWS, period=1),
+}
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_a_rate_that_is_given_stands_for_that_of_the_recipe(name):
+    """In `update`, `step` and `rebase` alike."""
+    given, grads = 0.03, jax.grad(loss)(PARAMS, X, Y)
+    tx, other = RATED[name](1e-2), RATED[name](given)
+    if name == "galore":
+        other = dataclasses.replace(tx.recipe, learning_rate=given).optax()
+    state = tx.init(PARAMS)
+    expected = other.update(grads, state, PARAMS)
+    found = tx.update(grads, state, PARAMS, learning_rate=given)
+    close(found, expected, 1e-6)
+    if name == "a sampler":
+        return
+    form = lrx.fused(tx)
+    moved = optax.apply_updates(PARAMS, expected[0])
+    fused_params, fused_state = form.step(PARAMS, grads, state, learning_rate=given)
+    close((fused_params, fused_state), (moved, expected[1]), 1e-5)
+    if tx.projection.refresh_schedule.when == "before" and name != "plain leaves apart":
+        low, state, rebased = form.rebase(PARAMS, grads, state, learning_rate=given)
+        options = {"taps": lrx.taps(state), "rebased": rebased}
+        close(form.step(PARAMS, low, state, given, **options)[0], moved, 1e-5)
+        with pytest.raises(ValueError, match="rebased=True must be the third"):
+            form.step(PARAMS, low, state, given, taps=lrx.taps(state), rebased=True)
+
+
+def test_inner_transformations_hear_the_same_in_all_forms():
+    """What the caller passes on, and no rate, which is the recipe's own."""
+    tx = lrx.galore(1e-2, rank=3, inner=Listening(), views=VIEWS)
+    grads, state, extra = jax.grad(loss)(PARAMS, X, Y), tx.init(PARAMS), {"loss_scale": 0.5}
+    updates, _ = tx.update(grads, state, PARAMS, learning_rate=0.1, **extra)
+    params, _ = lrx.fused(tx).step(PARAMS, grads, state, learning_rate=0.1, **extra)
+    close(params, optax.apply_updates(PARAMS, updates), 1e-6)
+    direction = lrx.scale_by_projection(P.svd(rank=3), inner=Listening(), views=VIEWS)
+    chain = optax.chain(direction, lrx.apply_learning_rate(5.0))
+    chained, _ = chain.update(grads, chain.init(PARAMS), PARAMS, learning_rate=0.1, **extra)
+    expected, _ = direction.update(grads, direction.init(PARAMS), PARAMS, **extra)
+    close(chained, jax.tree.map(lambda x: -0.1 * x, expected), 1e-6)
+
+
 def test_no_update_of_full_size():
     """The fused form needs the scratch of one layer where the optax form needs that of the
     stack."""
@@ -269,7 +332,9 @@ def test_no_update_of_full_size():
     grads = {"layers": {"kernel": lrx.projection.Projected(jnp.zeros((16, 8, 256)))}}
 
     def fused(params, grads, state):
-        return lrx.fused(tx).step(params, grads, state, taps=lrx.taps(state), rebased=True)
+        return lrx.fused(tx).step(
+            params, grads, state, taps=lrx.taps(state), rebased=Rebased(False)
+        )
 
     def plain(params, grads, state):
         updates, state = tx.update(grads, state, params, taps=lrx.taps(state))

@@ -73,6 +73,34 @@ def test_degenerate_gradients_leave_everything_finite_and_bases_orthonormal(meth
     _assert_orthonormal(method, m.trajectory(method)[1][1])
 
 
+def _failing(refresh):
+    """A refresh whose decomposition fails: of a finite gradient it makes no number."""
+
+    def run(*args):
+        nan = lambda x: x * jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+        return jax.tree.map(nan, refresh(*args))
+
+    return run
+
+
+@m.every_method(unless=lambda method: not method.due or not m.stores_floats(method))
+def test_a_refresh_that_fails_leaves_the_matrix_as_it_was(method, monkeypatch):
+    """Bases are those of before, bitwise, and all else goes on with them."""
+    transformation = method.build()
+    projector = type(lrx.projection.projection_of(transformation).projector)
+    params, state = m.params_like(), m.eager(transformation.init, m.params_like())
+    for verb in ("refresh", "start"):
+        if verb in vars(projector):
+            monkeypatch.setattr(projector, verb, _failing(getattr(projector, verb)))
+    update = jax.jit(transformation.update, compiler_options=m.FAST_COMPILE)
+    before = [matrix.basis for matrix in _matrices(state)]
+    for step in range(2):
+        updates, state = update(m.at(m.gradients(), step), state, params)
+        m.assert_finite((updates, state))
+        assert m.same([matrix.basis for matrix in _matrices(state)], before)
+    assert int(m.projection_state(state).step) == 2
+
+
 def _assert_orthonormal(method, states):
     projector = lrx.projection.projection_of(m.program(method)[0]).projector
     for matrix in _matrices(states):

@@ -91,3 +91,21 @@ def test_after_uses_the_old_basis_and_leaves_the_new_one():
         expected[row] = grads[row]
         np.testing.assert_allclose(updates, expected)
         assert state.matrices.basis.tolist() == [best]
+
+
+def test_idle_steps_of_a_staggered_schedule_read_no_full_gradient():
+    """What the basis does not see may be infinite there, as between two refreshes of all."""
+    transformation = lrx.scale_by_projection(
+        lrx.projectors.columns(rank=1, select="l2"),
+        refresh_schedule=lrx.refresh_schedules.staggered(period=3),
+    )
+    params = {"kernel": jnp.ones((4, 6))}
+    grads = {"kernel": jnp.ones((4, 6)).at[0].set(2.0)}
+    bad = {"kernel": grads["kernel"].at[3, 2].set(jnp.inf)}
+    phase = transformation.projection.phase(lrx.explain(transformation, params).projected[0])
+    state, update = transformation.init(params), jax.jit(transformation.update)
+    _, state = update(grads, state, params)
+    for step in range(1, 4):
+        _, after = update(bad, state, params)
+        assert int(after.skipped) == ((step + phase) % 3 == 0)
+        _, state = update(grads, state, params)

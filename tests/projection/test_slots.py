@@ -85,7 +85,73 @@ def by_layer(**options):
     return lrx.galore(0.1, rank=2, refresh_schedule=ByLayer(), views=VIEWS, eps=1e-3, **options)
 
 
+# Projectors of the library whose first basis is made before the first update, and that have no
+# `start` of their own: of the gradient, of a sketch of it, and of keys alone.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlySvd(type(lrx.projectors.svd(rank=2))):
+    starts_before: ClassVar[bool] = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlySketch(type(lrx.projectors.alternating(rank=2))):
+    starts_before: ClassVar[bool] = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlyKeys(type(lrx.projectors.random(rank=2))):
+    starts_before: ClassVar[bool] = True
+
+
+EARLY = {
+    "svd": EarlySvd(rank=2),
+    "sketch": EarlySketch(rank=2),
+    "keys": EarlyKeys(rank=2, kind="orthonormal"),
+}
+AFTER = lrx.refresh_schedules.every(period=2, when="after", phase=1)
+
+
+def early(name, schedule=AFTER, **options):
+    return lrx.galore(
+        0.1, projector=EARLY[name], refresh_schedule=schedule, views=VIEWS, eps=1e-3, **options
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InTurn(lrx.refresh_schedules.RefreshSchedule):
+    """One layer a step, and all of them where the state of the tree says so."""
+
+    def init(self, batch):
+        return jnp.zeros(batch, jnp.int32)
+
+    def due(self, state, step):
+        return state % 4 == 0
+
+    def slice(self, step, phase, layers):
+        return step % layers, 1
+
+    def refreshed(self, state, *, step, change=None):
+        return state + 1.0  # kept in the type of the state
+
+
 OWN = {
+    "lazy": lambda **options: lrx.galore(
+        0.1,
+        rank=2,
+        refresh_schedule=lrx.refresh_schedules.lazy(period=1, threshold=0.0, queue=1),
+        views=VIEWS,
+        eps=1e-3,
+        **options,
+    ),
+    "in turn": lambda **options: lrx.galore(
+        0.1, rank=2, refresh_schedule=InTurn(), views=VIEWS, eps=1e-3, **options
+    ),
+    "early svd": lambda **options: early("svd", **options),
+    "early svd, lazy": lambda **options: early(
+        "svd", lrx.refresh_schedules.lazy(period=2, when="after"), **options
+    ),
+    "early sketch": lambda **options: early("sketch", **options),
+    "early keys": lambda **options: early("keys", **options),
+    "early keys, clipped": lambda **options: early("keys", clip_norm=0.05, **options),
     "by layer": by_layer,
     "by layer, clipped": lambda **options: by_layer(clip_norm=0.05, **options),
     "memory before": lambda **options: remembering("before", **options),
@@ -153,7 +219,7 @@ def test_each_layer_moves_when_its_own_state_says_so():
 
 def test_the_first_basis_is_made_before_the_first_update():
     tx = remembering("after")
-    assert lrx.projection.gradient_mode(tx.projection) == "full"
+    assert lrx.projection.gradient_mode(tx.projection) == "full at a refresh"
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     own = state.projection.matrices["layers"]["kernel"]
     view = own.view
@@ -166,6 +232,71 @@ def test_a_rate_that_is_read_must_be_passed():
     with pytest.raises(ValueError, match="Remembering reads the learning rate.*learning_rate=rate"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     tx.update(PARAMS, tx.init(PARAMS), PARAMS, learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    "name, mode",
+    [("svd", "full at a refresh"), ("sketch", "sketch at a refresh"), ("keys", "taps")],
+)
+def test_after_the_first_step_gradients_come_projected(name, mode):
+    """And a step whose first basis has no gradient to be made of is skipped."""
+    tx = early(name)
+    assert lrx.projection.gradient_mode(tx.projection) == mode
+    state = tx.init(PARAMS)
+    low = lrx.projected_value_and_grad(STACK.loss, lrx.taps(state))
+    _, grads = low(PARAMS, BATCHES[0])
+    _, after = tx.update(grads, state, PARAMS, taps=lrx.taps(state))
+    assert (int(after.projection.skipped), int(after.projection.step)) == (1, 0)
+    _, state = tx.update(PARAMS, state, PARAMS)
+    assert int(state.projection.refreshes) == 1  # though the schedule is not due at step 0
+    state = state._replace(projection=state.projection._replace(step=jnp.int32(2)))
+    low = lrx.projected_value_and_grad(STACK.loss, lrx.taps(state))
+    _, grads = low(PARAMS, BATCHES[0])
+    _, after = tx.update(grads, state, PARAMS, taps=lrx.taps(state))
+    assert int(after.projection.skipped) == 0
+
+
+def test_a_first_basis_counts_for_the_schedule_of_its_layer():
+    tx = early("svd", lrx.refresh_schedules.lazy(period=3, when="after"))
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    own = state.projection.matrices["layers"]["kernel"].refresh_schedule
+    assert own["refreshes"].tolist() == [1, 1, 1] and own["next"].tolist() == [3, 3, 3]
+
+
+def test_a_schedule_of_the_tree_keeps_its_type_and_moves_slices():
+    tx = OWN["in turn"]()
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    moved = []
+    for batch in BATCHES:
+        old = state.projection.matrices["layers"]["kernel"].basis
+        grads = jax.grad(STACK.loss)(PARAMS, batch)
+        _, state = update(grads, state, PARAMS)
+        new = state.projection.matrices["layers"]["kernel"].basis
+        moved.append(np.any(np.asarray(old != new), axis=(1, 2)).tolist())
+    assert state.projection.refresh_schedule.dtype == jnp.int32
+    layer = lambda i: [i == number for number in range(3)]  # noqa: E731
+    assert moved == [[True] * 3, layer(1), layer(2), layer(0), [True] * 3]
+
+
+def test_a_schedule_decides_by_layers_or_by_slices():
+    wrong = type("Both", (InTurn,), {"per_layer": True})
+    with pytest.raises(ValueError, match="Both: per_layer .* slice .* implement one"):
+        lrx.galore(0.1, rank=2, refresh_schedule=wrong())
+
+
+def test_clipping_is_by_what_the_step_is_made_of():
+    """A memory or a schedule that looks at the full gradient changes nothing of it."""
+    grads = {"layers": {"kernel": 3 * PARAMS["layers"]["kernel"]}}
+
+    class Looks(type(lrx.projectors.dct(rank=2))):
+        sees: ClassVar[frozenset[str]] = frozenset({"target"})
+
+    for projector in (lrx.projectors.dct(rank=2), Looks(rank=2)):
+        tx = lrx.scale_by_projection(
+            projector, inner=optax.identity(), clip_norm=0.5, views=VIEWS, residual=None
+        )
+        updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+        np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("field", ["reads", "sees"])

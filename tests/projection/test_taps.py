@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
+from lowrank_jax.projection.taps import projection_states
 
 RNG = np.random.default_rng(0)
 
@@ -260,6 +261,52 @@ def simple():
     params = {"kernel": normal(8, 12), "bias": normal(12)}
     function = lambda p, x: jnp.mean(jnp.square(lrx.matmul(x, p["kernel"]) + p["bias"]))  # noqa: E731
     return params, function
+
+
+def test_two_optimizers_in_one_partition_have_counters_of_their_own():
+    """Their tapped steps are those of full gradients, also where one of them refreshed more often."""
+    params = {name: {"kernel": normal(8, 8, scale=0.3)} for name in ("down", "up")}
+    labels = {name: {"kernel": name} for name in params}
+
+    def two_layers(params, x):
+        hidden = jnp.tanh(lrx.matmul(x, params["up"]["kernel"]))
+        return jnp.mean(jnp.square(lrx.matmul(hidden, params["down"]["kernel"]) - 1))
+
+    keys = lrx.projectors.random(rank=3, kind="orthonormal")
+    periods = {"up": 2, "down": 3}
+    parts = {
+        name: lrx.galore(
+            1e-2,
+            projector=keys,
+            refresh_schedule=lrx.refresh_schedules.every(period=period, when="after"),
+        )
+        for name, period in periods.items()
+    }
+    tx = optax.partition(parts, labels)
+
+    @jax.jit
+    def full(params, state):
+        updates, state = tx.update(jax.grad(two_layers)(params, X), state, params)
+        return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def tapped(params, state):
+        taps = lrx.taps(state)
+        _, grads = lrx.projected_value_and_grad(two_layers, taps)(params, X)
+        updates, state = tx.update(grads, state, params, taps=taps)
+        return optax.apply_updates(params, updates), state
+
+    expected = found = (params, tx.init(params))
+    for _ in range(5):
+        expected, found = full(*expected), tapped(*found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    states = projection_states(found[1])
+    assert {int(state.refreshes): int(state.skipped) for state in states} == {3: 0, 2: 0}
+    taps = lrx.taps(found[1])
+    _, grads = lrx.projected_value_and_grad(two_layers, taps)(params, X)
+    one = lrx.taps(found[1].inner_states["up"])
+    with pytest.raises(ValueError, match=r"taps: \['down/kernel'\] came projected and have no tap"):
+        tx.update(grads, found[1], params, taps=one)
 
 
 def test_stale_taps_skip_the_step():

@@ -75,12 +75,12 @@ class Recipe(Short):
             return at_step(self.plain_learning_rate, count)
         return at_step(self.learning_rate if given is None else given, count)
 
-    def _rates(self, params: Any, updates: Any, count: jax.Array) -> Any:
+    def _rates(self, params: Any, updates: Any, count: jax.Array, given: Any) -> Any:
         """A tree of the rates of the updates, or None where all leaves have one."""
         if self.plain_learning_rate is None:
             return None
         kinds = [leaf.view is None for leaf in self.projection.report(params).leaves]
-        rates = {plain: self.rate(count, plain=plain) for plain in (False, True)}
+        rates = {plain: self.rate(count, plain=plain, given=given) for plain in (False, True)}
         return jax.tree.unflatten(jax.tree.structure(updates), [rates[plain] for plain in kinds])
 
     def optax(self) -> ProjectionTransformation:
@@ -115,18 +115,19 @@ class Recipe(Short):
                 return RecipeState(projection, sharding.replicate_rest(final.init(params)))
 
         def update(updates, state, params=None, **extra):
+            given = extra.pop("learning_rate", None)
+            check_number("learning_rate", given)
             if self.projection.reads_learning_rate:
-                extra |= {"learning_rate": self.rate(state.rate.count)}
+                extra |= {"learning_rate": self.rate(state.rate.count, given=given)}
             gradients = updates
             updates, projection = form.update(
                 self.projection, gradients, state.projection, params, **extra
             )
             accepted = projection.skipped == state.projection.skipped
             tree = gradients if params is None else params
-            rates = self._rates(tree, updates, state.rate.count)
-            updates, rate = final.update(
-                updates, state.rate, params, accepted=accepted, rates=rates
-            )
+            rates = self._rates(tree, updates, state.rate.count, given)
+            own = {"accepted": accepted, "rates": rates, "learning_rate": given}
+            updates, rate = final.update(updates, state.rate, params, **own)
             return updates, RecipeState(projection, rate)
 
         return init, update
