@@ -17,6 +17,7 @@ and clipping neither.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,8 @@ from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import Projected, ProjectionState
 from lowrank_jax.trees import is_placeholder, is_quantized
 from lowrank_jax.typing import Pytree, Scalar
+
+Marks = Callable[[Pytree], Pytree] | None
 
 Maps = dict[str, jax.Array]
 """The layers in the slots `(slots,)`, by the number of layers."""
@@ -60,7 +63,7 @@ class Layers:
     paths: tuple[str | None, ...]
 
     @classmethod
-    def of(cls, config: Projection, tree: Pytree) -> Layers:
+    def of(cls, config: Projection, tree: Pytree, marks: Marks = None) -> Layers:
         leaves = jax.tree.leaves(tree, is_leaf=_is_leaf)
         refused = [leaf for leaf in leaves if isinstance(leaf, Projected) or is_quantized(leaf)]
         if refused:
@@ -80,6 +83,11 @@ class Layers:
                 f"sampled; say where layers count by layers=, or name stacks by "
                 f"views=lrx.Views(stacked=...). Matrices here: {listed(outside)}"
             )
+        flags: Any = None
+        if marks is not None:
+            flags = dict(zip(paths, jax.tree.leaves(marks(tree), is_leaf=_is_masked), strict=True))
+        for group in groups:
+            _check_alike(config, group, flags)
         return cls(config, groups, paths)
 
     @property
@@ -127,6 +135,41 @@ class Layers:
         )
 
 
+def _check_alike(config: Projection, group: Group, flags: dict[Any, Any] | None) -> None:
+    """ValueError where something says by path that layers which share their slots differ."""
+    if group.stacked:
+        return
+    own = {
+        path: _by_path((config.projector, config.inner, config.scale), path) for path in group.paths
+    }
+    if flags is not None:
+        own = {path: [("mask", flags[path]), *found] for path, found in own.items()}
+    first = group.paths[0]
+    for path, found in own.items():
+        wrong = [a[0] for a, b in zip(found, own[first], strict=True) if a != b]
+        if wrong:
+            raise ValueError(
+                f"sampler={config.sampler!r}: {wrong[0]} says one thing of {first!r} and another of "
+                f"{path!r}, and one slot serves both in turn; give all layers one rule, or "
+                "sampler=lrx.samplers.all()"
+            )
+
+
+def _by_path(node: Any, path: str, name: str = "") -> list[tuple[str, Any]]:
+    """`(field, what it says of this path)` of all rules `((pattern, value), ...)` in nested fields."""
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        names = [field.name for field in dataclasses.fields(node)]
+        return [found for own in names for found in _by_path(getattr(node, own), path, own)]
+    if not isinstance(node, tuple):
+        return []
+    if not all(isinstance(rule, tuple) and rule and isinstance(rule[0], str) for rule in node):
+        return [found for part in node for found in _by_path(part, path, name)]
+    matching = [rule[1] for rule in node if re.fullmatch(rule[0], path)]
+    said = matching[0] if matching else None
+    # numbers by value, all else by the rule that gives it
+    return [(name, said if isinstance(said, int | float) else id(said))]
+
+
 def _small_of(layers: Layers, params: Pytree, maps: Maps) -> Pytree:
     """The small tree, of shapes where the parameters are shapes."""
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
@@ -164,6 +207,7 @@ def sampled(
     build: Callable[[Projection], tuple[Callable, Callable]],
     get: Callable[[Any], ProjectionState],
     put: Callable[[Any, ProjectionState], Any],
+    marks: Marks = None,
 ) -> tuple[Callable, Callable]:
     """`(init, update)` of a transformation whose layers are sampled.
 
@@ -171,6 +215,8 @@ def sampled(
       config: its slots.
       build: the ordinary `(init, update)` of a `Projection`.
       get, put: the projection's state in the state of the transformation.
+      marks: `params -> tree` of what else the transformation decides leaf by leaf, which layers
+        that share their slots must have in common.
     """
 
     def init(params):
@@ -180,7 +226,7 @@ def sampled(
                 "optax.tree_utils.tree_map_params asks for; lrx.state_shardings places it"
             )
         with sharding.mesh_of(params):
-            layers = Layers.of(config, params)
+            layers = Layers.of(config, params, marks)
             maps = layers.draw(jnp.zeros((), jnp.int32))
             state = build(config)[0](_small_of(layers, params, maps))
             return put(state, get(state)._replace(sampler=sharding.replicate_rest(maps)))
@@ -192,7 +238,7 @@ def sampled(
                 "jax.value_and_grad(loss)"
             )
         with sharding.mesh_of((updates, params)):
-            layers = Layers.of(config, updates if params is None else params)
+            layers = Layers.of(config, updates if params is None else params, marks)
             old = get(state)
             number, since = config.sampler.begun(old.step)
             begins = jnp.asarray(since == 0)
@@ -202,10 +248,12 @@ def sampled(
             # random bases and sketches differ from draw to draw
             own = dataclasses.replace(config, seed=config.seed + SEEDS_APART * number)
             start, step = build(own)
-            fresh = get(start(small if params is None else small_params))
-            begun = old._replace(
-                step=jnp.asarray(since), **select(begins, _drawn(fresh), _drawn(old))
-            )
+
+            def fresh():
+                return _drawn(get(start(small if params is None else small_params)))
+
+            drawn = jax.lax.cond(begins, fresh, lambda: _drawn(old))
+            begun = old._replace(step=jnp.asarray(since), **drawn)
             found, new_state = step(small, put(state, begun), small_params, **extra)
             new = _kept(config, old, get(new_state), since, begins, maps)
             return layers.put(found, updates, maps), put(new_state, new)

@@ -251,3 +251,65 @@ def test_refusals():
         tx.update(params, tx.init(params), params, taps=object())
     with pytest.raises(ValueError, match="samplers"):
         lrx.scale_by_projection(lrx.projectors.identity(), sampler=2)
+
+
+def _galore_of(**options):
+    sampler = lrx.samplers.lisa(active=2, period=3)
+    return lrx.galore(0.1, sampler=sampler, **{"rank": 3} | options)
+
+
+BASES = tuple((f"layers_{i}/.*", np.eye(8, 3) * (i + 1)) for i in range(LAYERS))
+SIDES = (np.eye(8), np.eye(12))
+DIFFERENT = {
+    "mask": lambda: _galore_of(
+        weight_decay=0.1, mask=lambda p: {name: name != "layers_2" for name in p}
+    ),
+    "rules": lambda: lrx.muon(
+        0.1,
+        scale=lrx.scales.by_path((("layers_1/.*", 2.0),)),
+        sampler=lrx.samplers.lisa(active=2, period=3),
+    ),
+    "matrix": lambda: _galore_of(rank=None, projector=lrx.projectors.given(matrix=BASES)),
+    "first": lambda: lrx.soap(
+        0.1,
+        sampler=lrx.samplers.lisa(active=2, period=3),
+        first=(("layers_3/.*", SIDES), (".*", tuple(np.flip(x, 0) for x in SIDES))),
+    ),
+}
+
+
+@pytest.mark.parametrize("field", DIFFERENT)
+def test_layers_that_share_their_slots_have_one_rule(field):
+    """At init, and at a step of a state that another optimizer made."""
+    params = separate(params_like())
+    with pytest.raises(
+        ValueError, match=rf"{field} says one thing of 'layers_0/kernel' and another"
+    ):
+        DIFFERENT[field]().init(params)
+    state = ROWS["galore"]().init(params)
+    with pytest.raises(ValueError, match=rf"{field} says one thing"):
+        DIFFERENT[field]().update(params, state, params)
+
+
+def test_rules_that_say_the_same_of_all_layers_are_taken():
+    params = separate(params_like())
+    rules = ((r"layers_[01]/.*", 2.0), (r"layers_\d+/.*", 2.0))
+    lrx.muon(
+        0.1,
+        scale=lrx.scales.by_path(rules),
+        sampler=lrx.samplers.lisa(active=2, period=3),
+        mask=lambda p: {name: name.startswith("layers") for name in p},
+        weight_decay=0.1,
+    ).init(params)
+
+
+def test_a_new_state_is_made_at_a_draw_alone():
+    """Bases of `init` are dear where they are random: they stand inside a branch."""
+    tx = _galore_of(
+        projector=lrx.projectors.random(rank=3, kind="orthonormal"), rank=None, views=VIEWS
+    )
+    params = params_like()
+    state = tx.init(params)
+    jaxpr = jax.make_jaxpr(tx.update)(grads_at(0), state, params)
+    outside = [str(eqn) for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name != "cond"]
+    assert "erf_inv" in str(jaxpr) and not any("erf_inv" in text for text in outside)

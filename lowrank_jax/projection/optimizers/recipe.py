@@ -10,7 +10,12 @@ import optax
 
 from lowrank_jax import deprecations, sharding
 from lowrank_jax.checks import check_number
-from lowrank_jax.optim.learning_rate import LearningRateState, apply_learning_rate, at_step
+from lowrank_jax.optim.learning_rate import (
+    LearningRateState,
+    apply_learning_rate,
+    at_step,
+    selected_for_decay,
+)
 from lowrank_jax.projection import transformation as form
 from lowrank_jax.projection.active import sampled
 from lowrank_jax.projection.refresh_schedules import RefreshSchedule
@@ -97,11 +102,16 @@ class Recipe(Short):
                 build,
                 lambda state: state.projection,
                 lambda state, new: state._replace(projection=new),
+                self._decays,
             )
         transformation = ProjectionTransformation(*functions)
         transformation.projection = self.projection
         transformation.recipe = self
         return transformation
+
+    def _decays(self, params: Any) -> Any:
+        """A tree of booleans: which leaves decay."""
+        return selected_for_decay(params, params, self.weight_decay, self.mask)
 
     def _functions(self) -> tuple[Callable, Callable]:
         """`(init, update)` of all layers."""
