@@ -217,6 +217,8 @@ def full_gradients(config: OptimizerConfig) -> str | None:
     another = f"to hold none, take another method, such as {_thin_method()}"
     if projection.reads_gradient:
         return f"full gradients at every update: {config.name} reads all of the gradient; {another}"
+    if plan == "full" and not hasattr(projection.refresh_schedule, "period"):
+        return f"full gradients at every update: the basis moves at each by the gradient; {another}"
     if plan == "full":
         remedy = "--config.optimizer.refresh_every=200 takes them at a refresh alone"
         return f"full gradients at every update: the basis moves at each by the gradient; {remedy}"

@@ -263,6 +263,8 @@ def test_what_avoids_full_gradients_of_the_other_methods():
     assert "galore with optimizer.projector=alternating" in note("dct_adamw", refresh_every=200)
     for name in ("apollo", "apollo_mini", "frugal", "ldadam"):
         assert f"{name} reads all of the gradient" in note(name)
+    # whose `refresh_every` is a rate
+    assert "moves at each by the gradient; to hold none" in note("online_subspace_descent")
     assert optimizers.full_gradients(OptimizerConfig()) is None
 
 
