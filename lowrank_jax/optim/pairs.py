@@ -213,7 +213,9 @@ def damped_inverse(gram: jax.Array, damping: Any) -> jax.Array:
     weights = jnp.where(kept, 1 / (jnp.where(kept, values, 1) + damping), 0)
     inverse = times("a", vectors * weights[..., None, :], jnp.swapaxes(vectors, -1, -2))
     live = jnp.diagonal(gram, axis1=-2, axis2=-1) > 0
-    return jnp.where(live[..., :, None] & live[..., None, :], inverse, 0)
+    # a decomposition that failed makes no step, where it would end the run
+    sound = jnp.all(jnp.isfinite(inverse), axis=(-2, -1), keepdims=True)
+    return jnp.where(sound & live[..., :, None] & live[..., None, :], inverse, 0)
 
 
 def _whole(x: jax.Array) -> jax.Array:

@@ -10,6 +10,8 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
+from lowrank_jax import linalg
+from lowrank_jax.optim.pairs import damped_inverse
 from tests.laws import methods as m
 
 P, C, T, R, A = lrx.projectors, lrx.refresh_schedules, lrx.transports, lrx.residuals, lrx.inner
@@ -186,3 +188,17 @@ def test_pairs_that_do_not_fit_raise_a_named_error(excluded):
         }
         with pytest.raises(ValueError, match=EXCLUDED[excluded]):
             _build(row).init(m.params_like())
+
+
+def test_a_decomposition_that_fails_makes_no_step(monkeypatch):
+    """Of that pair alone: the others go on."""
+    grams = jnp.stack([jnp.eye(3), 2 * jnp.eye(3)])
+
+    def failing(gram):
+        values, vectors = jnp.linalg.eigh(gram)
+        return values.at[0].set(jnp.nan), vectors.at[0].set(jnp.nan)
+
+    monkeypatch.setattr(linalg, "eigh", failing)
+    first, second = damped_inverse(grams, 0.0)
+    assert not np.any(first)
+    np.testing.assert_allclose(second, np.eye(3) / 2, rtol=1e-6)
