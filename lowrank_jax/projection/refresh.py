@@ -31,7 +31,12 @@ from lowrank_jax.typing import Pytree, Scalar
 
 
 def refresh(
-    config: Projection, view: ResolvedView, trees: Trees, due: Scalar, now: Now, total: int
+    config: Projection,
+    view: ResolvedView,
+    trees: Trees,
+    due: Scalar,
+    now: Now,
+    total: int,
 ) -> Trees:
     """What a refresh changes of `trees`, moved where it is due.
 
@@ -47,13 +52,35 @@ def refresh(
     schedule = config.refresh_schedule
     if schedule.per_layer:
         return _by_layer(config, view, trees, due, now)
-    part = schedule.slice(now.step, config.phase(view), total)
+    phase = config.phase(view)
+    part = schedule.slice(now.step, phase, total)
     if part is not None:
         return _by_slice(config, view, trees, due, now, *part)
     if due is True:
         return refreshed(config, view, trees, now)
+
+    def move():
+        return refreshed(config, view, trees, now)
+
+    # what does not move is a constant of the condition, and not copied by it
     stay = movable(config, trees)
-    return jax.lax.cond(due, lambda: refreshed(config, view, trees, now), lambda: stay)
+    return jax.lax.cond(due, move, lambda: stay)
+
+
+def start(
+    config: Projection,
+    view: ResolvedView,
+    trees: Trees,
+    begins: Scalar,
+    now: Now,
+) -> Trees:
+    """The first refresh, where the first step `begins` and all others come after an update."""
+
+    def first():
+        return refreshed(config, view, trees, now, starting=True)
+
+    stay = movable(config, trees)
+    return jax.lax.cond(begins, first, lambda: stay)
 
 
 def movable(config: Projection, trees: Trees) -> Trees:
@@ -70,7 +97,12 @@ def movable(config: Projection, trees: Trees) -> Trees:
 
 
 def refreshed(
-    config: Projection, view: ResolvedView, trees: Trees, now: Now, *, starting: bool = False
+    config: Projection,
+    view: ResolvedView,
+    trees: Trees,
+    now: Now,
+    *,
+    starting: bool = False,
 ) -> Trees:
     """The state after a refresh of all matrices in `trees`, or their first one where `starting`.
 
@@ -78,32 +110,52 @@ def refreshed(
     """
     inputs = refresh_inputs(config, view, trees, now)
     new = _new_basis(config, view, trees, inputs, now, starting)
-    found = _moved_state(config, view, trees | {"new": new["basis"]}, now)
-    old, moved = movable(config, trees), movable(config, found | new)
-    return where_finite(moved, old, new, axes=len(view.batch))
+    with_both = trees | {"new": new["basis"]}
+    found = _moved_state(config, view, with_both, now)
+
+    # judged by basis and memory: what is moved by them is finite with them
+    old = movable(config, trees)
+    moved = movable(config, found | new)
+    axes = len(view.batch)
+    return where_finite(moved, old, new, axes)
 
 
-def refresh_inputs(config: Projection, view: ResolvedView, trees: Trees, now: Now) -> RefreshInputs:
+def refresh_inputs(
+    config: Projection,
+    view: ResolvedView,
+    trees: Trees,
+    now: Now,
+) -> RefreshInputs:
     """What the projector reads, laid out for its refresh."""
     reads = config.projector.reads
-    own = {"target": "matrix", "sketch": "sketch", "param": "param", "low": "low"}
-    given = {field: trees.get(name) for field, name in own.items() if field in reads}
-    if "low" in reads and given["low"] is None and trees.get("matrix") is not None:
+    given: Trees = {}
+    for name in ("target", "sketch", "param", "low"):
+        if name in reads:
+            given[name] = trees.get("matrix" if name == "target" else name)
+
+    # a refresh before the update sees the low-rank object in the basis that it replaces
+    has_matrix = trees.get("matrix") is not None
+    if "low" in reads and given["low"] is None and has_matrix:
         given["low"] = project(config, view, trees)["low"]
     roles = {"target": "rows", "sketch": "sketch", "param": "unsharded"}
     given = laid(config, view, given, roles)
+
     if "momentum" in reads:
         given |= _momentum(config, view, trees)
     if "key" in reads:
-        given["key"] = config.keys(view, now.step, trees["layers"])
-    scalars = {name: x for name, x in now._asdict().items() if name in reads}
-    return RefreshInputs(**given, **scalars)
+        layers = trees["layers"]
+        given["key"] = config.keys(view, now.step, layers)
+    scalars = now._asdict()
+    given |= {name: scalars[name] for name in scalars if name in reads}
+    return RefreshInputs(**given)
 
 
 @placed(takes={"basis": "basis_at_use"}, gives={"low": "low_at_use low"})
 def project(config: Projection, view: ResolvedView, trees: Trees) -> Trees:
     """`R = PᵀK (batch..., r, k)`."""
-    return {"low": config.projector.down(view, trees["basis"], trees["matrix"])}
+    basis, matrix = trees["basis"], trees["matrix"]
+    low = config.projector.down(view, basis, matrix)
+    return {"low": low}
 
 
 @placed(takes={}, gives={"momentum": "momentum"})
@@ -111,8 +163,11 @@ def _momentum(config: Projection, view: ResolvedView, trees: Trees) -> Trees:
     """The debiased first moment `m / (1 - b1^t)`, in the old basis."""
     state = config.inner.decoded(trees["inner"])
     moment, value = inner_lib.first_moment(config.inner, state)
-    seen = jnp.maximum(moment.count, 1)[..., None, None]
-    return {"momentum": value.astype(jnp.float32) / inner_lib.debias(moment.decay, seen)}
+    # one count for each matrix; before the first step m is zero, whatever divides it
+    count_seen = jnp.maximum(moment.count, 1)
+    seen = count_seen[..., None, None]
+    correction = inner_lib.debias(moment.decay, seen)
+    return {"momentum": value.astype(jnp.float32) / correction}
 
 
 @placed(takes={}, gives={"basis": "basis", "memory": "basis"})
@@ -135,80 +190,123 @@ def _new_basis(
     def first():
         return like(projector.start(view, inputs), old)
 
-    if projector.starts and starting:
-        found = first()
-    elif projector.starts and not config.starts_before:
-        found = jax.lax.cond(now.step == 0, first, again)
-    else:
+    if not projector.starts:
         found = again()
-    return dict(zip(("basis", "memory"), found, strict=True))
-
-
-def start(config: Projection, view: ResolvedView, trees: Trees, begins: Scalar, now: Now) -> Trees:
-    """The first refresh, where the first step `begins` and all others come after an update."""
-    stay = movable(config, trees)
-    return jax.lax.cond(
-        begins, lambda: refreshed(config, view, trees, now, starting=True), lambda: stay
-    )
+    elif config.starts_before:
+        found = first() if starting else again()
+    else:
+        found = jax.lax.cond(now.step == 0, first, again)
+    return {"basis": found[0], "memory": found[1]}
 
 
 @placed(takes={}, gives={"inner": "low"})
-def _moved_state(config: Projection, view: ResolvedView, trees: Trees, now: Now) -> Trees:
+def _moved_state(
+    config: Projection,
+    view: ResolvedView,
+    trees: Trees,
+    now: Now,
+) -> Trees:
     """Moments, and what follows the basis, in terms of the new one."""
-    projector, transport, schedule = config.projector, config.transport, config.refresh_schedule
+    projector, transport = config.projector, config.transport
+    schedule = config.refresh_schedule
     old, new = trees["basis"], trees["new"]
+    # decoded, whatever stores them, and whole along the rank, which a transport mixes
     decoded = {"moments": config.inner.decoded(trees["inner"])}
-    before = after = laid(config, view, decoded, {"moments": "mixed"})["moments"]
+    roles = {"moments": "mixed"}
+    before = laid(config, view, decoded, roles)["moments"]
+    after = before
+
+    # C = P_newᵀ P_old, where something asks for it
+    reads_change = "change" in schedule.reads
     change: Any = None
-    if transport.moves or config.follows_basis or "change" in schedule.reads:
+    if transport.moves or config.follows_basis or reads_change:
         change = projector.overlap(view, old, new)
+
     if transport.moves:
         fresh = config.inner.decoded(fresh_inner(config, view))
-        after = like(transport.move(config.inner, before, fresh, change), before)
+        after = transport.move(config.inner, before, fresh, change)
+        after = like(after, before)
     found = {"inner": config.inner.encoded(after)}
+
     if config.follows_basis:
-        lifts = (lambda low: projector.up(view, old, low), lambda low: projector.up(view, new, low))
-        m = Moved(view, *lifts, change, *_first_moments(config.inner, before, after))
-        found["target"] = like(config.target.moved(trees["target"], m), trees["target"])
-        found["residual"] = like(config.residual.moved(trees["residual"], m), trees["residual"])
+
+        def lift_old(low):
+            return projector.up(view, old, low)
+
+        def lift_new(low):
+            return projector.up(view, new, low)
+
+        first = _first_moments(config.inner, before, after)
+        moved = Moved(view, lift_old, lift_new, change, *first)
+        target = config.target.moved(trees["target"], moved)
+        found["target"] = like(target, trees["target"])
+        residual = config.residual.moved(trees["residual"], moved)
+        found["residual"] = like(residual, trees["residual"])
+
     if schedule.per_layer:
         state = trees["refresh_schedule"]
-        cosines = change.cosines if "change" in schedule.reads else None
-        moved = schedule.refreshed(state, step=now.step, change=cosines)
-        found["refresh_schedule"] = like(moved, state)
+        cosines = change.cosines if reads_change else None
+        later = schedule.refreshed(state, step=now.step, change=cosines)
+        found["refresh_schedule"] = like(later, state)
     return trees | found
 
 
 def _first_moments(inner: Any, before: Pytree, after: Pytree) -> tuple[Any, Any, Any]:
     """`(before, after, decay)` of the first moment in float32; Nones without one."""
-    firsts = [moment for moment in inner.moments(before) if moment.kind == "first"]
+    moments = inner.moments(before)
+    firsts = [moment for moment in moments if moment.kind == "first"]
     if len(firsts) != 1 or firsts[0].decay is None:
         return None, None, None
     first, old = inner_lib.first_moment(inner, before)
     _, new = inner_lib.first_moment(inner, after)
-    return old.astype(jnp.float32), new.astype(jnp.float32), first.decay
+    old = old.astype(jnp.float32)
+    new = new.astype(jnp.float32)
+    return old, new, first.decay
 
 
 def fresh_inner(config: Projection, view: ResolvedView) -> Pytree:
     """The inner state of a leaf, one for each of its matrices."""
-    low_shape = (*view.batch, *config.projector.low_shape(view))
-    low = sharding.zeros(low_shape, jnp.float32, config.projector.low_spec(view))
+    projector = config.projector
+    # (batch..., r, k), or (batch..., r, r) of two-sided bases
+    shape = (*view.batch, *projector.low_shape(view))
+    spec = projector.low_spec(view)
+    low = sharding.zeros(shape, jnp.float32, spec)
     return config.inner.init_stack(low, view)
 
 
 def _flat(tree: Pytree, axes: int) -> Pytree:
     """Batch axes as one axis of layers in front."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), tree)
+
+    def one(x):
+        matrix = x.shape[axes:]
+        return x.reshape(-1, *matrix)
+
+    return jax.tree.map(one, tree)
 
 
 def _take(tree: Pytree, start: Scalar, size: int) -> Pytree:
     """The layers `start .. start + size` of flat trees."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), tree)
+
+    def one(x):
+        return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+    return jax.tree.map(one, tree)
+
+
+def _put(tree: Pytree, new: Pytree, start: Scalar) -> Pytree:
+    """The flat trees with `new` as their layers from `start` on."""
+
+    def put(x, y):
+        return jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
+
+    return jax.tree.map(put, tree, new)
 
 
 def _few(view: ResolvedView, size: int) -> ResolvedView:
     """The view of `size` layers of a flat stack."""
-    spec = None if view.spec is None else (None, *view.spec[-2:])
+    spec = None
+    if view.spec is not None:  # layers of a flat stack lie on no mesh axis
+        spec = (None, *view.spec[-2:])
     return dataclasses.replace(view, batch=(size,), spec=spec)
 
 
@@ -227,43 +325,74 @@ def _by_slice(
     Layer numbers ascend, so those that move lie next to each other; what else a clamped slice holds
     stays.
     """
-    axes, layers = len(view.batch), trees["layers"].reshape(-1)
+    axes = len(view.batch)
+    layers = trees["layers"].reshape(-1)
     size = min(wide, layers.size)
-    begin = jnp.minimum(jnp.sum(layers < start), layers.size - size)
+
+    # the place of the first layer that moves, and which of those behind it do
+    before_it = jnp.sum(layers < start)
+    begin = jnp.minimum(before_it, layers.size - size)
     numbers = _take(layers, begin, size)
     fresh = (numbers >= start) & (numbers < start + wide)
     stay = movable(config, trees)
 
     def some():
-        def put(whole, after):
-            flat = whole.reshape(-1, *whole.shape[axes:])
-            before = _take(flat, begin, size)
-            chosen = jnp.where(fresh.reshape(-1, *[1] * (after.ndim - 1)), after, before)
-            return jax.lax.dynamic_update_slice_in_dim(flat, chosen, begin, 0).reshape(whole.shape)
-
         own = _take(_flat(trees, axes), begin, size)
-        return jax.tree.map(put, stay, refreshed(config, _few(view, size), own, now))
+        new = refreshed(config, _few(view, size), own, now)
 
-    branch = jnp.where(now.all_layers, 2, jnp.where(jnp.any(fresh), 1, 0)) * jnp.asarray(
-        due, jnp.int32
-    )
-    return jax.lax.switch(branch, [lambda: stay, some, lambda: refreshed(config, view, trees, now)])
+        def put(whole, after):
+            flat = _flat(whole, axes)
+            before = _take(flat, begin, size)
+            ones = (1,) * (after.ndim - 1)
+            moves = fresh.reshape(-1, *ones)
+            chosen = jnp.where(moves, after, before)
+            return _put(flat, chosen, begin).reshape(whole.shape)
+
+        return jax.tree.map(put, stay, new)
+
+    def everything():
+        return refreshed(config, view, trees, now)
+
+    # one switch: nothing, the slice, or the whole leaf
+    own = jnp.where(jnp.any(fresh), 1, 0)
+    branch = jnp.where(now.all_layers, 2, own)
+    branch = branch * jnp.asarray(due, jnp.int32)
+    branches = [lambda: stay, some, everything]
+    return jax.lax.switch(branch, branches)
 
 
-def _by_layer(config: Projection, view: ResolvedView, trees: Trees, due: Scalar, now: Now) -> Trees:
+def _by_layer(
+    config: Projection,
+    view: ResolvedView,
+    trees: Trees,
+    due: Scalar,
+    now: Now,
+) -> Trees:
     """One condition for each layer, in a loop: a vmap of it would refresh every layer."""
     axes = len(view.batch)
     flat, few = _flat(trees, axes), _few(view, 1)
 
     def one(number, moving):
-        own = _take(flat, number, 1) | _take(moving, number, 1)
+        # what does not move is read where it lies; what moves travels with the loop
+        own = _take(flat, number, 1)
+        own |= _take(moving, number, 1)
         is_due = own["due"][0] & due
-        new = jax.lax.cond(
-            is_due, lambda: refreshed(config, few, own, now), lambda: movable(config, own)
-        )
-        put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, number, 0)  # noqa: E731
-        return jax.tree.map(put, moving, new)
 
-    stay = movable(config, trees)
-    moved = jax.lax.fori_loop(0, count(view), one, movable(config, flat))
-    return jax.tree.map(lambda x, old: x.reshape(old.shape), moved, stay)
+        def move():
+            return refreshed(config, few, own, now)
+
+        def stay():
+            return movable(config, own)
+
+        new = jax.lax.cond(is_due, move, stay)
+        return _put(moving, new, number)
+
+    def unflat(x, old):
+        return x.reshape(old.shape)
+
+    old = movable(config, trees)
+    # the batch axes as one, (layers, ...), and back
+    start = movable(config, flat)
+    layers = count(view)
+    moved = jax.lax.fori_loop(0, layers, one, start)
+    return jax.tree.map(unflat, moved, old)
