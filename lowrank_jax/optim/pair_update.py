@@ -215,7 +215,7 @@ class PairOptimizer(Short):
             skipped=jnp.zeros((), jnp.int32),
             a=self.inner.init(groups[0]),
             b=self.inner.init(groups[1]),
-            plain=self.plain.init(groups[2]),
+            plain=self.plain.init_group(groups[2]),
             bases=bases,
         )
 
@@ -380,7 +380,7 @@ class _Step:
         """Updates the leaves that are no factor; their new state."""
         inner, own = self.config.plain, self.factors.of(None)
         grads = self.tree.of({i: self.grads[i] for i in own})
-        direction, scale, state = inner.update(
+        direction, scale, state = inner.guarded(
             grads, state, params=self._given(inner, own), **self.extra
         )
         self.updates |= self._moved(own, [scale * u for u in jax.tree.leaves(direction)])

@@ -32,6 +32,7 @@ import optax
 from lowrank_jax import deprecations, sharding
 from lowrank_jax.checks import check_floating
 from lowrank_jax.optim.inner import Inner
+from lowrank_jax.projection import contract
 from lowrank_jax.projection import step as step_lib
 from lowrank_jax.projection.active import sampled
 from lowrank_jax.projection.matrix_step import check_slots, fresh_state
@@ -59,10 +60,15 @@ def _init(config: Projection, params: Any) -> ProjectionState:
     report = Report(()) if asked_for_structure else config.report(params)
     leaves, treedef = step_lib.flatten(params)
     views = [leaf.view for leaf in report.leaves]
+    kinds = list(contract.different(config, views))
+    for kind in kinds:
+        contract.check_projector(kind)
     matrices = [optax.MaskedNode() if view is None else fresh_state(config, view) for view in views]
     for view, matrix in zip(views, matrices, strict=True):
         if view is not None:
             check_slots(config, matrix)
+    for kind in kinds:
+        contract.check_other_slots(kind)
     plain = step_lib.only_plain(treedef, leaves, views)
     low = jnp.zeros(()) if asked_for_structure else pure(jax.tree.unflatten(treedef, matrices))
     zero = functools.partial(jnp.zeros, (), jnp.int32)
@@ -74,7 +80,7 @@ def _init(config: Projection, params: Any) -> ProjectionState:
         partly_skipped=zero(),
         refreshes=zero(),
         matrices=low,
-        plain=config.plain.init(jax.tree.map(as_float32, plain)),
+        plain=config.plain.init_group(jax.tree.map(as_float32, plain)),
         refresh_schedule=() if schedule.per_layer else schedule.init(()),
     )
 

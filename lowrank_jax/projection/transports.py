@@ -21,8 +21,28 @@ from lowrank_jax.reprs import Short
 from lowrank_jax.typing import Pytree
 
 
+class Change:
+    """Base of the overlaps `C = P_newᵀ P_old` of two bases."""
+
+    def apply(self, low: jax.Array) -> jax.Array:
+        """`C low (batch..., r, k)`."""
+        raise TypeError(f"{type(self).__name__} does not implement apply")
+
+    def apply_squared(self, low: jax.Array) -> jax.Array:
+        """`(C∘C) low`."""
+        raise TypeError(f"{type(self).__name__} does not implement apply_squared")
+
+    @property
+    def cosines(self) -> jax.Array:
+        """`|C_ii| (batch..., r)`, how much of each old vector the new one in its place keeps."""
+        raise TypeError(
+            f"{type(self).__name__} has no cosines: its vectors stand in no order; take a projector "
+            "whose basis is a matrix of ordered vectors, such as lrx.projectors.svd"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
-class DenseChange:
+class DenseChange(Change):
     """Overlap of two bases as a matrix `C (batch..., r, r)`; two-sided bases have a second one on
     the right."""
 
@@ -43,7 +63,7 @@ class DenseChange:
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexChange:
+class IndexChange(Change):
     """Overlap of two sets of indices: slot j takes the old slot `source[j]`, or zero where
     `found[j]` is False."""
 
@@ -63,13 +83,9 @@ class IndexChange:
 
     apply_squared = apply
 
-    @property
-    def cosines(self) -> jax.Array:
-        return self.found.astype(jnp.float32)
-
 
 @dataclasses.dataclass(frozen=True)
-class SameBasis:
+class SameBasis(Change):
     """The overlap of a basis that cannot move."""
 
     def apply(self, low: jax.Array) -> jax.Array:

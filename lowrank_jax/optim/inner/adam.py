@@ -85,6 +85,7 @@ class Adam(Inner):
     splits = True
     guards = True
     elementwise = True
+    trees = True
 
     def __post_init__(self):
         for name in ("b1", "b2"):

@@ -51,6 +51,10 @@ class Inner(Short):
       elementwise: an entry moves by its own gradients alone and all state but registered moments is
         shared, so that a leaf may be updated in parts.
       reads_params: `update` needs `params`.
+      trees: `init` and `update` take a tree of leaves and no view too, so that it also serves the
+        leaves that are not projected. One without is for single matrices: it is never called on the
+        other leaves, for which `plain=` gives another.
+      takes_extra: `update` may demand arguments of its own from the caller of the optimizer.
       decomposes: its program holds decompositions (QR, eigenvectors), which TPUs compile for long.
       batched: `init` and `update` take the whole stack `(batch..., r, k)` and its view, with counts
         `(batch...)`. Otherwise they see one matrix and are vmapped. An inner transformation that
@@ -78,6 +82,8 @@ class Inner(Short):
     guards = False
     elementwise = False
     reads_params = False
+    trees = False
+    takes_extra = False
     decomposes = False
     batched = False
 
@@ -124,8 +130,27 @@ class Inner(Short):
     def state_bytes(self, shapes: Sequence[Shape | int]) -> int:
         """Bytes of the state of leaves of these shapes: what `init` makes of them."""
         leaves = [jax.ShapeDtypeStruct(shape_of(shape), jnp.float32) for shape in shapes]
-        state = jax.eval_shape(self.init, leaves)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        groups = [leaves] if self.trees else leaves
+        states = [jax.eval_shape(self.init, group) for group in groups]
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states))
+
+    def init_group(self, tree: Pytree) -> Pytree:
+        """The state of the leaves that are not projected; `()` where one without `trees` has none.
+
+        Raises:
+          ValueError: for leaves that it does not take.
+        """
+        if self.trees:
+            return self.init(tree)
+        leaves = jax.tree.leaves(tree)
+        if leaves:
+            raise ValueError(
+                f"inner {type(self).__name__} is for single matrices, and {len(leaves)} leaves are "
+                f"not projected, the first of shape {tuple(leaves[0].shape)}: give them another, "
+                "plain=lrx.inner.adam(...), or set trees = True in the class if its init and "
+                "update take a tree and view=None too"
+            )
+        return ()
 
     def guarded(
         self,
@@ -143,6 +168,8 @@ class Inner(Short):
         that it keeps: each moment is then read and written by one pass, in place, where a selection
         afterwards would need a copy of the old ones.
         """
+        if view is None and not self.trees and not jax.tree.leaves(grads):
+            return grads, 1.0, state  # an empty group
         if ok is not None and self.guards:
             return self.update(grads, state, view=view, params=params, ok=ok, **extra)
         direction, scale, new = self.update(grads, state, view=view, params=params, **extra)

@@ -31,6 +31,8 @@ class FromOptax(Inner):
     transformation: optax.GradientTransformation
     params: bool = False
     decay: tuple[tuple[str, float], ...] = ()
+    trees = True
+    takes_extra = True
 
     @property
     def reads_params(self) -> bool:

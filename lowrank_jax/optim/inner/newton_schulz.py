@@ -67,6 +67,7 @@ class Orthogonal(Inner):
     compute_dtype: jnp.dtype | str | None = None
     scale: Scalar | scales.Scale = 1.0
     splits = True
+    trees = True  # of matrices and stacks of them
     batched = True
     name: ClassVar[str] = "orthogonal"
 

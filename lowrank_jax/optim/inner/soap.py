@@ -132,6 +132,7 @@ class Soap(Inner):
     first: Any = "gradient"
     splits = True
     guards = True
+    trees = True
     batched = True
     decomposes = True
 

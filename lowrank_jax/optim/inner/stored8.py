@@ -59,6 +59,14 @@ class Stored8(Inner):
         return self.inner.elementwise
 
     @property
+    def trees(self) -> bool:
+        return self.inner.trees
+
+    @property
+    def takes_extra(self) -> bool:
+        return self.inner.takes_extra
+
+    @property
     def reads_params(self) -> bool:
         return self.inner.reads_params
 

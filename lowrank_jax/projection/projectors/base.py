@@ -129,6 +129,11 @@ class Projector(Short):
         """Whether `start` is another computation than `refresh`, so that a program holds both."""
         return type(self).start is not Projector.start
 
+    @property
+    def remembers(self) -> bool:
+        """Whether `seen` does something."""
+        return type(self).seen is not Projector.seen
+
     def start(self, view: ResolvedView, inputs: RefreshInputs) -> BasisAndMemory:
         """A first basis from data; by default a refresh of what `init` draws."""
         return self.refresh(view, *self.init(view, jnp.asarray(inputs.key)), inputs)

@@ -11,28 +11,11 @@ import jax
 
 from lowrank_jax.checks import check_integer
 from lowrank_jax.projection.projectors.base import Projector
-
-
-def _either(name: str) -> property:
-    return property(lambda self: getattr(self.first, name) or getattr(self.then, name))
-
-
-def _both(name: str) -> property:
-    return property(lambda self: getattr(self.first, name) and getattr(self.then, name))
-
-
-def _shared(name: str) -> Callable:
-    """A verb on bases, which has one meaning for both."""
-
-    @functools.wraps(getattr(Projector, name))
-    def verb(self, *args, **options):
-        return getattr(self.first, name)(*args, **options)
-
-    return verb
+from lowrank_jax.projection.projectors.wrapped import Wrapped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Switch(Projector):
+class Switch(Wrapped):
     """Bases of `first`, and of `then` at refreshes from step `at` on (GoLore).
 
     A basis is of one kind throughout, so that moments and taps pass from one projector to the
@@ -56,12 +39,6 @@ class Switch(Projector):
     at: Any
     first: Projector
     then: Projector
-
-    sees = property(lambda self: self.first.sees | self.then.sees)
-    moves = True
-    starts_before = property(lambda self: self.first.starts_before)
-    starts, decomposes = _either("starts"), _either("decomposes")
-    orthonormal, of_rows = _both("orthonormal"), _both("of_rows")
 
     def __post_init__(self):
         for name in ("first", "then"):
@@ -89,9 +66,13 @@ class Switch(Projector):
             )
 
     @property
+    def parts(self):
+        return (self.first, self.then)
+
+    @property
     def reads(self):
         of_start = {"key"} if self.starts else set()  # the memory of the other one
-        return self.first.reads | self.then.reads | of_start | {"step"}
+        return super().reads | of_start | {"step"}
 
     def _chosen(self, step: Any, first: Callable, then: Callable) -> Any:
         """`first()` before step `at`, else `then()`."""
@@ -99,14 +80,6 @@ class Switch(Projector):
         if isinstance(before, bool):
             return first() if before else then()
         return jax.lax.cond(before, first, then)
-
-    def check(self, view):
-        self.first.check(view)
-        self.then.check(view)
-
-    def init(self, view, keys):
-        basis, memory = self.first.init(view, keys)
-        return basis, (memory, self.then.init(view, keys)[1])
 
     def start(self, view, inputs):
         _, (one, other) = self.init(view, inputs.key)
@@ -134,10 +107,6 @@ class Switch(Projector):
 
         return self._chosen(inputs.step, first, then)
 
-    def seen(self, view, basis, memory, low, target):
-        pairs = zip((self.first, self.then), memory, strict=True)
-        return tuple(own.seen(view, basis, kept, low, target) for own, kept in pairs)
-
     def sketch_basis(self, view, basis, memory, inputs):
         both = zip((self.first, self.then), memory, strict=True)
         makers = [
@@ -147,15 +116,6 @@ class Switch(Projector):
         ]
         # where one of them reads no sketch, its refreshes make nothing of the other's
         return self._chosen(inputs.step, makers[0], makers[-1])
-
-    def memory_bytes(self, view):
-        return self.first.memory_bytes(view) + self.then.memory_bytes(view)
-
-    rank_for, structure, overlap = _shared("rank_for"), _shared("structure"), _shared("overlap")
-    down, up, thin = _shared("down"), _shared("up"), _shared("thin")
-    rest, rounding = _shared("rest"), _shared("rounding")
-    low_shape, low_spec = _shared("low_shape"), _shared("low_spec")
-    basis_bytes = _shared("basis_bytes")
 
 
 switch = Switch
