@@ -271,5 +271,15 @@ gradient_rescale = GradientRescale
 norm_scaled = NormScaled
 __getattr__ = deprecations.names("lowrank_jax.residuals")  # targets that were residual rules
 
-__all__ = ["Combine", "Residual", "discard", "gradient_rescale", "norm_scaled", "sgd", "sign"]
+__all__ = [
+    "Combine",
+    "Rescaled",
+    "Residual",
+    "discard",
+    "gradient_rescale",
+    "limited",
+    "norm_scaled",
+    "sgd",
+    "sign",
+]
 __dir__ = functools.partial(sorted, __all__)

@@ -63,6 +63,14 @@ def test_a_room_shows_what_is_public_and_nothing_else(address):
     assert all(hasattr(room, name) and not name.startswith("_") for name in room.__all__)
 
 
+def test_what_a_method_written_outside_needs_is_public():
+    line = (ROOT / "WORKSPACE.md").read_text().partition("A method written outside")[2]
+    addresses = re.findall(r"`lrx\.(\w+)\.(\w+)`", line.partition("\n\n")[0])
+    assert len(addresses) >= 18
+    for room, name in addresses:
+        assert name in getattr(lrx, room).__all__, (room, name)
+
+
 def test_each_thing_has_one_address():
     addresses: dict[int, list[str]] = {}
     for place, room in {"lrx": lrx, **ROOMS}.items():

@@ -4,7 +4,7 @@ functions."""
 import functools
 
 from lowrank_jax.projection.projectors.alternating import alternating
-from lowrank_jax.projection.projectors.base import Projector
+from lowrank_jax.projection.projectors.base import Projector, StoredProjector
 from lowrank_jax.projection.projectors.columns import columns
 from lowrank_jax.projection.projectors.dct import dct, dct2, dct3
 from lowrank_jax.projection.projectors.given import given
@@ -21,6 +21,7 @@ from lowrank_jax.projection.state import RefreshInputs
 __all__ = [
     "Projector",
     "RefreshInputs",
+    "StoredProjector",
     "alternating",
     "columns",
     "dct",

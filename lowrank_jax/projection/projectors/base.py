@@ -20,6 +20,12 @@
 
 The basis is what a projection needs, and what taps carry; what a projector remembers beside it for
 its next refresh (a momentum of the basis, a warm start, a covariance) is its memory, `()` for most.
+A basis or a memory that an optimizer moves keeps that optimizer's state in the memory:
+`lrx.inner.as_inner(tx).init_stack(matrices, view)` makes one for each matrix of the leaf, with the
+batch axes in front, and `update_stack` moves it (`online_pca` does so).
+
+`contract` asks all of this at `init`: what a verb reads must be declared, and what it returns must
+be of these shapes.
 
 Everything that fixes shapes lives in the frozen dataclass. Batch axes are handled by every function
 itself, never by vmap, so that conditions on scalars stay conditions.
