@@ -32,6 +32,7 @@ METHODS = {
         when="post",
     ),
 }
+NAMED = {method.func.__name__ for method in METHODS.values()}
 FAST = ("scaled_adamw sequential", "altlora_plus")
 
 

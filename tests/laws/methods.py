@@ -8,6 +8,7 @@ cond, donation and stable shapes. "Eager" is `jax.disable_jit`, in which conditi
 
 import dataclasses
 import functools
+import inspect
 import re
 import zlib
 from collections.abc import Callable
@@ -40,6 +41,8 @@ class Method:
       fast: it also runs in the fast tier.
       tolerance: between two programs; larger where state is rounded to bfloat16.
       idle: first steps, which look at gradients and move nothing.
+      gradients: what `lrx.projection.gradient_mode` says of a named optimizer by its defaults.
+      elsewhere: options of the named optimizer on the trees of other tests, see `settings`.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Method:
     fast: bool = False
     tolerance: float = 1e-4
     idle: int = 0
+    gradients: str = "full"
+    elsewhere: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def named(self) -> bool:
@@ -63,36 +68,38 @@ class Method:
             else self.factory(**options)
         )
 
+    def settings(self, *kept: str, rank: int, **given: Any) -> dict[str, Any]:
+        """Options of the named optimizer for another tree, its own defaults beside them.
 
-def _named(
-    factory, name, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, idle=0, **options
-):
-    return Method(
-        name=name,
-        factory=factory,
-        options={"learning_rate": 0.1, "weight_decay": 0.1} | options,
-        due=due,
-        seeded=seeded,
-        fast=fast,
-        tolerance=tolerance,
-        idle=idle,
-    )
+        Args:
+          kept: options of the row that stay, beside those that have no default.
+          rank: in place of the row's, where it has one.
+          given: further options.
+        """
+        parameters = inspect.signature(self.factory).parameters.values()
+        needed = {one.name for one in parameters if one.default is one.empty}
+        own = {key: value for key, value in self.options.items() if key in {*needed, *kept}}
+        rank_of = {"rank": rank} if isinstance(self.options.get("rank"), int) else {}
+        return own | rank_of | self.elsewhere | given
 
 
-def _custom(
-    name, projector, *, due=(0, 2, 4), seeded=False, fast=False, tolerance=1e-4, idle=0, **options
-):
+_FIELDS = {field.name for field in dataclasses.fields(Method)}
+
+
+def _row(factory, name, defaults, given):
+    """A row of fields and options, which have no name in common."""
+    fields = {key: value for key, value in given.items() if key in _FIELDS}
+    options = {key: value for key, value in given.items() if key not in _FIELDS}
+    return Method(name=name, factory=factory, options=defaults | options, **fields)
+
+
+def _named(factory, name, **given):
+    return _row(factory, name, {"learning_rate": 0.1, "weight_decay": 0.1}, given)
+
+
+def _custom(name, projector, **given):
     schedule = {"refresh_schedule": lrx.refresh_schedules.every(period=2)}
-    return Method(
-        name=name,
-        factory=lrx.scale_by_projection,
-        options={"projector": projector} | schedule | options,
-        due=due,
-        seeded=seeded,
-        fast=fast,
-        tolerance=tolerance,
-        idle=idle,
-    )
+    return _row(lrx.scale_by_projection, name, {"projector": projector} | schedule, given)
 
 
 P, C, T, R = lrx.projectors, lrx.refresh_schedules, lrx.transports, lrx.residuals
@@ -112,7 +119,7 @@ def _only_dense(params):
 
 
 METHODS = (
-    _galore("galore", rank=4, fast=True),
+    _galore("galore", rank=4, fast=True, gradients="full at a refresh"),
     _galore("galore-reverse_std", rank=4, proj_type="reverse_std"),
     _galore("galore-left", rank=0.5, proj_type="left"),
     _galore("galore-right", rank=(("dense/.*", 2), (".*", 0.5)), proj_type="right"),
@@ -141,17 +148,18 @@ METHODS = (
     _apollo("apollo", rank=4),
     _apollo("apollo-tensor", projector=P.svd(rank=4), axis="tensor", limiter=None),
     _named(lrx.apollo_mini, "apollo_mini", refresh_every=2, seeded=True),
-    _named(lrx.muon, "muon", due=(), scale=lrx.scales.rms()),  # fans are swapped in a transpose
+    _named(lrx.muon, "muon", due=(), gradients="taps", scale=lrx.scales.rms()),  # fans are swapped in a transpose
     # plain leaves too, and a side that is too long for a basis; a small eps amplifies rounding
     _named(lrx.soap, "soap", due=(), idle=1, refresh_every=2, max_precond_dim=8, eps=1e-2,
-           plain=lrx.inner.soap(max_precond_dim=8, eps=1e-2)),
-    _named(lrx.golore, "golore", rank=4, refresh_every=2, random_from=3, seeded=True),
+           plain=lrx.inner.soap(max_precond_dim=8, eps=1e-2), gradients="taps", elsewhere={"first": "identity"}),
+    _named(lrx.golore, "golore", rank=4, refresh_every=2, random_from=3, seeded=True, gradients="full at a refresh"),
     _named(lrx.fira, "fira", rank=4, refresh_every=2),
     _named(lrx.fira, "fira-paper", rank=4, refresh_every=2, form="paper", limiter=None),
     # a scale that does not tell inputs from outputs, for the law of transposition
     _named(lrx.dion, "dion", rank=4, scale=lrx.scales.rms(0.2), due=ALL, seeded=True),
     _named(lrx.trion, "trion", rank=4, kind=3, scale=lrx.scales.rms(0.2), due=ALL),
-    _named(lrx.online_subspace_descent, "online_subspace_descent", rank=4, refresh_every=10, due=ALL, peak_rate=0.1),
+    _named(lrx.online_subspace_descent, "online_subspace_descent", rank=4, refresh_every=10, due=ALL, peak_rate=0.1,
+           elsewhere={"peak_rate": 1e-2, "refresh_every": 5}),
     _named(lrx.online_subspace_descent, "online_subspace_descent-sgd", rank=4, refresh_every=10, due=ALL, seeded=True,
            basis_optimizer="sgd", first="random", peak_rate=0.05),
     _custom("columns-l2", P.columns(rank=4, select="l2"), transport=T.reset(count=False)),
@@ -176,6 +184,25 @@ METHODS = (
     _custom("own-inner", P.svd(rank=4), inner=SplitMomentum(), plain=lrx.inner.adam(), transport=T.rotate()),
     _custom("clipped", P.dct3(rank=4), target=G.error_feedback(), clip_norm=0.5, inner=_decayed_trace, scale=0.5),
 )  # fmt: skip
+
+# The named optimizers, each by the first of its rows: other tests take them from here.
+NAMED = {row.name: row for row in METHODS if row.named and row.name == row.factory.__name__}
+
+# Of samplers, whose laws are `test_samplers.py`: few layers have states, and all others none.
+SAMPLED = {
+    "lisa": functools.partial(lrx.lisa, active=2, period=3, weight_decay=0.1),
+    "badam": functools.partial(lrx.badam, period=2, order="ascending", weight_decay=0.1),
+    "badam-random": functools.partial(lrx.badam, period=2, order="random", phase=1),
+    # GaLore on the active layers: its bases are made at a draw, and again two steps later
+    "galore": functools.partial(
+        lrx.galore,
+        rank=3,
+        refresh_every=2,
+        weight_decay=0.1,
+        sampler=lrx.samplers.lisa(active=2, period=3),
+    ),
+}
+SAMPLING = {row.func.__name__ for row in SAMPLED.values()} - NAMED.keys()
 
 COUPLED = {"clipped": "clip_norm couples leaves on purpose"}
 

@@ -149,6 +149,17 @@ def known_fingerprints() -> dict[str, Any]:
     return json.loads(FINGERPRINTS.read_text())
 
 
+def known_fingerprint(row: str) -> dict[str, list[float]]:
+    """That of one row, which must have one."""
+    known = known_fingerprints()
+    if row not in known:
+        raise LookupError(
+            f"{FINGERPRINTS.name} has no row {row!r}: `python -m tests.laws.stored fingerprints` "
+            "computes the missing ones"
+        )
+    return known[row]
+
+
 def write_fingerprints(again: list[str]) -> None:
     """Those of the rows that have none, and of the named rows, which the table must have."""
     rows = [method.name for method in methods.METHODS]

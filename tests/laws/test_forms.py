@@ -13,6 +13,7 @@ import pytest
 
 import lowrank_jax as lrx
 from lowrank_jax.projection.state import Rebased
+from tests.laws import methods as m
 
 RNG = np.random.default_rng(3)
 DRAW = lambda *shape: jnp.asarray(RNG.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)  # noqa: E731
@@ -66,23 +67,28 @@ ROWS = {
     "bf16 basis": (galore(P.svd(rank=3, dtype=jnp.bfloat16), every(period=3)), "full at a refresh"),
     "int8 basis": (galore(P.svd(rank=3, dtype=jnp.int8), every(period=3)), "full at a refresh"),
     "no guard": (galore(P.svd(rank=3), every(period=3), guard=False), "full at a refresh"),
-    "schedule": (lrx.galore(optax.linear_schedule(1e-2, 0.0, 7), rank=3, views=VIEWS, eps=1e-3), "full at a refresh"),
     "masked decay": (galore(P.svd(rank=3), every(period=3), mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
                      "full at a refresh"),
-    "dct_adamw": (lrx.dct_adamw(1e-2, rank=3, views=VIEWS, weight_decay=0.1), "full"),
     "dct_adamw T": (lrx.dct_adamw(1e-2, rank=3, refresh_every=3, views=VIEWS), "full at a refresh"),
-    "frugal": (lrx.frugal(1e-2, views=VIEWS, refresh_every=3), "full"),
-    "ldadam": (lrx.ldadam(1e-2, rank=3, views=VIEWS), "full"),
-    "fira": (lrx.fira(1e-2, rank=3, views=VIEWS, refresh_every=3), "full"),
-    "online_subspace_descent": (lrx.online_subspace_descent(1e-2, rank=3, views=VIEWS, refresh_every=5), "full"),
-    "apollo": (lrx.apollo(1e-2, rank=3, views=VIEWS), "full"),
-    "muon": (lrx.muon(1e-2, views=VIEWS, plain_learning_rate=optax.linear_schedule(1e-3, 0.0, 7)), "taps"),
-    "soap": (lrx.soap(1e-2, views=VIEWS, first="identity", refresh_every=2, eps=1e-3), "taps"),
-    "trion": (lrx.trion(1e-2, rank=3, views=VIEWS, plain_learning_rate=1e-3), "full"),
     "lazy": (galore(P.svd(rank=3), lrx.refresh_schedules.lazy(period=2, threshold=0.0, queue=1)), "full at a refresh"),
-    "golore": (lrx.golore(1e-2, rank=3, random_from=3, refresh_every=2, views=VIEWS), "full at a refresh"),
-    "dion": (lrx.dion(1e-2, rank=3, views=VIEWS), "full"),
 }  # fmt: skip
+# What a named optimizer has beside a rate, a rank and its row's period: schedules of both rates, and
+# constants that keep rounding small.
+OPTIONS = {
+    "galore": {"learning_rate": optax.linear_schedule(1e-2, 0.0, 7), "eps": 1e-3},
+    "muon": {"plain_learning_rate": optax.linear_schedule(1e-3, 0.0, 7)},
+    "soap": {"eps": 1e-3},
+    "trion": {"plain_learning_rate": 1e-3},
+}
+
+
+def named(name, row):
+    """A named optimizer on this tree, by its row of the laws."""
+    options = row.settings("refresh_every", rank=3, learning_rate=1e-2, views=VIEWS)
+    return row.factory(**options | OPTIONS.get(name, {}))
+
+
+ROWS |= {name: (named(name, row), row.gradients) for name, row in m.NAMED.items()}
 
 
 SPARING = {
@@ -211,7 +217,7 @@ def test_a_bad_batch_is_skipped_and_counted(name):
 
 @pytest.mark.slow
 def test_an_explicit_learning_rate_replaces_the_schedule():
-    tx, _ = ROWS["schedule"]
+    tx, _ = ROWS["galore"]
     form, grads = lrx.fused(tx), jax.grad(loss)(PARAMS, X, Y)
     state = form.init(PARAMS)
     same, _ = form.step(PARAMS, grads, state)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
+from tests.laws import methods as m
 
 RNG = np.random.default_rng(5)
 DRAW = lambda *shape: jnp.asarray(RNG.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)  # noqa: E731
@@ -56,21 +57,26 @@ ROWS = {
     "masked decay": galore(P.svd(rank=3), every(period=3), weight_decay=0.5,
                            mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)),
     "stored": galore(P.svd(rank=3), every(period=3), inner=lrx.inner.stored8(minimum=0), plain=lrx.inner.adam()),
-    "frugal": lrx.frugal(1e-2, views=VIEWS, refresh_every=3, clip_norm=5.0),
-    "ldadam": lrx.ldadam(1e-2, rank=3, views=VIEWS),
-    "fira": lrx.fira(1e-2, rank=3, views=VIEWS, refresh_every=3),
-    "online_subspace_descent": lrx.online_subspace_descent(1e-2, rank=3, views=VIEWS, refresh_every=5, peak_rate=2e-2),
-    "apollo": lrx.apollo(1e-2, rank=3, views=VIEWS),
-    "trion": lrx.trion(1e-2, rank=3, views=VIEWS),
-    "golore": lrx.golore(1e-2, rank=3, random_from=3, refresh_every=2, views=VIEWS),
-    "dion": lrx.dion(1e-2, rank=3, views=VIEWS),
-    "dct_adamw": lrx.dct_adamw(1e-2, rank=3, views=VIEWS, error_feedback=True),
     "identity, slices": galore(P.identity(), lrx.refresh_schedules.staggered(period=2),
                                transport=lrx.transports.reset()),
-    "muon": lrx.muon(1e-2, views=VIEWS, plain_learning_rate=optax.linear_schedule(1e-3, 0.0, 7)),
-    # no basis of the long sides: their Gram matrices lack rank, and rounding decides what it is there
-    "soap": lrx.soap(1e-2, views=VIEWS, first="identity", refresh_every=2, max_precond_dim=10, eps=1e-3),
 }  # fmt: skip
+OPTIONS = {
+    "galore": {"eps": 1e-3},
+    "frugal": {"clip_norm": 5.0},
+    "dct_adamw": {"error_feedback": True},
+    "muon": {"plain_learning_rate": optax.linear_schedule(1e-3, 0.0, 7)},
+    # no basis of the long sides: their Gram matrices lack rank, and rounding decides what it is there
+    "soap": {"max_precond_dim": 10, "eps": 1e-3},
+}
+
+
+def named(name, row):
+    """A named optimizer on this stack, by its row of the laws."""
+    options = row.settings("refresh_every", rank=3, learning_rate=1e-2, views=VIEWS)
+    return row.factory(**options | OPTIONS.get(name, {}))
+
+
+ROWS |= {name: named(name, row) for name, row in m.NAMED.items()}
 
 
 def run(step, tx, batches):

@@ -21,25 +21,12 @@ SHAPES = {
 }
 VIEWS = lrx.Views(stacked=("layers/.*",))
 COUNTED = {"views": lrx.Views()}
-ROWS = {
-    "lisa": functools.partial(lrx.lisa, 0.1, active=2, period=3, weight_decay=0.1),
-    "badam": functools.partial(lrx.badam, 0.1, period=2, order="ascending", weight_decay=0.1),
-    "badam-random": functools.partial(lrx.badam, 0.1, period=2, order="random", phase=1),
-    # GaLore on the active layers: its bases are made at a draw, and again two steps later
-    "galore": functools.partial(
-        lrx.galore,
-        0.1,
-        rank=3,
-        refresh_every=2,
-        weight_decay=0.1,
-        sampler=lrx.samplers.lisa(active=2, period=3),
-    ),
-}
+ROWS = m.SAMPLED
 every_row = pytest.mark.parametrize("name", ROWS)
 
 
 def build(name, **options):
-    return ROWS[name](**{"views": VIEWS} | options)
+    return ROWS[name](0.1, **{"views": VIEWS} | options)
 
 
 def params_like():

@@ -1,5 +1,7 @@
 """The law of what is stored: old states go on as they did, trajectories stay what they were."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,15 +71,38 @@ def test_old_adapters_mean_what_they_did(version, name):
     m.assert_close(found["kernels"], saved["kernels"], 1e-5)
 
 
-def test_every_row_has_a_fingerprint():
-    rows = [method.name for method in m.METHODS]
-    remedy = "python -m tests.laws.stored fingerprints"
-    assert rows == [*stored.known_fingerprints()], remedy
+COMMAND = "python -m tests.laws.stored fingerprints"
+
+
+def test_every_row_has_a_fingerprint_and_no_other():
+    """The command writes them in the order of the table."""
+    rows, known = [method.name for method in m.METHODS], [*stored.known_fingerprints()]
+    missing, gone = set(rows) - set(known), set(known) - set(rows)
+    assert rows == known, f"missing: {missing}, no row: {gone}; run `{COMMAND}`"
+
+
+def test_a_row_without_a_fingerprint_is_told_the_command(tmp_path, monkeypatch):
+    """Which computes the missing ones, keeps the others, and drops those of rows that are gone."""
+    file, (first, second, *_) = tmp_path / "fingerprints.json", m.METHODS
+    monkeypatch.setattr(stored, "FINGERPRINTS", file)
+    monkeypatch.setattr(m, "METHODS", (first, second))
+    file.write_text(json.dumps({first.name: {"kept": [1.0]}, "gone": {}}))
+    with pytest.raises(LookupError, match=f"no row {second.name!r}: `{COMMAND}`"):
+        stored.known_fingerprint(second.name)
+    stored.write_fingerprints([])
+    assert [*stored.known_fingerprints()] == [first.name, second.name]
+    assert stored.known_fingerprint(first.name) == {"kept": [1.0]}
+    np.testing.assert_allclose(
+        stored.known_fingerprint(second.name)["dense/kernel"],
+        stored.fingerprint(second)["dense/kernel"],
+    )
+    with pytest.raises(SystemExit, match="'galroe' is no row"):
+        stored.write_fingerprints(["galroe"])
 
 
 @m.every_method()
 def test_the_trajectory_is_what_it_was(method):
-    known = stored.known_fingerprints()[method.name]
+    known = stored.known_fingerprint(method.name)
     found = stored.fingerprint(method)
     assert found.keys() == known.keys()
     for path, numbers in known.items():

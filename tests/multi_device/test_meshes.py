@@ -11,63 +11,61 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import lowrank_jax as lrx
+from tests.laws import methods as laws
 
 from .conftest import SPECS, mesh_of, put, tree
 
 VIEWS = lrx.Views(
     rules=((r"heads/kernel", lrx.MatrixView(rows=(0,), cols=(1, 2))),), stacked=(r"layers/.*",)
 )
-common = {"views": VIEWS}
-METHODS = {
-    "galore": lambda: lrx.galore(1e-2, rank=4, refresh_every=2, **common),
-    "galore power": lambda: lrx.galore(
-        1e-2, projector=lrx.projectors.power(rank=4), refresh_every=2, **common
-    ),
-    "galore full": lambda: lrx.galore(1e-2, rank=4, refresh_every=2, proj_type="full", **common),
-    "dct_adamw": lambda: lrx.dct_adamw(
-        1e-2,
-        rank=4,
-        refresh_every=2,
-        error_feedback=True,
-        weight_decay=0.1,
-        clip_norm=1.0,
-        **common,
-    ),
-    "frugal columns": lambda: lrx.frugal(1e-2, refresh_every=2, projection="columns", **common),
-    "columns by norm": lambda: lrx.frugal(
-        1e-2, projector=lrx.projectors.columns(rank=4, select="l2"), refresh_every=2, **common
-    ),
-    "trion": lambda: lrx.trion(1e-2, rank=4, **common),
-    "dion": lambda: lrx.dion(1e-2, rank=4, **common),
-    "ldadam": lambda: lrx.ldadam(1e-2, rank=4, **common),
-    "fira": lambda: lrx.fira(1e-2, rank=4, refresh_every=2, **common),
-    "online_subspace_descent": lambda: lrx.online_subspace_descent(
-        1e-2, rank=4, refresh_every=5, **common
-    ),
-    "apollo": lambda: lrx.apollo(1e-2, rank=4, refresh_every=2, **common),
-    "staggered": lambda: lrx.galore(
-        1e-2,
-        projector=lrx.projectors.dct(rank=4),
-        refresh_schedule=lrx.refresh_schedules.staggered(period=2),
-        transport=lrx.transports.rotate(),
-        **common,
-    ),
-    "hadamard": lambda: lrx.galore(
-        1e-2, projector=lrx.projectors.hadamard(rank=4), refresh_every=2, **common
-    ),
-    "structured": lambda: lrx.galore(
-        1e-2, projector=lrx.projectors.random(rank=4, kind="structured"), refresh_every=2, **common
-    ),
-    "orthonormal": lambda: lrx.galore(
-        1e-2, projector=lrx.projectors.random(rank=4, kind="orthonormal"), refresh_every=2, **common
-    ),
-    "muon": lambda: lrx.muon(1e-2, **common),
-    # a small eps amplifies rounding, and eigenvectors of one gradient are not determined
-    "soap": lambda: lrx.soap(1e-2, refresh_every=1, eps=1e-2, first="identity", **common),
-    "injected": lambda: optax.inject_hyperparams(lrx.galore, static_args=("rank", "refresh_every"))(
-        1e-2, projector=lrx.projectors.dct(rank=4), b1=0.8, **common
-    ),
+GALORE = {
+    "power": {"projector": lrx.projectors.power(rank=4)},
+    "full": {"rank": 4, "proj_type": "full"},
+    "hadamard": {"projector": lrx.projectors.hadamard(rank=4)},
+    "structured": {"projector": lrx.projectors.random(rank=4, kind="structured")},
+    "orthonormal": {"projector": lrx.projectors.random(rank=4, kind="orthonormal")},
+    "staggered": {
+        "projector": lrx.projectors.dct(rank=4),
+        "refresh_schedule": lrx.refresh_schedules.staggered(period=2),
+        "transport": lrx.transports.rotate(),
+    },
 }
+FRUGAL = {
+    "columns": {"projection": "columns"},
+    "columns by norm": {"projector": lrx.projectors.columns(rank=4, select="l2")},
+}
+# What a named optimizer has beside a rate, a rank and its row's period.
+OPTIONS = {
+    "dct_adamw": {
+        "refresh_every": 2,
+        "error_feedback": True,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+    },
+    # a small eps amplifies rounding, and eigenvectors of one gradient are not determined
+    "soap": {"refresh_every": 1, "eps": 1e-2},
+}
+
+
+def named(name):
+    options = laws.NAMED[name].settings("refresh_every", rank=4, learning_rate=1e-2, views=VIEWS)
+    return laws.NAMED[name].factory(**options | OPTIONS.get(name, {}))
+
+
+def injected():
+    inject = optax.inject_hyperparams(lrx.galore, static_args=("rank", "refresh_every"))
+    return inject(1e-2, projector=lrx.projectors.dct(rank=4), b1=0.8, views=VIEWS)
+
+
+make = functools.partial
+periodic = {"learning_rate": 1e-2, "refresh_every": 2, "views": VIEWS}
+METHODS = (
+    {name: make(named, name) for name in laws.NAMED}
+    | {name: make(lrx.galore, **periodic | slots) for name, slots in GALORE.items()}
+    | {name: make(lrx.frugal, **periodic | slots) for name, slots in FRUGAL.items()}
+    | {"injected": injected}
+)
+SAMPLED = {name: make(laws.SAMPLED[name], 1e-2, views=VIEWS) for name in sorted(laws.SAMPLING)}
 STEPS = 3  # the first and the third refresh
 
 
@@ -81,7 +79,7 @@ def step_of(tx):
 
 @functools.cache
 def on_one_device(method: str):
-    tx = METHODS[method]()
+    tx = (METHODS | SAMPLED)[method]()
     params = jax.tree.map(jnp.asarray, tree(0))
     state, step = jax.jit(tx.init)(params), jax.jit(step_of(tx))
     for i in range(STEPS):
@@ -157,15 +155,9 @@ UNIFORM = {
 }
 
 
-@pytest.mark.parametrize("layout", UNIFORM)
-def test_every_layout_on_an_explicit_mesh_and_updates_without_a_mesh_context(layout):
-    mesh, tx = mesh_of(AxisType.Explicit), METHODS["dct_adamw"]()
-    dense, stack, heads = UNIFORM[layout]
-    specs = {name: {"kernel": dense} for name in SPECS} | {
-        "layers": {"kernel": stack},
-        "heads": {"kernel": heads},
-    }
-    specs["fsdp"]["bias"] = P()
+def assert_explicit_is_one_device(method, specs):
+    """Parameters after all steps, whose state lies where it was promised, without a mesh in use."""
+    mesh, tx = mesh_of(AxisType.Explicit), (METHODS | SAMPLED)[method]()
     params = put(tree(0), mesh, specs)
     with jax.set_mesh(
         mesh
@@ -175,7 +167,27 @@ def test_every_layout_on_an_explicit_mesh_and_updates_without_a_mesh_context(lay
     for i in range(STEPS):
         params, state, _ = step(params, state, put(tree(i + 1), mesh, specs))
     assert specs_of(state) == specs_of(lrx.state_shardings(tx, params))
-    assert_close(params, on_one_device("dct_adamw"))
+    assert_close(params, on_one_device(method))
+
+
+@pytest.mark.parametrize("layout", UNIFORM)
+def test_every_layout_on_an_explicit_mesh_and_updates_without_a_mesh_context(layout):
+    dense, stack, heads = UNIFORM[layout]
+    specs = {name: {"kernel": dense} for name in SPECS} | {
+        "layers": {"kernel": stack},
+        "heads": {"kernel": heads},
+    }
+    specs["fsdp"]["bias"] = P()
+    assert_explicit_is_one_device("dct_adamw", specs)
+
+
+@pytest.mark.parametrize("method", SAMPLED)
+def test_a_sampler_takes_layers_of_a_divided_stack(method):
+    """Each of which lies on all devices: whole layers on some devices are refused."""
+    specs = SPECS | {"layers": {"kernel": P(None, "data", "model")}}
+    assert_explicit_is_one_device(method, specs)
+    with pytest.raises(ValueError, match="'layers/kernel': a sampler takes single layers"):
+        assert_explicit_is_one_device(method, SPECS)
 
 
 def test_an_eager_init_on_an_explicit_mesh_gives_the_state_that_update_returns():

@@ -10,6 +10,7 @@ import pytest
 
 import lowrank_jax as lrx
 from lowrank_jax import memory
+from tests.laws import methods as laws
 
 PARAMS = {
     "layers": {"mlp": {"kernel": jax.ShapeDtypeStruct((3, 16, 24), jnp.bfloat16)}},
@@ -126,29 +127,17 @@ def test_every_other_slot_costs_what_its_formula_says(name):
     assert by_component(ledger.rows, "bytes_formula")["residual"] == RESIDUALS.get(name, 0)
 
 
+# Rows of the laws, but those whose ranks or masks name leaves of another tree.
 RECIPES = {
-    "galore": lambda: lrx.galore(1e-2, rank=RANK, views=VIEWS),
-    "galore full": lambda: lrx.galore(1e-2, rank=RANK, proj_type="full", views=VIEWS),
-    "dct_adamw": lambda: lrx.dct_adamw(1e-2, rank=RANK, error_feedback=True, views=VIEWS),
-    "golore": lambda: lrx.golore(1e-2, rank=RANK, random_from=4, views=VIEWS),
-    "dion": lambda: lrx.dion(1e-2, rank=RANK, views=VIEWS),
-    "trion": lambda: lrx.trion(1e-2, rank=RANK, views=VIEWS),
-    "frugal": lambda: lrx.frugal(1e-2, rank=0.25, views=VIEWS),
-    "frugal columns": lambda: lrx.frugal(1e-2, rank=0.25, projection="columns", views=VIEWS),
-    "frugal of density 0": lambda: lrx.frugal(1e-2, rank=0, views=VIEWS),
-    "ldadam": lambda: lrx.ldadam(optax.constant_schedule(1e-3), rank=RANK, views=VIEWS),
-    "fira": lambda: lrx.fira(1e-2, rank=RANK, views=VIEWS),
-    "online_subspace_descent": lambda: lrx.online_subspace_descent(1e-2, rank=RANK, views=VIEWS),
-    "apollo": lambda: lrx.apollo(1e-2, rank=RANK, views=VIEWS),
-    "apollo_mini": lambda: lrx.apollo_mini(1e-2, views=VIEWS),
-    "muon": lambda: lrx.muon(1e-2, views=VIEWS),
-    "soap": lambda: lrx.soap(1e-2, max_precond_dim=20, views=VIEWS),
+    row.name: row
+    for row in laws.METHODS
+    if row.named and not isinstance(row.options.get("rank"), tuple) and "mask" not in row.options
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_named_optimizer_costs_what_its_formula_says(name):
-    tx = RECIPES[name]()
+    tx = RECIPES[name].build(views=VIEWS)
     rows = memory.ledger(tx, PARAMS).rows
     assert by_component(rows, "bytes_formula") == by_component(rows, "bytes_measured")
     state = jax.tree.leaves(jax.eval_shape(tx.init, PARAMS))
@@ -185,7 +174,7 @@ def test_other_optimizers_are_measured_only():
 
 
 def test_a_chain_hides_the_formula_and_not_the_components():
-    ours = RECIPES["apollo"]()
+    ours = RECIPES["apollo"].build(views=VIEWS)
     alone, chained = (
         memory.ledger(tx, PARAMS).rows for tx in (ours, optax.chain(optax.trace(0.9), ours))
     )

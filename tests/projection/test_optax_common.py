@@ -16,6 +16,8 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
+from tests.adapters import pair_methods
+from tests.laws import methods as laws
 
 COMMON = importlib.import_module("optax.contrib._common_test")
 METHODS = {
@@ -24,20 +26,17 @@ METHODS = {
     if name.startswith("test_")
 }
 
+# What a row says beside a rate, a rank and its settings: constants that make small problems converge.
+OPTIONS = {
+    "galore": {"scale": 1.0},
+    "golore": {"scale": 1.0},
+    "frugal": {"rank": 2, "weight_decay": 0.0},
+    "muon": {"weight_decay": 0.0},
+    "soap": {"weight_decay": 0.0},
+}
 ROWS = {
-    "galore": {"learning_rate": 1e-2, "rank": 2, "scale": 1.0},
-    "dct_adamw": {"learning_rate": 1e-2, "rank": 2},
-    "golore": {"learning_rate": 1e-2, "rank": 2, "random_from": 4, "scale": 1.0},
-    "dion": {"learning_rate": 1e-2, "rank": 2},
-    "frugal": {"learning_rate": 1e-2, "rank": 2, "weight_decay": 0.0},
-    "ldadam": {"learning_rate": 1e-2, "rank": 2},
-    "apollo": {"learning_rate": 1e-2, "rank": 2},
-    "apollo_mini": {"learning_rate": 1e-2},
-    "fira": {"learning_rate": 1e-2, "rank": 2},
-    "online_subspace_descent": {"learning_rate": 1e-2, "rank": 2, "peak_rate": 1e-2},
-    "trion": {"learning_rate": 1e-2, "rank": 2},
-    "muon": {"learning_rate": 1e-2, "weight_decay": 0.0},
-    "soap": {"learning_rate": 1e-2, "weight_decay": 0.0, "first": "identity"},
+    name: row.settings(rank=2, learning_rate=1e-2) | OPTIONS.get(name, {})
+    for name, row in laws.NAMED.items()
 }
 FAST = ("dct_adamw", "frugal")
 EXCLUDED = {  # (row, test): why
@@ -47,14 +46,9 @@ EXCLUDED = {  # (row, test): why
     ): "`kind` fixes the basis and is a number, which "
     "inject_hyperparams traces unless it is named in static_args; test_wrappers.py does",
 }
-NOT_ROWS = {  # named optimizers that cannot be rows: why
-    "lora_plus": "trains mappings with leaves a and b, and the targets are bare arrays",
-    "scaled_adamw": "as lora_plus",
-    "altlora": "as lora_plus",
-    "altlora_plus": "as lora_plus",
-    "lisa": "draws among layers, and the targets have none",
-    "badam": "as lisa",
-}
+# Named optimizers that cannot be rows: those of pairs train mappings with leaves a and b, and the
+# targets are bare arrays; samplers draw among layers, and the targets have none.
+NOT_ROWS = {*pair_methods.NAMED, *laws.SAMPLING}
 
 INJECT = "test_optimizers_can_be_wrapped_in_inject_hyperparams"
 STACK = lrx.Views(
@@ -86,9 +80,7 @@ def test_every_test_of_optax_and_every_named_optimizer_is_here():
         for name in lrx.__all__
         if "learning_rate" in str(getattr(getattr(lrx, name), "__annotations__", ""))
     }
-    assert named - {"Recipe", "RefreshInputs"} == set(ROWS) | set(NOT_ROWS) | {
-        "apply_learning_rate"
-    }
+    assert named - {"Recipe", "RefreshInputs"} == set(ROWS) | NOT_ROWS | {"apply_learning_rate"}
 
 
 @pytest.mark.parametrize(
