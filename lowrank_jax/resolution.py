@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -427,7 +428,7 @@ def resolve(
     params: Any,
     views: Views | None = None,
     *,
-    rank: int | Callable[[str, int], int],
+    rank: int | Callable[..., int],
     side: str | tuple[tuple[str, str], ...] = "paper",
     tie: str = "rows",
     shardings: Any = None,
@@ -437,7 +438,7 @@ def resolve(
     Args:
       params: the tree; `optax.MaskedNode` leaves are skipped.
       views: the rules.
-      rank: r, or a function `(path, shrunk) -> r`.
+      rank: r, or a function `(path, shrunk, kept) -> r`; one of `(path, shrunk)` serves too.
       side: "paper" (shrink the smaller dimension), "larger", "rows", "cols", "sharding" (keep the
         sharded axis whole), or stored `((path, side), ...)`.
       tie: which dimension of a square kernel is shrunk by "paper" and "larger".
@@ -479,8 +480,8 @@ def resolve(
             None if spec is None else sharding.fold_spec(spec, view.batch, view.rows, view.cols)
         )
         leaf_side = _side_of(path, rows, cols, matrix_spec, side, tie)
-        shrunk = rows if leaf_side == "rows" else cols
-        leaf_rank = rank(path, shrunk) if callable(rank) else rank
+        shrunk, kept = (rows, cols) if leaf_side == "rows" else (cols, rows)
+        leaf_rank = _rank_of(rank, path, shrunk, kept)
         resolved = ResolvedView(
             path=path, shape=shape, view=view, rank=leaf_rank, side=leaf_side, batch=tuple(batch)
         )
@@ -488,6 +489,14 @@ def resolve(
     leaf_views.check()
     _check_coverage(leaf_views, leaves, masked=len(leaves) < len(found))
     return Report(tuple(leaves))
+
+
+def _rank_of(rank: int | Callable[..., int], path: str, shrunk: int, kept: int) -> int:
+    """r of a leaf: the number, or what the function says of as much as it takes."""
+    if not callable(rank):
+        return rank
+    given = (path, shrunk, kept)
+    return rank(*given[: len(inspect.signature(rank).parameters)])
 
 
 def _sharding_leaves(params, shardings):

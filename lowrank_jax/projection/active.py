@@ -267,7 +267,8 @@ SEEDS_APART = 40503
 
 def _drawn(state: ProjectionState) -> dict[str, Pytree]:
     """What starts afresh at a draw."""
-    return {"matrices": state.matrices, "refresh_schedule": state.refresh_schedule}
+    names = ("matrices", "refresh_schedule", "refreshes")
+    return {name: getattr(state, name) for name in names}
 
 
 def _kept(

@@ -204,7 +204,8 @@ def write_plain(
 
         def one(number, grad, param, own, write=write):
             grad = grad.astype(jnp.float32) if prepared.factor is None else grad * prepared.factor
-            direction, scale, own = config.plain.guarded(grad, own, ok=ok, **extra)
+            given = param if config.plain.reads_params else None
+            direction, scale, own = config.plain.guarded(grad, own, params=given, ok=ok, **extra)
             update = jnp.asarray(scale * direction)
             return write(param, update if ok is None else jnp.where(ok, update, 0), number), own
 

@@ -137,10 +137,12 @@ def on_own_matrices(
 
 
 def _numbers(config: Any) -> list[jax.Array]:
-    """The scalar arrays in the fields of nested dataclasses: hyper-parameters that somebody
-    injected."""
+    """The scalar arrays in the fields of nested dataclasses, and in tuples such as rules by path:
+    hyper-parameters that somebody injected."""
     if isinstance(config, jax.Array):
         return [config] if config.ndim == 0 else []
+    if type(config) is tuple:
+        return [x for part in config for x in _numbers(part)]
     if not dataclasses.is_dataclass(config):
         return []
     return [
@@ -154,8 +156,11 @@ def _with_numbers(config: Any, numbers: Iterator[jax.Array]) -> Any:
         return next(numbers) if config.ndim == 0 else config
     if not _numbers(config):
         return config
+    if type(config) is tuple:
+        return tuple(_with_numbers(part, numbers) for part in config)
     new = {
         field.name: _with_numbers(getattr(config, field.name), numbers)
         for field in dataclasses.fields(config)
+        if field.init
     }
     return dataclasses.replace(config, **new)

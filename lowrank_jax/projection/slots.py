@@ -93,8 +93,15 @@ class Projection(Short):
             )
         if not schedule.first and "target" in projector.reads:
             raise ValueError(
-                f"refresh_schedule: first=False leaves {name.__name__} without a basis from "
-                "data until the first due step; use first=True, or a random or given projector"
+                f"refresh_schedule={schedule!r}: first=False leaves {name.__name__} with the basis "
+                "of its init, which saw no data, until the first due step; use first=True, or a "
+                "projector whose refresh reads no target, such as lrx.projectors.random or given"
+            )
+        if "change" in schedule.reads and projector.moves and not projector.orthonormal:
+            raise ValueError(
+                f"refresh_schedule {type(schedule).__name__} reads cosines of basis vectors, and "
+                f"bases of {name.__name__} are not orthonormal; use a projector such as "
+                "lrx.projectors.svd, or lrx.refresh_schedules.every"
             )
         if schedule.reads and not schedule.per_layer:
             raise ValueError(

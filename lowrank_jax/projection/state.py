@@ -28,8 +28,8 @@ class ProjectionState(NamedTuple):
         not this one.
       partly_skipped: int32 (), steps of the layer-wise form that were found not to be finite when
         some layers had moved already.
-      refreshes: int32 (), steps at which a basis moved; taps carry it, so that stale ones are
-        noticed.
+      refreshes: int32 (), steps at which a basis moved, with a sampler those since the last draw;
+        taps carry it, so that stale ones are noticed.
       matrices: like the parameters, a `MatrixState` where a leaf is projected and
         `optax.MaskedNode` elsewhere.
       plain: state of the inner transformation of the leaves that are not projected.

@@ -141,6 +141,9 @@ class ErrorFeedback(Stored):
     """Projects `K = G + E` and keeps `E <- K - up(g)`, so that `sum up(g_t) + E_T = sum G_t`
     (DCT-AdamW).
 
+    Under `clip_norm` the step is made of `c K` in place of K, and the error too: what clipping takes
+    away does not come back.
+
     Args:
       dtype: of the stored error, `(batch..., s, k)` elements.
 

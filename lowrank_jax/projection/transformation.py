@@ -144,7 +144,8 @@ def scale_by_projection(
       guard: skip, and count, steps whose gradients are not finite or have a norm above 2^40, about
         1e12.
       clip_norm: clip the global norm of what is kept: low-rank gradients (full ones where the
-        residual rule or the target reads them) and plain gradients alike.
+        residual rule or the target reads them) and plain gradients alike. With error feedback that
+        is `K = G + E`: what clipping takes away is gone, and `E <- c K - up(down(c K))`.
       seed: of random bases and sketches.
 
     Raises:

@@ -47,8 +47,19 @@ AT_CONSTRUCTION = [
         lambda: lrx.scale_by_projection(
             P.svd(rank=2), refresh_schedule=C.every(period=2, first=False)
         ),
-        "first=False leaves Svd",
+        r"Every\(.*first=False leaves Svd with the basis of its init",
     ),
+    (
+        lambda: lrx.galore(1.0, projector=P.online_pca(rank=2), refresh_schedule=C.lazy(period=2)),
+        "Lazy reads cosines .* bases of OnlinePca are not orthonormal",
+    ),
+    (
+        lambda: lrx.galore(1.0, projector=P.dct(rank=2), refresh_schedule=C.lazy(period=2)).init(
+            {"kernel": jnp.ones((4, 6))}
+        ),
+        "projector Dct.*overlap fails .*IndexChange has no cosines",
+    ),
+    (lambda: P.columns(rank=2, select=(0, 1)), r"rank=2 beside the indices select=\(0, 1\)"),
     (lambda: P.svd(rank=0), "rank=0 must be a positive integer"),
     (lambda: P.svd(rank=1.5), "rank=1.5 must be a positive integer, or a fraction"),
     (lambda: P.svd(rank=True), "rank=True must be an integer"),

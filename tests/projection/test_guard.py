@@ -132,6 +132,31 @@ def test_clip_norm():
             np.testing.assert_allclose(updates["kernel"], factor * reads, rtol=1e-5, atol=1e-7)
 
 
+def test_what_clipping_takes_away_is_not_fed_back():
+    """Of the gradient plus the error: `E <- c K - up(down(c K))` with `c = min(1, limit / |K|)`."""
+    indices, limit = (0, 2), 2.0
+    transformation = lrx.scale_by_projection(
+        lrx.projectors.columns(select=indices),
+        inner=optax.identity(),
+        refresh_schedule=lrx.refresh_schedules.never(),
+        target=lrx.targets.error_feedback(),
+        clip_norm=limit,
+    )
+    params, gradient = {"kernel": PARAMS["kernel"]}, np.asarray(GOOD["kernel"])
+    state, error, clipped = transformation.init(params), np.zeros_like(gradient), 0
+    for _ in range(4):
+        kept = gradient + error
+        factor = min(1.0, limit / np.linalg.norm(kept))
+        clipped += factor < 1
+        updates, state = transformation.update({"kernel": jnp.asarray(gradient)}, state, params)
+        error = factor * kept
+        step = np.zeros_like(error)
+        step[list(indices)], error[list(indices)] = error[list(indices)], 0
+        np.testing.assert_allclose(updates["kernel"], step, rtol=1e-5)
+        np.testing.assert_allclose(state.matrices["kernel"].target, error, rtol=1e-5, atol=1e-6)
+    assert clipped
+
+
 def test_scale_and_plain_and_seed_do_something():
     build = lambda **slots: lrx.scale_by_projection(  # noqa: E731
         lrx.projectors.random(rank=2),

@@ -11,6 +11,7 @@ import pytest
 
 import lowrank_jax as lrx
 from lowrank_jax import linalg
+from lowrank_jax.projection import placement
 from lowrank_jax.projection.projectors.base import StoredProjector
 
 VIEWS = lrx.Views(stacked=("layers/.*",))
@@ -355,3 +356,90 @@ def test_a_schedule_by_layers_may_keep_one_array():
     for _ in range(2):
         _, state = tx.update(params, state, params)
     assert int(state.matrices["kernel"].refresh_schedule) == 1
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: lrx.projectors.identity(rank=2),
+        lambda: lrx.projectors.given(matrix=jnp.eye(4, 2), rank=3),
+        lambda: lrx.projectors.switch(
+            at=1, first=lrx.projectors.svd(rank=2), then=lrx.projectors.svd(rank=2), rank=3
+        ),
+    ],
+)
+def test_a_rank_that_nothing_reads_is_refused(build):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
+        build()
+
+
+class HalfOfTheShorter(type(lrx.projectors.svd(rank=2))):
+    """A rank that depends on both dimensions."""
+
+    def rank_for(self, path, shrunk, kept):
+        return min(shrunk, kept) // 2
+
+
+def test_a_rank_may_depend_on_both_dimensions():
+    params = {"kernel": jnp.ones((12, 8))}
+    for side in ("rows", "cols"):
+        tx = lrx.scale_by_projection(HalfOfTheShorter(rank=1), side=side)
+        assert tx.init(params).matrices["kernel"].view.rank == 4
+    report = lrx.resolve(params, rank=lambda path, shrunk: shrunk // 4)  # as much as it takes
+    assert report.projected[0].rank == 2
+
+
+class Decayed(type(lrx.inner.adam())):
+    """Adam that adds a part of the parameter to the gradient, entry by entry."""
+
+    reads_params = True
+
+    def update(self, grads, state, *, view=None, params=None, **extra):
+        grads = jax.tree.map(lambda g, w: g + 0.1 * w, grads, params)
+        return super().update(grads, state, view=view, params=params, **extra)
+
+
+def test_blocks_of_plain_leaves_give_parameters_to_those_that_read_them():
+    params = {"kernel": jnp.ones((6, 10)), "embed": {"embedding": jnp.arange(74.0).reshape(37, 2)}}
+    tx = lrx.galore(1e-2, projector=lrx.projectors.dct(rank=2), plain=Decayed())
+    whole, blocks = lrx.fused(tx), lrx.fused(tx, plain_block=24)
+    expected, _ = jax.jit(whole.step)(params, params, whole.init(params))
+    found, _ = jax.jit(blocks.step)(params, params, blocks.init(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+
+
+def test_numbers_of_a_configuration_are_found_in_rules_by_path_too():
+    scale = lrx.scales.by_path((("a/.*", jnp.float32(2.0)), (".*", jnp.float32(3.0))))
+    slots = lrx.projection.Projection(projector=lrx.projectors.svd(rank=2), scale=scale)
+    found = placement._numbers(slots)
+    assert [float(x) for x in found] == [2.0, 3.0]
+    new = placement._with_numbers(slots, iter([x + 1 for x in found]))
+    assert placement._numbers(new) == [3.0, 4.0] and type(new.scale) is type(scale)
+
+
+class Counting(type(lrx.projectors.svd(rank=2))):
+    """Remembers the number of refreshes that it was told last."""
+
+    reads = frozenset({"target", "refreshes"})
+
+    def init(self, view, keys):
+        return super().init(view, keys)[0], jnp.full(view.batch, -1.0)
+
+    def refresh(self, view, basis, memory, inputs):
+        new, _ = super().refresh(view, basis, (), inputs)
+        return new, jnp.broadcast_to(inputs.refreshes * 1.0, view.batch)
+
+
+def test_refreshes_are_counted_from_the_draw_at_which_states_start_afresh():
+    params = {"layers": {"kernel": jnp.ones((4, 6, 10))}}
+    tx = lrx.scale_by_projection(
+        Counting(rank=2),
+        sampler=lrx.samplers.lisa(active=2, period=3),
+        refresh_schedule=lrx.refresh_schedules.every(period=2),
+        views=lrx.Views(stacked=("layers/.*",)),
+    )
+    state, update, told = tx.init(params), jax.jit(tx.update), []
+    for _ in range(6):
+        _, state = update(params, state, params)
+        told.append(float(state.matrices["layers"]["kernel"].memory[0]))
+    assert told == [0, 0, 1, 0, 0, 1]

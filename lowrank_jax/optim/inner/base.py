@@ -224,7 +224,8 @@ class Inner(Short):
         """
         fields = fields_of(state)
         nothing = state._replace(**dict.fromkeys(fields, ()))
-        _, _, shared = self.guarded((), nothing, ok=ok, **extra)
+        params = () if self.reads_params else None
+        _, _, shared = self.guarded((), nothing, params=params, ok=ok, **extra)
 
         def tree(field):
             structure = jax.tree.structure(getattr(state, field), is_leaf=self.stored)

@@ -85,9 +85,10 @@ class Soap(Inner):
                 t mod refresh_every = 0: columns of Q and entries of v by descending diag(QᵀLQ),
                                          Q <- qr(L Q)
 
-    so that no step uses a basis that its own gradient made. `normalize` divides the direction by its
-    root mean square. A side longer than `max_precond_dim` has neither Gram matrix nor basis, nor has
-    a leaf of fewer than two axes, for which this is Adam. Leading axes are a stack.
+    so that no step uses a basis that its own gradient made. With a sampler of layers the state starts
+    afresh at each draw, and the first step after it moves no matrix: draw rarely. `normalize` divides
+    the direction by its root mean square. A side longer than `max_precond_dim` has neither Gram
+    matrix nor basis, nor has a leaf of fewer than two axes, for which this is Adam. Leading axes are a stack.
 
     The bases of call 0 are those of one gradient, whose Gram matrices have no more rank than the
     shorter side: the rest of the longer side's eigenvectors is what LAPACK makes of rounding, and

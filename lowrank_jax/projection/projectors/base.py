@@ -99,9 +99,9 @@ class Projector(Short):
     def _round(self, size: float) -> int:
         return round(size)
 
-    def rank_for(self, path: str, shrunk: int) -> int:
-        """r for a leaf. Fractions round half to even, as FRUGAL's code does; coordinate selections
-        round down."""
+    def rank_for(self, path: str, shrunk: int, kept: int) -> int:
+        """r for a leaf whose matrices are `(shrunk, kept)`. Fractions are of `shrunk` and round half
+        to even, as FRUGAL's code does; coordinate selections round down."""
         rank = self.rank
         if isinstance(rank, tuple):
             matching = [value for pattern, value in rank if re.fullmatch(pattern, path)]

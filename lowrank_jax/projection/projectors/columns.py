@@ -44,6 +44,11 @@ class Columns(IndexProjector):
             raise ValueError(
                 f"columns: select={indices} must be distinct indices >= 0, and at least one"
             )
+        if self.rank != 1.0:
+            raise ValueError(
+                f"columns: rank={self.rank!r} beside the indices select={indices}, whose number is "
+                "the rank; leave rank out"
+            )
         object.__setattr__(self, "select", tuple(sorted(indices)))
 
     @property
@@ -57,9 +62,9 @@ class Columns(IndexProjector):
     def _round(self, size):
         return math.floor(size)
 
-    def rank_for(self, path, shrunk):
+    def rank_for(self, path, shrunk, kept):
         if isinstance(self.select, str):
-            return super().rank_for(path, shrunk)
+            return super().rank_for(path, shrunk, kept)
         inside = sum(index < shrunk for index in self.select)
         if not inside:
             raise ValueError(

@@ -42,11 +42,12 @@ class Given(StoredProjector):
     """A fixed matrix `(s, r)` or `(batch..., s, r)`, or one by path as `((pattern, matrix), ...)`.
 
     >>> import numpy as np
-    >>> Given(matrix=np.eye(4, 2)).rank_for("w", 4)
+    >>> Given(matrix=np.eye(4, 2)).rank_for("w", 4, 6)
     2
     """
 
     matrix: Any = None
+    rank: Any = dataclasses.field(default=1.0, init=False, repr=False)  # the matrix says it
     moves: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = False
 
@@ -56,7 +57,7 @@ class Given(StoredProjector):
                 "given: matrix=None; pass the basis as an array (s, r), or ((pattern, array), ...)"
             )
 
-    def rank_for(self, path, shrunk):
+    def rank_for(self, path, shrunk, kept):
         shape = np.shape(matrix_of("given", self.matrix, path))
         if shape[-2] != shrunk:
             raise ValueError(

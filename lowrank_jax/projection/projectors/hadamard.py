@@ -13,13 +13,13 @@ class Hadamard(TransformProjector):
     """The r best vectors of the Sylvester-Hadamard basis; the shrunk dimension must be a power of
     two."""
 
-    def rank_for(self, path, shrunk):
+    def rank_for(self, path, shrunk, kept):
         if shrunk & (shrunk - 1):
             raise ValueError(
                 f"hadamard: the shrunk dimension {shrunk} of {path!r} is not a power of two; use "
                 "dct"
             )
-        return super().rank_for(path, shrunk)
+        return super().rank_for(path, shrunk, kept)
 
     def _transform(self, view, x):
         return linalg.hadamard_transform(x, axis=-2)

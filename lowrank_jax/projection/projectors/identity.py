@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -16,9 +16,10 @@ class Identity(Projector):
     """`P = I`: the low-rank object is the gradient itself, and the projection optimizer is its
     inner one."""
 
+    rank: Any = dataclasses.field(default=1.0, init=False, repr=False)  # all of it
     moves: ClassVar[bool] = False
 
-    def rank_for(self, path, shrunk):
+    def rank_for(self, path, shrunk, kept):
         return shrunk
 
     def structure(self):

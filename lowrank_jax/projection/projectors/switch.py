@@ -36,6 +36,7 @@ class Switch(Wrapped):
     (['key', 'step', 'target'], 4)
     """
 
+    rank: Any = dataclasses.field(init=False)  # that of both
     at: Any
     first: Projector
     then: Projector
