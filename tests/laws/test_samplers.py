@@ -273,7 +273,7 @@ def test_layers_that_share_their_slots_have_one_rule(field):
         ValueError, match=rf"{field} says one thing of 'layers_0/kernel' and another"
     ):
         DIFFERENT[field]().init(params)
-    state = ROWS["galore"]().init(params)
+    state = ROWS["galore"](0.1).init(params)
     with pytest.raises(ValueError, match=rf"{field} says one thing"):
         DIFFERENT[field]().update(params, state, params)
 
