@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,24 @@ class Prepared:
         return only_plain(self.treedef, leaves, self.views)
 
 
+class Decision(NamedTuple):
+    """What is decided for the whole tree before a leaf is projected.
+
+    Attributes:
+      moved: whether any basis moves at this step, if the step is accepted.
+      due: the scalar without which none moves.
+      begins: whether first bases are made before the update.
+      whole: whether the gradients that bases are made of are finite; None where that is not tested.
+      fits: whether projected gradients belong to these bases and bring what is due.
+    """
+
+    moved: Any
+    due: Any
+    begins: Any
+    whole: Any
+    fits: Any
+
+
 def prepare(
     config: Projection,
     updates: Any,
@@ -103,59 +121,105 @@ def prepare(
         references, treedef = flatten(params)
     _check_projected(leaves, references, params, taps)
     check_floating(updates, "gradients")
+
     report = config.report(updates if params is None else params)
     views = [leaf.view for leaf in report.leaves]
-    leaves = [
-        layout.as_parameter(own.path, leaf) for own, leaf in zip(report.leaves, leaves, strict=True)
-    ]
+    paths = [leaf.path for leaf in report.leaves]
+    leaves = list(map(layout.as_parameter, paths, leaves))
     matrices = _leaves_of(state.matrices, views)
     _check_state(config, leaves, views, matrices)
-    steps = {
-        i: MatrixStep(config, view, matrices[i], leaves[i], references[i])
-        for i, view in enumerate(views)
-        if view is not None
-    }
+
+    steps, plain = {}, []
+    for i, view in enumerate(views):
+        if view is None:
+            plain.append(leaves[i])
+            continue
+        steps[i] = MatrixStep(config, view, matrices[i], leaves[i], references[i])
+
     full = [leaf for leaf in leaves if not isinstance(leaf, Projected)]
-    # whether bases move at this step; the scalar that lets them; what their gradients are
-    moved: Any
-    may_move: Any
-    whole: Any
-    if rebased is None:
+    decision = _decide(config, state, steps, full, taps, rebased, now)
+    _move_and_project(config, list(steps.values()), decision, now)
+
+    kept = [step.kept for step in steps.values()] + plain
+    ok: Any = None if taps is None else decision.fits
+    if config.guard:
+        judged = [step.judged for step in steps.values()] + plain
+        ok = _accepted(judged, kept, decision)
+    factor = None if config.clip_norm is None else _clip_factor(config, kept)
+    return Prepared(
+        treedef=treedef,
+        references=references,
+        gradients=leaves,
+        views=views,
+        paths=paths,
+        steps=steps,
+        due=decision.due,
+        moved=decision.moved,
+        ok=ok,
+        factor=factor,
+        now=now,
+    )
+
+
+def _decide(
+    config: Projection,
+    state: ProjectionState,
+    steps: dict[int, MatrixStep],
+    full: list[jax.Array],
+    taps: Any,
+    rebased: Rebased | None,
+    now: Now,
+) -> Decision:
+    """What moves at this step; `full` are the gradients that did not come projected."""
+    whole: Any = None
+    may_move: Any = False
+    if rebased is not None:  # bases have moved, and are not asked again
+        moved = rebased.moved
+    else:
         moved = due(config, state)
         may_move, whole = _may_move(config, moved, full)
-    else:
-        moved, may_move, whole = rebased.moved, False, None
+
     fits: Any = True
     if taps is not None:
         fits = _belong(taps, state, steps)
-        fits = fits if rebased is not None else fits & ~_lacks(config, steps, moved, now)
+        if rebased is None:
+            fits = fits & ~_lacks(config, steps, moved, now)
         may_move = False if may_move is False else may_move & fits
+
+    # refreshes come after the update here, so that nothing else has tested the gradients
     begins: Any = False
     if config.starts_before and rebased is None:
         begins, whole = starts(config, now, full)
-    for step in steps.values():
-        step.look(may_move | begins if config.starts_before else may_move, now)
-        step.start(begins, now)
+    return Decision(moved, may_move, begins, whole, fits)
+
+
+def _move_and_project(
+    config: Projection,
+    steps: list[MatrixStep],
+    decision: Decision,
+    now: Now,
+) -> None:
+    """Sketches, then bases that move before the update, then low-rank objects, in all leaves."""
+    sketches = decision.due
+    if config.starts_before:
+        sketches = sketches | decision.begins
+    for step in steps:
+        step.look(sketches, now)
+        step.start(decision.begins, now)
     if config.refresh_schedule.when == "before":
-        for step in steps.values():
-            step.refresh(may_move, now)
-    for step in steps.values():
+        for step in steps:
+            step.refresh(decision.due, now)
+    for step in steps:
         step.project()
-    plain = [leaf for leaf, view in zip(leaves, views, strict=True) if view is None]
-    kept = [step.kept for step in steps.values()] + plain
-    ok: Any = None if taps is None else fits
-    if config.guard:
-        ok = (
-            all_finite([step.judged for step in steps.values()] + plain)
-            & fits
-            & (True if whole is None else whole)
-        )
-        ok = ok & jnp.isfinite(sum((energy(x) for x in kept), jnp.zeros(())))
-    factor = None if config.clip_norm is None else _clip_factor(config, kept)
-    paths = [leaf.path for leaf in report.leaves]
-    return Prepared(
-        treedef, references, leaves, views, paths, steps, may_move, moved, ok, factor, now
-    )
+
+
+def _accepted(judged: list[jax.Array], kept: list[jax.Array], decision: Decision) -> jax.Array:
+    """The guard: whether all that the step reads is finite, and belongs together."""
+    ok = all_finite(judged) & decision.fits
+    ok = ok & (True if decision.whole is None else decision.whole)
+    # what earlier steps fed back may overflow where the gradient does not
+    square = sum((energy(x) for x in kept), jnp.zeros(()))
+    return ok & jnp.isfinite(square)
 
 
 def rebase(
@@ -168,8 +232,8 @@ def rebase(
     """`(projected gradients, state, what moved)`: the part of an update that reads full gradients,
     for bases that move before it.
 
-    The rest of the update is `prepare(..., rebased=what moved)`. Where a gradient is not finite nothing
-    moves, and projected gradients of NaN tell the rest.
+    The rest of the update is `prepare(..., rebased=what moved)`. Where a gradient is not finite
+    nothing moves, and projected gradients of NaN tell the rest.
     """
     if config.refresh_schedule.when == "after":
         raise ValueError(
@@ -177,18 +241,20 @@ def rebase(
             "serves those that move before"
         )
     prepared = prepare(config, updates, state, params, None, learning_rate=learning_rate)
-    leaves = list(prepared.gradients)
+    leaves, ok = list(prepared.gradients), prepared.ok
     for i, step in prepared.steps.items():
         # what was not accepted here must not be there, though its projection may be finite
-        leaves[i] = Projected(
-            step.low if prepared.ok is None else jnp.where(prepared.ok, step.low, jnp.nan)
-        )
-    matrices = [step.state() for step in prepared.steps.values()]
-    return (
-        jax.tree.unflatten(prepared.treedef, leaves),
-        state._replace(matrices=replace_matrices(state.matrices, matrices)),
-        Rebased(jnp.asarray(prepared.moved)),
-    )
+        low = step.low if ok is None else jnp.where(ok, step.low, jnp.nan)
+        leaves[i] = Projected(low)
+    gradients = jax.tree.unflatten(prepared.treedef, leaves)
+    rebased = Rebased(jnp.asarray(prepared.moved))
+    return gradients, _with_matrices(state, prepared), rebased
+
+
+def _with_matrices(state: ProjectionState, prepared: Prepared) -> ProjectionState:
+    """The state with the matrices as they are so far."""
+    new = [step.state() for step in prepared.steps.values()]
+    return state._replace(matrices=replace_matrices(state.matrices, new))
 
 
 def finished(
@@ -198,17 +264,19 @@ def finished(
     ok, due, now = prepared.ok, prepared.due, prepared.now
     for step in prepared.steps.values():
         if config.refresh_schedule.when == "after":
-            step.refresh(due if ok is None or due is False else ok & due, now)
+            always = ok is None or due is False
+            step.refresh(due if always else ok & due, now)
         step.advance(ok, now)
+
+    # a skipped step counts itself, and leaves all else to be made again
     accepted = jnp.asarray(1 if ok is None else ok, jnp.int32)
-    return state._replace(
+    moved = accepted * jnp.asarray(prepared.moved, jnp.int32)
+    new = _with_matrices(state, prepared)
+    return new._replace(
         refresh_schedule=next_schedule(config, state, prepared.moved, accepted),
         step=state.step + accepted,
         skipped=state.skipped + 1 - accepted,
-        refreshes=state.refreshes + accepted * jnp.asarray(prepared.moved, jnp.int32),
-        matrices=replace_matrices(
-            state.matrices, [step.state() for step in prepared.steps.values()]
-        ),
+        refreshes=state.refreshes + moved,
         plain=plain,
     )
 
@@ -219,7 +287,8 @@ def next_schedule(config: Projection, state: ProjectionState, moved: Any, accept
     if schedule.per_layer:
         return ()
     moved = accepted * jnp.asarray(moved, jnp.int32) > 0
-    new = select(moved, like(schedule.refreshed(old, step=state.step), old), old)
+    refreshed = like(schedule.refreshed(old, step=state.step), old)
+    new = select(moved, refreshed, old)
     advanced = like(schedule.advance(new, step=state.step), old)
     return select(accepted > 0, advanced, old)
 
@@ -241,8 +310,12 @@ def update_plain(
     config: Projection, prepared: Prepared, state: Any, params: Any, extra: dict[str, Any]
 ):
     """`([update of each plain leaf], new state)`."""
-    grads, factor, ok = prepared.plain(prepared.gradients), prepared.factor, prepared.ok
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32) if factor is None else g * factor, grads)
+    factor, ok = prepared.factor, prepared.ok
+
+    def clipped(g):
+        return g.astype(jnp.float32) if factor is None else g * factor
+
+    grads = jax.tree.map(clipped, prepared.plain(prepared.gradients))
     given = None
     if params is not None and config.plain.reads_params:
         given = prepared.plain(prepared.references)
@@ -264,18 +337,17 @@ def update(
         )
     outputs: list[Any] = list(references)
     for i, step in prepared.steps.items():
-        value = step.view.restore(step.update(prepared.factor, prepared.ok, extra)).astype(
-            references[i].dtype
-        )
+        oriented = step.update(prepared.factor, prepared.ok, extra)
+        value = step.view.restore(oriented).astype(references[i].dtype)
         gradient = prepared.gradients[i]
         lies_as = references[i] if isinstance(gradient, Projected) else gradient
         outputs[i] = sharding.reshard(value, sharding.explicit_spec(lies_as))
     plain_updates, plain = update_plain(config, prepared, state.plain, params, extra)
-    for i, value in zip(
-        [i for i, v in enumerate(prepared.views) if v is None], plain_updates, strict=True
-    ):
+    numbers = [i for i, view in enumerate(prepared.views) if view is None]
+    for i, value in zip(numbers, plain_updates, strict=True):
         outputs[i] = value.astype(references[i].dtype)
-    return jax.tree.unflatten(prepared.treedef, outputs), finished(config, prepared, state, plain)
+    new_state = finished(config, prepared, state, plain)
+    return jax.tree.unflatten(prepared.treedef, outputs), new_state
 
 
 def due(config: Projection, state: ProjectionState) -> Any:
@@ -294,7 +366,8 @@ def _scheduled(config: Projection, state: ProjectionState) -> Any:
     schedule, matrices = config.refresh_schedule, matrix_states(state)
     if schedule.per_layer:
         own = [schedule.due(matrix.refresh_schedule, state.step) for matrix in matrices]
-        return functools.reduce(jnp.logical_or, [jnp.any(jnp.asarray(x)) for x in own])
+        anywhere = [jnp.any(jnp.asarray(x)) for x in own]
+        return functools.reduce(jnp.logical_or, anywhere)
     everything = schedule.due(state.refresh_schedule, state.step)
     if not schedule.sliced:
         return everything
@@ -313,10 +386,12 @@ def sketch_bases(
     """`{path: (batch..., k, q)}`: what a refresh through taps contracts the gradients with, for
     `lrx.taps`."""
     now = now_of(config, state, learning_rate)
-    return {
-        matrix.view.path: sketch_basis(config, matrix.view, matrix, now, layer_numbers(matrix.view))
-        for matrix in matrix_states(state)
-    }
+    found = {}
+    for matrix in matrix_states(state):
+        view = matrix.view
+        numbers = layer_numbers(view)
+        found[view.path] = sketch_basis(config, view, matrix, now, numbers)
+    return found
 
 
 def _belong(taps: Any, state: ProjectionState, steps: dict[int, MatrixStep]) -> jax.Array:
@@ -377,8 +452,9 @@ def starts(config: Projection, now: Now, grads: list[jax.Array]) -> tuple[jax.Ar
 def _clip_factor(config: Projection, kept: list[jax.Array]) -> jax.Array:
     """`min(1, clip_norm / |kept|)`, over what is kept of projected leaves and over plain ones
     alike."""
-    norm = jnp.sqrt(sum((energy(x) for x in kept), jnp.zeros(())))
-    return jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
+    square = sum((energy(x) for x in kept), jnp.zeros(()))
+    norm = jnp.maximum(jnp.sqrt(square), 1e-30)
+    return jnp.minimum(1.0, config.clip_norm / norm)
 
 
 def _leaves_of(matrices: Any, views: list[ResolvedView | None]) -> list[Any]:
