@@ -61,13 +61,18 @@ def _of_batch(view: ResolvedView, x: jax.Array) -> jax.Array:
         return x
     axes = len(view.batch)
     own = sharding.explicit_spec(x) or (None,) * x.ndim
-    return sharding.reshard(x, (*view.spec[:axes], *own[axes:]))
+    spec = (*view.spec[:axes], *own[axes:])
+    return sharding.reshard(x, spec)
 
 
 def check_slots(config: Projection, matrix: MatrixState) -> None:
     """ValueError where the slots cannot work with the inner state of a leaf."""
     axes = len(matrix.view.batch)
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), matrix.inner)
+
+    def of_one(x):
+        return jax.ShapeDtypeStruct(x.shape[axes:], x.dtype)
+
+    state = jax.tree.map(of_one, matrix.inner)
     state = jax.eval_shape(config.inner.decoded, state)
     low_shape = config.projector.low_shape(matrix.view)
     config.transport.check(config.inner, state)
@@ -125,15 +130,21 @@ class MatrixStep:
 
     def look(self, due: Any, now: Now) -> None:
         """Takes the sketch of a full gradient, where a refresh after the update will need it."""
-        if due is False or self.matrix is None or "sketch" not in self.config.projector.reads:
+        reads = self.config.projector.reads
+        if due is False or self.matrix is None or "sketch" not in reads:
             return
 
         def product():
-            made = self.matrix @ sketch_basis(self.config, self.view, self.old, now, self.layers)
+            # (batch..., s, k) times (batch..., k, q)
+            basis = sketch_basis(self.config, self.view, self.old, now, self.layers)
+            made = self.matrix @ basis
             return sharding.reshard(made, sharding.unsharded_spec(self.view.spec))
 
         nothing = sharding.zeros_like(jax.eval_shape(product))
-        self.sketch = product() if due is True else jax.lax.cond(due, product, lambda: nothing)
+        if due is True:
+            self.sketch = product()
+        else:
+            self.sketch = jax.lax.cond(due, product, lambda: nothing)
 
     def refresh(self, due: Any, now: Now) -> None:
         """Moves the basis, and what moves with it, where `due`: an unbatched scalar."""
@@ -147,7 +158,8 @@ class MatrixStep:
             own = schedule.due(self.parts["refresh_schedule"], now.step)
             trees["due"] = jnp.broadcast_to(own, self.view.batch)
         trees |= self.parts
-        self.parts |= on_own_matrices(refresh, self.config, self.view, trees, due, now, self.total)
+        shared = (due, now, self.total)
+        self.parts |= on_own_matrices(refresh, self.config, self.view, trees, *shared)
 
     def _read(self) -> Trees:
         """What a refresh may read beside the state."""
@@ -190,12 +202,21 @@ class MatrixStep:
             "matrix": self.matrix if self.config.uses_gradient else None,
             "param": self.param if self.config.inner.reads_params else None,
             "basis": self.parts["basis"],
-        } | {name: self.parts[name] for name in MOVING}
-        old = {name: getattr(self.old, name) for name in ("inner", "target", "residual")}
-        return own | {"old": {name: tree for name, tree in old.items() if own[name] is not tree}}
+        }
+        own |= {name: self.parts[name] for name in MOVING}
+        # what a refresh replaced, for a step that is not accepted
+        old = {}
+        for name in ("inner", "target", "residual"):
+            before = getattr(self.old, name)
+            if own[name] is not before:
+                old[name] = before
+        return own | {"old": old}
 
     def update(
-        self, factor: jax.Array | None, ok: jax.Array | None, extra: dict[str, Any]
+        self,
+        factor: jax.Array | None,
+        ok: jax.Array | None,
+        extra: dict[str, Any],
     ) -> jax.Array:
         """The oriented update; leaves the new states in place, or the old ones where not ok."""
         update, parts = on_own_matrices(
@@ -237,13 +258,17 @@ def _checked(
             "stacked it. Accumulate with projected_value_and_grad(..., accumulate=k), not "
             "optax.MultiSteps"
         )
-    return layout.placed(view, grad.low, "low").astype(jnp.float32), layout.placed(
-        view, grad.sketch, "basis"
-    )
+    low = layout.placed(view, grad.low, "low").astype(jnp.float32)
+    sketch = layout.placed(view, grad.sketch, "basis")
+    return low, sketch
 
 
 def sketch_basis(
-    config: Projection, view: ResolvedView, state: MatrixState, now: Now, layers: jax.Array
+    config: Projection,
+    view: ResolvedView,
+    state: MatrixState,
+    now: Now,
+    layers: jax.Array,
 ) -> jax.Array:
     """`(batch..., k, q)`: what a refresh by a sketch contracts the kept side of the gradient
     with."""
@@ -257,7 +282,12 @@ MOVING = ("memory", "inner", "target", "residual")
 
 
 def leaf_update(
-    config: Projection, view: ResolvedView, trees: Trees, factor: Any, ok: Any, extra: dict
+    config: Projection,
+    view: ResolvedView,
+    trees: Trees,
+    factor: Any,
+    ok: Any,
+    extra: dict,
 ) -> tuple[jax.Array, Trees]:
     """`(oriented update, moved parts of the state)`, from `MatrixStep.arrays`.
 
@@ -268,44 +298,60 @@ def leaf_update(
       extra: for the inner transformation.
     """
     if factor is not None:
-        scaled = {
-            name: trees[name] * factor for name in ("low", "matrix") if trees[name] is not None
-        }
-        trees = trees | scaled
+        read = [name for name in ("low", "matrix") if trees[name] is not None]
+        trees = trees | {name: trees[name] * factor for name in read}
     trees = laid(config, view, trees, {"low": "low", "basis": "basis_at_use"})
     moved = _inner_step(config, view, trees, ok, extra)
-    direction = moved["direction"] if ok is None else jnp.where(ok, moved["direction"], 0)
+    direction = moved["direction"]
+    if ok is not None:
+        direction = jnp.where(ok, direction, 0)
 
-    projector, basis, low, matrix = config.projector, trees["basis"], trees["low"], trees["matrix"]
+    projector, basis = config.projector, trees["basis"]
+    low, matrix = trees["low"], trees["matrix"]
     lift = functools.partial(projector.up, view, basis)
-    rest = functools.cache(lambda: projector.rest(view, basis, matrix, low))
-    rounding = lambda: projector.rounding(view, matrix)  # noqa: E731
+
+    @functools.cache
+    def rest():  # K - up(R), made once where target and residual rule both read it
+        return projector.rest(view, basis, matrix, low)
+
+    def rounding():
+        return projector.rounding(view, matrix)
+
+    # what the next step finds of the target
     new = {"inner": moved["inner"], "memory": trees["memory"]}
-    new["target"] = config.target.kept(trees["target"], Kept(view, matrix, low, lift, rest))
-    update, new["residual"] = config.residual.combine(
-        Combine(
-            view=view,
-            lift=lift,
-            rest=rest,
-            rounding=rounding,
-            target=matrix,
-            low=low,
-            direction=direction,
-            inner_scale=moved["inner_scale"],
-            scale=scales.factor(config.scale, view),
-            state=trees["residual"],
-        )
+    kept = Kept(view, matrix, low, lift, rest)
+    new["target"] = config.target.kept(trees["target"], kept)
+
+    # U = up(alpha c d), and what becomes of the rest
+    combine = Combine(
+        view=view,
+        lift=lift,
+        rest=rest,
+        rounding=rounding,
+        target=matrix,
+        low=low,
+        direction=direction,
+        inner_scale=moved["inner_scale"],
+        scale=scales.factor(config.scale, view),
+        state=trees["residual"],
     )
+    update, new["residual"] = config.residual.combine(combine)
+
     if projector.sees:
         memory = trees["memory"]
         target = matrix if "target" in projector.sees else None
-        new["memory"] = like(projector.seen(view, basis, memory, low, target), memory)
+        seen = projector.seen(view, basis, memory, low, target)
+        new["memory"] = like(seen, memory)
     return _accepted(config, trees, update, new, ok)
 
 
 @placed(takes={"inner": "low"}, gives={"inner": "low", "direction": "low low_at_use"})
 def _inner_step(
-    config: Projection, view: ResolvedView, trees: Trees, ok: Any, extra: dict
+    config: Projection,
+    view: ResolvedView,
+    trees: Trees,
+    ok: Any,
+    extra: dict,
 ) -> Trees:
     """Direction and scale of the inner transformation, and its state."""
     param = None
@@ -314,11 +360,16 @@ def _inner_step(
     direction, scale, inner = config.inner.update_stack(
         trees["low"], trees["inner"], view, param, ok, extra
     )
-    return {"direction": direction, "inner_scale": jnp.asarray(scale, jnp.float32), "inner": inner}
+    scale = jnp.asarray(scale, jnp.float32)
+    return {"direction": direction, "inner_scale": scale, "inner": inner}
 
 
 def _accepted(
-    config: Projection, trees: Trees, update: jax.Array, new: Trees, ok: Any
+    config: Projection,
+    trees: Trees,
+    update: jax.Array,
+    new: Trees,
+    ok: Any,
 ) -> tuple[jax.Array, Trees]:
     """`(update, states)`, or zeros and the states before the step where it is not accepted."""
     if ok is None:
@@ -330,14 +381,24 @@ def _accepted(
         new["inner"] = select(ok, new["inner"], old["inner"])
     if config.projector.sees:  # a refreshed memory stays with its basis
         new["memory"] = select(ok, new["memory"], trees["memory"])
-    return jnp.where(ok, update, 0) if config.keeps_gradient else update, new
+    # of a direction of zeros the step in the subspace is zero, but not what is made of the target
+    if config.keeps_gradient:
+        update = jnp.where(ok, update, 0)
+    return update, new
 
 
-def advance(config: Projection, view: ResolvedView, trees: Trees, ok: Any, now: Now) -> Any:
+def advance(
+    config: Projection,
+    view: ResolvedView,
+    trees: Trees,
+    ok: Any,
+    now: Now,
+) -> Any:
     """The state of a schedule by layers after a step."""
     schedule, state = config.refresh_schedule, trees["refresh_schedule"]
     captured: jax.Array | None = None
     if "captured" in schedule.reads:
         captured = config.projector.measure(view, trees["basis"], trees["matrix"])
-    moved = like(schedule.advance(state, step=now.step, captured=captured), state)
+    advanced = schedule.advance(state, step=now.step, captured=captured)
+    moved = like(advanced, state)
     return moved if ok is None else select(ok, moved, state)
