@@ -85,7 +85,8 @@ class Layers:
             )
         flags: Any = None
         if marks is not None:
-            flags = dict(zip(paths, jax.tree.leaves(marks(tree), is_leaf=_is_masked), strict=True))
+            found = jax.tree.leaves(marks(tree), is_leaf=_is_masked)
+            flags = dict(zip(paths, found, strict=True))
         for group in groups:
             _check_alike(config, group, flags)
         return cls(config, groups, paths)
@@ -96,8 +97,9 @@ class Layers:
 
     def draw(self, number: Scalar) -> Maps:
         """The map of a draw."""
-        key = jax.random.key(jnp.asarray(self.config.seed, jnp.int32))
-        return {str(n): self.config.sampler.draw(number, n, key) for n in self.totals}
+        seed = jnp.asarray(self.config.seed, jnp.int32)
+        key, draw = jax.random.key(seed), self.config.sampler.draw
+        return {str(total): draw(number, total, key) for total in self.totals}
 
     def take(self, tree: Pytree, maps: Maps) -> Pytree:
         """The small tree: of the layers in the slots."""
@@ -139,14 +141,14 @@ def _check_alike(config: Projection, group: Group, flags: dict[Any, Any] | None)
     """ValueError where something says by path that layers which share their slots differ."""
     if group.stacked:
         return
-    own = {
-        path: _by_path((config.projector, config.inner, config.scale), path) for path in group.paths
-    }
-    if flags is not None:
-        own = {path: [("mask", flags[path]), *found] for path, found in own.items()}
+    # these read paths when a small model is stepped, whose paths are those of the first layers
+    readers = (config.projector, config.inner, config.scale)
     first = group.paths[0]
-    for path, found in own.items():
-        wrong = [a[0] for a, b in zip(found, own[first], strict=True) if a != b]
+    expected = _said(readers, first, flags)
+    for path in group.paths:
+        said = _said(readers, path, flags)
+        pairs = zip(said, expected, strict=True)
+        wrong = [own[0] for own, other in pairs if own != other]
         if wrong:
             raise ValueError(
                 f"sampler={config.sampler!r}: {wrong[0]} says one thing of {first!r} and another of "
@@ -155,19 +157,31 @@ def _check_alike(config: Projection, group: Group, flags: dict[Any, Any] | None)
             )
 
 
+def _said(readers: Any, path: str, flags: dict[Any, Any] | None) -> list[tuple[str, Any]]:
+    """What rules and a mask say of a leaf."""
+    mask = [] if flags is None else [("mask", flags[path])]
+    return mask + _by_path(readers, path)
+
+
 def _by_path(node: Any, path: str, name: str = "") -> list[tuple[str, Any]]:
     """`(field, what it says of this path)` of all rules `((pattern, value), ...)` in nested fields."""
+    parts: list[tuple[str, Any]] = []
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         names = [field.name for field in dataclasses.fields(node)]
-        return [found for own in names for found in _by_path(getattr(node, own), path, own)]
-    if not isinstance(node, tuple):
-        return []
-    if not all(isinstance(rule, tuple) and rule and isinstance(rule[0], str) for rule in node):
-        return [found for part in node for found in _by_path(part, path, name)]
-    matching = [rule[1] for rule in node if re.fullmatch(rule[0], path)]
-    said = matching[0] if matching else None
-    # numbers by value, all else by the rule that gives it
-    return [(name, said if isinstance(said, int | float) else id(said))]
+        parts = [(own, getattr(node, own)) for own in names]
+    elif isinstance(node, tuple) and _are_rules(node):
+        matching = [rule[1] for rule in node if re.fullmatch(rule[0], path)]
+        said = matching[0] if matching else None
+        # numbers by value, all else by the rule that gives it
+        return [(name, said if isinstance(said, int | float) else id(said))]
+    elif isinstance(node, tuple):
+        parts = [(name, part) for part in node]
+    return [found for own, part in parts for found in _by_path(part, path, own)]
+
+
+def _are_rules(node: tuple[Any, ...]) -> bool:
+    """Whether a tuple is `((pattern, value), ...)`."""
+    return all(isinstance(rule, tuple) and rule and isinstance(rule[0], str) for rule in node)
 
 
 def _small_of(layers: Layers, params: Pytree, maps: Maps) -> Pytree:
@@ -181,9 +195,11 @@ def _small_of(layers: Layers, params: Pytree, maps: Maps) -> Pytree:
 def _layer(group: Group, by_path: dict[Any, Any], number: jax.Array) -> jax.Array:
     """One layer, `(...)`."""
     if group.stacked:
-        return jax.lax.dynamic_index_in_dim(by_path[group.paths[0]], number, keepdims=False)
+        stack = by_path[group.paths[0]]
+        return jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
     # one of L arrays, so that no stack of them exists
-    return jax.lax.switch(number, [lambda x=by_path[path]: x for path in group.paths])
+    branches = [lambda x=by_path[path]: x for path in group.paths]
+    return jax.lax.switch(number, branches)
 
 
 def _scattered(parts: jax.Array, like: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -286,4 +302,5 @@ def _kept(
         return new
     stands = (accepted > 0) | ~begins
     drawn = _drawn(new) | {"sampler": maps}
-    return new._replace(**select(stands, drawn, _drawn(old) | {"sampler": old.sampler}))
+    before = _drawn(old) | {"sampler": old.sampler}
+    return new._replace(**select(stands, drawn, before))
