@@ -63,4 +63,6 @@ def test_sums_by_law_and_by_method():
         (first, 2, 5.0, "x.py::two", 3.0),
         (second, 1, 1.0, "x.py::one", 1.0),
     ]
+    stored = {"x.py::old[state_2-galore-dct]": 2.0, "x.py::one[test_dtype-galore]": 1.0}
+    assert [row[0] for row in durations.by_method(stored)] == ["galore-dct", "galore"]
     assert "3.0  x.py::two" in durations.report(seconds)
