@@ -81,7 +81,7 @@ class Codes(Short):
         )
 
     def partition_specs(self, spec: Spec) -> Any:
-        """PartitionSpecs in the place of arrays, where the value lies as `spec` says; None where
+        """PartitionSpecs in the place of arrays, where the value is placed as `spec` says; None where
         the codes cannot follow it."""
         del spec
         return None

@@ -87,6 +87,8 @@ NAMES: tuple[Name, ...] = (
         module="lrx.residuals", old="ldadam_error_feedback", new="lrx.targets.ldadam_error_feedback"
     ),
     Name(module="lrx.projection.Projection", old="clock", new="refresh_schedule"),
+    Name(module="lrx.projection.Recipe", old="when", new="decay"),
+    Name(module="lrx.projection.Fused", old="products", new="implementation"),
     Name(module="lrx.meshes", old="specs", new="lrx.meshes.partition_specs"),
     Name(module="lrx.kernels", old="thin_linear", new="lrx.kernels.lora_linear"),
     Name(module="lrx.adapters.Adaptation", old="fixed", new="frozen"),
@@ -113,7 +115,25 @@ OPTIONS: tuple[Option, ...] = (
     Option(functions=("lrx.adapters.Adaptation.replace",), old="fixed", new="frozen"),
     Option(functions=("lrx.adapters.Adaptation.replace",), old="plan", new="layout"),
     Option(
-        functions=("lrx.adapters.lora", "lrx.adapters.dora"),
+        functions=(
+            "lrx.apply_learning_rate",
+            "lrx.altlora",
+            "lrx.altlora_plus",
+            "lrx.projection.Recipe",
+        ),
+        old="when",
+        new="decay",
+        values=(("pre", "before"), ("post", "after")),
+    ),
+    Option(
+        functions=(
+            "lrx.fused",
+            "lrx.projection.Fused",
+            "lrx.linalg.quantize_nf4",
+            "lrx.projectors.dct",
+            "lrx.adapters.lora",
+            "lrx.adapters.dora",
+        ),
         old="products",
         new="implementation",
         values=(("kernel", "pallas"),),

@@ -101,7 +101,7 @@ def undecoded(
     """
     if (
         not isinstance(kernel, linalg.NormalFloat4)
-        or kernel.products != "kernel"
+        or kernel.implementation != "pallas"
         or kernel.ndim != 2
         or sharding.explicit_trace()
     ):

@@ -20,7 +20,7 @@ reduce-scatter. All is read from the compiled programs; nothing is run.
 The library takes rows whole, inside `meshes.use`: at a DCT it is as good as by layers and needs no
 stack that the devices divide; at a power step it sends least at the papers' rank, a quarter of the
 width, and about as much as the other two at small ranks. An exact SVD has no divided form: each
-matrix is gathered, however it lies.
+matrix is gathered, however it is placed.
 """
 
 import os

@@ -5,7 +5,7 @@ The chips are a v5e:2x2.
     python -m experiments.benchmarks.divided_kernels     with `.venv-tpu/bin/python`: needs libtpu
 
 Replaces "divided" in `experiments/results/kernels.json`, a row for each program; nothing is run.
-XLA's program is the library's own with products="xla", under the same `meshes.use`.
+XLA's program is the library's own with implementation="xla", under the same `meshes.use`.
 
     moved_bytes       of one chip, as in `experiments.benchmarks.kernels`; not of programs with a
                       loop over layers
@@ -162,7 +162,7 @@ def _step(mesh, shape, spec, rank, inner, part, form):
     basis = lrx.projectors.given(matrix=np.zeros((view.shrunk, rank), np.float32))
     tx = lrx.galore(1e-3, projector=basis, inner=inner, weight_decay=0.1, views=views, side=side)
     places = lrx.state_shardings(tx, params, spread=True)
-    optimizer = lrx.fused(tx, products="xla" if form == "xla" else "kernel")
+    optimizer = lrx.fused(tx, implementation="xla" if form == "xla" else "pallas")
     state = jax.tree.map(
         lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
         jax.eval_shape(tx.init, params),

@@ -114,7 +114,7 @@ class Finetuning(Task):
     def _check_types(self, base):
         """Trace the update on an explicit mesh, before the base is read.
 
-        Not every adapter says what lies where.
+        Not every adapter says what is placed where.
         """
         if not self.config.mesh.explicit:
             return

@@ -136,7 +136,7 @@ class Task:
             )
         except ValueError as error:
             raise ConfigurationError(f"optimizer.name={settings.name!r}: {error}") from error
-        # the state lies where its parameters do
+        # the state is placed where its parameters are
         state_places = lrx.state_shardings(
             self.optimizer, params, self.places["params"], spread=self.config.mesh.spreads
         )
@@ -163,7 +163,7 @@ class Task:
             update = updates.fused(self.sums, self.optimizer, accumulation, backprop)
         if self.mesh.size == 1 and not self.config.mesh.explicit:
             return update
-        # the new state lies as the old one did, whatever the compiler would choose
+        # the new state is placed as the old one was, whatever the compiler would choose
         stored = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         parameters = self.abstract["params"] if self.config.mesh.spreads else None
         is_explicit = self.config.mesh.explicit
@@ -243,7 +243,7 @@ class Task:
 
 
 def placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    """The leaf's shape and dtype, where it lies."""
+    """The leaf's shape and dtype, where it is placed."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -1,7 +1,7 @@
 """Where the arrays of adapters lie on a mesh: it follows from where their kernels lie.
 
 Of a pair, `a (n, r)` is sharded along its rows as the kernel's rows are, `b (r, m)` along its
-columns as the kernel's columns are, and the rank is whole; so the base product and the thin
+columns as the kernel's columns are, and the rank is unsharded; so the base product and the thin
 products meet the same collectives. Batch axes keep the sharding of the leaf's, axes folded into
 rows or columns that of their first axis (`sharding.fold_spec`).
 """
@@ -26,7 +26,7 @@ def partition_specs(
     parameters.
 
     Each array of a site follows its kernel along the axes that its family names in `axes`; along
-    others, and of arrays that are not named there, it is whole. Shared arrays are replicated,
+    others, and of arrays that are not named there, it is unsharded. Shared arrays are replicated,
     leaves trained in full lie as before. What is cut into blocks (OFT's) needs a number of blocks
     that the mesh axis divides.
 
@@ -83,7 +83,7 @@ def shardings(
     adaptation: Adaptation, param_shardings: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """As `partition_specs`, but NamedShardings of NamedShardings; an axis that the mesh does not divide
-    evenly stays whole.
+    evenly stays unsharded.
 
     Args:
       adaptation: arrays or ShapeDtypeStructs.
@@ -139,8 +139,10 @@ def _spec_of(
         raise ValueError(
             f"param_specs: {site.path!r} of shape {site.shape} has fewer axes than its spec {spec}"
         )
-    whole = tuple(spec) + (None,) * (len(site.shape) - len(spec))
-    *batch, rows, cols = sharding.fold_spec(whole, site.view.batch, site.view.rows, site.view.cols)
+    entries = tuple(spec) + (None,) * (len(site.shape) - len(spec))
+    *batch, rows, cols = sharding.fold_spec(
+        entries, site.view.batch, site.view.rows, site.view.cols
+    )
     # how many axes are the array's own
     own = ndim - len(batch) - len(choice)
     axes = adapter.axes(site).get(name, (None,) * own)

@@ -52,7 +52,7 @@ def linen_name(path: str, index: int | None = None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one torch parameter lies.
+    """Where one torch parameter is placed.
 
     Attributes:
       name: torch's, "model.layers.3.self_attn.q_proj.weight".

@@ -26,7 +26,7 @@ def matrix_by_matrix(decompose: Callable[..., Any]) -> Callable[..., Any]:
     """`decompose` of stacks `(..., m, n)` with equal leading axes; on a CPU it is given one matrix
     at a time.
 
-    A stack that lies in parts on an explicit mesh goes through in one call, as does every stack on
+    A stack that is divided on an explicit mesh goes through in one call, as does every stack on
     other platforms.
 
     >>> import jax.numpy as jnp

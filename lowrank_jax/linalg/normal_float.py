@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lowrank_jax import sharding
+from lowrank_jax import deprecations, sharding
 from lowrank_jax.codes import Codes
 from lowrank_jax.linalg._common import Array
 from lowrank_jax.linalg.quantization import quantize_blocks
 from lowrank_jax.serialization import serializable
 
 BLOCK, HALF = 64, 32
-PRODUCTS = ("xla", "kernel")
+IMPLEMENTATIONS = ("xla", "pallas")
 # Appendix E of the paper: quantiles of the normal distribution, of which the outermost are -1 and
 # 1, and an exact 0.
 _BOOK = (
@@ -57,7 +57,7 @@ class NormalFloat4(Codes):
         is left of it without `mean`, column after column, in blocks of 256.
       mean: float32 `(..., 1)`, of the scales of each matrix, or None.
       rows: n.
-      products: "xla", or "kernel", see `quantize_nf4`.
+      implementation: "xla", or "pallas", see `quantize_nf4`.
 
     >>> import jax.numpy as jnp
     >>> w = quantize_nf4(jnp.ones((64, 2)))
@@ -69,7 +69,7 @@ class NormalFloat4(Codes):
     absmax: Any
     mean: Any
     rows: int = dataclasses.field(metadata={"static": True})
-    products: str = dataclasses.field(metadata={"static": True})
+    implementation: str = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ class NormalFloat4(Codes):
         return (*self.codes.shape[:-2], self.codes.shape[-2] // HALF, self.codes.shape[-1])
 
     def partition_specs(self, spec: sharding.Spec) -> NormalFloat4:
-        """PartitionSpecs in the place of arrays, where the matrix lies as `spec` says, an entry for
+        """PartitionSpecs in the place of arrays, where the matrix is placed as `spec` says, an entry for
         each axis.
 
         Codes and scales lie as the matrix does. Doubly quantised scales, column after column, are
@@ -108,13 +108,13 @@ class NormalFloat4(Codes):
         """float32 `(..., ceil(n / 64), m)`."""
         if self.mean is None:
             return self.absmax
-        flat, lies = self.absmax.dequantize() + self.mean, sharding.explicit_spec(self.codes)
+        flat, placed = self.absmax.dequantize() + self.mean, sharding.explicit_spec(self.codes)
         if (
-            lies is not None
+            placed is not None
         ):  # on an explicit mesh columns of blocks are put together before they are divided anew
-            flat = sharding.reshard(flat, (*lies[:-2], None))
+            flat = sharding.reshard(flat, (*placed[:-2], None))
         return sharding.reshard(
-            jnp.swapaxes(flat.reshape(*flat.shape[:-1], self.codes.shape[-1], -1), -1, -2), lies
+            jnp.swapaxes(flat.reshape(*flat.shape[:-1], self.codes.shape[-1], -1), -1, -2), placed
         )
 
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
@@ -128,10 +128,10 @@ class NormalFloat4(Codes):
         code = jnp.stack([bytes_ >> 4, bytes_ & 15], axis=-3)
         value = (_level(code) * self.scales()[..., None, None, :]).astype(dtype)
         whole = jax.lax.optimization_barrier(value).reshape(*lead, -1, m)
-        lies = sharding.explicit_spec(whole)
-        if lies is not None and whole.shape[-2] != self.rows:
+        placed = sharding.explicit_spec(whole)
+        if placed is not None and whole.shape[-2] != self.rows:
             whole = sharding.reshard(
-                whole, (*lies[:-2], None, lies[-1])
+                whole, (*placed[:-2], None, placed[-1])
             )  # the rest may be no multiple of the mesh
         return whole[..., : self.rows, :]
 
@@ -142,7 +142,7 @@ class NormalFloat4(Codes):
             raise ValueError(
                 "key: NF4 rounds to the nearest value, never stochastically; leave key=None"
             )
-        return quantize_nf4(value, double=self.mean is not None, products=self.products)
+        return quantize_nf4(value, double=self.mean is not None, implementation=self.implementation)
 
 
 def _level(code: Array) -> Array:
@@ -157,7 +157,8 @@ def _level(code: Array) -> Array:
     return values[0]
 
 
-def quantize_nf4(x: Any, *, double: bool = False, products: str = "xla") -> NormalFloat4:
+@deprecations.options("lrx.linalg.quantize_nf4")
+def quantize_nf4(x: Any, *, double: bool = False, implementation: str = "xla") -> NormalFloat4:
     """`x (..., n, m)` in NF4: the nearest value to each entry over its block's largest magnitude;
     halfway, the lower.
 
@@ -166,7 +167,7 @@ def quantize_nf4(x: Any, *, double: bool = False, products: str = "xla") -> Norm
         matrices first.
       double: the scales, less their mean, in 8 bits (section 3 of the paper); codes are chosen by
         the exact scales.
-      products: "xla" decodes where the matrix is multiplied. "kernel": `lrx.matmul(x, w)` of one
+      implementation: "xla" decodes where the matrix is multiplied. "pallas": `lrx.matmul(x, w)` of one
         matrix, with adapters or without, takes `lrx.kernels.nf4_linear`, which never forms it; x is
         float32 or bfloat16. Inside `lrx.meshes.use` of several devices only a matrix with adapters
         does, which its `parameters` name. Other products decode. No device has timed it.
@@ -175,7 +176,7 @@ def quantize_nf4(x: Any, *, double: bool = False, products: str = "xla") -> Norm
     quantised, where one mean is taken of all scales, its whole matrix does.
 
     Raises:
-      ValueError: for another dtype, fewer axes, or unknown products.
+      ValueError: for another dtype, fewer axes, or an unknown implementation.
 
     >>> import jax.numpy as jnp
     >>> quantize_nf4(jnp.array([[2.0, 1.0], [0.2, -0.7], [-0.1, 0.0]])).dequantize().round(
@@ -188,8 +189,8 @@ def quantize_nf4(x: Any, *, double: bool = False, products: str = "xla") -> Norm
         raise ValueError(
             f"x of dtype {x.dtype} and shape {x.shape} must be floating, with at least two axes"
         )
-    if products not in PRODUCTS:
-        raise ValueError(f"products={products!r} must be one of {PRODUCTS}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}")
     *lead, n, m = x.shape
     padded = jnp.pad(x.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, -n % BLOCK), (0, 0)])
     blocks = padded.reshape(*lead, -1, BLOCK, m)
@@ -203,7 +204,7 @@ def quantize_nf4(x: Any, *, double: bool = False, products: str = "xla") -> Norm
     code = sum(above, jnp.zeros((), jnp.uint8))
     codes = (code[..., :HALF, :] << 4 | code[..., HALF:, :]).reshape(*lead, -1, m)
     if not double:
-        return NormalFloat4(codes, absmax, None, n, products)
+        return NormalFloat4(codes, absmax, None, n, implementation)
     flat = jnp.swapaxes(absmax, -1, -2).reshape(*lead, -1)
     mean = jnp.mean(flat, axis=-1, keepdims=True)
-    return NormalFloat4(codes, quantize_blocks(flat - mean, "signed"), mean, n, products)
+    return NormalFloat4(codes, quantize_blocks(flat - mean, "signed"), mean, n, implementation)

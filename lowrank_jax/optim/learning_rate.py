@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax import deprecations
 from lowrank_jax.checks import check_floating, check_number, is_zero
 from lowrank_jax.reprs import show
 from lowrank_jax.trees import pure
@@ -49,31 +50,36 @@ def selected_for_decay(updates: Any, params: Any, weight_decay: Any, mask: Any) 
 
 
 def decayed_step(
-    u: jax.Array, p: jax.Array, rate: Any, weight_decay: Any, when: str, accepted: Any
+    u: jax.Array, p: jax.Array, rate: Any, weight_decay: Any, decay: str, accepted: Any
 ) -> jax.Array:
     """The float32 change of one leaf: `-lr u` with decoupled decay before or after it."""
     u = u.astype(jnp.float32)
     if is_zero(weight_decay):
         return -rate * u
-    shrink = 1 - rate * weight_decay if when == "post" else 1.0
+    shrink = 1 - rate * weight_decay if decay == "after" else 1.0
     return -rate * shrink * u - jnp.where(accepted, rate * weight_decay, 0) * p.astype(jnp.float32)
 
 
+@deprecations.options("lrx.apply_learning_rate")
 def apply_learning_rate(
-    learning_rate: Any, weight_decay: Any = 0.0, *, when: str = "pre", mask: Callable | Any = None
+    learning_rate: Any,
+    weight_decay: Any = 0.0,
+    *,
+    decay: str = "before",
+    mask: Callable | Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`W <- W - lr u` with decoupled decay before or after the step.
 
-    * `when="pre"`: `W <- (1 - lr wd) W`, then `W <- W - lr u`; update `-lr (u + wd W)` (torch;
+    * `decay="before"`: `W <- (1 - lr wd) W`, then `W <- W - lr u`; update `-lr (u + wd W)` (torch;
       FRUGAL, LDAdam, DCT).
-    * `when="post"`: `W <- W - lr u`, then `W <- (1 - lr wd) W`; update
+    * `decay="after"`: `W <- W - lr u`, then `W <- (1 - lr wd) W`; update
       `-lr (1 - lr wd) u - lr wd W` (GaLore, APOLLO).
 
     Args:
       learning_rate: a number or an optax schedule of the 0-based step.
       weight_decay: wd, a number or a schedule, applied to every leaf that `mask` selects (all by
         default).
-      when: "pre" or "post".
+      decay: "before" or "after" the step.
       mask: a tree of booleans like the parameters or a prefix of it, or a function from parameters
         to one.
 
@@ -83,17 +89,17 @@ def apply_learning_rate(
     place of the rate or schedule of this step, as in the fused form's `step`.
 
     Raises:
-      ValueError: for an unknown `when`, a rate that is not finite, a negative decay, decay without
+      ValueError: for an unknown `decay`, a rate that is not finite, a negative decay, decay without
         params, or leaves that are not real.
 
     >>> import jax.numpy as jnp
-    >>> tx = apply_learning_rate(0.1, 0.5, when="post")
+    >>> tx = apply_learning_rate(0.1, 0.5, decay="after")
     >>> updates, _ = tx.update(jnp.array([1.0]), tx.init(jnp.array([2.0])), jnp.array([2.0]))
     >>> print(updates)  # 2 -> 1.9 -> 1.805
     [-0.19500001]
     """
-    if when not in ("pre", "post"):
-        raise ValueError(f"when={when!r} must be 'pre' or 'post' the step")
+    if decay not in ("before", "after"):
+        raise ValueError(f"decay={decay!r} must be 'before' or 'after' the step")
     check_number("learning_rate", learning_rate, otherwise="a schedule")
     check_number("weight_decay", weight_decay, at_least=0, otherwise="a schedule")
     decays = not is_zero(weight_decay)
@@ -105,7 +111,7 @@ def apply_learning_rate(
     def update(updates, state, params=None, *, accepted: Any = True, rates: Any = None, **extra):
         given = extra.get("learning_rate")
         rate = at_step(learning_rate if given is None else given, state.count)
-        decay = at_step(weight_decay, state.count)
+        shrinks = at_step(weight_decay, state.count)
         if decays and params is None:
             raise ValueError(
                 f"weight_decay={weight_decay} needs params; call update(grads, state, params)"
@@ -113,7 +119,9 @@ def apply_learning_rate(
         check_floating(updates, "apply_learning_rate")
 
         def apply(u, p, decayed, rate):
-            return decayed_step(u, p, rate, decay if decayed else 0, when, accepted).astype(u.dtype)
+            return decayed_step(u, p, rate, shrinks if decayed else 0, decay, accepted).astype(
+                u.dtype
+            )
 
         selected = selected_for_decay(updates, params, weight_decay, mask)
         if rates is None:

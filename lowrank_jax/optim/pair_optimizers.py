@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax import sharding
+from lowrank_jax import deprecations, sharding
 from lowrank_jax.checks import check_floating, check_number
 from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.optim import pairs
@@ -146,7 +146,7 @@ def scaled_adamw(
         inner=inner_lib.adam(b1=b1, b2=b2, eps=eps, convention="hf"),
         bias_correction="both" if bias_correction else "none",
         weight_decay=weight_decay,
-        when="post",
+        decay="after",
         plain=plain,
         mask=mask,
         guard=guard,
@@ -159,6 +159,7 @@ def _check_order(order: str) -> None:
         raise ValueError(f"scaled_adamw: order={order!r} must be 'joint' or 'sequential'")
 
 
+@deprecations.options("lrx.altlora")
 def altlora(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -168,7 +169,7 @@ def altlora(
     b1: Scalar = 0.9,
     bias_correction: str = "none",
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    when: str = "pre",
+    decay: str = "before",
     plain: optax.GradientTransformation | inner_lib.Inner | None = None,
     mask: Pytree | Callable[[Pytree], Pytree] | None = None,
     guard: bool = True,
@@ -196,7 +197,7 @@ def altlora(
       b1: decay of the momentum.
       bias_correction: "none" as in the paper, or "first" as in the code, counted by turns.
       weight_decay: gamma.
-      when: "pre" as in the paper, or "post" as in the code.
+      decay: "before" the step as in the paper, or "after" it as in the code.
       plain: the inner transformation of leaves that are no factor; None for AdamW's Adam.
       mask, guard: see `lora_plus`.
 
@@ -225,7 +226,7 @@ def altlora(
         transport="kept",
         sequential=True,
         weight_decay=weight_decay,
-        when=when,
+        decay=decay,
         plain=inner_lib.adam(b1=b1) if plain is None else plain,
         mask=mask,
         guard=guard,
@@ -233,6 +234,7 @@ def altlora(
     return _transformation(config)
 
 
+@deprecations.options("lrx.altlora_plus")
 def altlora_plus(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -245,7 +247,7 @@ def altlora_plus(
     bias_correction: str = "both",
     transport: str = "kept",
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    when: str = "pre",
+    decay: str = "before",
     plain: optax.GradientTransformation | inner_lib.Inner | None = None,
     mask: Pytree | Callable[[Pytree], Pytree] | None = None,
     guard: bool = True,
@@ -257,7 +259,7 @@ def altlora_plus(
     of a pair: `altlora`'s and v.
 
     Args:
-      learning_rate, scale, alternate, damping, weight_decay, when: see `altlora`; the rate is like
+      learning_rate, scale, alternate, damping, weight_decay, decay: see `altlora`; the rate is like
         AdamW's.
       b1, b2, eps: .9 and .999; eps 1e-4 as in the official trainer (its class 1e-6).
       bias_correction: c: "both", Adam's `sqrt(1 - b2^t) / (1 - b1^t)`; "first", `1 / (1 - b1^t)`,
@@ -293,7 +295,7 @@ def altlora_plus(
         transport=transport,
         sequential=True,
         weight_decay=weight_decay,
-        when=when,
+        decay=decay,
         plain=inner_lib.adam(b1=b1, b2=b2) if plain is None else plain,
         mask=mask,
         guard=guard,

@@ -143,7 +143,7 @@ class PairOptimizer(Short):
         by the old one.
       ratio, ratios: learning rate of b over that of a; `((pattern, factor of the learning rate),
         ...)` by path, first.
-      weight_decay, when, mask: decay, before ("pre") or after ("post") the step, see
+      weight_decay, decay, mask: of the weights, "before" or "after" the step, see
         `lrx.apply_learning_rate`. A factor that waits for its turn does not decay.
       guard: skip, and count, steps that are not finite.
     """
@@ -161,7 +161,7 @@ class PairOptimizer(Short):
     ratio: Any = 1.0
     ratios: tuple[tuple[str, Any], ...] = ()
     weight_decay: Any = 0.0
-    when: str = "pre"
+    decay: str = "before"
     mask: Any = None
     guard: bool = True
 
@@ -169,7 +169,7 @@ class PairOptimizer(Short):
         choices = {
             "bias_correction": _CORRECTIONS,
             "transport": _TRANSPORTS,
-            "when": ("pre", "post"),
+            "decay": ("before", "after"),
         }
         if isinstance(self.inner, Momentum):
             choices["bias_correction"] = _CORRECTIONS[:2]
@@ -371,7 +371,7 @@ class _Step:
         made = {}
         for i, u in zip(own, directions, strict=True):
             change = decayed_step(
-                u, self.leaves[i], self.rates[i], self.decays[i], self.config.when, True
+                u, self.leaves[i], self.rates[i], self.decays[i], self.config.decay, True
             )
             made[i] = change.astype(self.leaves[i].dtype)
         return made

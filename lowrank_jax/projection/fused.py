@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import sharding
+from lowrank_jax import deprecations, sharding
 from lowrank_jax.checks import check_number, is_integer
 from lowrank_jax.optim.learning_rate import LearningRateState, selected_for_decay
 from lowrank_jax.projection import fused_kernel
@@ -31,9 +31,10 @@ from lowrank_jax.projection.write import Write
 from lowrank_jax.reprs import Short
 
 ROUNDING = ("nearest", "stochastic")
-PRODUCTS = ("xla", "kernel")
+IMPLEMENTATIONS = ("xla", "pallas")
 
 
+@deprecations.options("lrx.projection.Fused")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fused(Short):
     """The fused form of a recipe.
@@ -43,28 +44,32 @@ class Fused(Short):
       rounding: of parameters stored in bfloat16 or as "linear" quantised blocks: "nearest" or
         "stochastic".
       plain_block: entries of a plain leaf that are updated at once, or None for all of it.
-      products: "xla" or "kernel", see `lrx.fused`.
+      implementation: "xla" or "pallas", see `lrx.fused`.
 
     >>> import lowrank_jax as lrx
-    >>> lrx.fused(lrx.galore(1e-2, rank=2)).recipe.when
-    'post'
+    >>> lrx.fused(lrx.galore(1e-2, rank=2)).recipe.decay
+    'after'
     """
 
     recipe: Recipe
     rounding: str = "nearest"
     plain_block: int | None = None
-    products: str = "xla"
+    implementation: str = "xla"
+
+    products = deprecations.attribute("lrx.projection.Fused", "products")
 
     def __post_init__(self):
-        if self.products not in PRODUCTS:
-            raise ValueError(f"products={self.products!r} must be one of {PRODUCTS}")
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation={self.implementation!r} must be one of {IMPLEMENTATIONS}"
+            )
         sampler = self.recipe.projection.sampler
         if sampler.samples:
             raise ValueError(
                 f"sampler={sampler!r} has no fused form, and so neither train_step nor the "
                 "layer-wise one: take the optax form, jax.value_and_grad and update"
             )
-        if self.products == "kernel":
+        if self.implementation == "pallas":
             fused_kernel.check(self.recipe.projection)
         if self.rounding not in ROUNDING:
             raise ValueError(f"rounding={self.rounding!r} must be one of {ROUNDING}")
@@ -150,7 +155,9 @@ class Fused(Short):
             )
         )
         outputs, now = list(prepared.references), state.projection.step
-        by_kernel = fused_kernel.local(prepared.steps, outputs) if self.products == "kernel" else ()
+        by_kernel = (
+            fused_kernel.local(prepared.steps, outputs) if self.implementation == "pallas" else ()
+        )
         for i, step in prepared.steps.items():
             write = Write.of(recipe, self.rounding, rate, decays[i], accepted, now, step.view.path)
             if i in by_kernel:
@@ -299,12 +306,13 @@ def in_place(
     return jax.lax.fori_loop(0, count, body, (param, state, of(state, 0)))[:2]
 
 
+@deprecations.options("lrx.fused")
 def fused(
     transformation: Any,
     *,
     rounding: str = "nearest",
     plain_block: int | None = None,
-    products: str = "xla",
+    implementation: str = "xla",
 ) -> Fused:
     """The fused form of a named optimizer of this library.
 
@@ -316,7 +324,7 @@ def fused(
       plain_block: entries of leaves that are not projected that are updated at once, in blocks of
         rows; None for whole leaves. On one device a block of some millions saves the float32
         scratch of embedding and head.
-      products: "xla", or "kernel": `lrx.kernels.low_rank_adam` makes moments, product and weight of
+      implementation: "xla", or "pallas": `lrx.kernels.low_rank_adam` makes moments, product and weight of
         a stack in one program on a TPU and two on a GPU. It is for Adam, stored in 8 bits or not,
         with a stored basis in float32 or bfloat16, which drops the rest of the gradient. Inside
         `lrx.meshes.use(mesh, parameters=...)` of an auto mesh each writes its own block of leaves
@@ -325,10 +333,10 @@ def fused(
 
     Raises:
       TypeError: for an optax chain or any transformation without a recipe.
-      ValueError: for an unknown rounding or products; at the first step for stochastic rounding of
+      ValueError: for an unknown rounding or implementation; at the first step for stochastic rounding of
         a leaf in NF4 or in a dynamic code, which have none; for a `plain_block` where the inner
         transformation of plain leaves may couple the entries of a leaf, or where a leaf is sharded
-        along its rows; for products="kernel" where inner, residual, projector, or at the first step
+        along its rows; for implementation="pallas" where inner, residual, projector, or at the first step
         a leaf, is one that the kernel does not take.
 
     >>> import jax, jax.numpy as jnp
@@ -348,4 +356,6 @@ def fused(
             "a named optimizer such as lrx.galore(...), with clip_norm= in place of a chained clip "
             "and learning_rate= of step in place of an injected one"
         )
-    return Fused(recipe=recipe, rounding=rounding, plain_block=plain_block, products=products)
+    return Fused(
+        recipe=recipe, rounding=rounding, plain_block=plain_block, implementation=implementation
+    )

@@ -31,54 +31,54 @@ def check(config: Projection) -> None:
     adam, kind = config.inner.as_adam(), config.projector.structure()
     if adam is None:
         raise ValueError(
-            f"products='kernel' runs Adam, and inner={config.inner!r} is another; give "
-            "lrx.inner.adam(...), stored8 or not, or products='xla'"
+            f"implementation='pallas' runs Adam, and inner={config.inner!r} is another; give "
+            "lrx.inner.adam(...), stored8 or not, or implementation='xla'"
         )
     for name in ("mu_dtype", "nu_dtype"):
         own = getattr(adam, name)
         if own is not None and jnp.dtype(own) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(
-                f"products='kernel' keeps moments in float32 or bfloat16, not {name}={own}; change "
+                f"implementation='pallas' keeps moments in float32 or bfloat16, not {name}={own}; change "
                 "it"
             )
     for name, kind_of in (("residual", Discard), ("target", Gradient)):
         if type(getattr(config, name)) is not kind_of:
             raise ValueError(
-                f"products='kernel' drops the rest of the gradient, and "
-                f"{name}={getattr(config, name)!r} does not; give products='xla'"
+                "implementation='pallas' drops the rest of the gradient, and "
+                f"{name}={getattr(config, name)!r} does not; give implementation='xla'"
             )
     if config.projector.sees:
         raise ValueError(
-            f"products='kernel' shows a step to no projector, and {config.projector!r} sees it; "
-            "give products='xla'"
+            f"implementation='pallas' shows a step to no projector, and {config.projector!r} sees it; "
+            "give implementation='xla'"
         )
     if type(kind) is not StoredProjector or jnp.dtype(kind.dtype) not in (
         jnp.float32,
         jnp.bfloat16,
     ):
         raise ValueError(
-            "products='kernel' reads a stored basis in float32 or bfloat16, which "
-            f"projector={config.projector!r} does not keep; give products='xla'"
+            "implementation='pallas' reads a stored basis in float32 or bfloat16, which "
+            f"projector={config.projector!r} does not keep; give implementation='xla'"
         )
 
 
 def _check_leaf(view: ResolvedView, param: Any) -> None:
     if is_quantized(param) or param.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
-            f"leaf {view.path!r}: products='kernel' writes float32 or bfloat16, not "
+            f"leaf {view.path!r}: implementation='pallas' writes float32 or bfloat16, not "
             f"{type(param).__name__ if is_quantized(param) else param.dtype}; give "
-            "products='xla'"
+            "implementation='xla'"
         )
     if view.spec is not None:
         raise ValueError(
-            f"leaf {view.path!r}: products='kernel' is not for a mesh of explicit axes; make the "
-            "mesh with explicit=False, or give products='xla'"
+            f"leaf {view.path!r}: implementation='pallas' is not for a mesh of explicit axes; make the "
+            "mesh with explicit=False, or give implementation='xla'"
         )
     if view.view.permutation != tuple(range(len(view.shape))):
         raise ValueError(
-            f"leaf {view.path!r}: products='kernel' writes leaves with batch axes, rows and "
+            f"leaf {view.path!r}: implementation='pallas' writes leaves with batch axes, rows and "
             f"columns in this order, and the view takes axes {view.view.permutation}; give "
-            "products='xla'"
+            "implementation='xla'"
         )
 
 
@@ -90,7 +90,7 @@ def local(steps: dict[int, MatrixStep], params: list[Any]) -> frozenset[int]:
     found = frozenset(i for i, step in steps.items() if _is_local(step))
     if steps and not found:
         warnings.warn(
-            "lrx.fused(products='kernel'): on this mesh no leaf is written by the kernel; name the "
+            "lrx.fused(implementation='pallas'): on this mesh no leaf is written by the kernel; name the "
             "parameters in lrx.meshes.use(mesh, parameters=...), and keep the dimension whole that "
             "is shrunk (side=lrx.sides_for(...))",
             stacklevel=2,
@@ -124,7 +124,7 @@ def finish_leaf(step: MatrixStep, param: Any, prepared: Prepared, write: Write) 
     count = optax.safe_increment(state.count)
     eps, scale = adam.corrections(count.reshape(total))
     decay = write.rate * write.weight_decay
-    rate = write.rate * (1 - decay) if write.when == "post" else write.rate
+    rate = write.rate * (1 - decay) if write.decay == "after" else write.rate
     keys = None
     if write.rounding == "stochastic":
         keys = jax.vmap(lambda layer: jax.random.fold_in(write.key, layer))(jnp.arange(total))

@@ -79,7 +79,7 @@ def layerwise_step(
     Raises:
       TypeError: for an optimizer without a fused form.
       ValueError: for a projected leaf outside the stack, one whose layers are not its first axis, a
-        form with products="kernel", or `exact_skip` of an optimizer with guard=False.
+        form with implementation="pallas", or `exact_skip` of an optimizer with guard=False.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -114,8 +114,8 @@ def layerwise_step(
 # targets, residual rules and refresh schedules are taken, those by layers with clipping too.
 REFUSED: tuple[tuple[Callable[[Fused, bool], bool], str], ...] = (
     (
-        lambda form, exact_skip: form.products != "xla",
-        "products='kernel' writes whole stacks, not single layers; give products='xla'",
+        lambda form, exact_skip: form.implementation != "xla",
+        "implementation='pallas' writes whole stacks, not single layers; give implementation='xla'",
     ),
     (
         lambda form, exact_skip: exact_skip and not form.recipe.projection.guard,

@@ -1,4 +1,4 @@
-"""Where the low-rank state of a projected leaf lies on an auto mesh: between its uses, and where it
+"""Where the low-rank state of a projected leaf is placed on an auto mesh: between its uses, and where it
 is used.
 
 Of a matrix `(s, k)` whose s is divided over the mesh axes A and k over B:
@@ -81,7 +81,7 @@ class Layout:
 def current(view: ResolvedView) -> Layout | None:
     """The layout of a leaf, or of a layer of it, inside `meshes.use(mesh, parameters=...)`; None
     elsewhere."""
-    specs = sharding.current_specs.get()
+    specs = sharding.current_partition_specs.get()
     if specs is None or view.path not in specs:
         return None
     entries = specs[view.path]
@@ -143,7 +143,7 @@ def mixed(view: ResolvedView, tree: Any) -> Any:
 
 def as_parameter(path: str, gradient: Any) -> Any:
     """A full gradient laid out as its parameter is, so that no device holds all of it."""
-    specs = sharding.current_specs.get()
+    specs = sharding.current_partition_specs.get()
     if (
         specs is None
         or path not in specs

@@ -29,8 +29,8 @@ def state_shardings(
     `transformation.init(params)`.
 
     Of a projected leaf, batch axes keep their sharding, the kept dimension keeps its own, the rank
-    and the shrunk dimension of a basis are whole; error feedback lies like the parameter. State
-    shaped like a parameter (moments of plain leaves, of `optax.adamw`, accumulated gradients) lies
+    and the shrunk dimension of a basis are unsharded; error feedback is placed like the parameter. State
+    shaped like a parameter (moments of plain leaves, of `optax.adamw`, accumulated gradients) is placed
     like that parameter; all else is replicated.
 
     Args:
@@ -141,7 +141,7 @@ def _given(params: Any, leaves: list[Any], shardings: Any) -> list[tuple[str, Na
             )
         if kind.mesh.abstract_mesh != kinds[0].mesh.abstract_mesh:
             raise ValueError(
-                f"shardings: leaf {path!r} lies on another mesh than {paths[0]!r}; use one mesh"
+                f"shardings: leaf {path!r} is placed on another mesh than {paths[0]!r}; use one mesh"
             )
     return list(zip(paths, kinds, strict=True))
 

@@ -101,7 +101,7 @@ def placed(*, takes: dict[str, str], gives: dict[str, str]) -> Callable[[Callabl
 
 def like(new: Pytree, old: Pytree) -> Pytree:
     """`new` in the dtypes of `old`, and on an explicit mesh in its types."""
-    return jax.tree.map(sharding.like, new, old)
+    return jax.tree.map(sharding.sharded_like, new, old)
 
 
 def on_own_matrices(

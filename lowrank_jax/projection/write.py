@@ -24,7 +24,7 @@ class Write:
     rounding: str
     rate: Any
     weight_decay: Any
-    when: str
+    decay: str
     accepted: Any
     key: jax.Array
     path: str
@@ -46,13 +46,13 @@ class Write:
             jax.random.key(jnp.asarray(recipe.projection.seed, jnp.int32)), step
         )
         key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        decay = at_step(recipe.weight_decay, step) if decays else 0
-        return cls(rounding, rate, decay, recipe.when, accepted, key, path)
+        weight_decay = at_step(recipe.weight_decay, step) if decays else 0
+        return cls(rounding, rate, weight_decay, recipe.decay, accepted, key, path)
 
     def __call__(self, param: Any, update: jax.Array, layer: Any) -> Any:
         old = dequantized(param).astype(jnp.float32)
         value = old + decayed_step(
-            update, old, self.rate, self.weight_decay, self.when, self.accepted
+            update, old, self.rate, self.weight_decay, self.decay, self.accepted
         )
         key = jax.random.fold_in(self.key, layer) if self.rounding == "stochastic" else None
         if is_quantized(param) and param.writable:

@@ -13,8 +13,8 @@ from lowrank_jax.sharding.auto import all_axes, constrained, for_product, matrix
 from lowrank_jax.sharding.context import (
     Spec,
     current_mesh,
+    current_partition_specs,
     current_rows,
-    current_specs,
     divides,
     explicit_trace,
 )
@@ -34,7 +34,6 @@ from lowrank_jax.sharding.entries import (
     unsharded_spec,
 )
 from lowrank_jax.sharding.explicit import (
-    like,
     match_sharding,
     mesh_of,
     over_batch,
@@ -42,6 +41,7 @@ from lowrank_jax.sharding.explicit import (
     replicate_rest,
     reshape,
     reshard,
+    sharded_like,
     with_out_sharding,
     zeros,
     zeros_like,
@@ -57,8 +57,8 @@ __all__ = [
     "codes_of",
     "constrained",
     "current_mesh",
+    "current_partition_specs",
     "current_rows",
-    "current_specs",
     "divides",
     "divides_any",
     "dividing",
@@ -69,7 +69,6 @@ __all__ = [
     "fold_spec",
     "for_product",
     "is_explicit",
-    "like",
     "low_spec",
     "match_sharding",
     "matrix_spec",
@@ -81,6 +80,7 @@ __all__ = [
     "reshape",
     "reshard",
     "scan",
+    "sharded_like",
     "spec_of",
     "unshard_rows",
     "unsharded_spec",

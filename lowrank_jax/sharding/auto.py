@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lowrank_jax.sharding.context import Spec, current_mesh, current_rows, current_specs, divides
+from lowrank_jax.sharding.context import (
+    Spec,
+    current_mesh,
+    current_partition_specs,
+    current_rows,
+    divides,
+)
 from lowrank_jax.sharding.entries import (
     MeshAxes,
     axis_names_of,
@@ -40,7 +46,7 @@ def matrix_spec(path: str, view: AxesOfMatrix) -> Spec | None:
     They are what `meshes.use(parameters=)` says. None where it does not, and where batch axes of
     the view are divided.
     """
-    entries = (current_specs.get() or {}).get(path)
+    entries = (current_partition_specs.get() or {}).get(path)
     if entries is None or len(entries) != len(view.batch) + len(view.rows) + len(view.cols):
         return None
     *batch, rows, cols = fold_spec(entries, view.batch, view.rows, view.cols)
@@ -54,7 +60,7 @@ def for_product(path: str, ndim: int) -> Spec | None:
     the batch. None where `meshes.use(parameters=)` does not name the parameter, and where no rule
     divides rows.
     """
-    entries = (current_specs.get() or {}).get(path)
+    entries = (current_partition_specs.get() or {}).get(path)
     rows = current_rows.get()
     if entries is None or rows is None or len(entries) < ndim:
         return None
@@ -95,7 +101,7 @@ def _replicas(mesh: Mesh) -> tuple[str, ...]:
     () where these are not known, and where all axes divide some.
     """
     names = dividing(mesh.axis_names, mesh)
-    entries = [entry for spec in (current_specs.get() or {}).values() for entry in spec]
+    entries = [entry for spec in (current_partition_specs.get() or {}).values() for entry in spec]
     used = {name for entry in entries for name in axis_names_of(entry)}
     if used.isdisjoint(names):
         return ()

@@ -16,8 +16,8 @@ current_mesh: contextvars.ContextVar[Any] = contextvars.ContextVar("current_mesh
 
 # Of `meshes.use(mesh, parameters=...)`: path -> partition entries of the parameter, one for each
 # axis.
-current_specs: contextvars.ContextVar[dict[str, Spec] | None] = contextvars.ContextVar(
-    "current_specs", default=None
+current_partition_specs: contextvars.ContextVar[dict[str, Spec] | None] = contextvars.ContextVar(
+    "current_partition_specs", default=None
 )
 
 

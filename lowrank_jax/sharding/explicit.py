@@ -159,7 +159,7 @@ def over_batch(function: Callable, spec: Spec, axes: int) -> Callable:
     return run
 
 
-def like(x: Array, old: Array) -> Array:
+def sharded_like(x: Array, old: Array) -> Array:
     """`x` in the type of `old`: its dtype, and on an explicit mesh its sharding.
 
     Inside `jax.shard_map` it varies where `old` varies.

@@ -299,7 +299,7 @@ def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Pytree = None) -> Itera
       parameters: a tree of arrays or `jax.ShapeDtypeStruct`s with NamedShardings on an auto mesh.
         The update of an optimizer of this library then keeps its state divided as
         `lrx.state_shardings(..., spread=True)` says, and gathers what is low-rank layer by layer,
-        where a layer is written. `implementation="pallas"` of adapters and `products="kernel"` of
+        where a layer is written. `implementation="pallas"` of adapters and of
         the fused form take a kernel where this tree, by the paths that `lrx.adapt` or the optimizer
         sees, says that a matrix is divided so that each device can run it on its own block. A
         quantised matrix with adapters is gathered as codes, before it is decoded (HiRA, which
@@ -315,7 +315,7 @@ def use(mesh: Mesh, rules: Rules = RULES, *, parameters: Pytree = None) -> Itera
     known: list[tuple[contextvars.ContextVar, Any]] = [
         (_CURRENT, (mesh, rules)),
         (sharding.current_mesh, mesh),
-        (sharding.current_specs, own),
+        (sharding.current_partition_specs, own),
         (sharding.current_rows, _rows(mesh, rules)),
     ]
     tokens = [(variable, variable.set(value)) for variable, value in known]

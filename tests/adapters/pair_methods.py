@@ -20,7 +20,7 @@ METHODS = {
     "scaled_adamw sequential": functools.partial(A.scaled_adamw, order="sequential", damping=1e-3),
     "altlora": functools.partial(A.altlora, scale=SCALE, damping=1e-3),
     "altlora both": functools.partial(
-        A.altlora, scale=2.0, alternate=None, bias_correction="first", when="post"
+        A.altlora, scale=2.0, alternate=None, bias_correction="first", decay="after"
     ),
     "altlora_plus": functools.partial(A.altlora_plus, scale=SCALE, alternate=2, damping=1e-3),
     "altlora_plus official": functools.partial(
@@ -29,7 +29,7 @@ METHODS = {
         alternate=None,
         bias_correction="first",
         transport="step",
-        when="post",
+        decay="after",
     ),
 }
 NAMED = {method.func.__name__ for method in METHODS.values()}

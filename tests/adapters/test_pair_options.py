@@ -49,7 +49,7 @@ def test_other_leaves_take_adamw(name):
     )
     eps, convention = (1e-6, "hf") if "adamw" in name else (1e-8, "torch")
     adam = lrx.inner.adam(eps=eps, convention=convention)
-    final = lrx.apply_learning_rate(0.1, 0.1, when="post" if when_post else "pre")
+    final = lrx.apply_learning_rate(0.1, 0.1, decay="after" if when_post else "before")
     leaf = lambda tree: tree["q"]["kernel"]["magnitude"]  # noqa: E731
     params, state, rate = leaf(params_like()), adam.init(leaf(params_like())), final.init(None)
     for step in range(3):
@@ -202,7 +202,7 @@ def test_errors_of_values():
             "bias_correction='both' must be one of",
         ),
         (lambda: A.altlora(0.1, scale=1.0, b1=1.0), "b1=1.0 must be a finite number"),
-        (lambda: A.altlora(0.1, scale=1.0, when="now"), "when='now' must be one of"),
+        (lambda: A.altlora(0.1, scale=1.0, decay="now"), "decay='now' must be one of"),
         (
             lambda: A.altlora_plus(0.1, scale=1.0, transport="moved"),
             "transport='moved' must be one of",

@@ -120,7 +120,7 @@ ROWS = {
     "altlora two turns": (altlora, {"alternate": 2, "delta": 0.3}, lambda: alt(alternate=2, damping=0.3)),
     "altlora official": (
         altlora, {"alternate": None, "correct": "first", "after": True, "b1": 0.8, "delta": 0.3},
-        lambda: alt(alternate=None, bias_correction="first", when="post", b1=0.8, damping=0.3),
+        lambda: alt(alternate=None, bias_correction="first", decay="after", b1=0.8, damping=0.3),
     ),
     "altlora_plus": (altlora, ADAM2 | {"correct": "both", "delta": 1e-5}, lambda: plus()),
     "altlora_plus uncorrected": (
@@ -129,7 +129,7 @@ ROWS = {
     ),
     "altlora_plus official": (
         altlora, ADAM2 | {"alternate": None, "correct": "first", "after": True, "stored": False, "delta": 1e-3},
-        lambda: plus(alternate=None, bias_correction="first", when="post", transport="step", damping=1e-3),
+        lambda: plus(alternate=None, bias_correction="first", decay="after", transport="step", damping=1e-3),
     ),
     "scaled_adamw": (scaled_adamw, {}, lambda: scaled()),
     "scaled_adamw official": (
@@ -198,7 +198,7 @@ def official(row, defaults):
             order="sequential",
             **common,
         )
-    common |= {"scale": 1.0, "damping": c["reg"], "alternate": c["alternate"], "when": "post"}
+    common |= {"scale": 1.0, "damping": c["reg"], "alternate": c["alternate"], "decay": "after"}
     common["bias_correction"] = "first" if c["correct_bias"] else "none"
     if row["method"] == "altlora":
         del common["b2"]

@@ -134,7 +134,7 @@ def lowered(shape, platform, **options):
     ("shape", "calls"), [((2048, 2176), 1), ((2176, 2048), 1), ((1024, 1152), 0), ((2100, 2200), 0)]
 )
 def test_the_projector_takes_the_kernel_where_it_is_told_to_and_it_pays(shape, calls):
-    assert ("tpu_custom_call" in lowered(shape, "tpu", products="kernel")) == bool(calls)
+    assert ("tpu_custom_call" in lowered(shape, "tpu", implementation="pallas")) == bool(calls)
     assert "tpu_custom_call" not in lowered(shape, "tpu")
 
 
@@ -146,9 +146,9 @@ def test_projector_refreshes_to_the_same_basis(monkeypatch):
         grads = {"kernel": operand(shape)}
         views = lrx.Views(stacked=("kernel",)) if len(shape) == 3 else lrx.Views()
         bases = []
-        for products in ("xla", "kernel"):
+        for implementation in ("xla", "pallas"):
             tx = lrx.scale_by_projection(
-                lrx.projectors.dct(rank=32, products=products), views=views
+                lrx.projectors.dct(rank=32, implementation=implementation), views=views
             )
             state = tx.update(grads, tx.init(grads), grads)[1]
             bases.append(jax.tree.leaves(state.matrices["kernel"].basis)[0])
@@ -156,5 +156,5 @@ def test_projector_refreshes_to_the_same_basis(monkeypatch):
 
 
 def test_projector_refuses_another_word():
-    with pytest.raises(ValueError, match="products='pallas' must be 'xla' or 'kernel'"):
-        lrx.projectors.dct(products="pallas")
+    with pytest.raises(ValueError, match="implementation='kernels' must be 'xla' or 'pallas'"):
+        lrx.projectors.dct(implementation="kernels")

@@ -274,7 +274,8 @@ def test_the_fused_form_by_the_kernel_is_the_fused_form(name, interpreted):
     interpreted(implementation)
     dtype = "bfloat16" if "rounding" in form else "float32"
     expected, found = (
-        trained(lrx.fused(galore(**options), products=p, **form), dtype) for p in ("xla", "kernel")
+        trained(lrx.fused(galore(**options), implementation=p, **form), dtype)
+        for p in ("xla", "pallas")
     )
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert int(found[1].projection.skipped) == (0 if name.startswith("no guard") else 1)
@@ -287,19 +288,22 @@ def test_decay_before_the_step_and_a_gradient_that_is_not_finite(implementation,
     leaf's NaN too."""
     interpreted(implementation)
     recipe = dataclasses.replace(
-        galore(refresh_schedule=lrx.refresh_schedules.every(period=3)).recipe, when="pre"
+        galore(refresh_schedule=lrx.refresh_schedules.every(period=3)).recipe, decay="before"
     )
     found = {}
-    for products in ("xla", "kernel"):
-        found[products] = trained(fused.Fused(recipe=recipe, products=products), leaf="down")
-        assert int(found[products][1].projection.skipped) == 1
-    compare(found["kernel"], found["xla"], 1e-5)
+    for implementation in ("xla", "pallas"):
+        found[implementation] = trained(
+            fused.Fused(recipe=recipe, implementation=implementation), leaf="down"
+        )
+        assert int(found[implementation][1].projection.skipped) == 1
+    compare(found["pallas"], found["xla"], 1e-5)
     after = trained(
-        fused.Fused(recipe=dataclasses.replace(recipe, when="post"), products="kernel"), leaf="down"
+        fused.Fused(recipe=dataclasses.replace(recipe, decay="after"), implementation="pallas"),
+        leaf="down",
     )
     assert (
         np.abs(
-            after[0]["layers"]["up"]["kernel"] - found["kernel"][0]["layers"]["up"]["kernel"]
+            after[0]["layers"]["up"]["kernel"] - found["pallas"][0]["layers"]["up"]["kernel"]
         ).max()
         > 1e-4
     )
@@ -315,10 +319,10 @@ def test_a_gradient_that_is_not_finite_at_a_refresh_is_what_xla_makes_of_it(guar
         "projector": lrx.projectors.random(rank=3, stored=True),
         "rank": None,
     }
-    form = {p: lrx.fused(galore(**options), products=p) for p in ("xla", "kernel")}
-    found = {products: trained(own, leaf="up") for products, own in form.items()}
-    compare(found["kernel"], found["xla"], 1e-5)
-    assert np.isnan(found["kernel"][0]["layers"]["up"]["kernel"]).any() == (not guard)
+    form = {p: lrx.fused(galore(**options), implementation=p) for p in ("xla", "pallas")}
+    found = {implementation: trained(own, leaf="up") for implementation, own in form.items()}
+    compare(found["pallas"], found["xla"], 1e-5)
+    assert np.isnan(found["pallas"][0]["layers"]["up"]["kernel"]).any() == (not guard)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +335,9 @@ def test_a_leaf_with_two_batch_axes(implementation, moments, form, dtype, interp
     params = {"layers": {"up": {"kernel": jnp.ones((2, 3, 16, 24))}}, "bias": jnp.zeros(16)}
     view = lrx.MatrixView(batch=(0, 1), rows=(2,), cols=(3,))
     tx = galore(views=lrx.Views(rules=(("layers/.*", view),)), inner=moments)
-    own = (lrx.fused(tx, products=products, **form) for products in ("xla", "kernel"))
+    own = (
+        lrx.fused(tx, implementation=implementation, **form) for implementation in ("xla", "pallas")
+    )
     expected, found = (trained(one, dtype, params, "up") for one in own)
     # the form's noise is one draw for an index of the first axis, the kernel's one for each matrix
     compare(found, expected, 1e-5 if dtype == "float32" else 2e-2)
@@ -339,15 +345,17 @@ def test_a_leaf_with_two_batch_axes(implementation, moments, form, dtype, interp
 
 def test_the_kernel_is_taken_only_where_it_is_told_to():
     params = {"kernel": jnp.ones((2, 128, 256))}
-    for products in ("xla", "kernel"):
-        form = lrx.fused(galore(views=lrx.Views(stacked=("kernel",))), products=products)
+    for implementation in ("xla", "pallas"):
+        form = lrx.fused(
+            galore(views=lrx.Views(stacked=("kernel",))), implementation=implementation
+        )
         text = (
             jax.jit(form.step)
             .trace(params, params, form.init(params))
             .lower(lowering_platforms=("tpu",))
             .as_text()
         )
-        assert ("tpu_custom_call" in text) == (products == "kernel")
+        assert ("tpu_custom_call" in text) == (implementation == "pallas")
 
 
 @pytest.mark.parametrize(
@@ -365,13 +373,13 @@ def test_the_kernel_is_taken_only_where_it_is_told_to():
 )
 def test_the_form_refuses_what_the_kernel_does_not_compute(options, message):
     with pytest.raises(ValueError, match=message):
-        lrx.fused(galore(**options), products="kernel")
+        lrx.fused(galore(**options), implementation="pallas")
     with pytest.raises(ValueError, match="must be one of"):
-        lrx.fused(galore(), products="pallas")
+        lrx.fused(galore(), implementation="kernels")
 
 
 def test_leaves_and_layer_wise_steps_that_it_cannot_write_are_refused():
-    form = lrx.fused(galore(views=lrx.Views()), products="kernel")
+    form = lrx.fused(galore(views=lrx.Views()), implementation="pallas")
     for kernel, message in (
         (jnp.ones((8, 8), jnp.float16), "writes float32 or bfloat16, not float16"),
         (linalg.quantize_blocks(jnp.ones((8, 8)), "linear"), "not QuantizedBlocks"),
@@ -380,12 +388,12 @@ def test_leaves_and_layer_wise_steps_that_it_cannot_write_are_refused():
         with pytest.raises(ValueError, match=message):
             form.step(params, {"kernel": jnp.ones((8, 8))}, state)
     turned = lrx.Views(rules=((".*", lrx.MatrixView(rows=(1,), cols=(0,))),))
-    form = lrx.fused(galore(views=turned), products="kernel")
+    form = lrx.fused(galore(views=turned), implementation="pallas")
     params = {"kernel": jnp.ones((8, 16))}
     with pytest.raises(ValueError, match=r"the view takes axes \(1, 0\)"):
         form.step(params, params, form.init(params))
     stack = lrx.projection.Stack(
         before=lambda rest, x: x, layer=lambda layer, x: x, after=lambda rest, x: jnp.mean(x)
     )
-    with pytest.raises(ValueError, match="products='kernel' writes whole stacks"):
+    with pytest.raises(ValueError, match="implementation='pallas' writes whole stacks"):
         lrx.layerwise_step(stack, dataclasses.replace(form))

@@ -171,8 +171,8 @@ def test_what_does_not_fit_falls_back_unless_it_is_named():
 @pytest.mark.parametrize("adapted", [True, False])
 def test_matmul_takes_the_kernel_only_where_the_matrix_asks_for_it(adapted):
     found = {}
-    for products in ("xla", "kernel"):
-        x, w = operands((5, 70, 24), "float32", products=products)
+    for implementation in ("xla", "pallas"):
+        x, w = operands((5, 70, 24), "float32", implementation=implementation)
         params = {"kernel": w}
         if adapted:
             made = lrx.adapt(
@@ -183,16 +183,16 @@ def test_matmul_takes_the_kernel_only_where_the_matrix_asks_for_it(adapted):
         def loss(x, params=params):
             return jnp.sum(jnp.sin(lrx.matmul(x, params["kernel"])))
 
-        found[products] = jax.value_and_grad(loss)(x)
+        found[implementation] = jax.value_and_grad(loss)(x)
         text = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
-        assert ("triton" in text) == (products == "kernel")
+        assert ("triton" in text) == (implementation == "pallas")
     jax.tree.map(
         lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-4, atol=1e-5), *found.values()
     )
 
 
 def test_a_product_of_another_form_decodes():
-    x, w = operands((5, 64, 24), "float32", products="kernel")
+    x, w = operands((5, 64, 24), "float32", implementation="pallas")
     exact = np.asarray(x, np.float64) @ decoded(w)
     np.testing.assert_allclose(
         lrx.dot_general(w.dequantize(), w, (((0,), (0,)), ((), ()))).shape, (24, 24)

@@ -192,7 +192,7 @@ class Program:
     guard: bool = True
     rate: str = "number"
     decay: float = 0.0
-    when: str = "pre"
+    when: str = "before"
     accumulate: int = 1
     equality: str = "scan"
 
@@ -230,7 +230,7 @@ class Program:
         rate = 0.05 if self.rate == "number" else optax.linear_schedule(0.05, 0.02, STEPS)
         projection = lrx.projection.Projection(**(slots | options | overrides))
         return lrx.projection.Recipe(
-            projection=projection, learning_rate=rate, weight_decay=self.decay, when=self.when
+            projection=projection, learning_rate=rate, weight_decay=self.decay, decay=self.when
         ).optax()
 
 
@@ -641,7 +641,7 @@ CHOICES: dict[str, tuple] = {
     "guard": (True, True, True, False),
     "rate": ("number", "schedule"),
     "decay": (0.0, 0.3),
-    "when": ("pre", "post"),
+    "when": ("before", "after"),
     "accumulate": (1, 1, 2),
 } | {slot: tuple(values) for slot, values in SLOTS.items()}
 

@@ -202,9 +202,11 @@ def test_schedule_and_decay_are_the_named_optimizers_own(method):
     transformation = method.build(learning_rate=rate, weight_decay=decay)
     decayed = m.eager(transformation.update, grads, m.eager(transformation.init, params), params)[0]
     when = (
-        lrx.galore(0.1, rank=1).recipe.when if method.factory in (lrx.galore, lrx.apollo) else "pre"
+        lrx.galore(0.1, rank=1).recipe.decay
+        if method.factory in (lrx.galore, lrx.apollo)
+        else "before"
     )
-    shrink = 1 - rate * decay if when == "post" else 1
+    shrink = 1 - rate * decay if when == "after" else 1
     m.assert_close(
         decayed, jax.tree.map(lambda u, p: shrink * u - rate * decay * p, results[0], params)
     )

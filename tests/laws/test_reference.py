@@ -58,7 +58,7 @@ def _reference(method, name, layer):
                 at_step(recipe.weight_decay, step) if recipe.mask is None or name == "dense" else 0
             )
             rate = at_step(recipe.learning_rate, step)
-            update = decayed_step(update, param, rate, decay, recipe.when, True)
+            update = decayed_step(update, param, rate, decay, recipe.decay, True)
         param = param + update
         yield update, parts_of(state)
 

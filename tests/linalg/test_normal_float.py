@@ -114,7 +114,7 @@ def test_what_is_not_finite_makes_its_block_nan(value):
 @pytest.mark.parametrize("double", [False, True])
 def test_requantising_keeps_form_and_codes(double):
     w = np.float32(RNG.normal(size=(320, 70)))
-    small = linalg.quantize_nf4(w, double=double, products="kernel")
+    small = linalg.quantize_nf4(w, double=double, implementation="pallas")
     again = small.requantize(small.dequantize())
     assert jax.tree.structure(again) == jax.tree.structure(small)
     np.testing.assert_array_equal(again.codes, small.codes)
@@ -133,8 +133,8 @@ def test_requantising_keeps_form_and_codes(double):
         (lambda: linalg.quantize_nf4(jnp.ones((4, 4), jnp.int8)), "int8 and shape"),
         (lambda: linalg.quantize_nf4(jnp.ones(4)), "at least two axes"),
         (
-            lambda: linalg.quantize_nf4(jnp.ones((4, 4)), products="pallas"),
-            "products='pallas' must be one of",
+            lambda: linalg.quantize_nf4(jnp.ones((4, 4)), implementation="kernels"),
+            "implementation='kernels' must be one of",
         ),
         (
             lambda: linalg.quantize_nf4(jnp.ones((4, 4))).requantize(

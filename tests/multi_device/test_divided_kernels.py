@@ -203,7 +203,7 @@ def test_the_fused_form_writes_each_device_its_own_block(
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     options = {"rounding": "stochastic"} if dtype == "bfloat16" else {}
-    form = lrx.fused(galore(moments), products="kernel", **options)
+    form = lrx.fused(galore(moments), implementation="pallas", **options)
     expected, _ = steps(form, params)
     chosen = functools.partial(kernels.low_rank_adam, implementation=implementation, interpret=True)
     monkeypatch.setattr(kernels, "low_rank_adam", chosen)
@@ -223,14 +223,16 @@ def test_the_fused_form_writes_each_device_its_own_block(
 
 def test_leaves_that_are_not_local_take_the_form_of_xla():
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
-    kernel, xla = (lrx.fused(galore(), products=products) for products in ("kernel", "xla"))
+    kernel, xla = (
+        lrx.fused(galore(), implementation=implementation) for implementation in ("pallas", "xla")
+    )
     place = placement(mesh, (None, "fsdp", "tensor"), (None, "tensor"))
     found, text = steps(kernel, PARAMS, mesh, place)
     assert (
         text.count("shard_map") == 2
     )  # of down, whose shrunk dimension is whole, on TPUs and on GPUs
     close(found, steps(xla, PARAMS)[0], 1e-4)
-    coded = lrx.fused(galore(lrx.inner.stored8(minimum=1, block=24)), products="kernel")
+    coded = lrx.fused(galore(lrx.inner.stored8(minimum=1, block=24)), implementation="pallas")
     with pytest.warns(
         UserWarning, match="no leaf is written by the kernel"
     ):  # a device would have part of a block
@@ -316,7 +318,7 @@ def test_a_divided_program_has_the_kernel_of_lora_where_the_mesh_knows_its_matri
 
 def test_a_divided_program_has_the_kernel_of_nf4_under_adapters():
     mesh, x = meshes.make_mesh(fsdp=4, tensor=2), draw(8, 4, 256)
-    params = {"up": {"kernel": linalg.quantize_nf4(draw(256, 512), products="kernel")}}
+    params = {"up": {"kernel": linalg.quantize_nf4(draw(256, 512), implementation="pallas")}}
     made = lrx.adapt(params, lrx.adapters.lora(rank=4, init="orthogonal"), jax.random.key(0))
     place = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
     parameters = jax.tree.map(

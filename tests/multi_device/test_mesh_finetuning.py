@@ -137,7 +137,7 @@ def test_what_an_explicit_mesh_does_not_do_is_refused(folder, monkeypatch):
 
 def test_kernels_of_adapters_learn_how_the_frozen_matrices_lie(folder, monkeypatch):
     task, seen = Finetuning(config_of(folder, "lora", **MESHES["fsdp x tensor"])), {}
-    run = lambda tree, batch: (seen.update(sharding.current_specs.get()), (0, 0, 0))[1]  # noqa: E731
+    run = lambda tree, batch: (seen.update(sharding.current_partition_specs.get()), (0, 0, 0))[1]  # noqa: E731
     monkeypatch.setattr(task, "_run", run)
     jax.eval_shape(
         task.sums, task.abstract["params"], task.host_batch(0), task.abstract, task.frozen[0]

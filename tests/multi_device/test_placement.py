@@ -165,7 +165,9 @@ def test_shardings_come_from_the_leaves_or_are_demanded_by_name():
     with pytest.raises(ValueError, match="shardings has 2 leaves, params 3"):
         lrx.state_shardings(optax.adamw(1e-3), PARAMS, shardings()["dense"])
     mixed = shardings() | {"layers": shardings(AxisType.Explicit)["layers"]}
-    with pytest.raises(ValueError, match="'layers/kernel' lies on another mesh than 'dense/bias'"):
+    with pytest.raises(
+        ValueError, match="'layers/kernel' is placed on another mesh than 'dense/bias'"
+    ):
         lrx.state_shardings(optax.adamw(1e-3), PARAMS, mixed)
 
 

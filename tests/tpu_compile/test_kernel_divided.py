@@ -90,7 +90,7 @@ def test_the_fused_form_writes_in_place_and_gathers_one_basis_after_the_other(me
     tx = lrx.galore(
         1e-3, projector=basis, weight_decay=0.1, views=lrx.Views(stacked=("kernel",)), side="rows"
     )
-    form, state = lrx.fused(tx, products="kernel"), jax.eval_shape(tx.init, params)
+    form, state = lrx.fused(tx, implementation="pallas"), jax.eval_shape(tx.init, params)
     places = lrx.state_shardings(tx, params, spread=True)
     state = jax.tree.map(
         lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), state, places

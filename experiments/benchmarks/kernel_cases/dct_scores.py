@@ -27,7 +27,7 @@ MATRICES = {
 
 
 def product(x):
-    """As `lrx.projectors.dct(products="xla")` scores a gradient."""
+    """As `lrx.projectors.dct(implementation="xla")` scores a gradient."""
     return linalg.row_scores(linalg.dct(x, 3), "l1")
 
 

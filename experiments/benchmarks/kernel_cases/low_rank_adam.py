@@ -31,9 +31,9 @@ MOMENTS: dict[str, tuple[Any, int]] = {
 }
 
 
-def program(transformation: Any, products: str) -> Callable[..., Any]:
+def program(transformation: Any, implementation: str) -> Callable[..., Any]:
     """`(params, grads, state) -> (params, state)`."""
-    form = lrx.fused(transformation, products=products)
+    form = lrx.fused(transformation, implementation=implementation)
 
     def run(params, grads, state):
         projected = isinstance(grads["kernel"], lrx.projection.Projected)
@@ -68,7 +68,7 @@ def cases(kind: str, chip: str) -> Iterator[Case]:
                     labels={"matrix": matrix, "moments": moments, "part": part},
                     operands=(params, grads, jax.eval_shape(transformation.init, params)),
                     xla=program(transformation, "xla"),
-                    pallas=program(transformation, "kernel"),
+                    pallas=program(transformation, "pallas"),
                     donate=(0, 2),
                     facts={
                         "tile": tile,

@@ -90,7 +90,7 @@ class Oft(Adapter):
         return self._by_blocks(linalg.solve, kernel, p)
 
     def _by_blocks(self, function: Callable, kernel: jax.Array, p: Arrays) -> jax.Array:
-        """`function(R, blocks of rows)`, which lies as the kernel does."""
+        """`function(R, blocks of rows)`, which is placed as the kernel is."""
 
         def turned(kernel, skew, scale):
             blocks = kernel.reshape(-1, self.block, kernel.shape[-1])

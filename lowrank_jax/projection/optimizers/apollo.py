@@ -60,7 +60,7 @@ def apollo(
         "refresh_schedule": refresh_schedules.every(period=refresh_every),
         "residual": residuals.gradient_rescale(axis=axis, scale=scale**0.5, limiter=limiter),
     }
-    return recipe(learning_rate, weight_decay, "post", common, **slots)
+    return recipe(learning_rate, weight_decay, "after", common, **slots)
 
 
 @named

@@ -67,4 +67,4 @@ def badam(
         "refresh_schedule": refresh_schedules.every(period=200),
         "sampler": samplers.badam(period=period, order=order, phase=phase, layers=layers),
     }
-    return recipe(learning_rate, weight_decay, "pre", common, **slots)
+    return recipe(learning_rate, weight_decay, "before", common, **slots)

@@ -66,4 +66,4 @@ def dct_adamw(
         "transport": transports.rotate() if rotate else transports.keep(),
         "target": targets.error_feedback() if error_feedback else targets.gradient(),
     }
-    return recipe(learning_rate, weight_decay, "pre", common, **slots)
+    return recipe(learning_rate, weight_decay, "before", common, **slots)

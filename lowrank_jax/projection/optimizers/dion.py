@@ -140,4 +140,4 @@ def dion(
         "scale": scale,
         "side": "cols",
     }
-    return recipe(learning_rate, weight_decay, "pre", common, **slots)
+    return recipe(learning_rate, weight_decay, "before", common, **slots)

@@ -68,4 +68,4 @@ def fira(
         "residual": residuals.norm_scaled(form=form, limiter=limiter),
         "scale": scale,
     }
-    return recipe(learning_rate, weight_decay, "post", common, **slots)
+    return recipe(learning_rate, weight_decay, "after", common, **slots)

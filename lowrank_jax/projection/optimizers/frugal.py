@@ -91,9 +91,9 @@ def frugal(
             "transport": transports.keep(),
             "scale": rest,
         }
-        return recipe(learning_rate, weight_decay, "pre", common, **slots)
+        return recipe(learning_rate, weight_decay, "before", common, **slots)
     options = {"kind": "orthonormal"} if projection == "random" else {}
     slots["projector"] = projector_of(
         bases[projection], None if projector is not None else rank, projector, **options
     )
-    return recipe(learning_rate, weight_decay, "pre", common, **slots)
+    return recipe(learning_rate, weight_decay, "before", common, **slots)

@@ -84,4 +84,4 @@ def galore(
         "side": side,
         "tie": tie,
     }
-    return recipe(learning_rate, weight_decay, "post", common, **slots)
+    return recipe(learning_rate, weight_decay, "after", common, **slots)

@@ -68,4 +68,4 @@ def golore(
         "transport": transports.rotate(second=False),
         "scale": scale,
     }
-    return recipe(learning_rate, weight_decay, "post", common, **slots)
+    return recipe(learning_rate, weight_decay, "after", common, **slots)

@@ -62,4 +62,4 @@ def ldadam(
         "target": targets.ldadam_error_feedback() if error_feedback else targets.gradient(),
         "tie": "cols",
     }
-    return recipe(learning_rate, weight_decay, "pre", common, **slots)
+    return recipe(learning_rate, weight_decay, "before", common, **slots)

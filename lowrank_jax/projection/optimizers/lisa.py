@@ -65,4 +65,4 @@ def lisa(
         "refresh_schedule": refresh_schedules.every(period=200),
         "sampler": samplers.lisa(active=active, period=period, layers=layers),
     }
-    return recipe(learning_rate, weight_decay, "pre", common, **slots)
+    return recipe(learning_rate, weight_decay, "before", common, **slots)

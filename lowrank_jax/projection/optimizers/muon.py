@@ -69,4 +69,4 @@ def muon(
         "plain": inner.adam(b1=b1, b2=b2, eps=eps),
         "refresh_schedule": refresh_schedules.never(),
     }
-    return recipe(learning_rate, weight_decay, "pre", common, **slots)
+    return recipe(learning_rate, weight_decay, "before", common, **slots)

@@ -77,4 +77,4 @@ def online_subspace_descent(
         "refresh_schedule": refresh_schedules.every_step(when="after"),
         "scale": scale,
     }
-    return recipe(learning_rate, weight_decay, "post", common, **slots)
+    return recipe(learning_rate, weight_decay, "after", common, **slots)

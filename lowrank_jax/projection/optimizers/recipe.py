@@ -43,28 +43,31 @@ class RecipeState(NamedTuple):
         return show(self)
 
 
+@deprecations.options("lrx.projection.Recipe")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(Short):
     """A projection, a learning rate and a decay rule; `optax()` is its optax form.
 
     Attributes:
       projection: the slots of the projection transformation.
-      learning_rate, weight_decay, when, mask: see `apply_learning_rate`.
+      learning_rate, weight_decay, decay, mask: see `apply_learning_rate`.
       plain_learning_rate: of the leaves that are not projected, a number or a schedule; None for
         the one of the others.
 
     >>> import lowrank_jax as lrx
     >>> recipe = lrx.galore(1e-2, rank=8).recipe
-    >>> recipe.when, recipe.projection.scale
-    ('post', 0.25)
+    >>> recipe.decay, recipe.projection.scale
+    ('after', 0.25)
     """
 
     projection: Projection
     learning_rate: Any
     weight_decay: Any = 0.0
-    when: str = "pre"
+    decay: str = "before"
     mask: Any = None
     plain_learning_rate: Any = None
+
+    when = deprecations.attribute("lrx.projection.Recipe", "when")
 
     def __post_init__(self):
         check_number("plain_learning_rate", self.plain_learning_rate, otherwise="a schedule")
@@ -116,7 +119,7 @@ class Recipe(Short):
     def _functions(self) -> tuple[Callable, Callable]:
         """`(init, update)` of all layers."""
         final = apply_learning_rate(
-            self.learning_rate, self.weight_decay, when=self.when, mask=self.mask
+            self.learning_rate, self.weight_decay, decay=self.decay, mask=self.mask
         )
 
         def init(params):
@@ -193,7 +196,7 @@ def named(function: Function) -> Function:
 def recipe(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: Any,
-    when: str,
+    decay: str,
     common: Mapping[str, Any],
     *,
     refresh_schedule: RefreshSchedule,
@@ -202,7 +205,7 @@ def recipe(
     """The optax form of a recipe.
 
     Args:
-      learning_rate, weight_decay, when: of the final transformation.
+      learning_rate, weight_decay, decay: of the final transformation.
       common: the options of `CommonOptions` that the user gave, which win.
       refresh_schedule: the method's own.
       **slots: the method's other choices.
@@ -219,7 +222,7 @@ def recipe(
         projection=Projection(**slots),
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        when=when,
+        decay=decay,
         mask=mask,
         plain_learning_rate=plain_rate,
     ).optax()

@@ -83,4 +83,4 @@ def soap(
         "refresh_schedule": refresh_schedules.never(),
     }
     decay = weight_decay if is_zero(weight_decay) else AfterFirst(weight_decay)
-    return recipe(learning_rate, decay, "post", common, **slots)
+    return recipe(learning_rate, decay, "after", common, **slots)

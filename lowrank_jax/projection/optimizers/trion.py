@@ -74,4 +74,4 @@ def trion(
         "plain": inner.adam(b1=b1, b2=b2, eps=eps),
         "scale": scale,
     }
-    return recipe(learning_rate, weight_decay, "pre", common, **slots)
+    return recipe(learning_rate, weight_decay, "before", common, **slots)

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lowrank_jax import kernels, linalg
+from lowrank_jax import deprecations, kernels, linalg
 from lowrank_jax.checks import is_integer
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.projectors.transform import TransformProjector
 
 
+@deprecations.options("lrx.projectors.dct")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dct(TransformProjector):
     """The r best vectors of the orthonormal DCT (DCT-AdamW, Trion).
@@ -21,14 +22,14 @@ class Dct(TransformProjector):
       kind: 3, the columns of the DCT-II matrix (the official code's default path, "dct3"), or 2,
         its rows (its Makhoul path, "dct2"); or a pair, for matrices that shrink their inputs and
         for those that shrink their outputs (`(3, 2)` in the official code of Trion).
-      products: "xla", or "kernel": a refresh takes its scores from `lrx.kernels.dct_scores`, on a
+      implementation: "xla", or "pallas": a refresh takes its scores from `lrx.kernels.dct_scores`, on a
         TPU where the shrunk dimension is a multiple of 128 from 2048 on, with XLA's scores to
         rounding. Inside `lrx.meshes.use` of several devices each scores its own columns. Where an
         explicit mesh divides a matrix, XLA's product stays. No device has timed it.
     """
 
     kind: int | tuple[int, int] = 3
-    products: str = "xla"
+    implementation: str = "xla"
 
     def __post_init__(self):
         super().__post_init__()
@@ -38,8 +39,10 @@ class Dct(TransformProjector):
                 f"dct: kind={self.kind!r} must be the number 2 or 3, or a pair of them "
                 "(under optax.inject_hyperparams name it in static_args)"
             )
-        if self.products not in ("xla", "kernel"):
-            raise ValueError(f"dct: products={self.products!r} must be 'xla' or 'kernel'")
+        if self.implementation not in ("xla", "pallas"):
+            raise ValueError(
+                f"dct: implementation={self.implementation!r} must be 'xla' or 'pallas'"
+            )
 
     def kind_of(self, view: ResolvedView) -> int:
         """The kind of the vectors of a leaf, by its side."""
@@ -52,7 +55,7 @@ class Dct(TransformProjector):
         return linalg.dct(x, self.kind_of(view), axis=-2)
 
     def refresh(self, view, basis, memory, inputs):
-        if self.products == "xla" or any(view.spec or ()):
+        if self.implementation == "xla" or any(view.spec or ()):
             return super().refresh(view, basis, memory, inputs)
         x, axis = inputs.target, -2
         if view.side == "cols":  # a transpose of the leaf, which the kernel reads as the leaf lies
