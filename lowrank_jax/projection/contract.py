@@ -199,7 +199,7 @@ def _check_maps(leaf: Leaf, basis: Pytree) -> None:
 
 def _check_moves(leaf: Leaf, basis: Pytree, memory: Pytree) -> None:
     """`sketch_basis`, `start` and `refresh`, each with the fields that are there."""
-    config, view, projector = leaf.config, leaf.view, leaf.config.projector
+    view, projector = leaf.view, leaf.config.projector
     number, low = Struct((), jnp.int32), leaf.low
     there = {"target": leaf.matrix, "param": leaf.matrix, "momentum": low, "low": low}
     there |= {"step": number, "refreshes": number, "key": leaf.keys}
@@ -217,7 +217,7 @@ def _check_moves(leaf: Leaf, basis: Pytree, memory: Pytree) -> None:
         width = found.shape[-1] if isinstance(found, Struct) and found.ndim else view.rank
         sketch_basis.shape(found, (*view.batch, view.kept, width), what="a matrix of k rows")
         given["sketch"] = Struct((*view.batch, view.shrunk, width), jnp.float32)
-    if projector.starts or config.starts_before:
+    if projector.starts:  # otherwise a first basis is a refresh of the one that init made
         start = Verb("projector", projector, "start")
         found = start(lambda g: projector.start(view, inputs_for(start, g, projector)), given)
         start.like(start.pair(found, "(basis, memory)"), (basis, memory), "basis and memory")

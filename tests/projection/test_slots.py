@@ -131,7 +131,7 @@ class InTurn(lrx.refresh_schedules.RefreshSchedule):
         return step % layers, 1
 
     def refreshed(self, state, *, step, change=None):
-        return state + 1.0  # kept in the type of the state
+        return state + 1
 
 
 OWN = {
@@ -264,7 +264,7 @@ def test_a_first_basis_counts_for_the_schedule_of_its_layer():
     assert own["refreshes"].tolist() == [1, 1, 1] and own["next"].tolist() == [3, 3, 3]
 
 
-def test_a_schedule_of_the_tree_keeps_its_type_and_moves_slices():
+def test_a_schedule_of_the_tree_with_a_state_moves_slices():
     tx = OWN["in turn"]()
     state, update = tx.init(PARAMS), jax.jit(tx.update)
     moved = []
