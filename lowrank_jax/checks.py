@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.trees import is_quantized, leaves_with_metadata
+from lowrank_jax.typing import Pytree
 
 
 def is_number(value: Any) -> bool:
@@ -119,7 +120,7 @@ def check_static(field: str, value: Any) -> None:
         )
 
 
-def check_floating(tree: Any, who: str) -> None:
+def check_floating(tree: Pytree, who: str) -> None:
     """ValueError for leaves that are complex, integer or boolean: moments and updates here are real
     numbers.
 

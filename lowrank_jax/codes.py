@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.reprs import Short
-from lowrank_jax.typing import Key, Shape, Spec
+from lowrank_jax.typing import DTypeLike, Kernel, Key, Pytree, Shape, Spec
 
 
 class Codes(Short):
@@ -69,18 +69,18 @@ class Codes(Short):
         """Whether another value can be written in this form."""
         return type(self).requantize is not Codes.requantize
 
-    def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """The value."""
         raise NotImplementedError(f"{type(self).__name__} must decode itself")
 
-    def requantize(self, value: jax.Array, key: Key | None = None) -> Any:
+    def requantize(self, value: jax.Array, key: Key | None = None) -> Kernel:
         """Another value in the same form; a key rounds stochastically."""
         del value, key
         raise ValueError(
             f"{type(self).__name__} has no requantize, so that nothing can be written to it"
         )
 
-    def partition_specs(self, spec: Spec) -> Any:
+    def partition_specs(self, spec: Spec) -> Pytree:
         """PartitionSpecs in the place of arrays, where the value is placed as `spec` says; None where
         the codes cannot follow it."""
         del spec

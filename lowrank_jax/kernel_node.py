@@ -26,7 +26,7 @@ from lowrank_jax import sharding
 from lowrank_jax.matrices import MatrixView
 from lowrank_jax.reprs import Short
 from lowrank_jax.rows import over_rows
-from lowrank_jax.typing import Kernel, Key, Pytree, Shape
+from lowrank_jax.typing import DTypeLike, Kernel, Key, Pytree, Shape
 
 INPUTS = ("features", "indices", "windows", "transposed")
 # What multiplies by a kernel, in the words of jaxprs.
@@ -276,7 +276,7 @@ class KernelNode(Short):
         run = lambda x, node: op.multiply(x, formed(node, x.dtype))  # noqa: E731
         return jax.checkpoint(run)(x, self), None
 
-    def dense(self, dtype: Any = None) -> jax.Array | None:
+    def dense(self, dtype: DTypeLike | None = None) -> jax.Array | None:
         """The kernel as one array; None where it may not be formed.
 
         `dtype` is that of the product: what is decoded is decoded to it, anything else stays in its
@@ -299,7 +299,7 @@ class KernelNode(Short):
         return base
 
 
-def formed(node: KernelNode, dtype: Any) -> jax.Array:
+def formed(node: KernelNode, dtype: DTypeLike) -> jax.Array:
     """The array of a node; the error of reading it as one where it may not be formed."""
     array = node.dense(dtype)
     return node.__jax_array__() if array is None else array

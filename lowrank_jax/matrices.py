@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax import sharding
 from lowrank_jax.reprs import Short
+from lowrank_jax.typing import Kernel
 from lowrank_jax.typing import Shape as Shape
 
 
@@ -210,7 +210,7 @@ class ResolvedView(Short):
             self, view=view, shape=self.shape[1:], batch=self.batch[1:], spec=spec
         )
 
-    def lying(self, leaf: Any) -> ResolvedView:
+    def lying(self, leaf: Kernel) -> ResolvedView:
         """The view with the partition entries that the type of the leaf has on an explicit mesh,
         None elsewhere."""
         own = sharding.explicit_spec(leaf)

@@ -33,15 +33,16 @@ from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.state import MatrixState, ProjectionState
 from lowrank_jax.reprs import Short
 from lowrank_jax.resolution import Report
+from lowrank_jax.typing import Pytree
 
 STATE = ("basis", "moments", "residual", "plain", "scalars", "other", "optimizer state")
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: Pytree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _abstract(tree: Any) -> Any:
+def _abstract(tree: Pytree) -> Any:
     """Shapes, dtypes and shardings of a tree, without its values."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
@@ -63,14 +64,14 @@ def _matrix_bytes(projection: Any, view: ResolvedView) -> dict[str, int]:
     }
 
 
-def _plain_leaves(report: Report, params: Any) -> list[jax.ShapeDtypeStruct]:
+def _plain_leaves(report: Report, params: Pytree) -> list[jax.ShapeDtypeStruct]:
     leaves = zip(report.leaves, jax.tree.leaves(params), strict=True)
     return [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for row, leaf in leaves if row.view is None
     ]
 
 
-def _active(projection: Any, params: Any) -> tuple[Any, int]:
+def _active(projection: Any, params: Pytree) -> tuple[Any, int]:
     """What has state, of shapes alone: all parameters, or those of the active layers; and the bytes
     of the sampler's map."""
     if not projection.sampler.samples:
@@ -80,7 +81,7 @@ def _active(projection: Any, params: Any) -> tuple[Any, int]:
     return jax.eval_shape(lambda params: layers.take(params, layers.draw(0)), params), _bytes(maps)
 
 
-def formula(tx: optax.GradientTransformation, params: Any) -> list[dict[str, Any]]:
+def formula(tx: optax.GradientTransformation, params: Pytree) -> list[dict[str, Any]]:
     """Bytes by component, `[{"component", "bytes_formula"}, ...]`, computed from shapes alone.
 
     Gradients have the parameters' dtypes. A transformation that this library did not make has no
@@ -141,7 +142,7 @@ class Program:
 
 
 def compile_update(
-    tx: optax.GradientTransformation, params: Any, *, donate: bool = True
+    tx: optax.GradientTransformation, params: Pytree, *, donate: bool = True
 ) -> jax.stages.Compiled:
     """`(params, gradients, state) -> (params, state)`: one update and its application, compiled but
     not run."""
@@ -201,7 +202,7 @@ def _scalars(node: ProjectionState) -> dict[str, Any]:
     return {name: x for name, x in node._asdict().items() if name not in ("matrices", "plain")}
 
 
-def components(state: Any) -> dict[str, Any]:
+def components(state: Pytree) -> dict[str, Any]:
     """The parts of an optimizer state by component, wherever in it a `ProjectionState` lies;
     "other" is not ours."""
     is_ours = lambda x: isinstance(x, (ProjectionState, MatrixState))  # noqa: E731
@@ -224,7 +225,7 @@ def components(state: Any) -> dict[str, Any]:
     return parts | {"other": other} if other else parts
 
 
-def _as_arguments(tree: Any) -> int:
+def _as_arguments(tree: Pytree) -> int:
     """Bytes that a compiled program takes for a tree of arguments."""
     return measure(jax.jit(lambda tree: (), keep_unused=True), tree).arguments
 
@@ -272,7 +273,7 @@ class Ledger(Short):
 
 
 def ledger(
-    tx: optax.GradientTransformation, params: Any, step: Any = None, *arguments: Any
+    tx: optax.GradientTransformation, params: Pytree, step: Any = None, *arguments: Any
 ) -> Ledger:
     """The memory of an optimizer on these parameters, and of a training step if one is given.
 

@@ -20,9 +20,10 @@ import optax
 
 from lowrank_jax.checks import no_match
 from lowrank_jax.trees import is_node, leaves_with_metadata, map_nodes, nodes_with_keys, path_of
+from lowrank_jax.typing import Pytree
 
 
-def partition(params: Any, patterns: str | Iterable[str]) -> tuple[Any, Any]:
+def partition(params: Pytree, patterns: str | Iterable[str]) -> tuple[Any, Any]:
     """`(selected, rest)`: the leaves whose whole "/"-joined path matches a pattern, and the others.
 
     Args:
@@ -55,7 +56,7 @@ def partition(params: Any, patterns: str | Iterable[str]) -> tuple[Any, Any]:
         if not any(re.fullmatch(pattern, path) for path in paths):
             raise no_match("patterns", pattern, paths)
 
-    def half(wanted: bool) -> Any:
+    def half(wanted: bool) -> Pytree:
         def keep(path, node):
             chosen = any(re.fullmatch(pattern, path) for pattern in patterns)
             return node if chosen == wanted else optax.MaskedNode()
@@ -65,7 +66,7 @@ def partition(params: Any, patterns: str | Iterable[str]) -> tuple[Any, Any]:
     return half(True), half(False)
 
 
-def join(*parts: Any) -> Any:
+def join(*parts: Any) -> Pytree:
     """The tree that `partition` took apart; also of more parts than two.
 
     Raises:

@@ -17,7 +17,7 @@ from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.codes import Codes
 from lowrank_jax.kernel_node import KernelNode, Op, formed
 from lowrank_jax.trees import is_quantized
-from lowrank_jax.typing import Kernel, Shape
+from lowrank_jax.typing import DTypeLike, Kernel, Shape
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +54,7 @@ class QuantizedKernel(KernelNode):
             return direct(x), None
         return super().multiply(op, x, key)
 
-    def dense(self, dtype: Any = None) -> jax.Array:
+    def dense(self, dtype: DTypeLike | None = None) -> jax.Array:
         return self.codes.dequantize(self.dtype if dtype is None else dtype)
 
 
@@ -65,7 +65,7 @@ def as_node(kernel: Kernel) -> KernelNode | None:
     return kernel if isinstance(kernel, KernelNode) else None
 
 
-def dense(kernel: Kernel, dtype: Any, path: str | None = None) -> jax.Array:
+def dense(kernel: Kernel, dtype: DTypeLike, path: str | None = None) -> jax.Array:
     """The kernel as an array; only a quantised one is cast.
 
     One whose parameter's `path` is given is gathered for a product as codes, where

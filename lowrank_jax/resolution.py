@@ -8,7 +8,6 @@ import inspect
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
@@ -17,6 +16,7 @@ from lowrank_jax import default_views, sharding
 from lowrank_jax.matrices import DENSE, MatrixView, ResolvedView, Shape
 from lowrank_jax.reprs import Short
 from lowrank_jax.trees import is_quantized, leaves_with_metadata
+from lowrank_jax.typing import Kernel, Pytree
 
 _DEFAULT_EXCLUDE = (
     r"(.*/)?(lm_head|head|logits|classifier|[a-z_]*embed[a-z_]*|[a-z_]*norm[a-z_0-9]*)(/.*)?"
@@ -193,7 +193,7 @@ class LeafViews:
       undecided: `{path: shape of one layer}` of leaves whose axes nothing names.
     """
 
-    def __init__(self, views: Views, params: Any):
+    def __init__(self, views: Views, params: Pytree):
         self.views = views
         self.used: set[str] = set()
         self.undecided: dict[str, Shape] = {}
@@ -417,7 +417,7 @@ def check_side(side, tie: str) -> None:
         )
 
 
-def _check_leaf(path: str, node: Any) -> None:
+def _check_leaf(path: str, node: Kernel) -> None:
     if not hasattr(node, "shape"):
         raise TypeError(
             f"leaf {path!r} is {type(node).__name__}, not an array; give a tree of arrays"
@@ -425,13 +425,13 @@ def _check_leaf(path: str, node: Any) -> None:
 
 
 def resolve(
-    params: Any,
+    params: Pytree,
     views: Views | None = None,
     *,
     rank: int | Callable[..., int],
     side: str | tuple[tuple[str, str], ...] = "paper",
     tie: str = "rows",
-    shardings: Any = None,
+    shardings: Pytree = None,
 ) -> Report:
     """Applies the rules to a tree of arrays or ShapeDtypeStructs.
 

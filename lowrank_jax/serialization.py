@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from flax import serialization
 
+from lowrank_jax.typing import Kernel, Pytree
+
 T = TypeVar("T", bound=type)
 
 
@@ -34,10 +36,10 @@ def serializable(kind: T) -> T:
         field.name for field in dataclasses.fields(kind) if not field.metadata.get("static", False)
     ]
 
-    def save(node: Any) -> dict[str, Any]:
+    def save(node: Kernel) -> dict[str, Any]:
         return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
 
-    def restore(target: Any, saved: dict[str, Any]) -> Any:
+    def restore(target: Pytree, saved: dict[str, Any]) -> Pytree:
         if not isinstance(saved, dict) or set(saved) != set(names):
             found = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
             raise ValueError(
@@ -55,7 +57,7 @@ def serializable(kind: T) -> T:
     return kind
 
 
-def _check_alike(kind: type, name: str, target: Any, own: Any, restored: Any) -> None:
+def _check_alike(kind: type, name: str, target: Pytree, own: Any, restored: Pytree) -> None:
     """ValueError where the arrays of a field have other shapes than the target's: they would mean
     something else."""
     shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (own, restored)]

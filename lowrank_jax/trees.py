@@ -14,6 +14,7 @@ import optax
 from flax.core import meta
 
 from lowrank_jax.codes import Codes
+from lowrank_jax.typing import DTypeLike, Kernel, Pytree
 
 
 def _key_name(key: Any) -> str:
@@ -23,7 +24,7 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-def as_float32(leaf: Any) -> Any:
+def as_float32(leaf: Kernel) -> Pytree:
     """An array in float32; of a `jax.ShapeDtypeStruct` that shape, of which `init` makes arrays as
     optax does."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -43,12 +44,12 @@ def is_quantized(x: Any) -> bool:
     return isinstance(x.get_raw_value() if _is_variable(x) else x, Codes)
 
 
-def dequantized(x: Any, dtype: Any = jnp.float32) -> Any:
+def dequantized(x: Any, dtype: DTypeLike = jnp.float32) -> Kernel:
     """The value of a quantised array in this dtype; anything else as it is."""
     return x.dequantize(dtype) if is_quantized(x) else x
 
 
-def stored_like(value: jax.Array, like: Any) -> Any:
+def stored_like(value: jax.Array, like: Pytree) -> Kernel:
     """A value as `like` is stored: in its dtype, or in its codes."""
     if is_quantized(like) and like.writable:
         return like.requantize(value)
@@ -67,7 +68,7 @@ def _is_variable(x: Any) -> bool:
     return nnx is not None and isinstance(x, nnx.Variable)
 
 
-def pure(tree: Any) -> Any:
+def pure(tree: Pytree) -> Pytree:
     """The tree with values in place of nnx Variables, which is how `nnx.Optimizer` hands trees to
     `update`.
 
@@ -84,7 +85,7 @@ def pure(tree: Any) -> Any:
 def _placeholder_type() -> type:
     found: list[type] = []
 
-    def init(params: Any) -> Any:
+    def init(params: Pytree) -> Pytree:
         found.append(type(params))
         return params
 
@@ -92,7 +93,7 @@ def _placeholder_type() -> type:
     return found[0]
 
 
-def is_placeholder(params: Any) -> bool:
+def is_placeholder(params: Pytree) -> bool:
     """Whether `optax.tree_utils.tree_map_params` calls `init`, with a node without leaves in place
     of the parameters.
 
@@ -103,7 +104,7 @@ def is_placeholder(params: Any) -> bool:
 
 
 def nodes_with_keys(
-    tree: Any, is_leaf: Callable[[Any], bool] = is_node
+    tree: Pytree, is_leaf: Callable[[Any], bool] = is_node
 ) -> list[tuple[tuple[Any, ...], Any]]:
     """`[(keys, node), ...]` in the order of `jax.tree.leaves(tree, is_leaf=is_leaf)`.
 
@@ -124,14 +125,14 @@ def nodes_with_keys(
     return found
 
 
-def map_nodes(function: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_nodes(function: Callable[[str, Any], Any], tree: Pytree) -> Pytree:
     """The tree with `function(path, node)` of every node; boxes and quantised arrays are nodes,
     Variables stay."""
     made = [function(path_of(keys), node) for keys, node in nodes_with_keys(tree)]
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_node), made)
 
 
-def leaves_with_metadata(tree: Any) -> list[tuple[str, Any, tuple[str | None, ...] | None]]:
+def leaves_with_metadata(tree: Pytree) -> list[tuple[str, Any, tuple[str | None, ...] | None]]:
     """`[(path, leaf or MaskedNode, logical axis names or None), ...]` in the order of
     `jax.tree.leaves`."""
     found = []

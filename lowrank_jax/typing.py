@@ -3,6 +3,7 @@
 from typing import Any, TypeAlias
 
 import jax
+from jax.typing import DTypeLike as _DTypeLike
 
 Scalar: TypeAlias = jax.Array | float | int
 """A number, or an array of shape (), traced or not: hyper-parameters that may be injected, and flags of a step."""
@@ -21,3 +22,9 @@ Shape: TypeAlias = tuple[int, ...]
 
 Spec: TypeAlias = tuple[Any, ...]
 """Partition entries, one for each axis: None, the name of a mesh axis, or a tuple of names."""
+
+DTypeLike: TypeAlias = _DTypeLike
+"""What `jnp.dtype` takes: a dtype, a scalar type, or a name."""
+
+Rank: TypeAlias = int | float | tuple[tuple[str, int | float], ...]
+"""An integer, a fraction of the shrunk dimension, or either by path: `((pattern, rank), ...)`."""

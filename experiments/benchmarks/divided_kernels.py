@@ -34,6 +34,7 @@ from experiments.planning import hlo, targets
 from lowrank_jax import kernels, linalg, sharding
 from lowrank_jax.interop import documents
 from lowrank_jax.sharding import meshes
+from lowrank_jax.typing import Pytree
 
 TARGET, CHIP, LENGTH, RANK = "v5e:2x2", "v5e", 1024, 16
 # mesh, shape and partition entries of W; sequences of 1024 tokens
@@ -168,7 +169,7 @@ def _step(mesh, shape, spec, rank, inner, part, form):
         jax.eval_shape(tx.init, params),
         places,
     )
-    grads: Any = params
+    grads: Pytree = params
     if part == "projected":
         place = jax.tree.leaves(places.projection.matrices["kernel"].inner.mu)[0]
         low = jax.ShapeDtypeStruct((*view.batch, rank, view.kept), jnp.float32, sharding=place)

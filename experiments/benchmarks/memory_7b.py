@@ -49,6 +49,7 @@ from experiments.planning.targets import RTX_4090
 from lowrank_jax.interop import documents
 from lowrank_jax.projection.projectors.random import Random
 from lowrank_jax.projection.state import matrix_states
+from lowrank_jax.typing import DTypeLike, Pytree
 
 SLICE, CHIPS = "v5e:4x4", 16
 ATTENTION_CHUNK, PLAIN_BLOCK = 256, 2**22
@@ -101,7 +102,7 @@ class Standing(Random):
     moves: ClassVar[bool] = False
 
 
-def optimizer(refresh: str, rank: int, *, dtype: Any, **options: Any) -> Any:
+def optimizer(refresh: str, rank: int, *, dtype: DTypeLike, **options: Any) -> Any:
     """GaLore whose basis moves as the row says, every 200 steps."""
     projectors = {
         "none": Standing(rank=rank, kind="orthonormal", dtype=dtype),
@@ -148,7 +149,7 @@ def step_of(
     return lrx.layerwise_step(stack(config), form), params, jax.eval_shape(form.init, params)
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: Pytree) -> int:
     """Bytes of a tree of abstract arrays; of sharded ones, on one device."""
     sizes = [
         math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape))
@@ -158,7 +159,7 @@ def nbytes(tree: Any) -> int:
     return sum(sizes)
 
 
-def parts(params: Any, state: Any) -> dict[str, int]:
+def parts(params: Pytree, state: Pytree) -> dict[str, int]:
     """What a step takes as arguments."""
     if not hasattr(state, "projection"):
         return {
@@ -177,7 +178,7 @@ def parts(params: Any, state: Any) -> dict[str, int]:
 
 
 def compiled(
-    step: Callable[..., Any], params: Any, state: Any, tokens: Any, kept: int, **jit: Any
+    step: Callable[..., Any], params: Pytree, state: Pytree, tokens: Any, kept: int, **jit: Any
 ) -> dict[str, int]:
     """Bytes of the compiled step; of its temporaries `kept` are the inputs of the layers."""
     begin = time.perf_counter()
@@ -219,7 +220,7 @@ def card(preset: str, length: int) -> Iterator[dict[str, Any]]:
         )
 
 
-def pod_shardings(mesh: Any, tx: Any, params: Any, *, split: bool) -> tuple[Any, Any]:
+def pod_shardings(mesh: Any, tx: Any, params: Pytree, *, split: bool) -> tuple[Any, Any]:
     """NamedShardings of parameters and state: matrices along their larger dimension.
 
     Of equal ones the last.

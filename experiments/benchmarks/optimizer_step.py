@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import lowrank_jax as lrx
 from experiments.benchmarks import commandline, timing, tpu_programs, workload
 from experiments.harness import outputs
+from lowrank_jax.typing import Pytree
 
 SLACK, NORMAL_STEPS = 1.2, 3.0
 
@@ -39,7 +40,7 @@ SLACK, NORMAL_STEPS = 1.2, 3.0
 class Runner:
     """One optimizer with its parameters and state; `step` times an update at a given step."""
 
-    def __init__(self, case: workload.Case, shapes: Any, gradients: Any):
+    def __init__(self, case: workload.Case, shapes: Any, gradients: Pytree):
         self.case = case
         self.gradients = workload.unstacked(gradients) if case.unstacked else gradients
         shapes = workload.unstacked(shapes) if case.unstacked else shapes

@@ -61,6 +61,7 @@ from experiments.harness import optimizers, outputs, updates, workdir
 from experiments.models import llama
 from experiments.settings import configuration
 from lowrank_jax.interop import documents
+from lowrank_jax.typing import Pytree
 
 REFRESHES = {
     "svd": "full",
@@ -134,26 +135,26 @@ def measured_steps(period: int, steps: int, apart: int = 100) -> dict[int, list[
 class Probe:
     """Compares bases on full gradients, all matrices of all leaves in one jitted call each."""
 
-    def __init__(self, projection: lrx.projection.Projection, params: Any):
+    def __init__(self, projection: lrx.projection.Projection, params: Pytree):
         self.projector: Any = projection.projector
         self.views = projection.report(params).projected
         self.exact = jax.jit(self._exact)
         self.angles = jax.jit(self._angles)
         self.energy = jax.jit(self._energy)
 
-    def bases(self, opt_state: Any) -> list[Any]:
+    def bases(self, opt_state: Pytree) -> list[Any]:
         """The bases of the optimizer's state, in the order of the views."""
         taps = lrx.taps(opt_state).taps
         return [taps[view.path].basis for view in self.views]
 
-    def _oriented(self, grads: Any) -> list[jax.Array]:
+    def _oriented(self, grads: Pytree) -> list[jax.Array]:
         by_path = {
             "/".join(key.key for key in keys): leaf
             for keys, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]
         }
         return [view.orient(by_path[view.path]) for view in self.views]
 
-    def _exact(self, grads: Any) -> list[jax.Array]:
+    def _exact(self, grads: Pytree) -> list[jax.Array]:
         svd = lrx.projectors.svd(rank=1)  # ranks are those of the views
         pairs = zip(self.views, self._oriented(grads), strict=True)
         return [
@@ -168,7 +169,7 @@ class Probe:
         ]
         return [principal_angles(a, b) for a, b in zip(columns, exact, strict=True)]
 
-    def _energy(self, bases: list[Any], grads: Any) -> jax.Array:
+    def _energy(self, bases: list[Any], grads: Pytree) -> jax.Array:
         """Captured energy of every matrix, flat."""
         found = [
             self.projector.measure(view, basis, x).reshape(-1)
@@ -205,7 +206,7 @@ def train(
     tx: Any = optimizers.build(config.optimizer, rate, stacked=config.model.scan, seed=seed)
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
-    state: Any = {"params": params, "opt_state": tx.init(params)}
+    state: Pytree = {"params": params, "opt_state": tx.init(params)}
     probe = Probe(tx.projection, params)
     # the run itself sees no full gradient; the probe takes one at the steps that it measures
     update = jax.jit(updates.fused_step(model, tx, 1, "projected"), donate_argnums=0)

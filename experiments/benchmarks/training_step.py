@@ -39,6 +39,7 @@ from experiments.harness import outputs, updates, workdir
 from experiments.harness.methods import METHODS
 from experiments.models import llama
 from experiments.settings import configuration
+from lowrank_jax.typing import Pytree
 
 PERIOD = workload.PERIOD
 AIMS = {("60M", 4): 0.82, ("60M", 8): 0.76}
@@ -69,7 +70,7 @@ class Work:
     All cases of one model pass the parameters on to each other.
     """
 
-    params: Any
+    params: Pytree
     loss: Callable[..., Any]
     batch: Any
 
@@ -141,7 +142,7 @@ class Case:
     refresh: int
     compiled: Any
     of: Work
-    state: Any
+    state: Pytree
     bytes: int
     state_bytes: int
 
@@ -168,7 +169,7 @@ def optax_step(tx: Any, loss: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
-def at(state: Any, step: int) -> Any:
+def at(state: Pytree, step: int) -> Any:
     """The state as the refresh schedule sees it at this step."""
     count = jnp.asarray(step, jnp.int32)
     if hasattr(state, "projection"):
@@ -324,7 +325,7 @@ def losses(steps: int = 200) -> dict[str, Any]:
         ("projected", updates.fused_step(model, tx, 1, "projected")),
         ("full", updates.train_step(model, tx, 1)),
     ):
-        state: Any = {"params": params, "opt_state": tx.init(params)}
+        state: Pytree = {"params": params, "opt_state": tx.init(params)}
         step = jax.jit(update)
         runs[name] = []
         for number in range(steps):

@@ -12,6 +12,7 @@ import optax
 
 import lowrank_jax as lrx
 from experiments.models import llama
+from lowrank_jax.typing import Pytree
 
 PERIOD = 200  # T of every optimizer that refreshes periodically: GaLore's scripts
 VIEWS = lrx.Views(stacked=(r"layers/.*",))
@@ -43,7 +44,7 @@ def gradients(shapes: Any, seed: int = 0) -> Any:
     )
 
 
-def unstacked(tree: Any) -> Any:
+def unstacked(tree: Pytree) -> Any:
     """Every leaf `(L, m, n)` as L matrices: `optax.contrib.galore` silently skips stacks."""
     if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
         return jax.tree.map(
@@ -80,7 +81,7 @@ class Case:
             lrx.refresh_schedules.Staggered,
         )
 
-    def at(self, state: Any, step: int) -> Any:
+    def at(self, state: Pytree, step: int) -> Any:
         """The state as it would be at this step, as far as the refresh schedule is concerned."""
         count = jnp.asarray(step, jnp.int32)
         if hasattr(self.tx, "projection"):

@@ -15,6 +15,7 @@ from experiments.data.sources import (
 )
 from experiments.data.tokenizer import Tokenizer, make_tokenizer
 from experiments.settings.sections import number
+from lowrank_jax.typing import Pytree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ class Dataset:
     has classes.
     """
 
-    train: Any
+    train: Pytree
     validation: Any
     tokenizer: Tokenizer | None
     vocabulary_size: int

@@ -42,6 +42,7 @@ from experiments.harness.manifest import digest as digest
 from experiments.harness.manifest import stored_sides as stored_sides
 from experiments.harness.outputs import write_json as write_json
 from lowrank_jax.interop.documents import DocumentError
+from lowrank_jax.typing import Pytree
 
 
 class CheckpointError(RuntimeError):
@@ -60,7 +61,7 @@ class Restored(NamedTuple):
     """step: updates done. tree: arrays as in `like`. extra: what `save` was given."""
 
     step: int
-    tree: Any
+    tree: Pytree
     extra: dict
 
 

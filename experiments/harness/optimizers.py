@@ -24,6 +24,7 @@ from experiments.settings.configuration import OptimizerConfig, ScheduleConfig
 from experiments.settings.sections import ConfigurationError
 from lowrank_jax.optim.learning_rate import LearningRateState
 from lowrank_jax.optim.pair_update import PairsState
+from lowrank_jax.typing import Kernel, Pytree
 
 
 def schedule(config: ScheduleConfig, learning_rate: float) -> optax.Schedule:
@@ -268,7 +269,7 @@ SCHEDULED: dict[type, str] = {
 }
 
 
-def is_scheduled(node: Any) -> bool:
+def is_scheduled(node: Kernel) -> bool:
     """Whether a node of an optimizer's state is one of SCHEDULED."""
     return type(node) in SCHEDULED
 
@@ -280,7 +281,7 @@ def done(state) -> int | None:
     return int(counts[0]) + int(skipped(state)) if counts else None
 
 
-def restarted(state: Any) -> Any:
+def restarted(state: Pytree) -> Any:
     """An optimizer's state whose schedule and counts of skipped updates begin anew.
 
     The rest stays.

@@ -18,6 +18,7 @@ from typing import Any
 from experiments.settings.sections import ConfigurationError
 from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError
+from lowrank_jax.typing import Pytree
 
 # Entries of a result that say what was measured: where they differ, one result is not more of the
 # other.
@@ -147,7 +148,7 @@ def _more(path: pathlib.Path, result: Mapping[str, Any]) -> str | None:
     return None
 
 
-def lacking(old: Any, new: Any, key: str) -> str | None:
+def lacking(old: Pytree, new: Pytree, key: str) -> str | None:
     """What an entry of a result holds that a new one does not; None where it holds no more.
 
     >>> lacking([{"a": 1}, {"a": 2}], [{"a": 3}], "rows"), lacking({"x": 1}, {"y": 1}, "runs")

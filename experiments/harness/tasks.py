@@ -23,6 +23,7 @@ from experiments.models.sampling import sample
 from experiments.settings.configuration import MeshConfig, RunConfig
 from experiments.settings.sections import ConfigurationError
 from lowrank_jax.sharding import meshes
+from lowrank_jax.typing import Kernel
 
 # `watch(title, number of batches, batches)` gives the batches of an evaluation back, one by one;
 # whoever takes one has read what the one before gave. It may raise `distributed.Stopped` between
@@ -242,7 +243,7 @@ class Task:
         }
 
 
-def placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+def placed(leaf: Kernel, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     """The leaf's shape and dtype, where it is placed."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

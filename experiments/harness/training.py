@@ -39,6 +39,7 @@ from experiments.harness.tasks import Pretraining, Task
 from experiments.settings.sections import ConfigurationError
 from lowrank_jax.interop import documents
 from lowrank_jax.interop.documents import DocumentError
+from lowrank_jax.typing import Pytree
 
 # After so many updates in a row that were skipped, or whose loss is not finite, the run ends as
 # "diverged".
@@ -123,7 +124,7 @@ def _problem(restored: checkpoint.Restored, noted) -> str | None:
     return None if done in (None, restored.step) else f"its state has seen {done} updates"
 
 
-def _all_finite(params: Any) -> jax.Array:
+def _all_finite(params: Pytree) -> jax.Array:
     """Whether every number of a tree is finite."""
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 

@@ -23,6 +23,7 @@ from lowrank_jax.adapters import versions as adapter_versions
 from lowrank_jax.optim import pair_update
 from lowrank_jax.projection import state as projection_state
 from lowrank_jax.projection import versions as projection_versions
+from lowrank_jax.typing import Kernel
 
 # The formats of the states of this version: {kind: its `format_version`}.
 CURRENT = {
@@ -178,7 +179,7 @@ def _kind(path: str, tree: Mapping[str, Any]) -> str:
     return "projection" if path.removesuffix(VERSION) + MARK in tree else "pairs"
 
 
-def _like(leaf: Any, value: Any) -> jax.Array:
+def _like(leaf: Kernel, value: Any) -> jax.Array:
     """A number, or an array, as `leaf` says: its shape, dtype and sharding."""
     array = jnp.broadcast_to(jnp.asarray(value, leaf.dtype), leaf.shape)
     sharding = getattr(leaf, "sharding", None)

@@ -18,9 +18,12 @@ from flax.linen.dtypes import promote_dtype
 
 from lowrank_jax import adapters, dot_general, sharding
 from lowrank_jax.sharding.meshes import at_input, constrain, out_sharding
+from lowrank_jax.typing import DTypeLike
 
 
-def promoted(*arrays: jax.Array | None, dtype: Any = None, inexact: bool = True) -> list[Any]:
+def promoted(
+    *arrays: jax.Array | None, dtype: DTypeLike | None = None, inexact: bool = True
+) -> list[Any]:
     """Flax's `promote_dtype` of a layer, with its kernel as products want it on explicit meshes."""
     x, kernel, bias = promote_dtype(*arrays, dtype=dtype, inexact=inexact)
     return [x, at_input(kernel, x), bias]

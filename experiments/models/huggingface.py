@@ -20,6 +20,7 @@ from experiments.harness import checkpoint, outputs
 from experiments.models import llama
 from lowrank_jax.interop import documents, safetensors
 from lowrank_jax.interop import llama as names
+from lowrank_jax.typing import Pytree
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -64,7 +65,7 @@ SHAPE = {
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def load(folder, *, shardings: Any = None, **overrides) -> tuple[llama.LlamaConfig, Any]:
+def load(folder, *, shardings: Pytree = None, **overrides) -> tuple[llama.LlamaConfig, Any]:
     """The configuration and the parameters of a model that transformers saved.
 
     Weights are read tensor by tensor into the leaves of `Llama(config)`, one leaf at a time.
@@ -117,7 +118,7 @@ def load(folder, *, shardings: Any = None, **overrides) -> tuple[llama.LlamaConf
 def save(
     folder,
     config: llama.LlamaConfig,
-    params: Any,
+    params: Pytree,
     *,
     overwrite: bool = False,
     entries: Mapping[str, Any] | None = None,
@@ -337,7 +338,7 @@ def _window(values: Mapping[str, Any], family: str) -> int | None:
     return values.get("sliding_window", 4096)
 
 
-def _dtype_of(config: llama.LlamaConfig, params: Any) -> str:
+def _dtype_of(config: llama.LlamaConfig, params: Pytree) -> str:
     """The dtype of the parameters, whose shapes and paths are compared with the model's."""
     found, expected = checkpoint.leaf_table(params), checkpoint.leaf_table(shapes(config))
     for path in [*expected, *found]:

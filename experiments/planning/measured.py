@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.typing import Pytree
+
 # glibc: freed blocks of 64 KiB and more go back to the system.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -35,7 +37,7 @@ def rise(call: Callable[[], Any]) -> int:
     return _status("VmHWM") - before
 
 
-def held(tree: Any) -> int:
+def held(tree: Pytree) -> int:
     """Bytes of the arrays' shards, on all devices together."""
     return sum(
         shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards

@@ -27,6 +27,7 @@ from experiments.planning import hlo, measured
 from experiments.planning.cases import Case, gradients_of
 from lowrank_jax.memory import components as state_parts
 from lowrank_jax.trees import leaves_with_metadata
+from lowrank_jax.typing import Pytree
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -61,12 +62,12 @@ class Planned(Pretraining):
         return jax.jit(self.update(), donate_argnums=0).lower(self.abstract, self.batch_shapes())
 
 
-def whole_bytes(tree: Any) -> int:
+def whole_bytes(tree: Pytree) -> int:
     """Bytes of a tree of abstract arrays."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def chip_bytes(tree: Any) -> int:
+def chip_bytes(tree: Pytree) -> int:
     """Bytes of a tree of abstract arrays on one device."""
     shard = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)  # noqa: E731
     return sum(math.prod(shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -13,6 +13,7 @@ from lowrank_jax import deprecations
 from lowrank_jax.adapters.rules import Layout, Matrices
 from lowrank_jax.reprs import Short
 from lowrank_jax.serialization import serializable
+from lowrank_jax.typing import Pytree
 
 
 @serializable
@@ -50,8 +51,8 @@ class Adaptation(Short):
     1 leaf adapted, 1 trained in full: 88 trained, 128 frozen of the model's 152 parameters (57.9 %)
     """
 
-    train: dict[str, Any]
-    frozen: dict[str, Any]
+    train: dict[str, Pytree]
+    frozen: dict[str, Pytree]
     layout: Layout = dataclasses.field(metadata={"static": True})
     matrices: tuple[tuple[str, Matrices], ...] = dataclasses.field(
         metadata={"static": True}, repr=False

@@ -33,6 +33,7 @@ from lowrank_jax.checks import is_integer
 from lowrank_jax.kernel_node import Op, product
 from lowrank_jax.matrices import DENSE, MatrixView, Shape
 from lowrank_jax.reprs import Short, show
+from lowrank_jax.typing import Pytree
 
 Arrays = dict[str, Any]
 Axes = Mapping[str, tuple[str | None, ...]]
@@ -163,8 +164,8 @@ class Transition(NamedTuple):
     """
 
     base: Mapping[str, jax.Array]
-    train: dict[str, Any]
-    frozen: dict[str, Any]
+    train: dict[str, Pytree]
+    frozen: dict[str, Pytree]
     policy: dict[str, Any]
 
     def __repr__(self) -> str:
@@ -292,8 +293,8 @@ class Adapter(Short):
         key: jax.Array,
         step: jax.Array,
         base: Mapping[str, jax.Array],
-        train: dict[str, Any],
-        frozen: dict[str, Any],
+        train: dict[str, Pytree],
+        frozen: dict[str, Pytree],
         stats: Mapping[str, Any],
     ) -> Transition | None:
         """What happens between two updates: merging, pruning, swapping; None for nothing.

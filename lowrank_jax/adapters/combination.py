@@ -47,6 +47,7 @@ from lowrank_jax.adapters.conversion import (
     truncated,
 )
 from lowrank_jax.adapters.rules import chosen_rows
+from lowrank_jax.typing import Kernel
 
 PRUNED = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 METHODS = ("cat", "svd", "linear", *PRUNED, *(f"{method}_svd" for method in PRUNED))
@@ -350,6 +351,6 @@ def _sum(
     return truncated(svd, np.where(own.any(axis=-1), top, 0), energy)
 
 
-def _times(weight: Any, thin: SiteFactors) -> jax.Array:
+def _times(weight: Kernel, thin: SiteFactors) -> jax.Array:
     """`weight scale` of each component, 0 beyond a matrix's own rank."""
     return jnp.where(thin.own, jnp.asarray(weight, jnp.float32) * thin.scale, 0)

@@ -29,6 +29,7 @@ from lowrank_jax.adapters.rules import Matrices, chosen_rows
 from lowrank_jax.adapters.tree import matrices_of
 from lowrank_jax.reprs import Short
 from lowrank_jax.trees import is_quantized, leaves_with_metadata, map_nodes, stored_like
+from lowrank_jax.typing import Pytree
 
 HOW = ("as it is", "SVD of the product", "SVD of the difference")
 
@@ -124,8 +125,12 @@ def lora_of(
     ranks, dropout)}`."""
     sites, adapters, matrices = [], [], {}
     groups: dict[Lora, str] = {}
-    train: dict[str, Any] = {"shared": {}, "sites": {}, "trainable": dict(like.train["trainable"])}
-    frozen: dict[str, Any] = {"shared": {}, "sites": {}}
+    train: dict[str, Pytree] = {
+        "shared": {},
+        "sites": {},
+        "trainable": dict(like.train["trainable"]),
+    }
+    frozen: dict[str, Pytree] = {"shared": {}, "sites": {}}
     for path, (site, a, b, ranks, dropout) in parts.items():
         rank = a.shape[-1]
         adapter = Lora(rank=rank, alpha=float(rank), dropout=dropout)
@@ -212,7 +217,7 @@ class Conversion(Short):
 
 
 def to_lora(
-    params: Any, adaptation: Adaptation, *, rank: int | None = None, energy: float | None = None
+    params: Pytree, adaptation: Adaptation, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[Adaptation, Conversion]:
     """The adaptation as plain LoRA on the same `params`, with alpha = r, and what that cost.
 
@@ -343,7 +348,7 @@ def _measured(
     return over_matrices(one, site, (a, b, kept, arrays))
 
 
-def over_matrices(function: Callable, site: Site, trees: Any) -> Any:
+def over_matrices(function: Callable, site: Site, trees: Pytree) -> Any:
     """`function(trees of one matrix)` of every matrix of a site, one after the other, so that a
     large stack fits.
 
@@ -362,7 +367,7 @@ def over_matrices(function: Callable, site: Site, trees: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(*site.lead, *x.shape[1:]), found)
 
 
-def absorb(params: Any, adaptation: Adaptation) -> tuple[Any, Adaptation]:
+def absorb(params: Pytree, adaptation: Adaptation) -> tuple[Any, Adaptation]:
     """Writes the offsets of PiSSA-like starts into the kernels, `K - s a0 b0`, as the papers do,
     and drops them.
 

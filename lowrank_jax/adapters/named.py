@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Site, check_positive
 from lowrank_jax.adapters.rules import Matrices
+from lowrank_jax.typing import Kernel
 
 TREES = ("train", "frozen")
 
 
-def weighted(adaptation: Adaptation, weight: Any) -> Adaptation:
+def weighted(adaptation: Adaptation, weight: Kernel) -> Adaptation:
     """The adaptation with its `scale` times `weight`: 0 is the base, -1 the opposite of an additive
     adaptation.
 

@@ -18,6 +18,7 @@ from lowrank_jax.kernel_node import USES
 from lowrank_jax.reprs import Short
 from lowrank_jax.resolution import LeafViews, Views, is_linear, is_stacked
 from lowrank_jax.trees import is_quantized, leaves_with_metadata
+from lowrank_jax.typing import Kernel, Pytree
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "adapted", "all")
@@ -124,7 +125,7 @@ class Leaf:
     """One leaf of the parameter tree, as the rules see it."""
 
     path: str
-    node: Any
+    node: Kernel
     names: tuple[str | None, ...] | None
 
     @property
@@ -196,7 +197,7 @@ class Selection:
                     "(\\d+)"
                 )
 
-    def layout(self, params: Any, name: str) -> tuple[Layout, dict[str, Matrices]]:
+    def layout(self, params: Pytree, name: str) -> tuple[Layout, dict[str, Matrices]]:
         """The layout, and what the ranks of each site are; ValueError for rules that do not fit the
         tree."""
         found = leaves_with_metadata(params)

@@ -23,7 +23,7 @@ from lowrank_jax.adapters.tree import matrices_of
 from lowrank_jax.optim.surgery import Keep, Policy, apply_policy
 from lowrank_jax.reprs import show
 from lowrank_jax.trees import leaves_with_metadata, map_nodes, stored_like
-from lowrank_jax.typing import Pytree
+from lowrank_jax.typing import Kernel, Pytree
 
 
 class Moved(NamedTuple):
@@ -152,7 +152,7 @@ class Kernels(Mapping):
         return len(self._group.sites)
 
 
-def _with_matrices(node: Any, site: Site, matrices: jax.Array) -> Any:
+def _with_matrices(node: Kernel, site: Site, matrices: jax.Array) -> Any:
     """A leaf with other matrices: as it is stored, in its box."""
     array = meta.unbox(node)
     new = stored_like(site.view.from_matrices(matrices, tuple(array.shape)), array)

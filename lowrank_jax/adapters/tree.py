@@ -28,11 +28,12 @@ from lowrank_jax.adapters.hosts import AdaptedKernel, Bound
 from lowrank_jax.adapters.rules import LAYER_IN_PATH, Rules, Selection, chosen_rows
 from lowrank_jax.resolution import Views
 from lowrank_jax.trees import dequantized, leaves_with_metadata, map_nodes, stored_like
+from lowrank_jax.typing import Kernel, Pytree
 
 
 @deprecations.options("lrx.adapt")
 def adapt(
-    params: Any,
+    params: Pytree,
     rules: Rules,
     key: jax.Array,
     *,
@@ -108,12 +109,12 @@ def adapt(
     layout, matrices = selection.layout(params, name)
     nodes = {path: node for path, node, _ in leaves_with_metadata(params)}
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    train: dict[str, Any] = {
+    train: dict[str, Pytree] = {
         "shared": {},
         "sites": {},
         "trainable": {path: nodes[path] for path in layout.trainable},
     }
-    frozen: dict[str, Any] = {"shared": {}, "sites": {}}
+    frozen: dict[str, Pytree] = {"shared": {}, "sites": {}}
     given: dict[str, Any] = {}
     ranks = {(path, i): rank for path, own in matrices.items() for i, rank in enumerate(own.ranks)}
     for group, (adapter, sites) in layout.groups.items():
@@ -139,7 +140,7 @@ def adapt(
 
 
 def _initialised(
-    adapter: Adapter, site: Site, key: jax.Array, node: Any, given: Any, shared: Any
+    adapter: Adapter, site: Site, key: jax.Array, node: Kernel, given: Any, shared: Any
 ) -> Any:
     """`init_site` of every matrix, one after the other so that an SVD of a large stack fits;
     explicit meshes: whole."""
@@ -164,7 +165,7 @@ def _initialised(
         return jax.tree.map(lambda x: x.reshape(*site.lead, *x.shape[1:]), made)
 
 
-def matrices_of(node: Any, site: Site) -> jax.Array:
+def matrices_of(node: Kernel, site: Site) -> jax.Array:
     """A leaf as `(batch..., n, m)` in float32; boxes are opened, quantised arrays decoded."""
     array = dequantized(meta.unbox(node)).astype(jnp.float32)
     return site.view.to_matrices(array)
@@ -186,7 +187,7 @@ def named(adaptations: Adaptations, active: tuple[str, ...] | None) -> dict[str,
 
 
 def attach(
-    params: Any,
+    params: Pytree,
     adaptations: Adaptations,
     *,
     active: tuple[str, ...] | None = None,
@@ -242,7 +243,7 @@ def attach(
                 keys = site_keys(key, name, adapter, site)
             bound.setdefault(path, []).append(Bound(arrays, shared, keys, rows, adapter, site))
 
-    def place(path: str, node: Any) -> Any:
+    def place(path: str, node: Kernel) -> Pytree:
         return (
             AdaptedKernel(node, tuple(one.boxed(node) for one in bound[path]))
             if path in bound
@@ -264,7 +265,7 @@ def site_keys(key: jax.Array, name: str, adapter: Adapter, site: Site) -> jax.Ar
 
 
 def effective(
-    params: Any, adaptations: Adaptations, *, active: tuple[str, ...] | None = None
+    params: Pytree, adaptations: Adaptations, *, active: tuple[str, ...] | None = None
 ) -> Any:
     """Plain parameters with the adapters worked in: `K'` of every site, computed in float32, in the
     leaf's dtype.
@@ -290,7 +291,9 @@ def effective(
     return _worked(params, chosen, work, jax.vmap)
 
 
-def merge(params: Any, adaptations: Adaptations, *, active: tuple[str, ...] | None = None) -> Any:
+def merge(
+    params: Pytree, adaptations: Adaptations, *, active: tuple[str, ...] | None = None
+) -> Any:
     """`effective`, matrix by matrix, and only if everything is finite; the given tree stays as it
     is.
 
@@ -366,7 +369,7 @@ def _mapped(function: Callable) -> Callable:
     return lambda *args: jax.lax.map(lambda one: function(*one), args)
 
 
-def _worked(params: Any, chosen: dict[str, Adaptation], work: Callable, over: Callable) -> Any:
+def _worked(params: Pytree, chosen: dict[str, Adaptation], work: Callable, over: Callable) -> Any:
     """The tree with `work(adapter, site, kernel, arrays)` of every active adapter on every
     matrix."""
     with sharding.mesh_of(params):
@@ -374,16 +377,16 @@ def _worked(params: Any, chosen: dict[str, Adaptation], work: Callable, over: Ca
 
 
 def _worked_there(
-    params: Any, chosen: dict[str, Adaptation], work: Callable, over: Callable
+    params: Pytree, chosen: dict[str, Adaptation], work: Callable, over: Callable
 ) -> Any:
     paths = {path for adaptation in chosen.values() for path in adaptation.layout.by_path}
     for adaptation in chosen.values():
         adaptation.layout.check_uses("a plain leaf serves all of them")
     chosen_rows((adaptation.layout for adaptation in chosen.values()), None)
 
-    def place(path: str, node: Any) -> Any:
+    def place(path: str, node: Kernel) -> Pytree:
         box, array = node, meta.unbox(node)
-        matrices: Any = None
+        matrices: Pytree = None
         view: Any = None
         for adaptation in chosen.values():
             if path not in adaptation.layout.by_path:
@@ -409,7 +412,7 @@ def _worked_there(
     )
 
 
-def _placed(params: Any, chosen: dict[str, Adaptation], paths: set[str], place: Callable) -> Any:
+def _placed(params: Pytree, chosen: dict[str, Adaptation], paths: set[str], place: Callable) -> Any:
     """The tree with `place(path, node)` at adapted paths and trained leaves at theirs, after
     checking both."""
     nodes = {path: node for path, node, _ in leaves_with_metadata(params)}
@@ -444,12 +447,12 @@ def _placed(params: Any, chosen: dict[str, Adaptation], paths: set[str], place: 
     return map_nodes(lambda path, node: place(path, now(path, node)), params)
 
 
-def _boxed_as(node: Any, value: Any) -> Any:
+def _boxed_as(node: Kernel, value: Any) -> Any:
     """A value in a box like that of a leaf, if that is in one."""
     return node.replace_boxed(value) if isinstance(node, meta.AxisMetadata) else value
 
 
-def _check_finite(tree: Any, paths: set[str]) -> None:
+def _check_finite(tree: Pytree, paths: set[str]) -> None:
     wrong = []
     for path, node, _ in leaves_with_metadata(tree):
         if path not in paths or isinstance(node, jax.core.Tracer):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.kernel_node import KernelNode, Op
 from lowrank_jax.serialization import serializable
-from lowrank_jax.typing import Key, Shape
+from lowrank_jax.typing import DTypeLike, Key, Shape
 
 
 @serializable
@@ -68,7 +68,7 @@ class LowRankKernel(KernelNode):
         del key
         return op.through(x, self.a, self.b), None
 
-    def dense(self, dtype: Any = None) -> jax.Array:
+    def dense(self, dtype: DTypeLike | None = None) -> jax.Array:
         del dtype
         return jnp.matmul(self.a, self.b)
 
@@ -118,7 +118,7 @@ class SparseLowRankKernel(KernelNode):
     def dtype(self) -> Any:
         return jnp.result_type(self.a, self.b, self.values)
 
-    def dense(self, dtype: Any = None) -> jax.Array:
+    def dense(self, dtype: DTypeLike | None = None) -> jax.Array:
         del dtype
         add = lambda flat, places, values: flat.at[places].add(values)  # noqa: E731
         for _ in self.shape[:-2]:

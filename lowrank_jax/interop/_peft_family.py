@@ -18,6 +18,7 @@ from lowrank_jax.adapters.base import Adapter, Arrays
 from lowrank_jax.interop._peft_config import by_pattern
 from lowrank_jax.interop._torch_layout import Host
 from lowrank_jax.matrices import Shape
+from lowrank_jax.typing import Scalar
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, np.ndarray]
@@ -130,7 +131,9 @@ class Family:
         the adapter's own scaling, which the tensors take up; None where it holds nothing else."""
         raise NotImplementedError
 
-    def written(self, adapter: Adapter, p: Arrays, rank: int, alpha: Any) -> tuple[int, Any]:
+    def written(
+        self, adapter: Adapter, p: Arrays, rank: int, alpha: Scalar | None
+    ) -> tuple[int, Any]:
         """The size and alpha of one module as they are written."""
         del adapter, p
         return rank, alpha

@@ -25,6 +25,7 @@ from lowrank_jax.adapters.base import Site
 from lowrank_jax.matrices import DENSE, MatrixView, Shape
 from lowrank_jax.resolution import Views, is_stacked
 from lowrank_jax.trees import leaves_with_metadata
+from lowrank_jax.typing import Kernel, Pytree
 
 Names = Callable[..., str]
 WEIGHTS = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -180,7 +181,7 @@ class Tree:
       convolutions: patterns.
     """
 
-    params: Any
+    params: Pytree
     leaves: dict[str, Any]
     views: dict[str, MatrixView | None]
     leads: dict[str, Shape]
@@ -188,7 +189,7 @@ class Tree:
     convolutions: tuple[str, ...]
 
     @classmethod
-    def of(cls, params: Any, names: Names, views: Views, convolutions: Sequence[str]) -> Tree:
+    def of(cls, params: Pytree, names: Names, views: Views, convolutions: Sequence[str]) -> Tree:
         """ValueError where two leaves have one name, or from `names`."""
         tree = cls(params, {}, {}, {}, {}, tuple(convolutions))
         for path, node, axes in leaves_with_metadata(params):
@@ -266,7 +267,7 @@ class Tree:
             return self.host(place.path).weight_shape
         return (math.prod(self.leaves[place.path].shape[len(self.leads[place.path]) :]),)
 
-    def parameter(self, place: Place, leaf: Any) -> np.ndarray:
+    def parameter(self, place: Place, leaf: Kernel) -> np.ndarray:
         """The torch parameter out of a leaf like the one in the tree."""
         if not self.is_matrix(place):
             return np.asarray(leaf).reshape(math.prod(self.leads[place.path]), -1)[place.number]

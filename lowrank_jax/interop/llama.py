@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.interop import safetensors
+from lowrank_jax.typing import DTypeLike, Kernel, Pytree
 
 _OUTSIDE = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "lm_head"}
 _INSIDE = {
@@ -124,7 +125,7 @@ def _leaves(module: str) -> tuple[str, ...]:
     return ("kernel", "bias") if module in _BIASED else ("kernel",)
 
 
-def from_torch(tensors: Mapping[str, Any], like: Any) -> Any:
+def from_torch(tensors: Mapping[str, Any], like: Pytree) -> Any:
     """Parameters in the structure of `like`, read from `tensors` one by one and one leaf at a time.
 
     A layer's tensor goes straight to its place in the stacked leaf, in the dtype of `like`; beyond
@@ -179,13 +180,13 @@ def from_torch(tensors: Mapping[str, Any], like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), filled)
 
 
-def _names(path: str, leaf: Any) -> list[str]:
+def _names(path: str, leaf: Kernel) -> list[str]:
     if path.startswith("layers/"):
         return [torch_name(path, layer) for layer in range(leaf.shape[0])]
     return [torch_name(path)]
 
 
-def _fill(tensors: Mapping[str, Any], names: list[str], path: str, leaf: Any) -> jax.Array:
+def _fill(tensors: Mapping[str, Any], names: list[str], path: str, leaf: Kernel) -> jax.Array:
     buffer = np.empty(leaf.shape, leaf.dtype)
     for place, name in zip(
         buffer if path.startswith("layers/") else buffer[None], names, strict=True
@@ -207,7 +208,7 @@ class TorchTensor:
     """A Flax leaf, or one layer of it, in torch's layout; `np.asarray` fetches and transposes
     it."""
 
-    leaf: Any
+    leaf: Kernel
     layer: int | None
     transposed: bool
 
@@ -220,12 +221,12 @@ class TorchTensor:
     def dtype(self) -> np.dtype:
         return np.dtype(self.leaf.dtype)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         value = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
         return np.array(value.T if self.transposed else value, dtype, copy=copy)
 
 
-def to_torch(params: Any) -> dict[str, TorchTensor]:
+def to_torch(params: Pytree) -> dict[str, TorchTensor]:
     """{Hugging Face's name: tensor} of a Flax tree, scanned or not, in Hugging Face's order.
 
     Nothing is computed or copied until a tensor is asked for as a NumPy array, which

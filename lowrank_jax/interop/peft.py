@@ -61,11 +61,12 @@ from lowrank_jax.interop._peft_config import PREFIX
 from lowrank_jax.interop._peft_reading import TENSORS, Source, as_float
 from lowrank_jax.interop._torch_layout import Host, Names, Tree, linen_name
 from lowrank_jax.resolution import Views
+from lowrank_jax.typing import Pytree
 
 
 def load(
     folder: str | os.PathLike,
-    params: Any,
+    params: Pytree,
     names: Names = linen_name,
     *,
     views: Views | None = None,
@@ -127,12 +128,12 @@ def load(
     shared = source.family.shared(source.config, source.hosts, source.tensors, in_order)
     known = order is not None or names is llama.torch_name
     layout, matrices = source.layout(views or Views(), name, in_order() if known else None)
-    train: dict[str, Any] = {
+    train: dict[str, Pytree] = {
         "shared": {},
         "sites": {},
         "trainable": {path: source.leaf(path) for path in layout.trainable},
     }
-    frozen: dict[str, Any] = {"shared": {}, "sites": {}}
+    frozen: dict[str, Pytree] = {"shared": {}, "sites": {}}
     for group in layout.groups:
         for arrays, tree_of in ((shared.train, train), (shared.frozen, frozen)):
             tree_of["shared"] |= (
@@ -148,7 +149,7 @@ def load(
 def save(
     folder: str | os.PathLike,
     adaptation: Adaptation,
-    params: Any,
+    params: Pytree,
     names: Names = linen_name,
     *,
     views: Views | None = None,

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.typing import DTypeLike
+
 Array = jax.Array
 
 
-def working_dtype(dtype: Any) -> Any:
+def working_dtype(dtype: DTypeLike) -> Any:
     """float64 stays float64; every other real dtype is computed, and returned, in float32."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(

@@ -15,6 +15,7 @@ from jax import lax
 from lowrank_jax.linalg import _lapack
 from lowrank_jax.linalg._common import Array, as_matrix, check_rank, divide, product, transpose
 from lowrank_jax.linalg.orthogonal import orthonormalize
+from lowrank_jax.typing import Pytree
 
 
 def _column_signs(basis: Array) -> Array:
@@ -24,7 +25,7 @@ def _column_signs(basis: Array) -> Array:
     return jnp.where(jnp.take_along_axis(basis, row, axis=-2) < 0, -1, 1).astype(basis.dtype)
 
 
-def canonical_signs(basis: Any) -> Array:
+def canonical_signs(basis: Pytree) -> Array:
     """Each column of basis (..., s, r) times +-1, so that its entry of largest magnitude (first on
     ties) is positive.
 
@@ -64,7 +65,7 @@ def truncated_svd(x: Any, rank: int) -> tuple[Array, Array, Array]:
     return _sign_and_cut(u, s, vt, rank)
 
 
-def power_step(x: Any, basis: Any) -> Array:
+def power_step(x: Any, basis: Pytree) -> Array:
     """One warm block power step for the left singular subspace: orthonormalize(x (x^T basis)).
 
     x (..., s, k), basis (..., s, r), result (..., s, r). From a near-converged basis one step

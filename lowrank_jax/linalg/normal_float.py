@@ -22,6 +22,7 @@ from lowrank_jax.codes import Codes
 from lowrank_jax.linalg._common import Array
 from lowrank_jax.linalg.quantization import quantize_blocks
 from lowrank_jax.serialization import serializable
+from lowrank_jax.typing import DTypeLike
 
 BLOCK, HALF = 64, 32
 IMPLEMENTATIONS = ("xla", "pallas")
@@ -117,7 +118,7 @@ class NormalFloat4(Codes):
             jnp.swapaxes(flat.reshape(*flat.shape[:-1], self.codes.shape[-1], -1), -1, -2), placed
         )
 
-    def dequantize(self, dtype: Any = jnp.float32) -> Array:
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Array:
         """The value; products in float32, then cast.
 
         The barrier makes this one fusion: without it XLA spreads codes or scales over device memory

@@ -18,6 +18,7 @@ from jax import lax
 from lowrank_jax import sharding
 from lowrank_jax.linalg import _lapack
 from lowrank_jax.linalg._common import Array, as_matrix, product, transpose
+from lowrank_jax.typing import DTypeLike
 
 
 def _as_tall(x: Any) -> Array:
@@ -192,7 +193,9 @@ def newton_schulz(
     return transpose(y) if tall else y
 
 
-def _arithmetic(own: Any, dtype: Any) -> tuple[Callable[[Array], Array], Callable[..., Array]]:
+def _arithmetic(
+    own: Any, dtype: DTypeLike
+) -> tuple[Callable[[Array], Array], Callable[..., Array]]:
     """`(rounded, times)`: arrays of the dtype `own` rounded to a lower one, and their product.
 
     A cast to the lower dtype and back may round or not: compilers keep what it would drop.

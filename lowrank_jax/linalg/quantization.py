@@ -20,6 +20,7 @@ from lowrank_jax.codes import Codes
 from lowrank_jax.linalg import dynamic_code
 from lowrank_jax.linalg._common import Array, is_integer
 from lowrank_jax.serialization import serializable
+from lowrank_jax.typing import DTypeLike
 
 CODES = ("signed", "unsigned", "linear")
 _FIRST, _LAST = (
@@ -94,7 +95,7 @@ class QuantizedBlocks(Codes):
         own: Any = PartitionSpec(*spec)
         return dataclasses.replace(self, codes=own, scales=own)
 
-    def dequantize(self, dtype: Any = jnp.float32) -> Array:
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Array:
         """The value; products in float32, then cast."""
         if self.code == "linear":
             value = self.codes.astype(jnp.float32) / 127
@@ -244,7 +245,7 @@ def quantize_blocks(
     return QuantizedBlocks(codes.astype(jnp.uint8), scales, code, block)
 
 
-def stochastic_round(x: Array, dtype: Any, key: Array) -> Array:
+def stochastic_round(x: Array, dtype: DTypeLike, key: Array) -> Array:
     """float32 `x` in bfloat16 (or as it is in float32), up or down with probabilities that make the
     mean x.
 

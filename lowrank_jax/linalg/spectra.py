@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
 from lowrank_jax.linalg._common import Array, as_array, as_matrix, divide, product, transpose
+from lowrank_jax.typing import Pytree
 
 
 def effective_rank(s: Any) -> Array:
@@ -62,7 +63,7 @@ def stable_rank(x: Any) -> Array:
     return divide(jnp.sum(squares, axis=-1), squares[..., 0])
 
 
-def explained_variance(x: Any, basis: Any) -> Array:
+def explained_variance(x: Any, basis: Pytree) -> Array:
     """||P^T x||_F^2 / ||x||_F^2 for x (..., s, k) and an orthonormal basis P (..., s, r); 0/0
     counts as 0.
 

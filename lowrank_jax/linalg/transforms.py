@@ -23,6 +23,7 @@ from lowrank_jax.linalg._common import (
     product,
     working_dtype,
 )
+from lowrank_jax.typing import DTypeLike
 
 _KINDS = (2, 3)
 # i (2j+1) < 2 d^2 must fit uint32, unless 4d divides 2^32 and wrapping is exact.
@@ -30,7 +31,7 @@ _SMALL_DCT = 512
 _LARGEST_DCT = math.isqrt(2**31)
 
 
-def dct_columns(indices: Any, d: int, kind: int, dtype: Any = jnp.float32) -> Array:
+def dct_columns(indices: Any, d: int, kind: int, dtype: DTypeLike = jnp.float32) -> Array:
     """The columns ``indices`` (..., r) of the DCT basis Q of size d, as (..., d, r), from r
     integers and no table.
 
@@ -62,7 +63,7 @@ def dct_columns(indices: Any, d: int, kind: int, dtype: Any = jnp.float32) -> Ar
     return (scale * jnp.sin(quarter.astype(working) * (math.pi / (2 * d)))).astype(dtype)
 
 
-def dct_matrix(d: int, kind: int, dtype: Any = jnp.float32) -> Array:
+def dct_matrix(d: int, kind: int, dtype: DTypeLike = jnp.float32) -> Array:
     """The DCT basis Q (d, d) whose columns are the basis vectors: C for kind 3, C^T for kind 2.
 
     >>> (dct_matrix(4, kind=2).T @ dct_matrix(4, kind=2)).round(5).diagonal().tolist()
@@ -71,7 +72,7 @@ def dct_matrix(d: int, kind: int, dtype: Any = jnp.float32) -> Array:
     return dct_columns(lax.iota(jnp.uint32, d), d, kind, dtype)
 
 
-def _reals(turns: Array, d: int, dtype: Any) -> tuple[Array, Array]:
+def _reals(turns: Array, d: int, dtype: DTypeLike) -> tuple[Array, Array]:
     angle = turns.astype(dtype) * (math.pi / (2 * d))
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -160,7 +161,7 @@ def _check_power_of_two(d: int, name: str) -> None:
         )
 
 
-def hadamard_columns(indices: Any, d: int, dtype: Any = jnp.float32) -> Array:
+def hadamard_columns(indices: Any, d: int, dtype: DTypeLike = jnp.float32) -> Array:
     """The columns ``indices`` (..., r) of the orthonormal Sylvester-Hadamard matrix, as (..., d,
     r).
 
@@ -176,7 +177,7 @@ def hadamard_columns(indices: Any, d: int, dtype: Any = jnp.float32) -> Array:
     return jnp.where(odd == 1, -1 / math.sqrt(d), 1 / math.sqrt(d)).astype(dtype)
 
 
-def hadamard_matrix(d: int, dtype: Any = jnp.float32) -> Array:
+def hadamard_matrix(d: int, dtype: DTypeLike = jnp.float32) -> Array:
     """The orthonormal Sylvester-Hadamard matrix (d, d), symmetric and its own inverse; d a power of
     two.
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.typing import Pytree
+
 
 def energy(x: jax.Array) -> jax.Array:
     """Sum of squares in float32."""
@@ -26,7 +28,7 @@ def all_finite(arrays: list[jax.Array]) -> jax.Array:
     return sum((energy(x) for x in arrays), jnp.zeros(())) <= LARGEST  # NaN compares false
 
 
-def where_finite(new: Any, old: Any, judged: Any, axes: int) -> Any:
+def where_finite(new: Pytree, old: Pytree, judged: Any, axes: int) -> Any:
     """`new` of the matrices whose `judged` arrays are finite, else `old`: what a decomposition that
     failed would leave behind stays for ever.
 
@@ -48,6 +50,6 @@ def where_finite(new: Any, old: Any, judged: Any, axes: int) -> Any:
     return jax.tree.map(keep, new, old)
 
 
-def select(ok: jax.Array, new: Any, old: Any) -> Any:
+def select(ok: jax.Array, new: Pytree, old: Pytree) -> Any:
     """`new` where ok, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)

@@ -13,6 +13,7 @@ from lowrank_jax import deprecations
 from lowrank_jax.checks import check_floating, check_number, is_zero
 from lowrank_jax.reprs import show
 from lowrank_jax.trees import pure
+from lowrank_jax.typing import Pytree, Scalar
 
 
 class LearningRateState(NamedTuple):
@@ -29,14 +30,14 @@ def at_step(value: Any, count: Any) -> Any:
     return value(count) if callable(value) else value
 
 
-def selected_for_decay(updates: Any, params: Any, weight_decay: Any, mask: Any) -> Any:
+def selected_for_decay(updates: Pytree, params: Pytree, weight_decay: Any, mask: Pytree) -> Any:
     """A tree of booleans like `updates`: which leaves decay. A mask may be a prefix of it."""
     decays = not is_zero(weight_decay)
     selected = mask(params) if callable(mask) else mask
     if selected is None:
         selected = True
 
-    def spread(flag: Any, part: Any) -> Any:
+    def spread(flag: Any, part: Pytree) -> Any:
         return jax.tree.map(lambda _: bool(flag) and decays, part)
 
     try:
@@ -50,7 +51,7 @@ def selected_for_decay(updates: Any, params: Any, weight_decay: Any, mask: Any) 
 
 
 def decayed_step(
-    u: jax.Array, p: jax.Array, rate: Any, weight_decay: Any, decay: str, accepted: Any
+    u: jax.Array, p: jax.Array, rate: Scalar, weight_decay: Any, decay: str, accepted: Scalar
 ) -> jax.Array:
     """The float32 change of one leaf: `-lr u` with decoupled decay before or after it."""
     u = u.astype(jnp.float32)
@@ -108,7 +109,7 @@ def apply_learning_rate(
         check_floating(params, "apply_learning_rate")
         return LearningRateState(jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, *, accepted: Any = True, rates: Any = None, **extra):
+    def update(updates, state, params=None, *, accepted: Scalar = True, rates: Any = None, **extra):
         given = extra.get("learning_rate")
         rate = at_step(learning_rate if given is None else given, state.count)
         shrinks = at_step(weight_decay, state.count)

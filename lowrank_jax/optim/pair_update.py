@@ -34,6 +34,7 @@ from lowrank_jax.optim.learning_rate import at_step, decayed_step, selected_for_
 from lowrank_jax.optim.pairs import OTHER, SIDES, FactorLeaves
 from lowrank_jax.reprs import Short, show
 from lowrank_jax.trees import as_float32, pure
+from lowrank_jax.typing import Pytree, Scalar
 
 FORMAT_VERSION = 1
 
@@ -92,7 +93,7 @@ class Momentum(inner_lib.Inner):
     """`m <- b1 m + (1 - b1) g`: Adam's first moment alone, its bias correction `1 / (1 - b1^t)` in
     the scale."""
 
-    b1: Any = 0.9
+    b1: Scalar = 0.9
     splits = True
 
     def __post_init__(self):
@@ -113,7 +114,7 @@ class Momentum(inner_lib.Inner):
         return {"first": self.b1}
 
 
-def _average(old: Any, new: Any, decay: Any) -> Any:
+def _average(old: Pytree, new: Pytree, decay: Any) -> Any:
     return jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, old, new)
 
 
@@ -162,7 +163,7 @@ class PairOptimizer(Short):
     ratios: tuple[tuple[str, Any], ...] = ()
     weight_decay: Any = 0.0
     decay: str = "before"
-    mask: Any = None
+    mask: Pytree = None
     guard: bool = True
 
     def __post_init__(self):
@@ -194,11 +195,11 @@ class PairOptimizer(Short):
         object.__setattr__(self, "inner", inner_lib.as_inner(self.inner))
         object.__setattr__(self, "plain", inner_lib.as_inner(plain))
 
-    def init(self, params: Any) -> PairsState:
+    def init(self, params: Pytree) -> PairsState:
         with sharding.mesh_of(params):
             return sharding.replicate_rest(self._init(params))
 
-    def _init(self, params: Any) -> PairsState:
+    def _init(self, params: Pytree) -> PairsState:
         check_floating(params, self.method)
         factors = pairs.find_factors(params, self.method, both=self.damping is not None)
         self._rates(factors)
@@ -221,9 +222,9 @@ class PairOptimizer(Short):
 
     def update(
         self,
-        updates: Any,
+        updates: Pytree,
         state: PairsState,
-        params: Any = None,
+        params: Pytree = None,
         *,
         scale: Any = None,
         **extra: Any,
@@ -239,7 +240,7 @@ class PairOptimizer(Short):
             )
 
     def _update(
-        self, updates: Any, state: PairsState, params: Any, scale: Any, extra: dict[str, Any]
+        self, updates: Pytree, state: PairsState, params: Pytree, scale: Any, extra: dict[str, Any]
     ):
         step = _Step(self, updates, state, params, scale, extra)
         new = state._replace(step=state.step + 1, plain=step.plain(state.plain))
@@ -288,7 +289,7 @@ class PairOptimizer(Short):
 class _Tree:
     """Trees of the structure of another, from some of their leaves by number."""
 
-    def __init__(self, tree: Any):
+    def __init__(self, tree: Pytree):
         self.leaves, self.structure = jax.tree.flatten(tree)
 
     def of(self, leaves: dict[int, Any]) -> Any:
@@ -326,9 +327,9 @@ class _Step:
     def __init__(
         self,
         config: PairOptimizer,
-        updates: Any,
+        updates: Pytree,
         state: PairsState,
-        params: Any,
+        params: Pytree,
         scale: Any,
         extra: Any,
     ):
@@ -376,7 +377,7 @@ class _Step:
             made[i] = change.astype(self.leaves[i].dtype)
         return made
 
-    def plain(self, state: Any) -> Any:
+    def plain(self, state: Pytree) -> Any:
         """Updates the leaves that are no factor; their new state."""
         inner, own = self.config.plain, self.factors.of(None)
         grads = self.tree.of({i: self.grads[i] for i in own})
@@ -386,7 +387,7 @@ class _Step:
         self.updates |= self._moved(own, [scale * u for u in jax.tree.leaves(direction)])
         return state
 
-    def turn(self, side: str, state: Any) -> Turn:
+    def turn(self, side: str, state: Pytree) -> Turn:
         """What the turn of one side makes."""
         config, own, other = self.config, self.factors.of(side), OTHER[side]
         low, bases, changes = {i: self.grads[i] for i in own}, dict(self.bases), {}
@@ -416,7 +417,7 @@ class _Step:
         updates = self._moved(own, [correction * u for u in jax.tree.leaves(direction)])
         return Turn(updates, new, bases, all_finite(list(low.values())))
 
-    def rest(self, side: str, state: Any) -> Turn:
+    def rest(self, side: str, state: Pytree) -> Turn:
         """What `turn` returns for a side whose turn it is not."""
         updates = {i: jnp.zeros_like(self.leaves[i]) for i in self.factors.of(side)}
         return Turn(updates, state, dict(self.bases), jnp.asarray(True))

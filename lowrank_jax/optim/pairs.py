@@ -30,6 +30,7 @@ from lowrank_jax import linalg, sharding
 from lowrank_jax.matrices import Shape
 from lowrank_jax.reprs import Short
 from lowrank_jax.trees import nodes_with_keys, path_of
+from lowrank_jax.typing import Pytree, Scalar
 
 SIDES = ("a", "b")
 OTHER = {"a": "b", "b": "a"}
@@ -71,7 +72,7 @@ class FactorLeaves:
         return [i for i, own in enumerate(self.sides) if own == side]
 
 
-def find_factors(tree: Any, method: str, *, both: bool = True) -> FactorLeaves:
+def find_factors(tree: Pytree, method: str, *, both: bool = True) -> FactorLeaves:
     """The factors of a tree: leaves named `a` and `b` with two or more axes.
 
     Args:
@@ -132,7 +133,7 @@ def _check_fit(method: str, pair: Pair, a: Shape, b: Shape) -> None:
         )
 
 
-def scale_of(scale: Any, pair: Pair, shape: Shape) -> jax.Array:
+def scale_of(scale: Scalar, pair: Pair, shape: Shape) -> jax.Array:
     """The scale of one pair, `()` or broadcastable to `(..., r)`, float32.
 
     Args:

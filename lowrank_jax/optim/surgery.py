@@ -27,7 +27,7 @@ import optax
 from lowrank_jax import linalg
 from lowrank_jax.optim.inner.moments import kinds_of
 from lowrank_jax.reprs import Short
-from lowrank_jax.typing import Pytree, Shape
+from lowrank_jax.typing import Kernel, Pytree, Shape
 
 Names = tuple[str, ...]
 
@@ -69,7 +69,7 @@ class Mask(Policy):
         traced, for all of it: `Mask(jnp.where(restart, 0.0, 1.0))`.
     """
 
-    mask: Any
+    mask: Pytree
 
     def moved(self, moment, kind, where):
         shape = jnp.shape(self.mask)
@@ -191,7 +191,7 @@ class _Surgery:
             f"{known}"
         )
 
-    def visited(self, node: Any, where: Names, at: Names, own: Policy | None) -> Any:
+    def visited(self, node: Kernel, where: Names, at: Names, own: Policy | None) -> Any:
         """The node after the change.
 
         Args:
@@ -224,7 +224,7 @@ class _Surgery:
                 children.append(self.visited(child, here, (*at, *names) if is_key else (), own))
         return jax.tree_util.tree_unflatten(treedef, children)
 
-    def _moments(self, tree: Any, kind: str, where: Names, own: Policy | None) -> Any:
+    def _moments(self, tree: Pytree, kind: str, where: Names, own: Policy | None) -> Any:
         """A tree of moments, like the parameters, or all of one parameter."""
 
         def one(keys, moment):
@@ -240,7 +240,7 @@ class _Surgery:
 
         return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_quantized)
 
-    def _leaf(self, leaf: Any, where: Names, own: Policy | None) -> Any:
+    def _leaf(self, leaf: Kernel, where: Names, own: Policy | None) -> Any:
         """An array that is no registered moment: a count, a key, a rate."""
         numbers = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         if numbers and leaf.ndim and not isinstance(own, Keep):
@@ -262,7 +262,7 @@ def _names(keys: tuple) -> Names:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
-def _quantized(node: Any) -> bool:
+def _quantized(node: Kernel) -> bool:
     return isinstance(node, linalg.QuantizedBlocks)
 
 

@@ -85,7 +85,7 @@ def _kind(x: Struct) -> Any:
     return "floating" if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
 
 
-def shown(tree: Any) -> str:
+def shown(tree: Pytree) -> str:
     """Shapes and dtypes of a tree, in the structure that it has."""
     short = jax.tree.map(lambda x: _Text(f"{x.dtype}{list(x.shape)}"), tree)
     return str(short)

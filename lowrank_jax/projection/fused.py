@@ -29,6 +29,7 @@ from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
 from lowrank_jax.projection.state import Rebased
 from lowrank_jax.projection.write import Write
 from lowrank_jax.reprs import Short
+from lowrank_jax.typing import Kernel, Pytree
 
 ROUNDING = ("nearest", "stochastic")
 IMPLEMENTATIONS = ("xla", "pallas")
@@ -84,18 +85,18 @@ class Fused(Short):
                 "leave it None, or give plain=lrx.inner.adam(...), stored8 or not"
             )
 
-    def init(self, params: Any) -> RecipeState:
+    def init(self, params: Pytree) -> RecipeState:
         """The state of the optax form: both forms share it."""
         return self.recipe.optax().init(params)
 
     def step(
         self,
-        params: Any,
-        grads: Any,
+        params: Pytree,
+        grads: Pytree,
         state: RecipeState,
         learning_rate: Any = None,
         *,
-        taps: Any = None,
+        taps: Pytree = None,
         rebased: Rebased | None = None,
         **extra: Any,
     ) -> tuple[Any, RecipeState]:
@@ -118,7 +119,7 @@ class Fused(Short):
         return self.recipe.rate(state.rate.count, given=learning_rate)
 
     def rebase(
-        self, params: Any, grads: Any, state: RecipeState, learning_rate: Any = None
+        self, params: Pytree, grads: Pytree, state: RecipeState, learning_rate: Any = None
     ) -> tuple[Any, RecipeState, Rebased]:
         """`(projected gradients, state, rebased)` at a due refresh: the part of a step that reads
         full gradients.
@@ -184,8 +185,8 @@ class Fused(Short):
 def write_plain(
     form: Fused,
     prepared: step_lib.Prepared,
-    state: Any,
-    params: Any,
+    state: Pytree,
+    params: Pytree,
     extra: dict[str, Any],
     writers: dict[int, Write],
 ) -> tuple[dict[int, Any], Any]:
@@ -224,7 +225,7 @@ def write_plain(
 
 
 def _by_rows(
-    function: Callable[..., Any], block: int, path: str, grad: jax.Array, param: Any, own: Any
+    function: Callable[..., Any], block: int, path: str, grad: jax.Array, param: Kernel, own: Any
 ):
     """`function(number, grad, param, own) -> (param, own)` on blocks of rows, in place; scalars in
     `own` stay."""
@@ -259,7 +260,11 @@ def _by_rows(
 
 
 def _finish_leaf(
-    step: MatrixStep, param: Any, prepared: step_lib.Prepared, extra: dict[str, Any], write: Write
+    step: MatrixStep,
+    param: Kernel,
+    prepared: step_lib.Prepared,
+    extra: dict[str, Any],
+    write: Write,
 ):
     """The new parameter; leaves the new states in `step`."""
     view, factor, ok = step.view, prepared.factor, prepared.ok
@@ -281,7 +286,7 @@ def _finish_leaf(
 
 
 def in_place(
-    function: Callable, count: int, take: Callable, put: Callable, param: Any, state: Any
+    function: Callable, count: int, take: Callable, put: Callable, param: Kernel, state: Pytree
 ) -> tuple[Any, Any]:
     """`(param, state)` after `function(number, param, state)` on each of `count` parts
     `take(x, number)` of both.

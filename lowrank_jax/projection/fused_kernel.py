@@ -24,6 +24,7 @@ from lowrank_jax.projection.step import Prepared
 from lowrank_jax.projection.targets import Gradient
 from lowrank_jax.projection.write import Write
 from lowrank_jax.trees import is_quantized
+from lowrank_jax.typing import Kernel
 
 
 def check(config: Projection) -> None:
@@ -62,7 +63,7 @@ def check(config: Projection) -> None:
         )
 
 
-def _check_leaf(view: ResolvedView, param: Any) -> None:
+def _check_leaf(view: ResolvedView, param: Kernel) -> None:
     if is_quantized(param) or param.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
             f"leaf {view.path!r}: implementation='pallas' writes float32 or bfloat16, not "
@@ -115,7 +116,7 @@ def _is_local(step: MatrixStep) -> bool:
     return count == 1 or step.view.kept // count % block == 0
 
 
-def finish_leaf(step: MatrixStep, param: Any, prepared: Prepared, write: Write) -> jax.Array:
+def finish_leaf(step: MatrixStep, param: Kernel, prepared: Prepared, write: Write) -> jax.Array:
     """The new parameter; leaves the new inner state in `step`."""
     view, state = step.view, step.parts["inner"]
     adam: Any = step.config.inner.as_adam()

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.typing import Pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def current(view: ResolvedView) -> Layout | None:
     return Layout.of(view, sharding.current_mesh.get(), entries[len(entries) - len(view.shape) :])
 
 
-def placed(view: ResolvedView, tree: Any, role: str) -> Any:
+def placed(view: ResolvedView, tree: Pytree, role: str) -> Any:
     """`tree` with its arrays of the role's shape laid out so; the tree itself where no layout is
     known.
 
@@ -131,7 +132,7 @@ def divided(view: ResolvedView, x: jax.Array, axis: int) -> jax.Array:
     )
 
 
-def mixed(view: ResolvedView, tree: Any) -> Any:
+def mixed(view: ResolvedView, tree: Pytree) -> Any:
     """`tree` with its low-rank arrays whole along the rank, which a transport mixes, and divided
     along k instead."""
     if current(view) is None:

@@ -20,10 +20,11 @@ from lowrank_jax.projection.layout import Layout
 from lowrank_jax.projection.state import MatrixState, parts_of
 from lowrank_jax.resolution import Views, resolve
 from lowrank_jax.trees import leaves_with_metadata, nodes_with_keys, path_of
+from lowrank_jax.typing import Pytree
 
 
 def state_shardings(
-    transformation: Any, params: Any, shardings: Any = None, *, spread: bool = False
+    transformation: Any, params: Pytree, shardings: Pytree = None, *, spread: bool = False
 ) -> Any:
     """NamedShardings of the whole state of any optax transformation, as a tree like
     `transformation.init(params)`.
@@ -120,7 +121,7 @@ def _spread(node: MatrixState, kind: NamedSharding) -> MatrixState:
     return dataclasses.replace(node, **placed)
 
 
-def _given(params: Any, leaves: list[Any], shardings: Any) -> list[tuple[str, NamedSharding]]:
+def _given(params: Pytree, leaves: list[Any], shardings: Pytree) -> list[tuple[str, NamedSharding]]:
     """`[(path, NamedSharding), ...]` of the parameters, all on one mesh; of a quantised one, codes
     come first."""
     paths = [path for path, leaf, _ in leaves_with_metadata(params) for _ in jax.tree.leaves(leaf)]
@@ -156,8 +157,8 @@ def _dividing(kind: NamedSharding) -> NamedSharding:
 
 
 def sides_for(
-    params: Any,
-    shardings: Any = None,
+    params: Pytree,
+    shardings: Pytree = None,
     *,
     views: Views | None = None,
     side: Any = "sharding",
@@ -189,7 +190,7 @@ def sides_for(
     return resolve(params, views, rank=1, side=side, tie=tie, shardings=placed).sides
 
 
-def resolved_sides(transformation: Any, params: Any) -> tuple[tuple[str, str], ...]:
+def resolved_sides(transformation: Any, params: Pytree) -> tuple[tuple[str, str], ...]:
     """`((path, side), ...)` of every projected leaf of any pipeline, for a checkpoint's manifest;
     () if there is none.
 

@@ -144,7 +144,7 @@ class Every(RefreshSchedule):
     [0, 3, 7, 11]
     """
 
-    period: Any
+    period: Scalar
     phase: Any = 0
     first: bool = True
 
@@ -260,7 +260,7 @@ class Lazy(RefreshSchedule):
     [0, 1, 2, 4, 8, 16]
     """
 
-    period: Any
+    period: Scalar
     threshold: Any = 0.4
     queue: int = 5
     factor: Any = 2

@@ -136,7 +136,7 @@ class Sign(Residual):
     rank, or where a gradient lies in the subspace whole.
     """
 
-    scale: Any = 1.0
+    scale: Scalar = 1.0
     reads_target = True
 
     def __post_init__(self):
@@ -174,7 +174,7 @@ class Rescaled(Residual):
     """
 
     axis: str = "channel"
-    limiter: Any = 1.01
+    limiter: Scalar | None = 1.01
     reads_target = True
     splits = True
     _name = "rescaled"
@@ -219,7 +219,7 @@ class GradientRescale(Rescaled):
         sqrt(128)).
     """
 
-    scale: Any = 1.0
+    scale: Scalar = 1.0
     _name = "gradient_rescale"
 
     def __post_init__(self):

@@ -24,7 +24,7 @@ from lowrank_jax.projection.targets import Gradient, Target
 from lowrank_jax.projection.transports import Keep, Transport
 from lowrank_jax.reprs import Short
 from lowrank_jax.resolution import Report, Views, check_side, resolve
-from lowrank_jax.typing import Scalar
+from lowrank_jax.typing import Pytree, Scalar
 
 
 @deprecations.options("lrx.projection.Projection")
@@ -47,14 +47,14 @@ class Projection(Short):
     target: Target = Gradient()
     residual: Residual = Discard()
     sampler: Sampler = All()
-    scale: Any = 1.0
+    scale: Scalar = 1.0
     side: Any = "paper"
     tie: str = "rows"
     views: Views = Views()
     plain: Any = None
     guard: bool = True
     clip_norm: Any = None
-    seed: Any = 0
+    seed: Scalar = 0
 
     def __post_init__(self):
         self._take_old_spelling()
@@ -155,7 +155,7 @@ class Projection(Short):
         """Whether a refresh changes more than the basis and the moments."""
         return self.target.follows_basis or self.residual.follows_basis
 
-    def report(self, params: Any, shardings: Any = None) -> Report:
+    def report(self, params: Pytree, shardings: Pytree = None) -> Report:
         """What is projected, at which rank, and what is not and why."""
         report = resolve(
             params,

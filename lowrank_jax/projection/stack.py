@@ -14,6 +14,7 @@ from lowrank_jax.projection.state import Projected
 from lowrank_jax.projection.tapped import Tapped
 from lowrank_jax.reprs import Short
 from lowrank_jax.trees import dequantized
+from lowrank_jax.typing import Pytree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Stack(Short):
     after: Callable[..., Any]
     name: str = "layers"
 
-    def loss(self, params: Any, *args: Any) -> jax.Array:
+    def loss(self, params: Pytree, *args: Any) -> jax.Array:
         """The same model as one function, for evaluation and for `train_step`."""
         rest = {name: tree for name, tree in params.items() if name != self.name}
         x, _ = jax.lax.scan(
@@ -54,7 +55,7 @@ class Stack(Short):
 
 
 def layer_gradients(
-    function: Callable[..., Any], kernels: Any, taps: Any, vectors: Any, inputs: Any, dx: Any
+    function: Callable[..., Any], kernels: Any, taps: Pytree, vectors: Any, inputs: Any, dx: Any
 ) -> Any:
     """Gradients of one layer, summed over the microbatches: `(kernels', vectors', inputs')`.
 

@@ -50,7 +50,7 @@ class ProjectionState(NamedTuple):
     skipped: jax.Array
     partly_skipped: jax.Array
     refreshes: jax.Array
-    matrices: Any
+    matrices: Pytree
     plain: Any
     refresh_schedule: Any = ()
     sampler: Any = ()
@@ -85,10 +85,10 @@ class MatrixState:
     MatrixState('kernel', rank=2, shrinks=rows, basis=[(4, 2)], 164 bytes)
     """
 
-    basis: Any
+    basis: Pytree
     memory: Any = ()
     inner: Any
-    target: Any = ()
+    target: Pytree = ()
     residual: Any = ()
     refresh_schedule: Any = ()
     view: ResolvedView = dataclasses.field(metadata={"static": True})

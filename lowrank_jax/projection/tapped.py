@@ -31,7 +31,7 @@ from lowrank_jax.projection.projectors.base import thin_product
 from lowrank_jax.quantized import dense
 from lowrank_jax.rows import fold_rows
 from lowrank_jax.serialization import serializable
-from lowrank_jax.typing import Kernel, Pytree
+from lowrank_jax.typing import DTypeLike, Kernel, Pytree
 
 
 @serializable
@@ -51,7 +51,7 @@ class Tap:
       view, projector: static structure, as in `MatrixState`.
     """
 
-    basis: Any
+    basis: Pytree
     low: jax.Array | None
     sketch_basis: jax.Array | None
     sketch: jax.Array | None
@@ -63,7 +63,7 @@ class Tap:
         low, sketch = self.zeros(None)
         return dataclasses.replace(self, low=low, sketch=sketch)
 
-    def zeros(self, kernel: Any) -> tuple[jax.Array, jax.Array | None]:
+    def zeros(self, kernel: Kernel) -> tuple[jax.Array, jax.Array | None]:
         """`(low, sketch)`, the points at which the gradient is taken; on an explicit mesh divided
         as the kernel is."""
         view = self.view if kernel is None else self.view.lying(getattr(kernel, "value", kernel))
@@ -96,7 +96,7 @@ class Tapped(KernelNode):
     (2, 6)
     """
 
-    kernel: Any
+    kernel: Kernel
     tap: Tap
 
     def __jax_array__(self) -> jax.Array:
@@ -131,7 +131,7 @@ class Tapped(KernelNode):
     def with_parts(self, own: Pytree, shared: Pytree) -> Tapped:
         return Tapped(with_parts_of(self.kernel, own[0], shared), own[1])
 
-    def dense(self, dtype: Any = None) -> None:
+    def dense(self, dtype: DTypeLike | None = None) -> None:
         """None: the projected gradient would lack what the matrix is used for."""
 
     def multiply(self, op: Op, x: jax.Array, key: Any = None) -> tuple[jax.Array, Any]:

@@ -27,7 +27,7 @@ from lowrank_jax.checks import check_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.reprs import Short, show
-from lowrank_jax.typing import Pytree, Scalar, Shape
+from lowrank_jax.typing import DTypeLike, Pytree, Scalar, Shape
 
 
 class Moved(NamedTuple):
@@ -126,7 +126,7 @@ class Stored(Target):
       dtype: of the stored matrix, `(batch..., s, k)` elements; the arithmetic is float32.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     reads_gradient = True
 
     def init(self, view):

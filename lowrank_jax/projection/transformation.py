@@ -46,15 +46,16 @@ from lowrank_jax.projection.targets import Target
 from lowrank_jax.projection.transports import Transport
 from lowrank_jax.resolution import Report, Views
 from lowrank_jax.trees import as_float32, is_placeholder, pure
+from lowrank_jax.typing import Pytree, Scalar
 
 
-def init(config: Projection, params: Any) -> ProjectionState:
+def init(config: Projection, params: Pytree) -> ProjectionState:
     """The state of a projection before its first step."""
     with sharding.mesh_of(params):
         return sharding.replicate_rest(_init(config, params))
 
 
-def _init(config: Projection, params: Any) -> ProjectionState:
+def _init(config: Projection, params: Pytree) -> ProjectionState:
     check_floating(params, "projection")
     asked_for_structure = is_placeholder(params)  # there are no leaves that rules could match
     report = Report(()) if asked_for_structure else config.report(params)
@@ -86,7 +87,7 @@ def _init(config: Projection, params: Any) -> ProjectionState:
 
 
 def update(
-    config: Projection, updates: Any, state: ProjectionState, params: Any = None, **extra: Any
+    config: Projection, updates: Pytree, state: ProjectionState, params: Pytree = None, **extra: Any
 ) -> tuple[Any, ProjectionState]:
     """`(updates, state)` of one step, see `scale_by_projection`."""
     with sharding.mesh_of((updates, params)):
@@ -112,14 +113,14 @@ def scale_by_projection(
     target: Target | None = None,
     residual: Residual | None = None,
     sampler: Sampler | None = None,
-    scale: Any = 1.0,
+    scale: Scalar = 1.0,
     side: Any = "paper",
     tie: str = "rows",
     views: Views | None = None,
     plain: Inner | optax.GradientTransformation | None = None,
     guard: bool = True,
-    clip_norm: Any = None,
-    seed: Any = 0,
+    clip_norm: Scalar | None = None,
+    seed: Scalar = 0,
 ) -> ProjectionTransformation:
     """Runs an inner optimizer in a low-rank subspace of each matrix: the one projection
     transformation.
@@ -197,7 +198,7 @@ def transformation_of(projection: Projection) -> ProjectionTransformation:
     return transformation
 
 
-def explain(transformation: Any, params: Any) -> Report:
+def explain(transformation: Any, params: Pytree) -> Report:
     """What a projection optimizer does with each leaf, as a printable report.
 
     >>> import jax.numpy as jnp

@@ -212,7 +212,7 @@ class LDAdam(Transport):
         return inner_lib.map_moments(inner, state, moved)
 
 
-def _check_registered(name: str, inner: Any, state: Any) -> None:
+def _check_registered(name: str, inner: Any, state: Pytree) -> None:
     """ValueError if the state has a non-scalar leaf that the moments protocol does not know."""
     known = {moment.path: moment.kind for moment in inner.moments(state)}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:

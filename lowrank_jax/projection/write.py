@@ -14,7 +14,7 @@ from lowrank_jax.optim.guard import select
 from lowrank_jax.optim.learning_rate import at_step, decayed_step
 from lowrank_jax.projection.optimizers.recipe import Recipe
 from lowrank_jax.trees import dequantized, is_quantized
-from lowrank_jax.typing import Scalar
+from lowrank_jax.typing import Kernel, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Write:
     """`param <- param + change`, in float32 and rounded once."""
 
     rounding: str
-    rate: Any
+    rate: Scalar
     weight_decay: Any
     decay: str
     accepted: Any
@@ -34,7 +34,7 @@ class Write:
         cls,
         recipe: Recipe,
         rounding: str,
-        rate: Any,
+        rate: Scalar,
         decays: bool,
         accepted: Any,
         step: Scalar,
@@ -49,7 +49,7 @@ class Write:
         weight_decay = at_step(recipe.weight_decay, step) if decays else 0
         return cls(rounding, rate, weight_decay, recipe.decay, accepted, key, path)
 
-    def __call__(self, param: Any, update: jax.Array, layer: Any) -> Any:
+    def __call__(self, param: Kernel, update: jax.Array, layer: Any) -> Any:
         old = dequantized(param).astype(jnp.float32)
         value = old + decayed_step(
             update, old, self.rate, self.weight_decay, self.decay, self.accepted

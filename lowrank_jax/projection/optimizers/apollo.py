@@ -9,20 +9,21 @@ from lowrank_jax.optim import inner
 from lowrank_jax.projection import projectors, refresh_schedules, residuals
 from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, projector_of, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
+from lowrank_jax.typing import Rank, Scalar
 
 
 @named
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Any = None,
-    refresh_every: Any = 200,
-    scale: Any = 1.0,
+    rank: Rank | None = None,
+    refresh_every: Scalar = 200,
+    scale: Scalar = 1.0,
     axis: str = "channel",
-    limiter: Any = 1.01,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-6,
+    limiter: Scalar | None = 1.01,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-6,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     projector: Any = None,
     **common: Unpack[CommonOptions],
@@ -67,14 +68,14 @@ def apollo(
 def apollo_mini(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Any = 1,
-    refresh_every: Any = 200,
-    scale: Any = 128.0,
+    rank: Rank = 1,
+    refresh_every: Scalar = 200,
+    scale: Scalar = 128.0,
     axis: str = "tensor",
-    limiter: Any = 1.01,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-6,
+    limiter: Scalar | None = 1.01,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-6,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     projector: Any = None,
     **common: Unpack[CommonOptions],

@@ -1,6 +1,6 @@
 """DCT-AdamW."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import optax
 
@@ -8,22 +8,23 @@ from lowrank_jax.optim import inner
 from lowrank_jax.projection import projectors, refresh_schedules, targets, transports
 from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, projector_of, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
+from lowrank_jax.typing import Rank, Scalar
 
 
 @named
 def dct_adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Any = None,
-    refresh_every: Any = 1,
+    rank: Rank | None = None,
+    refresh_every: Scalar = 1,
     kind: int = 3,
     norm: str = "l1",
     rotate: bool = True,
     error_feedback: bool = False,
-    scale: Any = 1.0,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
+    scale: Scalar = 1.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     **common: Unpack[CommonOptions],
 ) -> ProjectionTransformation:

@@ -17,11 +17,12 @@ from lowrank_jax.projection.projectors.base import StoredProjector
 from lowrank_jax.projection.projectors.given import stack_of
 from lowrank_jax.projection.projectors.random import normal
 from lowrank_jax.projection.transformation import ProjectionTransformation
+from lowrank_jax.typing import Rank, Scalar
 
 SPECTRAL = scales.fan_ratio()  # sqrt(fan_out / fan_in)
 
 
-def unit_rows(low: jax.Array, eps: Any) -> jax.Array:
+def unit_rows(low: jax.Array, eps: Scalar) -> jax.Array:
     """Rows of `low (..., r, k)` over their norms, to which `eps` is added."""
     norms = jnp.sqrt(jnp.sum(jnp.square(low), axis=-1, keepdims=True))
     return low / (norms + eps)
@@ -40,7 +41,7 @@ class UnitRows(inner.Inner):
     ([[0.6000000238418579, 0.800000011920929], [0.0, 1.0]], 1.0)
     """
 
-    eps: Any = 1e-8
+    eps: Scalar = 1e-8
 
     def __post_init__(self):
         check_number("dion: eps", self.eps, at_least=0)
@@ -64,7 +65,7 @@ class HalfPower(StoredProjector):
     """
 
     first: Any = None
-    eps: Any = 1e-8
+    eps: Scalar = 1e-8
     reads: ClassVar[frozenset[str]] = frozenset({"target"})
     sees: ClassVar[frozenset[str]] = frozenset({"low"})
     of_range: ClassVar[bool] = True
@@ -93,10 +94,10 @@ class HalfPower(StoredProjector):
 def dion(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Any = None,
+    rank: Rank | None = None,
     momentum: Any = 0.95,
     first: Any = None,
-    eps: Any = 1e-8,
+    eps: Scalar = 1e-8,
     scale: Any = SPECTRAL,
     weight_decay: optax.ScalarOrSchedule = 0.01,
     projector: Any = None,

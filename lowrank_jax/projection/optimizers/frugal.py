@@ -9,22 +9,23 @@ from lowrank_jax.optim import inner
 from lowrank_jax.projection import projectors, refresh_schedules, residuals, transports
 from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, projector_of, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
+from lowrank_jax.typing import Rank, Scalar
 
 
 @named
 def frugal(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Any = 0.25,
-    refresh_every: Any = 200,
+    rank: Rank = 0.25,
+    refresh_every: Scalar = 200,
     projection: str = "svd",
     rule: str = "sign",
     active_scale: Any = 1.0,
     inactive_scale: Any = 1.0,
     reset: bool = True,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.01,
     projector: Any = None,
     **common: Unpack[CommonOptions],

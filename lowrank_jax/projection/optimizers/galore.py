@@ -8,6 +8,7 @@ from lowrank_jax.optim import inner
 from lowrank_jax.projection import projectors, refresh_schedules
 from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, projector_of, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
+from lowrank_jax.typing import Rank, Scalar
 
 _GALORE_SIDES = {
     "std": ("paper", "rows"),
@@ -22,13 +23,13 @@ _GALORE_SIDES = {
 def galore(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Any = None,
-    refresh_every: Any = 200,
-    scale: Any = 0.25,
+    rank: Rank | None = None,
+    refresh_every: Scalar = 200,
+    scale: Scalar = 0.25,
     proj_type: str = "std",
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-6,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-6,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     projector: Any = None,
     **common: Unpack[CommonOptions],

@@ -8,9 +8,10 @@ from lowrank_jax.optim import inner
 from lowrank_jax.projection import projectors, refresh_schedules, transports
 from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, projector_of, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
+from lowrank_jax.typing import Rank, Scalar
 
 
-def _svd_then_random(rank: Any, at: Any) -> projectors.Projector:
+def _svd_then_random(rank: Rank, at: Any) -> projectors.Projector:
     random = projectors.random(rank=rank, kind="orthonormal")
     return projectors.switch(at=at, first=projectors.svd(rank=rank), then=random)
 
@@ -20,12 +21,12 @@ def golore(
     learning_rate: optax.ScalarOrSchedule,
     *,
     random_from: Any,
-    rank: Any = None,
-    refresh_every: Any = 200,
-    scale: Any = 0.25,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-6,
+    rank: Rank | None = None,
+    refresh_every: Scalar = 200,
+    scale: Scalar = 0.25,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-6,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     **common: Unpack[CommonOptions],
 ) -> ProjectionTransformation:

@@ -8,19 +8,20 @@ from lowrank_jax.optim import inner
 from lowrank_jax.projection import projectors, refresh_schedules, targets, transports
 from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
+from lowrank_jax.typing import Rank, Scalar
 
 
 @named
 def ldadam(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Any = 16,
+    rank: Rank = 16,
     mix: Any = 0.908,
     error_feedback: bool = True,
-    scale: Any = 1.0,
-    b1: Any = 0.908,
-    b2: Any = 0.99,
-    eps: Any = 1e-8,
+    scale: Scalar = 1.0,
+    b1: Scalar = 0.908,
+    b2: Scalar = 0.99,
+    eps: Scalar = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     first: str = "svd",
     projector: Any = None,

@@ -8,21 +8,22 @@ from lowrank_jax.optim import inner
 from lowrank_jax.projection import projectors, refresh_schedules
 from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, projector_of, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
+from lowrank_jax.typing import Rank, Scalar
 
 
 @named
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Any = None,
-    refresh_every: Any = 200,
-    scale: Any = 0.25,
+    rank: Rank | None = None,
+    refresh_every: Scalar = 200,
+    scale: Scalar = 0.25,
     basis_optimizer: Any = "adamw",
     peak_rate: Any = None,
     first: str = "svd",
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-6,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-6,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     projector: Any = None,
     **common: Unpack[CommonOptions],

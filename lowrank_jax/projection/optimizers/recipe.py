@@ -28,6 +28,7 @@ from lowrank_jax.projection.transformation import ProjectionTransformation
 from lowrank_jax.projection.transports import Transport
 from lowrank_jax.reprs import Short, show
 from lowrank_jax.resolution import Views
+from lowrank_jax.typing import Pytree, Rank, Scalar
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -64,7 +65,7 @@ class Recipe(Short):
     learning_rate: Any
     weight_decay: Any = 0.0
     decay: str = "before"
-    mask: Any = None
+    mask: Pytree = None
     plain_learning_rate: Any = None
 
     when = deprecations.attribute("lrx.projection.Recipe", "when")
@@ -72,7 +73,7 @@ class Recipe(Short):
     def __post_init__(self):
         check_number("plain_learning_rate", self.plain_learning_rate, otherwise="a schedule")
 
-    def rate(self, count: jax.Array, *, plain: bool = False, given: Any = None) -> Any:
+    def rate(self, count: jax.Array, *, plain: bool = False, given: Any = None) -> Scalar:
         """The learning rate of a step, of the leaves that are projected or of the `plain` others.
 
         Args:
@@ -83,7 +84,7 @@ class Recipe(Short):
             return at_step(self.plain_learning_rate, count)
         return at_step(self.learning_rate if given is None else given, count)
 
-    def _rates(self, params: Any, updates: Any, count: jax.Array, given: Any) -> Any:
+    def _rates(self, params: Pytree, updates: Pytree, count: jax.Array, given: Any) -> Any:
         """A tree of the rates of the updates, or None where all leaves have one."""
         if self.plain_learning_rate is None:
             return None
@@ -112,7 +113,7 @@ class Recipe(Short):
         transformation.recipe = self
         return transformation
 
-    def _decays(self, params: Any) -> Any:
+    def _decays(self, params: Pytree) -> Any:
         """A tree of booleans: which leaves decay."""
         return selected_for_decay(params, params, self.weight_decay, self.mask)
 
@@ -164,10 +165,10 @@ class CommonOptions(TypedDict, total=False):
     views: Views | None  # which leaves are matrices
     plain: Any  # the inner transformation of leaves that are not projected
     plain_learning_rate: Any  # and their rate, in place of the one of the others
-    mask: Any  # which leaves decay, see `lrx.apply_learning_rate`
-    clip_norm: Any  # of the global norm of what is kept
+    mask: Pytree  # which leaves decay, see `lrx.apply_learning_rate`
+    clip_norm: Scalar | None  # of the global norm of what is kept
     guard: bool  # skip steps that are not finite
-    seed: Any  # of random bases and sketches
+    seed: Scalar  # of random bases and sketches
 
 
 _DEFAULTS: dict[str, Any] = {"guard": True, "seed": 0}
@@ -241,7 +242,7 @@ def _sparing(schedule: RefreshSchedule, slots: dict[str, Any]) -> RefreshSchedul
     return schedule if reads else dataclasses.replace(schedule, when="after")
 
 
-def projector_of(default: Callable, rank: Any, projector: Any, **options: Any) -> Any:
+def projector_of(default: Callable, rank: Rank | None, projector: Any, **options: Any) -> Any:
     """`projector`, or the method's own at this rank; ValueError unless exactly one of the two is
     given."""
     if projector is not None:

@@ -9,7 +9,7 @@ from lowrank_jax.optim import inner, scales
 from lowrank_jax.projection import projectors, refresh_schedules, targets
 from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, projector_of, recipe
 from lowrank_jax.projection.transformation import ProjectionTransformation
-from lowrank_jax.typing import Scalar
+from lowrank_jax.typing import Rank, Scalar
 
 KJ = scales.fan_ratio(least=1.0)  # sqrt(max(1, fan_out / fan_in))
 
@@ -18,7 +18,7 @@ KJ = scales.fan_ratio(least=1.0)  # sqrt(max(1, fan_out / fan_in))
 def trion(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: Any = None,
+    rank: Rank | None = None,
     momentum: Scalar = 0.95,
     kind: int | tuple[int, int] = (3, 2),
     norm: str = "l1",

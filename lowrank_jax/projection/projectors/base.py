@@ -50,9 +50,7 @@ from lowrank_jax.projection.transports import DenseChange, IndexChange
 from lowrank_jax.reprs import Short
 from lowrank_jax.rows import over_rows
 from lowrank_jax.trees import is_quantized
-from lowrank_jax.typing import Key, Pytree
-
-Rank = int | float | tuple[tuple[str, int | float], ...]
+from lowrank_jax.typing import DTypeLike, Key, Pytree
 
 BasisAndMemory = tuple[Pytree, Pytree]
 
@@ -161,13 +159,15 @@ class Projector(Short):
         it."""
         return memory
 
-    def down(self, view: ResolvedView, basis: Any, x: jax.Array) -> jax.Array:
+    def down(self, view: ResolvedView, basis: Pytree, x: jax.Array) -> jax.Array:
         raise TypeError(f"{type(self).__name__} does not implement down")
 
-    def up(self, view: ResolvedView, basis: Any, low: jax.Array) -> jax.Array:
+    def up(self, view: ResolvedView, basis: Pytree, low: jax.Array) -> jax.Array:
         raise TypeError(f"{type(self).__name__} does not implement up")
 
-    def rest(self, view: ResolvedView, basis: Any, target: jax.Array, low: jax.Array) -> jax.Array:
+    def rest(
+        self, view: ResolvedView, basis: Pytree, target: jax.Array, low: jax.Array
+    ) -> jax.Array:
         """What the basis does not see of the target `(..., s, k)`: `target - up(low)`.
 
         Projectors onto coordinates say it without a difference. One of two equal numbers is rarely
@@ -187,7 +187,7 @@ class Projector(Short):
         norm = jnp.sqrt(jnp.sum(jnp.square(target), axis=-2, keepdims=True))
         return 16 * float(jnp.finfo(jnp.float32).eps) * norm
 
-    def thin(self, view: ResolvedView, basis: Any, x: jax.Array, axis: str) -> jax.Array:
+    def thin(self, view: ResolvedView, basis: Pytree, x: jax.Array, axis: str) -> jax.Array:
         """What a product keeps of its inputs (`axis="rows"`) or of its cotangents ("cols"), for one
         matrix."""
         raise TypeError(
@@ -204,7 +204,7 @@ class Projector(Short):
         number."""
         raise TypeError(f"{type(self).__name__} does not implement structure")
 
-    def overlap(self, view: ResolvedView, old: Any, new: Any) -> Any:
+    def overlap(self, view: ResolvedView, old: Pytree, new: Pytree) -> Any:
         raise TypeError(f"{type(self).__name__} does not implement overlap")
 
     def low_shape(self, view: ResolvedView) -> tuple[int, ...]:
@@ -223,7 +223,7 @@ class Projector(Short):
         """Formula of the memory, as of the basis."""
         return 0
 
-    def measure(self, view: ResolvedView, basis: Any, x: jax.Array) -> jax.Array:
+    def measure(self, view: ResolvedView, basis: Pytree, x: jax.Array) -> jax.Array:
         """Captured energy `|PᵀX|² / |X|²` of each matrix, for orthonormal bases (0 where X is
         zero)."""
         energy = jnp.sum(jnp.square(x), axis=(-2, -1))
@@ -261,7 +261,7 @@ def thin_product(x: jax.Array, basis: jax.Array) -> jax.Array:
 class BasisProjector(Projector):
     """Projectors whose basis is, or is regenerated as, a matrix `P (..., s, r)`."""
 
-    def columns(self, view: ResolvedView, basis: Any) -> jax.Array:
+    def columns(self, view: ResolvedView, basis: Pytree) -> jax.Array:
         """The basis as a float32 matrix `(..., s, r)`."""
         return basis.astype(jnp.float32)
 
@@ -296,7 +296,7 @@ class StoredProjector(BasisProjector):
       dtype: of the stored basis, float32, bfloat16 or int8 (block-wise); it is computed in float32.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def structure(self):
         return StoredProjector(dtype=jnp.dtype(self.dtype))

@@ -13,9 +13,10 @@ import numpy as np
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.projectors.base import StoredProjector
 from lowrank_jax.projection.transports import SameBasis
+from lowrank_jax.typing import Pytree, Rank
 
 
-def matrix_of(field: str, matrices: Any, path: str) -> Any:
+def matrix_of(field: str, matrices: Pytree, path: str) -> Any:
     """The matrix of a leaf: the one that was given, or of the first pattern that matches the whole
     path."""
     rules = matrices if isinstance(matrices, tuple) else ((".*", matrices),)
@@ -25,7 +26,7 @@ def matrix_of(field: str, matrices: Any, path: str) -> Any:
     raise ValueError(f"{field}: no pattern matches {path!r}; add ('.*', matrix) as the last rule")
 
 
-def stack_of(field: str, matrices: Any, view: ResolvedView, rows: int) -> jax.Array:
+def stack_of(field: str, matrices: Pytree, view: ResolvedView, rows: int) -> jax.Array:
     """The matrices `(batch..., rows, r)` of a leaf, float32: its own, or one for all of them."""
     given = jnp.asarray(matrix_of(field, matrices, view.path), jnp.float32)
     shape = (*view.batch, rows, view.rank)
@@ -47,7 +48,7 @@ class Given(StoredProjector):
     """
 
     matrix: Any = None
-    rank: Any = dataclasses.field(default=1.0, init=False, repr=False)  # the matrix says it
+    rank: Rank = dataclasses.field(default=1.0, init=False, repr=False)  # the matrix says it
     moves: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = False
 

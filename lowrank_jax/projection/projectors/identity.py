@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 
 from lowrank_jax.projection.projectors.base import Projector
 from lowrank_jax.projection.transports import SameBasis
+from lowrank_jax.typing import Rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class Identity(Projector):
     """`P = I`: the low-rank object is the gradient itself, and the projection optimizer is its
     inner one."""
 
-    rank: Any = dataclasses.field(default=1.0, init=False, repr=False)  # all of it
+    rank: Rank = dataclasses.field(default=1.0, init=False, repr=False)  # all of it
     moves: ClassVar[bool] = False
 
     def rank_for(self, path, shrunk, kept):

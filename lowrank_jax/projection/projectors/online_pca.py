@@ -17,6 +17,7 @@ from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.projectors.base import StoredProjector
 from lowrank_jax.projection.projectors.random import structured
 from lowrank_jax.projection.projectors.svd import singular_vectors
+from lowrank_jax.typing import Scalar
 
 _OPTIMIZERS = {"adamw": inner.Adam(), "sgd": inner.from_optax(optax.identity())}
 
@@ -53,7 +54,7 @@ class OnlinePca(StoredProjector):
     """
 
     optimizer: Any = "adamw"
-    period: Any = 200
+    period: Scalar = 200
     peak_rate: Any = None
     weight_decay: Any = None
     first: str = "svd"

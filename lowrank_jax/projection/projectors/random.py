@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lowrank_jax import linalg, sharding
 from lowrank_jax.projection.batches import count, each
 from lowrank_jax.projection.projectors.base import BasisProjector, StoredProjector
+from lowrank_jax.typing import DTypeLike
 
 
 def per_matrix(function: Callable, keys: jax.Array) -> jax.Array:
@@ -59,7 +60,7 @@ class Random(BasisProjector):
 
     kind: str = "gaussian"
     stored: bool | None = None
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     reads: ClassVar[frozenset[str]] = frozenset({"key"})
 
     def __post_init__(self):

@@ -12,6 +12,7 @@ import jax
 from lowrank_jax.checks import check_integer
 from lowrank_jax.projection.projectors.base import Projector
 from lowrank_jax.projection.projectors.wrapped import Wrapped
+from lowrank_jax.typing import Rank, Scalar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Switch(Wrapped):
     (['key', 'step', 'target'], 4)
     """
 
-    rank: Any = dataclasses.field(init=False)  # that of both
+    rank: Rank = dataclasses.field(init=False)  # that of both
     at: Any
     first: Projector
     then: Projector
@@ -75,7 +76,7 @@ class Switch(Wrapped):
         of_start = {"key"} if self.starts else set()  # the memory of the other one
         return super().reads | of_start | {"step"}
 
-    def _chosen(self, step: Any, first: Callable, then: Callable) -> Any:
+    def _chosen(self, step: Scalar, first: Callable, then: Callable) -> Any:
         """`first()` before step `at`, else `then()`."""
         before = step < self.at
         if isinstance(before, bool):
