@@ -1,12 +1,14 @@
 """The whole step of one matrix, in the order in which the papers have it: read this first.
 
-No mesh, no guard, no stack, no refresh schedule, no fusion; tests compare every method with it. The
-matrix is oriented: `G (s, k)`, basis `P (s, r)`, low-rank objects `(r, k)`.
+No mesh, no guard, no stack, no fusion, no condition; tests compare every method with it. The matrix
+is oriented: `G (s, k)`, basis `P (s, r)`, low-rank objects `(r, k)`. A state is a dict of the parts
+that `MatrixState` names.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +18,22 @@ from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.optim import scales
 from lowrank_jax.projection.residuals import Combine
 from lowrank_jax.projection.slots import Projection
-from lowrank_jax.projection.state import MatrixState, RefreshInputs
+from lowrank_jax.projection.state import RefreshInputs
 from lowrank_jax.projection.targets import Kept, Moved
+from lowrank_jax.typing import Pytree
+
+State = dict[str, Any]
 
 
 def step(
     slots: Projection,
     view: ResolvedView,
-    state: MatrixState,
+    state: State,
     gradient: jax.Array,
     inputs: RefreshInputs,
     *,
     due: bool,
-) -> tuple[jax.Array, MatrixState]:
+) -> tuple[jax.Array, State]:
     """`(update (s, k), state)`: the positive direction of one step.
 
     Args:
@@ -37,80 +42,95 @@ def step(
       inputs: what a refresh reads of the step: `step`, `key`, `param`, `learning_rate`, `refreshes`.
       due: whether the basis moves.
     """
-    projector, when = slots.projector, slots.refresh_schedule.when
+    p, when = slots.projector, slots.refresh_schedule.when
     # K = G, or G and what earlier steps lost of it, or a momentum
-    target, left = slots.target.take(state.target, gradient)
-    state, inputs = (
-        dataclasses.replace(state, target=left),
-        dataclasses.replace(inputs, target=target),
-    )
-    if slots.starts_before and inputs.step == 0:
-        state, due = refresh(slots, view, state, inputs), False
-    if due and when == "before":
+    whole, target = slots.target.take(state["target"], gradient)
+    state, inputs = state | {"target": target}, dataclasses.replace(inputs, target=whole)
+    starts = slots.starts_before and inputs.step == 0
+    if starts or (due and when == "before"):
         state = refresh(slots, view, state, inputs)
-    # R = PᵀK, and the inner transformation's step d c in its terms
-    low = projector.down(view, state.basis, target)
-    param = None
-    if slots.inner.reads_params:
-        param = projector.down(view, state.basis, jnp.asarray(inputs.param))
-    direction, scale, inner = slots.inner.update(low, state.inner, view=view, params=param)
+    # R = PᵀK; K and R are clipped by one factor, from the norm of what the step is made of
+    basis = state["basis"]
+    clip = _clip(slots, whole if slots.keeps_gradient else p.down(view, basis, whole))
+    K = clip * whole
+    R = clip * p.down(view, basis, whole)
+    # the inner transformation's step c d, in the terms of R
+    W = p.down(view, basis, jnp.asarray(inputs.param)) if slots.inner.reads_params else None
+    d, c, inner = slots.inner.update(R, state["inner"], view=view, params=W)
     # U = up(alpha c d), and what the residual rule makes of the rest K - up(R)
-    lift = lambda low: projector.up(view, state.basis, low)  # noqa: E731
-    rest = lambda: projector.rest(view, state.basis, target, low)  # noqa: E731
-    rounding = lambda: projector.rounding(view, target)  # noqa: E731
-    alpha, scale = scales.factor(slots.scale, view), jnp.asarray(scale)
-    update, residual = slots.residual.combine(
-        Combine(view, lift, rest, rounding, target, low, direction, scale, alpha, state.residual)
-    )
-    left = slots.target.kept(state.target, Kept(view, target, low, lift, rest))
-    memory = projector.seen(view, state.basis, state.memory, low, target)
-    state = dataclasses.replace(state, inner=inner, target=left, residual=residual, memory=memory)
-    if due and when == "after":
-        state = refresh(slots, view, state, dataclasses.replace(inputs, low=low))
-    return update, state
+    lift = lambda low: p.up(view, basis, low)  # noqa: E731
+    rest = lambda: p.rest(view, basis, K, R)  # noqa: E731
+    rounding = lambda: p.rounding(view, K)  # noqa: E731
+    alpha = scales.factor(slots.scale, view)
+    made = Combine(view, lift, rest, rounding, K, R, d, jnp.asarray(c), alpha, state["residual"])
+    update, residual = slots.residual.combine(made)
+    target = slots.target.kept(state["target"], Kept(view, K, R, lift, rest))
+    memory = p.seen(view, basis, state["memory"], R, K)
+    state |= {"inner": inner, "target": target, "residual": residual, "memory": memory}
+    if due and not starts and when == "after":
+        state = refresh(slots, view, state, inputs)
+    return update, state | {"refresh_schedule": _advanced(slots, view, state, inputs)}
 
 
-def refresh(
-    slots: Projection, view: ResolvedView, state: MatrixState, inputs: RefreshInputs
-) -> MatrixState:
+def refresh(slots: Projection, view: ResolvedView, state: State, inputs: RefreshInputs) -> State:
     """The basis moves, and with it moments, errors and states that are in its terms."""
-    projector, old, before = slots.projector, state.basis, slots.inner.decoded(state.inner)
-    target = jnp.asarray(inputs.target)
-    if "momentum" in projector.reads:
-        first, m = inner_lib.first_moment(slots.inner, before)
-        m_hat = m / inner_lib.debias(first.decay, jnp.maximum(first.count, 1))
-        inputs = dataclasses.replace(inputs, momentum=m_hat)
-    if "low" in projector.reads and inputs.low is None:
-        inputs = dataclasses.replace(inputs, low=projector.down(view, old, target))
-    if "sketch" in projector.reads:
-        contracted = projector.sketch_basis(view, old, state.memory, inputs)
-        inputs = dataclasses.replace(inputs, sketch=target @ contracted)
-    is_first = projector.starts and inputs.step == 0
-    if is_first:
-        new, memory = projector.start(view, inputs)
+    p, old, before = slots.projector, state["basis"], slots.inner.decoded(state["inner"])
+    inputs = _seen_by(slots, view, state, before, inputs)
+    if p.starts and inputs.step == 0:
+        new, memory = p.start(view, inputs)
     else:
-        new, memory = projector.refresh(view, old, state.memory, inputs)
-    change = projector.overlap(view, old, new)
-    fresh = slots.inner.decoded(slots.inner.init(jnp.zeros(projector.low_shape(view)), view))
+        new, memory = p.refresh(view, old, state["memory"], inputs)
+    # C = P_newᵀ P_old, by which a transport moves the moments
+    change = p.overlap(view, old, new)
+    fresh = slots.inner.decoded(slots.inner.init(jnp.zeros(p.low_shape(view)), view))
     after = slots.transport.move(slots.inner, before, fresh, change)
-    left, residual = state.target, state.residual
+    state = state | {"basis": new, "memory": memory, "inner": slots.inner.encoded(after)}
     if slots.follows_basis:
         first, m = inner_lib.first_moment(slots.inner, before)
-        _, moved = inner_lib.first_moment(slots.inner, after)
-        lifts = (lambda low: projector.up(view, old, low), lambda low: projector.up(view, new, low))
-        record = Moved(view, *lifts, change, m, moved, first.decay)
-        left = slots.target.moved(left, record)
-        residual = slots.residual.moved(residual, record)
-    schedule, own = slots.refresh_schedule, state.refresh_schedule
+        _, later = inner_lib.first_moment(slots.inner, after)
+        lifts = (lambda low: p.up(view, old, low), lambda low: p.up(view, new, low))
+        moved = Moved(view, *lifts, change, m, later, first.decay)
+        state["target"] = slots.target.moved(state["target"], moved)
+        state["residual"] = slots.residual.moved(state["residual"], moved)
+    schedule = slots.refresh_schedule
     if schedule.per_layer:
         cosines = change.cosines if "change" in schedule.reads else None
-        own = schedule.refreshed(own, step=jnp.asarray(inputs.step), change=cosines)
-    return dataclasses.replace(
-        state,
-        refresh_schedule=own,
-        basis=new,
-        memory=memory,
-        inner=slots.inner.encoded(after),
-        target=left,
-        residual=residual,
-    )
+        own, number = state["refresh_schedule"], jnp.asarray(inputs.step)
+        state["refresh_schedule"] = schedule.refreshed(own, step=number, change=cosines)
+    return state
+
+
+def _clip(slots: Projection, kept: jax.Array) -> Any:
+    """`min(1, clip_norm / |kept|)`; of a tree the norm is that of all its leaves."""
+    if slots.clip_norm is None:
+        return 1.0
+    return jnp.minimum(1.0, slots.clip_norm / jnp.maximum(jnp.linalg.norm(kept), 1e-30))
+
+
+def _advanced(slots: Projection, view: ResolvedView, state: State, inputs: RefreshInputs) -> Pytree:
+    """The state of a schedule by layers after the step."""
+    schedule, own = slots.refresh_schedule, state["refresh_schedule"]
+    if not schedule.per_layer:
+        return own
+    captured: jax.Array | None = None
+    if "captured" in schedule.reads:
+        captured = slots.projector.measure(view, state["basis"], jnp.asarray(inputs.target))
+    return schedule.advance(own, step=jnp.asarray(inputs.step), captured=captured)
+
+
+def _seen_by(
+    slots: Projection, view: ResolvedView, state: State, inner: Pytree, inputs: RefreshInputs
+) -> RefreshInputs:
+    """The inputs with what the projector reads of the matrix and of its state before the refresh."""
+    p, basis, found = slots.projector, state["basis"], inputs
+    target = jnp.asarray(inputs.target)
+    if "low" in p.reads:
+        found = dataclasses.replace(found, low=p.down(view, basis, target))
+    if "momentum" in p.reads:
+        first, m = inner_lib.first_moment(slots.inner, inner)
+        unbiased = m / inner_lib.debias(first.decay, jnp.maximum(first.count, 1))
+        found = dataclasses.replace(found, momentum=unbiased)
+    if "sketch" in p.reads:
+        contracted = p.sketch_basis(view, basis, state["memory"], found)
+        found = dataclasses.replace(found, sketch=target @ contracted)
+    return found

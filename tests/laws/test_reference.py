@@ -2,9 +2,11 @@
 `projection/reference.py` says for one matrix alone."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import lowrank_jax as lrx
 from lowrank_jax.optim.learning_rate import at_step, decayed_step
@@ -40,7 +42,7 @@ def _reference(method, name, layer):
     state = m.eager(transformation.init, m.params_like())
     whole = m.projection_state(state).matrices[name]["kernel"]
     view = whole.view if layer is None else whole.view.layer()
-    state = dataclasses.replace(whole, **_layer(parts_of(whole), layer))
+    state = _layer(parts_of(whole), layer)
     param = _layer(m.params_like()[name]["kernel"], layer)
     for step in range(STEPS):
         inputs = lrx.projectors.RefreshInputs(
@@ -50,7 +52,7 @@ def _reference(method, name, layer):
             learning_rate=None if recipe is None else at_step(recipe.learning_rate, step),
         )
         gradient = view.orient(_layer(m.at(m.gradients(), step)[name]["kernel"], layer))
-        is_due = _is_due(slots, whole.view, layer, step, state.refresh_schedule)
+        is_due = _is_due(slots, whole.view, layer, step, state["refresh_schedule"])
         update, state = reference.step(slots, view, state, gradient, inputs, due=is_due)
         update = view.restore(update)
         if recipe is not None:
@@ -60,7 +62,7 @@ def _reference(method, name, layer):
             rate = at_step(recipe.learning_rate, step)
             update = decayed_step(update, param, rate, decay, recipe.decay, True)
         param = param + update
-        yield update, parts_of(state)
+        yield update, state
 
 
 @m.every_method(unless=lambda method: method.name in m.COUPLED)
@@ -75,3 +77,54 @@ def test_each_matrix_makes_the_step_of_the_reference(method):
             m.assert_close(
                 _layer(m.at(updates, step)[name]["kernel"], layer), update, method.tolerance
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WhenLittleIsSeen(lrx.refresh_schedules.RefreshSchedule):
+    """Moves the basis at the step after one that saw less than half of the target."""
+
+    per_layer: ClassVar[bool] = True
+    reads: ClassVar[frozenset[str]] = frozenset({"captured"})
+
+    def init(self, batch):
+        return jnp.ones(batch, bool)
+
+    def due(self, state, step):
+        return state
+
+    def refreshed(self, state, *, step, change=None):
+        return jnp.zeros_like(state)
+
+    def advance(self, state, *, step, captured=None):
+        return captured < 0.5
+
+
+ALONE = {
+    "clipped": {"clip_norm": 0.5, "target": lrx.targets.error_feedback()},
+    "clipped, rest": {"clip_norm": 0.5, "residual": lrx.residuals.sgd()},
+    "captured": {"refresh_schedule": WhenLittleIsSeen()},
+    "captured after": {"refresh_schedule": WhenLittleIsSeen(when="after")},
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_matrix_alone_is_clipped_and_its_schedule_advances(name):
+    """What couples leaves, or reads each step, on a tree of one leaf."""
+    transformation = lrx.scale_by_projection(lrx.projectors.svd(rank=2), **ALONE[name])
+    slots, update = lrx.projection.projection_of(transformation), jax.jit(transformation.update)
+    params = {"kernel": jnp.ones((6, 10))}
+    state = transformation.init(params)
+    view = state.matrices["kernel"].view
+    own, dues = parts_of(state.matrices["kernel"]), []
+    for step in range(6):
+        # one subspace for two steps, then another
+        gradient = jax.random.normal(jax.random.key(step // 2), (6, 10)) * (1 + step % 2)
+        found, state = update({"kernel": gradient}, state, params)
+        dues.append(_is_due(slots, view, None, step, own["refresh_schedule"]))
+        inputs = lrx.projectors.RefreshInputs(step=jnp.asarray(step))
+        expected, own = reference.step(
+            slots, view, own, view.orient(gradient), inputs, due=dues[-1]
+        )
+        m.assert_close(view.restore(expected), found["kernel"], 1e-5)
+        m.assert_close(parts_of(state.matrices["kernel"]), own, 1e-5)
+    assert (dues[0] and not all(dues)) or "captured" not in name
