@@ -15,6 +15,7 @@ would lie.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -162,6 +163,22 @@ class Op:
         return kernel.T if self.input == "transposed" else kernel
 
 
+def _giving_a_pair(multiply: Callable[..., Any]) -> Callable[..., Any]:
+    """`multiply` of a node, whose result must be a pair; what unpacks it would tell of two rows."""
+
+    @functools.wraps(multiply)
+    def run(self, op, x, key=None):
+        found = multiply(self, op, x, key)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError(
+                f"{self.label}.multiply returned a {type(found).__name__}; return (y, aux), the "
+                "product and what adapters give beside it, None for nothing"
+            )
+        return found
+
+    return run
+
+
 class KernelNode(Short):
     """Base of what may stand in a kernel's place.
 
@@ -194,6 +211,11 @@ class KernelNode(Short):
     """
 
     whole_matrix: ClassVar[Any] = False
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "multiply" in vars(cls):
+            cls.multiply = _giving_a_pair(vars(cls)["multiply"])  # type: ignore[method-assign]
 
     @property
     def shape(self) -> Shape:

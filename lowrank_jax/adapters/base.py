@@ -190,6 +190,7 @@ class Adapter(Short):
       nested: the first components of a matrix stand alone at any rank, see `lrx.adapters.at_rank`.
       gives_aux: `wrap` gives a value beside the product (`Op.giving`), which `lrx.matmul(..., aux=True)`
         hands out; where nobody takes it, the product is an error.
+      optional: arrays that `axes` names and only some starts make.
       in_arrays: options that change arrays alone, at the start, and not what the functions do with
         them; adaptations that differ in these stand in one program.
 
@@ -205,6 +206,7 @@ class Adapter(Short):
     whole_matrix: ClassVar[bool] = False
     nested: ClassVar[bool] = False
     gives_aux: ClassVar[bool] = False
+    optional: ClassVar[tuple[str, ...]] = ()
     in_arrays: ClassVar[tuple[str, ...]] = ("rank", "alpha", "init")
 
     @property
@@ -268,8 +270,11 @@ class Adapter(Short):
         return dataclasses.replace(self, rank=rank)  # type: ignore[call-arg]
 
     def init_shared(self, key: jax.Array, group: Group) -> tuple[Arrays, Arrays, dict[str, Arrays]]:
-        """`(trained, frozen, {path: frozen arrays of that site, batch axes in front})` of a
-        group."""
+        """`(trained, frozen, {path: frozen arrays of that site, batch axes in front})` of a group.
+
+        `ranks=` may give the matrices of a group several ranks: what they share is drawn for the
+        largest of `group.matrices`, and each takes its part.
+        """
         del key, group
         return {}, {}, {}
 
@@ -319,15 +324,31 @@ class Adapter(Short):
 
     def checked_factors(self, site: Site, p: Arrays) -> Any:
         """The `Factors` or None of `factors`, for all who use them; TypeError where a family gives
-        anything else."""
+        anything else, ValueError where their shapes do not fit together."""
         found = self.factors(site, p)
-        if found is None or isinstance(found, Factors):
-            return found
-        raise TypeError(
-            f"{type(self).__name__}.factors gives a {type(found).__name__}; return None or "
-            "lrx.adapters.Factors(a, scale, b, rank_of), rank_of np.arange(r) for r components in "
-            "the order of the rank"
-        )
+        if found is None:
+            return None
+        if not isinstance(found, Factors):
+            raise TypeError(
+                f"{type(self).__name__}.factors gives a {type(found).__name__}; return None or "
+                "lrx.adapters.Factors(a, scale, b, rank_of), rank_of np.arange(r) for r components in "
+                "the order of the rank"
+            )
+        shapes = [tuple(np.shape(x)) for x in found[:3]]
+        # a number broadcasts, and counts as the scale of each component
+        q = shapes[0][-1] if shapes[0] else 0
+        if shapes[0] != (site.n, q) or shapes[1] not in ((q,), ()) or shapes[2] != (q, site.m):
+            raise ValueError(
+                f"{site.path!r}: {type(self).__name__}.factors gives a, scale, b of shapes {shapes}; "
+                f"return (n, q), (q,), (q, m) with n = {site.n}, m = {site.m}"
+            )
+        if found.rank_of is not None and np.shape(found.rank_of) != (q,):
+            raise ValueError(
+                f"{site.path!r}: {type(self).__name__}.factors gives {q} components and "
+                f"rank_of={found.rank_of!r}; say for each of them to which of the ranks 0 .. "
+                f"{site.rank - 1} it belongs"
+            )
+        return found
 
     def delta(self, site: Site, p: Arrays) -> jax.Array:
         """`(n, m)`, what is added to the kernel; by default the product of the factors."""
@@ -398,8 +419,19 @@ class Adapter(Short):
         return given | frozen | train
 
     def count(self, site: Site) -> int:
-        """Trained numbers of one matrix of a site, the shared ones aside."""
-        raise NotImplementedError(f"{type(self).__name__} must count its arrays")
+        """Trained numbers of one matrix of a site, the shared ones aside: by default those that
+        `init_site` makes, of shapes alone."""
+
+        def trained(key, kernel):
+            alone = Group(sites={"": site}, order=(("", 0),))
+            train, frozen, sites = self.init_shared(key, alone)
+            scale = jnp.ones((site.rank,) if self.ranked else ())
+            given = {"scale": scale, "shared": train | frozen, "stats": {}} | sites.get("", {})
+            return self.init_site(key, site, kernel if self.reads_kernel else None, given)[0]
+
+        kernel = jax.ShapeDtypeStruct((site.n, site.m), jnp.float32)
+        made = jax.eval_shape(trained, jax.random.key(0), kernel)
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(made))
 
     def shared_count(self, group: Group) -> int:
         """Trained numbers that the sites of a group share."""

@@ -107,7 +107,7 @@ def _checked_ranks(adapter: Adapter, site: Site, rank_of: Any, q: int) -> np.nda
     none."""
     if rank_of is None and not adapter.ranked:
         return np.zeros(q, int)
-    if rank_of is None or np.shape(rank_of) != (q,):
+    if rank_of is None:
         raise ValueError(
             f"{site.path!r}: {type(adapter).__name__}.factors gives {q} components and "
             f"rank_of={rank_of!r}; say for each of them to which of the ranks 0 .. {site.rank - 1} "

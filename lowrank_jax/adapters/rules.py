@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -115,8 +116,10 @@ class Matrices:
 
     def trained(self, adapter: Adapter, site: Site) -> int:
         """Trained numbers of the site, padding and what is shared aside."""
+        alike = collections.Counter(rank for rank in self.ranks if rank)
         return sum(
-            adapter.count(dataclasses.replace(site, rank=rank)) for rank in self.ranks if rank
+            count * adapter.count(dataclasses.replace(site, rank=rank))
+            for rank, count in alike.items()
         )
 
 

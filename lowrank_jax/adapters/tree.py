@@ -136,7 +136,24 @@ def adapt(
         )
         train["sites"] |= {path: site_train} if site_train else {}
         frozen["sites"][path] = known | site_frozen
+        _check_axes(adapter, site, frozen["sites"][path] | site_train, shared)
     return Adaptation(train, frozen, layout, tuple(matrices.items()))
+
+
+def _check_axes(adapter: Adapter, site: Site, own: Any, shared: Any) -> None:
+    """ValueError where `axes` names what is not there: its padding and sharding would be nobody's."""
+    name = f"{site.path!r}: {type(adapter).__name__}.axes"
+    for array, axes in adapter.axes(site).items():
+        if array not in {*own, *shared, *adapter.optional}:
+            raise ValueError(
+                f"{name} names {array!r}, and its arrays are {sorted([*own, *shared])}; name one of "
+                "these, or leave it out"
+            )
+        unknown = set(axes) - {"rows", "cols", "rank", None}
+        if unknown:
+            raise ValueError(
+                f"{name} says {axes} of {array!r}; an axis is 'rows', 'cols', 'rank' or None"
+            )
 
 
 def _initialised(

@@ -96,10 +96,6 @@ class FourierFT(Adapter):
         wave = jnp.fft.ifft2(_rows_first(spectrum))
         return _rows_first(wave.real)
 
-    def count(self, site):
-        del site
-        return self.frequencies
-
 
 def _rows_first(x: jax.Array) -> jax.Array:
     """`x (n, m)`, its rows one after the other in memory.

@@ -63,8 +63,5 @@ class Hira(Adapter):
         # an entry that was multiplied by 0 is lost, and stays 0
         return kernel / jnp.where(factor == 0, 1.0, factor)
 
-    def count(self, site):
-        return site.rank * (site.n + site.m)
-
 
 hira = Hira

@@ -84,8 +84,5 @@ class Loha(Adapter):
         second = (p["a2"] * is_own) @ p["b2"]
         return first * second
 
-    def count(self, site):
-        return 2 * site.rank * (site.n + site.m)
-
 
 loha = Loha

@@ -89,6 +89,7 @@ class Lora(Adapter):
     implementation: str = "xla"
 
     ranked: ClassVar[bool] = True
+    optional: ClassVar[tuple[str, ...]] = ("a0", "b0")
     in_arrays: ClassVar[tuple[str, ...]] = ("rank", "alpha", "rank_stabilized", "init")
 
     def __post_init__(self):

@@ -16,7 +16,6 @@ pass.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
@@ -179,9 +178,6 @@ class Miss(Adapter):
             return self._tiled(product(low.astype(x.dtype), p["block"]), site)
 
         return op.plus(forward, lambda: self.delta(site, p))
-
-    def count(self, site):
-        return math.prod(self.block_shape(site))
 
 
 miss = Miss

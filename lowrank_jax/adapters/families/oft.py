@@ -123,8 +123,5 @@ class Oft(Adapter):
             op, own=lambda x: op(rotated(x)), kernel=kernel, plain=False, aux=aux
         )
 
-    def count(self, site):
-        return site.n * (self.block - 1) // 2
-
 
 oft = Oft
