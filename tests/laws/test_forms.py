@@ -271,6 +271,8 @@ def test_fused_needs_a_recipe():
 class Listening(lrx.inner.Inner):
     """SGD that says what it is told."""
 
+    trees = True
+
     def init(self, tree, view=None):
         return ()
 
