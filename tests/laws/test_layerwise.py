@@ -79,8 +79,10 @@ def named(name, row):
 ROWS |= {name: named(name, row) for name, row in m.NAMED.items()}
 
 
-def run(step, tx, batches):
-    step, params, state, values = jax.jit(step), PARAMS, tx.init(PARAMS), []
+def run(step, tx, batches, state=None):
+    """From a state that is made already, or a new one."""
+    state = tx.init(PARAMS) if state is None else state
+    step, params, values = jax.jit(step), PARAMS, []
     for batch in batches:
         params, state, value = step(params, state, *batch)
         values.append(float(value))
@@ -96,8 +98,10 @@ def run(step, tx, batches):
 )
 def test_layer_by_layer_is_the_ordinary_step(name):
     tx = ROWS[name]
-    params, state, values = run(lrx.train_step(STACK.loss, tx, backprop="full"), tx, BATCHES)
-    own_params, own_state, own_values = run(lrx.layerwise_step(STACK, tx), tx, BATCHES)
+    start = tx.init(PARAMS)
+    full, layerwise = lrx.train_step(STACK.loss, tx, backprop="full"), lrx.layerwise_step(STACK, tx)
+    params, state, values = run(full, tx, BATCHES, start)
+    own_params, own_state, own_values = run(layerwise, tx, BATCHES, start)
     np.testing.assert_allclose(own_values, values, rtol=2e-3 if name == "stored" else 2e-4)
     tolerance = 2e-3 if name == "stored" else 3e-4
     jax.tree.map(
