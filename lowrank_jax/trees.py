@@ -143,3 +143,8 @@ def leaves_with_metadata(tree: Pytree) -> list[tuple[str, Any, tuple[str | None,
             node = node.unbox()
         found.append((path_of(keys), node, names))
     return found
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of the arrays, or of their shapes, in a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

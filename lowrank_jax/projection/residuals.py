@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.limiter import TINY, limited, norms
 from lowrank_jax.projection.targets import Moved
 from lowrank_jax.reprs import Short, show
+from lowrank_jax.trees import bytes_of
 from lowrank_jax.typing import Pytree, Scalar, Shape
 
 
@@ -115,7 +115,9 @@ class Residual(Short):
         return state
 
     def state_bytes(self, view: ResolvedView) -> int:
-        return 0
+        """Bytes of the state of a leaf: what `init` makes."""
+        alone = dataclasses.replace(view, spec=None)
+        return bytes_of(jax.eval_shape(lambda: self.init(alone)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,9 +202,6 @@ class Rescaled(Residual):
         if self.limiter is None:
             return x * factor, c.state
         return limited(x * factor, c.state, self.limiter)
-
-    def state_bytes(self, view):
-        return 0 if self.limiter is None else 4 * math.prod(view.batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from lowrank_jax.checks import check_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.reprs import Short, show
+from lowrank_jax.trees import bytes_of
 from lowrank_jax.typing import DTypeLike, Pytree, Scalar, Shape
 
 
@@ -106,7 +106,9 @@ class Target(Short):
         return state
 
     def state_bytes(self, view: ResolvedView) -> int:
-        return 0
+        """Bytes of the state of a leaf: what `init` makes."""
+        alone = dataclasses.replace(view, spec=None)
+        return bytes_of(jax.eval_shape(lambda: self.init(alone)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,9 +133,6 @@ class Stored(Target):
 
     def init(self, view):
         return sharding.zeros(view.oriented, self.dtype, view.spec)
-
-    def state_bytes(self, view):
-        return math.prod(view.oriented) * jnp.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -371,3 +371,28 @@ def test_what_a_switch_does_with_a_basis_is_what_its_projectors_do():
         assert bool(jnp.all(ours == own)), verb
     assert bool(jnp.all(switch.rounding(view, x) == hat.rounding(view, x)))
     assert switch.of_range == hat.of_range and switch.basis_bytes(view) == hat.basis_bytes(view)
+
+
+class Norms(lrx.residuals.Residual):
+    """A rule with a state, whose bytes nobody writes by hand."""
+
+    def init(self, view):
+        return {"norm": jnp.zeros(view.batch), "seen": jnp.zeros((*view.batch, 2), jnp.bfloat16)}
+
+    def combine(self, c):
+        return c.step(), c.state
+
+
+class Remembers(Svd):
+    """A projector with a memory."""
+
+    def init(self, view, keys):
+        return super().init(view, keys)[0], jnp.zeros((*view.batch, view.shrunk))
+
+
+def test_bytes_of_a_state_follow_from_what_init_makes():
+    tx = lrx.scale_by_projection(Remembers(rank=2), residual=Norms(), views=VIEWS)
+    for matrix in tx.init(PARAMS).matrices["kernel"], tx.init(PARAMS).matrices["dense"]["kernel"]:
+        count = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
+        assert Norms().state_bytes(matrix.view) == count(matrix.residual)
+        assert Remembers(rank=2).memory_bytes(matrix.view) == count(matrix.memory)

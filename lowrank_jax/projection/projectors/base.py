@@ -49,7 +49,7 @@ from lowrank_jax.projection.state import RefreshInputs
 from lowrank_jax.projection.transports import DenseChange, IndexChange
 from lowrank_jax.reprs import Short
 from lowrank_jax.rows import over_rows
-from lowrank_jax.trees import is_quantized
+from lowrank_jax.trees import bytes_of, is_quantized
 from lowrank_jax.typing import DTypeLike, Key, Pytree
 
 BasisAndMemory = tuple[Pytree, Pytree]
@@ -220,8 +220,10 @@ class Projector(Short):
         raise TypeError(f"{type(self).__name__} does not implement basis_bytes")
 
     def memory_bytes(self, view: ResolvedView) -> int:
-        """Formula of the memory, as of the basis."""
-        return 0
+        """Bytes of the memory over all matrices of the leaf: what `init` makes."""
+        alone = dataclasses.replace(view, spec=None)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), view.batch))
+        return bytes_of(jax.eval_shape(lambda keys: self.init(alone, keys)[1], keys))
 
     def measure(self, view: ResolvedView, basis: Pytree, x: jax.Array) -> jax.Array:
         """Captured energy `|PᵀX|² / |X|²` of each matrix, for orthonormal bases (0 where X is
