@@ -3,6 +3,7 @@
 from typing import Any, TypeAlias
 
 import jax
+from jax.typing import ArrayLike as _ArrayLike
 from jax.typing import DTypeLike as _DTypeLike
 
 Scalar: TypeAlias = jax.Array | float | int
@@ -25,6 +26,9 @@ Spec: TypeAlias = tuple[Any, ...]
 
 DTypeLike: TypeAlias = _DTypeLike
 """What `jnp.dtype` takes: a dtype, a scalar type, or a name."""
+
+ArrayLike: TypeAlias = _ArrayLike
+"""What `jnp.asarray` takes: an array of JAX or NumPy, or a number."""
 
 Rank: TypeAlias = int | float | tuple[tuple[str, int | float], ...]
 """An integer, a fraction of the shrunk dimension, or either by path: `((pattern, rank), ...)`."""

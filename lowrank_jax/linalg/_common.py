@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.typing import DTypeLike
+from lowrank_jax.typing import ArrayLike, DTypeLike
 
 Array = jax.Array
 
@@ -23,13 +23,13 @@ def working_dtype(dtype: DTypeLike) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def as_array(x: Any) -> Array:
+def as_array(x: ArrayLike) -> Array:
     """x as a real array in the working dtype."""
     x = jnp.asarray(x)
     return x.astype(working_dtype(x.dtype))
 
 
-def require_matrix(x: Any, name: str = "x") -> Array:
+def require_matrix(x: ArrayLike, name: str = "x") -> Array:
     """x as an array, refused by name unless it is a matrix or a stack of matrices."""
     x = jnp.asarray(x)
     if x.ndim < 2:
@@ -39,7 +39,7 @@ def require_matrix(x: Any, name: str = "x") -> Array:
     return x
 
 
-def as_matrix(x: Any, name: str = "x") -> Array:
+def as_matrix(x: ArrayLike, name: str = "x") -> Array:
     """A matrix or stack (..., rows, cols) in the working dtype."""
     return as_array(require_matrix(x, name))
 

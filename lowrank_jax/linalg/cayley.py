@@ -13,15 +13,14 @@ the elimination rounds where Q is large.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax.linalg._common import as_matrix
+from lowrank_jax.typing import ArrayLike
 
 
-def cayley(q: Any) -> jax.Array:
+def cayley(q: ArrayLike) -> jax.Array:
     """`(I - Q)(I + Q)^-1` of skew-symmetric `q (..., b, b)`: orthogonal, without the eigenvalue -1.
 
     Differentiable any number of times, forwards and backwards. Only for skew-symmetric matrices:

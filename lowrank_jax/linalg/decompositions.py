@@ -6,8 +6,6 @@ On TPU a full SVD compiles to a program of hundreds of megabytes; :func:`range_f
 s, r).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,17 +13,18 @@ from jax import lax
 from lowrank_jax.linalg import _lapack
 from lowrank_jax.linalg._common import Array, as_matrix, check_rank, divide, product, transpose
 from lowrank_jax.linalg.orthogonal import orthonormalize
-from lowrank_jax.typing import Pytree
+from lowrank_jax.typing import ArrayLike
 
 
 def _column_signs(basis: Array) -> Array:
     """(..., 1, r) of +-1: the sign of each column's entry of largest magnitude, the first such
     entry on ties."""
     row = jnp.argmax(jnp.abs(basis), axis=-2, keepdims=True)
-    return jnp.where(jnp.take_along_axis(basis, row, axis=-2) < 0, -1, 1).astype(basis.dtype)
+    largest = jnp.take_along_axis(basis, row, axis=-2)
+    return jnp.where(largest < 0, -1, 1).astype(basis.dtype)
 
 
-def canonical_signs(basis: Pytree) -> Array:
+def canonical_signs(basis: ArrayLike) -> Array:
     """Each column of basis (..., s, r) times +-1, so that its entry of largest magnitude (first on
     ties) is positive.
 
@@ -41,12 +40,15 @@ def canonical_signs(basis: Pytree) -> Array:
 
 
 def _sign_and_cut(u: Array, s: Array, vt: Array, rank: int) -> tuple[Array, Array, Array]:
-    u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
+    u = u[..., :rank]
+    s = s[..., :rank]
+    vt = vt[..., :rank, :]
+    # u_i v_iᵀ stays as it is where both change sign
     signs = _column_signs(u)
     return u * signs, s, vt * transpose(signs)
 
 
-def truncated_svd(x: Any, rank: int) -> tuple[Array, Array, Array]:
+def truncated_svd(x: ArrayLike, rank: int) -> tuple[Array, Array, Array]:
     """The ``rank`` leading singular triplets of x (..., m, n): u (..., m, r), s (..., r)
     descending, vt (..., r, n).
 
@@ -65,7 +67,7 @@ def truncated_svd(x: Any, rank: int) -> tuple[Array, Array, Array]:
     return _sign_and_cut(u, s, vt, rank)
 
 
-def power_step(x: Any, basis: Pytree) -> Array:
+def power_step(x: ArrayLike, basis: ArrayLike) -> Array:
     """One warm block power step for the left singular subspace: orthonormalize(x (x^T basis)).
 
     x (..., s, k), basis (..., s, r), result (..., s, r). From a near-converged basis one step
@@ -82,13 +84,13 @@ def power_step(x: Any, basis: Pytree) -> Array:
             f"basis has {basis.shape[-2]} rows and x has {x.shape[-2]}; a left basis of x has the "
             "rows of x"
         )
-    low = product(transpose(basis), x)
+    low = product(transpose(basis), x)  # (..., r, k)
     size = lax.stop_gradient(jnp.max(jnp.abs(low), axis=(-2, -1), keepdims=True))
     # Without the scaling, x^2 of tiny gradients underflows.
     return orthonormalize(product(x, transpose(divide(low, size))))
 
 
-def range_finder(x: Any, rank: int, key: Array, power_iterations: int = 1) -> Array:
+def range_finder(x: ArrayLike, rank: int, key: Array, power_iterations: int = 1) -> Array:
     """Orthonormal basis (..., m, r) of an approximate leading left subspace of x (..., m, n),
     without an SVD.
 
@@ -110,14 +112,17 @@ def range_finder(x: Any, rank: int, key: Array, power_iterations: int = 1) -> Ar
         raise ValueError(
             f"power_iterations={power_iterations} must be at least 0; 1 is the default"
         )
-    basis = orthonormalize(product(x, jax.random.normal(key, (x.shape[-1], rank), x.dtype)))
+    test = jax.random.normal(key, (x.shape[-1], rank), x.dtype)
+    basis = orthonormalize(product(x, test))
     for _ in range(power_iterations):
-        basis = orthonormalize(product(x, orthonormalize(product(transpose(x), basis))))
+        # orthonormal after each product: columns would all turn to the first singular vector
+        right = orthonormalize(product(transpose(x), basis))
+        basis = orthonormalize(product(x, right))
     return basis
 
 
 def randomized_svd(
-    x: Any, rank: int, key: Array, oversample: int = 8, power_iterations: int = 1
+    x: ArrayLike, rank: int, key: Array, oversample: int = 8, power_iterations: int = 1
 ) -> tuple[Array, Array, Array]:
     """Approximate :func:`truncated_svd` from a random range of r + oversample columns: u, s, vt
     with canonical signs.
@@ -136,14 +141,19 @@ def randomized_svd(
     rank = check_rank(rank, min(x.shape[-2:]))
     if oversample < 0:
         raise ValueError(f"oversample={oversample} must be at least 0; 8 is the default")
-    left = range_finder(x, min(rank + oversample, *x.shape[-2:]), key, power_iterations)
-    projected = product(transpose(x), left)
+    columns = min(rank + oversample, *x.shape[-2:])
+    left = range_finder(x, columns, key, power_iterations)
+    projected = product(transpose(x), left)  # XᵀQ (..., n, p)
     right = orthonormalize(projected)
-    u, s, vt = _lapack.svd(product(transpose(projected), right))
+    # QᵀX Z (..., p, p) holds what X does between the two subspaces
+    core = product(transpose(projected), right)
+    u, s, vt = _lapack.svd(core)
     return _sign_and_cut(product(left, u), s, product(vt, transpose(right)), rank)
 
 
-def svd_of_product(a: Any, b: Any, rank: int | None = None) -> tuple[Array, Array, Array]:
+def svd_of_product(
+    a: ArrayLike, b: ArrayLike, rank: int | None = None
+) -> tuple[Array, Array, Array]:
     """The SVD of a @ b, a (..., m, q), b (..., q, n), without the product: u (..., m, p), s (...,
     p), vt (..., p, n).
 
@@ -164,5 +174,7 @@ def svd_of_product(a: Any, b: Any, rank: int | None = None) -> tuple[Array, Arra
     rank = limit if rank is None else check_rank(rank, limit, what="the smallest of m, q and n")
     left, core_left = _lapack.qr(a)
     right, core_right = _lapack.qr(transpose(b))
-    u, s, vt = _lapack.svd(product(core_left, transpose(core_right)))
+    # (..., at most q, at most q): a b = Qa (Ra Rbᵀ) Qbᵀ
+    core = product(core_left, transpose(core_right))
+    u, s, vt = _lapack.svd(core)
     return _sign_and_cut(product(left, u), s, product(vt, transpose(right)), rank)

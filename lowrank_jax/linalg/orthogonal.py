@@ -18,10 +18,10 @@ from jax import lax
 from lowrank_jax import sharding
 from lowrank_jax.linalg import _lapack
 from lowrank_jax.linalg._common import Array, as_matrix, product, transpose
-from lowrank_jax.typing import DTypeLike
+from lowrank_jax.typing import ArrayLike, DTypeLike
 
 
-def _as_tall(x: Any) -> Array:
+def _as_tall(x: ArrayLike) -> Array:
     x = as_matrix(x)
     rows, cols = x.shape[-2:]
     if rows < cols:
@@ -35,7 +35,7 @@ def _gram(x: Array) -> Array:
     return product(transpose(x), x)
 
 
-def qr_orthonormal(x: Any) -> Array:
+def qr_orthonormal(x: ArrayLike) -> Array:
     """The Q (..., s, r) of the Householder QR x = Q R with diag(R) >= 0.
 
     Orthonormal for every finite x, zero and rank-deficient ones included. Raises ValueError when s
@@ -58,7 +58,7 @@ def _cholesky_pass(x: Array, shift: float = 0.0) -> Array:
     return product(x, transpose(_lapack.inverse_cholesky(gram + shift * identity)))
 
 
-def cholesky_qr2(x: Any) -> Array:
+def cholesky_qr2(x: ArrayLike) -> Array:
     """The Q (..., s, r) of x = Q R, diag(R) > 0, by Cholesky-QR2; fast, and wrong or NaN on
     rank-deficient x.
 
@@ -129,7 +129,7 @@ def _orthonormalize_jvp(primals, tangents):
     return q, product(q, lower - transpose(lower) - inner) + weighted
 
 
-def orthonormalize(x: Any) -> Array:
+def orthonormalize(x: ArrayLike) -> Array:
     """Orthonormal columns (..., s, r) spanning those of x, x = Q R with diag(R) >= 0: Cholesky-QR2,
     QR when it fails.
 
@@ -151,7 +151,7 @@ def orthonormalize(x: Any) -> Array:
 
 
 def newton_schulz(
-    x: Any,
+    x: ArrayLike,
     steps: int = 5,
     coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
     eps: float = 1e-8,

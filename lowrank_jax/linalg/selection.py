@@ -5,15 +5,16 @@ integers. Index arrays are int32, sorted, (..., r). Gathers and scatters keep th
 move.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax.linalg._common import Array, as_matrix, check_choice, check_rank, require_matrix
+from lowrank_jax.typing import ArrayLike
 
 
-def row_scores(x: Any, norm: str = "l1") -> Array:
+def row_scores(x: ArrayLike, norm: str = "l1") -> Array:
     """The l1 or l2 norm of each row of x (..., s, k), as (..., s).
 
     l1 is DCT-AdamW's default for ranking coefficients; choosing by l2 minimises the projection
@@ -28,10 +29,12 @@ def row_scores(x: Any, norm: str = "l1") -> Array:
     """
     check_choice("norm", norm, ("l1", "l2"))
     x = as_matrix(x)
-    return jnp.sum(jnp.abs(x), axis=-1) if norm == "l1" else jnp.sqrt(jnp.sum(x * x, axis=-1))
+    if norm == "l1":
+        return jnp.sum(jnp.abs(x), axis=-1)
+    return jnp.sqrt(jnp.sum(x * x, axis=-1))
 
 
-def top_rows(x: Any, rank: int, norm: str = "l1") -> Array:
+def top_rows(x: ArrayLike, rank: int, norm: str = "l1") -> Array:
     """Sorted int32 indices (..., r) of the ``rank`` rows of x (..., s, k) with the largest norm;
     ties take the first.
 
@@ -45,7 +48,7 @@ def top_rows(x: Any, rank: int, norm: str = "l1") -> Array:
     return top_scores(row_scores(x, norm), rank)
 
 
-def top_scores(scores: Any, rank: int) -> Array:
+def top_scores(scores: ArrayLike, rank: int) -> Array:
     """Sorted int32 indices (..., r) of the ``rank`` largest of scores (..., s), as :func:`top_rows`
     of its own scores.
 
@@ -55,7 +58,9 @@ def top_scores(scores: Any, rank: int) -> Array:
     """
     scores = jnp.asarray(scores)
     rank = check_rank(rank, scores.shape[-1], what="the number of rows")
-    return jnp.sort(jax.lax.top_k(scores, rank)[1].astype(jnp.int32), axis=-1)
+    _, best = jax.lax.top_k(scores, rank)
+    # by number, not by score: the subspace is the same, and gathers read forwards
+    return jnp.sort(best.astype(jnp.int32), axis=-1)
 
 
 def random_rows(key: Array, s: int, rank: int, batch: tuple[int, ...] = ()) -> Array:
@@ -67,17 +72,20 @@ def random_rows(key: Array, s: int, rank: int, batch: tuple[int, ...] = ()) -> A
     [0, 1, 2]
     """
     rank = check_rank(rank, s, what="the number of rows")
-    order = jax.lax.top_k(jax.random.uniform(key, (*batch, s)), rank)[1]
-    return jnp.sort(order.astype(jnp.int32), axis=-1)
+    # the largest of s independent draws: each set of r rows is as likely
+    draws = jax.random.uniform(key, (*batch, s))
+    _, chosen = jax.lax.top_k(draws, rank)
+    return jnp.sort(chosen.astype(jnp.int32), axis=-1)
 
 
-def _batched(function: Any, axes: int) -> Any:
+def _batched(function: Callable[..., Array], axes: int) -> Callable[..., Array]:
+    """The function of one matrix, for stacks with this many batch axes."""
     for _ in range(axes):
         function = jax.vmap(function)
     return function
 
 
-def gather_rows(x: Any, indices: Any) -> Array:
+def gather_rows(x: ArrayLike, indices: ArrayLike) -> Array:
     """The rows ``indices`` (..., r) of x (..., s, k), as (..., r, k); indices without batch axes
     serve the stack.
 
@@ -90,7 +98,7 @@ def gather_rows(x: Any, indices: Any) -> Array:
     return _batched(lambda x, rows: x[rows], x.ndim - 2)(x, indices)
 
 
-def scatter_rows(low: Any, indices: Any, s: int) -> Array:
+def scatter_rows(low: ArrayLike, indices: ArrayLike, s: int) -> Array:
     """Zeros (..., s, k) with rows ``indices`` (..., r), distinct, set to low (..., r, k): gather's
     transpose.
 
@@ -108,12 +116,13 @@ def scatter_rows(low: Any, indices: Any, s: int) -> Array:
         )
     indices = jnp.broadcast_to(indices, low.shape[:-1])
 
-    def scatter(low, rows):  # a gather by the inverse index: columns of low may be sharded
-        slots = (
-            jnp.full((s,), -1, jnp.int32)
-            .at[rows]
-            .set(jnp.arange(rows.size, dtype=jnp.int32), unique_indices=True)
-        )
-        return jnp.where((slots >= 0)[:, None], low[jnp.maximum(slots, 0)], 0)
+    def scatter(low, rows):
+        # a gather by the inverse index: columns of low may be sharded
+        numbers = jnp.arange(rows.size, dtype=jnp.int32)
+        # (s,): which row of low belongs there, -1 for none
+        empty = jnp.full((s,), -1, jnp.int32)
+        slots = empty.at[rows].set(numbers, unique_indices=True)
+        filled = (slots >= 0)[:, None]
+        return jnp.where(filled, low[jnp.maximum(slots, 0)], 0)
 
     return _batched(scatter, low.ndim - 2)(low, indices)

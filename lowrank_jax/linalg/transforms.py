@@ -10,7 +10,6 @@ computes a DCT-II in its FFT path ("dct2"): two different bases.
 
 import functools
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,7 +22,7 @@ from lowrank_jax.linalg._common import (
     product,
     working_dtype,
 )
-from lowrank_jax.typing import DTypeLike
+from lowrank_jax.typing import ArrayLike, DTypeLike
 
 _KINDS = (2, 3)
 # i (2j+1) < 2 d^2 must fit uint32, unless 4d divides 2^32 and wrapping is exact.
@@ -31,7 +30,7 @@ _SMALL_DCT = 512
 _LARGEST_DCT = math.isqrt(2**31)
 
 
-def dct_columns(indices: Any, d: int, kind: int, dtype: DTypeLike = jnp.float32) -> Array:
+def dct_columns(indices: ArrayLike, d: int, kind: int, dtype: DTypeLike = jnp.float32) -> Array:
     """The columns ``indices`` (..., r) of the DCT basis Q of size d, as (..., d, r), from r
     integers and no table.
 
@@ -107,7 +106,7 @@ def _fft_dct3(x: Array) -> Array:
     return jnp.concatenate([pairs, even[..., d // 2 :]], axis=-1)
 
 
-def dct(x: Any, kind: int, axis: int = -2, method: str = "auto") -> Array:
+def dct(x: ArrayLike, kind: int, axis: int = -2, method: str = "auto") -> Array:
     """Q^T x along ``axis``: the coefficients of x in the DCT basis of that kind, all d of them.
 
     ``method="fft"`` is O(d log d) (Makhoul's real FFT), ``"matmul"`` forms Q from its formula and
@@ -140,7 +139,7 @@ def dct(x: Any, kind: int, axis: int = -2, method: str = "auto") -> Array:
     return jnp.moveaxis(product(basis.T, jnp.moveaxis(x, axis, -2)), -2, axis)
 
 
-def idct(x: Any, kind: int, axis: int = -2, method: str = "auto") -> Array:
+def idct(x: ArrayLike, kind: int, axis: int = -2, method: str = "auto") -> Array:
     """Q x along ``axis``, the inverse of :func:`dct` of the same kind (which is the dct of the
     other kind).
 
@@ -161,7 +160,7 @@ def _check_power_of_two(d: int, name: str) -> None:
         )
 
 
-def hadamard_columns(indices: Any, d: int, dtype: DTypeLike = jnp.float32) -> Array:
+def hadamard_columns(indices: ArrayLike, d: int, dtype: DTypeLike = jnp.float32) -> Array:
     """The columns ``indices`` (..., r) of the orthonormal Sylvester-Hadamard matrix, as (..., d,
     r).
 
@@ -187,7 +186,7 @@ def hadamard_matrix(d: int, dtype: DTypeLike = jnp.float32) -> Array:
     return hadamard_columns(lax.iota(jnp.uint32, d), d, dtype)
 
 
-def hadamard_transform(x: Any, axis: int = -2) -> Array:
+def hadamard_transform(x: ArrayLike, axis: int = -2) -> Array:
     """H x along ``axis`` by log2(d) butterflies; orthonormal and its own inverse.
 
     Raises ValueError unless the axis has power-of-two length.
