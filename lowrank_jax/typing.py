@@ -1,5 +1,6 @@
 """Names for what annotations mean, where Python's types say too little."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -32,3 +33,6 @@ ArrayLike: TypeAlias = _ArrayLike
 
 Rank: TypeAlias = int | float | tuple[tuple[str, int | float], ...]
 """An integer, a fraction of the shrunk dimension, or either by path: `((pattern, rank), ...)`."""
+
+Rate: TypeAlias = Scalar | Callable[[Any], Any]
+"""A number, or an optax schedule from the 0-based step to one: learning rates and decays."""

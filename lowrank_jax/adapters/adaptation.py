@@ -65,8 +65,8 @@ class Adaptation(Short):
     def replace(
         self,
         *,
-        train: dict[str, Any] | None = None,
-        frozen: dict[str, Any] | None = None,
+        train: dict[str, Pytree] | None = None,
+        frozen: dict[str, Pytree] | None = None,
         layout: Layout | None = None,
         matrices: tuple[tuple[str, Matrices], ...] | None = None,
     ) -> Adaptation:

@@ -267,7 +267,7 @@ def _pair_of(
     path: str,
     found: SiteFactors | None,
     delta: Callable,
-    arrays: Any,
+    arrays: Pytree,
     rank: Any,
     energy: Any,
 ) -> tuple[jax.Array, jax.Array, np.ndarray, str]:
@@ -325,7 +325,7 @@ def _delta_of(
 
 
 def _measured(
-    site: Site, a: jax.Array, b: jax.Array, ranks: np.ndarray, delta: Callable, arrays: Any
+    site: Site, a: jax.Array, b: jax.Array, ranks: np.ndarray, delta: Callable, arrays: Pytree
 ) -> jax.Array:
     """`|a b - delta| / |delta|` of each matrix, Frobenius norms; a difference within the product's
     rounding is 0.

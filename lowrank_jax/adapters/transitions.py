@@ -159,20 +159,20 @@ def _with_matrices(node: Kernel, site: Site, matrices: jax.Array) -> Any:
     return node.replace_boxed(new) if isinstance(node, meta.AxisMetadata) else new
 
 
-def _of_group(tree: dict[str, Any], name: str, group: Group) -> dict[str, Any]:
+def _of_group(tree: dict[str, Pytree], name: str, group: Group) -> dict[str, Any]:
     """The part of a tree that belongs to one group."""
     sites = {path: dict(tree["sites"].get(path, {})) for path in group.sites}
     return {"shared": dict(tree["shared"].get(name, {})), "sites": sites}
 
 
-def _with_group(tree: dict[str, Any], name: str, part: dict[str, Any]) -> dict[str, Any]:
+def _with_group(tree: dict[str, Pytree], name: str, part: dict[str, Pytree]) -> dict[str, Any]:
     """The tree with another part for one group."""
     shared = {name: part["shared"]} if part["shared"] else {}
     sites = {path: arrays for path, arrays in part["sites"].items() if arrays}
     return tree | {"shared": tree["shared"] | shared, "sites": tree["sites"] | sites}
 
 
-def _with_policy(policy: dict[str, Any], name: str, part: dict[str, Any]) -> dict[str, Any]:
+def _with_policy(policy: dict[str, Any], name: str, part: dict[str, Pytree]) -> dict[str, Any]:
     """The policies with those that a family names; what it does not name keeps its moments."""
     given = {
         "shared": {name: part.get("shared", {})} if part.get("shared") else {},

@@ -140,7 +140,7 @@ def adapt(
     return Adaptation(train, frozen, layout, tuple(matrices.items()))
 
 
-def _check_axes(adapter: Adapter, site: Site, own: Any, shared: Any) -> None:
+def _check_axes(adapter: Adapter, site: Site, own: Any, shared: Pytree) -> None:
     """ValueError where `axes` names what is not there: its padding and sharding would be nobody's."""
     name = f"{site.path!r}: {type(adapter).__name__}.axes"
     for array, axes in adapter.axes(site).items():
@@ -157,7 +157,7 @@ def _check_axes(adapter: Adapter, site: Site, own: Any, shared: Any) -> None:
 
 
 def _initialised(
-    adapter: Adapter, site: Site, key: jax.Array, node: Kernel, given: Any, shared: Any
+    adapter: Adapter, site: Site, key: jax.Array, node: Kernel, given: Any, shared: Pytree
 ) -> Any:
     """`init_site` of every matrix, one after the other so that an SVD of a large stack fits;
     explicit meshes: whole."""

@@ -13,7 +13,7 @@ from lowrank_jax import deprecations
 from lowrank_jax.checks import check_floating, check_number, is_zero
 from lowrank_jax.reprs import show
 from lowrank_jax.trees import pure
-from lowrank_jax.typing import Pytree, Scalar
+from lowrank_jax.typing import Pytree, Rate, Scalar
 
 
 class LearningRateState(NamedTuple):
@@ -30,7 +30,7 @@ def at_step(value: Any, count: Any) -> Any:
     return value(count) if callable(value) else value
 
 
-def selected_for_decay(updates: Pytree, params: Pytree, weight_decay: Any, mask: Pytree) -> Any:
+def selected_for_decay(updates: Pytree, params: Pytree, weight_decay: Rate, mask: Pytree) -> Any:
     """A tree of booleans like `updates`: which leaves decay. A mask may be a prefix of it."""
     decays = not is_zero(weight_decay)
     selected = mask(params) if callable(mask) else mask
@@ -51,7 +51,7 @@ def selected_for_decay(updates: Pytree, params: Pytree, weight_decay: Any, mask:
 
 
 def decayed_step(
-    u: jax.Array, p: jax.Array, rate: Scalar, weight_decay: Any, decay: str, accepted: Scalar
+    u: jax.Array, p: jax.Array, rate: Scalar, weight_decay: Scalar, decay: str, accepted: Scalar
 ) -> jax.Array:
     """The float32 change of one leaf: `-lr u` with decoupled decay before or after it."""
     u = u.astype(jnp.float32)
@@ -63,8 +63,8 @@ def decayed_step(
 
 @deprecations.options("lrx.apply_learning_rate")
 def apply_learning_rate(
-    learning_rate: Any,
-    weight_decay: Any = 0.0,
+    learning_rate: Rate,
+    weight_decay: Rate = 0.0,
     *,
     decay: str = "before",
     mask: Callable | Any = None,

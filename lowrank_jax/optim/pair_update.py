@@ -34,7 +34,7 @@ from lowrank_jax.optim.learning_rate import at_step, decayed_step, selected_for_
 from lowrank_jax.optim.pairs import OTHER, SIDES, FactorLeaves
 from lowrank_jax.reprs import Short, show
 from lowrank_jax.trees import as_float32, pure
-from lowrank_jax.typing import Pytree, Scalar
+from lowrank_jax.typing import Pytree, Rate, Scalar
 
 FORMAT_VERSION = 1
 
@@ -150,7 +150,7 @@ class PairOptimizer(Short):
     """
 
     method: str
-    learning_rate: Any
+    learning_rate: Rate
     inner: Any
     plain: Any = None
     bias_correction: str = "both"
@@ -161,7 +161,7 @@ class PairOptimizer(Short):
     sequential: bool = False
     ratio: Any = 1.0
     ratios: tuple[tuple[str, Any], ...] = ()
-    weight_decay: Any = 0.0
+    weight_decay: Rate = 0.0
     decay: str = "before"
     mask: Pytree = None
     guard: bool = True

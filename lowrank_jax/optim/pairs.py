@@ -30,7 +30,7 @@ from lowrank_jax import linalg, sharding
 from lowrank_jax.matrices import Shape
 from lowrank_jax.reprs import Short
 from lowrank_jax.trees import nodes_with_keys, path_of
-from lowrank_jax.typing import Pytree, Scalar
+from lowrank_jax.typing import Kernel, Pytree, Scalar
 
 SIDES = ("a", "b")
 OTHER = {"a": "b", "b": "a"}
@@ -224,7 +224,7 @@ def _whole(x: jax.Array) -> jax.Array:
 
 
 def partners(
-    side: str, pairs: tuple[Pair, ...], leaves: list[Any], scales: list[jax.Array], damping: Any
+    side: str, pairs: tuple[Pair, ...], leaves: list[Kernel], scales: list[jax.Array], damping: Any
 ) -> list[tuple[jax.Array, jax.Array]]:
     """What preconditions one side of every pair: the other factor as the kernel sees it, its damped
     inverse Gram.

@@ -29,7 +29,7 @@ from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
 from lowrank_jax.projection.state import Rebased
 from lowrank_jax.projection.write import Write
 from lowrank_jax.reprs import Short
-from lowrank_jax.typing import Kernel, Pytree
+from lowrank_jax.typing import Kernel, Pytree, Rate
 
 ROUNDING = ("nearest", "stochastic")
 IMPLEMENTATIONS = ("xla", "pallas")
@@ -94,7 +94,7 @@ class Fused(Short):
         params: Pytree,
         grads: Pytree,
         state: RecipeState,
-        learning_rate: Any = None,
+        learning_rate: Rate | None = None,
         *,
         taps: Pytree = None,
         rebased: Rebased | None = None,
@@ -114,12 +114,12 @@ class Fused(Short):
         with sharding.mesh_of((params, grads)):
             return self._step(params, grads, state, learning_rate, taps, rebased, extra)
 
-    def rate(self, state: RecipeState, learning_rate: Any = None) -> Any:
+    def rate(self, state: RecipeState, learning_rate: Rate | None = None) -> Any:
         """The learning rate of the next step: this number, or the recipe's."""
         return self.recipe.rate(state.rate.count, given=learning_rate)
 
     def rebase(
-        self, params: Pytree, grads: Pytree, state: RecipeState, learning_rate: Any = None
+        self, params: Pytree, grads: Pytree, state: RecipeState, learning_rate: Rate | None = None
     ) -> tuple[Any, RecipeState, Rebased]:
         """`(projected gradients, state, rebased)` at a due refresh: the part of a step that reads
         full gradients.

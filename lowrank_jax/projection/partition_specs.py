@@ -20,7 +20,7 @@ from lowrank_jax.projection.layout import Layout
 from lowrank_jax.projection.state import MatrixState, parts_of
 from lowrank_jax.resolution import Views, resolve
 from lowrank_jax.trees import leaves_with_metadata, nodes_with_keys, path_of
-from lowrank_jax.typing import Pytree
+from lowrank_jax.typing import Kernel, Pytree
 
 
 def state_shardings(
@@ -121,7 +121,9 @@ def _spread(node: MatrixState, kind: NamedSharding) -> MatrixState:
     return dataclasses.replace(node, **placed)
 
 
-def _given(params: Pytree, leaves: list[Any], shardings: Pytree) -> list[tuple[str, NamedSharding]]:
+def _given(
+    params: Pytree, leaves: list[Kernel], shardings: Pytree
+) -> list[tuple[str, NamedSharding]]:
     """`[(path, NamedSharding), ...]` of the parameters, all on one mesh; of a quantised one, codes
     come first."""
     paths = [path for path, leaf, _ in leaves_with_metadata(params) for _ in jax.tree.leaves(leaf)]

@@ -105,7 +105,7 @@ def like(new: Pytree, old: Pytree) -> Pytree:
 
 
 def on_own_matrices(
-    function: Callable, config: Projection, view: ResolvedView, trees: Pytree, *shared: Any
+    function: Callable, config: Projection, view: ResolvedView, trees: Pytree, *shared: Pytree
 ) -> Any:
     """`function(config, view, trees, *shared)`, on each device's own matrices where a batch axis is
     sharded.

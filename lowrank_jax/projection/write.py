@@ -23,7 +23,7 @@ class Write:
 
     rounding: str
     rate: Scalar
-    weight_decay: Any
+    weight_decay: Scalar
     decay: str
     accepted: Any
     key: jax.Array

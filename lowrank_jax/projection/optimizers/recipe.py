@@ -28,7 +28,7 @@ from lowrank_jax.projection.transformation import ProjectionTransformation
 from lowrank_jax.projection.transports import Transport
 from lowrank_jax.reprs import Short, show
 from lowrank_jax.resolution import Views
-from lowrank_jax.typing import Pytree, Rank, Scalar
+from lowrank_jax.typing import Pytree, Rank, Rate, Scalar
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -62,11 +62,11 @@ class Recipe(Short):
     """
 
     projection: Projection
-    learning_rate: Any
-    weight_decay: Any = 0.0
+    learning_rate: Rate
+    weight_decay: Rate = 0.0
     decay: str = "before"
     mask: Pytree = None
-    plain_learning_rate: Any = None
+    plain_learning_rate: Rate | None = None
 
     when = deprecations.attribute("lrx.projection.Recipe", "when")
 
@@ -196,7 +196,7 @@ def named(function: Function) -> Function:
 
 def recipe(
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: Any,
+    weight_decay: Rate,
     decay: str,
     common: Mapping[str, Any],
     *,

@@ -17,7 +17,7 @@ from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.projectors.base import StoredProjector
 from lowrank_jax.projection.projectors.random import structured
 from lowrank_jax.projection.projectors.svd import singular_vectors
-from lowrank_jax.typing import Scalar
+from lowrank_jax.typing import Rate, Scalar
 
 _OPTIMIZERS = {"adamw": inner.Adam(), "sgd": inner.from_optax(optax.identity())}
 
@@ -56,7 +56,7 @@ class OnlinePca(StoredProjector):
     optimizer: Any = "adamw"
     period: Scalar = 200
     peak_rate: Any = None
-    weight_decay: Any = None
+    weight_decay: Rate | None = None
     first: str = "svd"
     orthonormal = False
     of_rows = True  # the step depends on G Gᵀ alone
