@@ -68,6 +68,7 @@ class Vera(Adapter):
     stored: bool = True
     dropout: float = 0.0
 
+    optional: ClassVar[tuple[str, ...]] = ("bank_a", "bank_b")  # regenerated, there are none
     ranked: ClassVar[bool] = True
     reads_bank: ClassVar[bool] = True
 
