@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.typing import Pytree
+from lowrank_jax.typing import Pytree, Scalar
 
 
 def energy(x: jax.Array) -> jax.Array:
@@ -25,10 +23,11 @@ LARGEST = 2.0**80
 
 def all_finite(arrays: list[jax.Array]) -> jax.Array:
     """Scalar: every array is finite, and the sum of all squares is within `LARGEST`."""
-    return sum((energy(x) for x in arrays), jnp.zeros(())) <= LARGEST  # NaN compares false
+    total = sum((energy(x) for x in arrays), jnp.zeros(()))
+    return total <= LARGEST  # NaN compares false
 
 
-def where_finite(new: Pytree, old: Pytree, judged: Any, axes: int) -> Any:
+def where_finite(new: Pytree, old: Pytree, judged: Pytree, axes: int) -> Pytree:
     """`new` of the matrices whose `judged` arrays are finite, else `old`: what a decomposition that
     failed would leave behind stays for ever.
 
@@ -37,19 +36,22 @@ def where_finite(new: Pytree, old: Pytree, judged: Any, axes: int) -> Any:
       judged: likewise; codes and indices are always finite.
       axes: their number.
     """
-    fine: Any = True
+    fine: Scalar = True
     for leaf in jax.tree.leaves(judged):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            fine = fine & jnp.all(jnp.isfinite(leaf), axis=tuple(range(axes, leaf.ndim)))
-    if fine is True:
+            of_matrix = tuple(range(axes, leaf.ndim))
+            fine = fine & jnp.all(jnp.isfinite(leaf), axis=of_matrix)
+    if not isinstance(fine, jax.Array):
         return new
 
     def keep(a, b):
-        return jnp.where(fine.reshape(*fine.shape, *[1] * (a.ndim - axes)), a, b)
+        # (batch...) over the axes of a matrix
+        by_matrix = fine.reshape(*fine.shape, *[1] * (a.ndim - axes))
+        return jnp.where(by_matrix, a, b)
 
     return jax.tree.map(keep, new, old)
 
 
-def select(ok: jax.Array, new: Pytree, old: Pytree) -> Any:
+def select(ok: jax.Array, new: Pytree, old: Pytree) -> Pytree:
     """`new` where ok, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)

@@ -25,19 +25,19 @@ class LearningRateState(NamedTuple):
         return show(self)
 
 
-def at_step(value: Any, count: Any) -> Any:
+def at_step(value: Rate, count: Scalar) -> Scalar:
     """A number, or what a schedule gives at a step."""
     return value(count) if callable(value) else value
 
 
-def selected_for_decay(updates: Pytree, params: Pytree, weight_decay: Rate, mask: Pytree) -> Any:
+def selected_for_decay(updates: Pytree, params: Pytree, weight_decay: Rate, mask: Pytree) -> Pytree:
     """A tree of booleans like `updates`: which leaves decay. A mask may be a prefix of it."""
     decays = not is_zero(weight_decay)
     selected = mask(params) if callable(mask) else mask
     if selected is None:
         selected = True
 
-    def spread(flag: Any, part: Pytree) -> Any:
+    def spread(flag: Scalar, part: Pytree) -> Pytree:
         return jax.tree.map(lambda _: bool(flag) and decays, part)
 
     try:
@@ -57,8 +57,12 @@ def decayed_step(
     u = u.astype(jnp.float32)
     if is_zero(weight_decay):
         return -rate * u
+    # after the step: (1 - lr wd) (p - lr u) - p; before it: (1 - lr wd) p - lr u - p
     shrink = 1 - rate * weight_decay if decay == "after" else 1.0
-    return -rate * shrink * u - jnp.where(accepted, rate * weight_decay, 0) * p.astype(jnp.float32)
+    step = -rate * shrink * u
+    # u of a skipped step is zero, and its decay must be made so
+    share = jnp.where(accepted, rate * weight_decay, 0)
+    return step - share * p.astype(jnp.float32)
 
 
 @deprecations.options("lrx.apply_learning_rate")
@@ -67,7 +71,7 @@ def apply_learning_rate(
     weight_decay: Rate = 0.0,
     *,
     decay: str = "before",
-    mask: Callable | Any = None,
+    mask: Callable | Pytree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`W <- W - lr u` with decoupled decay before or after the step.
 
@@ -109,7 +113,15 @@ def apply_learning_rate(
         check_floating(params, "apply_learning_rate")
         return LearningRateState(jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, *, accepted: Scalar = True, rates: Any = None, **extra):
+    def update(
+        updates: Pytree,
+        state: LearningRateState,
+        params: Pytree = None,
+        *,
+        accepted: Scalar = True,
+        rates: Pytree = None,
+        **extra: Pytree,
+    ) -> tuple[Pytree, LearningRateState]:
         given = extra.get("learning_rate")
         rate = at_step(learning_rate if given is None else given, state.count)
         shrinks = at_step(weight_decay, state.count)
@@ -119,15 +131,17 @@ def apply_learning_rate(
             )
         check_floating(updates, "apply_learning_rate")
 
-        def apply(u, p, decayed, rate):
-            return decayed_step(u, p, rate, shrinks if decayed else 0, decay, accepted).astype(
-                u.dtype
-            )
+        def apply(u, p, is_selected, rate):
+            own_decay = shrinks if is_selected else 0
+            return decayed_step(u, p, rate, own_decay, decay, accepted).astype(u.dtype)
 
         selected = selected_for_decay(updates, params, weight_decay, mask)
         if rates is None:
             rates = jax.tree.map(lambda _: rate, updates)
-        new = jax.tree.map(apply, updates, updates if params is None else params, selected, rates)
+        # without decay no parameter is read
+        read = updates if params is None else params
+        new = jax.tree.map(apply, updates, read, selected, rates)
+        # a skipped step leaves the schedule where it was
         return new, LearningRateState(state.count + jnp.asarray(accepted, jnp.int32))
 
     return optax.GradientTransformationExtraArgs(init, update)

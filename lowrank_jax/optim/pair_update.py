@@ -18,6 +18,7 @@ factors and momentum that it made would overflow in the products of the steps af
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -65,10 +66,10 @@ class PairsState(NamedTuple):
     format_version: jax.Array
     step: jax.Array
     skipped: jax.Array
-    a: Any
-    b: Any
-    plain: Any
-    bases: Any
+    a: Pytree
+    b: Pytree
+    plain: Pytree
+    bases: Pytree
 
     def __repr__(self) -> str:
         return show(self)
@@ -82,7 +83,7 @@ class MomentumState(NamedTuple):
     """State of `Momentum`: int32 count, and the average shaped like the parameters."""
 
     count: Any
-    mu: Any
+    mu: Pytree
 
     def __repr__(self) -> str:
         return show(self)
@@ -100,9 +101,8 @@ class Momentum(inner_lib.Inner):
         inner_lib.Adam(b1=self.b1)  # which checks b1
 
     def init(self, tree, view=None):
-        return MomentumState(
-            jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tree)
-        )
+        mu = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tree)
+        return MomentumState(jnp.zeros((), jnp.int32), mu)
 
     def update(self, grads, state, *, view=None, params=None, **extra):
         del view, params, extra
@@ -110,11 +110,11 @@ class Momentum(inner_lib.Inner):
         mu = _average(state.mu, grads, self.b1)
         return mu, 1 / inner_lib.debias(self.b1, count), MomentumState(count, mu)
 
-    def decays(self) -> dict[str, Any]:
+    def decays(self) -> dict[str, Scalar]:
         return {"first": self.b1}
 
 
-def _average(old: Pytree, new: Pytree, decay: Any) -> Any:
+def _average(old: Pytree, new: Pytree, decay: Scalar) -> Pytree:
     return jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, old, new)
 
 
@@ -154,13 +154,13 @@ class PairOptimizer(Short):
     inner: Any
     plain: Any = None
     bias_correction: str = "both"
-    damping: Any = None
-    scale: Any = 1.0
+    damping: Scalar | None = None
+    scale: Pytree = 1.0
     transport: str | None = None
-    alternate: Any = None
+    alternate: Scalar | None = None
     sequential: bool = False
-    ratio: Any = 1.0
-    ratios: tuple[tuple[str, Any], ...] = ()
+    ratio: Scalar = 1.0
+    ratios: tuple[tuple[str, Scalar], ...] = ()
     weight_decay: Rate = 0.0
     decay: str = "before"
     mask: Pytree = None
@@ -205,10 +205,10 @@ class PairOptimizer(Short):
         self._rates(factors)
         tree, bases = _Tree(params), ()
         leaves = [as_float32(leaf) for leaf in tree.leaves]
-        if self.transport is not None:  # whatever they are, a momentum of zero moves to zero
-            bases = tree.of(
-                {i: jnp.zeros_like(leaves[i]) for side in SIDES for i in factors.of(side)}
-            )
+        if self.transport is not None:
+            # any bases will do, since a momentum of zero moves to zero
+            owners = [i for side in SIDES for i in factors.of(side)]
+            bases = tree.of({i: jnp.zeros_like(leaves[i]) for i in owners})
         groups = [tree.of({i: leaves[i] for i in factors.of(side)}) for side in (*SIDES, None)]
         return PairsState(
             format_version=jnp.asarray(FORMAT_VERSION, jnp.int32),
@@ -226,57 +226,54 @@ class PairOptimizer(Short):
         state: PairsState,
         params: Pytree = None,
         *,
-        scale: Any = None,
-        **extra: Any,
-    ):
+        scale: Pytree = None,
+        **extra: Pytree,
+    ) -> tuple[Pytree, PairsState]:
         """`(updates, state)`; the extra argument `scale` stands in for the optimizer's own, for
         ranks that change."""
         if params is None and (self.damping is not None or not is_zero(self.weight_decay)):
             raise ValueError(f"{self.method}: needs params; call update(grads, state, params)")
         check_floating(updates, f"{self.method}: gradients")
+        scale = self.scale if scale is None else scale
         with sharding.mesh_of((updates, params)):
-            return self._update(
-                updates, state, params, self.scale if scale is None else scale, extra
-            )
+            return self._update(_Step(self, updates, state, params, scale, extra), state)
 
-    def _update(
-        self, updates: Pytree, state: PairsState, params: Pytree, scale: Any, extra: dict[str, Any]
-    ):
-        step = _Step(self, updates, state, params, scale, extra)
+    def _update(self, step: _Step, state: PairsState) -> tuple[Pytree, PairsState]:
         new = state._replace(step=state.step + 1, plain=step.plain(state.plain))
+
+        # a, and then b, which a sequential method preconditions by the new a
         for number, side in enumerate(SIDES):
+            inner_state = getattr(state, side)
+            turn = functools.partial(step.turn, side, inner_state)
             if self.alternate is None:
-                step.accept(side, step.turn(side, getattr(state, side)))
+                step.accept(side, turn())
             else:
                 turns = jnp.asarray(self.alternate).astype(jnp.int32)
-                on = (state.step // turns) % 2 == number
-                turn = lambda side=side: step.turn(side, getattr(state, side))  # noqa: E731
-                rest = lambda side=side: step.rest(side, getattr(state, side))  # noqa: E731
-                step.accept(side, jax.lax.cond(on, *sharding.alike(turn, rest)))
+                is_on = (state.step // turns) % 2 == number
+                rest = functools.partial(step.rest, side, inner_state)
+                step.accept(side, jax.lax.cond(is_on, *sharding.alike(turn, rest)))
             new = new._replace(**{side: step.inner[side]})
+
         if self.transport is not None:
             new = new._replace(bases=step.tree.of(step.bases))
         given = list(step.updates.values())
         if self.guard:
-            made = [
-                x for x in jax.tree.leaves((given, new)) if jnp.issubdtype(x.dtype, jnp.floating)
-            ]
-            finite = [jnp.all(jnp.isfinite(x)) for x in made]
-            ok = all_finite(step.grads) & step.fine & jnp.all(jnp.asarray(finite, bool))
-            given = [jnp.where(ok, x, jnp.zeros_like(x)) for x in given]
-            new = select(ok, new, state)._replace(skipped=state.skipped + 1 - ok.astype(jnp.int32))
-        return step.tree.like(dict(zip(step.updates, given, strict=True))), new
+            given, new = _guarded(step, given, new, state)
+        by_leaf = dict(zip(step.updates, given, strict=True))
+        return step.tree.like(by_leaf), new
 
-    def _rates(self, factors: FactorLeaves) -> list[Any]:
+    def _rates(self, factors: FactorLeaves) -> list[Scalar]:
         """The factor of each leaf's learning rate."""
-        rates: list[Any] = []
+        rates: list[Scalar] = []
         used: set[str] = set()
         for path, side in zip(factors.paths, factors.sides, strict=True):
-            found = [
-                (pattern, rate) for pattern, rate in self.ratios if re.fullmatch(pattern, path)
-            ]
-            used.update(pattern for pattern, _ in found[:1])
-            rates.append(found[0][1] if found else self.ratio if side == "b" else 1.0)
+            default = self.ratio if side == "b" else 1.0
+            matching = [rule for rule in self.ratios if re.fullmatch(rule[0], path)]
+            # the first match wins
+            pattern, rate = matching[0] if matching else (None, default)
+            rates.append(rate)
+            if pattern is not None:
+                used.add(pattern)
         for pattern, _ in self.ratios if factors.paths else ():  # all may be masked
             if pattern not in used:
                 raise ValueError(
@@ -286,20 +283,33 @@ class PairOptimizer(Short):
         return rates
 
 
+def _guarded(
+    step: _Step, given: list[jax.Array], new: PairsState, state: PairsState
+) -> tuple[list[jax.Array], PairsState]:
+    """Updates and state of an accepted step; zeros and the old state of one that is not finite."""
+    floating = [x for x in jax.tree.leaves((given, new)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    finite = [jnp.all(jnp.isfinite(x)) for x in floating]
+    # what was given, what preconditioning made of it, and what would be kept
+    ok = all_finite(step.grads) & step.fine & jnp.all(jnp.asarray(finite, bool))
+    given = [jnp.where(ok, x, jnp.zeros_like(x)) for x in given]
+    new = select(ok, new, state)
+    return given, new._replace(skipped=state.skipped + 1 - ok.astype(jnp.int32))
+
+
 class _Tree:
     """Trees of the structure of another, from some of their leaves by number."""
 
     def __init__(self, tree: Pytree):
         self.leaves, self.structure = jax.tree.flatten(tree)
 
-    def of(self, leaves: dict[int, Any]) -> Any:
+    def of(self, leaves: dict[int, jax.Array]) -> Pytree:
         """`optax.MaskedNode` elsewhere; without nnx Variables, as states are."""
-        return pure(
-            self.like({i: leaves.get(i, optax.MaskedNode()) for i in range(len(self.leaves))})
-        )
+        numbers = range(len(self.leaves))
+        return pure(self.like({i: leaves.get(i, optax.MaskedNode()) for i in numbers}))
 
-    def like(self, leaves: dict[int, Any]) -> Any:
-        return jax.tree.unflatten(self.structure, [leaves[i] for i in range(len(self.leaves))])
+    def like(self, leaves: dict[int, jax.Array]) -> Pytree:
+        ordered = [leaves[i] for i in range(len(self.leaves))]
+        return jax.tree.unflatten(self.structure, ordered)
 
 
 class Turn(NamedTuple):
@@ -307,7 +317,7 @@ class Turn(NamedTuple):
     may be accepted."""
 
     updates: dict[int, jax.Array]
-    inner: Any
+    inner: Pytree
     bases: dict[int, jax.Array]
     fine: jax.Array
 
@@ -330,92 +340,107 @@ class _Step:
         updates: Pytree,
         state: PairsState,
         params: Pytree,
-        scale: Any,
-        extra: Any,
+        scale: Pytree,
+        extra: dict[str, Pytree],
     ):
         self.config, self.extra = config, extra
-        self.tree = _Tree(updates if params is None else params)
+        tree = updates if params is None else params
+        self.tree = _Tree(tree)
         self.leaves = list(self.tree.leaves)
         self.grads = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(updates)]
-        self.factors = pairs.find_factors(
-            updates if params is None else params, config.method, both=config.damping is not None
-        )
+        both = config.damping is not None
+        self.factors = pairs.find_factors(tree, config.method, both=both)
         if len(self.grads) != len(self.leaves):
             raise ValueError(
                 f"updates have {len(self.grads)} leaves, params {len(self.leaves)}: give one "
                 "structure"
             )
-        rate, decay = (
-            at_step(config.learning_rate, state.step),
-            at_step(config.weight_decay, state.step),
-        )
+        # each leaf's learning rate and decay
+        rate = at_step(config.learning_rate, state.step)
+        decay = at_step(config.weight_decay, state.step)
         self.rates = [rate * factor for factor in config._rates(self.factors)]
         decays = selected_for_decay(updates, params, config.weight_decay, config.mask)
         self.decays = [decay if flag else 0 for flag in jax.tree.leaves(decays)]
+        # each pair's scale, which preconditioning alone reads
         self.scales = []
         if config.damping is not None:
-            self.scales = [
-                pairs.scale_of(scale, pair, self.leaves[pair.leaf["a"]].shape)
-                for pair in self.factors.pairs
-            ]
+            shapes = [self.leaves[pair.leaf["a"]].shape for pair in self.factors.pairs]
+            found = zip(self.factors.pairs, shapes, strict=True)
+            self.scales = [pairs.scale_of(scale, pair, shape) for pair, shape in found]
         owners = sorted(i for side in SIDES for i in self.factors.of(side))
         self.bases = dict(zip(owners, jax.tree.leaves(state.bases), strict=False))
         self.updates: dict[int, jax.Array] = {}
-        self.inner: dict[str, Any] = {}
+        self.inner: dict[str, Pytree] = {}
         self.fine: jax.Array = jnp.asarray(True)
 
-    def _given(self, inner: Any, own: list[int]) -> Any:
+    def _given(self, inner: inner_lib.Inner, own: list[int]) -> Pytree:
         return self.tree.of({i: self.leaves[i] for i in own}) if inner.reads_params else None
 
-    def _moved(self, own: list[int], directions: list[jax.Array]) -> dict[int, jax.Array]:
+    def _moved(self, own: list[int], steps: list[jax.Array]) -> dict[int, jax.Array]:
         """The updates, in the parameters' dtypes."""
         made = {}
-        for i, u in zip(own, directions, strict=True):
-            change = decayed_step(
-                u, self.leaves[i], self.rates[i], self.decays[i], self.config.decay, True
-            )
-            made[i] = change.astype(self.leaves[i].dtype)
+        for i, step in zip(own, steps, strict=True):
+            leaf, rate, decay = self.leaves[i], self.rates[i], self.decays[i]
+            change = decayed_step(step, leaf, rate, decay, self.config.decay, True)
+            made[i] = change.astype(leaf.dtype)
         return made
 
-    def plain(self, state: Pytree) -> Any:
+    def plain(self, state: Pytree) -> Pytree:
         """Updates the leaves that are no factor; their new state."""
         inner, own = self.config.plain, self.factors.of(None)
         grads = self.tree.of({i: self.grads[i] for i in own})
-        direction, scale, state = inner.guarded(
-            grads, state, params=self._given(inner, own), **self.extra
-        )
-        self.updates |= self._moved(own, [scale * u for u in jax.tree.leaves(direction)])
+        params = self._given(inner, own)
+        direction, scale, state = inner.guarded(grads, state, params=params, **self.extra)
+        steps = [scale * u for u in jax.tree.leaves(direction)]
+        self.updates |= self._moved(own, steps)
         return state
 
     def turn(self, side: str, state: Pytree) -> Turn:
         """What the turn of one side makes."""
-        config, own, other = self.config, self.factors.of(side), OTHER[side]
-        low, bases, changes = {i: self.grads[i] for i in own}, dict(self.bases), {}
-        found = self.factors.pairs if config.damping is not None else ()
+        config, own = self.config, self.factors.of(side)
+        preconditioned, bases, changes = self._preconditioned(side)
+        grads = self.tree.of(preconditioned)
+
+        # m <- m T, into the space that the partner spans now
+        carried = state
+        if changes:
+            move = functools.partial(pairs.times, side)
+            carried = state._replace(mu=jax.tree.map(move, state.mu, self.tree.of(changes)))
+        params = self._given(config.inner, own)
+        direction, both, new = config.inner.update(grads, carried, params=params, **self.extra)
+        if config.transport == "step":
+            # the average that is kept never moved
+            new = new._replace(mu=_average(state.mu, grads, config.inner.b1))
+
+        correction: Scalar | None = {"none": 1.0, "both": both}.get(config.bias_correction)
+        if correction is None:
+            correction = 1 / inner_lib.debias(config.inner.b1, new.count)
+        steps = [correction * u for u in jax.tree.leaves(direction)]
+        updates = self._moved(own, steps)
+        return Turn(updates, new, bases, all_finite(list(preconditioned.values())))
+
+    def _preconditioned(
+        self, side: str
+    ) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, jax.Array]]:
+        """By leaf: gradients of one side, preconditioned; bases; what moves momentum, `(..., r, r)`."""
+        config, other = self.config, OTHER[side]
+        grads = {i: self.grads[i] for i in self.factors.of(side)}
+        bases = dict(self.bases)
+        changes: dict[int, jax.Array] = {}
+        if config.damping is None:
+            return grads, bases, changes
+        found = self.factors.pairs
         others = pairs.partners(side, found, self.leaves, self.scales, config.damping)
         for pair, (basis, inverse) in zip(found, others, strict=True):
             i, j = pair.leaf[side], pair.leaf[other]
-            low[i] = pairs.times(side, self.grads[i], inverse)
+            # ∇a (b̂ b̂ᵀ + damping I)⁻¹, or (âᵀâ + damping I)⁻¹ ∇b
+            grads[i] = pairs.times(side, self.grads[i], inverse)
             if config.transport is not None:
-                changes[i] = pairs.times("a", pairs.cross(other, bases[j], basis), inverse)
+                # T = b̂_old b̂ᵀ (b̂ b̂ᵀ + damping I)⁻¹
+                overlap = pairs.cross(other, bases[j], basis)
+                changes[i] = pairs.times("a", overlap, inverse)
                 bases[j] = basis
-        grads, carried = self.tree.of(low), state
-        if changes:
-            carried = state._replace(
-                mu=jax.tree.map(
-                    lambda m, t: pairs.times(side, m, t), state.mu, self.tree.of(changes)
-                )
-            )
-        direction, both, new = config.inner.update(
-            grads, carried, params=self._given(config.inner, own), **self.extra
-        )
-        if config.transport == "step":
-            new = new._replace(mu=_average(state.mu, grads, config.inner.b1))
-        correction: Any = {"none": 1.0, "both": both}.get(config.bias_correction)
-        if correction is None:
-            correction = 1 / inner_lib.debias(config.inner.b1, new.count)
-        updates = self._moved(own, [correction * u for u in jax.tree.leaves(direction)])
-        return Turn(updates, new, bases, all_finite(list(low.values())))
+        return grads, bases, changes
 
     def rest(self, side: str, state: Pytree) -> Turn:
         """What `turn` returns for a side whose turn it is not."""

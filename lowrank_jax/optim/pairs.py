@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +33,7 @@ from lowrank_jax.typing import Kernel, Pytree, Scalar
 
 SIDES = ("a", "b")
 OTHER = {"a": "b", "b": "a"}
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +93,20 @@ def find_factors(tree: Pytree, method: str, *, both: bool = True) -> FactorLeave
     paths: list[str] = []
     shapes: list[Shape] = []
     sides: list[str | None] = []
+    # by the mapping that holds them, the leaf of each side
     nodes: dict[tuple[str, ...], dict[str, int]] = {}
-    there = [(keys, meta.unbox(node)) for keys, node in nodes_with_keys(tree)]
-    there = [(keys, leaf) for keys, leaf in there if not isinstance(leaf, optax.MaskedNode)]
-    for number, (keys, leaf) in enumerate(there):
+    for keys, node in nodes_with_keys(tree):
+        leaf = meta.unbox(node)
+        if isinstance(leaf, optax.MaskedNode):
+            continue
         names = tuple(path_of([key]) for key in keys)
+        is_factor = bool(names) and names[-1] in SIDES and len(leaf.shape) >= 2
+        side = names[-1] if is_factor else None
+        if side is not None:
+            nodes.setdefault(names[:-1], {})[side] = len(paths)
         paths.append("/".join(names))
         shapes.append(tuple(leaf.shape))
-        side = names[-1] if names and names[-1] in SIDES and len(leaf.shape) >= 2 else None
         sides.append(side)
-        if side is not None:
-            nodes.setdefault(names[:-1], {})[side] = number
     if paths and not nodes:
         raise ValueError(
             f"{method}: none of the {len(paths)} leaves ({', '.join(paths[:3])}, ...) is a factor "
@@ -113,8 +116,14 @@ def find_factors(tree: Pytree, method: str, *, both: bool = True) -> FactorLeave
     pairs = tuple(Pair(names, leaf) for names, leaf in nodes.items() if len(leaf) == 2)
     for pair in pairs:
         _check_fit(method, pair, *(shapes[pair.leaf[side]] for side in SIDES))
+    if both:
+        _check_complete(method, nodes)
+    return FactorLeaves(tuple(paths), tuple(sides), pairs)
+
+
+def _check_complete(method: str, nodes: dict[tuple[str, ...], dict[str, int]]) -> None:
     for names, leaf in nodes.items():
-        if both and len(leaf) == 1:
+        if len(leaf) == 1:
             (have,) = leaf
             raise ValueError(
                 f"{method}: {'/'.join(names)!r} holds {have!r} and no {OTHER[have]!r}, by which "
@@ -122,7 +131,6 @@ def find_factors(tree: Pytree, method: str, *, both: bool = True) -> FactorLeave
                 "optimizer with optax.partition; lrx.lora_plus takes a factor whose partner is "
                 "frozen, as in LoRA-FA"
             )
-    return FactorLeaves(tuple(paths), tuple(sides), pairs)
 
 
 def _check_fit(method: str, pair: Pair, a: Shape, b: Shape) -> None:
@@ -164,9 +172,9 @@ def scale_of(scale: Scalar, pair: Pair, shape: Shape) -> jax.Array:
         value = value[name]
     value = jnp.asarray(value, jnp.float32)
     want = (*shape[:-2], shape[-1])
-    if value.ndim > len(want) or any(
-        x not in (1, y) for x, y in zip(value.shape[::-1], want[::-1], strict=False)
-    ):
+    sizes = zip(value.shape[::-1], want[::-1], strict=False)
+    broadcasts = value.ndim <= len(want) and all(size in (1, other) for size, other in sizes)
+    if not broadcasts:
         raise ValueError(
             f"scale: shape {value.shape} at the pair {pair.path!r} does not fit (..., r) = {want}"
         )
@@ -181,22 +189,25 @@ def effective(side: str, factor: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def cross(side: str, old: jax.Array, new: jax.Array) -> jax.Array:
-    """`oldᵀ new` of two factors a, `old newᵀ` of two factors b: `(..., r, r)`, with whole
-    matrices."""
+    """`oldᵀ new` of two factors a, `old newᵀ` of two factors b: `(..., r, r)`, unsharded."""
     spec = sharding.unsharded_spec(sharding.explicit_spec(new))
     place = None if spec is None else PartitionSpec(*spec)
     equation = "...nr,...ns->...rs" if side == "a" else "...rm,...sm->...rs"
-    return jnp.einsum(equation, old, new, precision=jax.lax.Precision.HIGHEST, out_sharding=place)
+    return jnp.einsum(equation, old, new, precision=HIGHEST, out_sharding=place)
 
 
 def times(side: str, factor: jax.Array, matrix: jax.Array) -> jax.Array:
     """`a matrix`, or `matrixᵀ b`: a change of the r coordinates of one factor."""
     if side == "a":
-        return jnp.matmul(factor, matrix, precision=jax.lax.Precision.HIGHEST)
-    return jnp.matmul(jnp.swapaxes(matrix, -1, -2), factor, precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(factor, matrix, precision=HIGHEST)
+    return jnp.matmul(_transposed(matrix), factor, precision=HIGHEST)
 
 
-def damped_inverse(gram: jax.Array, damping: Any) -> jax.Array:
+def _transposed(matrix: jax.Array) -> jax.Array:
+    return jnp.swapaxes(matrix, -1, -2)
+
+
+def damped_inverse(gram: jax.Array, damping: Scalar) -> jax.Array:
     """`(gram + damping I)⁻¹` of Gram matrices `(..., r, r)`, and 0 on the directions that the
     factor does not have.
 
@@ -209,22 +220,33 @@ def damped_inverse(gram: jax.Array, damping: Any) -> jax.Array:
     >>> damped_inverse(jnp.diag(jnp.array([4.0, 0.0])), 0.0).tolist()
     [[0.25, 0.0], [0.0, 0.0]]
     """
+    rank = gram.shape[-1]
     values, vectors = linalg.eigh(gram)
-    kept = values > 10 * gram.shape[-1] * float(jnp.finfo(gram.dtype).eps) * values[..., -1:]
-    weights = jnp.where(kept, 1 / (jnp.where(kept, values, 1) + damping), 0)
-    inverse = times("a", vectors * weights[..., None, :], jnp.swapaxes(vectors, -1, -2))
+    tolerance = 10 * rank * float(jnp.finfo(gram.dtype).eps)
+    # of directions that are not there the eigenvalue is rounding, and the weight 0
+    kept = values > tolerance * values[..., -1:]
+    safe = jnp.where(kept, values, 1)
+    weights = jnp.where(kept, 1 / (safe + damping), 0)
+    # V diag(weights) Vᵀ
+    weighted = vectors * weights[..., None, :]
+    inverse = times("a", weighted, _transposed(vectors))
+    # ranks that are masked
     live = jnp.diagonal(gram, axis1=-2, axis2=-1) > 0
     # a decomposition that failed makes no step, where it would end the run
     sound = jnp.all(jnp.isfinite(inverse), axis=(-2, -1), keepdims=True)
     return jnp.where(sound & live[..., :, None] & live[..., None, :], inverse, 0)
 
 
-def _whole(x: jax.Array) -> jax.Array:
+def _unsharded(x: jax.Array) -> jax.Array:
     return sharding.reshard(x, None if sharding.explicit_spec(x) is None else (None,) * x.ndim)
 
 
 def partners(
-    side: str, pairs: tuple[Pair, ...], leaves: list[Kernel], scales: list[jax.Array], damping: Any
+    side: str,
+    pairs: tuple[Pair, ...],
+    leaves: list[Kernel],
+    scales: list[jax.Array],
+    damping: Scalar,
 ) -> list[tuple[jax.Array, jax.Array]]:
     """What preconditions one side of every pair: the other factor as the kernel sees it, its damped
     inverse Gram.
@@ -232,20 +254,20 @@ def partners(
     Gram matrices of one rank are decomposed by one call: a TPU compiler takes longer over one call
     of `eigh` than over the rest of the program.
     """
-    bases = [
-        effective(OTHER[side], leaves[p.leaf[OTHER[side]]], s)
-        for p, s in zip(pairs, scales, strict=True)
-    ]
-    grams = [cross(OTHER[side], basis, basis) for basis in bases]
+    other = OTHER[side]
+    found = zip(pairs, scales, strict=True)
+    bases = [effective(other, leaves[pair.leaf[other]], scale) for pair, scale in found]
+    # b̂ b̂ᵀ or âᵀâ, (..., r, r)
+    grams = [cross(other, basis, basis) for basis in bases]
     inverses: dict[int, jax.Array] = {}
     for rank in sorted({gram.shape[-1] for gram in grams}):
         own = [i for i, gram in enumerate(grams) if gram.shape[-1] == rank]
-        flat = [_whole(grams[i]).reshape(-1, rank, rank) for i in own]
+        flat = [_unsharded(grams[i]).reshape(-1, rank, rank) for i in own]
         made = damped_inverse(jnp.concatenate(flat), damping)
-        for i, part in zip(
-            own, jnp.split(made, np.cumsum([len(x) for x in flat])[:-1]), strict=True
-        ):
-            inverses[i] = sharding.reshard(
-                part.reshape(grams[i].shape), sharding.explicit_spec(grams[i])
-            )
+        # back to the matrices of each pair
+        ends = np.cumsum([len(x) for x in flat])
+        for i, part in zip(own, jnp.split(made, ends[:-1]), strict=True):
+            gram = grams[i]
+            shaped = part.reshape(gram.shape)
+            inverses[i] = sharding.reshard(shaped, sharding.explicit_spec(gram))
     return [(basis, inverses[i]) for i, basis in enumerate(bases)]

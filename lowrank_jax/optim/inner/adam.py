@@ -95,11 +95,9 @@ class Adam(Inner):
             raise ValueError(f"adam: convention={self.convention!r} must be one of {_EPSILON}")
 
     def init(self, tree, view=None):
-        return AdamState(
-            jnp.zeros((), jnp.int32),
-            jax.tree.map(lambda x: jnp.zeros_like(x, self.mu_dtype), tree),
-            jax.tree.map(lambda x: jnp.zeros_like(x, self.nu_dtype), tree),
-        )
+        mu = jax.tree.map(lambda x: jnp.zeros_like(x, self.mu_dtype), tree)
+        nu = jax.tree.map(lambda x: jnp.zeros_like(x, self.nu_dtype), tree)
+        return AdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(self, grads, state, *, view=None, params=None, ok=None, **extra):
         del view, params, extra
@@ -108,17 +106,23 @@ class Adam(Inner):
             value = average(old, new, decay)
             return value if ok is None else jnp.where(ok, value, old.astype(jnp.float32))
 
+        # m <- b1 m + (1 - b1) g
         def first(m, g):
             return moved(m, g.astype(jnp.float32), self.b1)
 
+        # v <- b2 v + (1 - b2) g²
         def second(v, g):
             return moved(v, jnp.square(g.astype(jnp.float32)), self.b2)
 
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(first, state.mu, grads)
         nu = jax.tree.map(second, state.nu, grads)
+
+        # the bias correction is in the scale, and for "torch" in the epsilon
         eps, scale = self.corrections(count)
         direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+
+        # rounded after the direction was made of them
         mu = jax.tree.map(lambda m: m.astype(self.mu_dtype), mu)
         nu = jax.tree.map(lambda v: v.astype(self.nu_dtype), nu)
         kept = count if ok is None else jnp.where(ok, count, state.count)
@@ -132,8 +136,9 @@ class Adam(Inner):
 
     def state_bytes(self, shapes):
         """Formula: 4 bytes of count, and each element once in `mu_dtype` and once in `nu_dtype`."""
-        element = jnp.dtype(self.mu_dtype).itemsize + jnp.dtype(self.nu_dtype).itemsize
-        return 4 + element * sum(size_of(shape) for shape in shapes)
+        of_moments = jnp.dtype(self.mu_dtype).itemsize + jnp.dtype(self.nu_dtype).itemsize
+        elements = sum(size_of(shape) for shape in shapes)
+        return 4 + of_moments * elements
 
     def decays(self):
         return {"first": self.b1, "second": self.b2}

@@ -84,12 +84,14 @@ def registered(state: Pytree, decays: dict[str, Scalar]) -> list[Moment]:
 
     def of_entry(node, entry, path):
         count = getattr(node, entry.counter) if entry.counter else None
+        # the leaves of a field are moments of one kind
         for field, kind in entry.kinds.items():
             leaves = jax.tree_util.tree_flatten_with_path(getattr(node, field))[0]
             for inner_path, _ in leaves:
                 where = (*path, jax.tree_util.GetAttrKey(field), *inner_path)
                 found.append(Moment(where, kind, decays.get(kind), count))
 
+    # down the state, and no further than to registered types
     def visit(node, path):
         entry = _REGISTRY.get(type(node))
         if entry is not None:

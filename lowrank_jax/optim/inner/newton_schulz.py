@@ -97,16 +97,17 @@ class Orthogonal(Inner):
     def factors(self, grads: Pytree, view: ResolvedView | None) -> jax.Array:
         """`scale` of each matrix, `(batch...)`."""
         factor = scales.factor(self.scale, view) if jax.tree.leaves(grads) else 1.0
-        return jnp.full(() if view is None else view.batch, factor, jnp.float32)
+        # plain leaves share one number
+        batch = () if view is None else view.batch
+        return jnp.full(batch, factor, jnp.float32)
 
     def orthogonal(self, x: jax.Array) -> jax.Array:
         """`u p(s) vᵀ` of matrices `x (..., m, n)`, laid out as they are."""
         own = sharding.explicit_spec(x)
         # a Gram matrix adds up over a whole dimension
         unsharded = sharding.reshard(x, sharding.unsharded_spec(own))
-        made = linalg.newton_schulz(
-            unsharded, self.steps, self.coefficients, self.eps, self.compute_dtype
-        )
+        options = self.steps, self.coefficients, self.eps, self.compute_dtype
+        made = linalg.newton_schulz(unsharded, *options)
         return sharding.reshard(made, own)
 
 
@@ -150,23 +151,27 @@ class NewtonSchulz(Orthogonal):
     def update(self, grads, state, *, view=None, params=None, ok=None, **extra):
         del params, extra
 
+        # m <- momentum m + g
         def moved(m, g):
             old = m.astype(jnp.float32)
             new = self.momentum * old + g.astype(jnp.float32)
             return new if ok is None else jnp.where(ok, new, old)
 
         def direction(m, g):
+            # Nesterov's look ahead: what the next momentum would be of the same gradient
             ahead = g.astype(jnp.float32) + self.momentum * m if self.nesterov else m
             return self.orthogonal(ahead)
 
         mu = jax.tree.map(moved, state.mu, grads)
         directions = jax.tree.map(direction, mu, grads)
+        # rounded after the directions were made of it
         mu = jax.tree.map(lambda m: m.astype(self.mu_dtype), mu)
         return directions, self.factors(grads, view), NewtonSchulzState(mu)
 
     def state_bytes(self, shapes):
         """Formula: each element once in `mu_dtype`."""
-        return jnp.dtype(self.mu_dtype).itemsize * sum(size_of(shape) for shape in shapes)
+        elements = sum(size_of(shape) for shape in shapes)
+        return jnp.dtype(self.mu_dtype).itemsize * elements
 
     def decays(self):
         return {"first": self.momentum}

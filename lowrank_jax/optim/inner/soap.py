@@ -155,10 +155,13 @@ class Soap(Inner):
         treedef: Any
         leaves, treedef = jax.tree.flatten(tree)
         grams, bases = ([self._sides(leaf) for leaf in leaves] for _ in range(2))
+        batch = () if view is None else view.batch
+        zeros = lambda x: jnp.zeros_like(x, jnp.float32)  # noqa: E731
         return SoapState(
-            count=jnp.full(() if view is None else view.batch, -1, jnp.int32),
-            mu=jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tree),
-            nu=jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tree),
+            # the first call is number 0
+            count=jnp.full(batch, -1, jnp.int32),
+            mu=jax.tree.map(zeros, tree),
+            nu=jax.tree.map(zeros, tree),
             grams=treedef.unflatten(grams),
             bases=treedef.unflatten(bases),
         )
@@ -207,7 +210,9 @@ class Soap(Inner):
     ) -> tuple[jax.Array, _Leaf]:
         """Direction and new state of one leaf or stack."""
         own = sharding.explicit_spec(g)
-        g, mu, nu = (_unsharded(x.astype(jnp.float32)) for x in (g, leaf.mu, leaf.nu))
+        wide = [x.astype(jnp.float32) for x in (g, leaf.mu, leaf.nu)]
+        g, mu, nu = (_unsharded(x) for x in wide)
+        # call 0 collects the first Gram matrices, and moves nothing
         collects = _per_matrix(count == 0, g.ndim)
         moves = accepted & ~collects
 
@@ -220,12 +225,14 @@ class Soap(Inner):
         nu = moved(nu, jnp.square(rotated), self.b2, moves)
 
         # Adam's direction in the bases, brought back: (..., m, n)
-        steps = _into(leaf.bases, mu) / (jnp.sqrt(nu) + self.eps)
+        mu_rotated = _into(leaf.bases, mu)
+        steps = mu_rotated / (jnp.sqrt(nu) + self.eps)
         direction = _out_of(leaf.bases, steps)
         if self.normalize:
             axes = (-2, -1) if g.ndim > 1 else None
             mean_square = jnp.mean(jnp.square(direction), axis=axes, keepdims=True)
-            direction = direction / (jnp.sqrt(mean_square) + TINY)
+            root = jnp.sqrt(mean_square) + TINY
+            direction = direction / root
         direction = jnp.where(collects, 0, direction)
 
         # Gram matrices see this gradient after the step, of the sides that have them
@@ -258,6 +265,7 @@ class Soap(Inner):
         """
         if bases.left is None and bases.right is None:
             return bases, nu
+        # by matrix, (batch...)
         starts = count == 0
         due = ~starts & (count % self.refresh_every == 0)
 
@@ -325,8 +333,10 @@ class Soap(Inner):
         a basis."""
         total = 4
         for shape in map(shape_of, shapes):
+            matrices = size_of(shape[:-2])
             squares = sum(size**2 for size in self._sizes(shape))
-            total += 8 * size_of(shape) + 8 * size_of(shape[:-2]) * squares
+            # two moments, and a Gram matrix and a basis a side
+            total += 8 * size_of(shape) + 8 * matrices * squares
         return total
 
     def decays(self):
@@ -340,9 +350,10 @@ def _per_matrix(flag: jax.Array, ndim: int) -> jax.Array:
 
 def _unsharded(x: jax.Array) -> jax.Array:
     """The last two axes gathered, on an explicit mesh: Gram matrices and bases mix them."""
-    return (
-        sharding.reshard(x, sharding.unsharded_spec(sharding.explicit_spec(x))) if x.ndim > 1 else x
-    )
+    if x.ndim < 2:
+        return x
+    spec = sharding.explicit_spec(x)
+    return sharding.reshard(x, sharding.unsharded_spec(spec))
 
 
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -356,14 +367,21 @@ def _gram(x: jax.Array) -> jax.Array:
 
 def _into(bases: Sides, x: jax.Array) -> jax.Array:
     """`Q_Lᵀ x Q_R`."""
-    x = x if bases.left is None else _times(jnp.swapaxes(bases.left, -1, -2), x)
-    return x if bases.right is None else _times(x, bases.right)
+    # a side without a basis keeps the coordinates that it has
+    if bases.left is not None:
+        x = _times(jnp.swapaxes(bases.left, -1, -2), x)
+    if bases.right is not None:
+        x = _times(x, bases.right)
+    return x
 
 
 def _out_of(bases: Sides, x: jax.Array) -> jax.Array:
     """`Q_L x Q_Rᵀ`."""
-    x = x if bases.left is None else _times(bases.left, x)
-    return x if bases.right is None else _times(x, jnp.swapaxes(bases.right, -1, -2))
+    if bases.left is not None:
+        x = _times(bases.left, x)
+    if bases.right is not None:
+        x = _times(x, jnp.swapaxes(bases.right, -1, -2))
+    return x
 
 
 def _each_side(function: Callable[..., jax.Array], *sides: Sides) -> Sides:
@@ -373,7 +391,8 @@ def _each_side(function: Callable[..., jax.Array], *sides: Sides) -> Sides:
 
 def _eigenvectors(gram: jax.Array) -> jax.Array:
     """By descending eigenvalue."""
-    return jnp.flip(linalg.eigh(gram)[1], axis=-1)
+    _, ascending = linalg.eigh(gram)
+    return jnp.flip(ascending, axis=-1)
 
 
 def _rotated(grams: Sides, bases: Sides, nu: jax.Array) -> tuple[Sides, jax.Array]:
@@ -384,6 +403,7 @@ def _rotated(grams: Sides, bases: Sides, nu: jax.Array) -> tuple[Sides, jax.Arra
         values = jnp.sum(basis * _times(gram, basis), axis=-2)
         return jnp.argsort(-values, axis=-1)
 
+    # the entry (i, j) of nu belongs to column i of the left basis and j of the right one
     orders = _each_side(order, grams, bases)
     if orders.left is not None:
         nu = jnp.take_along_axis(nu, orders.left[..., :, None], axis=-2)
@@ -391,6 +411,7 @@ def _rotated(grams: Sides, bases: Sides, nu: jax.Array) -> tuple[Sides, jax.Arra
         nu = jnp.take_along_axis(nu, orders.right[..., None, :], axis=-1)
 
     def turned(gram, basis, order):
+        # Q <- qr(gram Q)
         columns = jnp.take_along_axis(basis, order[..., None, :], axis=-1)
         return linalg.orthonormalize(_times(gram, columns))
 

@@ -50,6 +50,7 @@ class Stored8(Inner):
                     f"stored8: {name}={value!r} must be an integer of at least {least}"
                 )
 
+    # what it says of itself is what `inner` says, but that `ok` is selected afterwards
     @property
     def splits(self) -> bool:
         return self.inner.splits
@@ -83,14 +84,15 @@ class Stored8(Inner):
 
     def update(self, grads, state, *, view=None, params=None, **extra):
         before = self.decoded(state)
-        direction, scale, after = self.inner.update(
-            grads, before, view=view, params=params, **extra
-        )
+        options = {"view": view, "params": params} | extra
+        direction, scale, after = self.inner.update(grads, before, **options)
 
         def stored_like(old, new):
             return old.requantize(new) if self.stored(old) else new
 
-        return direction, scale, jax.tree.map(stored_like, state, after, is_leaf=self.stored)
+        # the codes and blocks of each moment stay those of the old one
+        stored = jax.tree.map(stored_like, state, after, is_leaf=self.stored)
+        return direction, scale, stored
 
     def decays(self):
         return self.inner.decays()
@@ -106,6 +108,7 @@ class Stored8(Inner):
         kinds = {moment.path: moment.kind for moment in self.moments(state)}
 
         def one(path, value):
+            # of what is no moment there is no code
             code = CODES.get(kinds.get(tuple(path), ""))
             small = math.prod(value.shape[-2:]) < self.minimum
             if code is None or small:
