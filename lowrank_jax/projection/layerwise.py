@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,7 @@ from lowrank_jax.projection.tapped import Tap
 from lowrank_jax.projection.training import gradient_mode
 from lowrank_jax.projection.write import Write
 from lowrank_jax.trees import is_quantized
+from lowrank_jax.typing import Pytree, Scalar
 
 
 def layerwise_step(
@@ -133,7 +134,13 @@ class _Layerwise:
     """
 
     def __init__(
-        self, stack: Stack, form: Fused, params: Any, state: Any, args: Any, exact_skip: bool
+        self,
+        stack: Stack,
+        form: Fused,
+        params: Pytree,
+        state: Pytree,
+        args: Pytree,
+        exact_skip: bool,
     ):
         self.stack, self.form, self.params, self.state, self.args = stack, form, params, state, args
         self.config = form.recipe.projection
@@ -142,12 +149,14 @@ class _Layerwise:
         self.rest = {name: tree for name, tree in params.items() if name != stack.name}
         leaves, self.treedef = step_lib.flatten(params[stack.name])
         report = self.config.report(params)
-        self.views = [leaf.view for leaf in report.leaves if leaf.path.startswith(f"{stack.name}/")]
+        prefix = f"{stack.name}/"
+        self.views = [leaf.view for leaf in report.leaves if leaf.path.startswith(prefix)]
         outside = [view.path for view in report.projected if view not in self.views]
-        if outside or any(view is not None and not view.layered for view in self.views):
+        projected = [view for view in self.views if view is not None]
+        unlayered = [view.path for view in projected if not view.layered]
+        if outside or unlayered:
             raise ValueError(
-                "layerwise: "
-                f"{outside or [v.path for v in self.views if v is not None and not v.layered]} "
+                f"layerwise: {outside or unlayered} "
                 f"cannot be updated layer by layer; stack it under params[{stack.name!r}], or "
                 "leave it out with Views(rules=...)"
             )
@@ -159,7 +168,7 @@ class _Layerwise:
         self.due = step_lib.due(self.config, state.projection)
         # where bases move by full gradients after the update, or the first one is made before it,
         # all of a layer's work is a branch by this scalar
-        self.takes_full: Any = None
+        self.takes_full: Scalar | None = None
         self.otherwise = self.plan
         if self.plan == "full at a refresh" and self.config.refresh_schedule.when == "after":
             self.takes_full, self.otherwise = self.due, "taps"
@@ -168,10 +177,11 @@ class _Layerwise:
 
     def run(self):
         inputs, value, d_rest, d_top = self._forward()
-        ok = jnp.isfinite(value) & all_finite([d_top]) if self.config.guard else jnp.asarray(True)
-        ok = sharding.everywhere(
-            ok, self.params, self.state
-        )  # rows of a batch may lie on several devices
+        ok = jnp.asarray(True)
+        if self.config.guard:
+            ok = jnp.isfinite(value) & all_finite([d_top])
+        # rows of a batch may be on several devices
+        ok = sharding.everywhere(ok, self.params, self.state)
         factor = None
         if self.measured:
             ok, factor = self._measure(inputs, d_rest, d_top, ok)
@@ -184,21 +194,22 @@ class _Layerwise:
         if self.config.guard and not self.measured:
             ok = ok & fine & all_finite(self._plain(d_rest, vectors))
             partly = started & top & ~ok  # the top layer at least has moved
-        return self._finish(value, d_rest, vectors, moved, ok, factor, partly)
+        accepted = _Accepted(ok, partly, factor)
+        return self._next(value, d_rest, vectors, moved, accepted)
 
     def _measure(self, inputs, d_rest, d_top, ok):
         """`(whether the step is accepted, factor of clipping or None)`, by a backward pass that
         writes nothing."""
-        fine, _, square, vectors, d_bottom, _ = self._backward(
-            inputs, d_top, ok, None, update=False
-        )
+        found = self._backward(inputs, d_top, ok, None, update=False)
+        fine, _, square, vectors, d_bottom, _ = found
         plain = self._plain(self._all_rest(d_rest, d_bottom), vectors)
         square = square + sum((energy(leaf) for leaf in plain), jnp.zeros(()))
         if self.config.guard:
             ok = ok & fine & all_finite(plain) & jnp.isfinite(square)
         if self.config.clip_norm is None:
             return ok, None
-        return ok, jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(jnp.sqrt(square), 1e-30))
+        norm = jnp.maximum(jnp.sqrt(square), 1e-30)
+        return ok, jnp.minimum(1.0, self.config.clip_norm / norm)
 
     def _plain(self, d_rest, vectors):
         """The gradients of what is not projected."""
@@ -210,35 +221,37 @@ class _Layerwise:
         bottom = jax.lax.map(lambda args: stack.before(self.rest, *args), self.args)
 
         def layer(x, parameters):
+            # the microbatches one after the other; inputs are kept, nothing else
             return jax.lax.map(lambda one: stack.layer(parameters, one), x), x
 
         top, inputs = jax.lax.scan(layer, bottom, self.params[stack.name])
+        value, rest, d_top = self._head(top)
+        return inputs, value, rest, d_top
 
-        def one(total, part):
-            x, args = part
-            value, (rest, dx) = jax.value_and_grad(
-                lambda rest, x: stack.after(rest, x, *args), (0, 1)
-            )(self.rest, x)
-            wide = (
-                jax.tree.map(lambda g: g.astype(jnp.float32), rest)
-                if self.microbatches > 1
-                else rest
-            )
-            total = (
-                wide if total[0] is None else jax.tree.map(jnp.add, total[0], wide),
-                total[1] + value,
-            )
-            return total, dx
+    def _head(self, top):
+        """`(value, gradients of the rest, gradients at the top)`, averaged over microbatches."""
+
+        def of_one(x, args):
+            after = lambda rest, x: self.stack.after(rest, x, *args)  # noqa: E731
+            return jax.value_and_grad(after, (0, 1))(self.rest, x)
 
         if self.microbatches == 1:
-            (rest, value), dx = one(
-                (None, jnp.zeros(())), jax.tree.map(lambda x: x[0], (top, self.args))
-            )
-            return inputs, value, rest, dx[None]
+            x, args = jax.tree.map(lambda x: x[0], (top, self.args))
+            value, (rest, dx) = of_one(x, args)
+            return jnp.zeros(()) + value, rest, dx[None]
+
+        def add(total, part):
+            value, (rest, dx) = of_one(*part)
+            # sums of many gradients are float32, whatever the parameters are
+            wide = jax.tree.map(lambda g: g.astype(jnp.float32), rest)
+            total_rest, total_value = total
+            return (jax.tree.map(jnp.add, total_rest, wide), total_value + value), dx
+
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), self.rest)
-        (rest, value), dx = sharding.scan(one, (zeros, jnp.zeros(())), (top, self.args))
+        start = zeros, jnp.zeros(())
+        (rest, value), dx = sharding.scan(add, start, (top, self.args))
         count = self.microbatches
-        return inputs, value / count, jax.tree.map(lambda g: g / count, rest), dx / count
+        return value / count, jax.tree.map(lambda g: g / count, rest), dx / count
 
     def _all_rest(self, d_rest, d_bottom):
         """Gradients outside the stack: from the top, and through the inputs of the first layer."""
@@ -246,7 +259,8 @@ class _Layerwise:
         def one(total, part):
             args, dx = part
             _, pull = jax.vjp(lambda rest: self.stack.before(rest, *args), self.rest)
-            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, pull(dx)[0]), None
+            (through_inputs,) = pull(dx)
+            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, through_inputs), None
 
         return jax.lax.scan(one, d_rest, (self.args, d_bottom))[0]
 
@@ -254,54 +268,40 @@ class _Layerwise:
         """Down the stack: `(whether all was finite, whether the top layer was, sum of squares,
         vectors' gradients, the bottom's, moved)`."""
         layers = jax.tree.leaves(inputs)[0].shape[0]
-        kernels = [
-            leaf for leaf, view in zip(self.leaves, self.views, strict=True) if view is not None
-        ]
-        states = [parts_of(m) for m in self.matrices if m is not None]
-        vectors = [leaf for leaf, view in zip(self.leaves, self.views, strict=True) if view is None]
+        leaves = list(zip(self.leaves, self.views, strict=True))
+        kernels = [leaf for leaf, view in leaves if view is not None]
+        vectors = [leaf for leaf, view in leaves if view is None]
+        states = [parts_of(matrix) for matrix in self.matrices if matrix is not None]
         gathered = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in vectors]
-
-        def take(tree, i):
-            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
-
-        def put(tree, i, new):
-            change = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0)  # noqa: E731
-            return jax.tree.map(change, tree, new)
+        one = self._move_layer if update else self._measure_layer
 
         def body(i, carry):
+            # layer `number`, from the top
             number = layers - 1 - i
             dx, kernels, states, own_states, gathered, fine, top, square = carry
-            part = (
-                take(kernels, number),
-                own_states,
-                take(vectors, number),
-                take(inputs, number),
-                dx,
-            )
-            one = self._move_layer if update else self._measure_layer
+            own_kernels, own_vectors = _take(kernels, number), _take(vectors, number)
+            part = own_kernels, own_states, own_vectors, _take(inputs, number), dx
             written, d_vectors, dx, fine, energies = one(part, number, ok, fine, factor)
-            gathered, square = put(gathered, number, d_vectors), square + energies
+            gathered, square = _put(gathered, number, d_vectors), square + energies
             if update:
-                kernels, states = (
-                    put(old, number, new)
-                    for old, new in zip((kernels, states), written, strict=True)
-                )
+                new_kernels, new_states = written
+                kernels = _put(kernels, number, new_kernels)
+                states = _put(states, number, new_states)
             top = jnp.where(i == 0, fine, top)
-            own_states = take(states, jnp.maximum(number - 1, 0))
+            # the layer below, for the next round
+            own_states = _take(states, jnp.maximum(number - 1, 0))
             return dx, kernels, states, own_states, gathered, fine, top, square
 
+        # whether all was finite, and the top layer; the sum of squares
+        sums = jnp.asarray(True), jnp.asarray(True), jnp.zeros(())
+        sums = sharding.vary(sums, sharding.varying(self.params, self.state))
         # states travel with the loop, see `in_place`; kernels would be held twice
-        sums = sharding.vary(
-            (jnp.asarray(True), jnp.asarray(True), jnp.zeros(())),
-            sharding.varying(self.params, self.state),
-        )
-        start = (d_top, kernels, states, take(states, layers - 1), gathered, *sums)
-        dx, kernels, states, _, gathered, fine, top, square = jax.lax.fori_loop(
-            0, layers, body, start
-        )
+        start = (d_top, kernels, states, _take(states, layers - 1), gathered, *sums)
+        end = jax.lax.fori_loop(0, layers, body, start)
+        dx, kernels, states, _, gathered, fine, top, square = end
         placed = iter(gathered)
-        vectors = [None if view is not None else next(placed) for view in self.views]
-        return fine, top, square, vectors, dx, (kernels, states)
+        d_vectors = [None if view is not None else next(placed) for view in self.views]
+        return fine, top, square, d_vectors, dx, (kernels, states)
 
     def _measure_layer(self, part, number, ok, fine, factor):
         """As `_move_layer`, of a pass that writes nothing."""
@@ -315,7 +315,7 @@ class _Layerwise:
         starting = self.now.step == 0 if self.config.starts_before else None
         return self._either(by, None if self.takes_full is None else starting)
 
-    def _either(self, by: Callable[[str], Any], takes_full: Any) -> Any:
+    def _either(self, by: Callable[[str], Pytree], takes_full: Scalar | None) -> Pytree:
         """A layer's work by full gradients where the scalar says so, if there is one."""
         if takes_full is None:
             return by(self.otherwise)
@@ -327,17 +327,18 @@ class _Layerwise:
         guarded = self.config.guard and not self.measured
 
         def by(plan):
-            steps, read, d_vectors, dx = self._layer(
-                part, number, ok & fine if guarded else ok, plan
-            )
+            may_move = ok & fine if guarded else ok
+            steps, read, d_vectors, dx = self._layer(part, number, may_move, plan)
             good, energies = self._judged(steps, read, fine)
+            own_kernels = part[0]
             # from the first layer on that is not finite, none below it is written either
             write = ok & good if guarded else ok
             kernels = [
                 self._write(step, kernel, write, factor, number)
-                for step, kernel in zip(steps, part[0], strict=True)
+                for step, kernel in zip(steps, own_kernels, strict=True)
             ]
-            return (kernels, [step.parts for step in steps]), d_vectors, dx, good, energies
+            states = [step.parts for step in steps]
+            return (kernels, states), d_vectors, dx, good, energies
 
         return self._either(by, self.takes_full)
 
@@ -355,56 +356,69 @@ class _Layerwise:
         views = [view.layer() for view in self.views if view is not None]
         states = [dataclasses.replace(m, **own) for own, m in zip(states, matrices, strict=True)]
 
-        def steps_of(grads, project=True):
-            steps = [
+        def steps_of(grads):
+            rows = zip(views, states, grads, kernels, strict=True)
+            return [
                 MatrixStep(self.config, view, state, grad, kernel, number)
-                for view, state, grad, kernel in zip(views, states, grads, kernels, strict=True)
+                for view, state, grad, kernel in rows
             ]
-            return steps, self._projected(steps, ok) if project else None
 
-        def low(sketched):
-            now = self.now
-            taps = []
-            for view, state, matrix in zip(views, states, matrices, strict=True):
-                basis = sketch_basis(self.config, view, state, now, number) if sketched else None
-                taps.append(Tap(state.basis, None, basis, None, view, matrix.projector))
-            return layer_gradients(self._apply, kernels, taps, vectors, inputs, dx)
-
-        def whole():
+        def full():
             return layer_gradients(self._apply, kernels, None, vectors, inputs, dx)
 
-        if plan in ("full", "taps"):
-            grads, d_vectors, dx = whole() if plan == "full" else low(False)
-            return *steps_of(grads), d_vectors, dx
-        if plan == "sketch at a refresh":
-            shapes = jax.eval_shape(lambda: low(True))[0]
+        def low():
+            taps = self._taps(views, states, number, sketched=False)
+            return layer_gradients(self._apply, kernels, taps, vectors, inputs, dx)
 
-            def unsketched():
-                grads, *others = low(False)
-                zeros = [jnp.zeros(shape.sketch.shape, shape.sketch.dtype) for shape in shapes]
-                return [
-                    Projected(grad.low, zero) for grad, zero in zip(grads, zeros, strict=True)
-                ], *others
+        def sketched():
+            taps = self._taps(views, states, number, sketched=True)
+            return layer_gradients(self._apply, kernels, taps, vectors, inputs, dx)
 
-            grads, d_vectors, dx = jax.lax.cond(self.due, lambda: low(True), unsketched)
-            return *steps_of(grads), d_vectors, dx
+        def unsketched():
+            # as without a refresh, in the structure of one with it
+            grads, d_vectors, d_inputs = low()
+            pairs = zip(grads, jax.eval_shape(sketched)[0], strict=True)
+            zeros = [(grad.low, shape.sketch) for grad, shape in pairs]
+            grads = [Projected(low, jnp.zeros(x.shape, x.dtype)) for low, x in zeros]
+            return grads, d_vectors, d_inputs
 
-        # full at a refresh: bases move inside the branch, and what leaves it is low-rank
+        if plan != "full at a refresh":
+            if plan == "sketch at a refresh":
+                found = jax.lax.cond(self.due, sketched, unsketched)
+            else:
+                found = full() if plan == "full" else low()
+            grads, d_vectors, d_inputs = found
+            steps = steps_of(grads)
+            return steps, self._projected(steps, ok), d_vectors, d_inputs
+
+        # bases move inside the branch, and what leaves it is low-rank
         def refreshed():
-            grads, d_vectors, d_inputs = whole()
-            steps, read = steps_of(grads)
+            grads, d_vectors, d_inputs = full()
+            steps = steps_of(grads)
+            read = self._projected(steps, ok)
             return [(step.low, step.parts) for step in steps], read, d_vectors, d_inputs
 
         def standing():
-            grads, d_vectors, d_inputs = low(False)
+            grads, d_vectors, d_inputs = low()
             own = [(grad.low, parts_of(state)) for grad, state in zip(grads, states, strict=True)]
             return own, jnp.asarray(True), d_vectors, d_inputs
 
-        own, read, d_vectors, dx = jax.lax.cond(self.due, refreshed, standing)
-        steps, _ = steps_of([Projected(low) for low, _ in own], project=False)
+        own, read, d_vectors, d_inputs = jax.lax.cond(self.due, refreshed, standing)
+        steps = steps_of([Projected(low) for low, _ in own])
         for step, (_, parts) in zip(steps, own, strict=True):
             step.parts = parts
-        return steps, read, d_vectors, dx
+        return steps, read, d_vectors, d_inputs
+
+    def _taps(self, views, states, number, *, sketched: bool) -> list[Tap]:
+        """A tap a matrix of one layer, with what a sketch multiplies by where one is taken."""
+        taps = []
+        matrices = [matrix for matrix in self.matrices if matrix is not None]
+        for view, state, matrix in zip(views, states, matrices, strict=True):
+            sketch = None
+            if sketched:
+                sketch = sketch_basis(self.config, view, state, self.now, number)
+            taps.append(Tap(state.basis, None, sketch, None, view, matrix.projector))
+        return taps
 
     def _projected(self, steps: list[MatrixStep], ok) -> jax.Array:
         """Refreshes and projects the matrices of a layer; whether what a refresh reads is
@@ -413,13 +427,15 @@ class _Layerwise:
         refreshes = self.config.refresh_schedule.when == "before" and self.due is not False
         if refreshes and self.config.guard:
             read = all_finite([step.matrix for step in steps]) | ~jnp.asarray(self.due)
-        begins: Any = False
+        begins: Scalar = False
         gradients = [step.gradient for step in steps if step.gradient is not None]
         if self.config.starts_before and gradients:
-            begins, whole = step_lib.starts(self.config, now, gradients)
-            begins, read = ok & begins, read if whole is None else read & whole
+            begins, readable = step_lib.starts(self.config, now, gradients)
+            begins = ok & begins
+            read = read if readable is None else read & readable
+        looks = self.due if begins is False else self.due | begins
         for step in steps:
-            step.look(self.due if begins is False else self.due | begins, now)
+            step.look(looks, now)
             step.start(begins, now)
             if refreshes:
                 step.refresh(ok & read & self.due, now)
@@ -440,74 +456,102 @@ class _Layerwise:
         if self.config.refresh_schedule.when == "after":
             step.refresh(self.due if self.due is False else ok & self.due, self.now)
         step.advance(ok, self.now)
-        write = self._writer(ok, step.old.view.path, decays=self._decays()[step.old.view.path])
+        path = step.old.view.path
+        write = self._writer(ok, path, decays=self._decays()[path])
         return write(kernel, step.view.restore(update), number)
 
     def _decays(self) -> dict[str, bool]:
         recipe = self.form.recipe
         report = self.config.report(self.params)
-        flags = selected_for_decay(
-            jax.tree.map(lambda _: 0, self.params, is_leaf=is_quantized),
-            self.params,
-            recipe.weight_decay,
-            recipe.mask,
-        )
-        return {
-            leaf.path: flag
-            for leaf, flag in zip(report.leaves, jax.tree.leaves(flags), strict=True)
-        }
+        placeholders = jax.tree.map(lambda _: 0, self.params, is_leaf=is_quantized)
+        decay, mask = recipe.weight_decay, recipe.mask
+        flags = jax.tree.leaves(selected_for_decay(placeholders, self.params, decay, mask))
+        return {leaf.path: flag for leaf, flag in zip(report.leaves, flags, strict=True)}
 
     def _writer(self, ok, path: str, *, decays: bool, plain: bool = False) -> Write:
         form, now = self.form, self.now.step
         rate = form.recipe.rate(self.state.rate.count, plain=plain)
         return Write.of(form.recipe, form.rounding, rate, decays, ok, now, path)
 
-    def _finish(self, value, d_rest, vectors, moved, ok, factor, partly):
-        """The plain leaves as one group, and the new trees."""
+    def _next(self, value, d_rest, vectors, moved, accepted: _Accepted):
+        """`(params, state, value)` after the step."""
         kernels, states = moved
-        own, moving = iter(kernels), iter(states)
+        params, plain = self._write_plain(d_rest, vectors, kernels, accepted)
+        own_states = iter(states)
+        found = [matrix for matrix in self.matrices if matrix is not None]
+        matrices = [dataclasses.replace(matrix, **next(own_states)) for matrix in found]
+        # a step counts once: as accepted, skipped or partly skipped
+        ok, partly = accepted.ok, accepted.partly
+        count = ok.astype(jnp.int32)
+        projection = self.state.projection
+        projection = projection._replace(
+            refresh_schedule=step_lib.next_schedule(self.config, projection, self.due, count),
+            step=projection.step + count,
+            skipped=projection.skipped + (~ok & ~partly).astype(jnp.int32),
+            partly_skipped=projection.partly_skipped + partly.astype(jnp.int32),
+            refreshes=projection.refreshes + count * jnp.asarray(self.due, jnp.int32),
+            matrices=step_lib.replace_matrices(projection.matrices, matrices),
+            plain=plain,
+        )
+        rate = LearningRateState(self.state.rate.count + count)
+        new = self.state._replace(projection=projection, rate=rate)
+        return params, new, value
+
+    def _write_plain(self, d_rest, vectors, kernels, accepted: _Accepted):
+        """`(params, state)`: the leaves that are not projected are updated as one group."""
+        treedef: Any
+        name, ok = self.stack.name, accepted.ok
+        own = iter(kernels)
         stacked = [
             leaf if view is None else next(own)
             for leaf, view in zip(self.leaves, self.views, strict=True)
         ]
-        params = self.rest | {self.stack.name: jax.tree.unflatten(self.treedef, stacked)}
-        grads = d_rest | {
-            self.stack.name: jax.tree.unflatten(
-                self.treedef,
-                [
-                    kernel if view is not None else vector
-                    for kernel, vector, view in zip(self.leaves, vectors, self.views, strict=True)
-                ],
-            )
-        }
-        projection = self.state.projection
+        # kernels stand in the place of gradients that nobody reads
+        rows = zip(self.leaves, vectors, self.views, strict=True)
+        d_stacked = [vector if view is None else kernel for kernel, vector, view in rows]
+        params = self.rest | {name: jax.tree.unflatten(self.treedef, stacked)}
+        grads = d_rest | {name: jax.tree.unflatten(self.treedef, d_stacked)}
+
         report = self.config.report(self.params)
         leaves, treedef = step_lib.flatten(params)
         gradients = step_lib.flatten(grads)[0]
         views = [leaf.view for leaf in report.leaves]
         paths = [leaf.path for leaf in report.leaves]
+        factor, now = accepted.factor, self.now
         prepared = step_lib.Prepared(
-            treedef, leaves, gradients, views, paths, {}, False, False, ok, factor, self.now
+            treedef, leaves, gradients, views, paths, {}, False, False, ok, factor, now
         )
         decays = self._decays()
-        numbers = [i for i, view in enumerate(views) if view is None]
         writers = {
-            i: self._writer(ok, paths[i], decays=decays[paths[i]], plain=True) for i in numbers
+            i: self._writer(ok, path, decays=decays[path], plain=True)
+            for i, (path, view) in enumerate(zip(paths, views, strict=True))
+            if view is None
         }
-        found, plain = write_plain(self.form, prepared, projection.plain, params, {}, writers)
+        old = self.state.projection.plain
+        found, plain = write_plain(self.form, prepared, old, params, {}, writers)
         for i, leaf in found.items():
             leaves[i] = leaf
-        matrices = [dataclasses.replace(m, **next(moving)) for m in self.matrices if m is not None]
-        accepted = ok.astype(jnp.int32)
-        projection = projection._replace(
-            refresh_schedule=step_lib.next_schedule(self.config, projection, self.due, accepted),
-            step=projection.step + accepted,
-            skipped=projection.skipped + (~ok & ~partly).astype(jnp.int32),
-            partly_skipped=projection.partly_skipped + partly.astype(jnp.int32),
-            refreshes=projection.refreshes + accepted * jnp.asarray(self.due, jnp.int32),
-            matrices=step_lib.replace_matrices(projection.matrices, matrices),
-            plain=plain,
-        )
-        rate = LearningRateState(self.state.rate.count + accepted)
-        new = self.state._replace(projection=projection, rate=rate)
-        return jax.tree.unflatten(treedef, leaves), new, value
+        return jax.tree.unflatten(treedef, leaves), plain
+
+
+class _Accepted(NamedTuple):
+    """What became of a step: whether it is accepted, whether its top layers alone have moved, and
+    the factor of clipping or None."""
+
+    ok: jax.Array
+    partly: jax.Array
+    factor: jax.Array | None
+
+
+def _take(tree: Pytree, i: jax.Array) -> Pytree:
+    """Layer i of arrays `(L, ...)`."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _put(tree: Pytree, i: jax.Array, new: Pytree) -> Pytree:
+    """Arrays `(L, ...)` with another layer i."""
+
+    def change(x, y):
+        return jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0)
+
+    return jax.tree.map(change, tree, new)
