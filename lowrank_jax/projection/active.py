@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from lowrank_jax.projection.samplers import OUTSIDE, Group
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import Projected, ProjectionState
 from lowrank_jax.trees import is_placeholder, is_quantized
-from lowrank_jax.typing import Pytree, Scalar
+from lowrank_jax.typing import Kernel, Pytree, Scalar
 
 Marks = Callable[[Pytree], Pytree] | None
 
@@ -40,11 +39,11 @@ Maps = dict[str, jax.Array]
 """The layers in the slots `(slots,)`, by the number of layers."""
 
 
-def _is_masked(x: Any) -> bool:
+def _is_masked(x: Pytree) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _is_leaf(x: Any) -> bool:
+def _is_leaf(x: Pytree) -> bool:
     return _is_masked(x) or isinstance(x, Projected) or is_quantized(x)
 
 
@@ -83,7 +82,7 @@ class Layers:
                 f"sampled; say where layers count by layers=, or name stacks by "
                 f"views=lrx.Views(stacked=...). Matrices here: {listed(outside)}"
             )
-        flags: Any = None
+        flags: dict[str | None, Pytree] | None = None
         if marks is not None:
             found = jax.tree.leaves(marks(tree), is_leaf=_is_masked)
             flags = dict(zip(paths, found, strict=True))
@@ -98,7 +97,8 @@ class Layers:
     def draw(self, number: Scalar) -> Maps:
         """The map of a draw."""
         seed = jnp.asarray(self.config.seed, jnp.int32)
-        key, draw = jax.random.key(seed), self.config.sampler.draw
+        key = jax.random.key(seed)
+        draw = self.config.sampler.draw
         return {str(total): draw(number, total, key) for total in self.totals}
 
     def take(self, tree: Pytree, maps: Maps) -> Pytree:
@@ -110,34 +110,39 @@ class Layers:
             chosen = maps[str(group.total)]
             parts = [_layer(group, by_path, number) for number in chosen]
             if group.stacked:
+                # (L, ...) -> (slots, ...)
                 new[group.paths[0]] = jnp.stack(parts)
                 continue
+            # layers of their own stand at the paths of the first ones, and the other paths are empty
             absent = [optax.MaskedNode()] * (group.total - len(parts))
             new |= zip(group.paths, parts + absent, strict=True)
-        return jax.tree.unflatten(
-            treedef, [new[path] if path else optax.MaskedNode() for path in self.paths]
-        )
+        return jax.tree.unflatten(treedef, self._ordered(new))
+
+    def _ordered(self, by_path: dict[str | None, Kernel]) -> list[Kernel]:
+        """The leaves in the order of the tree, masked ones where there is none."""
+        return [by_path[path] if path else optax.MaskedNode() for path in self.paths]
 
     def put(self, small: Pytree, like: Pytree, maps: Maps) -> Pytree:
         """The tree like `like` with the small one's layers at their places, and zeros elsewhere."""
         leaves, treedef = jax.tree.flatten(like, is_leaf=_is_leaf)
         by_path = dict(zip(self.paths, leaves, strict=True))
-        new = dict(zip(self.paths, jax.tree.leaves(small, is_leaf=_is_leaf), strict=True))
+        small_leaves = jax.tree.leaves(small, is_leaf=_is_leaf)
+        new = dict(zip(self.paths, small_leaves, strict=True))
         for group in self.groups:
             chosen = maps[str(group.total)]
             if group.stacked:
+                # (slots, ...) -> (L, ...)
                 path = group.paths[0]
                 new[path] = _scattered(new[path], by_path[path], chosen)
                 continue
+            # every layer's slot is known when the program runs
             parts = [new[path] for path in group.paths[: len(chosen)]]
             for number, path in enumerate(group.paths):
                 new[path] = _where_chosen(parts, chosen, number)
-        return jax.tree.unflatten(
-            treedef, [new[path] if path else optax.MaskedNode() for path in self.paths]
-        )
+        return jax.tree.unflatten(treedef, self._ordered(new))
 
 
-def _check_alike(config: Projection, group: Group, flags: dict[Any, Any] | None) -> None:
+def _check_alike(config: Projection, group: Group, flags: dict[str | None, Pytree] | None) -> None:
     """ValueError where something says by path that layers which share their slots differ."""
     if group.stacked:
         return
@@ -157,29 +162,36 @@ def _check_alike(config: Projection, group: Group, flags: dict[Any, Any] | None)
             )
 
 
-def _said(readers: Any, path: str, flags: dict[Any, Any] | None) -> list[tuple[str, Any]]:
+Said = list[tuple[str, Pytree]]
+"""`(field, what it says of a path)` of each field with rules."""
+
+
+def _said(readers: Pytree, path: str, flags: dict[str | None, Pytree] | None) -> Said:
     """What rules and a mask say of a leaf."""
     mask = [] if flags is None else [("mask", flags[path])]
     return mask + _by_path(readers, path)
 
 
-def _by_path(node: Any, path: str, name: str = "") -> list[tuple[str, Any]]:
+def _by_path(node: Pytree, path: str, name: str = "") -> Said:
     """`(field, what it says of this path)` of all rules `((pattern, value), ...)` in nested fields."""
-    parts: list[tuple[str, Any]] = []
+    if isinstance(node, tuple) and _are_rules(node):
+        values = [value for pattern, value in node if re.fullmatch(pattern, path)]
+        # the first match; numbers by value, all else by the rule that gives it
+        first = values[0] if values else None
+        return [(name, first if isinstance(first, int | float) else id(first))]
+    parts: Said = []
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         names = [field.name for field in dataclasses.fields(node)]
         parts = [(own, getattr(node, own)) for own in names]
-    elif isinstance(node, tuple) and _are_rules(node):
-        matching = [rule[1] for rule in node if re.fullmatch(rule[0], path)]
-        said = matching[0] if matching else None
-        # numbers by value, all else by the rule that gives it
-        return [(name, said if isinstance(said, int | float) else id(said))]
     elif isinstance(node, tuple):
         parts = [(name, part) for part in node]
-    return [found for own, part in parts for found in _by_path(part, path, own)]
+    found: Said = []
+    for own, part in parts:
+        found += _by_path(part, path, own)
+    return found
 
 
-def _are_rules(node: tuple[Any, ...]) -> bool:
+def _are_rules(node: tuple[Pytree, ...]) -> bool:
     """Whether a tuple is `((pattern, value), ...)`."""
     return all(isinstance(rule, tuple) and rule and isinstance(rule[0], str) for rule in node)
 
@@ -192,7 +204,7 @@ def _small_of(layers: Layers, params: Pytree, maps: Maps) -> Pytree:
     return layers.take(params, maps)
 
 
-def _layer(group: Group, by_path: dict[Any, Any], number: jax.Array) -> jax.Array:
+def _layer(group: Group, by_path: dict[str | None, Kernel], number: jax.Array) -> jax.Array:
     """One layer, `(...)`."""
     if group.stacked:
         stack = by_path[group.paths[0]]
@@ -221,8 +233,8 @@ def _where_chosen(parts: list[jax.Array], chosen: jax.Array, number: int) -> jax
 def sampled(
     config: Projection,
     build: Callable[[Projection], tuple[Callable, Callable]],
-    get: Callable[[Any], ProjectionState],
-    put: Callable[[Any, ProjectionState], Any],
+    get: Callable[[Pytree], ProjectionState],
+    put: Callable[[Pytree, ProjectionState], Pytree],
     marks: Marks = None,
 ) -> tuple[Callable, Callable]:
     """`(init, update)` of a transformation whose layers are sampled.

@@ -24,6 +24,7 @@ from lowrank_jax.projection.taps import (
     taps,
 )
 from lowrank_jax.trees import dequantized, is_quantized
+from lowrank_jax.typing import Pytree
 
 PLANS = ("full", "taps", "full at a refresh", "sketch at a refresh")
 
@@ -102,51 +103,69 @@ def train_step(
         raise ValueError(f"backprop={backprop!r} must be 'projected' or 'full'")
     form = optimizer if isinstance(optimizer, Fused) else fused(optimizer)
     gradients = _Gradients(loss, form, accumulate, has_aux)
-    projection = form.recipe.projection
-    chosen = "full" if backprop == "full" else gradient_mode(projection)
+    mode = "full" if backprop == "full" else gradient_mode(form.recipe.projection)
+    return _Step(gradients, form, mode, with_norm)
 
-    def take(params, state, args):
-        """`(value, gradients, state, options of the fused step)`."""
-        if chosen == "full":
-            return *gradients.full(params, state, args), state, {}
-        if chosen == "taps":
-            return *gradients.tapped(params, state, args), state, {"taps": taps(state)}
-        due = step_lib.due(projection, state.projection)
-        if chosen == "sketch at a refresh":
-            found = jax.lax.cond(due, gradients.sketched, gradients.unsketched, params, state, args)
-            return *found, state, {"taps": taps(state)}
-        value, grads, state, rebased = jax.lax.cond(
-            due, gradients.rebased, gradients.standing, params, state, args
-        )
-        return value, grads, state, {"taps": taps(state), "rebased": rebased}
 
-    def finish(params, state, value, grads, options):
-        measured = (value, optax.tree.norm(grads)) if with_norm else value
-        return *form.step(params, grads, state, **options), measured
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One training step by a gradient mode.
 
-    def step(params, state, *args):
-        def full(params, state, args):
-            value, grads = gradients.full(params, state, args)
-            return finish(params, state, value, grads, {})
+    Attributes:
+      gradients: the ways to take gradients.
+      form: the fused form.
+      mode: what `gradient_mode` says, or "full".
+      with_norm: whether the norm of the gradients is returned too.
+    """
 
-        def low(params, state, args):
-            value, grads = gradients.tapped(params, state, args)
-            return finish(params, state, value, grads, {"taps": taps(state)})
+    gradients: _Gradients
+    form: Fused
+    mode: str
+    with_norm: bool
 
-        def usual(params, state, args):
-            value, grads, state, options = take(params, state, args)
-            return finish(params, state, value, grads, options)
-
+    def __call__(self, params, state, *args):
+        projection = self.form.recipe.projection
         # where moments move after the update, or a first basis before it, a whole step is a branch
-        if chosen == "full at a refresh" and projection.refresh_schedule.when == "after":
+        if self.mode == "full at a refresh" and projection.refresh_schedule.when == "after":
             due = step_lib.due(projection, state.projection)
-            return jax.lax.cond(due, full, low, params, state, args)
-        if projection.starts_before and chosen != "full":
+            return jax.lax.cond(due, self.full, self.low, params, state, args)
+        if projection.starts_before and self.mode != "full":
             begins = state.projection.step == 0
-            return jax.lax.cond(begins, full, usual, params, state, args)
-        return usual(params, state, args)
+            return jax.lax.cond(begins, self.full, self.usual, params, state, args)
+        return self.usual(params, state, args)
 
-    return step
+    def full(self, params, state, args):
+        """By full gradients."""
+        value, grads = self.gradients.full(params, state, args)
+        return self.updated(params, state, value, grads, {})
+
+    def low(self, params, state, args):
+        """By low-rank gradients."""
+        value, grads = self.gradients.tapped(params, state, args)
+        return self.updated(params, state, value, grads, {"taps": taps(state)})
+
+    def usual(self, params, state, args):
+        """By the gradients that the mode says of this step."""
+        if self.mode == "full":
+            return self.full(params, state, args)
+        if self.mode == "taps":
+            return self.low(params, state, args)
+        gradients = self.gradients
+        due = step_lib.due(self.form.recipe.projection, state.projection)
+        if self.mode == "sketch at a refresh":
+            ways = gradients.sketched, gradients.unsketched
+            value, grads = jax.lax.cond(due, *ways, params, state, args)
+            return self.updated(params, state, value, grads, {"taps": taps(state)})
+        # bases move inside the branch, and what leaves it is low-rank
+        ways = gradients.rebased, gradients.standing
+        value, grads, state, rebased = jax.lax.cond(due, *ways, params, state, args)
+        options = {"taps": taps(state), "rebased": rebased}
+        return self.updated(params, state, value, grads, options)
+
+    def updated(self, params, state, value, grads, options):
+        """`(params, state, value)` after the fused update."""
+        measured = (value, optax.tree.norm(grads)) if self.with_norm else value
+        return *self.form.step(params, grads, state, **options), measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +181,9 @@ class _Gradients:
         return _value_and_grad(self.loss, self.accumulate, self.has_aux)(params, *args)
 
     def tapped(self, params, state, args, sketches=None):
+        own = taps(state, sketches)
         function = projected_value_and_grad(
-            self.loss, taps(state, sketches), accumulate=self.accumulate, has_aux=self.has_aux
+            self.loss, own, accumulate=self.accumulate, has_aux=self.has_aux
         )
         return function(params, *args)
 
@@ -175,14 +195,9 @@ class _Gradients:
         return *self.tapped(params, state, args), state, Rebased(jnp.asarray(False))
 
     def sketched(self, params, state, args):
-        return self.tapped(
-            params,
-            state,
-            args,
-            step_lib.sketch_bases(
-                self.form.recipe.projection, state.projection, self.form.rate(state)
-            ),
-        )
+        config = self.form.recipe.projection
+        bases = step_lib.sketch_bases(config, state.projection, self.form.rate(state))
+        return self.tapped(params, state, args, bases)
 
     def unsketched(self, params, state, args):
         """As without a refresh, in the structure of one with it."""
@@ -191,7 +206,7 @@ class _Gradients:
         return value, jax.tree.map(_with_zero_sketch, grads, shapes, is_leaf=is_projected)
 
 
-def _with_zero_sketch(grad: Any, shape: Any) -> Any:
+def _with_zero_sketch(grad: Pytree, shape: Pytree) -> Pytree:
     if not is_projected(grad):
         return grad
     return Projected(grad.low, sharding.zeros_like(shape.sketch))

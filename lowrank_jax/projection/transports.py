@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +49,11 @@ class DenseChange(Change):
     right: jax.Array | None = None
 
     def apply(self, low: jax.Array) -> jax.Array:
+        # C low, and C low Dᵀ of two sides
         low = jnp.einsum("...ij,...jk->...ik", self.left, low)
-        return low if self.right is None else jnp.einsum("...ik,...lk->...il", low, self.right)
+        if self.right is None:
+            return low
+        return jnp.einsum("...ik,...lk->...il", low, self.right)
 
     @property
     def cosines(self) -> jax.Array:
@@ -73,13 +75,14 @@ class IndexChange(Change):
     @classmethod
     def between(cls, old: jax.Array, new: jax.Array) -> IndexChange:
         """From sorted indices `(batch..., r)`."""
+        # (batch..., new slots, old slots)
         same = new[..., :, None] == old[..., None, :]
         return cls(jnp.argmax(same, axis=-1), jnp.any(same, axis=-1))
 
     def apply(self, low: jax.Array) -> jax.Array:
-        return jnp.where(
-            self.found[..., None], jnp.take_along_axis(low, self.source[..., None], axis=-2), 0
-        )
+        is_found = self.found[..., None]
+        taken = jnp.take_along_axis(low, self.source[..., None], axis=-2)
+        return jnp.where(is_found, taken, 0)
 
     apply_squared = apply
 
@@ -107,7 +110,7 @@ class Transport(Short):
     def check(self, inner: Inner, state: Pytree) -> None:
         """Refuses inner transformations whose (decoded) state it cannot move."""
 
-    def move(self, inner: Inner, state: Pytree, fresh: Pytree, change: Any) -> Pytree:
+    def move(self, inner: Inner, state: Pytree, fresh: Pytree, change: Change) -> Pytree:
         """The state in the new basis.
 
         Args:
@@ -168,6 +171,7 @@ class Rotate(Transport):
         def rotate(moment, value):
             if moment.kind != "first" and not self.second:
                 return value
+            # C m, or C v, whose entries may be negative
             rotated = change.apply(value.astype(jnp.float32))
             return rotated if moment.kind == "first" else jnp.abs(rotated)
 
@@ -201,18 +205,21 @@ class LDAdam(Transport):
                 return change.apply(m)
             seen = moment.count[..., None, None]
             t = jnp.maximum(seen, 1)
+            # m̂ and v̂ - m̂²: mean and variance as the moments estimate them
             mean = m / inner_lib.debias(first.decay, t)
             correction = inner_lib.debias(moment.decay, t)
             variance = value.astype(jnp.float32) / correction - jnp.square(mean)
-            second = correction * jnp.abs(
-                change.apply_squared(variance) + jnp.square(change.apply(mean))
-            )
+            # and those of the rotated variable, as if its entries were independent
+            moved_variance = change.apply_squared(variance)
+            moved_mean = change.apply(mean)
+            second = correction * jnp.abs(moved_variance + jnp.square(moved_mean))
+            # before the first step there is nothing to move
             return jnp.where(seen > 0, second, value)
 
         return inner_lib.map_moments(inner, state, moved)
 
 
-def _check_registered(name: str, inner: Any, state: Pytree) -> None:
+def _check_registered(name: str, inner: Inner, state: Pytree) -> None:
     """ValueError if the state has a non-scalar leaf that the moments protocol does not know."""
     known = {moment.path: moment.kind for moment in inner.moments(state)}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:

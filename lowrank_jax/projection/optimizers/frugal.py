@@ -11,6 +11,9 @@ from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, proje
 from lowrank_jax.projection.transformation import ProjectionTransformation
 from lowrank_jax.typing import Rank, Scalar
 
+BASES = {"svd": projectors.svd, "columns": projectors.columns, "random": projectors.random}
+"""The projector by the name that the official code gives its kind of basis."""
+
 
 @named
 def frugal(
@@ -20,8 +23,8 @@ def frugal(
     refresh_every: Scalar = 200,
     projection: str = "svd",
     rule: str = "sign",
-    active_scale: Any = 1.0,
-    inactive_scale: Any = 1.0,
+    active_scale: Scalar = 1.0,
+    inactive_scale: Scalar = 1.0,
     reset: bool = True,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -65,12 +68,11 @@ def frugal(
         "sgd": residuals.sgd(scale=rest),
         "discard": residuals.discard(),
     }
-    bases = {"svd": projectors.svd, "columns": projectors.columns, "random": projectors.random}
-    if rule not in rules or projection not in bases:
+    if rule not in rules or projection not in BASES:
         raise ValueError(
-            f"frugal: rule={rule!r}, projection={projection!r} must be in {[*rules]} and {[*bases]}"
+            f"frugal: rule={rule!r}, projection={projection!r} must be in {[*rules]} and {[*BASES]}"
         )
-    slots = {
+    slots: dict[str, Any] = {
         "inner": inner.adam(b1=b1, b2=b2, eps=eps),
         "refresh_schedule": refresh_schedules.every(period=refresh_every),
         "transport": transports.reset() if reset else transports.keep(),
@@ -79,22 +81,26 @@ def frugal(
         "side": "rows" if projection == "columns" else "paper",
     }
     if is_zero(rank):
-        stateless = {
-            "sign": optax.scale_by_sign(),
-            "sgd": optax.identity(),
-            "discard": optax.set_to_zero(),
-        }[rule]
-        slots |= {
-            "projector": projectors.identity(),
-            "plain": slots["inner"],
-            "inner": inner.from_optax(stateless),
-            "residual": residuals.discard(),
-            "transport": transports.keep(),
-            "scale": rest,
-        }
+        slots |= _of_rank_zero(rule, rest, slots["inner"])
         return recipe(learning_rate, weight_decay, "before", common, **slots)
     options = {"kind": "orthonormal"} if projection == "random" else {}
-    slots["projector"] = projector_of(
-        bases[projection], None if projector is not None else rank, projector, **options
-    )
+    rank_given = None if projector is not None else rank
+    slots["projector"] = projector_of(BASES[projection], rank_given, projector, **options)
     return recipe(learning_rate, weight_decay, "before", common, **slots)
+
+
+def _of_rank_zero(rule: str, rest: Scalar, adam: inner.Inner) -> dict[str, Any]:
+    """The slots where the rule is all that matrices get; other leaves keep Adam."""
+    rules = {
+        "sign": optax.scale_by_sign,
+        "sgd": optax.identity,
+        "discard": optax.set_to_zero,
+    }
+    return {
+        "projector": projectors.identity(),
+        "plain": adam,
+        "inner": inner.from_optax(rules[rule]()),
+        "residual": residuals.discard(),
+        "transport": transports.keep(),
+        "scale": rest,
+    }

@@ -36,7 +36,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +46,11 @@ from lowrank_jax.checks import is_integer, is_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.state import RefreshInputs
-from lowrank_jax.projection.transports import DenseChange, IndexChange
+from lowrank_jax.projection.transports import Change, DenseChange, IndexChange
 from lowrank_jax.reprs import Short
 from lowrank_jax.rows import over_rows
 from lowrank_jax.trees import bytes_of, is_quantized
-from lowrank_jax.typing import DTypeLike, Key, Pytree
+from lowrank_jax.typing import DTypeLike, Key, Pytree, Rank, Scalar
 
 BasisAndMemory = tuple[Pytree, Pytree]
 
@@ -78,7 +78,7 @@ class Projector(Short):
         names the leaf.
     """
 
-    rank: Any = 1.0
+    rank: Rank = 1.0
     reads: ClassVar[frozenset[str]] = frozenset()
     sees: ClassVar[frozenset[str]] = frozenset()
     moves: ClassVar[bool] = True
@@ -91,7 +91,8 @@ class Projector(Short):
     def __post_init__(self):
         if isinstance(self.rank, Mapping):
             object.__setattr__(self, "rank", tuple(self.rank.items()))
-        for _, rank in self.rank if isinstance(self.rank, tuple) else (("", self.rank),):
+        rules = self.rank if isinstance(self.rank, tuple) else (("", self.rank),)
+        for _, rank in rules:
             check_rank(rank)
 
     def _round(self, size: float) -> int:
@@ -108,7 +109,10 @@ class Projector(Short):
                     f"rank: no pattern matches {path!r}; add ('.*', rank) as the last rule"
                 )
             rank = matching[0]
-        rank = int(rank) if is_integer(rank) else max(1, self._round(float(rank) * shrunk))
+        if is_integer(rank):
+            rank = int(rank)
+        else:
+            rank = max(1, self._round(float(rank) * shrunk))
         if rank > shrunk:
             raise ValueError(
                 f"rank={rank} exceeds {shrunk}, the shrunk dimension of {path!r}; use at most "
@@ -184,8 +188,9 @@ class Projector(Short):
         8 units in the last place were measured, for shrunk dimensions from 32 to 1024 and products
         in float32.
         """
-        norm = jnp.sqrt(jnp.sum(jnp.square(target), axis=-2, keepdims=True))
-        return 16 * float(jnp.finfo(jnp.float32).eps) * norm
+        energy = jnp.sum(jnp.square(target), axis=-2, keepdims=True)
+        unit = float(jnp.finfo(jnp.float32).eps)
+        return 16 * unit * jnp.sqrt(energy)
 
     def thin(self, view: ResolvedView, basis: Pytree, x: jax.Array, axis: str) -> jax.Array:
         """What a product keeps of its inputs (`axis="rows"`) or of its cotangents ("cols"), for one
@@ -204,7 +209,7 @@ class Projector(Short):
         number."""
         raise TypeError(f"{type(self).__name__} does not implement structure")
 
-    def overlap(self, view: ResolvedView, old: Pytree, new: Pytree) -> Any:
+    def overlap(self, view: ResolvedView, old: Pytree, new: Pytree) -> Change:
         raise TypeError(f"{type(self).__name__} does not implement overlap")
 
     def low_shape(self, view: ResolvedView) -> tuple[int, ...]:
@@ -223,17 +228,21 @@ class Projector(Short):
         """Bytes of the memory over all matrices of the leaf: what `init` makes."""
         alone = dataclasses.replace(view, spec=None)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), view.batch))
-        return bytes_of(jax.eval_shape(lambda keys: self.init(alone, keys)[1], keys))
+        _, memory = jax.eval_shape(lambda keys: self.init(alone, keys), keys)
+        return bytes_of(memory)
 
     def measure(self, view: ResolvedView, basis: Pytree, x: jax.Array) -> jax.Array:
         """Captured energy `|PᵀX|² / |X|²` of each matrix, for orthonormal bases (0 where X is
         zero)."""
         energy = jnp.sum(jnp.square(x), axis=(-2, -1))
-        captured = jnp.sum(jnp.square(self.down(view, basis, x)), axis=(-2, -1))
-        return jnp.where(energy > 0, captured / jnp.where(energy > 0, energy, 1), 0)
+        low = self.down(view, basis, x)
+        # |PᵀX|² of each matrix, (batch...)
+        captured = jnp.sum(jnp.square(low), axis=(-2, -1))
+        positive = jnp.where(energy > 0, energy, 1)
+        return jnp.where(energy > 0, captured / positive, 0)
 
 
-def check_rank(rank: Any) -> None:
+def check_rank(rank: Scalar) -> None:
     """ValueError unless `rank` is a positive Python integer or a fraction in (0, 1]."""
     if isinstance(rank, jax.core.Tracer | jax.Array):
         raise ValueError(
@@ -272,20 +281,24 @@ class BasisProjector(Projector):
         if view.side == "cols":
             # x is a transpose of the leaf. On CPU (k, r) then comes out twice as fast as (r, k),
             # and the barrier keeps XLA from rewriting one as the other.
-            low = jax.lax.optimization_barrier(jnp.einsum("...sk,...sr->...kr", x, columns))
-            low = jnp.swapaxes(low, -1, -2)
+            turned = jnp.einsum("...sk,...sr->...kr", x, columns)
+            low = jnp.swapaxes(jax.lax.optimization_barrier(turned), -1, -2)
         else:
+            # Pᵀ x
             low = jnp.einsum("...sr,...sk->...rk", columns, x)
         return sharding.reshard(low, sharding.low_spec(view.spec))
 
     def up(self, view, basis, low):
-        x = jnp.einsum("...sr,...rk->...sk", self.columns(view, basis), low.astype(jnp.float32))
+        columns = self.columns(view, basis)
+        # P low
+        x = jnp.einsum("...sr,...rk->...sk", columns, low.astype(jnp.float32))
         return sharding.reshard(x, view.spec)
 
     def thin(self, view, basis, x, axis):
         return x if axis != view.side else thin_product(x, self.columns(view, basis))
 
     def overlap(self, view, old, new):
+        # C = P_newᵀ P_old, (..., r, r)
         new, old = self.columns(view, new), self.columns(view, old)
         return DenseChange(jnp.einsum("...sr,...sq->...rq", new, old))
 
@@ -308,14 +321,13 @@ class StoredProjector(BasisProjector):
         shape = (*view.batch, view.shrunk, view.rank)
         return self.store(view, jnp.broadcast_to(eye, shape)), ()
 
-    def store(self, view: ResolvedView, matrix: jax.Array) -> Any:
+    def store(self, view: ResolvedView, matrix: jax.Array) -> Pytree:
         """The basis as it is kept: in `dtype`, or for int8 as codes with one scale for each 256
         entries of a row."""
         spec = sharding.unsharded_spec(view.spec)
         if jnp.dtype(self.dtype) == jnp.int8:
-            return jax.tree.map(
-                lambda x: sharding.reshard(x, spec), linalg.quantize_blocks(matrix, "linear")
-            )
+            codes = linalg.quantize_blocks(matrix, "linear")
+            return jax.tree.map(lambda x: sharding.reshard(x, spec), codes)
         return sharding.reshard(matrix.astype(self.dtype), spec)
 
     def columns(self, view, basis):

@@ -17,7 +17,7 @@ from lowrank_jax.projection.batches import count
 from lowrank_jax.projection.projectors.base import StoredProjector
 from lowrank_jax.projection.projectors.random import structured
 from lowrank_jax.projection.projectors.svd import singular_vectors
-from lowrank_jax.typing import Rate, Scalar
+from lowrank_jax.typing import Pytree, Scalar
 
 _OPTIMIZERS = {"adamw": inner.Adam(), "sgd": inner.from_optax(optax.identity())}
 
@@ -27,9 +27,12 @@ def pca_gradient(target: jax.Array, columns: jax.Array) -> jax.Array:
 
     With `X = Ĝ Ĝᵀ P` it is `2 (P PᵀX + X PᵀP - 2 X)`; of a gradient of zeros it is zero.
     """
+    # |G|², by which G Gᵀ P becomes X, (..., s, r)
     energy = jnp.sum(jnp.square(target), axis=(-2, -1), keepdims=True)
     low = jnp.einsum("...sr,...sk->...rk", columns, target)
-    x = jnp.einsum("...sk,...rk->...sr", target, low) / jnp.where(energy > 0, energy, 1)
+    unscaled = jnp.einsum("...sk,...rk->...sr", target, low)
+    x = unscaled / jnp.where(energy > 0, energy, 1)
+    # PᵀX and PᵀP, (..., r, r)
     seen = jnp.einsum("...sr,...sq->...rq", columns, x)
     gram = jnp.einsum("...sr,...sq->...rq", columns, columns)
     return 2 * (columns @ seen + x @ gram - 2 * x)
@@ -55,8 +58,8 @@ class OnlinePca(StoredProjector):
 
     optimizer: Any = "adamw"
     period: Scalar = 200
-    peak_rate: Any = None
-    weight_decay: Rate | None = None
+    peak_rate: Scalar | None = None
+    weight_decay: Scalar | None = None
     first: str = "svd"
     orthonormal = False
     of_rows = True  # the step depends on G Gᵀ alone
@@ -98,15 +101,16 @@ class OnlinePca(StoredProjector):
 
     @property
     def _inner(self) -> inner.Inner:
-        named = isinstance(self.optimizer, str)
-        return inner.as_inner(_OPTIMIZERS[self.optimizer] if named else self.optimizer)
+        is_named = isinstance(self.optimizer, str)
+        optimizer = _OPTIMIZERS[self.optimizer] if is_named else self.optimizer
+        return inner.as_inner(optimizer)
 
     @property
-    def _decay(self) -> Any:
+    def _decay(self) -> Scalar:
         own = 0.01 if self.optimizer == "adamw" else 0.0
         return own if self.weight_decay is None else self.weight_decay
 
-    def _fresh(self, view: ResolvedView) -> Any:
+    def _fresh(self, view: ResolvedView) -> Pytree:
         """The memory before the first step of the basis."""
         shape = (*view.batch, view.shrunk, view.rank)
         zeros = sharding.zeros(shape, jnp.float32, sharding.unsharded_spec(view.spec))
@@ -118,18 +122,22 @@ class OnlinePca(StoredProjector):
     def start(self, view, inputs):
         if not self.starts:
             return super().start(view, inputs)
-        return self.store(view, singular_vectors(view, inputs.target)[0]), self._fresh(view)
+        left, _ = singular_vectors(view, inputs.target)
+        return self.store(view, left), self._fresh(view)
 
     def refresh(self, view, basis, memory, inputs):
         columns = self.columns(view, basis)
         gradient = pca_gradient(inputs.target, columns)
         params = columns if self._inner.reads_params else None
         direction, scale, memory = self._inner.update_stack(gradient, memory, view, params)
+        # lr = (rate / peak_rate) / period
         rate = 1 / jnp.asarray(self.period, jnp.float32)
         if self.peak_rate is not None:
             rate = rate * inputs.learning_rate / self.peak_rate
         step = jnp.asarray(scale)[..., None, None] * direction
-        return self.store(view, (1 - rate * self._decay) * columns - rate * step), memory
+        # P <- (1 - lr wd) P - lr step
+        moved = (1 - rate * self._decay) * columns - rate * step
+        return self.store(view, moved), memory
 
     def memory_bytes(self, view):
         return count(view) * self._inner.state_bytes([(view.shrunk, view.rank)])

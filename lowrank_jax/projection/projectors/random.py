@@ -29,10 +29,16 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def structured(keys: jax.Array, s: int, r: int) -> jax.Array:
     """Orthonormal matrices `(s, r)`: r random columns of a DCT with random signs on its rows, one
     for each key."""
-    signs = per_matrix(
-        lambda key: jax.random.rademacher(jax.random.fold_in(key, 0), (s, 1), jnp.float32), keys
-    )
-    indices = per_matrix(lambda key: linalg.random_rows(jax.random.fold_in(key, 1), s, r), keys)
+
+    def draw_signs(key):
+        return jax.random.rademacher(jax.random.fold_in(key, 0), (s, 1), jnp.float32)
+
+    def draw_indices(key):
+        return linalg.random_rows(jax.random.fold_in(key, 1), s, r)
+
+    # (..., s, 1) and (..., r)
+    signs = per_matrix(draw_signs, keys)
+    indices = per_matrix(draw_indices, keys)
     return signs * linalg.dct_columns(indices, s, 3)
 
 
@@ -86,15 +92,15 @@ class Random(BasisProjector):
         if self.kind == "structured":
             return structured(keys, s, r)
         gaussian = normal(keys, (s, r))
-        return (
-            gaussian / jnp.sqrt(jnp.float32(r))
-            if self.kind == "gaussian"
-            else linalg.orthonormalize(gaussian)
-        )
+        if self.kind == "orthonormal":
+            return linalg.orthonormalize(gaussian)
+        # E P Pᵀ = I
+        return gaussian / jnp.sqrt(jnp.float32(r))
 
     def init(self, view, keys):
         if self.stored:
             return self._store.store(view, self._draw(view, keys)), ()
+        # the words of the key stand in the place of the basis
         data = jax.random.key_data(keys)
         spec = None if view.spec is None else (*view.spec[:-2], None)
         return sharding.reshard(data, spec), ()

@@ -27,7 +27,9 @@ def singular_vectors(view: ResolvedView, x: jax.Array) -> tuple[jax.Array, jax.A
     v, _, ut = linalg.truncated_svd(jnp.swapaxes(x, -1, -2), view.rank)
     u = jnp.swapaxes(ut, -1, -2)
     signed = linalg.canonical_signs(u)
-    return signed, v * jnp.sum(signed * u, axis=-2, keepdims=True).round()
+    # 1 or -1, (..., 1, r): v turns where u does
+    signs = jnp.sum(signed * u, axis=-2, keepdims=True).round()
+    return signed, v * signs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,8 @@ class Svd(StoredProjector):
     decomposes: ClassVar[bool] = True
 
     def refresh(self, view, basis, memory, inputs):
-        return self.store(view, singular_vectors(view, inputs.target)[0]), memory
+        left, _ = singular_vectors(view, inputs.target)
+        return self.store(view, left), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,8 @@ class TwoSidedSvd(StoredProjector):
         return TwoSidedSvd(dtype=jnp.dtype(self.dtype))
 
     def init(self, view, keys):
-        right = jnp.broadcast_to(jnp.eye(view.kept, view.rank), (*view.batch, view.kept, view.rank))
+        shape = (*view.batch, view.kept, view.rank)
+        right = jnp.broadcast_to(jnp.eye(view.kept, view.rank), shape)
         left, memory = super().init(view, keys)
         return (left, self.store(view, right)), memory
 
@@ -68,27 +72,34 @@ class TwoSidedSvd(StoredProjector):
         return tuple(self.store(view, side) for side in sides), memory
 
     def thin(self, view, basis, x, axis):
-        return thin_product(x, self.columns(view, basis[0 if axis == view.side else 1]))
+        left, right = basis
+        own = left if axis == view.side else right
+        return thin_product(x, self.columns(view, own))
 
     def down(self, view, basis, x):
         left, right = (self.columns(view, side) for side in basis)
-        low = jnp.einsum("...sr,...sk->...rk", left, x.astype(jnp.float32))
-        return sharding.reshard(jnp.einsum("...rk,...kq->...rq", low, right), self.low_spec(view))
+        # Pᵀ x Q, (..., r, r)
+        one_sided = jnp.einsum("...sr,...sk->...rk", left, x.astype(jnp.float32))
+        low = jnp.einsum("...rk,...kq->...rq", one_sided, right)
+        return sharding.reshard(low, self.low_spec(view))
 
     def up(self, view, basis, low):
         left, right = (self.columns(view, side) for side in basis)
-        x = jnp.einsum("...sr,...rk->...sk", left, jnp.einsum("...rq,...kq->...rk", low, right))
+        # P low Qᵀ
+        one_sided = jnp.einsum("...rq,...kq->...rk", low, right)
+        x = jnp.einsum("...sr,...rk->...sk", left, one_sided)
         return sharding.reshard(x, view.spec)
 
     def rounding(self, view, target):
         # columns are mixed too, so the error follows the norm of the matrix
-        return jnp.sqrt(jnp.sum(jnp.square(super().rounding(view, target)), axis=-1, keepdims=True))
+        of_columns = super().rounding(view, target)
+        return jnp.sqrt(jnp.sum(jnp.square(of_columns), axis=-1, keepdims=True))
 
     def overlap(self, view, old, new):
-        old, new = ([self.columns(view, side) for side in basis] for basis in (old, new))
-        left, right = (
-            jnp.einsum("...sr,...sq->...rq", b, a) for a, b in zip(old, new, strict=True)
-        )
+        before = [self.columns(view, side) for side in old]
+        after = [self.columns(view, side) for side in new]
+        pairs = zip(before, after, strict=True)
+        left, right = (jnp.einsum("...sr,...sq->...rq", b, a) for a, b in pairs)
         return DenseChange(left, right)
 
     def low_shape(self, view):

@@ -69,7 +69,9 @@ class Wrapped(Projector):
 
     def init(self, view, keys):
         made = [part.init(view, keys) for part in self.parts]
-        return made[0][0], tuple(memory for _, memory in made)
+        # the bases of all parts mean the same, and the first part draws it
+        basis, _ = made[0]
+        return basis, tuple(memory for _, memory in made)
 
     def seen(self, view, basis, memory, low, target):
         pairs = zip(self.parts, memory, strict=True)
