@@ -102,7 +102,8 @@ class QuantizedBlocks(Codes):
         else:
             decode = _on_tpu(_decode, dynamic_code.decode, self.code == "signed")
             value = decode(self.codes.astype(jnp.int32))
-        return (value * _spread(self.scales, self.shape[-1], self.block)).astype(dtype)
+        value_by_block = _spread(self.scales, self.shape[-1], self.block)
+        return (value * value_by_block).astype(dtype)
 
     def requantize(self, value: Array, key: Array | None = None) -> "QuantizedBlocks":
         """Another value in the same code and blocks."""
@@ -132,40 +133,47 @@ def _decode(codes: Array, signed: bool) -> Array:
 
 def _encode(x: Array, unit: Array, signed: bool) -> Array:
     above = _nearest(jnp.abs(unit), signed)
-    if signed:  # the sign of x, since unit may have underflowed
-        return jnp.where(x < 0, 127 - jnp.clip(above, 1, 127), 127 + above)
-    return jnp.where(x < 0, 0, above)
+    # the sign of x, since unit may have underflowed
+    is_negative = x < 0
+    if signed:
+        # a negative value never becomes zero
+        below = 127 - jnp.clip(above, 1, 127)
+        return jnp.where(is_negative, below, 127 + above)
+    return jnp.where(is_negative, 0, above)
 
 
 def _lookup(table: np.ndarray, index: Array) -> Array:
     """table[index], sharded like index: on an explicit mesh a gather has to be told."""
-    return (
-        jnp.asarray(table)
-        .at[index]
-        .get(mode="promise_in_bounds", out_sharding=jax.typeof(index).sharding)
-    )
+    place = jax.typeof(index).sharding
+    rows = jnp.asarray(table).at[index]
+    return rows.get(mode="promise_in_bounds", out_sharding=place)
 
 
 def _spread(scales: Array, size: int, block: int) -> Array:
     """Each block's scale at each of its entries."""
+    if scales.shape[-1] == 1:
+        return scales
     spec = sharding.explicit_spec(scales)
     place = None if spec is None else PartitionSpec(*spec)
-    return (
-        scales
-        if scales.shape[-1] == 1
-        else jnp.repeat(scales, block, axis=-1, out_sharding=place)[..., :size]
-    )
+    repeated = jnp.repeat(scales, block, axis=-1, out_sharding=place)
+    # the last block may not be full
+    return repeated[..., :size]
 
 
 def _largest(x: Array, block: int) -> Array:
     """`(..., ceil(n / block))`: the largest magnitude of each block."""
     size, spec = x.shape[-1], sharding.explicit_spec(x)
-    if spec is not None:  # a block may lie on two devices
+    if spec is not None:
+        # a block may be on two devices
         x = sharding.reshard(x, (*spec[:-1], None))
+    magnitude = jnp.abs(x)
     if size <= block:
-        return jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    padded = jnp.pad(jnp.abs(x), [(0, 0)] * (x.ndim - 1) + [(0, -size % block)])
-    return jnp.max(padded.reshape(*x.shape[:-1], -1, block), axis=-1)
+        return jnp.max(magnitude, axis=-1, keepdims=True)
+    # zeros fill up the last block
+    widths = [(0, 0)] * (x.ndim - 1) + [(0, -size % block)]
+    padded = jnp.pad(magnitude, widths)
+    blocks = padded.reshape(*x.shape[:-1], -1, block)
+    return jnp.max(blocks, axis=-1)
 
 
 @functools.cache
@@ -174,22 +182,29 @@ def _search_tables(signed: bool) -> tuple[np.ndarray, np.ndarray]:
 
     No step holds more than one end, so that one lookup and one comparison find the nearest code.
     """
-    book = dynamic_code_book(signed)[127 if signed else 0 :].astype(np.float64)
+    zero = 127 if signed else 0
+    book = dynamic_code_book(signed)[zero:].astype(np.float64)
     middles = (book[:-1] + book[1:]) / 2
-    ends = middles.astype(np.float32)
-    ends = np.where(
-        ends > middles, np.nextafter(ends, np.float32(0)), ends
-    )  # the last float32 of the code
-    steps = (np.arange(_FIRST, _LAST + 1, dtype=np.uint32) << 16).view(np.float32)
-    return np.searchsorted(ends, steps).astype(np.int32), np.append(ends, np.float32(np.inf))
+    # the last float32 of each code: a middle, or the next number below it
+    rounded = middles.astype(np.float32)
+    below = np.nextafter(rounded, np.float32(0))
+    ends = np.where(rounded > middles, below, rounded)
+    words = np.arange(_FIRST, _LAST + 1, dtype=np.uint32) << 16
+    steps = words.view(np.float32)
+    starts = np.searchsorted(ends, steps).astype(np.int32)
+    # the last code has no end
+    return starts, np.append(ends, np.float32(np.inf))
 
 
 def _nearest(magnitude: Array, signed: bool) -> Array:
     """int32: the place of the nearest of the values from 0 on; the lower one halfway."""
     starts, ends = _search_tables(signed)
+    # the upper 16 bits of a float32 are those of a bfloat16
     step = jax.lax.bitcast_convert_type(magnitude, jnp.int32) >> 16
-    code = _lookup(starts, jnp.clip(step, _FIRST, _LAST) - _FIRST)
-    return code + (magnitude > _lookup(ends, code))
+    place = jnp.clip(step, _FIRST, _LAST) - _FIRST
+    code = _lookup(starts, place)
+    is_beyond = magnitude > _lookup(ends, code)
+    return code + is_beyond
 
 
 def quantize_blocks(
@@ -232,17 +247,21 @@ def quantize_blocks(
         )
     x = x.astype(jnp.float32)
     scales = _largest(x, block)
-    unit = x / _spread(jnp.where(scales > 0, scales, 1), x.shape[-1], block)
-    if code == "linear":
-        wide = 127 * unit
-        whole = jnp.round(wide) if key is None else jnp.floor(wide)
-        if (
-            key is not None
-        ):  # a comparison, not floor(wide + u), which rounds up now and then when wide is whole
-            whole += jax.random.uniform(key, x.shape) < wide - whole
-        return QuantizedBlocks(jnp.clip(whole, -127, 127).astype(jnp.int8), scales, code, block)
-    codes = _on_tpu(_encode, dynamic_code.encode, code == "signed")(x, unit)
-    return QuantizedBlocks(codes.astype(jnp.uint8), scales, code, block)
+    nonzero = jnp.where(scales > 0, scales, 1)
+    unit = x / _spread(nonzero, x.shape[-1], block)
+    if code != "linear":
+        encode = _on_tpu(_encode, dynamic_code.encode, code == "signed")
+        codes = encode(x, unit).astype(jnp.uint8)
+        return QuantizedBlocks(codes, scales, code, block)
+    wide = 127 * unit
+    if key is None:
+        integer = jnp.round(wide)
+    else:
+        # a comparison, not floor(wide + u), which rounds up now and then where wide is an integer
+        integer = jnp.floor(wide)
+        integer += jax.random.uniform(key, x.shape) < wide - integer
+    codes = jnp.clip(integer, -127, 127).astype(jnp.int8)
+    return QuantizedBlocks(codes, scales, code, block)
 
 
 def stochastic_round(x: Array, dtype: DTypeLike, key: Array) -> Array:

@@ -54,12 +54,15 @@ def dct_columns(indices: ArrayLike, d: int, kind: int, dtype: DTypeLike = jnp.fl
     position = lax.broadcasted_iota(jnp.uint32, (d, 1), 0)
     if kind == 3:
         frequency, position = position, frequency
-    phase = ((frequency * (2 * position + 1)) % jnp.uint32(4 * d)).astype(jnp.int32)
-    quarter = (
-        jnp.abs(phase - 2 * d) - d
-    )  # cos(pi m / 2d) = sin(pi (|m - 2d| - d) / 2d) for m in [0, 4d)
-    scale = jnp.where(frequency == 0, math.sqrt(1 / d), math.sqrt(2 / d)).astype(working)
-    return (scale * jnp.sin(quarter.astype(working) * (math.pi / (2 * d)))).astype(dtype)
+    # the angle pi i (2j+1) / 2d in units of pi / 2d, modulo a turn of 4d
+    turns = frequency * (2 * position + 1)
+    phase = (turns % jnp.uint32(4 * d)).astype(jnp.int32)
+    # cos(pi m / 2d) = sin(pi (|m - 2d| - d) / 2d) for m in [0, 4d)
+    quarter = jnp.abs(phase - 2 * d) - d
+    first, others = math.sqrt(1 / d), math.sqrt(2 / d)
+    scale = jnp.where(frequency == 0, first, others).astype(working)
+    cosine = jnp.sin(quarter.astype(working) * (math.pi / (2 * d)))
+    return (scale * cosine).astype(dtype)
 
 
 def dct_matrix(d: int, kind: int, dtype: DTypeLike = jnp.float32) -> Array:
@@ -76,34 +79,54 @@ def _reals(turns: Array, d: int, dtype: DTypeLike) -> tuple[Array, Array]:
     return jnp.cos(angle), jnp.sin(angle)
 
 
+def _scales(d: int, first: float, others: float, dtype: DTypeLike) -> Array:
+    """`(d,)`: what the first coefficient is multiplied by, and the others."""
+    is_first = lax.iota(jnp.int32, d) == 0
+    return jnp.where(is_first, first, others).astype(dtype)
+
+
 def _fft_dct2(x: Array) -> Array:
     # Makhoul 1980: with v = even entries, then odd ones reversed, and U_k = exp(-i pi k / 2d)
     # FFT(v)_k, the unnormalised DCT-II is 2 Re U_k, and -2 Im U_k is its entry d - k: half a
     # spectrum is enough.
     d = x.shape[-1]
-    spectrum = jnp.fft.rfft(jnp.concatenate([x[..., ::2], x[..., 1::2][..., ::-1]], axis=-1))
+    even, odd = x[..., ::2], x[..., 1::2]
+    v = jnp.concatenate([even, odd[..., ::-1]], axis=-1)
+    spectrum = jnp.fft.rfft(v)
+
+    # U_k for k = 0 ... d // 2
     cos, sin = _reals(lax.iota(jnp.int32, d // 2 + 1), d, x.dtype)
     real = spectrum.real * cos + spectrum.imag * sin
     negative_imaginary = spectrum.real * sin - spectrum.imag * cos
-    values = jnp.concatenate([real, negative_imaginary[..., 1 : (d + 1) // 2][..., ::-1]], axis=-1)
-    return values * jnp.where(
-        lax.iota(jnp.int32, d) == 0, math.sqrt(1 / d), math.sqrt(2 / d)
-    ).astype(x.dtype)
+
+    # entries from d down to the middle, of which that of k = 0 and d / 2 are there already
+    mirrored = negative_imaginary[..., 1 : (d + 1) // 2][..., ::-1]
+    values = jnp.concatenate([real, mirrored], axis=-1)
+    return values * _scales(d, math.sqrt(1 / d), math.sqrt(2 / d), x.dtype)
 
 
 def _fft_dct3(x: Array) -> Array:
     # The steps of _fft_dct2 undone in reverse order: FFT(v)_k = exp(i pi k / 2d) (y_k - i y_{d-k})
     # with y_d = 0.
     d = x.shape[-1]
-    y = x * jnp.where(lax.iota(jnp.int32, d) == 0, math.sqrt(d), math.sqrt(d / 2)).astype(x.dtype)
+    y = x * _scales(d, math.sqrt(d), math.sqrt(d / 2), x.dtype)
+    y_d = jnp.zeros_like(y[..., :1])
+    mirrored = jnp.concatenate([y_d, y[..., :0:-1]], axis=-1)
+
+    # half a spectrum, the rest of which is its mirror image
     half = d // 2 + 1
-    mirrored = jnp.concatenate([jnp.zeros_like(y[..., :1]), y[..., :0:-1]], axis=-1)
     cos, sin = _reals(lax.iota(jnp.int32, half), d, x.dtype)
     real, imaginary = y[..., :half], -mirrored[..., :half]
-    v = jnp.fft.irfft(lax.complex(real * cos - imaginary * sin, real * sin + imaginary * cos), n=d)
-    even, odd = v[..., : (d + 1) // 2], v[..., (d + 1) // 2 :][..., ::-1]
-    pairs = jnp.stack([even[..., : d // 2], odd], axis=-1).reshape(*x.shape[:-1], d // 2 * 2)
-    return jnp.concatenate([pairs, even[..., d // 2 :]], axis=-1)
+    turned_real = real * cos - imaginary * sin
+    turned_imaginary = real * sin + imaginary * cos
+    v = jnp.fft.irfft(lax.complex(turned_real, turned_imaginary), n=d)
+
+    # even entries come first, then odd ones reversed; the last even one has no partner if d is odd
+    split = (d + 1) // 2
+    even, odd = v[..., :split], v[..., split:][..., ::-1]
+    pairs = jnp.stack([even[..., : d // 2], odd], axis=-1)
+    flat = pairs.reshape(*x.shape[:-1], d // 2 * 2)
+    return jnp.concatenate([flat, even[..., d // 2 :]], axis=-1)
 
 
 def dct(x: ArrayLike, kind: int, axis: int = -2, method: str = "auto") -> Array:
@@ -124,19 +147,21 @@ def dct(x: ArrayLike, kind: int, axis: int = -2, method: str = "auto") -> Array:
     x = as_array(x)
     axis = check_axis(axis, x.ndim)
     if method == "auto":
-        forms = {
-            name: functools.partial(dct, kind=kind, axis=axis, method=name)
-            for name in ("matmul", "fft")
-        }
-        on_cpu = forms["matmul" if x.shape[axis] <= _SMALL_DCT else "fft"]
-        return lax.platform_dependent(x, tpu=forms["matmul"], cpu=on_cpu, default=forms["fft"])
+        options = {"kind": kind, "axis": axis}
+        matmul = functools.partial(dct, method="matmul", **options)
+        fft = functools.partial(dct, method="fft", **options)
+        on_cpu = matmul if x.shape[axis] <= _SMALL_DCT else fft
+        return lax.platform_dependent(x, tpu=matmul, cpu=on_cpu, default=fft)
     if method == "fft":
         transform = _fft_dct2 if kind == 2 else _fft_dct3
-        return jnp.moveaxis(transform(jnp.moveaxis(x, axis, -1)), -1, axis)
+        last = jnp.moveaxis(x, axis, -1)
+        return jnp.moveaxis(transform(last), -1, axis)
+    # Q^T x, or x Q where the axis is the last one
     basis = dct_matrix(x.shape[axis], kind, x.dtype)
     if axis == x.ndim - 1:
         return product(x, basis)
-    return jnp.moveaxis(product(basis.T, jnp.moveaxis(x, axis, -2)), -2, axis)
+    rows = jnp.moveaxis(x, axis, -2)
+    return jnp.moveaxis(product(basis.T, rows), -2, axis)
 
 
 def idct(x: ArrayLike, kind: int, axis: int = -2, method: str = "auto") -> Array:
@@ -172,8 +197,10 @@ def hadamard_columns(indices: ArrayLike, d: int, dtype: DTypeLike = jnp.float32)
     """
     _check_power_of_two(d, "d")
     column = jnp.asarray(indices).astype(jnp.uint32)[..., None, :]
-    odd = lax.population_count(column & lax.broadcasted_iota(jnp.uint32, (d, 1), 0)) & 1
-    return jnp.where(odd == 1, -1 / math.sqrt(d), 1 / math.sqrt(d)).astype(dtype)
+    row = lax.broadcasted_iota(jnp.uint32, (d, 1), 0)
+    odd = lax.population_count(column & row) & 1
+    positive = 1 / math.sqrt(d)
+    return jnp.where(odd == 1, -positive, positive).astype(dtype)
 
 
 def hadamard_matrix(d: int, dtype: DTypeLike = jnp.float32) -> Array:
@@ -199,8 +226,10 @@ def hadamard_transform(x: ArrayLike, axis: int = -2) -> Array:
     axis = check_axis(axis, x.ndim)
     shape, d = x.shape, x.shape[axis]
     _check_power_of_two(d, f"the length of axis {axis}")
+    before, after = shape[:axis], shape[axis + 1 :]
+    # one bit of the index after the other: entries that differ in it give their sum and difference
     for bit in range(d.bit_length() - 1):
-        x = x.reshape(*shape[:axis], d >> (bit + 1), 2, 1 << bit, *shape[axis + 1 :])
+        x = x.reshape(*before, d >> (bit + 1), 2, 1 << bit, *after)
         low, high = jnp.split(x, 2, axis=axis + 1)
         x = jnp.concatenate([low + high, low - high], axis=axis + 1)
     return x.reshape(shape) * (1 / math.sqrt(d))
