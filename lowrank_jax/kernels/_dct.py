@@ -270,15 +270,19 @@ def _as_float32(x, own, d, swapped):
 
 def _kernel(x, turns, waves, out, low, *own, sizes, kind, norm, swapped):
     """A tile of 128 columns: x (d, 128) -> sums out (d, 128); low (2d, 128) is between stages."""
-    (d, k), (a, b) = sizes, split(sizes[0])
+    d, k = sizes
+    a, b = split(d)
+    # columns from here on are beyond the matrix
     limit = k - pl.program_id(1) * _LANES
 
+    # sums of a matrix stay while its tiles come one after the other
     @pl.when(pl.program_id(1) == 0)
     def _():
         out[...] = jnp.zeros_like(out)
 
     if own:
         _as_float32(x, own[0], d, swapped)
+        x = own[0]
         x = own[0]
 
     def slot(p):
@@ -288,11 +292,13 @@ def _kernel(x, turns, waves, out, low, *own, sizes, kind, norm, swapped):
         # waves over j₁ for each j₂ = j, kept as (p, cos or sin, j₂); then turns over j₂ for each p
         @pl.loop(0, b, unroll=_UNROLL)
         def _(j):
-            low[pl.ds(j, 2 * a, b), :] = _dot(waves[...], x[pl.ds(j, a, b), :])
+            every_b = x[pl.ds(j, a, b), :]
+            low[pl.ds(j, 2 * a, b), :] = _dot(waves[...], every_b)
 
         @pl.loop(0, a, unroll=_UNROLL)
         def _(p):
-            _add(out, p * b, b, _dot(turns[p], low[slot(p), :]), limit, norm)
+            coefficients = _dot(turns[p], low[slot(p), :])
+            _add(out, p * b, b, coefficients, limit, norm)
 
     else:
         # the transpose: turns from frequencies of residue ± p, then waves
@@ -300,11 +306,13 @@ def _kernel(x, turns, waves, out, low, *own, sizes, kind, norm, swapped):
         def _(p):
             mirror = jnp.where(p == 0, a, 2 * a - p)
             halves = [x[pl.ds(start, b // 2, 2 * a), :] for start in (p, mirror)]
-            low[slot(p), :] = _dot(turns[p], jnp.concatenate(halves, axis=0))
+            of_residue = jnp.concatenate(halves, axis=0)
+            low[slot(p), :] = _dot(turns[p], of_residue)
 
         @pl.loop(0, b, unroll=_UNROLL)
         def _(j):
-            _add(out, j * a, a, _dot(waves[...], low[pl.ds(j, 2 * a, b), :]), limit, norm)
+            coefficients = _dot(waves[...], low[pl.ds(j, 2 * a, b), :])
+            _add(out, j * a, a, coefficients, limit, norm)
 
 
 def fast_bytes(d: int, itemsize: int, swapped: bool) -> int:
@@ -324,7 +332,8 @@ def fast_bytes(d: int, itemsize: int, swapped: bool) -> int:
 
 
 def _tpu(x, *, kind, norm, swapped, named, chip, interpret):
-    (count, *sizes), itemsize = x.shape, x.dtype.itemsize
+    count, *sizes = x.shape
+    itemsize = x.dtype.itemsize
     d, k = sizes[::-1] if swapped else sizes
     if not named and d < _SMALLEST:
         raise _platform.Misfit(f"dct_scores: below d={_SMALLEST} XLA's product takes as long")
@@ -334,7 +343,9 @@ def _tpu(x, *, kind, norm, swapped, named, chip, interpret):
     a, b = split(d)
     what = f"dct_scores of x ({d}, {k})"
     costs = lambda *_: fast_bytes(d, itemsize, swapped)  # noqa: E731
-    _platform.largest(_platform.budget("tpu", chip), costs, (d,), (_LANES,), what)
+    limit = _platform.budget("tpu", chip)
+    _platform.largest(limit, costs, (d,), (_LANES,), what)
+    # kind 3 goes through the transposes of both stages
     turns, waves = factors(a, b)
     if kind == 3:
         turns, waves = jnp.swapaxes(turns, 1, 2), waves.T
@@ -350,12 +361,13 @@ def _tpu(x, *, kind, norm, swapped, named, chip, interpret):
     if swapped or itemsize < 4:
         scratch.append(pltpu.VMEM((d, _LANES), jnp.float32))
     varying = jax.typeof(x).manual_axis_type
+    shape = count, d, _LANES
     sums = pl.pallas_call(
         functools.partial(_kernel, sizes=(d, k), kind=kind, norm=norm, swapped=swapped),
         grid=(count, pl.cdiv(k, _LANES)),
         in_specs=[x_block, turns_block, waves_block],
         out_specs=pl.BlockSpec((None, d, _LANES), lambda n, c: (n, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((count, d, _LANES), jnp.float32, manual_axis_type=varying),
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varying),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
@@ -364,9 +376,12 @@ def _tpu(x, *, kind, norm, swapped, named, chip, interpret):
         interpret=interpret,
         name="dct_scores",
     )(x, turns, waves)
+    # the norm of each row of coefficients, over columns and tiles
     scores = jnp.sum(sums, axis=-1)
     scores = scores if norm == "l1" else jnp.sqrt(scores)
     if kind == 3:
         # rows came as (j₂, j₁)
-        return jnp.swapaxes(scores.reshape(count, b, a), 1, 2).reshape(count, d)
-    return scores[:, np.argsort(frequencies(a, b).ravel())]
+        by_place = scores.reshape(count, b, a)
+        return jnp.swapaxes(by_place, 1, 2).reshape(count, d)
+    order = np.argsort(frequencies(a, b).ravel())
+    return scores[:, order]

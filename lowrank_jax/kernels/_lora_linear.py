@@ -322,9 +322,11 @@ def _check_gains(x: Array, w_shape: tuple[int, int], choice: _Choice) -> None:
 
 
 def _tpu(x, w, a, b, *, choice):
-    (rows, n), r, m = x.shape, a.shape[1], b.shape[1]
+    rows, n = x.shape
+    r, m = a.shape[1], b.shape[1]
     _check_gains(x, (n, m), choice)
-    i, j = tiles((rows, n, m, r), x.dtype.itemsize, "tpu", choice.chip)
+    itemsize = x.dtype.itemsize
+    i, j = tiles((rows, n, m, r), itemsize, "tpu", choice.chip)
     # grid position (p, q) is the tile of rows p and columns q; q moves first, so that what depends
     # on p alone is read once for each tile of rows, and need not lie twice in VMEM
     once = pl.Buffered(1)
@@ -337,12 +339,13 @@ def _tpu(x, w, a, b, *, choice):
     b_block = pl.BlockSpec((r, j), lambda p, q: (0, q))
     y_block = pl.BlockSpec((i, j), lambda p, q: (p, q))
     low_block = pl.BlockSpec((i, r), lambda p, q: (p, 0))
+    outputs = (rows, m), (rows, r)
     return pl.pallas_call(
         functools.partial(_tpu_kernel, transpose=choice.transpose),
         grid=(pl.cdiv(rows, i), pl.cdiv(m, j)),
         in_specs=[x_block, w_block, a_block, b_block],
         out_specs=[y_block, low_block],
-        out_shape=[_platform.output((rows, m), x), _platform.output((rows, r), x)],
+        out_shape=[_platform.output(shape, x) for shape in outputs],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=_platform.vmem_limit(choice.chip),
@@ -354,37 +357,45 @@ def _tpu(x, w, a, b, *, choice):
 
 def _gpu_kernel(x, w, a, b, y, low, *, transpose, sizes, tile):
     """Tile `(i, j)` of y; axes are rows p (i,), columns q (j,), rank s and the contracted k."""
-    (rows, n, m, r), (i, j) = sizes, tile
+    rows, n, m, r = sizes
+    i, j = tile
     depth, wide = _GPU_DEPTH, power(r)
     p = pl.program_id(0) * i + jnp.arange(i)
     q = pl.program_id(1) * j + jnp.arange(j)
     s = jnp.arange(wide)
 
     def load(ref, first, last, limits):
-        inside = (first < limits[0])[:, None] & (last < limits[1])[None, :]
-        return plgpu.load(ref.at[first[:, None], last[None, :]], mask=inside, other=0)
+        is_row = (first < limits[0])[:, None]
+        is_col = (last < limits[1])[None, :]
+        place = first[:, None], last[None, :]
+        return plgpu.load(ref.at[place], mask=is_row & is_col, other=0)
 
     def body(step, sums):
+        # a part of what is contracted: total (i, j), companion (i, wide)
         total, companion = sums
         k = step * depth + jnp.arange(depth)
         left = load(x, p, k, (rows, n))
         # w is stored (m, n) in the backward pass
         right = load(w, q, k, (m, n)).T if transpose else load(w, k, q, (n, m))
         total = total + plgpu.dot(left, right)
-        companion = companion + plgpu.dot(left, load(a, k, s, (n, r)))
+        a_part = load(a, k, s, (n, r))
+        companion = companion + plgpu.dot(left, a_part)
         return total, companion
 
     start = jnp.zeros((i, j), jnp.float32), jnp.zeros((i, wide), jnp.float32)
-    total, companion = jax.lax.fori_loop(0, pl.cdiv(n, depth), body, start)
+    steps = pl.cdiv(n, depth)
+    total, companion = jax.lax.fori_loop(0, steps, body, start)
     # low = x A, rounded before it is multiplied by B as `lrx.adapters` round it
     companion = companion.astype(x.dtype)
     total += plgpu.dot(companion, load(b, s, q, (r, m)))
-    inside = (p < rows)[:, None]
-    written = inside & (q < m)[None, :]
-    plgpu.store(y.at[p[:, None], q[None, :]], total.astype(y.dtype), mask=written)
+    is_row = (p < rows)[:, None]
+    written = is_row & (q < m)[None, :]
+    y_place = p[:, None], q[None, :]
+    plgpu.store(y.at[y_place], total.astype(y.dtype), mask=written)
     # one tile of each row writes low
-    first = (s < r)[None, :] & (pl.program_id(1) == 0)
-    plgpu.store(low.at[p[:, None], s[None, :]], companion, mask=inside & first)
+    is_first = (s < r)[None, :] & (pl.program_id(1) == 0)
+    low_place = p[:, None], s[None, :]
+    plgpu.store(low.at[low_place], companion, mask=is_row & is_first)
 
 
 def _gpu(x, w, a, b, *, choice):

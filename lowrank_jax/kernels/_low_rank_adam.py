@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh
 
 from lowrank_jax import sharding
 from lowrank_jax.kernels import _divided, _low_rank_adam_gpu, _platform
@@ -106,52 +105,44 @@ def low_rank_adam(
     [0.9 0.9] [0.5 0.5] [0.25 0.25]
     """
     _check(w, basis, low, mu, nu, keys, side)
-    count, stochastic = w.shape[0], keys is not None and w.dtype == jnp.bfloat16
-    numbers = _numbers(
-        count,
-        b1=b1,
-        rest1=1 - b1,
-        b2=b2,
-        rest2=1 - b2,
-        eps=eps,
-        rate=rate,
-        decay=decay,
-        factor=factor,
-        accepted=accepted,
-    )
+    stochastic = keys is not None and w.dtype == jnp.bfloat16
+    values = {"b1": b1, "b2": b2, "eps": eps, "rate": rate, "decay": decay, "factor": factor}
+    numbers = _numbers(w.shape[0], accepted=accepted, **values)
     words = _words(w, keys if stochastic else None)
+    coded = isinstance(mu, QuantizedBlocks)
     choice = parts.Choice(
         side=side,
-        coded=isinstance(mu, QuantizedBlocks),
-        block=mu.block if isinstance(mu, QuantizedBlocks) else 0,
+        coded=coded,
+        block=getattr(mu, "block", 0) if coded else 0,
         stochastic=stochastic,
         implementation=implementation,
         chip=chip,
         interpret=interpret,
     )
-    division, mesh = None, _divided.mesh()
-    if spec is not None and mesh is not None:
-        division = _division(mesh, spec, choice, (count, basis.shape[1], low.shape[2]))
-    w, mu, nu = _platform.dispatch(
-        implementation,
-        interpret,
-        numbers,
-        words,
-        w,
-        basis,
-        low,
-        mu,
-        nu,
+    operands = numbers, words, w, basis, low, mu, nu
+    _, s, _ = basis.shape
+    shape = w.shape[0], s, low.shape[2]
+    division = None if spec is None else _division(spec, choice, shape)
+    return _dispatched(choice, division, operands)
+
+
+def _dispatched(choice: parts.Choice, division: _divided.Division | None, operands: tuple):
+    """The step by the program of the platform, or by the one that is named."""
+    return _platform.dispatch(
+        choice.implementation,
+        choice.interpret,
+        *operands,
         division=division,
         reference=functools.partial(parts.reference, choice=choice),
         tpu=functools.partial(_tpu, choice=choice),
         gpu=functools.partial(_low_rank_adam_gpu.gpu, choice=choice),
     )
-    return w, mu, nu
 
 
 def _numbers(count: int, **values: Scalar) -> Array:
     """`(L, fields)` float32: the numbers of `parts.FIELDS` for each matrix."""
+    values |= {"rest1": 1 - values["b1"], "rest2": 1 - values["b2"]}
+
     columns = [jnp.asarray(values[name], jnp.float32) for name in parts.FIELDS]
     return jnp.stack([jnp.broadcast_to(column, count) for column in columns], axis=1)
 
@@ -168,12 +159,15 @@ def _words(w: Array, keys: Array | None) -> Array:
 
 
 def _division(
-    mesh: Mesh,
-    spec: Spec,
-    choice: parts.Choice,
-    shape: tuple[int, int, int],
-) -> _divided.Division:
-    """How operands of `shape = (L, s, k)` lie: all along L and k, bases along L and s."""
+    spec: Spec, choice: parts.Choice, shape: tuple[int, int, int]
+) -> _divided.Division | None:
+    """How operands of `shape = (L, s, k)` are divided: all along L and k, bases along L and s.
+
+    None without a mesh.
+    """
+    mesh = _divided.mesh()
+    if mesh is None:
+        return None
     count, s, k = shape
     layers, columns, rows = (sharding.dividing(entry, mesh) for entry in spec)
     n_layers, n_columns, n_rows = (sharding.parts(axes, mesh) for axes in (layers, columns, rows))
@@ -217,8 +211,10 @@ def _own_words(words: Array, w: Array, low: Array, columns, count: int, side: st
         # blocks of columns lie next to each other in a row of `count` blocks
         step, length = low.shape[-1], count * w.shape[-1]
     else:
+        # blocks of rows come one after the other
         step, length = low.shape[-1] * w.shape[-1], w.shape[-1]
-    first = jax.lax.axis_index(columns).astype(jnp.uint32) * jnp.uint32(step)
+    number = jax.lax.axis_index(columns).astype(jnp.uint32)
+    first = number * jnp.uint32(step)
     return words.at[:, 2].set(first).at[:, 3].set(jnp.uint32(length))
 
 
@@ -240,9 +236,11 @@ def _on_own_block(program, name, *, columns, count, rows, choice):
 
         def one(layer, carry):
             w, mu, nu = carry
-            own = [jax.lax.dynamic_slice_in_dim(x, layer, 1) for x in (numbers, words, basis)]
+            each = (numbers, words, basis)
+            own = [jax.lax.dynamic_slice_in_dim(x, layer, 1) for x in each]
             own_numbers, own_words, part = own
             part = part.astype(jnp.bfloat16) if sent_rounded else part
+            # (1, s / devices, r) -> (1, s, r)
             gathered = jax.lax.all_gather(part, rows, axis=1, tiled=True)
             return program(own_numbers, own_words, w, gathered, low, mu, nu, first=layer)
 
@@ -292,7 +290,8 @@ def _check_storage(mu: Moment, nu: Moment) -> None:
 
 def _step_arrays(rows, n, low, before, after, d):
     """Moments that are arrays: some rows of a tile, written to `after` and to the direction d."""
-    mu, nu = (x[rows, :].astype(jnp.float32) for x in before)
+    old = [x[rows, :] for x in before]
+    mu, nu = (x.astype(jnp.float32) for x in old)
     new = parts.moved(low[rows, :], mu, nu, n)
     for out, value in zip((*after, d), new, strict=True):
         out[rows, :] = value.astype(out.dtype)
@@ -307,22 +306,28 @@ def _step_blocks(rows, n, low, before, after, d, *, block, tile, k):
     size, cols = rows.size, low.shape[1]
     width = min(block, cols)
     blocks = cols // width
+    of_blocks = before[1].shape[1]
     for part in range(blocks):
         number = tile * blocks + part
         lanes = pl.ds(part * width, width)
-        here = jax.lax.broadcasted_iota(jnp.int32, (size, before[1].shape[1]), 1) == number
-        valid = jax.lax.broadcasted_iota(jnp.int32, (size, width), 1) + number * width < k
+        # the column of this block among the scales, and its entries that are there
+        here = jax.lax.broadcasted_iota(jnp.int32, (size, of_blocks), 1) == number
+        column = jax.lax.broadcasted_iota(jnp.int32, (size, width), 1)
+        valid = column + number * width < k
+
         codes = [x[rows, lanes].astype(jnp.int32) for x in before[::2]]
-        scales = [
-            jnp.sum(jnp.where(here, x[rows, :], 0.0), axis=1, keepdims=True) for x in before[1::2]
-        ]
+        masked = [jnp.where(here, x[rows, :], 0.0) for x in before[1::2]]
+        scales = [jnp.sum(x, axis=1, keepdims=True) for x in masked]
         mu, nu = (dynamic_code.decode(codes[i], i == 0) * scales[i] for i in range(2))
         *new, direction = parts.moved(low[rows, lanes], mu, nu, n)
+
+        # back into codes, the old ones where the step is not accepted
         for i, code in enumerate(("signed", "unsigned")):
             accepted = n["accepted"] > 0
-            stored, scale = parts.recoded(codes[i], scales[i], new[i], code, accepted, valid)
-            all_scales = after[2 * i + 1]
-            after[2 * i][rows, lanes] = stored
+            old = codes[i], scales[i]
+            stored, scale = parts.recoded(*old, new[i], code, accepted, valid)
+            all_codes, all_scales = after[2 * i : 2 * i + 2]
+            all_codes[rows, lanes] = stored
             all_scales[rows, :] = jnp.where(here, scale, all_scales[rows, :])
         d[rows, lanes] = direction.astype(d.dtype)
 
@@ -331,11 +336,13 @@ def _tpu_kernel(first, numbers, words, basis, w, low, *refs, choice, k):
     """One tile of columns: basis (s, r), w (s, cols) or (cols, s), low and moments (r, cols)."""
     del first  # read where blocks are found
     leaves = 4 if choice.coded else 2
-    before, w_out, after = refs[:leaves], refs[leaves], refs[leaves + 1 : 2 * leaves + 1]
+    before, w_out = refs[:leaves], refs[leaves]
+    after = refs[leaves + 1 : 2 * leaves + 1]
     d, *turned = refs[2 * leaves + 1 :]
     layer, tile = pl.program_id(0), pl.program_id(1)
     n = {name: numbers[layer, i] for i, name in enumerate(parts.FIELDS)}
-    (r, cols), s = low.shape, basis.shape[0]
+    r, cols = low.shape
+    s = basis.shape[0]
 
     def moments(start, size):
         rows = pl.ds(start, size)
@@ -362,17 +369,21 @@ def _tpu_kernel(first, numbers, words, basis, w, low, *refs, choice, k):
             top, left = tile * cols, start
         noise = None
         if choice.stochastic:
-            row, col = (jax.lax.broadcasted_iota(jnp.int32, step.shape, axis) for axis in (0, 1))
+            # the entry's place in the matrix says which bits are its own
+            shape = step.shape
+            row, col = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
             row, col = (row + top).astype(jnp.uint32), (col + left).astype(jnp.uint32)
             noise = parts.drawn(words, layer, row, col)
-        w_out[place] = parts.written(w[place], step, n, noise)
+        new = parts.written(w[place], step, n, noise)
+        w_out[place] = new
 
     _platform.in_chunks(s, parts.CHUNK, write)
 
 
 def _dot(x, y, transpose=False):
     contracted = (1,), (int(transpose),)
-    return jax.lax.dot_general(x, y, (contracted, ((), ())), preferred_element_type=jnp.float32)
+    batch = (), ()
+    return jax.lax.dot_general(x, y, (contracted, batch), preferred_element_type=jnp.float32)
 
 
 def _columns(rows: int, cols: int) -> pl.BlockSpec:

@@ -36,45 +36,60 @@ def _moments_kernel(start, numbers, low, *refs, choice, sizes, tile):
     """
     leaves = 4 if choice.coded else 2
     before, d, after = refs[:leaves], refs[leaves], refs[leaves + 1 :]
-    (r, k), (i, j) = sizes, tile
+    r, _ = sizes
+    i, j = tile
     layer, part = pl.program_id(0), pl.program_id(2)
     n = _numbers(numbers, layer)
     rows = pl.program_id(1) * i + jnp.arange(i)
     cols = part * j + jnp.arange(j)
     # low and d are those of this call, moments stand in stacks that begin before
-    own, inside = _place(layer, rows, cols, (r, k))
-    place, _ = _place(start[0] + layer, rows, cols, (r, k))
+    own, inside = _place(layer, rows, cols, sizes)
+    place, _ = _place(start[0] + layer, rows, cols, sizes)
     grad = plgpu.load(low.at[own], mask=inside, other=0)
+    tile_of = grad, n, before, after, place, inside
+    if choice.coded:
+        direction = _step_blocks(*tile_of, start[0] + layer, rows, part, r)
+    else:
+        direction = _step_arrays(*tile_of)
+    plgpu.store(d.at[own], direction, mask=inside)
 
-    def load(ref):
-        return plgpu.load(ref.at[place], mask=inside, other=0)
 
-    if not choice.coded:
-        mu, nu = (load(x).astype(jnp.float32) for x in before)
-        *new, direction = parts.moved(grad, mu, nu, n)
-        for ref, value in zip(after, new, strict=True):
-            plgpu.store(ref.at[place], value.astype(ref.dtype), mask=inside)
-        plgpu.store(d.at[own], direction, mask=inside)
-        return
-    # a tile is a block wide, and has one scale a row
-    scale_place = (start[0] + layer, rows[:, None], jnp.full((1, 1), part))
-    real = (rows < r)[:, None]
-    codes = [load(x).astype(jnp.int32) for x in before[::2]]
-    scales = [plgpu.load(x.at[scale_place], mask=real, other=0) for x in before[1::2]]
+def _step_arrays(grad, n, before, after, place, inside):
+    """The direction of a tile `(i, j)`, whose moments are arrays, and are written."""
+    old = [plgpu.load(x.at[place], mask=inside, other=0) for x in before]
+    mu, nu = (x.astype(jnp.float32) for x in old)
+    *new, direction = parts.moved(grad, mu, nu, n)
+    for ref, value in zip(after, new, strict=True):
+        plgpu.store(ref.at[place], value.astype(ref.dtype), mask=inside)
+    return direction
+
+
+def _step_blocks(grad, n, before, after, place, inside, matrix, rows, part, r):
+    """The direction of a tile that is a block wide, whose moments are codes, and are written."""
+    # one scale a row, (i, 1)
+    scale_place = (matrix, rows[:, None], jnp.full((1, 1), part))
+    is_row = (rows < r)[:, None]
+    codes = [plgpu.load(x.at[place], mask=inside, other=0) for x in before[::2]]
+    codes = [x.astype(jnp.int32) for x in codes]
+    scales = [plgpu.load(x.at[scale_place], mask=is_row, other=0) for x in before[1::2]]
     mu = dynamic_code.decode(codes[0], signed=True) * scales[0]
     nu = dynamic_code.decode(codes[1], signed=False) * scales[1]
     *new, direction = parts.moved(grad, mu, nu, n)
+    # back into codes, the old ones where the step is not accepted
     for i, code in enumerate(("signed", "unsigned")):
         accepted = n["accepted"] > 0
-        stored, scale = parts.recoded(codes[i], scales[i], new[i], code, accepted, inside)
-        plgpu.store(after[2 * i].at[place], stored, mask=inside)
-        plgpu.store(after[2 * i + 1].at[scale_place], scale, mask=real)
-    plgpu.store(d.at[own], direction, mask=inside)
+        old = codes[i], scales[i]
+        stored, scale = parts.recoded(*old, new[i], code, accepted, inside)
+        all_codes, all_scales = after[2 * i : 2 * i + 2]
+        plgpu.store(all_codes.at[place], stored, mask=inside)
+        plgpu.store(all_scales.at[scale_place], scale, mask=is_row)
+    return direction
 
 
 def _write_kernel(start, numbers, words, w, basis, d, out, *, choice, sizes, tile):
     """Tile `(i, j)` of w: rows `first`, columns `last`, summed over the rank."""
-    (s, r, k), (i, j) = sizes, tile
+    s, r, k = sizes
+    i, j = tile
     depth = parts.GPU_DEPTH
     layer = pl.program_id(0)
     first = pl.program_id(1) * i + jnp.arange(i)
@@ -83,28 +98,39 @@ def _write_kernel(start, numbers, words, w, basis, d, out, *, choice, sizes, til
 
     def load(ref, rows, cols, limits):
         place, inside = _place(layer, rows, cols, limits)
-        return plgpu.load(ref.at[place], mask=inside, other=0).astype(jnp.float32)
+        values = plgpu.load(ref.at[place], mask=inside, other=0)
+        return values.astype(jnp.float32)
 
     def by_rows(step, total):
         # P d: P (i, depth), d (depth, j)
         q = step * depth + jnp.arange(depth)
-        return total + plgpu.dot(load(basis, first, q, (s, r)), load(d, q, last, (r, k)))
+        p_part = load(basis, first, q, (s, r))
+        d_part = load(d, q, last, (r, k))
+        return total + plgpu.dot(p_part, d_part)
 
     def by_cols(step, total):
         # dᵀ Pᵀ: d (depth, i), P (j, depth)
         q = step * depth + jnp.arange(depth)
-        return total + plgpu.dot(load(d, q, first, (r, k)).T, load(basis, last, q, (s, r)).T)
+        d_part = load(d, q, first, (r, k))
+        p_part = load(basis, last, q, (s, r))
+        return total + plgpu.dot(d_part.T, p_part.T)
 
-    product, shape = (by_rows, (s, k)) if choice.side == "rows" else (by_cols, (k, s))
+    # the step (i, j), summed over parts of the rank
+    is_rows = choice.side == "rows"
+    product = by_rows if is_rows else by_cols
     zero = jnp.zeros((i, j), jnp.float32)
     total = jax.lax.fori_loop(0, pl.cdiv(r, depth), product, zero)
+
+    shape = (s, k) if is_rows else (k, s)
     place, inside = _place(start[0] + layer, first, last, shape)
     noise = None
     if choice.stochastic:
-        rows, cols = first[:, None].astype(jnp.uint32), last[None, :].astype(jnp.uint32)
+        rows = first[:, None].astype(jnp.uint32)
+        cols = last[None, :].astype(jnp.uint32)
         noise = parts.drawn(words, layer, rows, cols)
     old = plgpu.load(w.at[place], mask=inside, other=0)
-    plgpu.store(out.at[place], parts.written(old, total, n, noise), mask=inside)
+    new = parts.written(old, total, n, noise)
+    plgpu.store(out.at[place], new, mask=inside)
 
 
 def _like(x):

@@ -317,10 +317,12 @@ def _check_gains(w_shape: tuple[int, int], itemsize: int, choice: _Choice) -> No
 
 
 def _tpu(x, codes, scales, *, choice):
-    (rows, depth), n, m = x.shape, choice.rows, codes.shape[1]
+    rows, depth = x.shape
+    n, m = choice.rows, codes.shape[1]
     itemsize = x.dtype.itemsize
     _check_gains((n, m), itemsize, choice)
     i, j = tiles((rows, n, m), itemsize, "tpu", choice.chip, choice.transpose)
+    # of W a grid position decodes `tile` entries, for the columns q of the result
     if choice.transpose:
         # strips reach beyond m, and the product leaves out what is there
         out, tile = n, (j, _platform.wide(m, _STRIPS[1]))
@@ -353,46 +355,61 @@ def _tpu(x, codes, scales, *, choice):
 
 def _load(ref, first, last, limits, other=0):
     """The entries of `ref` at rows `first` and columns `last`; `other` beyond the limits."""
-    inside = (first < limits[0])[:, None] & (last < limits[1])[None, :]
-    return plgpu.load(ref.at[first[:, None], last[None, :]], mask=inside, other=other)
+    is_row = (first < limits[0])[:, None]
+    is_col = (last < limits[1])[None, :]
+    place = first[:, None], last[None, :]
+    return plgpu.load(ref.at[place], mask=is_row & is_col, other=other)
 
 
 def _halves(table, codes, scales, first, last, limits, dtype):
     """Both halves of W at rows `first` of codes and columns `last`, zeros outside."""
-    inside = (first < limits[0])[:, None] & (last < limits[1])[None, :]
-    code = plgpu.load(codes.at[first[:, None], last[None, :]], mask=inside, other=0)
+    is_row = (first < limits[0])[:, None]
+    is_col = (last < limits[1])[None, :]
+    inside = is_row & is_col
+    place = first[:, None], last[None, :]
+    code = plgpu.load(codes.at[place], mask=inside, other=0)
     code = code.astype(jnp.int32)
+    # a scale serves the two halves of its block
     block = (first // HALF)[:, None]
     scale = plgpu.load(scales.at[block, last[None, :]], mask=inside, other=0.0)
     upper, lower = code >> 4, code & 15
-    return tuple((plgpu.load(table.at[index]) * scale).astype(dtype) for index in (upper, lower))
+    # the book holds what each index of four bits means
+    values = [plgpu.load(table.at[index]) * scale for index in (upper, lower)]
+    return tuple(value.astype(dtype) for value in values)
 
 
 def _gpu_kernel(table, x, codes, scales, y, *, sizes, tile):
     """Tile `(i, j)` of `y = x W`: rows p (i,), columns q (j,), a block of n at a time."""
-    (rows, n, m), (i, j) = sizes, tile
+    rows, n, m = sizes
+    i, j = tile
     p = pl.program_id(0) * i + jnp.arange(i)
     q = pl.program_id(1) * j + jnp.arange(j)
     limits = codes.shape[0], m
 
     def body(block, total):
         half = block * HALF + jnp.arange(HALF)
-        for offset, w in enumerate(_halves(table, codes, scales, half, q, limits, x.dtype)):
+        halves = _halves(table, codes, scales, half, q, limits, x.dtype)
+        for offset, w in enumerate(halves):
             # rows of W of this half
             k = block * BLOCK + offset * HALF + jnp.arange(HALF)
-            total += plgpu.dot(_load(x, p, k, (rows, n)), w)
+            x_part = _load(x, p, k, (rows, n))
+            total += plgpu.dot(x_part, w)
         return total
 
     start = jnp.zeros((i, j), jnp.float32)
-    total = jax.lax.fori_loop(0, codes.shape[0] // HALF, body, start)
+    blocks = codes.shape[0] // HALF
+    total = jax.lax.fori_loop(0, blocks, body, start)
     inside = (p < rows)[:, None] & (q < m)[None, :]
-    plgpu.store(y.at[p[:, None], q[None, :]], total.astype(y.dtype), mask=inside)
+    place = p[:, None], q[None, :]
+    plgpu.store(y.at[place], total.astype(y.dtype), mask=inside)
 
 
 def _gpu_transposed_kernel(table, dy, codes, scales, dx, *, sizes, tile):
     """Tile `(i, j)` of `dx = dy Wᵀ`: its columns are rows of W, read as j / 2 rows of codes."""
-    (rows, n, m), (i, j) = sizes, tile
+    rows, n, m = sizes
+    i, j = tile
     p = pl.program_id(0) * i + jnp.arange(i)
+    # rows of codes, each of which holds two rows of W
     q = pl.program_id(1) * (j // 2) + jnp.arange(j // 2)
     limits = codes.shape[0], m
 
@@ -400,7 +417,8 @@ def _gpu_transposed_kernel(table, dy, codes, scales, dx, *, sizes, tile):
         k = step * HALF + jnp.arange(HALF)
         left = _load(dy, p, k, (rows, m))
         halves = _halves(table, codes, scales, q, k, limits, dy.dtype)
-        return tuple(total + plgpu.dot(left, w.T) for total, w in zip(totals, halves, strict=True))
+        pairs = zip(totals, halves, strict=True)
+        return tuple(total + plgpu.dot(left, w.T) for total, w in pairs)
 
     # one sum for the rows in the upper four bits, one for those in the lower
     start = (jnp.zeros((i, j // 2), jnp.float32),) * 2
@@ -409,7 +427,8 @@ def _gpu_transposed_kernel(table, dy, codes, scales, dx, *, sizes, tile):
         # row q of codes holds rows of W that are half a block apart
         cols = q // HALF * BLOCK + offset * HALF + q % HALF
         inside = (p < rows)[:, None] & (cols < n)[None, :]
-        plgpu.store(dx.at[p[:, None], cols[None, :]], total.astype(dx.dtype), mask=inside)
+        place = p[:, None], cols[None, :]
+        plgpu.store(dx.at[place], total.astype(dx.dtype), mask=inside)
 
 
 def _gpu(x, codes, scales, *, choice):
