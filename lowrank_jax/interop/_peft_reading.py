@@ -7,13 +7,13 @@ import dataclasses
 import pathlib
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.adapters.base import Arrays, Site
+from lowrank_jax.adapters.base import Adapter, Arrays, Site
 from lowrank_jax.adapters.rules import Layout, Matrices, Selection
 from lowrank_jax.adapters.tree import matrices_of
 from lowrank_jax.interop import _peft_config, _peft_tied, _peft_whole, safetensors
@@ -23,6 +23,7 @@ from lowrank_jax.interop._peft_family import Family, Shared
 from lowrank_jax.interop._torch_layout import Host, Tree
 from lowrank_jax.matrices import Shape
 from lowrank_jax.resolution import Views
+from lowrank_jax.typing import Kernel
 
 TENSORS = "adapter_model.safetensors"
 
@@ -99,32 +100,29 @@ class Source:
 
     def _check(self) -> None:
         """ValueError for missing, unexpected and misshapen tensors, and for another base."""
+        # by key of the file
         expected: dict[str, Shape] = dict(self.family.shared_shapes(self.config, self.hosts))
         for module in self.hosts:
-            expected |= {
-                f"{PREFIX}{module}.{end}": shape for end, shape in self.shapes(module).items()
-            }
-        expected |= {
-            key: self.tree.shape(self.tree.places[name]) for name, key in self.whole.keys.items()
-        }
+            own = self.shapes(module).items()
+            expected |= {f"{PREFIX}{module}.{end}": shape for end, shape in own}
+        for name, key in self.whole.keys.items():
+            expected[key] = self.tree.shape(self.tree.places[name])
         repeated = self._repeated()
         extra = {*self.whole.copies, *self.whole.repeated, *self.tied.keys, *repeated}
         found = [key for key in self.tensors if key not in extra]
         safetensors.check_names(found, list(expected), str(self.tensors.path))
         shapes = {key: tuple(self.tensors.shapes[key].shape) for key in expected}
-        wrong = [
-            f"{key} is {shapes[key]}, not {shape}"
-            for key, shape in expected.items()
-            if shapes[key] != shape
-        ]
+        # compared after the names, since only tensors that are there have shapes
+        shapes = {key: tuple(self.tensors.shapes[key].shape) for key in expected}
+        differ_in_shape = [key for key, shape in expected.items() if shapes[key] != shape]
+        wrong = [f"{key} is {shapes[key]}, not {expected[key]}" for key in differ_in_shape]
         if wrong:
             more = f", and {len(wrong) - 20} more" if len(wrong) > 20 else ""
             raise ValueError(f"{self.tensors.path}: {'; '.join(wrong[:20])}{more}")
-        differ = [
-            key
-            for key, of in repeated.items()
-            if not np.array_equal(self.tensors[key], self.tensors[of])
-        ]
+        # copies of a shared tensor must be copies
+        tensors = self.tensors
+        pairs = repeated.items()
+        differ = [key for key, of in pairs if not np.array_equal(tensors[key], tensors[of])]
         if differ:
             raise ValueError(
                 f"{self.tensors.path}: {', '.join(differ[:8])} are not the shared tensors of the "
@@ -135,9 +133,9 @@ class Source:
     def _repeated(self) -> dict[str, str]:
         """`{key: key of the shared tensor}` of what the file holds once more for a module."""
         copies = self.family.copies(self.config)
-        found = {
-            f"{PREFIX}{module}.{end}": of for module in self.hosts for end, of in copies.items()
-        }
+        found: dict[str, str] = {}
+        for module in self.hosts:
+            found |= {f"{PREFIX}{module}.{end}": of for end, of in copies.items()}
         return {key: of for key, of in found.items() if key in self.tensors}
 
     def layout(
@@ -146,57 +144,56 @@ class Source:
         """The layout, and the ranks and alphas of its matrices: 0 of layers of a stack that have no
         adapter."""
         places, family = self.tree.matrices, self.family
+        # by path, the size of each matrix
         sizes: dict[str, list[int]] = {}
         for path in dict.fromkeys(places[module].path for module in self.hosts):
             sizes[path] = [self.size_of(place.module) for place in self.tree.at(path)]
-        rules = {
-            path: family.make(self.config, self.tree.host(path), max(own))
-            for path, own in sizes.items()
-        }
-        wrong = [
-            path for path, own in sizes.items() if not rules[path].ranked and len({*own} - {0}) > 1
-        ]
+        # by path, the adapter of the largest
+        rules: dict[str, Adapter] = {}
+        for path, own in sizes.items():
+            rules[path] = family.make(self.config, self.tree.host(path), max(own))
+        uneven = [path for path, own in sizes.items() if len({*own} - {0}) > 1]
+        wrong = [path for path in uneven if not rules[path].ranked]
         if wrong:
             raise ValueError(
                 f"{wrong}: the layers of a stack have one size in {family.peft_type}; load single "
                 "layers"
             )
-        first = [places[module] for module in order or ()]
-        every = [(path, number) for path, own in sizes.items() for number in range(len(own))]
+        tied = [places[module].path for module in self.tied.uses(self.hosts)]
+        trainable = dict.fromkeys(self.tree.places[key].path for key in self.whole.keys)
         layout, matrices = Selection(
             rules={re.escape(path): adapter for path, adapter in rules.items()},
-            views=Views(
-                rules=tuple(
-                    rule
-                    for rule in views.rules
-                    if any(re.fullmatch(rule[0], path) for path in sizes)
-                ),
-                stacked=tuple(
-                    p for p in views.stacked if any(re.fullmatch(p, path) for path in sizes)
-                ),
-            ),
+            views=_views_of(views, sizes),
             bounded=False,
-            uses={
-                re.escape(places[module].path): ("gather",) for module in self.tied.uses(self.hosts)
-            },
-            trainable=tuple(
-                re.escape(path)
-                for path in {self.tree.places[key].path: None for key in self.whole.keys}
-            ),
-            order=tuple(dict.fromkeys([*((p.path, p.number) for p in first), *every]))
-            if order
-            else None,
+            uses={re.escape(path): ("gather",) for path in tied},
+            trainable=tuple(re.escape(path) for path in trainable),
+            order=self._order(order, sizes) if order else None,
         ).layout(self.tree.params, name)
+        # ranks and alphas are those of the file
         for path, own in sizes.items():
-            adapter = layout.by_path[path][0]
-            ranks = tuple(
-                size if adapter.ranked else getattr(adapter, "rank", 1) * (size > 0) for size in own
-            )
-            alphas = (family.alpha(self.config, place.module) for place in self.tree.at(path))
-            matrices[path] = Matrices(
-                ranks, tuple(None if a == getattr(adapter, "alpha", None) else a for a in alphas)
-            )
+            matrices[path] = self._matrices(path, own, layout.by_path[path][0])
         return layout, matrices
+
+    def _order(
+        self, modules: Sequence[str], sizes: Mapping[str, list[int]]
+    ) -> tuple[tuple[str, int], ...]:
+        """`((path, index), ...)`: matrices of these modules first, then all others."""
+        places = [self.tree.matrices[module] for module in modules]
+        first = [(place.path, place.number) for place in places]
+        every = [(path, number) for path, own in sizes.items() for number in range(len(own))]
+        return tuple(dict.fromkeys([*first, *every]))
+
+    def _matrices(self, path: str, sizes: list[int], adapter: Adapter) -> Matrices:
+        """Ranks and alphas of the matrices of a leaf."""
+        if adapter.ranked:
+            ranks = tuple(sizes)
+        else:
+            rank = getattr(adapter, "rank", 1)
+            ranks = tuple(rank * (size > 0) for size in sizes)
+        # None for the adapter's own alpha
+        default = getattr(adapter, "alpha", None)
+        alphas = [self.family.alpha(self.config, place.module) for place in self.tree.at(path)]
+        return Matrices(ranks, tuple(None if alpha == default else alpha for alpha in alphas))
 
     def arrays(self, site: Site, shared: Shared) -> tuple[Arrays, Arrays]:
         """`(trained, frozen)` arrays of a leaf, one matrix after the other."""
@@ -210,27 +207,32 @@ class Source:
             adapter = self.family.make(self.config, host, self.size_of(module))
             if alpha is not None:
                 adapter = dataclasses.replace(adapter, alpha=alpha)  # type: ignore[call-arg]
-            tensors = {
-                end: as_float(self.tensors[f"{PREFIX}{module}.{end}"])
-                for end in self.shapes(module)
-            }
+            ends = self.shapes(module)
+            tensors = {end: as_float(self.tensors[f"{PREFIX}{module}.{end}"]) for end in ends}
 
             def kernel(host=host, number=number):
-                return matrices_of(self.tree.leaves[site.path], site).reshape(-1, host.n, host.m)[
-                    number
-                ]
+                matrices = matrices_of(self.tree.leaves[site.path], site)
+                return matrices.reshape(-1, host.n, host.m)[number]
 
             train, frozen = self.family.read(adapter, host, tensors, kernel)
             found.append((train, frozen | dict(shared.modules.get(module, {}))))
-        return _stacked([train for train, _ in found], site), _stacked(
-            [frozen for _, frozen in found], site
-        )
+        trained = _stacked([train for train, _ in found], site)
+        return trained, _stacked([frozen for _, frozen in found], site)
 
-    def leaf(self, path: str) -> Any:
+    def leaf(self, path: str) -> Kernel:
         """A leaf that is trained in full."""
-        return self.tree.whole(
-            path, [self.tensors[self.whole.keys[place.name]] for place in self.tree.at(path)]
-        )
+        keys = [self.whole.keys[place.name] for place in self.tree.at(path)]
+        return self.tree.whole(path, [self.tensors[key] for key in keys])
+
+
+def _views_of(views: Views, paths: Iterable[str]) -> Views:
+    """The views without rules and stacks that name none of these leaves, which would be refused."""
+
+    def is_used(pattern):
+        return any(re.fullmatch(pattern, path) for path in paths)
+
+    rules = tuple(rule for rule in views.rules if is_used(rule[0]))
+    return Views(rules=rules, stacked=tuple(filter(is_used, views.stacked)))
 
 
 def _understood(config: Mapping[str, Any], file: pathlib.Path) -> Family:

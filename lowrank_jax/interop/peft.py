@@ -40,7 +40,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +58,7 @@ from lowrank_jax.interop import (
     safetensors,
 )
 from lowrank_jax.interop._peft_config import PREFIX
+from lowrank_jax.interop._peft_family import Family
 from lowrank_jax.interop._peft_reading import TENSORS, Source, as_float
 from lowrank_jax.interop._torch_layout import Host, Names, Tree, linen_name
 from lowrank_jax.resolution import Views
@@ -136,13 +137,15 @@ def load(
     frozen: dict[str, Pytree] = {"shared": {}, "sites": {}}
     for group in layout.groups:
         for arrays, tree_of in ((shared.train, train), (shared.frozen, frozen)):
-            tree_of["shared"] |= (
-                {group: {k: jnp.asarray(as_float(x)) for k, x in arrays.items()}} if arrays else {}
-            )
+            if arrays:
+                own = {name: jnp.asarray(as_float(x)) for name, x in arrays.items()}
+                tree_of["shared"] |= {group: own}
     for path, (adapter, site) in layout.by_path.items():
         site_train, site_frozen = source.arrays(site, shared)
+        # a family may train nothing of its own at a site
         train["sites"] |= {path: site_train} if site_train else {}
-        frozen["sites"][path] = {"scale": matrices[path].scale(adapter, site)} | site_frozen
+        scale = matrices[path].scale(adapter, site)
+        frozen["sites"][path] = {"scale": scale} | site_frozen
     return Adaptation(train, frozen, layout, tuple(matrices.items()))
 
 
@@ -197,50 +200,80 @@ def save(
     """
     folder, family = pathlib.Path(folder), _peft_writing.family_of(adaptation, config)
     tree = Tree.of(params, names, views or Views(), convolutions)
-    tensors: dict[str, np.ndarray] = {}
-    made: dict[str, tuple[Adapter, Host]] = {}
-    arrays: dict[str, Arrays] = {}
-    sizes: dict[str, int] = {}
-    alphas: dict[str, Any] = {}
-    tied: dict[str, Any] = {}
+    trained = adaptation.train["trainable"]
+    made = _modules(adaptation, family, tree, head)
+    hosts = {module: host for module, (_, host) in made.adapters.items()}
+
+    # what all modules share
+    shared = _peft_writing.shared_arrays(adaptation)
+    (first, _), *_ = made.adapters.values()
+    in_order = lambda: _order(order, names, hosts)  # noqa: E731
+    tensors = family.evened(made.tensors, made.sizes)
+    tensors |= family.write_shared(first, hosts, made.arrays, shared, config, in_order)
+
+    # leaves that are trained in full, and tables that the output layer shares
+    entries, in_full = _peft_whole.write(trained, family.bias, tree, hosts, config)
+    tied_in_full = _peft_tied.write_whole(family, tree, trained, head)
+
+    fields = family.fields(list(made.adapters.values()), config)
+    fields |= family.sizes(made.sizes, made.alphas)
+    targets = _peft_config.target_modules(list(hosts), tree.modules)
+    if made.tied:
+        targets = _peft_tied.ties(targets)
+    if made.tied or tied_in_full:
+        fields |= {_peft_tied.FIELD: True}
+    general = {
+        "peft_type": family.peft_type,
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+        "target_modules": targets,
+    }
+    # before any file is written, since a field may be none that JSON can say
+    text = _json(general | entries | fields | config)
+    files = safetensors.write(folder / TENSORS, tensors | in_full | made.tied | tied_in_full)
+    return [*files, documents.write(folder / _peft_config.NAME, text.encode())]
+
+
+class _Modules(NamedTuple):
+    """What torch's modules are given, most by the name of the module.
+
+    Attributes:
+      tensors: by key of the file.
+      adapters: adapter and host.
+      arrays: what the adapter holds.
+      sizes, alphas: as PEFT has them.
+      tied: tensors of output layers that share an adapted table, by key.
+    """
+
+    tensors: dict[str, np.ndarray]
+    adapters: dict[str, tuple[Adapter, Host]]
+    arrays: dict[str, Arrays]
+    sizes: dict[str, int]
+    alphas: dict[str, Any]
+    tied: dict[str, np.ndarray]
+
+
+def _modules(adaptation: Adaptation, family: Family, tree: Tree, head: str | None) -> _Modules:
+    """The adapted modules, a matrix of a stack after the other."""
+    tensors, adapters, arrays, sizes, alphas, tied = made = _Modules({}, {}, {}, {}, {}, {})
     for path, (adapter, site) in adaptation.layout.by_path.items():
         _peft_writing.check_site(family, tree, site)
-        host, shares = tree.host(path), _peft_tied.check_site(family, tree, site, head)
+        host = tree.host(path)
+        shares = _peft_tied.check_site(family, tree, site, head)
         for place, own, p, fold in _peft_writing.matrices(adaptation, tree, adapter, site):
             module, rank = place.module, getattr(own, "rank", 1)
             written = family.write(own, host, p, rank, fold)
-            tensors |= {f"{PREFIX}{module}.{end}": x for end, x in written.items()}
-            made[module], arrays[module] = (own, host), p
-            sizes[module], alphas[module] = family.written(
-                own, p, rank, getattr(own, "alpha", None)
-            )
+            tensors.update({f"{PREFIX}{module}.{end}": x for end, x in written.items()})
+            adapters[module] = own, host
+            arrays[module] = p
+            alpha = getattr(own, "alpha", None)
+            sizes[module], alphas[module] = family.written(own, p, rank, alpha)
             if shares is not None:
-                tied |= _peft_tied.pair_of(shares, module, own, written)
+                # the output layer is written as a module of its own
+                tied.update(_peft_tied.pair_of(shares, module, own, written))
                 sizes[shares], alphas[shares] = sizes[module], alphas[module]
-    hosts = {module: host for module, (_, host) in made.items()}
-    tensors = family.evened(tensors, sizes)
-    shared, first = _peft_writing.shared_arrays(adaptation), next(iter(made.values()))[0]
-    fields = family.fields(list(made.values()), config) | family.sizes(sizes, alphas)
-    tensors |= family.write_shared(
-        first, hosts, arrays, shared, config, lambda: _order(order, names, hosts)
-    )
-    entries, whole = _peft_whole.write(
-        adaptation.train["trainable"], family.bias, tree, hosts, config
-    )
-    general = {"peft_type": family.peft_type, "base_model_name_or_path": None, "task_type": None}
-    targets = _peft_config.target_modules(list(hosts), tree.modules)
-    tied_whole = _peft_tied.write_whole(family, tree, adaptation.train["trainable"], head)
-    if tied or tied_whole:
-        targets, fields = (
-            _peft_tied.ties(targets) if tied else targets,
-            fields | {_peft_tied.FIELD: True},
-        )
-    written = (
-        general | {"inference_mode": True, "target_modules": targets} | entries | fields | config
-    )
-    text = _json(written)  # before any file is written
-    files = safetensors.write(folder / TENSORS, tensors | whole | tied | tied_whole)
-    return [*files, documents.write(folder / _peft_config.NAME, text.encode())]
+    return made
 
 
 def _json(fields: Mapping[str, Any]) -> str:
