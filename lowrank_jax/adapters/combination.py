@@ -47,7 +47,7 @@ from lowrank_jax.adapters.conversion import (
     truncated,
 )
 from lowrank_jax.adapters.rules import chosen_rows
-from lowrank_jax.typing import Kernel
+from lowrank_jax.typing import Key, Scalar
 
 PRUNED = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 METHODS = ("cat", "svd", "linear", *PRUNED, *(f"{method}_svd" for method in PRUNED))
@@ -68,7 +68,7 @@ class Rule:
     majority_sign: str
 
     def __call__(
-        self, tasks: jax.Array, weights: jax.Array, own: np.ndarray | bool, keys: Any
+        self, tasks: jax.Array, weights: jax.Array, own: np.ndarray | bool, keys: Key | None
     ) -> jax.Array:
         """`(..., rows, cols)`.
 
@@ -278,10 +278,10 @@ def _with_whole(adaptations: Mapping[str, Adaptation]) -> Adaptation:
 def _by_factor(
     site: Site,
     thin: Mapping[str, SiteFactors],
-    weights: list[Any],
+    weights: list[Scalar],
     method: str,
     rule: Rule,
-    keys: Any,
+    keys: Key | None,
 ):
     """`(a, b, ranks)` of a rule that works on factors: `(k, batch..., n, q)` and
     `(k, batch..., q, m)` apart."""
@@ -300,57 +300,65 @@ def _by_factor(
     stack_a = jnp.stack([one.a for one in thin.values()])
     stack_b = jnp.stack([one.b for one in thin.values()])
     # what is dropped of a and of b is drawn apart
-    key_a, key_b = (None, None) if keys is None else jax.vmap(jax.random.split, out_axes=1)(keys)
-    a = rule(stack_a, signed[..., None, :], first.own[..., None, :], key_a)
-    b = rule(stack_b, root[..., None], first.own[..., None], key_b)
+    key_a = key_b = None
+    if keys is not None:
+        key_a, key_b = jax.vmap(jax.random.split, out_axes=1)(keys)
+    own = first.own
+    a = rule(stack_a, signed[..., None, :], own[..., None, :], key_a)
+    b = rule(stack_b, root[..., None], own[..., None], key_b)
     return a, b, first.ranks
 
 
 def _sum(
     site: Site,
     thin: list[SiteFactors],
-    weights: list[Any],
+    weights: list[Scalar],
     method: str,
     rule: Rule,
-    keys: Any,
-    rank: Any,
-    energy: Any,
+    keys: Key | None,
+    rank: int | None,
+    energy: float | None,
 ) -> tuple[jax.Array, jax.Array, np.ndarray]:
     """`(a, b, ranks)` of the weighted sum of deltas, or of what a rule makes of them."""
     own = np.concatenate([one.own for one in thin], axis=-1)
     top = max(one.own.shape[-1] for one in thin) if rank is None else rank
     if method in ("cat", "svd"):
-        # [w_1 s_1 a_1, w_2 s_2 a_2, ...] [b_1; b_2; ...]
-        scales = [_times(w, one) for w, one in zip(weights, thin, strict=True)]
-        scale = jnp.concatenate(scales, -1)
-        a = jnp.concatenate([one.a for one in thin], -1)
-        b = jnp.concatenate([one.b for one in thin], -2)
-        every = SiteFactors(a, scale, b, own).compact()
+        every = _concatenated(thin, weights, own)
         a, b = every.scaled()
         if method == "cat":
             return a, b, every.ranks
-        return truncated(linalg.svd_of_product(a, b), np.minimum(every.ranks, top), energy)
+        limit = np.minimum(every.ranks, top)
+        return truncated(linalg.svd_of_product(a, b), limit, energy)
 
-    column = jnp.stack([jnp.asarray(weight, jnp.float32) for weight in weights])[:, None, None]
+    # (k, 1, 1), over dense deltas
+    stacked = jnp.stack([jnp.asarray(weight, jnp.float32) for weight in weights])
+    column = stacked[:, None, None]
 
     def one(trees):
         pairs, own_keys = trees
         # dense, (k, n, m)
         deltas = jnp.stack([a @ b for a, b in pairs])
-        return linalg.truncated_svd(rule(deltas, column, True, own_keys), min(site.n, site.m))
+        made = rule(deltas, column, True, own_keys)
+        return linalg.truncated_svd(made, min(site.n, site.m))
 
     pairs = [(x.a, _times(1, x)[..., None] * x.b) for x in thin]
-    each = None
-    if keys is not None:
-        each = (
-            jax.vmap(lambda k: jax.random.split(k, site.lead), out_axes=-1)(keys)
-            if site.lead
-            else keys
-        )
+    # each matrix of a stack draws for itself
+    each = keys
+    if keys is not None and site.lead:
+        each = jax.vmap(lambda key: jax.random.split(key, site.lead), out_axes=-1)(keys)
     svd = over_matrices(one, site, (pairs, each))
     return truncated(svd, np.where(own.any(axis=-1), top, 0), energy)
 
 
-def _times(weight: Kernel, thin: SiteFactors) -> jax.Array:
+def _concatenated(thin: list[SiteFactors], weights: list[Scalar], own: np.ndarray) -> SiteFactors:
+    """`[w_1 s_1 a_1, w_2 s_2 a_2, ...] [b_1; b_2; ...]`."""
+    scales = [_times(weight, one) for weight, one in zip(weights, thin, strict=True)]
+    scale = jnp.concatenate(scales, -1)
+    a = jnp.concatenate([one.a for one in thin], -1)
+    b = jnp.concatenate([one.b for one in thin], -2)
+    return SiteFactors(a, scale, b, own).compact()
+
+
+def _times(weight: Scalar, thin: SiteFactors) -> jax.Array:
     """`weight scale` of each component, 0 beyond a matrix's own rank."""
     return jnp.where(thin.own, jnp.asarray(weight, jnp.float32) * thin.scale, 0)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Site, check_positive
 from lowrank_jax.adapters.rules import Matrices
-from lowrank_jax.typing import Kernel
+from lowrank_jax.typing import Kernel, Pytree
 
 TREES = ("train", "frozen")
 
@@ -91,7 +91,8 @@ def padded(adaptation: Adaptation, rank: int) -> Adaptation:
 
 def _padded(adaptation: Adaptation, ranks: Mapping[str, int]) -> Adaptation:
     """The adaptation with the rank of each named site raised."""
-    layout, trees = adaptation.layout, {name: dict(getattr(adaptation, name)) for name in TREES}
+    layout = adaptation.layout
+    trees = {name: dict(getattr(adaptation, name)) for name in TREES}
     sites, adapters = [], []
     for adapter, site in layout.by_path.values():
         rank = ranks.get(site.path, site.rank)
@@ -109,24 +110,20 @@ def _padded(adaptation: Adaptation, ranks: Mapping[str, int]) -> Adaptation:
                 "rank"
             )
         for tree in trees.values():
-            pad = {
-                key: _pad_rank(x, axes.get(key, ()), rank)
-                for key, x in tree["sites"].get(site.path, {}).items()
-            }
-            tree["sites"] = tree["sites"] | ({site.path: pad} if pad else {})
-            shared = tree["shared"].get(site.group, {})
-            pad = {key: _pad_rank(x, axes.get(key, ()), rank) for key, x in shared.items()}
-            tree["shared"] = tree["shared"] | ({site.group: pad} if pad else {})
+            # what the leaf has, and what its group shares
+            for kind, place in (("sites", site.path), ("shared", site.group)):
+                arrays = tree[kind].get(place, {})
+                pad = {key: _pad_rank(x, axes.get(key, ()), rank) for key, x in arrays.items()}
+                tree[kind] = tree[kind] | ({place: pad} if pad else {})
     layout = dataclasses.replace(layout, sites=tuple(sites), adapters=tuple(adapters))
     return adaptation.replace(layout=layout, train=trees["train"], frozen=trees["frozen"])
 
 
 def _pad_rank(x: jax.Array, axes: tuple[str | None, ...], rank: int) -> jax.Array:
     """`x (..., axes)` with zeros up to `rank` along the axes that are the rank."""
-    widths = [(0, 0)] * (x.ndim - len(axes)) + [
-        (0, rank - x.shape[i - len(axes)]) if axis == "rank" else (0, 0)
-        for i, axis in enumerate(axes)
-    ]
+    widths = [(0, 0)] * (x.ndim - len(axes))
+    for size, axis in zip(x.shape[len(widths) :], axes, strict=True):
+        widths.append((0, rank - size) if axis == "rank" else (0, 0))
     return jnp.pad(x, widths) if any(width != (0, 0) for width in widths) else x
 
 
@@ -255,14 +252,25 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
     if not adaptations:
         raise ValueError("candidates: there is no adaptation to choose from")
     for name, one in adaptations.items():
-        if one.layout.trainable or one.layout.candidates:
-            what = (
-                f"leaves {one.layout.trainable} are trained in full"
-                if one.layout.trainable
-                else "it holds candidates itself"
-            )
+        layout = one.layout
+        if layout.trainable or layout.candidates:
+            what = "it holds candidates itself"
+            if layout.trainable:
+                what = f"leaves {layout.trainable} are trained in full"
             raise ValueError(f"candidates: {name!r} cannot be chosen by rows: {what}")
     adaptations = _united(adaptations)
+    even = _of_one_shape(adaptations)
+    layout = even[0].layout
+    matrices = _interleaved([dict(one.matrices) for one in adaptations.values()])
+    lead = {site.path: len(site.lead) for site in layout.sites}
+    train = _stacked([one.train for one in even], lead) | {"trainable": {}}
+    frozen = _stacked([one.frozen for one in even], lead)
+    layout = dataclasses.replace(layout, name="candidates", candidates=tuple(adaptations))
+    return Adaptation(train, frozen, layout, matrices)
+
+
+def _of_one_shape(adaptations: Mapping[str, Adaptation]) -> list[Adaptation]:
+    """The adaptations with ranks padded to the largest; ValueError where more than ranks differs."""
     (head, first), *rest = adaptations.items()
     for name, one in rest:
         problems = _differences(first, one, head, name)
@@ -271,39 +279,34 @@ def candidates(adaptations: Mapping[str, Adaptation]) -> Adaptation:
                 f"candidates: {head!r} and {name!r} do not stand in one program: "
                 + "; ".join(problems)
             )
+    # leaves of a group share arrays, and so one rank
     largest: dict[str, int] = {}
     for one in adaptations.values():
         for site in one.layout.sites:
-            group = first.layout.by_path[site.path][1].group
-            largest[group] = max(largest.get(group, 0), site.rank)
+            _, own = first.layout.by_path[site.path]
+            largest[own.group] = max(largest.get(own.group, 0), site.rank)
     ranks = {site.path: largest[site.group] for site in first.layout.sites}
     even = [_padded(one, ranks) for one in adaptations.values()]
-    lead = {site.path: len(site.lead) for site in first.layout.sites}
-    shapes = {
-        str(jax.tree.map(jnp.shape, (one.train["shared"], one.frozen["shared"]))) for one in even
-    }
+
+    shared = [(one.train["shared"], one.frozen["shared"]) for one in even]
+    shapes = {str(jax.tree.map(jnp.shape, arrays)) for arrays in shared}
     if len(shapes) > 1:
         raise ValueError(
             f"candidates: what their groups share has shapes {' and '.join(sorted(shapes))}; adapt "
             "the same leaves, or give leaves that only some adapt a group= of their own"
         )
+    return even
 
-    def stacked(name: str) -> dict[str, Any]:
-        # shared arrays (candidates, ...), those of sites (batch..., candidates, ...)
-        trees = [getattr(one, name) for one in even]
-        shared = jax.tree.map(lambda *xs: jnp.stack(xs), *(tree["shared"] for tree in trees))
-        sites = {
-            path: {
-                key: jnp.stack([tree["sites"][path][key] for tree in trees], axis=lead[path])
-                for key in arrays
-            }
-            for path, arrays in trees[0]["sites"].items()
-        }
-        return {"shared": shared, "sites": sites} | ({"trainable": {}} if name == "train" else {})
 
-    layout = dataclasses.replace(even[0].layout, name="candidates", candidates=tuple(adaptations))
-    matrices = _interleaved([dict(one.matrices) for one in adaptations.values()])
-    return Adaptation(stacked("train"), stacked("frozen"), layout, matrices)
+def _stacked(trees: list[dict[str, Pytree]], lead: Mapping[str, int]) -> dict[str, Pytree]:
+    """Shared arrays `(candidates, ...)`, those of sites `(batch..., candidates, ...)`."""
+    shared = jax.tree.map(lambda *xs: jnp.stack(xs), *(tree["shared"] for tree in trees))
+    sites: dict[str, Pytree] = {}
+    for path, axis in lead.items():
+        if path in trees[0]["sites"]:
+            own = [tree["sites"][path] for tree in trees]
+            sites[path] = {key: jnp.stack([one[key] for one in own], axis=axis) for key in own[0]}
+    return {"shared": shared, "sites": sites}
 
 
 def _interleaved(own: list[dict[str, Matrices]]) -> tuple[tuple[str, Matrices], ...]:

@@ -23,7 +23,7 @@ from lowrank_jax.adapters.tree import matrices_of
 from lowrank_jax.optim.surgery import Keep, Policy, apply_policy
 from lowrank_jax.reprs import show
 from lowrank_jax.trees import leaves_with_metadata, map_nodes, stored_like
-from lowrank_jax.typing import Kernel, Pytree
+from lowrank_jax.typing import Kernel, Pytree, Shape
 
 
 class Moved(NamedTuple):
@@ -92,18 +92,35 @@ def transition(
         raise ValueError(
             f"transition: rows choose among {layout.candidates}; move each of them by itself"
         )
-    key = jax.random.fold_in(key, zlib.crc32(layout.name.encode()))
-    step = jnp.asarray(step, jnp.int32)
+    moved = _moved(adaptation, key, jnp.asarray(step, jnp.int32), base, stats or {})
+    train, frozen, policy, written = moved
+    if written:
+        sites = {site.path: site for site in layout.sites}
+
+        def with_written(path, node):
+            return _with_matrices(node, sites[path], written[path]) if path in written else node
+
+        base = map_nodes(with_written, base)
+    if opt_state is not None:
+        opt_state = apply_policy(policy, opt_state)
+    return Moved(adaptation.replace(train=train, frozen=frozen), base, opt_state, policy)
+
+
+def _moved(
+    adaptation: Adaptation, key: jax.Array, step: jax.Array, base: Pytree, stats: Mapping
+) -> tuple[Pytree, Pytree, Pytree, dict[str, jax.Array]]:
+    """`(train, frozen, policy, {path: new kernels})` after the transitions of all groups."""
+    layout, train, frozen = adaptation.layout, adaptation.train, adaptation.frozen
     nodes = {path: node for path, node, _ in leaves_with_metadata(base)}
-    train, frozen = adaptation.train, adaptation.frozen
-    policy: dict[str, Any] = jax.tree.map(lambda _: Keep(), train)
+    # what no family names keeps its moments
+    policy: dict[str, Pytree] = jax.tree.map(lambda _: Keep(), train)
     written: dict[str, jax.Array] = {}
+    key = jax.random.fold_in(key, zlib.crc32(layout.name.encode()))
     for name, (adapter, group) in layout.groups.items():
         own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         before = _of_group(train, name, group), _of_group(frozen, name, group)
-        found = adapter.transition(
-            group, own_key, step, Kernels(nodes, group), before[0], before[1], stats or {}
-        )
+        kernels = Kernels(nodes, group)
+        found = adapter.transition(group, own_key, step, kernels, *before, stats)
         if found is None:
             continue
         _check(adapter, before, found)
@@ -111,29 +128,17 @@ def transition(
         frozen = _with_group(frozen, name, found.frozen)
         policy = _with_policy(policy, name, found.policy)
         written |= found.base
-    if written:
-        sites = {site.path: site for site in layout.sites}
-        base = map_nodes(
-            lambda path, node: (
-                _with_matrices(node, sites[path], written[path]) if path in written else node
-            ),
-            base,
-        )
-    if opt_state is not None:
-        opt_state = apply_policy(policy, opt_state)
-    moved = adaptation.replace(train=train, frozen=frozen)
-    return Moved(moved, base, opt_state, policy)
+    return train, frozen, policy, written
 
 
 class Kernels(Mapping):
     """`{path: kernels (batch..., n, m)}` of a group in float32, made when they are read."""
 
-    def __init__(self, nodes: Mapping[str, Any], group: Group):
-        missing = sorted(
-            path
-            for path, site in group.sites.items()
-            if path not in nodes or tuple(nodes[path].shape) != site.shape
-        )
+    def __init__(self, nodes: Mapping[str, Kernel], group: Group):
+        def fits(path, site):
+            return path in nodes and tuple(nodes[path].shape) == site.shape
+
+        missing = sorted(path for path, site in group.sites.items() if not fits(path, site))
         if missing:
             raise ValueError(
                 f"base: adapted leaves {missing} are missing or of another shape; give the tree "
@@ -152,27 +157,30 @@ class Kernels(Mapping):
         return len(self._group.sites)
 
 
-def _with_matrices(node: Kernel, site: Site, matrices: jax.Array) -> Any:
+def _with_matrices(node: Kernel, site: Site, matrices: jax.Array) -> Kernel:
     """A leaf with other matrices: as it is stored, in its box."""
     array = meta.unbox(node)
-    new = stored_like(site.view.from_matrices(matrices, tuple(array.shape)), array)
+    value = site.view.from_matrices(matrices, tuple(array.shape))
+    new = stored_like(value, array)
     return node.replace_boxed(new) if isinstance(node, meta.AxisMetadata) else new
 
 
-def _of_group(tree: dict[str, Pytree], name: str, group: Group) -> dict[str, Any]:
+def _of_group(tree: dict[str, Pytree], name: str, group: Group) -> dict[str, Pytree]:
     """The part of a tree that belongs to one group."""
     sites = {path: dict(tree["sites"].get(path, {})) for path in group.sites}
     return {"shared": dict(tree["shared"].get(name, {})), "sites": sites}
 
 
-def _with_group(tree: dict[str, Pytree], name: str, part: dict[str, Pytree]) -> dict[str, Any]:
+def _with_group(tree: dict[str, Pytree], name: str, part: dict[str, Pytree]) -> dict[str, Pytree]:
     """The tree with another part for one group."""
     shared = {name: part["shared"]} if part["shared"] else {}
     sites = {path: arrays for path, arrays in part["sites"].items() if arrays}
     return tree | {"shared": tree["shared"] | shared, "sites": tree["sites"] | sites}
 
 
-def _with_policy(policy: dict[str, Any], name: str, part: dict[str, Pytree]) -> dict[str, Any]:
+def _with_policy(
+    policy: dict[str, Pytree], name: str, part: dict[str, Pytree]
+) -> dict[str, Pytree]:
     """The policies with those that a family names; what it does not name keeps its moments."""
     given = {
         "shared": {name: part.get("shared", {})} if part.get("shared") else {},
@@ -199,12 +207,9 @@ def _with_policy(policy: dict[str, Any], name: str, part: dict[str, Pytree]) -> 
 
 def _check(adapter: Adapter, before: tuple[Pytree, Pytree], found: Transition) -> None:
     """ValueError where names, shapes or dtypes of arrays changed."""
+    # `found` names its trees as they are named here
     for what, old, new in zip(("train", "frozen"), before, found[1:3], strict=True):
-        describe = lambda tree: {  # noqa: E731
-            jax.tree_util.keystr(keys): (leaf.shape, str(leaf.dtype))
-            for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-        }
-        one, other = describe(old), describe(new)
+        one, other = _described(old), _described(new)
         if one != other:
             changed = [name for name in {*one, *other} if one.get(name) != other.get(name)]
             pairs = [f"{name}: {one.get(name)} -> {other.get(name)}" for name in sorted(changed)]
@@ -212,3 +217,9 @@ def _check(adapter: Adapter, before: tuple[Pytree, Pytree], found: Transition) -
                 f"transition of {adapter.kind}: {what} changes names, shapes or dtypes: "
                 f"{'; '.join(pairs[:6])}; padded arrays and `scale` say what is gone"
             )
+
+
+def _described(tree: Pytree) -> dict[str, tuple[Shape, str]]:
+    """`{path: (shape, dtype)}`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(keys): (leaf.shape, str(leaf.dtype)) for keys, leaf in leaves}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,19 @@ from flax.core import meta
 
 from lowrank_jax import deprecations, sharding
 from lowrank_jax.adapters.adaptation import Adaptation, Adaptations
-from lowrank_jax.adapters.base import Adapter, Site
+from lowrank_jax.adapters.base import Adapter, Arrays, Site
 from lowrank_jax.adapters.hosts import AdaptedKernel, Bound
-from lowrank_jax.adapters.rules import LAYER_IN_PATH, Rules, Selection, chosen_rows
+from lowrank_jax.adapters.rules import (
+    LAYER_IN_PATH,
+    Layout,
+    Matrices,
+    Rules,
+    Selection,
+    chosen_rows,
+)
 from lowrank_jax.resolution import Views
 from lowrank_jax.trees import dequantized, leaves_with_metadata, map_nodes, stored_like
-from lowrank_jax.typing import Kernel, Pytree
+from lowrank_jax.typing import ArrayLike, Kernel, Pytree
 
 
 @deprecations.options("lrx.adapt")
@@ -47,7 +54,7 @@ def adapt(
     bias: str = "none",
     uses: Any = (),
     order: tuple[tuple[str, int], ...] | None = None,
-    stats: Mapping[str, Mapping[str, Any]] | None = None,
+    stats: Mapping[str, Mapping[str, ArrayLike]] | None = None,
     name: str = "default",
 ) -> Adaptation:
     """Gives leaves of a tree adapters; the tree itself is not changed.
@@ -108,39 +115,48 @@ def adapt(
     )
     layout, matrices = selection.layout(params, name)
     nodes = {path: node for path, node, _ in leaves_with_metadata(params)}
+    trained = {path: nodes[path] for path in layout.trainable}
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    train: dict[str, Pytree] = {
-        "shared": {},
-        "sites": {},
-        "trainable": {path: nodes[path] for path in layout.trainable},
-    }
-    frozen: dict[str, Pytree] = {"shared": {}, "sites": {}}
-    given: dict[str, Any] = {}
-    ranks = {(path, i): rank for path, own in matrices.items() for i, rank in enumerate(own.ranks)}
-    for group, (adapter, sites) in layout.groups.items():
-        group_key = jax.random.fold_in(key, zlib.crc32(f"shared {group}".encode()))
-        group_train, group_frozen, per_site = adapter.init_shared(
-            group_key, dataclasses.replace(sites, ranks=ranks)
-        )
-        train["shared"] |= {group: group_train} if group_train else {}
-        frozen["shared"] |= {group: group_frozen} if group_frozen else {}
-        given |= per_site
+    shared = _shared(layout, matrices, key)
+    train: dict[str, Pytree] = {"shared": shared.train, "sites": {}, "trainable": trained}
+    frozen: dict[str, Pytree] = {"shared": shared.frozen, "sites": {}}
     for path, (adapter, site) in layout.by_path.items():
-        scale = matrices[path].scale(adapter, site)
-        known = {"scale": scale} | given.get(path, {})
-        shared = train["shared"].get(site.group, {}) | frozen["shared"].get(site.group, {})
+        # a key of the leaf's own name, whatever else is adapted
         site_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        measured = {"stats": dict((stats or {}).get(path, {}))}
-        site_train, site_frozen = _initialised(
-            adapter, site, site_key, nodes[path], known | measured, shared
-        )
+        of_group = shared.train.get(site.group, {}) | shared.frozen.get(site.group, {})
+        known = {"scale": matrices[path].scale(adapter, site)} | shared.by_path.get(path, {})
+        given = known | {"stats": dict((stats or {}).get(path, {}))}
+        made = _initialised(adapter, site, site_key, nodes[path], given, of_group)
+        site_train, site_frozen = made
         train["sites"] |= {path: site_train} if site_train else {}
         frozen["sites"][path] = known | site_frozen
-        _check_axes(adapter, site, frozen["sites"][path] | site_train, shared)
+        _check_axes(adapter, site, frozen["sites"][path] | site_train, of_group)
     return Adaptation(train, frozen, layout, tuple(matrices.items()))
 
 
-def _check_axes(adapter: Adapter, site: Site, own: Any, shared: Pytree) -> None:
+class _Shared(NamedTuple):
+    """What groups make for all their leaves: arrays by group, and what is given to single leaves."""
+
+    train: dict[str, Pytree]
+    frozen: dict[str, Pytree]
+    by_path: dict[str, dict[str, jax.Array]]
+
+
+def _shared(layout: Layout, matrices: Mapping[str, Matrices], key: jax.Array) -> _Shared:
+    """`init_shared` of every group, each with a key of its own name."""
+    train, frozen, by_path = made = _Shared({}, {}, {})
+    ranks = {(path, i): rank for path, own in matrices.items() for i, rank in enumerate(own.ranks)}
+    for name, (adapter, group) in layout.groups.items():
+        own_key = jax.random.fold_in(key, zlib.crc32(f"shared {name}".encode()))
+        group = dataclasses.replace(group, ranks=ranks)
+        own_train, own_frozen, given = adapter.init_shared(own_key, group)
+        train.update({name: own_train} if own_train else {})
+        frozen.update({name: own_frozen} if own_frozen else {})
+        by_path.update(given)
+    return made
+
+
+def _check_axes(adapter: Adapter, site: Site, own: Arrays, shared: Pytree) -> None:
     """ValueError where `axes` names what is not there: its padding and sharding would be nobody's."""
     name = f"{site.path!r}: {type(adapter).__name__}.axes"
     for array, axes in adapter.axes(site).items():
@@ -157,17 +173,21 @@ def _check_axes(adapter: Adapter, site: Site, own: Any, shared: Pytree) -> None:
 
 
 def _initialised(
-    adapter: Adapter, site: Site, key: jax.Array, node: Kernel, given: Any, shared: Pytree
-) -> Any:
-    """`init_site` of every matrix, one after the other so that an SVD of a large stack fits;
-    explicit meshes: whole."""
+    adapter: Adapter,
+    site: Site,
+    key: jax.Array,
+    node: Kernel,
+    given: dict[str, Pytree],
+    shared: Pytree,
+) -> tuple[Arrays, Arrays]:
+    """`init_site` of every matrix, one after the other so that an SVD of a large stack fits; on
+    explicit meshes unsharded."""
 
     def one(of):
         key, kernel, given = of
         if kernel is not None:
-            kernel = sharding.reshard(
-                kernel, sharding.unsharded_spec(sharding.explicit_spec(kernel))
-            )
+            spec = sharding.unsharded_spec(sharding.explicit_spec(kernel))
+            kernel = sharding.reshard(kernel, spec)
         return adapter.init_site(key, site, kernel, given | {"shared": shared})
 
     kernel = matrices_of(node, site) if adapter.reads_kernel else None
@@ -210,7 +230,7 @@ def attach(
     active: tuple[str, ...] | None = None,
     key: jax.Array | None = None,
     ids: jax.Array | None = None,
-) -> Any:
+) -> Pytree:
     """The tree with an `AdaptedKernel` in place of each adapted leaf, and the trained leaves in
     place of theirs.
 
@@ -283,7 +303,7 @@ def site_keys(key: jax.Array, name: str, adapter: Adapter, site: Site) -> jax.Ar
 
 def effective(
     params: Pytree, adaptations: Adaptations, *, active: tuple[str, ...] | None = None
-) -> Any:
+) -> Pytree:
     """Plain parameters with the adapters worked in: `K'` of every site, computed in float32, in the
     leaf's dtype.
 
@@ -310,7 +330,7 @@ def effective(
 
 def merge(
     params: Pytree, adaptations: Adaptations, *, active: tuple[str, ...] | None = None
-) -> Any:
+) -> Pytree:
     """`effective`, matrix by matrix, and only if everything is finite; the given tree stays as it
     is.
 
@@ -334,12 +354,12 @@ def merge(
 
 
 def unmerge(
-    merged: Any,
+    merged: Pytree,
     adaptations: Adaptations,
     *,
-    base: Any = None,
+    base: Pytree = None,
     active: tuple[str, ...] | None = None,
-) -> Any:
+) -> Pytree:
     """The parameters before `merge`: bit for bit from `base`, else by arithmetic, up to rounding.
 
     Raises:
@@ -386,7 +406,9 @@ def _mapped(function: Callable) -> Callable:
     return lambda *args: jax.lax.map(lambda one: function(*one), args)
 
 
-def _worked(params: Pytree, chosen: dict[str, Adaptation], work: Callable, over: Callable) -> Any:
+def _worked(
+    params: Pytree, chosen: dict[str, Adaptation], work: Callable, over: Callable
+) -> Pytree:
     """The tree with `work(adapter, site, kernel, arrays)` of every active adapter on every
     matrix."""
     with sharding.mesh_of(params):
@@ -395,7 +417,7 @@ def _worked(params: Pytree, chosen: dict[str, Adaptation], work: Callable, over:
 
 def _worked_there(
     params: Pytree, chosen: dict[str, Adaptation], work: Callable, over: Callable
-) -> Any:
+) -> Pytree:
     paths = {path for adaptation in chosen.values() for path in adaptation.layout.by_path}
     for adaptation in chosen.values():
         adaptation.layout.check_uses("a plain leaf serves all of them")
@@ -429,11 +451,13 @@ def _worked_there(
     )
 
 
-def _placed(params: Pytree, chosen: dict[str, Adaptation], paths: set[str], place: Callable) -> Any:
+def _placed(
+    params: Pytree, chosen: dict[str, Adaptation], paths: set[str], place: Callable
+) -> Pytree:
     """The tree with `place(path, node)` at adapted paths and trained leaves at theirs, after
     checking both."""
     nodes = {path: node for path, node, _ in leaves_with_metadata(params)}
-    trained: dict[str, Any] = {}
+    trained: dict[str, Pytree] = {}
     views: dict[str, Any] = {}
     for adaptation in chosen.values():
         for path, (_, site) in adaptation.layout.by_path.items():
@@ -464,7 +488,7 @@ def _placed(params: Pytree, chosen: dict[str, Adaptation], paths: set[str], plac
     return map_nodes(lambda path, node: place(path, now(path, node)), params)
 
 
-def _boxed_as(node: Kernel, value: Any) -> Any:
+def _boxed_as(node: Kernel, value: Kernel) -> Kernel:
     """A value in a box like that of a leaf, if that is in one."""
     return node.replace_boxed(value) if isinstance(node, meta.AxisMetadata) else value
 

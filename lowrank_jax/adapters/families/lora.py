@@ -176,23 +176,29 @@ class Lora(Adapter):
         return Factors(p["a0"], p["scale"], p["b0"], np.arange(p["scale"].size))
 
     def wrap(self, op: Op, site: Site, p: Arrays, key: jax.Array | None = None) -> Op:
+        def delta():
+            return self.delta(site, p)
+
         if self.implementation == "pallas" and op.plain and not sharding.explicit_trace():
 
             def both(x):
+                # x W and x A B in one kernel
                 a, scale, b, _ = self.checked_factors(site, p)
                 spec = sharding.matrix_spec(site.path, site.view)
                 return kernels.lora_linear(x, op.kernel(), a * scale, b, spec=spec)
 
-            return dataclasses.replace(op.plus(both, lambda: self.delta(site, p)), own=both)
+            return dataclasses.replace(op.plus(both, delta), own=both)
 
         def forward(x):
             if key is None or self.dropout == 0:
                 return op.thin(x, self.checked_factors(site, p))
             y = op.thin(dropout(x, self.dropout, key), self.pair(p))
+            if "a0" not in p:
+                return y
             # the offset is the kernel's own part, which sees the input as it is
-            return y if "a0" not in p else y - op.thin(x, self.offset(p))
+            return y - op.thin(x, self.offset(p))
 
-        return op.plus(forward, lambda: self.delta(site, p))
+        return op.plus(forward, delta)
 
     def count(self, site):
         rows = site.n if self.trains != "b" else 0

@@ -171,11 +171,13 @@ class Miss(Adapter):
             x = dropout(x, self.dropout, key)
             # (..., shards, r), the last one filled with zeros
             padding = [(0, 0)] * (x.ndim - 1) + [(0, -site.n % self.rank)]
-            shards = jnp.pad(x, padding).reshape(*x.shape[:-1], -1, self.rank)
+            padded = jnp.pad(x, padding)
+            shards = padded.reshape(*x.shape[:-1], -1, self.rank)
             # the sum over shards (..., r) is all that the backward pass keeps
             wide = jnp.promote_types(x.dtype, jnp.float32)
             low = jnp.sum(shards, -2, dtype=wide) * p["scale"]
-            return self._tiled(product(low.astype(x.dtype), p["block"]), site)
+            y = product(low.astype(x.dtype), p["block"])
+            return self._tiled(y, site)
 
         return op.plus(forward, lambda: self.delta(site, p))
 

@@ -137,23 +137,19 @@ class RandLora(Adapter):
         shared, count = p["shared"], self.count_bases(site)
         shorter, longer = sorted((site.n, site.m))
         if "key" not in shared:
-            bank_a = shared["bank_a"][: self.rank, :shorter]
-            return bank_a, shared["bank_b"][:longer, :count, : self.rank]
-        keys = jax.random.split(jax.random.wrap_key_data(shared["key"], impl=KEY_IMPLEMENTATION))
+            bank_a, bank_b = shared["bank_a"], shared["bank_b"]
+            return bank_a[: self.rank, :shorter], bank_b[:longer, :count, : self.rank]
+        key = jax.random.wrap_key_data(shared["key"], impl=KEY_IMPLEMENTATION)
+        key_a, key_b = jax.random.split(key)
         shorter_max, longer_max = sorted(site.bank)
 
-        def rows(key, numbers, size):
-            # a key of its own for each vector, so that smaller sites see the same numbers
-            own = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-            bound = math.sqrt(3.0)  # of variance 1
-            draw = lambda key: jax.random.uniform(key, (size,), minval=-bound, maxval=bound)  # noqa: E731
-            return jax.vmap(draw)(own)
-
-        bank_a = rows(keys[0], jnp.arange(self.rank), shorter_max)[:, :shorter]
+        bank_a = _vectors(key_a, jnp.arange(self.rank), shorter_max)
         # base j, component k has the number j 2^16 + k
         numbers = (jnp.arange(count)[:, None] << 16) + jnp.arange(self.rank)
-        bank_b = rows(keys[1], numbers.reshape(-1), longer_max)[:, :longer]
-        return bank_a, bank_b.T.reshape(longer, count, self.rank)
+        bank_b = _vectors(key_b, numbers.reshape(-1), longer_max)
+        # (N r, q) -> (q, N, r)
+        bank_b = bank_b[:, :longer].T.reshape(longer, count, self.rank)
+        return bank_a[:, :shorter], bank_b
 
     def factors(self, site: Site, p: Arrays) -> Factors:
         bank_a, bank_b = self.banks(site, p)
@@ -181,6 +177,18 @@ class RandLora(Adapter):
         return count * (self.rank + min(site.n, site.m))
 
 
+def _vectors(key: jax.Array, numbers: jax.Array, size: int) -> jax.Array:
+    """`(vectors, size)` of variance 1, uniform, a key of its own for each number: smaller sites see
+    the same ones."""
+    own = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+    bound = math.sqrt(3.0)
+
+    def draw(key):
+        return jax.random.uniform(key, (size,), minval=-bound, maxval=bound)
+
+    return jax.vmap(draw)(own)
+
+
 def torch_banks(
     bases: str, seed: int, rank: int, count: int, shorter: int, longer: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -197,21 +205,23 @@ def torch_banks(
     first = rank * shorter  # bank_a's part of the draws
     draws = torch_uint32(seed, first + longer * count * rank)
     if bases == "uniform":
-        bank_a = _uniform_bfloat16(draws[:first], 1 / math.sqrt(shorter)).reshape(rank, shorter)
+        bank_a = _uniform_bfloat16(draws[:first], 1 / math.sqrt(shorter))
         bank_b = _uniform_bfloat16(draws[first:], 1 / math.sqrt(rank))
         # (N, q, r) as drawn, (q, N, r) as stored
         bank_b = np.moveaxis(bank_b.reshape(count, longer, rank), 0, 1)
-        bfloat16 = jnp.dtype(jnp.bfloat16)
-        return tuple(_standardized(bank, bfloat16) for bank in (bank_a, bank_b))  # type: ignore
-    share = 1 / 6 if bases == "sparse" else 1 / (2 * math.sqrt(shorter))
-    # torch.rand in float32 keeps 24 of 32 bits
-    unit = ((draws & 0xFFFFFF) / 2.0**24).astype(np.float32)
-    # -1, 0 and 1 by where a number falls
-    low, high = np.float32(share), np.float32(1 - share)
-    signs = (unit > high).astype(np.float32) - (unit < low).astype(np.float32)
-    bank_a, bank_b = signs[:first].reshape(rank, shorter), signs[first:]
-    bank_b = bank_b.reshape(longer, count, rank)
-    return tuple(_standardized(bank, np.dtype(np.float32)) for bank in (bank_a, bank_b))  # type: ignore
+        dtype = jnp.dtype(jnp.bfloat16)
+    else:
+        share = 1 / 6 if bases == "sparse" else 1 / (2 * math.sqrt(shorter))
+        # torch.rand in float32 keeps 24 of 32 bits
+        unit = ((draws & 0xFFFFFF) / 2.0**24).astype(np.float32)
+        # -1, 0 and 1 by where a number falls
+        low, high = np.float32(share), np.float32(1 - share)
+        signs = (unit > high).astype(np.float32) - (unit < low).astype(np.float32)
+        bank_a, bank_b = signs[:first], signs[first:]
+        bank_b = bank_b.reshape(longer, count, rank)
+        dtype = np.dtype(np.float32)
+    bank_a = _standardized(bank_a.reshape(rank, shorter), dtype)
+    return bank_a, _standardized(bank_b, dtype)
 
 
 def _uniform_bfloat16(draws: np.ndarray, bound: float) -> np.ndarray:

@@ -137,8 +137,10 @@ def _product(
         part = jax.lax.dynamic_slice_in_dim(x, start, width, -1)
         return y + contract(part, _changed(kernel, values, rows, cols, start, width)), None
 
-    y = jnp.zeros((*x.shape[:-1], kernel.shape[1]), jnp.promote_types(x.dtype, jnp.float32))
-    return sharding.scan(add, y, starts)[0]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    y = jnp.zeros((*x.shape[:-1], kernel.shape[1]), dtype)
+    total, _ = sharding.scan(add, y, starts)
+    return total
 
 
 def _blocks(n: int) -> tuple[jax.Array, int]:
@@ -174,7 +176,9 @@ def _backward(contract, residuals, dy):
     dy = dy.reshape(-1, dy.shape[-1]).astype(x.dtype)
 
     def outer(x):
-        return jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+        # xᵀ dy, summed over tokens
+        over_tokens = (((0,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, dy, over_tokens, preferred_element_type=wide)
 
     def block(carry, start):
         dx, dvalues = carry
@@ -183,14 +187,18 @@ def _backward(contract, residuals, dy):
         part = contract(dy, changed.T).astype(x.dtype)
         dx = jax.lax.dynamic_update_slice_in_dim(dx, part, start, 1)
         # of the block of xᵀ dy the entries that train
-        gradient = outer(jax.lax.dynamic_slice_in_dim(flat, start, width, 1))
+        own = jax.lax.dynamic_slice_in_dim(flat, start, width, 1)
+        gradient = outer(own)
         inside = _inside(rows, start, width)
         found = gradient.at[inside, cols].get(mode="fill", fill_value=0)
         return (dx, dvalues + found.astype(dvalues.dtype)), None
 
-    (dx, dvalues), _ = jax.lax.scan(block, (jnp.zeros_like(flat), jnp.zeros_like(values)), starts)
-    # the last two are no numbers that train; the kernel's is dead code unless somebody asks for it
-    return dx.reshape(x.shape), outer(flat).astype(kernel.dtype), dvalues, None, None
+    zeros = jnp.zeros_like(flat), jnp.zeros_like(values)
+    (dx, dvalues), _ = jax.lax.scan(block, zeros, starts)
+    # the kernel's gradient is dead code unless somebody asks for it
+    dkernel = outer(flat).astype(kernel.dtype)
+    # rows and columns are no numbers that train
+    return dx.reshape(x.shape), dkernel, dvalues, None, None
 
 
 _product.defvjp(_forward, _backward)

@@ -77,17 +77,11 @@ class UniLora(Adapter):
         indices = draw_indices(self.size, total, self.seed)
         counts = np.bincount(indices, minlength=self.size)
         # what is left out, and the padding of smaller ranks, reads entry 0, which `scale` masks
-        shapes = {
-            path: {"ia": (site.n, site.rank), "ib": (site.rank, site.m)}
-            for path, site in group.sites.items()
-        }
-        parts = {
-            path: {
-                name: np.zeros((group.sites[path].count, *shape), np.int32)
-                for name, shape in own.items()
-            }
-            for path, own in shapes.items()
-        }
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for path, site in group.sites.items():
+            shapes = {"ia": (site.n, site.rank), "ib": (site.rank, site.m)}
+            own = shapes.items()
+            parts[path] = {name: np.zeros((site.count, *shape), np.int32) for name, shape in own}
         start = 0
         for path, number, site in group.matrices:
             rank = site.rank
@@ -98,13 +92,13 @@ class UniLora(Adapter):
             parts[path]["ia"][number, :, :rank] = ia
             parts[path]["ib"][number, :rank] = ib
             start = end
-        frozen: dict[str, Arrays] = {
-            path: {
-                name: jnp.asarray(x.reshape(*group.sites[path].lead, *x.shape[1:]))
-                for name, x in own.items()
-            }
-            for path, own in parts.items()
-        }
+
+        # (matrices, ...) -> (batch..., ...)
+        frozen: dict[str, Arrays] = {}
+        for path, filled in parts.items():
+            lead = group.sites[path].lead
+            stacks = filled.items()
+            frozen[path] = {name: jnp.asarray(x.reshape(*lead, *x.shape[1:])) for name, x in stacks}
         theta = jax.random.uniform(key, (self.size,), minval=-self.bound, maxval=self.bound)
         return {"theta": theta}, {"norm": jnp.asarray(1 / np.sqrt(counts), jnp.float32)}, frozen
 

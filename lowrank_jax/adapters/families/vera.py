@@ -98,21 +98,22 @@ class Vera(Adapter):
 
     def init_shared(self, key, group: Group):
         del key
-        (n, m), rank = group.bank, max(site.rank for site in group.sites.values())
-        bounds = (
-            np.sqrt([6 / n, 6 / rank]).astype(np.float32).astype(np.float64)
-        )  # of torch: float32
+        n, m = group.bank
+        rank = max(site.rank for site in group.sites.values())
+        # torch has its bounds in float32
+        bounds = np.sqrt([6 / n, 6 / rank]).astype(np.float32).astype(np.float64)
         if not self.stored:
-            data = jax.random.key_data(jax.random.key(self.seed, impl=KEY_IMPLEMENTATION))
+            key = jax.random.key(self.seed, impl=KEY_IMPLEMENTATION)
+            data = jax.random.key_data(key)
             return {}, {"key": data, "bounds": jnp.asarray(bounds, jnp.float32)}, {}
-        # torch's uniform_ keeps 24 of 32 bits and rounds once; vera_A (r, n) is drawn before vera_B
-        # (m, r)
-        unit = (torch_uint32(self.seed, rank * (n + m)) & 0xFFFFFF) / 2.0**24
-        parts = unit[: rank * n].reshape(rank, n), unit[rank * n :].reshape(m, rank)
-        a, b = (
-            (2 * bound * x - bound).astype(np.float32).T
-            for bound, x in zip(bounds, parts, strict=True)
-        )
+        # torch's uniform_ keeps 24 of 32 bits and rounds once
+        words = torch_uint32(self.seed, rank * (n + m))
+        unit = (words & 0xFFFFFF) / 2.0**24
+        # vera_A (r, n) is drawn before vera_B (m, r)
+        first = rank * n
+        parts = unit[:first].reshape(rank, n), unit[first:].reshape(m, rank)
+        pairs = zip(bounds, parts, strict=True)
+        a, b = ((2 * bound * x - bound).astype(np.float32).T for bound, x in pairs)
         return {}, {"bank_a": jnp.asarray(a), "bank_b": jnp.asarray(b)}, {}
 
     def init_site(self, key, site, kernel, given):
