@@ -59,7 +59,9 @@ def read(
     if outputs:
         return split(shape, outputs), "attention"
     without_bias = bias is None and path_beside(path, "bias") not in masked
-    if without_bias and is_convolution(path) and 3 <= len(shape) <= 5 and stack_root(path) is None:
+    # one to three window axes, and two of channels
+    is_kernel = is_convolution(path) and 3 <= len(shape) <= 5
+    if without_bias and is_kernel and stack_root(path) is None:
         return split(shape, 1), "convolution"
     return None
 
@@ -79,11 +81,14 @@ def guess(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> MatrixView:
     """
     *_, layer, _ = ("", *path.split("/"))
     bias = _beside(path, "bias", shapes)
-    stack = bias is not None and len(bias) == 2 and bias == (shape[0], shape[-1])
-    if len(shape) == 3 and (stack or re.search("expert|moe", path, re.IGNORECASE)):
+    # a bias for each matrix of a stack
+    is_stack = bias is not None and len(bias) == 2 and bias == (shape[0], shape[-1])
+    is_experts = re.search("expert|moe", path, re.IGNORECASE)
+    if len(shape) == 3 and (is_stack or is_experts):
         return MatrixView(batch=(0,), rows=(1,), cols=(2,))
-    window = len(shape) > 3 and max(shape[:-2]) <= 16
-    contracts = window or is_convolution(path) or re.fullmatch(_OUTPUT, layer)
+    # a window of a convolution is small
+    has_window = len(shape) > 3 and max(shape[:-2]) <= 16
+    contracts = has_window or is_convolution(path) or re.fullmatch(_OUTPUT, layer)
     return split(shape, 1 if contracts else len(shape) - 1)
 
 
@@ -135,23 +140,25 @@ def _outputs_by_names(names: tuple | None) -> int:
         # model
         return 0
     heads = [bool(re.fullmatch(_HEADS, name)) for name in names]
-    if all(heads[1:]) and not heads[0]:
+    first, *after = heads
+    *before, last = heads
+    if all(after) and not first:
         return len(names) - 1
-    return 1 if all(heads[:-1]) and not heads[-1] else 0
+    return 1 if all(before) and not last else 0
 
 
 def _outputs_in_attention(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> int:
     """2 for query, key and value, 1 for out, 0 unless the four fit together as those of one
     attention layer do."""
-    module, layer = path.rpartition("/")[0], path.rpartition("/")[0].rpartition("/")[2]
-    query, out = _beside(module, "query/kernel", shapes), _beside(module, "out/kernel", shapes)
-    if (
-        layer not in _ATTENTION
-        or query is None
-        or out is None
-        or not len(query) == len(out) == len(shape) == 3
-    ):
+    module, _, _ = path.rpartition("/")
+    _, _, layer = module.rpartition("/")
+    query = _beside(module, "query/kernel", shapes)
+    out = _beside(module, "out/kernel", shapes)
+    if layer not in _ATTENTION or query is None or out is None:
         return 0
+    if not len(query) == len(out) == len(shape) == 3:
+        return 0
+    # query (d, heads, head_dim), out (heads, head_dim, d)
     fits = query[1:] == out[:2] and (layer == "out" or shape[2] == query[2])
     # of stacked Dense layers both would begin with the number of layers, and out would have a stack
     # of biases

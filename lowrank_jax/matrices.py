@@ -68,9 +68,8 @@ class MatrixView(Short):
 
     def stacked(self) -> MatrixView:
         """The same view of a leaf that has one more leading (layer) axis."""
-        batch, rows, cols = (
-            tuple(axis + 1 for axis in axes) for axes in (self.batch, self.rows, self.cols)
-        )
+        kinds = self.batch, self.rows, self.cols
+        batch, rows, cols = (tuple(axis + 1 for axis in axes) for axes in kinds)
         return MatrixView(batch=(0, *batch), rows=rows, cols=cols)
 
     def matrix_shape(self, shape: Shape) -> Shape:
@@ -81,8 +80,9 @@ class MatrixView(Short):
                 f"a view of axes batch={self.batch}, rows={self.rows}, cols={self.cols} does not "
                 f"cover a leaf of shape {tuple(shape)}: name each of its {len(shape)} axes once"
             )
-        sizes = [math.prod(shape[axis] for axis in axes) for axes in (self.rows, self.cols)]
-        return (*(shape[axis] for axis in self.batch), *sizes)
+        batch = tuple(shape[axis] for axis in self.batch)
+        rows, cols = (math.prod(shape[axis] for axis in axes) for axes in (self.rows, self.cols))
+        return (*batch, rows, cols)
 
     def to_matrices(self, x: jax.Array) -> jax.Array:
         """The leaf as `(batch..., rows, cols)`."""
@@ -96,9 +96,11 @@ class MatrixView(Short):
         permuted = tuple(shape[axis] for axis in self.permutation)
         if x.shape != permuted:
             x = sharding.reshape(x, permuted, first=len(self.batch))
-        if self.permutation == tuple(range(len(shape))):
+        axes = range(len(shape))
+        if self.permutation == tuple(axes):
             return x
-        return jnp.transpose(x, tuple(self.permutation.index(axis) for axis in range(len(shape))))
+        inverse = tuple(self.permutation.index(axis) for axis in axes)
+        return jnp.transpose(x, inverse)
 
 
 DENSE = MatrixView()
@@ -135,12 +137,14 @@ class ResolvedView(Short):
     @property
     def shrunk(self) -> int:
         """s, the size of the dimension that the basis shrinks to r."""
-        return self.view.matrix_shape(self.shape)[-2 if self.side == "rows" else -1]
+        *_, rows, cols = self.view.matrix_shape(self.shape)
+        return rows if self.side == "rows" else cols
 
     @property
     def kept(self) -> int:
-        """k, the size of the dimension that is kept whole."""
-        return self.view.matrix_shape(self.shape)[-1 if self.side == "rows" else -2]
+        """k, the size of the dimension that is kept."""
+        *_, rows, cols = self.view.matrix_shape(self.shape)
+        return cols if self.side == "rows" else rows
 
     @property
     def rows_shape(self) -> Shape:
@@ -167,10 +171,11 @@ class ResolvedView(Short):
         """The view of one of the matrices, without batch axes."""
         if not self.batch:
             return self
-        places = {axis: place for place, axis in enumerate(sorted(self.view.rows + self.view.cols))}
-        rows, cols = (
-            tuple(places[axis] for axis in axes) for axes in (self.view.rows, self.view.cols)
-        )
+        # axes of the leaf, counted again without its batch axes
+        own = sorted(self.view.rows + self.view.cols)
+        places = {axis: place for place, axis in enumerate(own)}
+        rows = tuple(places[axis] for axis in self.view.rows)
+        cols = tuple(places[axis] for axis in self.view.cols)
         shape = tuple(self.shape[axis] for axis in places)
         spec = None if self.spec is None else self.spec[-2:]
         view = MatrixView(rows=rows, cols=cols)
@@ -188,9 +193,9 @@ class ResolvedView(Short):
 
     def restore(self, x: jax.Array) -> jax.Array:
         """The inverse of `orient`."""
-        return self.view.from_matrices(
-            x if self.side == "rows" else jnp.swapaxes(x, -1, -2), self.shape
-        )
+        if self.side == "cols":
+            x = jnp.swapaxes(x, -1, -2)
+        return self.view.from_matrices(x, self.shape)
 
     @property
     def layered(self) -> bool:
@@ -200,27 +205,24 @@ class ResolvedView(Short):
 
     def layer(self) -> ResolvedView:
         """The view of one index along the first axis of a layered leaf."""
-        batch, rows, cols = (
-            tuple(axis - 1 for axis in axes)
-            for axes in (self.view.batch[1:], self.view.rows, self.view.cols)
-        )
+        kinds = self.view.batch[1:], self.view.rows, self.view.cols
+        batch, rows, cols = (tuple(axis - 1 for axis in axes) for axes in kinds)
         view = MatrixView(batch=batch, rows=rows, cols=cols)
         spec = None if self.spec is None else self.spec[1:]
-        return dataclasses.replace(
-            self, view=view, shape=self.shape[1:], batch=self.batch[1:], spec=spec
-        )
+        shape, batch = self.shape[1:], self.batch[1:]
+        return dataclasses.replace(self, view=view, shape=shape, batch=batch, spec=spec)
 
     def lying(self, leaf: Kernel) -> ResolvedView:
         """The view with the partition entries that the type of the leaf has on an explicit mesh,
         None elsewhere."""
         own = sharding.explicit_spec(leaf)
-        spec = (
-            None
-            if own is None
-            else sharding.fold_spec(own, self.view.batch, self.view.rows, self.view.cols)
-        )
-        if spec is not None and self.side == "cols":
-            spec = (*spec[:-2], spec[-1], spec[-2])
+        spec = None
+        if own is not None:
+            view = self.view
+            *batch, rows, cols = sharding.fold_spec(own, view.batch, view.rows, view.cols)
+            # oriented: the shrunk dimension comes first
+            ordered = (rows, cols) if self.side == "rows" else (cols, rows)
+            spec = (*batch, *ordered)
         return dataclasses.replace(self, spec=spec)
 
     def structure(self) -> ResolvedView:

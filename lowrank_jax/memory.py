@@ -28,8 +28,10 @@ import optax
 
 from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.optim.inner import Inner
 from lowrank_jax.projection.active import Layers
 from lowrank_jax.projection.batches import count
+from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import MatrixState, ProjectionState
 from lowrank_jax.reprs import Short
 from lowrank_jax.resolution import Report
@@ -39,46 +41,51 @@ STATE = ("basis", "moments", "residual", "plain", "scalars", "other", "optimizer
 
 
 def _bytes(tree: Pytree) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _abstract(tree: Pytree) -> Any:
+def _abstract(tree: Pytree) -> Pytree:
     """Shapes, dtypes and shardings of a tree, without its values."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
-        tree,
-    )
+
+    def one(x):
+        own = getattr(x, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)
+
+    return jax.tree.map(one, tree)
 
 
-def _inner_bytes(inner: Any, leaves: list[jax.ShapeDtypeStruct]) -> int:
+def _inner_bytes(inner: Inner, leaves: list[jax.ShapeDtypeStruct]) -> int:
     """Bytes of one inner state."""
     return inner.state_bytes([leaf.shape for leaf in leaves])
 
 
-def _matrix_bytes(projection: Any, view: ResolvedView) -> dict[str, int]:
-    low = jax.ShapeDtypeStruct(projection.projector.low_shape(view), "float32")
+def _matrix_bytes(projection: Projection, view: ResolvedView) -> dict[str, int]:
+    projector = projection.projector
+    low = jax.ShapeDtypeStruct(projector.low_shape(view), "float32")
     return {
-        "basis": projection.projector.basis_bytes(view) + projection.projector.memory_bytes(view),
+        "basis": projector.basis_bytes(view) + projector.memory_bytes(view),
         "moments": count(view) * _inner_bytes(projection.inner, [low]),
         "residual": projection.residual.state_bytes(view) + projection.target.state_bytes(view),
     }
 
 
 def _plain_leaves(report: Report, params: Pytree) -> list[jax.ShapeDtypeStruct]:
-    leaves = zip(report.leaves, jax.tree.leaves(params), strict=True)
-    return [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for row, leaf in leaves if row.view is None
-    ]
+    rows = zip(report.leaves, jax.tree.leaves(params), strict=True)
+    plain = [leaf for row, leaf in rows if row.view is None]
+    return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in plain]
 
 
-def _active(projection: Any, params: Pytree) -> tuple[Any, int]:
+def _active(projection: Projection, params: Pytree) -> tuple[Pytree, int]:
     """What has state, of shapes alone: all parameters, or those of the active layers; and the bytes
     of the sampler's map."""
     if not projection.sampler.samples:
         return params, 0
     layers = Layers.of(projection, params)
     maps = jax.eval_shape(lambda: layers.draw(0))
-    return jax.eval_shape(lambda params: layers.take(params, layers.draw(0)), params), _bytes(maps)
+    # every draw has as many layers, and so the shapes of the first one
+    active = jax.eval_shape(lambda params: layers.take(params, layers.draw(0)), params)
+    return active, _bytes(maps)
 
 
 def formula(tx: optax.GradientTransformation, params: Pytree) -> list[dict[str, Any]]:
@@ -101,19 +108,27 @@ def formula(tx: optax.GradientTransformation, params: Pytree) -> list[dict[str, 
     if projection is None:
         rows["optimizer state"] = None
     else:
-        params, maps = _active(projection, params)
-        report = projection.report(params)
-        matrices = [_matrix_bytes(projection, view) for view in report.projected]
-        rows |= {
-            name: sum(matrix[name] for matrix in matrices)
-            for name in ("basis", "moments", "residual")
-        }
-        rows["plain"] = _inner_bytes(projection.plain, _plain_leaves(report, params))
-        schedule = projection.refresh_schedule
-        batches = [view.batch for view in report.projected] if schedule.per_layer else [()]
-        schedules = [jax.eval_shape(lambda: schedule.init(batch)) for batch in batches]  # noqa: B023
-        rows["scalars"] = 20 + (4 if hasattr(tx, "recipe") else 0) + _bytes(schedules) + maps
+        of_state = _state_bytes(projection, params)
+        # a rate has a count of its own
+        of_state["scalars"] += 4 if hasattr(tx, "recipe") else 0
+        rows |= of_state
     return [{"component": name, "bytes_formula": size} for name, size in rows.items()]
+
+
+def _state_bytes(projection: Projection, params: Pytree) -> dict[str, int]:
+    """Bytes by component of the state of a projection."""
+    params, maps = _active(projection, params)
+    report = projection.report(params)
+    matrices = [_matrix_bytes(projection, view) for view in report.projected]
+    names = ("basis", "moments", "residual")
+    rows = {name: sum(matrix[name] for matrix in matrices) for name in names}
+    rows["plain"] = _inner_bytes(projection.plain, _plain_leaves(report, params))
+    # the state of a refresh schedule, of each layer or of all
+    schedule = projection.refresh_schedule
+    batches = [view.batch for view in report.projected] if schedule.per_layer else [()]
+    schedules = [jax.eval_shape(functools.partial(schedule.init, batch)) for batch in batches]
+    # five counts and numbers of 4 bytes, see `ProjectionState`
+    return rows | {"scalars": 20 + _bytes(schedules) + maps}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,11 +192,8 @@ def measure(step: Any, *arguments: Any) -> Program:
     if isinstance(step, optax.GradientTransformation):
         step = compile_update(step, *arguments)
     elif not isinstance(step, jax.stages.Compiled):
-        step = (
-            (step if hasattr(step, "lower") else jax.jit(step))
-            .lower(*_abstract(arguments))
-            .compile()
-        )
+        jitted = step if hasattr(step, "lower") else jax.jit(step)
+        step = jitted.lower(*_abstract(arguments)).compile()
     memory = step.memory_analysis()
     if memory is None:
         raise ValueError(
@@ -208,6 +220,7 @@ def components(state: Pytree) -> dict[str, Any]:
     is_ours = lambda x: isinstance(x, (ProjectionState, MatrixState))  # noqa: E731
     nodes = jax.tree.leaves(state, is_leaf=is_ours)
     ours = [node for node in nodes if isinstance(node, ProjectionState)]
+    # of other transformations in a chain: their scalars count as ours, their arrays do not
     rest = [node for node in nodes if not isinstance(node, ProjectionState)]
     if not ours:
         return {"optimizer state": rest}
@@ -217,9 +230,11 @@ def components(state: Pytree) -> dict[str, Any]:
         "moments": [matrix.inner for matrix in matrices],
         "residual": [(matrix.residual, matrix.target) for matrix in matrices],
         "plain": [node.plain for node in ours],
-        "scalars": [_scalars(node) for node in ours]
-        + [matrix.refresh_schedule for matrix in matrices]
-        + [x for x in rest if not x.shape],
+        "scalars": [
+            *(_scalars(node) for node in ours),
+            *(matrix.refresh_schedule for matrix in matrices),
+            *(x for x in rest if not x.shape),
+        ],
     }
     other = [x for x in rest if x.shape]
     return parts | {"other": other} if other else parts

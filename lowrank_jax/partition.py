@@ -23,7 +23,7 @@ from lowrank_jax.trees import is_node, leaves_with_metadata, map_nodes, nodes_wi
 from lowrank_jax.typing import Pytree
 
 
-def partition(params: Pytree, patterns: str | Iterable[str]) -> tuple[Any, Any]:
+def partition(params: Pytree, patterns: str | Iterable[str]) -> tuple[Pytree, Pytree]:
     """`(selected, rest)`: the leaves whose whole "/"-joined path matches a pattern, and the others.
 
     Args:
@@ -47,11 +47,8 @@ def partition(params: Pytree, patterns: str | Iterable[str]) -> tuple[Any, Any]:
         raise ValueError(
             "patterns: there is none; name the leaves to select, for instance 'head/.*'"
         )
-    paths = [
-        path
-        for path, node, _ in leaves_with_metadata(params)
-        if not isinstance(node, optax.MaskedNode)
-    ]
+    nodes = leaves_with_metadata(params)
+    paths = [path for path, node, _ in nodes if not isinstance(node, optax.MaskedNode)]
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in paths):
             raise no_match("patterns", pattern, paths)
@@ -66,7 +63,7 @@ def partition(params: Pytree, patterns: str | Iterable[str]) -> tuple[Any, Any]:
     return half(True), half(False)
 
 
-def join(*parts: Any) -> Pytree:
+def join(*parts: Pytree) -> Pytree:
     """The tree that `partition` took apart; also of more parts than two.
 
     Raises:
@@ -79,7 +76,8 @@ def join(*parts: Any) -> Pytree:
     True
     """
     flat = [nodes_with_keys(part) for part in parts]
-    treedefs: set[Any] = {jax.tree.structure(part, is_leaf=is_node) for part in parts}
+    structures = [jax.tree.structure(part, is_leaf=is_node) for part in parts]
+    treedefs: set[Any] = set(structures)
     if len(treedefs) != 1:
         raise ValueError(
             "join: the parts are not of one structure; give what partition returned, or trees like "
@@ -87,6 +85,7 @@ def join(*parts: Any) -> Pytree:
         )
     leaves = []
     for nodes in zip(*flat, strict=True):
+        # the part that has it
         there = [node for _, node in nodes if not isinstance(node, optax.MaskedNode)]
         if len(there) != 1:
             which = "no part has" if not there else f"{len(there)} parts have"

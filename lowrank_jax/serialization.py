@@ -8,7 +8,7 @@ the target which is restored into.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -32,20 +32,20 @@ def serializable(kind: T) -> T:
     >>> serialization.from_bytes(gradient, saved).low.shape
     (2, 3)
     """
-    names = [
-        field.name for field in dataclasses.fields(kind) if not field.metadata.get("static", False)
-    ]
+    fields_of = dataclasses.fields(kind)
+    names = [field.name for field in fields_of if not field.metadata.get("static", False)]
 
-    def save(node: Kernel) -> dict[str, Any]:
+    def save(node: Kernel) -> dict[str, Pytree]:
         return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
 
-    def restore(target: Pytree, saved: dict[str, Any]) -> Pytree:
+    def restore(target: Pytree, saved: dict[str, Pytree]) -> Pytree:
         if not isinstance(saved, dict) or set(saved) != set(names):
             found = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
             raise ValueError(
                 f"{kind.__name__}: saved fields {found} are not {sorted(names)}; give from_bytes a "
                 "target of the kind that was saved"
             )
+        # static fields stay those of the target
         fields = {}
         for name in names:
             own = getattr(target, name)
@@ -57,14 +57,14 @@ def serializable(kind: T) -> T:
     return kind
 
 
-def _check_alike(kind: type, name: str, target: Pytree, own: Any, restored: Pytree) -> None:
+def _check_alike(kind: type, name: str, target: Pytree, own: Pytree, restored: Pytree) -> None:
     """ValueError where the arrays of a field have other shapes than the target's: they would mean
     something else."""
-    shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (own, restored)]
-    if shapes[0] != shapes[1]:
+    want, found = ([np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (own, restored))
+    if found != want:
         leaf = f" of {target.view.path!r}" if hasattr(target, "view") else ""
         raise ValueError(
-            f"{kind.__name__}: {name} was saved with arrays of shapes {shapes[1]}, the "
-            f"target{leaf} has {shapes[0]}; give from_bytes a target made with the same "
+            f"{kind.__name__}: {name} was saved with arrays of shapes {found}, the "
+            f"target{leaf} has {want}; give from_bytes a target made with the same "
             "parameters, views and ranks"
         )

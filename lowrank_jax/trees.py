@@ -16,8 +16,12 @@ from flax.core import meta
 from lowrank_jax.codes import Codes
 from lowrank_jax.typing import DTypeLike, Kernel, Pytree
 
+Keys = tuple[Any, ...]
+"""Keys of JAX on the way to a leaf."""
+
 
 def _key_name(key: Any) -> str:
+    # of mappings, of dataclasses and named tuples, of sequences
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -32,19 +36,20 @@ def as_float32(leaf: Kernel) -> Pytree:
     return leaf.astype(jnp.float32)
 
 
-def is_node(x: Any) -> bool:
+def is_node(x: Pytree) -> bool:
     """What counts as one leaf of a parameter tree: a masked one, a box of metadata, a quantised
     array."""
     return isinstance(x, (optax.MaskedNode, meta.AxisMetadata)) or is_quantized(x)
 
 
-def is_quantized(x: Any) -> bool:
+def is_quantized(x: Pytree) -> bool:
     """Whether a leaf is a quantised array, or an nnx Variable of one, which has all its
     attributes."""
-    return isinstance(x.get_raw_value() if _is_variable(x) else x, Codes)
+    value = x.get_raw_value() if _is_variable(x) else x
+    return isinstance(value, Codes)
 
 
-def dequantized(x: Any, dtype: DTypeLike = jnp.float32) -> Kernel:
+def dequantized(x: Kernel, dtype: DTypeLike = jnp.float32) -> Kernel:
     """The value of a quantised array in this dtype; anything else as it is."""
     return x.dequantize(dtype) if is_quantized(x) else x
 
@@ -61,7 +66,7 @@ def path_of(keys: Iterable[Any]) -> str:
     return "/".join(_key_name(key) for key in keys)
 
 
-def _is_variable(x: Any) -> bool:
+def _is_variable(x: Pytree) -> bool:
     """Whether this is an nnx Variable; where nobody imported flax.nnx there is none, and it is not
     imported here."""
     nnx = sys.modules.get("flax.nnx")
@@ -104,40 +109,41 @@ def is_placeholder(params: Pytree) -> bool:
 
 
 def nodes_with_keys(
-    tree: Pytree, is_leaf: Callable[[Any], bool] = is_node
-) -> list[tuple[tuple[Any, ...], Any]]:
+    tree: Pytree, is_leaf: Callable[[Pytree], bool] = is_node
+) -> list[tuple[Keys, Pytree]]:
     """`[(keys, node), ...]` in the order of `jax.tree.leaves(tree, is_leaf=is_leaf)`.
 
     The value of an nnx Variable is a leaf under the Variable's own keys, so that paths are the same
     with Variables, as `nnx.Optimizer` gives them to `init`, and without, as it gives them to
     `update`.
     """
-    found: list[tuple[tuple[Any, ...], Any]] = []
+    found: list[tuple[Keys, Pytree]] = []
     stops = lambda x: is_leaf(x) or _is_variable(x)  # noqa: E731
-    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops)[0]:
-        if _is_variable(node):
-            found += [
-                ((*keys, *inner), leaf)
-                for inner, leaf in nodes_with_keys(node.get_raw_value(), is_leaf)
-            ]
-        else:
+    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops):
+        if not _is_variable(node):
             found.append((keys, node))
+            continue
+        # the value may be a tree, or a node that counts as one leaf
+        value = nodes_with_keys(node.get_raw_value(), is_leaf)
+        found += [((*keys, *inner), leaf) for inner, leaf in value]
     return found
 
 
-def map_nodes(function: Callable[[str, Any], Any], tree: Pytree) -> Pytree:
+def map_nodes(function: Callable[[str, Pytree], Pytree], tree: Pytree) -> Pytree:
     """The tree with `function(path, node)` of every node; boxes and quantised arrays are nodes,
     Variables stay."""
     made = [function(path_of(keys), node) for keys, node in nodes_with_keys(tree)]
-    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_node), made)
+    structure = jax.tree.structure(tree, is_leaf=is_node)
+    return jax.tree.unflatten(structure, made)
 
 
-def leaves_with_metadata(tree: Pytree) -> list[tuple[str, Any, tuple[str | None, ...] | None]]:
+def leaves_with_metadata(tree: Pytree) -> list[tuple[str, Pytree, tuple[str | None, ...] | None]]:
     """`[(path, leaf or MaskedNode, logical axis names or None), ...]` in the order of
     `jax.tree.leaves`."""
     found = []
     for keys, node in nodes_with_keys(tree):
         names = None
+        # boxes may stand in boxes; the innermost one knows the array best
         while isinstance(node, meta.AxisMetadata):
             names = getattr(node, "names", names)
             node = node.unbox()
@@ -145,6 +151,6 @@ def leaves_with_metadata(tree: Pytree) -> list[tuple[str, Any, tuple[str | None,
     return found
 
 
-def bytes_of(tree: Any) -> int:
+def bytes_of(tree: Pytree) -> int:
     """Bytes of the arrays, or of their shapes, in a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
