@@ -87,13 +87,15 @@ HEADER = [
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Columns on the terminal: GiB, TFLOP and GiB moved of one chip in one update; failures as
     lines below."""
-    lines = [HEADER, *(_cells(row) for row in rows if "error" not in row)]
+    shown = [row for row in rows if "error" not in row]
+    lines = [HEADER, *(_cells(row) for row in shown)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-    return "\n".join(text + [f"failed: {row['error']}" for row in rows if "error" in row])
+    text = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        text.append("  ".join(cells).rstrip())
+    failed = [f"failed: {row['error']}" for row in rows if "error" in row]
+    return "\n".join(text + failed)
 
 
 def details(row: dict[str, Any]) -> str:
@@ -160,13 +162,27 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from experiments.reporting.figures import COMPONENT_COLOURS
-
     shown = [row for row in rows if "error" not in row]
     canvas = Figure(figsize=(10.0, 1.4 + 0.34 * len(shown)), layout="constrained", dpi=150)
     FigureCanvasAgg(canvas)
     axes = canvas.subplots()
     axes.spines[["top", "right"]].set_visible(False)
+    ends = _bars(axes, shown)
+    _limits(axes, shown, ends)
+    axes.set_yticks(range(len(shown)), [_label(row) for row in shown], fontsize=8)
+    limits = [(row["limit_bytes"] or 0) / GIB for row in shown]
+    right = max([*ends, *limits], default=1.0)
+    # room for the text on the right of the longest bar
+    axes.set(xlabel="GiB of one chip", xlim=(0, 1.16 * right or 1), ylim=(len(shown) - 0.4, -0.6))
+    axes.tick_params(axis="y", length=0)
+    canvas.legend(loc="outside upper center", ncols=7, frameon=False, fontsize=8)
+    return canvas
+
+
+def _bars(axes: Any, shown: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Draws the components one after the other; where each bar ends, in GiB."""
+    from experiments.reporting.figures import COMPONENT_COLOURS
+
     left = np.zeros(len(shown))
     for index, name in enumerate(PARTS):
         width = np.array([parts(row)[name] for row in shown]) / GIB
@@ -182,36 +198,25 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
                 label=name,
             )
         left += width
+    return left
+
+
+def _limits(axes: Any, shown: Sequence[dict[str, Any]], ends: np.ndarray) -> None:
+    """Draws each chip's memory as a line, and writes the peak beside the bar."""
     drawn = False
     for place, row in enumerate(shown):
         limit = row["limit_bytes"]
         if limit is not None:
+            # the legend names the lines once
             label = None if drawn else "the chip's memory"
-            axes.plot(
-                [limit / GIB] * 2,
-                [place - 0.42, place + 0.42],
-                color="black",
-                linewidth=1.4,
-                label=label,
-            )
+            x, y = [limit / GIB] * 2, [place - 0.42, place + 0.42]
+            axes.plot(x, y, color="black", linewidth=1.4, label=label)
             drawn = True
-        text = f"{row['peak_bytes'] / GIB:.2f}" + (
-            "" if row["fits"] is not False else "  does not fit"
-        )
-        axes.annotate(
-            text,
-            (max(left[place], (limit or 0) / GIB), place),
-            (5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-    axes.set_yticks(range(len(shown)), [_label(row) for row in shown], fontsize=8)
-    right = max([*left, *((row["limit_bytes"] or 0) / GIB for row in shown)], default=1.0)
-    axes.set(xlabel="GiB of one chip", xlim=(0, 1.16 * right or 1), ylim=(len(shown) - 0.4, -0.6))
-    axes.tick_params(axis="y", length=0)
-    canvas.legend(loc="outside upper center", ncols=7, frameon=False, fontsize=8)
-    return canvas
+        verdict = "" if row["fits"] is not False else "  does not fit"
+        text = f"{row['peak_bytes'] / GIB:.2f}{verdict}"
+        end = max(ends[place], (limit or 0) / GIB)
+        offset = {"xytext": (5, 0), "textcoords": "offset points"}
+        axes.annotate(text, (end, place), **offset, va="center", fontsize=8)
 
 
 def plans(result: dict[str, Any]) -> str:

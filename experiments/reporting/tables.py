@@ -364,30 +364,34 @@ def kernels(result: dict) -> str:
     decided."""
     header = ["kernel", "chip", "programs", "bytes moved below XLA's: least, median, most"]
     header += ["temporaries at most, MiB: XLA's", "the kernel's", "operations below XLA's, at most"]
+    # all programs of a kernel on a chip are one row
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in result["rows"]:
-        groups.setdefault((row["kernel"], row["target"].partition(":")[0]), []).append(row)
+        chip, _, _ = row["target"].partition(":")
+        groups.setdefault((row["kernel"], chip), []).append(row)
     rows = []
     for (name, chip), own in sorted(groups.items()):
         less = sorted(row["less_moved"] for row in own)
-        largest = [max(row[side]["temporary_bytes"] for row in own) for side in ("xla", "pallas")]
-        fewer = max(row.get("xla_operations", 1) / row.get("pallas_operations", 1) for row in own)
         shares = (less[0], statistics.median(less), less[-1])
+        largest = [max(row[side]["temporary_bytes"] for row in own) for side in ("xla", "pallas")]
+        ratios = [row.get("xla_operations", 1) / row.get("pallas_operations", 1) for row in own]
+        fewer = max(ratios)
         rows.append(
             [
                 f"`{name}`",
                 chip,
                 str(len(own)),
+                # + 0 makes a zero of a negative zero
                 ", ".join(f"{100 * x + 0:.0f} %" for x in shares),
                 *map(mebibytes, largest),
                 f"{fewer:.0f} times" if fewer > 1 else "-",
             ]
         )
-    notes = [
-        f"`{name}`: {verdict['kept']}." for name, verdict in sorted(result["verdicts"].items())
-    ]
+    verdicts = sorted(result["verdicts"].items())
+    notes = [f"`{name}`: {verdict['kept']}." for name, verdict in verdicts]
     notes += [f"Not written: {one['kernel']}." for one in result["not_written"]]
-    return markdown(header, rows) + "\n\n" + "\n".join(f"* {note}" for note in notes)
+    bullets = "\n".join(f"* {note}" for note in notes)
+    return markdown(header, rows) + "\n\n" + bullets
 
 
 def collectives(result: dict) -> str:
