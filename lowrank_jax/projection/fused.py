@@ -162,9 +162,9 @@ class Fused(Short):
         for i, step in prepared.steps.items():
             write = Write.of(recipe, self.rounding, rate, decays[i], accepted, now, step.view.path)
             if i in by_kernel:
-                outputs[i] = fused_kernel.finish_leaf(step, outputs[i], prepared, write)
+                outputs[i] = fused_kernel.write_leaf(step, outputs[i], prepared, write)
             else:
-                outputs[i] = _finish_leaf(step, outputs[i], prepared, extra, write)
+                outputs[i] = _write_leaf(step, outputs[i], prepared, extra, write)
         plain_rate = recipe.rate(state.rate.count, plain=True, given=learning_rate)
         writers = {
             i: Write.of(
@@ -176,7 +176,7 @@ class Fused(Short):
         found, plain = write_plain(self, prepared, state.projection.plain, params, extra, writers)
         for i, leaf in found.items():
             outputs[i] = leaf
-        projection = step_lib.finished(config, prepared, state.projection, plain)
+        projection = step_lib.next_state(config, prepared, state.projection, plain)
         count = state.rate.count + jnp.asarray(accepted, jnp.int32)
         new = jax.tree.unflatten(prepared.treedef, outputs)
         return new, state._replace(projection=projection, rate=LearningRateState(count))
@@ -259,7 +259,7 @@ def _by_rows(
     return jax.tree.map(lambda x, y: put(x, y.astype(x.dtype), rows // size), new, tail)
 
 
-def _finish_leaf(
+def _write_leaf(
     step: MatrixStep,
     param: Kernel,
     prepared: step_lib.Prepared,

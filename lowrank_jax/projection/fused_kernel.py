@@ -116,7 +116,7 @@ def _is_local(step: MatrixStep) -> bool:
     return count == 1 or step.view.kept // count % block == 0
 
 
-def finish_leaf(step: MatrixStep, param: Kernel, prepared: Prepared, write: Write) -> jax.Array:
+def write_leaf(step: MatrixStep, param: Kernel, prepared: Prepared, write: Write) -> jax.Array:
     """The new parameter; leaves the new inner state in `step`."""
     view, state = step.view, step.parts["inner"]
     adam: Any = step.config.inner.as_adam()

@@ -257,10 +257,10 @@ def _with_matrices(state: ProjectionState, prepared: Prepared) -> ProjectionStat
     return state._replace(matrices=replace_matrices(state.matrices, new))
 
 
-def finished(
+def next_state(
     config: Projection, prepared: Prepared, state: ProjectionState, plain: Any
 ) -> ProjectionState:
-    """The new state, after every leaf was finished: bases that move after the update move here."""
+    """The new state, after every leaf was written: bases that move after the update move here."""
     ok, due, now = prepared.ok, prepared.due, prepared.now
     for step in prepared.steps.values():
         if config.refresh_schedule.when == "after":
@@ -346,7 +346,7 @@ def update(
     numbers = [i for i, view in enumerate(prepared.views) if view is None]
     for i, value in zip(numbers, plain_updates, strict=True):
         outputs[i] = value.astype(references[i].dtype)
-    new_state = finished(config, prepared, state, plain)
+    new_state = next_state(config, prepared, state, plain)
     return jax.tree.unflatten(prepared.treedef, outputs), new_state
 
 
