@@ -292,13 +292,13 @@ def _kernel(x, turns, waves, out, low, *own, sizes, kind, norm, swapped):
         # waves over j₁ for each j₂ = j, kept as (p, cos or sin, j₂); then turns over j₂ for each p
         @pl.loop(0, b, unroll=_UNROLL)
         def _(j):
-            every_b = x[pl.ds(j, a, b), :]
-            low[pl.ds(j, 2 * a, b), :] = _dot(waves[...], every_b)
+            low[pl.ds(j, 2 * a, b), :] = _dot(waves[...], x[pl.ds(j, a, b), :])
 
         @pl.loop(0, a, unroll=_UNROLL)
         def _(p):
+            start = p * b
             coefficients = _dot(turns[p], low[slot(p), :])
-            _add(out, p * b, b, coefficients, limit, norm)
+            _add(out, start, b, coefficients, limit, norm)
 
     else:
         # the transpose: turns from frequencies of residue ± p, then waves
@@ -306,13 +306,13 @@ def _kernel(x, turns, waves, out, low, *own, sizes, kind, norm, swapped):
         def _(p):
             mirror = jnp.where(p == 0, a, 2 * a - p)
             halves = [x[pl.ds(start, b // 2, 2 * a), :] for start in (p, mirror)]
-            of_residue = jnp.concatenate(halves, axis=0)
-            low[slot(p), :] = _dot(turns[p], of_residue)
+            low[slot(p), :] = _dot(turns[p], jnp.concatenate(halves, axis=0))
 
         @pl.loop(0, b, unroll=_UNROLL)
         def _(j):
+            start = j * a
             coefficients = _dot(waves[...], low[pl.ds(j, 2 * a, b), :])
-            _add(out, j * a, a, coefficients, limit, norm)
+            _add(out, start, a, coefficients, limit, norm)
 
 
 def fast_bytes(d: int, itemsize: int, swapped: bool) -> int:

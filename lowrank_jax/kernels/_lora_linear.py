@@ -367,8 +367,9 @@ def _gpu_kernel(x, w, a, b, y, low, *, transpose, sizes, tile):
     def load(ref, first, last, limits):
         is_row = (first < limits[0])[:, None]
         is_col = (last < limits[1])[None, :]
+        inside = is_row & is_col
         place = first[:, None], last[None, :]
-        return plgpu.load(ref.at[place], mask=is_row & is_col, other=0)
+        return plgpu.load(ref.at[place], mask=inside, other=0)
 
     def body(step, sums):
         # a part of what is contracted: total (i, j), companion (i, wide)

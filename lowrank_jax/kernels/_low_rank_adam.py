@@ -316,8 +316,11 @@ def _step_blocks(rows, n, low, before, after, d, *, block, tile, k):
         valid = column + number * width < k
 
         codes = [x[rows, lanes].astype(jnp.int32) for x in before[::2]]
-        masked = [jnp.where(here, x[rows, :], 0.0) for x in before[1::2]]
-        scales = [jnp.sum(x, axis=1, keepdims=True) for x in masked]
+
+        def own_scale(x, here=here):
+            return jnp.sum(jnp.where(here, x[rows, :], 0.0), axis=1, keepdims=True)
+
+        scales = [own_scale(x) for x in before[1::2]]
         mu, nu = (dynamic_code.decode(codes[i], i == 0) * scales[i] for i in range(2))
         *new, direction = parts.moved(low[rows, lanes], mu, nu, n)
 

@@ -56,8 +56,8 @@ def _moments_kernel(start, numbers, low, *refs, choice, sizes, tile):
 
 def _step_arrays(grad, n, before, after, place, inside):
     """The direction of a tile `(i, j)`, whose moments are arrays, and are written."""
-    old = [plgpu.load(x.at[place], mask=inside, other=0) for x in before]
-    mu, nu = (x.astype(jnp.float32) for x in old)
+    load = functools.partial(plgpu.load, mask=inside, other=0)
+    mu, nu = (load(x.at[place]).astype(jnp.float32) for x in before)
     *new, direction = parts.moved(grad, mu, nu, n)
     for ref, value in zip(after, new, strict=True):
         plgpu.store(ref.at[place], value.astype(ref.dtype), mask=inside)
@@ -69,8 +69,8 @@ def _step_blocks(grad, n, before, after, place, inside, matrix, rows, part, r):
     # one scale a row, (i, 1)
     scale_place = (matrix, rows[:, None], jnp.full((1, 1), part))
     is_row = (rows < r)[:, None]
-    codes = [plgpu.load(x.at[place], mask=inside, other=0) for x in before[::2]]
-    codes = [x.astype(jnp.int32) for x in codes]
+    load = functools.partial(plgpu.load, mask=inside, other=0)
+    codes = [load(x.at[place]).astype(jnp.int32) for x in before[::2]]
     scales = [plgpu.load(x.at[scale_place], mask=is_row, other=0) for x in before[1::2]]
     mu = dynamic_code.decode(codes[0], signed=True) * scales[0]
     nu = dynamic_code.decode(codes[1], signed=False) * scales[1]
@@ -111,9 +111,9 @@ def _write_kernel(start, numbers, words, w, basis, d, out, *, choice, sizes, til
     def by_cols(step, total):
         # dᵀ Pᵀ: d (depth, i), P (j, depth)
         q = step * depth + jnp.arange(depth)
-        d_part = load(d, q, first, (r, k))
-        p_part = load(basis, last, q, (s, r))
-        return total + plgpu.dot(d_part.T, p_part.T)
+        d_part = load(d, q, first, (r, k)).T
+        p_part = load(basis, last, q, (s, r)).T
+        return total + plgpu.dot(d_part, p_part)
 
     # the step (i, j), summed over parts of the rank
     is_rows = choice.side == "rows"
@@ -129,8 +129,8 @@ def _write_kernel(start, numbers, words, w, basis, d, out, *, choice, sizes, til
         cols = last[None, :].astype(jnp.uint32)
         noise = parts.drawn(words, layer, rows, cols)
     old = plgpu.load(w.at[place], mask=inside, other=0)
-    new = parts.written(old, total, n, noise)
-    plgpu.store(out.at[place], new, mask=inside)
+    own = out.at[place]
+    plgpu.store(own, parts.written(old, total, n, noise), mask=inside)
 
 
 def _like(x):

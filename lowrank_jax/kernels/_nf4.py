@@ -357,8 +357,9 @@ def _load(ref, first, last, limits, other=0):
     """The entries of `ref` at rows `first` and columns `last`; `other` beyond the limits."""
     is_row = (first < limits[0])[:, None]
     is_col = (last < limits[1])[None, :]
+    inside = is_row & is_col
     place = first[:, None], last[None, :]
-    return plgpu.load(ref.at[place], mask=is_row & is_col, other=other)
+    return plgpu.load(ref.at[place], mask=inside, other=other)
 
 
 def _halves(table, codes, scales, first, last, limits, dtype):
@@ -374,8 +375,8 @@ def _halves(table, codes, scales, first, last, limits, dtype):
     scale = plgpu.load(scales.at[block, last[None, :]], mask=inside, other=0.0)
     upper, lower = code >> 4, code & 15
     # the book holds what each index of four bits means
-    values = [plgpu.load(table.at[index]) * scale for index in (upper, lower)]
-    return tuple(value.astype(dtype) for value in values)
+    halves = upper, lower
+    return tuple((plgpu.load(table.at[index]) * scale).astype(dtype) for index in halves)
 
 
 def _gpu_kernel(table, x, codes, scales, y, *, sizes, tile):
