@@ -17,6 +17,7 @@ from lowrank_jax import (
     adapters,
     deprecations,
     factorized,
+    functions,
     linalg,
     linen,
     memory,
@@ -25,13 +26,13 @@ from lowrank_jax import (
 )
 from lowrank_jax.adapters.conversion import to_lora
 from lowrank_jax.adapters.tree import adapt, attach, effective, merge
+from lowrank_jax.functions.adapted import adapted, tapped
 from lowrank_jax.functions.products import dot_general, einsum, matmul
 from lowrank_jax.kernel_node import KernelNode
 from lowrank_jax.matrices import MatrixView
 from lowrank_jax.optim import inner, scales, surgery
 from lowrank_jax.optim.learning_rate import apply_learning_rate
 from lowrank_jax.optim.pair_optimizers import altlora, altlora_plus, lora_plus, scaled_adamw
-from lowrank_jax.partition import join, partition
 from lowrank_jax.projection import (
     projectors,
     refresh_schedules,
@@ -56,11 +57,11 @@ from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.optimizers.trion import trion
-from lowrank_jax.projection.partition_specs import sides_for, state_shardings
+from lowrank_jax.projection.partition_specs import state_shardings
 from lowrank_jax.projection.taps import check_taps, projected_value_and_grad, taps
 from lowrank_jax.projection.training import train_step
 from lowrank_jax.projection.transformation import explain, scale_by_projection
-from lowrank_jax.resolution import Views, resolve
+from lowrank_jax.resolution import Views
 from lowrank_jax.sharding import meshes
 from lowrank_jax.version import __version__
 
@@ -73,6 +74,7 @@ __all__ = [
     "Views",
     "__version__",
     "adapt",
+    "adapted",
     "adapters",
     "altlora",
     "altlora_plus",
@@ -91,12 +93,12 @@ __all__ = [
     "factorized",
     "fira",
     "frugal",
+    "functions",
     "fused",
     "galore",
     "golore",
     "inner",
     "interop",
-    "join",
     "layerwise_step",
     "ldadam",
     "linalg",
@@ -110,22 +112,20 @@ __all__ = [
     "muon",
     "nnx",
     "online_subspace_descent",
-    "partition",
     "projected_value_and_grad",
     "projection",
     "projectors",
     "refresh_schedules",
     "residuals",
     "resolution",
-    "resolve",
     "samplers",
     "scale_by_projection",
     "scaled_adamw",
     "scales",
-    "sides_for",
     "soap",
     "state_shardings",
     "surgery",
+    "tapped",
     "taps",
     "targets",
     "to_lora",

@@ -74,7 +74,7 @@ NAMES: tuple[Name, ...] = (
     *_moved("lrx", "lrx.projection", "Recipe Stack Tapped Taps projection_of resolved_sides"),
     *_moved("lrx", "lrx.resolution", "Report ResolvedView"),
     Name(module="lrx", old="plan", new="lrx.projection.gradient_mode"),
-    *_moved("lrx.adapters", "lrx", "adapt attach effective join merge partition to_lora"),
+    *_moved("lrx.adapters", "lrx", "adapt attach effective merge to_lora"),
     *_moved("lrx.adapters", "lrx", "altlora altlora_plus lora_plus scaled_adamw"),
     Name(module="lrx", old="absorb", new="lrx.adapters.absorb"),
     Name(module="lrx", old="combine", new="lrx.adapters.combine"),
@@ -95,6 +95,10 @@ NAMES: tuple[Name, ...] = (
     Name(module="lrx.adapters.Adaptation", old="plan", new="layout"),
     Name(module="lrx.adapters", old="Plan", new="lrx.adapters.Layout"),
     Name(module="lrx.adapters", old="specs", new="lrx.adapters.partition_specs"),
+    *_moved("lrx.linen", "lrx", "adapted tapped"),
+    *_moved("lrx", "lrx.adapters", "join partition"),
+    Name(module="lrx", old="resolve", new="lrx.resolution.resolve"),
+    Name(module="lrx", old="sides_for", new="lrx.projection.sides_for"),
 )
 
 _NAMED = ("galore", "dct_adamw", "frugal", "ldadam", "apollo", "apollo_mini")
@@ -175,7 +179,7 @@ def names(module: str, lazy: tuple[str, ...] = ()) -> Callable[[str], Any]:
         if name not in moved:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         row = moved[name]
-        _warn(row.address, row.new, stacklevel=3)
+        warn(row.address, row.new, stacklevel=3)
         return find(row.new)
 
     return __getattr__
@@ -186,7 +190,7 @@ def attribute(owner: str, old: str) -> Any:
     row = next(row for row in NAMES if (row.module, row.old) == (owner, old))
 
     def read(instance: Any) -> Any:
-        _warn(row.address, f"{owner}.{row.new}", stacklevel=3)
+        warn(row.address, f"{owner}.{row.new}", stacklevel=3)
         return getattr(instance, row.new)
 
     return property(read, doc=f"Deprecated: now `{row.new}`.")
@@ -219,7 +223,7 @@ def _translating(function: Any, address: str, renamed: dict[str, Option]) -> Any
             row, value = renamed[old], kwargs.pop(old)
             if row.new in kwargs:
                 raise TypeError(f"{address} got {row.new}= and its old name {old}=; drop {old}=")
-            _warn(f"{old}= of {address}", f"{row.new}=", stacklevel=3)
+            warn(f"{old}= of {address}", f"{row.new}=", stacklevel=3)
             same = [
                 new for known, new in row.values if type(known) is type(value) and known == value
             ]
@@ -229,6 +233,7 @@ def _translating(function: Any, address: str, renamed: dict[str, Option]) -> Any
     return call
 
 
-def _warn(old: str, new: str, stacklevel: int) -> None:
+def warn(old: str, new: str, stacklevel: int) -> None:
+    """The warning that an old name gives."""
     text = f"{old} is deprecated and goes with the next minor version: use {new}"
     warnings.warn(text, DeprecationWarning, stacklevel=stacklevel)

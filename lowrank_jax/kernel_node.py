@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -51,16 +50,82 @@ def product(x: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array
 
 
 def _one_matrix(*_: Any) -> Any:
-    raise ValueError("the operator of one matrix has nothing to lay out, and no other kernel")
+    raise ValueError("the operator of one matrix takes no other kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """How the operands of a product are a stack of matrices, for a node that turns or scales them.
+
+    Attributes:
+      inputs: x as `(batch..., free..., n)`; of a look-up or a convolution x as it is.
+      outputs: the result as `(batch..., free..., m)`.
+      result: the inverse of `outputs`, in the result's dtype.
+      batch: how many batch axes the node's arrays have.
+      mapped: of each batch axis of x and of the result, whether x has it.
+      features: whether x holds features, so that `inputs` has n of them in its last axis: not that of
+        a look-up or a convolution.
+      opaque: whether the product is a call with a derivative of its own, which jax cannot transpose.
+      separable: whether the matrices can be told apart: not where the product sums over the batch, or
+        over a part of the rows.
+      cut: whether the product sees some of the rows or columns alone.
+      pad: `(array, axis, "rows" | "cols") -> array` of all of them, with zeros at the others.
+      matrix: `(x, y, K) -> Op` of one matrix, whose product y with the host's own x is there.
+      by_matrices: `(x, matrices (batch..., n, m)) -> y`, the product with other matrices.
+      base, array: what lies beneath the node, `()` for the array itself.
+      parts: what its matrices are formed of, with the batch axes in front.
+      formed: `parts -> matrices`, of all of them or of one.
+      leaf: `() -> array` that the base stands for, as the product sees it.
+      make: `(rest, (base, array)) -> Op`, the product again, of other arrays: for a custom VJP.
+      rest: the other operands.
+      dtype: of the kernel, as the product sees it.
+      y: shape and dtype of the result.
+    """
+
+    inputs: Callable[[Any], Any]
+    outputs: Callable[[jax.Array], jax.Array]
+    result: Callable[[jax.Array], jax.Array]
+    batch: int
+    mapped: tuple[bool, ...]
+    features: bool
+    opaque: bool
+    separable: bool
+    cut: bool
+    pad: Callable[[jax.Array, int, str], jax.Array]
+    matrix: Callable[[Any, jax.Array, Callable[[], jax.Array]], Op]
+    by_matrices: Callable[[Any, jax.Array], jax.Array]
+    base: Kernel
+    array: jax.Array | None
+    parts: Pytree
+    formed: Callable[[Pytree], jax.Array]
+    leaf: Callable[[], jax.Array]
+    make: Callable[..., Op]
+    rest: tuple[Any, ...]
+    dtype: Any
+    y: jax.ShapeDtypeStruct
+
+    def each(self, function: Callable) -> Callable:
+        """`function(x, trees of a matrix...)` over the batch."""
+
+        def map_over(inner: Callable, mapped: bool) -> Callable:
+            def run(x, *trees):
+                axes = (0 if mapped else None, *[0] * len(trees))
+                return jax.vmap(inner, in_axes=axes)(x, *trees)
+
+            return run
+
+        for mapped in reversed(self.mapped):
+            function = map_over(function, mapped)
+        return function
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
     """A linear operator without bias: what a host does to its input x, as one matrix `K (n, m)`.
 
-    A host is what multiplies by a kernel: a dense product, a look-up, an output layer tied to one,
-    a convolution. The operator of a node in a product has the kernel's batch axes in front of its
-    factors, and `multiply`, `layout` and `matrix` besides; that of one matrix, which adapters wrap, has none.
+    A host is what multiplies by a kernel: a dense product, a look-up, an output layer tied to one, a
+    convolution, experts. The operator that a node is given has the kernel's batch axes in front of
+    its factors, and `multiply` and `stack` besides; that of one matrix, which adapters wrap, has none.
 
     Attributes:
       shape: (n, m).
@@ -79,12 +144,11 @@ class Op:
         product, adapters), so that a kernel may make it.
       aux: `x -> values`, what adapters give beside the product, such as the loss of a router: one
         entry for each adapter that gives anything; None where none does.
-      multiply: `(x, kernel) -> y`, the host's own product with an array, or with another node, in the
+      multiply: `(x, array) -> y`, the host's own product with an array of the leaf's shape in the
         node's place.
-      layout: `view -> Layout` of the operands, for a node of this view; ValueError where the product
-        does not contract the view's rows.
-      matrix: `K -> Op` of one matrix of the kernel, an array or a node, whose input is
-        `(free..., n)`.
+      stack: how its operands are a stack of matrices.
+      rows: of an x whose first axis was folded from several, how many the first of them has; None
+        of any other.
 
     >>> import jax.numpy as jnp
     >>> matrix = jnp.ones((3, 4))
@@ -102,9 +166,9 @@ class Op:
     line: str = ""
     plain: bool = False
     aux: Callable[[Any], tuple] | None = None
-    multiply: Callable[[Any, Kernel], jax.Array] = _one_matrix
-    layout: Callable[[MatrixView], Layout] = _one_matrix
-    matrix: Callable[[Kernel], Op] = _one_matrix
+    multiply: Callable[[Any, jax.Array], jax.Array] = _one_matrix
+    stack: Stack | None = None
+    rows: int | None = None
 
     def __call__(self, x: Any) -> jax.Array:
         return self.own(x)
@@ -253,10 +317,17 @@ class KernelNode(Short):
         return f"{type(self).__name__} {self.path!r}" if self.path else type(self).__name__
 
     @property
-    def factored(self) -> bool:
-        """Whether `multiply` asks for more than `Op.multiply`, so that a product must contract the
-        rows of the view."""
-        return type(self).multiply is not KernelNode.multiply
+    def forms(self) -> bool:
+        """Whether its matrix may be formed, where a program asks for it."""
+        return True
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a use that is no product, for errors."""
+        return (
+            "Multiply by it, form it by node.dense() before, or allow that for this leaf: "
+            "lrx.adapted(function, dense=path)."
+        )
 
     def base(self) -> Kernel | None:
         """The kernel without this: an array, a quantised one, or another node; None where there is
@@ -295,7 +366,8 @@ class KernelNode(Short):
         """
         del key
         # the matrix is formed again in the backward pass, which keeps the node alone
-        run = lambda x, node: op.multiply(x, formed(node, x.dtype))  # noqa: E731
+        dtype = x.dtype if op.stack is None else op.stack.dtype
+        run = lambda x, node: op.multiply(x, formed(node, dtype))  # noqa: E731
         return jax.checkpoint(run)(x, self), None
 
     def dense(self, dtype: DTypeLike | None = None) -> jax.Array | None:
@@ -307,11 +379,17 @@ class KernelNode(Short):
         del dtype
         raise NotImplementedError(f"{type(self).__name__} has neither dense() nor multiply()")
 
+    def matrices(self, base: Callable[[], jax.Array]) -> jax.Array | None:
+        """The matrices `(batch..., n, m)` of a node on a base, whose matrices are `base()`; None where
+        `dense` says it."""
+        del base
+        return None
+
     def __jax_array__(self) -> jax.Array:
         raise ValueError(
             f"{self.label}: the kernel {tuple(self.shape)} is read as an array by a product that "
-            "knows no nodes; multiply by lrx.matmul, lrx.einsum or lrx.dot_general, or give "
-            "node.dense()"
+            "knows no nodes; write lrx.adapted(function)(params, ...), multiply by lrx.matmul, "
+            "lrx.einsum or lrx.dot_general, or give node.dense()"
         )
 
     def _known_base(self) -> Any:
@@ -335,78 +413,3 @@ def parts_of(kernel: Kernel) -> tuple[Pytree, Pytree]:
 def with_parts_of(kernel: Kernel, own: Pytree, shared: Pytree) -> Kernel:
     """The kernel with other arrays, as `parts_of` gives them."""
     return kernel.with_parts(own, shared) if isinstance(kernel, KernelNode) else own
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the operands of a product lie: axes of x as (batch, free, rows), of the result as (batch,
-    free, cols).
-
-    Attributes:
-      x: the axes of x in that order.
-      y: the axes of the result in that order.
-      batch, free: how many axes are batch axes of the kernel, and how many are x's own.
-
-    >>> import jax.numpy as jnp
-    >>> heads = MatrixView(rows=(0, 1), cols=(2,))  # an output projection (heads, head_dim, d)
-    >>> layout = Layout.of(4, 3, heads, (((2, 3), (0, 1)), ((), ())))
-    >>> layout.inputs(jnp.ones((2, 5, 4, 8))).shape
-    (2, 5, 32)
-    """
-
-    x: tuple[int, ...]
-    y: tuple[int, ...]
-    batch: int
-    free: int
-
-    @classmethod
-    def of(cls, x_ndim: int, kernel_ndim: int, view: MatrixView, dimension_numbers: Any) -> Layout:
-        """Of `dot_general(x, kernel, dimension_numbers)`, which contracts the view's rows, and
-        batches its batch."""
-        (contract_x, contract_w), (batch_x, batch_w) = (
-            tuple(map(tuple, axes)) for axes in dimension_numbers
-        )
-        # the axes of the product: batch, free axes of x, free axes of the kernel in their own order
-        order = [contract_x[contract_w.index(axis)] for axis in view.rows]
-        free = [axis for axis in range(x_ndim) if axis not in contract_x and axis not in batch_x]
-        cols = [
-            axis for axis in range(kernel_ndim) if axis not in view.rows and axis not in batch_w
-        ]
-        first = len(batch_x) + len(free)
-        aligned = [batch_x[batch_w.index(axis)] for axis in view.batch]
-        batch_y = [batch_w.index(axis) for axis in view.batch]
-        return cls(
-            x=(*aligned, *free, *order),
-            y=(
-                *batch_y,
-                *range(len(batch_x), first),
-                *(first + cols.index(axis) for axis in view.cols),
-            ),
-            batch=len(batch_x),
-            free=len(free),
-        )
-
-    def inputs(self, x: jax.Array) -> jax.Array:
-        """x as `(batch..., free..., rows)`."""
-        return self._matrices(x, self.x)
-
-    def outputs(self, y: jax.Array) -> jax.Array:
-        """The result, or its cotangent, as `(batch..., free..., cols)`."""
-        return self._matrices(y, self.y)
-
-    def result(self, y: jax.Array, cols: Sequence[int]) -> jax.Array:
-        """The inverse of `outputs`, for columns folded from axes of these sizes."""
-        kept = self.batch + self.free
-        if len(cols) > 1:
-            y = sharding.reshape(y, (*y.shape[:kept], *cols), first=kept)
-        if self.y == tuple(range(y.ndim)):
-            return y
-        return jnp.transpose(y, tuple(self.y.index(axis) for axis in range(y.ndim)))
-
-    def _matrices(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
-        if tuple(axes) != tuple(range(x.ndim)):
-            x = jnp.transpose(x, axes)
-        kept = self.batch + self.free
-        if x.ndim == kept + 1:
-            return x
-        return sharding.reshape(x, (*x.shape[:kept], math.prod(x.shape[kept:])), first=kept)

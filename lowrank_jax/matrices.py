@@ -121,7 +121,7 @@ class ResolvedView(Short):
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lrx
-    >>> view = lrx.resolve(jnp.ones((16, 4)), rank=2).projected[0]
+    >>> view = lrx.resolution.resolve(jnp.ones((16, 4)), rank=2).projected[0]
     >>> view.side, view.oriented, view.orient(jnp.ones((16, 4))).shape
     ('cols', (4, 16), (4, 16))
     """
@@ -139,6 +139,10 @@ class ResolvedView(Short):
         """s, the size of the dimension that the basis shrinks to r."""
         *_, rows, cols = self.view.matrix_shape(self.shape)
         return rows if self.side == "rows" else cols
+
+    def size_of(self, side: str) -> int:
+        """The size of "rows" or "cols"."""
+        return self.view.matrix_shape(self.shape)[-2 if side == "rows" else -1]
 
     @property
     def kept(self) -> int:

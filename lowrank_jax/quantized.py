@@ -31,9 +31,15 @@ class QuantizedKernel(KernelNode):
     >>> node = QuantizedKernel(lrx.linalg.quantize_blocks(jnp.ones((4, 6)), "linear"))
     >>> lrx.matmul(jnp.ones((3, 4)), node).shape
     (3, 6)
+
+    Attributes:
+      codes: the array.
+      path: of its parameter, by which `lrx.meshes.use(parameters=)` says how it lies; "" where nobody
+        knows.
     """
 
     codes: Codes
+    path: str = dataclasses.field(default="", metadata={"static": True})
 
     @property
     def shape(self) -> Shape:
@@ -43,19 +49,19 @@ class QuantizedKernel(KernelNode):
     def dtype(self) -> Any:
         return self.codes.dtype
 
-    @property
-    def factored(self) -> bool:
-        return False
-
     def multiply(self, op: Op, x: jax.Array, key: Any = None) -> tuple[jax.Array, Any]:
         # x K by a kernel that never forms K, where x is (..., n) as it comes
-        direct = undecoded(self.codes) if op.plain else None
-        if direct is not None and op.layout(self.view).x == tuple(range(x.ndim)):
-            return direct(x), None
+        direct = undecoded(self.codes, self._spec) if op.plain else None
+        if direct is not None and op.stack is not None and not op.stack.cut:
+            return op.stack.result(direct(op.stack.inputs(x))), None
         return super().multiply(op, x, key)
 
     def dense(self, dtype: DTypeLike | None = None) -> jax.Array:
-        return self.codes.dequantize(self.dtype if dtype is None else dtype)
+        return dense(self.codes, self.dtype if dtype is None else dtype, self.path or None)
+
+    @property
+    def _spec(self) -> Any:
+        return sharding.matrix_spec(self.path, self.view)
 
 
 def as_node(kernel: Kernel) -> KernelNode | None:
@@ -63,6 +69,17 @@ def as_node(kernel: Kernel) -> KernelNode | None:
     if is_quantized(kernel):
         return QuantizedKernel(kernel)
     return kernel if isinstance(kernel, KernelNode) else None
+
+
+def with_path(kernel: Kernel, path: str) -> Kernel:
+    """A kernel whose codes, if it has any, know their parameter."""
+    if is_quantized(kernel):
+        return QuantizedKernel(kernel, path)
+    if not isinstance(kernel, KernelNode) or type(kernel).with_base is KernelNode.with_base:
+        return kernel
+    base = kernel.base()
+    is_coded = is_quantized(base) or isinstance(base, KernelNode)
+    return kernel.with_base(with_path(base, path)) if is_coded else kernel
 
 
 def dense(kernel: Kernel, dtype: DTypeLike, path: str | None = None) -> jax.Array:
@@ -88,7 +105,8 @@ def dense(kernel: Kernel, dtype: DTypeLike, path: str | None = None) -> jax.Arra
 def decoding(function: Callable, kernel: Kernel) -> Callable:
     """`function`, which decodes `kernel`: a quantised one again in the backward pass, which keeps
     its codes alone."""
-    return jax.checkpoint(function) if is_quantized(kernel) else function
+    coded = is_quantized(kernel) or isinstance(kernel, QuantizedKernel)
+    return jax.checkpoint(function) if coded else function
 
 
 def undecoded(

@@ -8,6 +8,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -23,6 +24,143 @@ _DEFAULT_EXCLUDE = (
 )
 _LAYER_AXES = frozenset({"layer", "layers", "expert", "experts"})
 SIDES = ("paper", "larger", "rows", "cols", "sharding")
+
+
+# What a product does with an axis of a leaf, and what that makes the axis of a matrix.
+_SIDE_OF = {
+    "contracted": "rows",
+    "looked up": "rows",
+    "kept": "cols",
+    "batched": "batch",
+    "taken apart": "batch",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Use(Short):
+    """One equation of a program that reads a leaf, see `lrx.functions.uses`.
+
+    Attributes:
+      primitive: its name in jaxprs.
+      line: where the user's program makes it.
+      axes: what it does with each axis of the leaf: "contracted" with its input, "kept" in its result,
+        "batched" (in input and result), "looked up" by indices, or "taken apart" before (scanned,
+        indexed, gathered); several words, joined by "+", where parts of the axis differ. () where it is
+        no product.
+      note: why it is none, where there is more to say.
+
+    >>> print(Use("dot_general", "model.py:30", ("taken apart", "contracted", "kept")))
+    dot_general at model.py:30: axis 0 taken apart, axis 1 contracted, axis 2 kept
+    """
+
+    primitive: str
+    line: str
+    axes: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def sides(self) -> dict[str, tuple[int, ...]] | None:
+        """The axes by what they are of a matrix; None where it is no product, or where a part of an
+        axis is one thing and a part another."""
+        found: dict[str, tuple[int, ...]] = {"batch": (), "rows": (), "cols": ()}
+        for axis, words in enumerate(self.axes):
+            sides = {_SIDE_OF[word] for word in words.split("+")}
+            if len(sides) > 1:
+                return None
+            found[sides.pop()] += (axis,)
+        return found if self.axes else None
+
+    @property
+    def view(self) -> MatrixView | None:
+        """The matrix that it multiplies by; None where it is none."""
+        sides = self.sides
+        return MatrixView(**sides) if sides and sides["rows"] and sides["cols"] else None
+
+    @property
+    def looks_up(self) -> bool:
+        return "looked up" in self.axes
+
+    def __str__(self) -> str:
+        axes = ", ".join(f"axis {axis} {word}" for axis, word in enumerate(self.axes))
+        more = axes or self.note
+        line = self.line.rpartition("/")[2]  # without folders
+        return f"{self.primitive} at {line}" + (f": {more}" if more else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewRow(Short):
+    """A leaf, the matrix that a program reads it as, and why it has none. Rows are equal where their
+    views are."""
+
+    path: str
+    shape: Shape
+    view: MatrixView | None
+    reason: str = dataclasses.field(default="", compare=False)
+    uses: tuple[Use, ...] = dataclasses.field(default=(), compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewReport(Short):
+    """The views of the leaves of one tree as a program reads them: `lrx.functions.views_of` makes it,
+    `lrx.Views(inferred=report)` takes it. `str()` gives the table.
+
+    It is a proposal to be looked at, and pinned: shapes of optimizer states depend on it. `to_json`
+    is what to store beside a run, and `from_json` what a resumed run starts from.
+    """
+
+    rows: tuple[ViewRow, ...]
+
+    def at(self, path: str, shape: Shape | None = None) -> ViewRow:
+        """The row of a leaf; ValueError where it is none of this tree."""
+        row = next((row for row in self.rows if row.path == path), None)
+        if row is None or (shape is not None and row.shape != tuple(shape)):
+            known = [row.path for row in self.rows][:12] if row is None else row
+            raise ValueError(
+                f"views: inferred does not know the leaf {path!r} of shape {shape}, but {known}: it "
+                "was read from another program. Give lrx.functions.views_of(fn, params, ...) of this "
+                "one, or a rule for the leaf"
+            )
+        return row
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The views, of lists and strings alone."""
+        return [
+            {"path": row.path, "shape": list(row.shape), "reason": row.reason}
+            | {name: list(own) for name, own in _axes_of(row.view).items()}
+            for row in self.rows
+        ]
+
+    @classmethod
+    def from_json(cls, entries: list[dict[str, Any]]) -> ViewReport:
+        """The report that `to_json` was of, without its uses.
+
+        >>> report = ViewReport(
+        ...     (ViewRow("w", (3, 4), MatrixView()), ViewRow("b", (4,), None, "add"))
+        ... )
+        >>> ViewReport.from_json(report.to_json()) == report
+        True
+        """
+        rows = []
+        for entry in entries:
+            axes = {name: tuple(entry[name]) for name in _axes_of(DENSE) if name in entry}
+            view = MatrixView(**axes) if axes else None
+            rows.append(ViewRow(entry["path"], tuple(entry["shape"]), view, entry["reason"]))
+        return cls(tuple(rows))
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("leaf", "shape", "batch", "rows", "cols", "read by")]
+        for row in self.rows:
+            axes = _axes_of(row.view) or dict.fromkeys(_axes_of(DENSE), ())
+            why = row.reason or ", ".join(dict.fromkeys(use.primitive for use in row.uses))
+            cells = (" ".join(map(str, own)) or "-" for own in axes.values())
+            rows.append((row.path or "(bare array)", str(row.shape), *cells, why))
+        return _table(rows)
+
+
+def _axes_of(view: MatrixView | None) -> dict[str, tuple[int, ...]]:
+    """By name, in the order of the value's axes; empty for None."""
+    names = ("batch", "rows", "cols")
+    return {} if view is None else {name: getattr(view, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +181,10 @@ class Views(Short):
       rules: `((pattern, MatrixView or None), ...)`. The view of a stacked leaf is written for one
         layer.
       stacked: patterns of leaves with a leading layer axis.
+      inferred: the `ViewReport` of `lrx.functions.views_of`, which takes the default's place: a leaf
+        is the matrix that the program read it as, layers and all, but embeddings, heads and norms
+        are left out by their names all the same. It is never made anew: leaves that it does not
+        know are an error.
 
     Raises:
       ValueError: at `resolve`, if a rule or a stacked pattern matches nothing, or leaves have axes
@@ -65,6 +207,7 @@ class Views(Short):
 
     rules: tuple[tuple[str, MatrixView | None], ...] = ()
     stacked: tuple[str, ...] = ()
+    inferred: ViewReport | None = None
 
     def __post_init__(self):
         if isinstance(self.rules, dict):
@@ -166,10 +309,14 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def is_linear(path: str, ndim: int) -> tuple[bool, str]:
-    """Whether the default rule takes a leaf, and why."""
+def is_linear(path: str, ndim: int, views: Views | None = None) -> tuple[bool, str]:
+    """Whether a leaf that no rule names is taken, and why: by its name, and of inferred views where
+    it has one."""
     if re.fullmatch(_DEFAULT_EXCLUDE, path):
         return False, "embedding, head or norm"
+    if views is not None and views.inferred is not None:
+        row = views.inferred.at(path)
+        return row.view is not None, row.reason or "inferred"
     last = path.rsplit("/", 1)[-1]
     if last != "kernel" and not (last == "" or last.isdigit()):
         return False, f"not named kernel ({ndim}-D)"
@@ -233,16 +380,42 @@ class LeafViews:
         here = {above for path in self._shapes for above in _upwards(path)}
         return any(not any(re.fullmatch(head, path) for path in here) for head in heads)
 
-    def of(self, path: str, take_by_default: Callable = is_linear) -> tuple[MatrixView | None, str]:
-        """The view of a leaf, or None; and a note that says which rule or default it was."""
+    def of(self, path: str, take: Callable | None = None) -> tuple[MatrixView | None, str]:
+        """The view of a leaf, or None; and a note that says which rule or default it was.
+
+        Args:
+          path: of the leaf.
+          take: `(path, ndim) -> (whether, note)`: which leaves are taken that no rule names; None is
+            the default, `is_linear`.
+        """
         self.used.update(pattern for pattern in self.views.stacked if re.fullmatch(pattern, path))
         layered, own = self.layered(path), self.own_shape(path)
-        view, note = self._by_rule(path) or self._by_default(path, own, take_by_default)
+        found = self._by_rule(path)
+        if found is None and self.views.inferred is not None:
+            # of the whole leaf, layers and all
+            found, layered = self._by_inference(path, take), False
+        view, note = found or self._by_default(path, own, take or is_linear)
         if view is None:
             return None, note
         if 0 in self._shapes[path]:
             return None, "no entries"
         return (view.stacked(), f"{note}, stacked") if layered else (view, note)
+
+    def _by_inference(self, path: str, take: Callable | None) -> tuple[MatrixView | None, str]:
+        shape, report = self._shapes[path], self.views.inferred
+        assert report is not None
+        row = report.at(path, shape)
+        if take is None:
+            taken, note = is_linear(path, len(shape), self.views)
+            return (row.view if taken else None), note
+        note = take(path, len(shape))[1]
+        if row.view is None:
+            raise ValueError(
+                f"a rule matches {path!r} of shape {shape}, which is no matrix by views.inferred: "
+                f"{row.reason}. Leave it out by exclude=, or say what it is by "
+                f"lrx.Views(rules=(({_escaped(path)!r}, lrx.MatrixView(...)),), inferred=...)"
+            )
+        return row.view, note
 
     def _by_rule(self, path: str) -> tuple[MatrixView | None, str] | None:
         for pattern, view in self.views.rules:
@@ -292,7 +465,8 @@ class LeafViews:
             f"outputs (cols), and layers or experts (batch).{silent} A "
             f"proposal:\n{_table(rows)}\nWhere it is right, pass views={_code(proposed.views)}. "
             "Where the first axis of a leaf counts layers or experts, name the leaf in stacked= in "
-            "place of its rule; None in place of a view leaves it out"
+            "place of its rule; None in place of a view leaves it out. A function that multiplies by "
+            "them says what they are: lrx.Views(inferred=lrx.functions.views_of(function, params, ...))"
         )
 
     def _proposed(self) -> LeafViews:
@@ -393,7 +567,7 @@ def _side_of(path: str, rows: int, cols: int, spec, side, tie: str) -> str:
         if spec is None:
             raise ValueError(
                 "side='sharding' needs to know the sharding before tracing: pass "
-                "side=lrx.sides_for(params, shardings)"
+                "side=lrx.projection.sides_for(params, shardings)"
             )
         if (spec[-2] is None) != (spec[-1] is None):
             return "rows" if spec[-2] is None else "cols"
@@ -409,7 +583,7 @@ def check_side(side, tie: str) -> None:
     if isinstance(side, str) and side not in SIDES:
         raise ValueError(
             f"side={side!r} is unknown; use one of {SIDES} or the ((path, side), ...) of "
-            "lrx.sides_for"
+            "lrx.projection.sides_for"
         )
     if tie not in ("rows", "cols"):
         raise ValueError(
@@ -541,5 +715,5 @@ def _check_coverage(leaf_views: LeafViews, leaves: list[Leaf], masked: bool) -> 
         )
 
 
-__all__ = ["Leaf", "Report", "ResolvedView"]
+__all__ = ["Leaf", "Report", "ResolvedView", "Use", "ViewReport", "ViewRow", "resolve"]
 __dir__ = functools.partial(sorted, __all__)

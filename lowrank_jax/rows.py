@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -28,7 +29,7 @@ def fold_rows(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     >>> fold_rows(jnp.ones((2, 5, 3)), jnp.ones((2, 5, 4)))[1].shape
     (10, 4)
     """
-    if _platform() != "cpu" or all(x.ndim <= 2 for x in arrays):
+    if platform() != "cpu" or all(x.ndim <= 2 for x in arrays):
         return arrays
     if any(x.size == 0 or _divides_inner_rows(x) for x in arrays):
         return arrays
@@ -37,7 +38,7 @@ def fold_rows(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def _platform() -> str:
+def platform() -> str:
     """The platform that is traced for: that of the mesh of `meshes.use`, or the default one."""
     mesh = sharding.current_mesh.get()
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -80,4 +81,9 @@ def over_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.A
             return y
         return sharding.reshard(y, (*spec[:-1], *own[x.ndim - 1 :]))
 
-    return jax.checkpoint(run, prevent_cse=False)(x)
+    return jax.checkpoint(run, prevent_cse=False, policy=_all_but_folded)(x)
+
+
+def _all_but_folded(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What thin products within make is kept, as outside of a remat."""
+    return primitive.name != "reshape"

@@ -58,7 +58,7 @@ def refresh(preset: str, name: str, rank: int, way: str) -> list[collectives.Col
     kernels = workload.matrices(preset)
     kinds = meshes.shardings(kernels, axes.LLAMA, mesh)
     projector = PROJECTORS[name](rank=rank)
-    views = lrx.resolve(kernels, workload.VIEWS, rank=projector.rank_for).projected
+    views = lrx.resolution.resolve(kernels, workload.VIEWS, rank=projector.rank_for).projected
     whole = jax.NamedSharding(mesh, PartitionSpec())
     layers = jax.NamedSharding(mesh, PartitionSpec("fsdp"))
     keys = [jax.random.split(jax.random.key(0), view.batch) for view in views]

@@ -48,7 +48,7 @@ def compiled(preset: str, rank: int, length: int, axis: str = "data") -> Any:
         schedule = lrx.refresh_schedules.every(period=workload.PERIOD, when="after")
         projector = lrx.projectors.random(rank=rank, kind="orthonormal")
         tx = lrx.galore(1e-2, projector=projector, refresh_schedule=schedule, views=workload.VIEWS)
-        step = lrx.train_step(lrx.linen.tapped(loss), tx)
+        step = lrx.train_step(loss, tx)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     placed = meshes.shardings(params, axes.LLAMA, mesh)
     kinds = lrx.state_shardings(tx, params, placed)

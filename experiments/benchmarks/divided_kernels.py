@@ -157,8 +157,8 @@ def _nf4(put, mesh, shape, spec, batch, form):
 def _step(mesh, shape, spec, rank, inner, part, form):
     params = {"kernel": abstract(mesh, shape, "bfloat16", *spec)}
     views = lrx.Views(stacked=("kernel",)) if len(shape) > 2 else lrx.Views()
-    side = lrx.sides_for(params, views=views)
-    view = lrx.resolve(params, views, rank=rank, side=side).projected[0]
+    side = lrx.projection.sides_for(params, views=views)
+    view = lrx.resolution.resolve(params, views, rank=rank, side=side).projected[0]
     # the values are the state's; this one only says their shape
     basis = lrx.projectors.given(matrix=np.zeros((view.shrunk, rank), np.float32))
     tx = lrx.galore(1e-3, projector=basis, inner=inner, weight_decay=0.1, views=views, side=side)

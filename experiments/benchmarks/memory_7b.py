@@ -90,7 +90,7 @@ def stack(config: llama.LlamaConfig) -> lrx.projection.Stack:
 
     return lrx.projection.Stack(
         before=lambda rest, tokens: rest["embed"]["embedding"][tokens].astype(dtype),
-        layer=lrx.linen.tapped(lambda layer, x: block.apply({"params": layer}, x)[0]),
+        layer=lrx.tapped(lambda layer, x: block.apply({"params": layer}, x)[0]),
         after=after,
     )
 
@@ -277,11 +277,7 @@ def pod(preset: str, length: int) -> Iterator[dict[str, Any]]:
     for name, form, refresh, split in PODS:
         adamw = name == "adamw"
         tx: Any = optax.adamw(1e-3) if adamw else optimizer(refresh, rank, dtype=jnp.float32)
-        step = (
-            training_step.optax_step(tx, loss)
-            if adamw
-            else lrx.train_step(lrx.linen.tapped(loss), tx)
-        )
+        step = training_step.optax_step(tx, loss) if adamw else lrx.train_step(loss, tx)
         step = lrx.layerwise_step(stack(config), tx) if form == "layerwise_step" else step
         placed, state_placed = pod_shardings(mesh, tx, params, split=split)
         place = lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind)  # noqa: E731

@@ -95,7 +95,7 @@ def work(config: llama.LlamaConfig, batch: int, *, head: bool = True) -> Work:
             return jnp.mean(jnp.square(jnp.asarray(model.apply({"params": params}, x))))
 
     params = jax.jit(model.init)(key, data[:1])["params"]
-    return Work(params, lrx.linen.tapped(loss), data)
+    return Work(params, loss, data)
 
 
 def operations(

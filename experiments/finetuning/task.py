@@ -65,7 +65,7 @@ class Finetuning(Task):
         self.work = self._work()
         self._digest: str | None = None
         self.objective = objectives.classes if self.dataset.classes else objectives.language
-        self._run = lrx.linen.adapted(self._loss) if self.parts.adapts else self._loss
+        self._run = lrx.adapted(self._loss) if self.parts.adapts else self._loss
         self._check_types(jax.tree.map(placed, self.model.shapes, kernels))
         if self.parts.needs_base:
             self.frozen = self.parts.cut_off(self._read_base())
@@ -211,7 +211,7 @@ class Finetuning(Task):
         has_classes = measured is not None and bool(measured.classes)
         function = objectives.classes if has_classes else objectives.language
         run = lambda tree, batch: function(self.model.net, tree, batch)  # noqa: E731
-        run = lrx.linen.adapted(run) if self.parts.adapts else run
+        run = lrx.adapted(run) if self.parts.adapts else run
 
         def sums(params, rest, batch, *frozen):
             with meshes.use(self.mesh, parameters=self._known):

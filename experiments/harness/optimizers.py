@@ -59,7 +59,7 @@ def build(
       rate: learning rate by update.
       stacked: the model's layers lie along a leading axis of each kernel under `layers`.
       seed: of random projections.
-      sides: what "sharding" comes to, of `lrx.sides_for`.
+      sides: what "sharding" comes to, of `lrx.projection.sides_for`.
 
     Raises ConfigurationError for a field that the method does not have.
     """

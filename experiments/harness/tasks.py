@@ -120,7 +120,7 @@ class Task:
         """The optimizer that these settings describe."""
         # "sharding" is resolved once: shapes of the state follow from it
         if settings.side == "sharding" and not self._sides:
-            self._sides = lrx.sides_for(
+            self._sides = lrx.projection.sides_for(
                 self.shapes["params"], self.places["params"], views=optimizers.views(self.stacked)
             )
         return optimizers.build(

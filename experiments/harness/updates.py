@@ -23,10 +23,8 @@ def loss_sums(model, params, batch):
 
 
 def projected_loss(sums, frozen=()):
-    """`loss(params, batch, share)`: the share of a batch's summed losses, for kernels with taps."""
-    return lrx.linen.tapped(
-        lambda params, batch, share: sums(params, batch, {}, *frozen)[0] * share
-    )
+    """`loss(params, batch, share)`: the share of a batch's summed losses."""
+    return lambda params, batch, share: sums(params, batch, {}, *frozen)[0] * share
 
 
 def fused(sums, optimizer, accumulation: int, backprop: str):

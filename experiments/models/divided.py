@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from lowrank_jax import adapters, dot_general, sharding
+from lowrank_jax import dot_general, sharding
 from lowrank_jax.sharding.meshes import at_input, constrain, out_sharding
 from lowrank_jax.typing import DTypeLike
 
@@ -85,11 +85,9 @@ class Embed(nn.Embed):
         if place is None:
             return super().__call__(tokens_BxS)
 
-        def rows(tokens_BxS, table_VxD):
-            (table_VxD,) = self.promote_dtype(table_VxD, dtype=self.dtype, inexact=False)
-            return constrain(table_VxD, "vocabulary", None).at[tokens_BxS].get(out_sharding=place)
-
-        return adapters.embed(tokens_BxS, self.embedding, rows)
+        table_VxD: Any
+        (table_VxD,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
+        return constrain(table_VxD, "vocabulary", None).at[tokens_BxS].get(out_sharding=place)
 
 
 def chosen(logits_BxSxV, targets_BxS):

@@ -39,7 +39,6 @@ from experiments.models.divided import (
 )
 from experiments.settings.sections import check, choice, number
 from lowrank_jax import dot_general, sharding
-from lowrank_jax.adapters import attend
 from lowrank_jax.sharding.meshes import at_input, constrain
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -435,12 +434,9 @@ class Llama(nn.Module):
         # logits in float32, whatever the compute dtype
         product = functools.partial(dot_general, preferred_element_type=jnp.float32)
         if config.tied_head:
-
-            def head(x_BxSxD, table_VxD):
-                kernel_VxD = at_input(table_VxD.astype(DTYPES[config.dtype]), x_BxSxD, rows=-1)
-                return product(x_BxSxD, kernel_VxD, (((2,), (1,)), ((), ())))
-
-            logits_BxSxV = attend(x_BxSxD, embed.embedding, head)  # the table may have adapters
+            table_VxD = embed.embedding.astype(DTYPES[config.dtype])
+            kernel_VxD = at_input(table_VxD, x_BxSxD, rows=-1)
+            logits_BxSxV = product(x_BxSxD, kernel_VxD, (((2,), (1,)), ((), ())))
         else:
             logits_BxSxV = _dense(config, config.vocabulary_size, "lm_head", dot_general=product)(
                 x_BxSxD

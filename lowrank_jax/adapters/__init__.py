@@ -36,6 +36,7 @@ from lowrank_jax.adapters.named import (
     padded,
     weighted,
 )
+from lowrank_jax.adapters.partition import join, partition
 from lowrank_jax.adapters.partition_specs import partition_specs, shardings
 from lowrank_jax.adapters.rules import ALL_LINEAR, Layout
 from lowrank_jax.adapters.starts.drawn import gaussian, kaiming, orthogonal
@@ -43,6 +44,7 @@ from lowrank_jax.adapters.starts.olora import olora
 from lowrank_jax.adapters.starts.pissa import pissa
 from lowrank_jax.adapters.transitions import transition
 from lowrank_jax.adapters.tree import unmerge
+from lowrank_jax.functions.rules import rule
 from lowrank_jax.kernel_node import Op
 from lowrank_jax.optim.pair_optimizers import precondition_pairs
 
@@ -73,6 +75,7 @@ __all__ = [
     "gaussian",
     "hira",
     "hot_swap",
+    "join",
     "kaiming",
     "loha",
     "lora",
@@ -82,10 +85,12 @@ __all__ = [
     "olora",
     "orthogonal",
     "padded",
+    "partition",
     "partition_specs",
     "pissa",
     "precondition_pairs",
     "rand_lora",
+    "rule",
     "shardings",
     "shira",
     "transition",

@@ -1,8 +1,8 @@
 """Kernels with adapters, and the hosts that multiply by them.
 
 `attach(params, adaptation)` puts an `AdaptedKernel` in the place of each adapted leaf.
-`lrx.matmul`, `lrx.einsum` and `lrx.dot_general` take it as they take an array; `embed`, `attend`
-and `conv` here are the other hosts. The Flax skins call the same functions from inside a model.
+`lrx.adapted(function)` takes it as the function takes an array, and so do `lrx.matmul`, `lrx.einsum`,
+`lrx.dot_general`, and `embed`, `attend` and `conv` here.
 """
 
 from __future__ import annotations
@@ -16,30 +16,19 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from lowrank_jax import sharding
-from lowrank_jax.adapters.base import Adapter, Site
-from lowrank_jax.kernel_node import KernelNode, Op, parts_of, product, with_parts_of
+from lowrank_jax.adapters.base import Adapter, Site, dropout
+from lowrank_jax.functions.adapted import adapted
+from lowrank_jax.kernel_node import KernelNode, Op, Stack, parts_of, product, with_parts_of
 from lowrank_jax.matrices import MatrixView
 from lowrank_jax.quantized import decoding, dense, undecoded
 from lowrank_jax.reprs import Short
 from lowrank_jax.serialization import serializable
+from lowrank_jax.trees import is_quantized
 from lowrank_jax.typing import Kernel, Key, Pytree
 
 
 class RawKernelError(ValueError, AttributeError):
     """A kernel with adapters is read as a bare array, past its adapters."""
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(eq=False)
-class Outside:
-    """A value that goes into a model beside its parameters: without batch axes, a scan over a leaf
-    must not slice it.
-
-    It is static, and equal to itself alone, so that what a nested jit traced with one value is not
-    used for another.
-    """
-
-    value: Any
 
 
 @serializable
@@ -51,7 +40,7 @@ class Bound(Short):
     Attributes:
       arrays: of the site, trained and frozen, with the leaf's batch axes in front; behind those an
         axis of candidates, where rows choose among several adapters.
-      shared: of the group, without batch axes; within a Flax model an `Outside` of them.
+      shared: of the group, without batch axes.
       keys: random keys `(batch...)` of a stochastic adapter, pairs where it has a common draw, or
         None.
       ids: None, or which candidate each row of the input takes, `(batch..., rows)`; -1 is none.
@@ -59,24 +48,36 @@ class Bound(Short):
     """
 
     arrays: dict[str, Any]
-    shared: Any
+    shared: dict[str, Any]
     keys: jax.Array | None
     ids: jax.Array | None
     adapter: Adapter = dataclasses.field(metadata={"static": True})
     site: Site = dataclasses.field(metadata={"static": True})
 
-    @property
-    def group(self) -> dict[str, Any]:
-        """What is shared, wherever it is."""
-        return self.shared.value if isinstance(self.shared, Outside) else self.shared
-
     def wrap(self, op: Op) -> Op:
         """The operator with this adapter."""
-        return self.adapter.wrap(op, self.site, self.arrays | {"shared": self.group}, self.keys)
+        return self.adapter.wrap(op, self.site, self.arrays | {"shared": self.shared}, self.keys)
+
+    def factors(self) -> Any:
+        """The factors of one matrix, or None."""
+        return self.adapter.checked_factors(self.site, self.arrays | {"shared": self.shared})
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether the delta is one of thin factors, which may be cut with the kernel."""
+        lead = self.arrays["scale"].ndim - int(self.adapter.ranked)
+        one = lambda x: jax.ShapeDtypeStruct(x.shape[lead:], x.dtype)  # noqa: E731
+        arrays = jax.tree.map(one, self.arrays)
+
+        def run(arrays, shared):
+            found = dataclasses.replace(self, arrays=arrays, shared=shared).factors()
+            return None if found is None else (found.a, found.b)
+
+        return jax.eval_shape(run, arrays, self.shared) is not None
 
     def effective(self, kernel: jax.Array) -> jax.Array:
         """The matrix with this adapter."""
-        return self.adapter.effective(self.site, kernel, self.arrays | {"shared": self.group})
+        return self.adapter.effective(self.site, kernel, self.arrays | {"shared": self.shared})
 
     def boxed(self, box: Any) -> Bound:
         """This adapter with its arrays in boxes like that of its leaf, if that is in one that names
@@ -101,7 +102,7 @@ class Bound(Short):
         if self.ids is None:
             return dataclasses.replace(self, keys=keys)
         take = lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(number, 0), keepdims=False)  # noqa: E731
-        arrays, shared = jax.tree.map(take, (self.arrays, self.group))
+        arrays, shared = jax.tree.map(take, (self.arrays, self.shared))
         # a number that no candidate has would silently be the last one
         weight = jnp.where(number < self.arrays["scale"].shape[0], number >= 0, jnp.nan)
         return dataclasses.replace(
@@ -169,19 +170,11 @@ class AdaptedKernel(KernelNode):
     def raw(self, what: str) -> RawKernelError:
         """The error of a use that would pass the adapters by."""
         return RawKernelError(
-            f"adapters of {self.bound[0].site.path!r}: the kernel {what}, by a layer or a product "
-            "that knows no adapters, which would pass them by. Multiply by lrx.matmul, lrx.einsum, "
-            "lrx.adapters.embed, attend or conv, wrap a function of a linen model as "
-            "lrx.linen.adapted(function), merge an nnx model by lrx.nnx.merge, or give the model "
-            "lrx.effective(params, adaptations) in place of lrx.attach(...)"
+            f"adapters of {self.bound[0].site.path!r}: the kernel {what}, outside of "
+            "lrx.adapted(function), which would pass its adapters by. Write "
+            "lrx.adapted(function)(lrx.attach(params, adaptations), ...), multiply by lrx.matmul or "
+            "lrx.einsum, or give the model lrx.effective(params, adaptations)"
         )
-
-    def carried(self) -> AdaptedKernel:
-        """This kernel as a Flax model carries it, whose scans slice it: what its adapters share is
-        `Outside`."""
-        put = lambda shared: Outside(shared) if shared else shared  # noqa: E731
-        bound = (dataclasses.replace(one, shared=put(one.shared)) for one in self.bound)
-        return dataclasses.replace(self, bound=tuple(bound))
 
     @property
     def view(self) -> MatrixView:
@@ -218,8 +211,20 @@ class AdaptedKernel(KernelNode):
 
     @property
     def whole_matrix(self) -> bool:
-        """Whether one of the adapters reads whole rows and columns of the kernel."""
-        return any(one.adapter.whole_matrix for one in self.bound)
+        """Whether one of the adapters means nothing for some rows or columns alone."""
+        return any(one.adapter.whole_matrix or not one.is_thin for one in self.bound)
+
+    @property
+    def forms(self) -> bool:
+        return all(one.ids is None for one in self.bound)
+
+    @property
+    def remedy(self) -> str:
+        return (
+            "Adapters act on products: leave the leaf out with exclude=, allow its matrix to be formed "
+            "there, lrx.adapted(function, dense=path), or give the function "
+            "lrx.effective(params, adaptations)."
+        )
 
     def base(self) -> Kernel:
         return self.kernel
@@ -241,73 +246,121 @@ class AdaptedKernel(KernelNode):
 
     def dense(self, dtype: Any = None) -> jax.Array | None:
         """The adapted kernel, every adapter's `effective` in turn; None where rows choose."""
-        if any(one.ids is not None for one in self.bound):
+        if not self.forms:
             return None
         array, view = dense(self.kernel, self.dtype if dtype is None else dtype), self.view
+        matrices = self.matrices(lambda: view.to_matrices(array))
+        return view.from_matrices(matrices, tuple(array.shape)).astype(array.dtype)
 
-        def adapted(matrix, _, bound):
+    def matrices(self, base: Callable[[], jax.Array]) -> jax.Array:
+        """Every adapter's `effective` in turn, of matrices `(batch..., n, m)`."""
+
+        def adapted(matrix, bound):
             for one in bound:
                 matrix = one.effective(matrix)
             return matrix
 
-        matrices = view.to_matrices(array)
-        matrices = over_batch(adapted, len(view.batch))(matrices, matrices, self.bound)
-        return view.from_matrices(matrices, tuple(array.shape)).astype(array.dtype)
+        matrices = base()
+        return over_batch(adapted, matrices.ndim - 2)(matrices, self.bound)
 
     def multiply(self, op: Op, x: jax.Array, key: Key | None = None) -> tuple[jax.Array, Any]:
         """The product of each matrix with every adapter in turn, whose keys are their own."""
-        site, view = self.bound[0].site, self.view
-        layout, plain = op.layout(view), op.plain and view.rows == (0,)
-        spec = sharding.matrix_spec(site.path, site.view) if plain else None
+        stack = op.stack
+        assert stack is not None
+        if not stack.separable:
+            return self._together(op, stack, x), None
+        if op.input != "features" and any(one.adapter.gives_aux for one in self.bound):
+            raise ValueError(
+                f"{self.label}: one gives a value beside the product, of the features that it "
+                f"multiplies, and a product of {op.input} at {op.line} has none; adapt a dense "
+                "product in its place"
+            )
 
-        def whole(x, kernel, bound):
-            is_node = isinstance(kernel, KernelNode)
-            base = kernel if is_node else dense(kernel, x.dtype, site.path)
-            direct = undecoded(kernel, spec) if plain else None
-            bare = plain and direct is None and not is_node and kernel.dtype == x.dtype
-            inputs, (own, shared) = layout.inputs(x), _matrices_of(base, view)
+        def whole(x, bound):
+            # codes are decoded once, for the product and for whoever asks for the kernel
+            own, stack = decoded(op)
+            inputs, outputs = stack.inputs(x), stack.outputs(own.own(x))
 
-            def run(x, own, bound):
-                one = op.matrix(with_parts_of(base, own, shared))
-                one = dataclasses.replace(one, own=direct or one.own, plain=bare)
-                adapted = fold(one, bound)
+            def run(x, y, parts, bound):
+                adapted = fold(stack.matrix(x, y, lambda: stack.formed(parts)), bound)
                 return adapted(x), None if adapted.aux is None else adapted.aux(x)
 
-            outputs, aux = over_batch(run, layout.batch)(inputs, own, bound)
-            outputs = layout.result(outputs, [self.shape[axis] for axis in view.cols])
-            return _as_host(outputs, op.multiply, x, base), aux
+            # x may be that of all matrices, as when every expert sees it
+            mapped = _over_stack(run, stack.mapped)
+            outputs, aux = mapped(inputs, outputs, stack.parts, bound)
+            return stack.result(outputs), aux
 
-        return decoding(whole, self.kernel)(x, self.kernel, self.bound)
+        return decoding(whole, stack.base)(x, self.bound)
+
+    def _together(self, op: Op, stack: Stack, x: jax.Array) -> jax.Array:
+        """The product with all matrices at once, by factors, or by the effective matrices."""
+        if any(one.ids is not None or one.adapter.gives_aux for one in self.bound):
+            raise ValueError(
+                f"{self.label}: a product that sums over its matrices, or sorts rows into groups, has "
+                "no rows to choose adapters for (ids=) and hands out no values beside it"
+            )
+        if not all(one.is_thin for one in self.bound):
+            matrices = jax.checkpoint(
+                lambda x, node: stack.by_matrices(x, node.matrices(op.kernel))
+            )
+            return matrices(x, self)
+        y = op.own(x)
+        for one in self.bound:
+            a, scale, b = over_batch(lambda bound: bound.factors()[:3], stack.batch)(one)
+            key = None if one.keys is None else one.keys.ravel()[0]
+            dropped = dropout(x, one.adapter.dropout_rate, key)
+            thin = op.through(dropped, a * scale[..., None, :], b)
+            y = y + sharding.match_sharding(thin.astype(y.dtype), y)
+        return y
 
 
-def _matrices_of(base: Kernel, view: MatrixView) -> tuple[Pytree, Pytree]:
-    """`(own, shared)` arrays of a base as `(batch..., n, m)`; a node is a stack of matrices as it
-    is."""
-    if not isinstance(base, KernelNode):
-        return view.to_matrices(base), ()
-    if base.view != view:
-        raise ValueError(
-            f"{base.label} of shape {tuple(base.shape)} is seen as {base.view}, the adapters on it "
-            f"see {view}; give them the same views=, or node.dense() as their base"
-        )
-    return base.parts()
+def decoded(op: Op) -> tuple[Op, Stack]:
+    """A product with codes as one with their value, but where a kernel multiplies by the codes."""
+    assert op.stack is not None
+    if not is_quantized(op.stack.base) or (op.plain and undecoded(op.stack.base) is not None):
+        return op, op.stack
+    made = op.stack.make(op.stack.rest, ((), op.stack.leaf()))
+    assert made.stack is not None
+    return made, made.stack
+
+
+def _axes_of(bound: tuple[Bound, ...]) -> Any:
+    """Which arrays of adapters have the kernel's batch axes: all but the shared ones."""
+    places: Any = {"arrays": 0, "shared": None, "keys": 0, "ids": 0}
+    return tuple(dataclasses.replace(one, **places) for one in bound)
 
 
 def over_batch(function: Callable, axes: int) -> Callable:
-    """`function(x, matrix, bound)`, mapped over the kernel's leading batch axes."""
+    """`function(trees..., bound)`, mapped over leading batch axes."""
+
+    def mapped(inner: Callable) -> Callable:
+        def run(*trees):
+            *others, bound = trees
+            many = bound if isinstance(bound, tuple) else (bound,)
+            places = _axes_of(many)
+            own = places if isinstance(bound, tuple) else places[0]
+            return jax.vmap(inner, in_axes=(*[0] * len(others), own))(*others, bound)
+
+        return run
+
     for _ in range(axes):
-        function = _mapped(function)
+        function = mapped(function)
     return function
 
 
-def _mapped(function: Callable) -> Callable:
-    def run(x, matrix, bound):
-        axes = tuple(
-            dataclasses.replace(one, arrays=0, shared=None, keys=0, ids=0) for one in bound
-        )
-        return jax.vmap(function, in_axes=(0, 0, axes))(x, matrix, bound)
+def _over_stack(function: Callable, batch: tuple[bool, ...]) -> Callable:
+    """`function(x, y, parts, bound)`, mapped over the batch axes, of which x may lack some."""
 
-    return run
+    def mapped(inner: Callable, has: bool) -> Callable:
+        def run(x, y, parts, bound):
+            places = (0 if has else None, 0, 0, _axes_of(bound))
+            return jax.vmap(inner, in_axes=places)(x, y, parts, bound)
+
+        return run
+
+    for has in reversed(batch):
+        function = mapped(function, has)
+    return function
 
 
 def fold(op: Op, bound: tuple[Bound, ...]) -> Op:
@@ -317,65 +370,50 @@ def fold(op: Op, bound: tuple[Bound, ...]) -> Op:
         for one in bound:
             op = one.wrap(op)
         return op
-    ids = next(
-        one.ids for one in bound if one.ids is not None
-    )  # one call of attach: the same for all
+    # one call of attach: the same for all
+    ids = next(one.ids for one in bound if one.ids is not None)
+
+    def by_rows(x, function):
+        """`function(operator of the row, the row (1, ...))` of every row."""
+        rows, y = _rows(op, bound, ids, x), op(x)
+        y = y.reshape(*rows.shape[:-1], y.shape[-1]) if op.rows else y
+
+        def row(x, y, number, index):
+            # the product of this row is there
+            x, y = x[None], y[None]
+            given = dataclasses.replace(op, own=lambda z: y if z is x else op(z), rows=None)
+            return function(fold(given, tuple(one.of_row(number, index) for one in bound)), x)
+
+        return jax.vmap(row)(rows, y, ids, jnp.arange(ids.shape[0]))
 
     def product(x):
-        if x.ndim < 1 or x.shape[0] != ids.shape[0]:
-            raise ValueError(
-                f"adapters of {bound[0].site.path!r}: ids choose for {ids.shape[0]} rows, the "
-                f"input of this host has shape {x.shape}; its first axis must be those rows"
-            )
-
-        if any((sharding.explicit_spec(x) or ())[:1]):
-            raise ValueError(
-                f"adapters of {bound[0].site.path!r}: ids choose for rows that an explicit mesh "
-                "divides, which is not implemented; make the mesh with explicit=False"
-            )
-
-        return by_rows(lambda op, x: op(x)[0], x)
-
-    def by_rows(function, x):
-        """`function(operator of the row, the row (1, ...))` of every row."""
-
-        def row(x, number, index):
-            own = fold(op, tuple(one.of_row(number, index) for one in bound))
-            return function(own, x[None])
-
-        return jax.vmap(row)(x, ids, jnp.arange(ids.shape[0]))
+        y = by_rows(x, lambda op, x: op(x)[0])
+        return y.reshape(-1, y.shape[-1]) if op.rows else y
 
     gives = any(one.adapter.gives_aux for one in bound)
-    aux = (lambda x: by_rows(lambda op, x: op.aux(x), x)) if gives else None
+    aux = (lambda x: by_rows(x, lambda op, x: op.aux(x))) if gives else None
     return dataclasses.replace(op, own=product, aux=aux)
 
 
-def alone(op: Op, bound: tuple[Bound, ...], host: str) -> Op:
-    """The operator with every adapter; ValueError where one gives a value that this host cannot hand
-    out."""
-    adapted = fold(op, bound)
-    if adapted.aux is not None:
+def _rows(op: Op, bound: tuple[Bound, ...], ids: jax.Array, x: jax.Array) -> jax.Array:
+    """x with the rows that ids choose for as its first axis; ValueError where that is another."""
+    count = op.rows or (x.shape[0] if x.ndim else 0)
+    if count != ids.shape[0]:
         raise ValueError(
-            f"adapters of {bound[0].site.path!r}: one gives a value beside the product, such as a "
-            f"router's loss, which lrx.adapters.{host} has no way to hand out; adapt a dense product "
-            "in its place, and multiply by lrx.matmul(x, kernel, aux=True)"
+            f"adapters of {bound[0].site.path!r}: ids choose for {ids.shape[0]} rows, the input of "
+            f"this host has shape {x.shape}; its first axis must be those rows"
         )
-    return adapted
-
-
-def _as_host(y: jax.Array, own: Callable[..., jax.Array], *operands: Any) -> jax.Array:
-    """`y` in the dtype of `own(*operands)`, and on an explicit mesh where that lies."""
-    made = jax.eval_shape(own, *operands)
-    return sharding.reshard(y.astype(made.dtype), sharding.explicit_spec(made))
-
-
-def _at(kernel: Any, use: str) -> Any:
-    """A kernel as a product of one kind sees it."""
-    return kernel.at(use) if isinstance(kernel, KernelNode) else kernel
+    if any((sharding.explicit_spec(x) or ())[:1]):
+        raise ValueError(
+            f"adapters of {bound[0].site.path!r}: ids choose for rows that an explicit mesh "
+            "divides, which is not implemented; make the mesh with explicit=False"
+        )
+    return x.reshape(count, -1, x.shape[-1]) if op.rows else x
 
 
 def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
-    """Rows of an embedding `(V, d)` that may have adapters: `table[indices]`.
+    """Rows of an embedding `(V, d)` that may be a node: `lrx.adapted` of `table[indices]`, or of
+    `base(indices, table)`.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -384,63 +422,35 @@ def embed(indices: jax.Array, table: Any, base: Callable | None = None) -> jax.A
     >>> lrx.adapters.embed(jnp.array([[1, 2]]), lrx.attach(params, adaptation)["embedding"]).shape
     (1, 2, 4)
     """
-    own, table = base or _rows_of, _at(table, "gather")
-    if not isinstance(table, AdaptedKernel):
-        return own(indices, dense(table, getattr(table, "dtype", jnp.float32)))
-
-    def whole(table, bound):
-        matrix = dense(table, table.dtype)
-        op = Op(matrix.shape, _rows_of, lambda: matrix, lambda x: own(x, matrix), "indices")
-        return _as_host(alone(op, bound, "embed")(indices), own, indices, matrix)
-
-    return decoding(whole, table.kernel)(table.kernel, table.bound)
+    return adapted(base or _rows_of)(indices, table)
 
 
-def _rows_of(indices: jax.Array, factor: jax.Array) -> jax.Array:
-    """`factor[indices]`, on an explicit mesh whole along the axis that is looked up."""
-    left, right = sharding.explicit_spec(indices), sharding.explicit_spec(factor)
+def _rows_of(indices: jax.Array, table: jax.Array) -> jax.Array:
+    """`table[indices]`, on an explicit mesh unsharded along the axis that is looked up."""
+    left, right = sharding.explicit_spec(indices), sharding.explicit_spec(table)
     if left is None or right is None:
-        return factor[indices]
-    return factor.at[indices].get(
-        out_sharding=jax.sharding.PartitionSpec(*left, *(None for _ in right[1:]))
-    )
+        return table[indices]
+    place = jax.sharding.PartitionSpec(*left, *(None for _ in right[1:]))
+    return table.at[indices].get(out_sharding=place)
 
 
 def attend(x: jax.Array, table: Any, base: Callable | None = None) -> jax.Array:
-    """`x (..., d) @ tableᵀ` for an embedding `(V, d)` that may have adapters: a tied output layer.
+    """`x (..., d) @ tableᵀ`, or `base(x, table)`, for an embedding `(V, d)` that may be a node: a
+    tied output layer.
 
     >>> import jax.numpy as jnp
     >>> attend(jnp.ones((2, 4)), jnp.ones((9, 4))).shape
     (2, 9)
     """
-    own = base or (lambda x, matrix: product(x, matrix.T).astype(jnp.result_type(x, matrix)))
-    table = _at(table, "dot_general")
-    if not isinstance(table, AdaptedKernel):
-        return decoding(lambda x, table: own(x, dense(table, x.dtype)), table)(x, table)
+    return adapted(base or _attended)(x, table)
 
-    def whole(x, table, bound):
-        matrix = dense(table, x.dtype, bound[0].site.path)
-        op = Op(matrix.shape, product, lambda: matrix, lambda x: own(x, matrix), "transposed")
-        return _as_host(alone(op, bound, "attend")(x), own, x, matrix)
 
-    return decoding(whole, table.kernel)(x, table.kernel, table.bound)
+def _attended(x: jax.Array, table: jax.Array) -> jax.Array:
+    return product(x, table.T).astype(jnp.result_type(x, table))
 
 
 def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.Array:
-    """`convolve(x, kernel)` for a kernel `(window..., c_in, c_out)` that may have adapters.
-
-    A factor `a (window... c_in, r)` is a convolution with r channels, `b (r, c_out)` one without a
-    window.
-
-    Args:
-      x: the input.
-      kernel: an array or an adapted kernel, whose view folds all axes but the last into rows, in
-        their order.
-      convolve: `(x, kernel of any number of output channels) -> (..., channels)`; strides, padding
-        and so on are its.
-
-    Raises:
-      ValueError: for a kernel whose view is another, and for a convolution in groups.
+    """`convolve(x, kernel)` for a kernel `(window..., c_in, c_out)` that may be a node.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -456,35 +466,4 @@ def conv(x: jax.Array, kernel: Any, convolve: Callable[..., jax.Array]) -> jax.A
     ... ).shape
     (1, 5, 6)
     """
-    kernel = _at(kernel, "conv_general_dilated")
-    if not isinstance(kernel, AdaptedKernel):
-        return decoding(lambda x, kernel: convolve(x, dense(kernel, x.dtype)), kernel)(x, kernel)
-    view, last = kernel.view, kernel.ndim - 1
-    if view != MatrixView(rows=tuple(range(last)), cols=(last,)):
-        raise ValueError(
-            f"adapters of {kernel.bound[0].site.path!r}: a convolution's kernel "
-            f"{tuple(kernel.shape)} wants the view MatrixView(rows={tuple(range(last))}, "
-            f"cols=({last},)), not rows={view.rows}, cols={view.cols}"
-        )
-    window = kernel.shape[:-1]
-    try:
-        jax.eval_shape(convolve, x, jax.ShapeDtypeStruct((*window, 1), x.dtype))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"adapters of {kernel.bound[0].site.path!r}: convolve must take a kernel of any number "
-            "of output channels, and cannot take one of a single channel: a convolution in groups "
-            "is no product of its whole input with factors. Give it the kernel of "
-            "lrx.effective(params, adaptations)"
-        ) from error
-
-    def contract(x, factor):
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return convolve(x, factor.astype(x.dtype).reshape(*window, factor.shape[-1])).astype(wide)
-
-    def whole(x, kernel, bound):
-        array = dense(kernel, x.dtype)
-        matrix = view.to_matrices(array)
-        op = Op(matrix.shape, contract, lambda: matrix, lambda x: convolve(x, array), "windows")
-        return _as_host(alone(op, bound, "conv")(x), convolve, x, array)
-
-    return decoding(whole, kernel.kernel)(x, kernel.kernel, kernel.bound)
+    return adapted(convolve)(x, kernel)

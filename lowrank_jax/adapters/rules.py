@@ -258,7 +258,7 @@ class Selection:
         ndim = len(leaf.node.shape) - is_stacked(leaf.path, leaf.names, self.views)
         for pattern, adapter in self.rules:
             if (
-                is_linear(leaf.path, ndim)[0]
+                is_linear(leaf.path, ndim, self.views)[0]
                 if pattern == ALL_LINEAR
                 else re.fullmatch(pattern, leaf.path)
             ):

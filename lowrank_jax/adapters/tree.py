@@ -68,7 +68,7 @@ def adapt(
         adapter for all linear layers, like the pattern "all-linear": leaves named `kernel` outside
         embeddings, heads and norms.
       key: of the initialisers; each site and layer draws its own from its name.
-      views: which axes are rows, columns, layers; as for `lrx.resolve`.
+      views: which axes are rows, columns, layers; as for `lrx.resolution.resolve`.
       exclude: patterns of leaves that no rule takes.
       layers: numbers of the layers that are adapted. In a stack the others keep their place with
         scale 0 and train nothing; elsewhere the number is in the path.
@@ -237,9 +237,8 @@ def attach(
     Where a leaf is in a box that names its axes (`nn.Partitioned`), the arrays of its adapters are
     in boxes like it.
 
-    Bare functions multiply by `lrx.matmul`, `lrx.einsum`, `lrx.dot_general`, `lrx.adapters.embed`,
-    `attend` and `conv`; `lrx.linen.adapted(loss)` and, inside a loss, `lrx.nnx.merge` do that for
-    Flax models.
+    Any function takes it as `lrx.adapted(function)`; so do `lrx.matmul`, `lrx.einsum`,
+    `lrx.dot_general`, and `lrx.adapters.embed`, `attend` and `conv`.
 
     Args:
       params: the tree that `adapt` saw.

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from flax.core.scope import subtract_filters
 
-from lowrank_jax.adapters import layers
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Site
 from lowrank_jax.adapters.hosts import AdaptedKernel, Bound
 from lowrank_jax.adapters.tree import adapt
-from lowrank_jax.linen.interceptor import GIVEN, intercept, shadowed
+from lowrank_jax.functions.adapted import adapted
 from lowrank_jax.matrices import MatrixView
 from lowrank_jax.resolution import Views
 from lowrank_jax.trees import is_node, path_of
@@ -33,7 +32,7 @@ class WithAdapter(nn.Module):
 
     For authors of models whose surroundings know one tree of plain arrays, made by `model.init`:
     shardings from `nn.get_partition_spec`, checkpoints, export, serving. To adapt a model that
-    exists, leave it as it is and wrap the function: `lrx.linen.adapted`. There adapters can also
+    exists, leave it as it is and wrap the function, `lrx.adapted`. There adapters can also
     share arrays (Uni-LoRA, VeRA), come by name, be chosen by row.
 
     The paths of the wrapped layer stay as they were, and beside its kernel stand the arrays of the
@@ -82,7 +81,7 @@ class WithAdapter(nn.Module):
         if self.adapter.common_draw:
             raise ValueError(
                 f"adapter={self.adapter!r} draws once for all layers, which no layer can; give it "
-                "draw='site', or wrap the function: lrx.linen.adapted(function)"
+                "draw='site', or wrap the function: lrx.adapted(function)"
             )
         nn.share_scope(self, self.wrapped)
 
@@ -93,13 +92,11 @@ class WithAdapter(nn.Module):
             y = self.wrapped(*args, **kwargs)
             self.param(self._slot, self._zeros, self._view(*args, **kwargs))
             return y
-        with self._given(self._view(*args, **kwargs)):
-            return self.wrapped(*args, **kwargs)
+        return self._adapted("__call__", self._view(*args, **kwargs), *args, **kwargs)
 
     def attend(self, query):
         """`nn.Embed.attend`, with the adapter."""
-        with self._given(MatrixView()):
-            return self.wrapped.attend(query)
+        return self._adapted("attend", MatrixView(), query)
 
     @property
     def _leaf(self) -> str:
@@ -122,20 +119,45 @@ class WithAdapter(nn.Module):
         return Bound(arrays, {}, None, None, adapter, site).boxed(kernel).arrays
 
     @nn.nowrap
-    def _given(self, view: MatrixView):
-        """A context in which the wrapped layer multiplies by the kernel with its adapter."""
-        kernel = meta.unbox(self.get_variable("params", self._leaf))
+    def _adapted(self, method: str, view: MatrixView, *args: Any, **kwargs: Any) -> Any:
+        """A method of the wrapped layer: its parameters with the adapter attached, adapted(apply)."""
+        kernel: Any = self.get_variable("params", self._leaf)
         arrays = meta.unbox(self.get_variable("params", self._slot))
         if kernel is None or arrays is None:
-            return shadowed(self.wrapped)
-        adapter, site, _ = self._site(kernel, view)
+            return getattr(self.wrapped, method)(*args, **kwargs)
+        bare = meta.unbox(kernel)
+        adapter, site, _ = self._site(bare, view)
         keys = None
         if adapter.stochastic and self.has_rng("dropout"):
-            keys = self.make_rng("dropout")
+            # the layer may draw too, from the first key on
+            keys = jax.random.fold_in(self.make_rng("dropout"), 1)
             keys = jax.random.split(keys, site.lead) if site.lead else keys
-        before = kernel.bound if isinstance(kernel, AdaptedKernel) else ()
-        bound = (*before, Bound(dict(arrays), {}, keys, None, adapter, site))
-        return _multiplying(self.wrapped, AdaptedKernel(layers.base(kernel), bound))
+        node: Any = AdaptedKernel(bare, (Bound(dict(arrays), {}, keys, None, adapter, site),))
+        if isinstance(kernel, meta.AxisMetadata):
+            node = kernel.replace_boxed(node)
+        layer, variables = self.wrapped.unbind()
+        # what a derived class draws, and what it writes, such as values that it sows
+        assert self.scope is not None
+        rngs = self.scope.rngs
+        mutable = subtract_filters(self.scope.mutable, "params")
+
+        def apply(params, others, rngs, *args, **kwargs):
+            return layer.apply(
+                {**others, "params": params},
+                *args,
+                rngs=rngs,
+                method=method,
+                mutable=mutable,
+                **kwargs,
+            )
+
+        others = {name: tree for name, tree in variables.items() if name != "params"}
+        params = {**variables["params"], self._leaf: node}
+        y, written = adapted(apply)(params, others, rngs, *args, **kwargs)
+        for collection, tree in written.items():
+            for name, value in tree.items():
+                self.put_variable(collection, name, value)
+        return y
 
     @nn.nowrap
     def _view(self, *args: Any, **kwargs: Any) -> MatrixView:
@@ -181,26 +203,9 @@ def _declared(
     if arrays.pop("shared"):
         raise ValueError(
             f"{path!r}: {adapter.kind} shares arrays between layers, which no layer can hold; "
-            "leave the model as it is and wrap the function, lrx.linen.adapted(function)"
+            "leave the model as it is and wrap the function, lrx.adapted(function)"
         )
     return *made.layout.by_path[path], arrays
-
-
-@contextlib.contextmanager
-def _multiplying(layer: nn.Module, kernel: AdaptedKernel) -> Iterator[None]:
-    """Within it the layer multiplies by the kernel."""
-    used: list[bool] = []
-    with (
-        shadowed(layer, **{GIVEN: (kernel, used)}),
-        nn.intercept_methods(functools.partial(intercept, set())),
-    ):
-        yield
-    if not used:
-        raise ValueError(
-            f"{kernel.bound[0].site.path!r}: {type(layer).__name__} did not run the product of the "
-            "layer it derives from; give WithAdapter the layer itself, and lift (nn.scan, "
-            "nn.remat, ...) a module around both"
-        )
 
 
 def insert(declared: Any, base: Any, adaptation: Adaptation) -> Any:

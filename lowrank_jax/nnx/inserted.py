@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,12 +9,11 @@ from flax import nnx
 
 from lowrank_jax.adapters.adaptation import Adaptation
 from lowrank_jax.adapters.base import Adapter, Site
-from lowrank_jax.adapters.hosts import AdaptedKernel, Bound, Outside, axis_names
+from lowrank_jax.adapters.hosts import Bound, axis_names
 from lowrank_jax.adapters.tree import site_keys
-from lowrank_jax.nnx import hosts
+from lowrank_jax.nnx import calls
 from lowrank_jax.nnx.variables import AdaptedParam, AdapterConstant, AdapterParam, FrozenParam
 
-GROUPS = "adapter_groups"
 _PLACING = ("eager_sharding", "sharding_rules", "mesh")
 
 
@@ -39,17 +35,17 @@ class AdapterOfLayer(nnx.Module):
     ):
         self.name, self.adapter, self.site, self.shares = name, adapter, site, shares
         self.trained, self.frozen = nnx.Dict(trained), nnx.Dict(frozen)
-        self.shared: Outside | None = None
         self.keys: Any = nnx.data(None)
         if adapter.stochastic:
             self.deterministic = True
 
-    def bound(self) -> Bound:
-        """It, as a kernel with adapters holds it."""
-        if self.shares and self.shared is None:
+    def bound(self, groups: calls.Groups) -> Bound:
+        """It, as a kernel with adapters holds it; `groups` share arrays."""
+        shared = groups.get((self.name, self.site.group), {}) if self.shares else {}
+        if self.shares and not shared:
             raise ValueError(
                 f"adapters of {self.site.path!r}: {self.adapter.kind} shares arrays that live on "
-                "the model, and this layer is called on its own; call the model, or write "
+                "the model, and a part of it is called on its own; call the model, or write "
                 "`with lrx.nnx.sharing(model): ...` around the call"
             )
         keys = None
@@ -65,29 +61,16 @@ class AdapterOfLayer(nnx.Module):
             for part in (self.trained, self.frozen)
             for name, value in part.items()
         }
-        return Bound(arrays, self.shared or {}, keys, None, self.adapter, self.site)
-
-
-@functools.cache
-def _lending(cls: type) -> type:
-    """The class to which a model changes whose adapters share: its call lends the layers what they
-    share."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with sharing(self):
-            return cls.__call__(self, *args, **kwargs)
-
-    return hosts.derived("Sharing", cls, __call__=call, lends=True)
+        return Bound(arrays, shared, keys, None, self.adapter, self.site)
 
 
 def insert(model: nnx.Module, adaptation: Adaptation) -> None:
     """Gives the layers of a model the adapters of an adaptation, in place; again, for one more that
     acts after it.
 
-    The adapted layers (`nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv`, `nnx.Embed` and
-    derived ones) change their class, everything keeps its path, and `nnx.split`, `nnx.jit`,
-    `nnx.scan`, `nnx.grad` and their like work as before. Of Variables there are then four types,
-    which filters tell apart, and no `nnx.Param`:
+    Any parameter can be adapted. The model changes its class, to one whose call is `lrx.adapted`;
+    everything keeps its path, and `nnx.split`, `nnx.jit`, `nnx.scan`, `nnx.grad` and their like work
+    as before. Of Variables there are then four types, which filters tell apart, and no `nnx.Param`:
 
     - `AdapterParam`, what trains: `up/kernel_adapters/0/trained/a`, leaves trained in full in their
       places, and what a group shares, `adapter_groups/default/unilora/trained/theta`;
@@ -95,11 +78,10 @@ def insert(model: nnx.Module, adaptation: Adaptation) -> None:
     - `FrozenParam`: the parameters of the base model; `AdaptedParam`, which derives from it, the
       adapted ones.
 
-    Make optimizers and references to Variables afterwards. What a group shares (Uni-LoRA, VeRA)
-    lives on the model, whose call lends it to its layers: call layers of such a model within
-    `lrx.nnx.sharing(model)`. A kernel that is used otherwise than by its layer, such as the table
-    of a tied head, is an error that names it. Choices by row (`lrx.adapters.candidates`) are for
-    `lrx.nnx.merge`.
+    Make optimizers and references to Variables afterwards. Call the model; another of its methods, or
+    a part of it, by `lrx.nnx.adapted(function)(model, ...)`: outside of these, a kernel that is read is
+    an error that names it. What a group shares (Uni-LoRA, VeRA) lives on the model: call a part alone
+    within `lrx.nnx.sharing(model)`. Choices by row (`lrx.adapters.candidates`) are for `lrx.attach`.
 
     Args:
       model: of which `lrx.adapt(nnx.to_pure_dict(nnx.state(model, nnx.Param)), ...)` made the
@@ -107,8 +89,8 @@ def insert(model: nnx.Module, adaptation: Adaptation) -> None:
       adaptation: one.
 
     Raises:
-      ValueError: naming the path: a leaf that is missing, of another shape, or of no such layer;
-        parameters that no module of nnx holds directly; a name that is already there; candidates.
+      ValueError: naming the path: a leaf that is missing, or of another shape; parameters that no
+        module of nnx holds directly; a name that is already there; candidates.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from flax import nnx
@@ -124,7 +106,7 @@ def insert(model: nnx.Module, adaptation: Adaptation) -> None:
     [(4, 2), (2, 6)]
     """
     layout = adaptation.layout
-    holders = _holders(model)
+    holders = {"/".join(map(str, path)): own for path, own in calls.holders(model).items()}
     _check(model, adaptation, holders)
     for path, places in holders.items():
         module, attribute = places[0]
@@ -135,45 +117,16 @@ def insert(model: nnx.Module, adaptation: Adaptation) -> None:
             setattr(module, attribute, new)
         if path not in layout.by_path:
             continue
-        name = attribute + hosts.ADAPTERS
+        name = attribute + calls.ADAPTERS
         listed = getattr(module, name) if hasattr(module, name) else nnx.List([])
         listed.append(_adapter_of(adaptation, path, variable))
         for module, _ in places:
             setattr(module, name, listed)
-            hosts.become_host(module)
     shared = _groups(adaptation)
     if shared:
-        groups = getattr(model, GROUPS, None)
-        setattr(model, GROUPS, nnx.Dict(dict(groups or {}) | {layout.name: nnx.Dict(shared)}))
-        if not hasattr(type(model), "lends"):
-            hosts.set_class(model, _lending(type(model)))
-
-
-def _holders(model: nnx.Module) -> dict[str, list[tuple[nnx.Module, str]]]:
-    """Of every parameter, by its path in the state, the modules that hold it and its name there."""
-    found: dict[int, list[tuple[str, nnx.Module, str]]] = {}
-    for keys, node in nnx.iter_graph(model):
-        if not isinstance(node, nnx.Module):
-            continue
-        for name, value in vars(node).items():
-            if isinstance(value, nnx.Param | FrozenParam):
-                found.setdefault(id(value), []).append(
-                    ("/".join(map(str, (*keys, name))), node, name)
-                )
-    paths = {
-        "/".join(map(str, keys))
-        for keys, _ in nnx.to_flat_state(nnx.state(model, (nnx.Param, FrozenParam)))
-    }
-    named = {}
-    for places in found.values():
-        (path,) = {path for path, *_ in places} & paths
-        named[path] = [(node, name) for _, node, name in places]
-    if paths - set(named):
-        raise ValueError(
-            f"parameters {sorted(paths - set(named))} are in containers where they cannot be "
-            "replaced; hold them in modules, nnx.List or nnx.Dict"
-        )
-    return named
+        groups = getattr(model, calls.GROUPS, None)
+        setattr(model, calls.GROUPS, nnx.Dict(dict(groups or {}) | {layout.name: nnx.Dict(shared)}))
+    calls.set_class(model, calls.holding(type(model)))
 
 
 def _check(
@@ -181,10 +134,16 @@ def _check(
 ) -> None:
     """ValueError, before anything is changed, if the adaptation does not fit the model."""
     layout = adaptation.layout
+    paths = {"/".join(map(str, path)) for path in calls.parameter_paths(model)}
+    if paths - set(holders):
+        raise ValueError(
+            f"parameters {sorted(paths - set(holders))} are in containers where they cannot be "
+            "replaced; hold them in modules, nnx.List or nnx.Dict"
+        )
     if layout.candidates:
         raise ValueError(
-            f"{layout.name!r} holds candidates {layout.candidates} for rows; attach it and call "
-            "lrx.nnx.merge"
+            f"{layout.name!r} holds candidates {layout.candidates} for rows; attach it to the "
+            "parameters, lrx.attach, and call lrx.adapted(function)"
         )
     known = {one.name for _, one in nnx.iter_graph(model) if isinstance(one, AdapterOfLayer)}
     if layout.name in known:
@@ -196,7 +155,7 @@ def _check(
         raise ValueError(
             f"leaves {missing} are no parameters of the model, which has {sorted(holders)[:12]}"
         )
-    for path, (adapter, site) in layout.by_path.items():
+    for path, (_, site) in layout.by_path.items():
         for module, name in holders[path]:
             value = vars(module)[name].get_value()
             if tuple(value.shape) != site.shape:
@@ -204,14 +163,6 @@ def _check(
                     f"adapted leaf {path!r}, {site.shape}, is of shape {tuple(value.shape)} in the "
                     "model"
                 )
-            if not hosts.is_host(module) or name != hosts.leaf_of(module):
-                raise ValueError(
-                    f"adapters of {path!r}: it belongs to {type(module).__name__}, which "
-                    "multiplies in its own way; leave it out with exclude=, or compute with "
-                    "lrx.effective(params, adaptation)"
-                )
-            kernel = AdaptedKernel(value, (Bound({}, {}, None, None, adapter, site),))
-            hosts.product_fields(module, kernel, path.rpartition("/")[0] or type(module).__name__)
 
 
 def _retyped(
@@ -266,44 +217,6 @@ def _groups(adaptation: Adaptation) -> dict[str, nnx.Dict]:
 
 def _adapters(model: nnx.Module) -> list[AdapterOfLayer]:
     return [node for _, node in nnx.iter_graph(model) if isinstance(node, AdapterOfLayer)]
-
-
-@contextlib.contextmanager
-def sharing(model: Any) -> Iterator[None]:
-    """Within it the layers of a model have what their adapters share; the call of the model itself
-    does this.
-
-    What is lent is static and equal to itself alone, so a `nnx.jit` within is compiled again for
-    each such context; jit from outside.
-
-    >>> import jax, jax.numpy as jnp
-    >>> from flax import nnx
-    >>> import lowrank_jax as lrx
-    >>> model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
-    >>> params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    >>> lrx.nnx.insert(
-    ...     model, lrx.adapt(params, lrx.adapters.uni_lora(rank=2, size=8), jax.random.key(0))
-    ... )
-    >>> model(jnp.ones((3, 4))).shape
-    (3, 6)
-    """
-    groups = getattr(model, GROUPS, {})
-    lent = {
-        (name, group): Outside(
-            {key: value.get_value() for part in parts.values() for key, value in part.items()}
-        )
-        for name, of_name in groups.items()
-        for group, parts in of_name.items()
-    }
-    users = [one for one in _adapters(model) if one.shares]
-    before = [one.shared for one in users]
-    for one in users:
-        object.__setattr__(one, "shared", lent[one.name, one.site.group])
-    try:
-        yield
-    finally:
-        for one, old in zip(users, before, strict=True):
-            object.__setattr__(one, "shared", old)
 
 
 def seed_dropout(model: nnx.Module, key: jax.Array) -> None:
@@ -377,7 +290,7 @@ def extract(model: nnx.Module, adaptation: Adaptation) -> tuple[dict[str, Any], 
         "/".join(map(str, keys)): value
         for keys, value in nnx.to_flat_state(nnx.state(model, AdapterParam))
     }
-    groups = getattr(model, GROUPS, {}).get(layout.name, {})
+    groups = getattr(model, calls.GROUPS, {}).get(layout.name, {})
     values = lambda variables: {key: value.get_value() for key, value in variables.items()}  # noqa: E731
     trees: dict[str, Any] = {"train": {}, "frozen": {}}
     for name, part in (("train", "trained"), ("frozen", "frozen")):

@@ -38,37 +38,51 @@ class FrozenParam(nnx.Variable):
 
 
 class AdaptedParam(FrozenParam):
-    """A kernel whose layer multiplies by it with its adapters.
+    """A kernel with adapters beside it, which the call of its model attaches.
 
-    Any other use as an array would pass them by, and is an error that names it; `get_value()` gives
-    the base array, as `nnx.to_pure_dict`, checkpoints and optimizers need it, and it can be
-    assigned as any Variable.
+    A use as an array outside of that call would pass them by, and is an error that names it;
+    `get_value()` gives the base array, as `nnx.to_pure_dict`, checkpoints and optimizers need it, and
+    it can be assigned as any Variable.
     """
 
     def raw(self, what: str) -> RawKernelError:
         """The error of such a use."""
         return RawKernelError(
-            f"adapters of {self.get_metadata('adapted')!r}: the kernel {what}, outside of its "
-            "layer, which would pass its adapters by. Call the layer (nnx.Embed has attend), or "
-            "compute with lrx.effective(params, adaptation); get_value() gives the array of the "
-            "base model"
+            f"adapters of {self.get_metadata('adapted')!r}: the kernel {what}, outside of the call "
+            "of its model, which would pass its adapters by. Call the model; another method, or a "
+            "part of it, by lrx.nnx.adapted(function)(model, ...), such as "
+            "lrx.nnx.adapted(nnx.Embed.attend)(layer, x); get_value() gives the array of the base "
+            "model"
         )
 
+    @property
+    def is_read(self) -> bool:
+        """Whether it stands in the program of a call, where it is an array of which adapters know."""
+        return bool(self.get_metadata("reading", False))
+
     def __getitem__(self, index: Any) -> Any:
-        raise self.raw(f"is read, [{'...' if index is Ellipsis else index}]")
+        if not self.is_read:
+            raise self.raw(f"is read, [{'...' if index is Ellipsis else index}]")
+        return super().__getitem__(index)
 
     def __jax_array__(self) -> Any:
-        raise self.raw("is used as an array")
+        if not self.is_read:
+            raise self.raw("is used as an array")
+        return super().__jax_array__()
 
     def __getattr__(self, name: str) -> Any:
-        if name in _ARRAYS:
+        if name in _ARRAYS and not self.is_read:
             raise self.raw(f"is asked for .{name}")
         return super().__getattr__(name)
 
 
 def _refused(name: str) -> Any:
+    own = getattr(nnx.Variable, name)
+
     def operator(self: AdaptedParam, *others: Any) -> Any:
-        raise self.raw("is an operand")
+        if not self.is_read:
+            raise self.raw("is an operand")
+        return own(self, *others)
 
     operator.__name__ = name
     return operator

@@ -5,7 +5,7 @@ functions with the step's count. A number stands for itself wherever a scale may
 
 >>> import jax.numpy as jnp
 >>> import lowrank_jax as lrx
->>> view = lrx.resolve(jnp.ones((4, 16)), rank=2).projected[0]
+>>> view = lrx.resolution.resolve(jnp.ones((4, 16)), rank=2).projected[0]
 >>> fan_ratio().of(view), rms(0.2).of(view)
 (2.0, 0.8)
 """
@@ -84,7 +84,7 @@ class ByPath(Scale):
 
     >>> import jax.numpy as jnp
     >>> import lowrank_jax as lrx
-    >>> report = lrx.resolve({"up": {"kernel": jnp.ones((4, 8))}}, rank=2)
+    >>> report = lrx.resolution.resolve({"up": {"kernel": jnp.ones((4, 8))}}, rank=2)
     >>> by_path(((".*/up/.*", 2.0), ("up/.*", 3.0))).of(report.projected[0])
     3.0
     """

@@ -15,7 +15,7 @@ from lowrank_jax.projection.optimizers.recipe import (
     projector_of,
     recipe,
 )
-from lowrank_jax.projection.partition_specs import resolved_sides
+from lowrank_jax.projection.partition_specs import resolved_sides, sides_for
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.stack import Stack
 from lowrank_jax.projection.state import MatrixState, Projected, ProjectionState
@@ -41,5 +41,6 @@ __all__ = [
     "projector_of",
     "recipe",
     "resolved_sides",
+    "sides_for",
 ]
 __dir__ = functools.partial(sorted, __all__)

@@ -333,7 +333,7 @@ def fused(
         a stack in one program on a TPU and two on a GPU. It is for Adam, stored in 8 bits or not,
         with a stored basis in float32 or bfloat16, which drops the rest of the gradient. Inside
         `lrx.meshes.use(mesh, parameters=...)` of an auto mesh each writes its own block of leaves
-        whose shrunk dimension is whole (`side=lrx.sides_for(...)`), and XLA's form serves the
+        whose shrunk dimension is whole (`side=lrx.projection.sides_for(...)`), and XLA's form serves the
         others; a warning says where it serves all. No device has timed it.
 
     Raises:

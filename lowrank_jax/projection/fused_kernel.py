@@ -93,7 +93,7 @@ def local(steps: dict[int, MatrixStep], params: list[Any]) -> frozenset[int]:
         warnings.warn(
             "lrx.fused(implementation='pallas'): on this mesh no leaf is written by the kernel; name the "
             "parameters in lrx.meshes.use(mesh, parameters=...), and keep the dimension whole that "
-            "is shrunk (side=lrx.sides_for(...))",
+            "is shrunk (side=lrx.projection.sides_for(...))",
             stacklevel=2,
         )
     return found

@@ -176,10 +176,10 @@ def sides_for(
     Args:
       params: arrays or ShapeDtypeStructs.
       shardings: a tree like `params`; by default what the leaves carry.
-      views, side, tie: as of the optimizer, see `lrx.resolve`.
+      views, side, tie: as of the optimizer, see `lrx.resolution.resolve`.
 
     Raises:
-      ValueError: as `lrx.state_shardings`, and as `lrx.resolve`.
+      ValueError: as `lrx.state_shardings`, and as `lrx.resolution.resolve`.
 
     >>> import jax, jax.numpy as jnp
     >>> mesh = jax.sharding.AbstractMesh((8,), ("model",))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import sharding
+from lowrank_jax.functions.adapted import adapted
 from lowrank_jax.projection.state import Projected
 from lowrank_jax.projection.tapped import Tapped
 from lowrank_jax.reprs import Short
@@ -23,7 +24,7 @@ class Stack(Short):
 
     Attributes:
       before: `(rest, *args) -> x`.
-      layer: `(layer parameters, x) -> x`, which multiplies by taps (`lrx.linen.tapped`).
+      layer: `(layer parameters, x) -> x`.
       after: `(rest, x, *args) -> value`, a scalar.
       name: the entry of `params` with the stacked layers; `rest` is the parameters without it.
 
@@ -71,6 +72,8 @@ def layer_gradients(
     if taps is None:  # codes have no gradient, their values do
         dtype = jax.tree.leaves(inputs)[0].dtype
         kernels = [dequantized(kernel, dtype) for kernel in kernels]
+
+    function = adapted(function)
 
     def apply(free, x):
         places, vectors = free

@@ -195,7 +195,7 @@ class RefreshInputs(Short):
     >>> import lowrank_jax as lrx
     >>> x = jnp.outer(jnp.arange(1.0, 5.0), jnp.ones(8))
     >>> projector = lrx.projectors.svd(rank=1)
-    >>> view = lrx.resolve(x, rank=projector.rank_for).projected[0]
+    >>> view = lrx.resolution.resolve(x, rank=projector.rank_for).projected[0]
     >>> basis, memory = projector.init(view, jax.random.key(0))
     >>> inputs = lrx.projectors.RefreshInputs(target=view.orient(x))
     >>> basis, memory = projector.refresh(view, basis, memory, inputs)

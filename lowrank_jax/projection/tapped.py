@@ -18,17 +18,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_jax import sharding
-from lowrank_jax.kernel_node import KernelNode, Op, parts_of, with_parts_of
+from lowrank_jax.kernel_node import KernelNode, Op, Stack, parts_of, with_parts_of
 from lowrank_jax.matrices import MatrixView, ResolvedView
 from lowrank_jax.projection.batches import each
 from lowrank_jax.projection.projectors.base import thin_product
-from lowrank_jax.quantized import dense
 from lowrank_jax.rows import fold_rows
 from lowrank_jax.serialization import serializable
 from lowrank_jax.typing import DTypeLike, Kernel, Pytree
@@ -102,8 +102,20 @@ class Tapped(KernelNode):
     def __jax_array__(self) -> jax.Array:
         raise ValueError(
             f"tap {self.tap.view.path!r}: the kernel is read as an array, and its projected "
-            "gradient would lack that use; multiply by lrx.matmul, lrx.einsum or lrx.dot_general, "
-            "or leave it out with Views(rules=((path, None),))"
+            "gradient would lack that use; write lrx.tapped(function)(params, ...), multiply by "
+            "lrx.matmul, lrx.einsum or lrx.dot_general, or leave it out with "
+            "Views(rules=((path, None),))"
+        )
+
+    @property
+    def forms(self) -> bool:
+        return False
+
+    @property
+    def remedy(self) -> str:
+        return (
+            "Its projected gradient would lack that use: move a regulariser to the optimizer's "
+            "weight_decay, or leave the leaf out with Views(rules=((path, None),))."
         )
 
     @property
@@ -136,45 +148,44 @@ class Tapped(KernelNode):
 
     def multiply(self, op: Op, x: jax.Array, key: Any = None) -> tuple[jax.Array, Any]:
         """The base product, whose backward pass gives the tap its low-rank gradient."""
-        view, tap = self._view(), self.tap
-        layout = op.layout(view.view)
-        arrays = (x, self.kernel, tap.basis, tap.sketch_basis, tap.low, tap.sketch)
-        alike = sharding.varying_alike(*arrays)
-        return _tapped(op.multiply, layout, view, tap.projector, *alike), None
+        stack, tap = op.stack, self.tap
+        assert stack is not None
+        # the view of one matrix
+        view = tap.view.matrix
+        arrays = (x, (stack.base, stack.array, stack.rest), tap.basis, tap.sketch_basis)
+        alike = sharding.varying_alike(*arrays, tap.low, tap.sketch)
+        return _tapped(stack.make, view, tap.projector, *alike), None
 
     def _view(self) -> ResolvedView:
-        """The view of the slice of the leaf that is here: scanned axes are gone, the rest must
-        fit."""
+        """The view of the slice of the leaf that is here: scanned axes are gone."""
         view = self.tap.view
         while len(view.shape) > self.ndim and view.layered:
             view = view.layer()
-        if view.shape != tuple(self.shape):
-            raise ValueError(
-                f"tap {view.path!r}: a product uses a slice of shape {tuple(self.shape)} of the "
-                f"kernel of shape {self.tap.view.shape}; only leading batch axes may be taken apart"
-            )
         return view
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _tapped(product, layout, view, projector, x, kernel, basis, sketch_basis, low, sketch):
-    del layout, view, projector, basis, sketch_basis, low, sketch
-    return product(x, dense(kernel, x.dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _tapped(make, view, projector, x, kernel, basis, sketch_basis, low, sketch):
+    del view, projector, basis, sketch_basis, low, sketch
+    return _own(make, x, kernel)
 
 
-def _forward(product, layout, view, projector, x, kernel, basis, sketch_basis, low, sketch):
-    inputs = layout.inputs(x)
-    thin = each(lambda x, basis: projector.thin(view, basis, x, "rows"), view.batch)(inputs, basis)
-    rows = None
-    if sketch_basis is not None:
-        rows = each(lambda x, basis: _sketched(view, x, basis, "rows"), view.batch)(
-            inputs, sketch_basis
-        )
+def _own(make, x, kernel):
+    base, array, rest = kernel
+    op = make(rest, (base, array))
+    return op.own(x).astype(op.stack.y.dtype)
+
+
+def _forward(make, view, projector, x, kernel, basis, sketch_basis, low, sketch):
+    base, array, rest = kernel
+    op = make(rest, (base, array))
+    thin = _Products.low(op, view, projector).saved(x, basis)
+    rows = None if sketch_basis is None else _Products.sketch(op, view).saved(x, sketch_basis)
     shape = jax.eval_shape(lambda: x)  # with its sharding, and with what it varies over
     static = _Static(
         shape, *(None if leaf is None else jax.typeof(leaf).sharding for leaf in (low, sketch))
     )
-    return product(x, dense(kernel, x.dtype)), (thin, rows, kernel, basis, sketch_basis, static)
+    return _own(make, x, kernel), (thin, rows, kernel, basis, sketch_basis, static)
 
 
 @jax.tree_util.register_static
@@ -188,42 +199,159 @@ class _Static:
     sketch: Any
 
 
-def _sketched(view: ResolvedView, x: jax.Array, basis: jax.Array, axis: str) -> jax.Array:
-    """The kept side times the sketch's basis; the shrunk side stays whole."""
-    return x if axis == view.side else thin_product(x, basis)
+@dataclasses.dataclass(frozen=True)
+class _Products:
+    """The thin products of one cotangent of a tap: `PᵀG`, `(G Q)ᵀ`, `Pᵀ G Q`, or the sketch `G S`.
 
+    With `G = XᵀdY` a basis multiplies X, dY or both. A product whose input holds features is
+    multiplied by `projector.thin`, whose basis may be indices. Any other is linear in a factor,
+    `y = expand(contract(x, A), B)`, and its transposes in A and B are the gradient. The object has
+    the shrunk side of the view in front.
 
-def _backward(product, layout, view, projector, residuals, dy):
-    thin, rows, kernel, basis, sketch_basis, static = residuals
-    (dx,) = jax.linear_transpose(lambda x: product(x, dense(kernel, static.x.dtype)), static.x)(dy)
-    outputs = layout.outputs(dy)
+    Attributes:
+      op: of the product.
+      view: of one matrix.
+      thin: `(x (..., n), basis, "rows" | "cols") -> x times the basis`, or x.
+    """
 
-    def contract(left, right, where):
-        explicit = sharding.is_explicit(where) and not view.batch
+    op: Op
+    view: ResolvedView
+    thin: Callable[[jax.Array, Any, str], jax.Array]
+
+    @classmethod
+    def low(cls, op: Op, view: ResolvedView, projector: Any) -> _Products:
+        """`(r, k)`, or what the projector's is."""
+        return cls(op, view, lambda x, basis, side: projector.thin(view, basis, x, side))
+
+    @classmethod
+    def sketch(cls, op: Op, view: ResolvedView) -> _Products:
+        """`(s, q)`: the kept side is contracted."""
+        return cls(
+            op, view, lambda x, basis, side: x if side == view.side else thin_product(x, basis)
+        )
+
+    @property
+    def stack(self) -> Stack:
+        """How the product's operands are a stack of matrices."""
+        assert self.op.stack is not None
+        return self.op.stack
+
+    @property
+    def explicit(self) -> bool:
+        """Whether x can be seen as rows of features."""
+        return self.stack.separable and self.stack.features
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """Along which side of the kernel the input lies, and the result."""
+        return ("cols", "rows") if self.op.input == "transposed" else ("rows", "cols")
+
+    def shrinks(self, basis: Any, side: str) -> bool:
+        """Whether the basis multiplies this side."""
+        one = jax.eval_shape(lambda basis: jax.tree.map(self._first, basis), basis)
+        x = jax.ShapeDtypeStruct((1, self.view.size_of(side)), jnp.float32)
+        thin = jax.eval_shape(lambda x, basis: self.thin(x, basis, side), x, one)
+        return thin.shape != x.shape
+
+    def saved(self, x: Any, basis: Any) -> Any:
+        """What the forward pass keeps: x times the basis, or x."""
+        side = self.sides[0]
+        shrinks = self.shrinks(basis, side)
+        if not self.explicit:
+            return self.op.contract(x, self._matrices(basis, side)) if shrinks else x
+        inputs = self.stack.inputs(x)
+        return self._times(inputs, basis, side, self.stack.each) if shrinks else inputs
+
+    def gradient(self, saved: Any, dy: jax.Array, basis: Any, where: Any) -> jax.Array:
+        """The cotangent of the object."""
+        found = (self._contracted if self.explicit else self._transposed)(saved, dy, basis, where)
+        # rows or columns that the product does not see have no gradient
+        front = self.view.side
+        other = "cols" if front == "rows" else "rows"
+        for axis, side in ((-2, front), (-1, other)):
+            if not self.shrinks(basis, side) and found.shape[axis] != self.view.size_of(side):
+                found = self.stack.pad(found, axis, side)
+        return found
+
+    def _first(self, x: jax.Array) -> jax.Array:
+        return x[(0,) * self.stack.batch]
+
+    def _times(self, x: jax.Array, basis: Any, side: str, over: Callable) -> jax.Array:
+        """`x` of all rows (or columns), times the basis."""
+        x = self.stack.pad(x, -1, side) if self.stack.cut else x
+        return over(lambda x, basis: self.thin(x, basis, side))(x, basis)
+
+    def _over_batch(self, function: Callable) -> Callable:
+        return each(function, (0,) * self.stack.batch)
+
+    def _matrices(self, basis: Any, side: str) -> jax.Array:
+        """The basis as `(batch..., n, r)`."""
+        eye = jnp.eye(self.view.size_of(side))
+        return self._over_batch(lambda basis: self.thin(eye, basis, side))(basis)
+
+    def _contracted(self, saved, dy, basis, where):
+        stack, (x_side, y_side) = self.stack, self.sides
+        outputs = stack.outputs(dy)
+        if self.shrinks(basis, y_side):
+            outputs = self._times(outputs, basis, y_side, self._over_batch)
+        x_first = x_side == self.view.side
+        explicit = sharding.is_explicit(where) and not stack.mapped
 
         def one(left, right):
             left, right = fold_rows(left, right)
             axes = tuple(range(left.ndim - 1))
             wide = jnp.promote_types(left.dtype, right.dtype)
-            a, b = (left, right) if view.side == "rows" else (right, left)
+            a, b = (left, right) if x_first else (right, left)
             a, b = a.astype(wide), b.astype(wide)
             options = {"out_sharding": where} if explicit else {}
             return jax.lax.dot_general(
                 a, b, ((axes, axes), ((), ())), preferred_element_type=jnp.float32, **options
             )
 
-        return each(one, view.batch)(left, right)
+        # an x that all matrices see has no axis of them, unless a basis of each has multiplied it
+        many = self.shrinks(basis, x_side)
+        for has in reversed(stack.mapped):
+            one = jax.vmap(one, in_axes=(0 if has or many else None, 0))
+        return one(saved, outputs)
 
-    shrunk = each(lambda dy, basis: projector.thin(view, basis, dy, "cols"), view.batch)(
-        outputs, basis
-    )
-    d_low = contract(thin, shrunk, static.low)
+    def _transposed(self, saved, dy, basis, where):
+        del where
+        op, (x_side, y_side) = self.op, self.sides
+        lead = jax.tree.leaves(basis)[0].shape[: self.stack.batch]
+        wide = lambda *sizes: jax.ShapeDtypeStruct((*lead, *sizes), jnp.float32)  # noqa: E731
+        n, m = self.view.size_of(x_side), self.view.size_of(y_side)
+        right = self._matrices(basis, y_side)  # (batch..., m, b), or the identity
+        if self.shrinks(basis, x_side):
+            # z = contract(x, L) is there: dB (a, m) of expand(z, B)
+            rank = self._matrices(basis, x_side).shape[-1]
+            expand = lambda b: op.expand(saved, b).astype(dy.dtype)  # noqa: E731
+            (found,) = jax.linear_transpose(expand, wide(rank, m))(dy)
+            found = found @ right if self.shrinks(basis, y_side) else found
+        else:
+            # dz of expand(z, Rᵀ), then dA (n, b) of contract(x, A)
+            contract = lambda a: op.contract(saved, a)  # noqa: E731
+            z = jax.eval_shape(contract, wide(n, right.shape[-1]))
+            back = jnp.swapaxes(right, -1, -2)
+            expand = lambda z: op.expand(z, back).astype(dy.dtype)  # noqa: E731
+            (dz,) = jax.linear_transpose(expand, z)(dy)
+            (found,) = jax.linear_transpose(contract, wide(n, right.shape[-1]))(dz)
+        return found if x_side == self.view.side else jnp.swapaxes(found, -1, -2)
+
+
+def _backward(make, view, projector, residuals, dy):
+    thin, rows, kernel, basis, sketch_basis, static = residuals
+    base, array, rest = kernel
+    op = make(rest, (base, array))
+    dx, own = None, lambda x: _own(make, x, kernel)
+    if jnp.issubdtype(static.x.dtype, jnp.floating):
+        if op.stack.opaque:  # linear in x all the same
+            (dx,) = jax.vjp(own, sharding.zeros_like(static.x))[1](dy)
+        else:
+            (dx,) = jax.linear_transpose(own, static.x)(dy)
+    d_low = _Products.low(op, view, projector).gradient(thin, dy, basis, static.low)
     d_sketch = None
     if sketch_basis is not None:
-        cols = each(lambda dy, basis: _sketched(view, dy, basis, "cols"), view.batch)(
-            outputs, sketch_basis
-        )
-        d_sketch = contract(rows, cols, static.sketch)
+        d_sketch = _Products.sketch(op, view).gradient(rows, dy, sketch_basis, static.sketch)
     return dx, None, None, None, d_low, d_sketch
 
 

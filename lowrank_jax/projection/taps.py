@@ -4,9 +4,8 @@
     value, grads = lrx.projected_value_and_grad(loss, taps)(params, batch)     `Projected` leaves where a tap was
     updates, opt_state = tx.update(grads, opt_state, params, taps=taps)
 
-`loss(params, ...)` finds a `Tapped` in place of each projected kernel. Bare functions hand it to
-`lrx.matmul`, `lrx.einsum` or `lrx.dot_general`; `lrx.linen.tapped(loss)` and, inside a loss,
-`lrx.nnx.merge` do that for Flax models.
+The loss may be any JAX function of `params`: its program is read (`lrx.tapped`), and multiplies by a
+`Tapped` in the place of each projected kernel.
 
 The full gradient of a tapped kernel is never formed. What reads it (a residual rule, an exact SVD
 at a refresh) needs `jax.value_and_grad` at that step; `lrx.train_step` chooses.
@@ -21,9 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.core import meta
-from jax.interpreters import partial_eval
 
 from lowrank_jax import sharding
+from lowrank_jax.functions.adapted import adapted
 from lowrank_jax.projection.state import Projected, ProjectionState, matrix_states
 from lowrank_jax.projection.tapped import Tap, Tapped
 from lowrank_jax.serialization import serializable
@@ -128,8 +127,8 @@ def projected_value_and_grad(
       `f(params, *args) -> (value, grads)`; gradients of other leaves are in the parameters' dtypes.
 
     Raises:
-      ValueError: if a tap has no leaf in `params`, or no product of the loss uses it; if an
-        argument has no leading axis of k.
+      ValueError: if a tap has no leaf in `params`, no product of the loss uses it, or something else
+        than a product does; if an argument has no leading axis of k.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -143,6 +142,7 @@ def projected_value_and_grad(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1 microbatch")
+    loss = adapted(loss)
 
     def run(params: Any, *args: Any) -> Any:
         nodes, treedef = nodes_with_keys(params), jax.tree.structure(params, is_leaf=is_node)
@@ -177,10 +177,8 @@ def projected_value_and_grad(
             return jax.tree.unflatten(treedef, leaves)
 
         free = (plain, zeros)
-        paths = [tap.view.path for tap in found if tap is not None]
-        _check_used(
-            of, free, paths, *(args if accumulate == 1 else first_microbatch(args, accumulate))
-        )
+        if accumulate > 1:
+            first_microbatch(args, accumulate)  # or an error
         function = jax.value_and_grad(of, has_aux=has_aux)
         if accumulate == 1:
             value, grads = function(free, *args)
@@ -221,23 +219,6 @@ def accumulated(function: Callable, free: Any, args: Any, accumulate: int, has_a
     value, grads = jax.tree.map(lambda x: x / accumulate, (value, grads))
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, free)
     return ((value, aux) if has_aux else value), grads
-
-
-def _check_used(of: Callable, free: Any, paths: list[str], *args: Any) -> None:
-    """ValueError unless every tap reaches a product: otherwise its gradient would silently be
-    zero."""
-    jaxpr = jax.make_jaxpr(of)(free, *args).jaxpr
-    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    (_, places), *_ = jax.tree.unflatten(jax.tree.structure((free, *args)), used)
-    marks = [all(jax.tree.leaves(place)) for place in places if place is not None]
-    unused = [path for path, mark in zip(paths, marks, strict=True) if not mark]
-    if unused:
-        raise ValueError(
-            f"no product uses the taps of {unused}: wrap a loss of a linen model as "
-            "lrx.linen.tapped(loss), and in one of an nnx model call lrx.nnx.merge; bare functions "
-            "multiply with lrx.matmul, lrx.einsum, lrx.dot_general. A kernel that the loss does "
-            "not use in a product can be left out with Views(rules=((path, None),))"
-        )
 
 
 def check_taps(

@@ -139,7 +139,7 @@ def scale_by_projection(
         state and do not move. Needs full gradients, and serves the optax form.
       scale: factor on the step inside the subspace (GaLore's alpha), a number or one of
         `lrx.scales`; a residual rule has its own.
-      side, tie: which dimension is shrunk, and which of a square; see `lrx.resolve`.
+      side, tie: which dimension is shrunk, and which of a square; see `lrx.resolution.resolve`.
       views: which leaves are matrices, `lrx.Views(...)`.
       plain: the inner transformation of leaves that are not projected (default: `inner`).
       guard: skip, and count, steps whose gradients are not finite or have a norm above 2^40, about

@@ -44,13 +44,15 @@ def matrix_spec(path: str, view: AxesOfMatrix) -> Spec | None:
     """Partition entries `(rows, cols)` of the parameter at `path`, as a matrix of its view.
 
     They are what `meshes.use(parameters=)` says. None where it does not, and where batch axes of
-    the view are divided.
+    the view are divided, or axes in front that a view of a slice lacks.
     """
     entries = (current_partition_specs.get() or {}).get(path)
-    if entries is None or len(entries) != len(view.batch) + len(view.rows) + len(view.cols):
+    ndim = len(view.batch) + len(view.rows) + len(view.cols)
+    if entries is None or len(entries) < ndim:
         return None
-    *batch, rows, cols = fold_spec(entries, view.batch, view.rows, view.cols)
-    return None if any(batch) else (rows, cols)
+    taken = len(entries) - ndim
+    *batch, rows, cols = fold_spec(entries[taken:], view.batch, view.rows, view.cols)
+    return None if any(batch) or any(entries[:taken]) else (rows, cols)
 
 
 def for_product(path: str, ndim: int) -> Spec | None:

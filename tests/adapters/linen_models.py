@@ -119,7 +119,7 @@ def close(got, expected, rtol=2e-5, atol=2e-5):
 
 def on(model, **options):
     """`model.apply` as a function that takes adapters."""
-    return lrx.linen.adapted(
+    return lrx.adapted(
         lambda params, *args, **kwargs: model.apply({"params": params}, *args, **kwargs), **options
     )
 

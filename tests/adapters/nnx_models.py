@@ -37,9 +37,10 @@ def parameters(model):
 
 
 def merged(model, params):
-    """`lrx.nnx.merge` of a model with other parameters."""
+    """The call of a model with other parameters, which may have adapters."""
     graphdef, _, rest = nnx.split(model, nnx.Param, ...)
-    return lrx.nnx.merge(graphdef, params, rest)
+    call = lambda params, *args: nnx.merge(graphdef, params, rest)(*args)  # noqa: E731
+    return functools.partial(lrx.adapted(call), params)
 
 
 def plainly(model, params):

@@ -93,18 +93,18 @@ def test_what_nobody_takes_is_an_error_on_every_host():
         lambda: lrx.einsum("bd,dh->bh", X, tree["kernel"]),
         lambda: lrx.dot_general(X, tree["kernel"], (((1,), (0,)), ((), ()))),
     ):
-        with pytest.raises(ValueError, match="'kernel'.*nobody takes it; multiply by lrx.matmul"):
+        with pytest.raises(ValueError, match="'kernel'.*nobody takes it.*aux=True"):
             use()
     layout = ("NWC", "WIO", "NWC")
     convolve = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
         x, k, (1,), "SAME", dimension_numbers=layout
     )
-    for host, use in {
-        "embed": lambda: A.embed(jnp.arange(3), tree["embedding"]),
-        "attend": lambda: A.attend(X, tree["embedding"]),
-        "conv": lambda: A.conv(X[None], tree["conv"], convolve),
-    }.items():
-        with pytest.raises(ValueError, match=f"which lrx.adapters.{host} has no way to hand out"):
+    for use in (
+        lambda: A.embed(jnp.arange(3), tree["embedding"]),
+        lambda: A.attend(X, tree["embedding"]),
+        lambda: A.conv(X[None], tree["conv"], convolve),
+    ):
+        with pytest.raises(ValueError, match="gives a value beside the product.*has none"):
             use()
 
 

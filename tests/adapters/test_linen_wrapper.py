@@ -69,7 +69,7 @@ def test_zeros_are_off_and_an_adaptation_goes_in_and_out(family):
 
     def outputs(params, off, base):
         of = lambda tree: model.apply({"params": tree}, *inputs)  # noqa: E731
-        on = lrx.linen.adapted(lambda params: Every().apply({"params": params}, *inputs))
+        on = lrx.adapted(lambda params: Every().apply({"params": params}, *inputs))
         return (
             of(params),
             on(lrx.attach(base, adaptation)),
@@ -138,7 +138,7 @@ def test_a_scan_with_partitioning_dropout_and_gradients():
         return total(model.apply({"params": inserted}, X, rngs=rngs))
 
     def expected(train):
-        on = lrx.linen.adapted(lambda params: model.apply({"params": params}, X))
+        on = lrx.adapted(lambda params: model.apply({"params": params}, X))
         return total(on(lrx.attach(base, adaptation.replace(train=train))))
 
     key = jax.random.key(3)
@@ -164,11 +164,47 @@ def test_it_composes_with_attached_adapters():
         moved(lrx.adapt(base, lora, KEY, name=name), seed) for seed, name in enumerate("ab")
     )
     params = lrx.linen.insert(model.init(KEY, X)["params"], base, own)
-    got = lrx.linen.adapted(lambda params: model.apply({"params": params}, X))(
-        lrx.attach(params, more)
-    )
+    got = lrx.adapted(lambda params: model.apply({"params": params}, X))(lrx.attach(params, more))
     plain = lrx.effective(base, {"a": own, "b": more})
     close(got, nn.Dense(6).apply({"params": plain}, X), atol=1e-4)
+
+
+def test_a_lifted_layer_is_its_layer():
+    lora = A.lora(rank=2)
+    base = nn.Dense(6).init(KEY, X)["params"]
+    adaptation = moved(lrx.adapt(base, lora, KEY))
+    model = lrx.linen.WithAdapter(nn.remat(nn.Dense)(6), lora)
+    params = lrx.linen.insert(model.init(KEY, X)["params"], base, adaptation)
+    expected = nn.Dense(6).apply({"params": lrx.effective(base, adaptation)}, X)
+    close(model.apply({"params": params}, X), expected, atol=1e-4)
+
+
+class Noisy(nn.Dense):
+    """A derived layer that draws, counts its calls and sows what it has seen."""
+
+    @nn.compact
+    def __call__(self, x):
+        calls = self.variable("counts", "calls", jnp.zeros, ())
+        if not self.is_initializing():
+            calls.value += 1
+        self.sow("intermediates", "seen", jnp.mean(x))
+        x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+        return nn.Dense.__call__(self, x)
+
+
+def test_what_a_derived_layer_draws_and_writes():
+    lora, keys = A.lora(rank=2), {"params": KEY, "noise": jax.random.key(1)}
+    layer, model = Noisy(6), lrx.linen.WithAdapter(Noisy(6), lora)
+    base, started = layer.init(keys, X)["params"], model.init(keys, X)
+    adaptation = moved(lrx.adapt(base, lora, KEY))
+    params = lrx.linen.insert(started["params"], base, adaptation)
+    run = lambda layer, params: layer.apply(  # noqa: E731
+        {"params": params, "counts": started["counts"]}, X,
+        rngs={"noise": keys["noise"]}, mutable=["counts", "intermediates"],
+    )  # fmt: skip
+    got, expected = run(model, params), run(layer, lrx.effective(base, adaptation))
+    close(got, expected, atol=1e-4)
+    assert got[1]["counts"]["calls"] == 1
 
 
 def test_names_that_look_like_adapters_are_parameters():
@@ -193,13 +229,10 @@ def test_errors():
     adaptation = lrx.adapt(base, lora, KEY)
     with pytest.raises(ValueError, match="wrapped=LayerNorm: an adapter belongs to one layer"):
         wrap(nn.LayerNorm()).init(KEY, x)
-    with pytest.raises(ValueError, match="'kernel': unilora shares arrays.*lrx.linen.adapted"):
+    with pytest.raises(ValueError, match="'kernel': unilora shares arrays.*lrx.adapted"):
         lrx.linen.WithAdapter(nn.Dense(6), A.uni_lora(rank=2, size=16)).init(KEY, x)
     with pytest.raises(ValueError, match="rank=9 exceeds the 6 singular values"):
         lrx.linen.WithAdapter(nn.Dense(6), A.lora(rank=9, init="pissa")).init(KEY, x)
-    lifted = wrap(nn.remat(nn.Dense)(6))
-    with pytest.raises(ValueError, match="did not run the product of the layer it derives from"):
-        lifted.apply({"params": lrx.linen.insert(declared, base, adaptation)}, x)
     with pytest.raises(ValueError, match="base: 'bias', which the model declares, is missing"):
         lrx.linen.insert(declared, {"kernel": base["kernel"]}, adaptation)
     with pytest.raises(

@@ -45,21 +45,16 @@ def test_every_layer_computes_what_linen_does(family):
     params, adaptation, inputs = every_params(), every_adaptation(family), every_input()
     model = EveryNnx(nnx.Rngs(0))
     nnx.update(model, params)
-    state = nnx.graphdef(merged(model, lrx.attach(params, adaptation)))
-    assert nnx.graphdef(merged(model, lrx.attach(params, adaptation))) == state
-    graphdef = nnx.graphdef(model)
     held = nnx.clone(model)
     lrx.nnx.insert(held, adaptation)
     held_graphdef, held_state = nnx.split(held)
 
     def outputs(params, held_state):
         attached = lrx.attach(params, adaptation)
-        linen = lrx.linen.adapted(lambda params: Every().apply({"params": params}, *inputs))(
-            attached
-        )
+        linen = lrx.adapted(lambda params: Every().apply({"params": params}, *inputs))(attached)
         return (
             linen,
-            lrx.nnx.merge(graphdef, attached)(*inputs),
+            merged(model, attached)(*inputs),
             nnx.merge(held_graphdef, held_state)(*inputs),
         )
 
@@ -198,7 +193,7 @@ def test_several_adapters_act_in_their_order():
         graphdef, state = nnx.split(half)
         pure = nnx.to_pure_dict(state)
         pure["kernel"] = lrx.attach(params, both, active=active[:1])["kernel"]
-        close(lrx.nnx.merge(graphdef, pure)(X), expected, atol=1e-4)
+        close(nnx.merge(graphdef, pure)(X), expected, atol=1e-4)
 
 
 def test_rows_choose_among_candidates():
@@ -210,7 +205,7 @@ def test_rows_choose_among_candidates():
     for row, name in enumerate(["b", None, "a"]):
         plain = params if name is None else lrx.effective(params, own[name])
         close(got[row], plainly(model, plain)(X[row]), atol=1e-5)
-    with pytest.raises(ValueError, match="holds candidates .* call lrx.nnx.merge"):
+    with pytest.raises(ValueError, match="holds candidates .* lrx.attach, and call lrx.adapted"):
         lrx.nnx.insert(model, some)
 
 
@@ -220,7 +215,8 @@ def test_dropout_draws_the_masks_of_attach():
     adaptation = adapted(params, {".*/up/kernel": A.lora(rank=2, dropout=0.5)}, views=STACKED)
     held, _ = inserted(nnx.clone(model), adaptation)
     apply = nnx.jit(lambda model: model(IDS))
-    expected = apply(merged(model, lrx.attach(params, adaptation)))
+    of = lambda **options: jax.jit(merged(model, lrx.attach(params, adaptation, **options)))(IDS)  # noqa: E731
+    expected = of()
     close(apply(held), expected)
     held.train()
     with pytest.raises(
@@ -230,7 +226,7 @@ def test_dropout_draws_the_masks_of_attach():
         apply(held)
     for seed in (1, 2):
         lrx.nnx.seed_dropout(held, jax.random.key(seed))
-        dropped = apply(merged(model, lrx.attach(params, adaptation, key=jax.random.key(seed))))
+        dropped = of(key=jax.random.key(seed))
         close(apply(held), dropped)
         assert not np.allclose(dropped, expected, atol=1e-3)
     held.eval()
@@ -284,19 +280,134 @@ def test_what_is_shared_is_lent_by_the_model():
     params = parameters(model)
     adaptation = adapted(params, RULES, views=STACKED)
     held, _ = inserted(model, adaptation)
-    layer = nnx.jit(nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None)))
+    layer = lambda layers, x: nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, x)  # noqa: E731
+    alone = lrx.nnx.adapted(layer)
     with pytest.raises(
         ValueError, match=r"'layers/down/kernel': unilora shares .* `with lrx.nnx.sharing\(model\)"
     ):
-        layer(held.layers, X)
+        alone(held.layers, X)
     with lrx.nnx.sharing(held):
-        got = layer(held.layers, X)
-        held(IDS)  # its own call lends within, and takes nothing away
-        close(layer(held.layers, X), got)
+        got = nnx.jit(alone)(held.layers, X)
+        held(IDS)  # its own call takes nothing away
+        close(alone(held.layers, X), got)
     plain = lrx.effective(params, adaptation)
     expected = layer(plainly(Stack(nnx.Rngs(0)), plain).layers, X)
     close(got, expected, atol=1e-4)
+    close(lrx.nnx.adapted(lambda model, x: layer(model.layers, x))(held, X), expected, atol=1e-4)
     with pytest.raises(ValueError, match="shares arrays"):
-        layer(held.layers, X)
+        alone(held.layers, X)
     again = nnx.merge(*nnx.split(held))
     close(again(IDS), held(IDS))
+
+
+class Writing(nnx.Module):
+    """Draws, keeps statistics, counts in a Variable and in Python, and makes a new Variable."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(8, 6, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.count, self.calls = nnx.BatchStat(jnp.zeros(())), 0
+
+    def __call__(self, x, rngs):
+        self.count[...] += 1
+        self.calls += 1
+        x = self.drop(self.norm(self.up(x))) + jax.random.normal(rngs.noise(), (6,))
+        self.seen = nnx.Intermediate(jnp.mean(x))
+        return x
+
+    def twice(self, x):
+        return 2 * self.up(x)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_what_a_call_writes_is_written(jit):
+    model = Writing(nnx.Rngs(0))
+    params = parameters(model)
+    adaptation = adapted(params, {"up/kernel": A.lora(rank=2)})
+    plain = plainly(nnx.clone(model), lrx.effective(params, adaptation))
+    held, _ = inserted(model, adaptation)
+    call = (
+        nnx.jit(lambda model, x, rngs: model(x, rngs)) if jit else lambda *args: args[0](*args[1:])
+    )
+    streams = [nnx.Rngs(noise=3), nnx.Rngs(noise=3)]
+    for _ in range(2):
+        got, expected = (
+            call(one, X, rngs) for one, rngs in zip((held, plain), streams, strict=True)
+        )
+        close(got, expected, atol=1e-4)
+    assert streams[0].noise.count[...] == 2
+    assert held.calls == 2 and held.count[...] == 2
+    for kind in (nnx.BatchStat, nnx.Intermediate):
+        found, wanted = (nnx.to_pure_dict(nnx.state(one, kind)) for one in (held, plain))
+        close(found, wanted, atol=1e-4)
+        assert jax.tree.leaves(found)
+    close(lrx.nnx.adapted(Writing.twice)(held, X), plain.twice(X), atol=1e-4)
+    with pytest.raises(ValueError, match=r"'up/kernel': the kernel is read.*lrx.nnx.adapted"):
+        held.twice(X)
+    close(lrx.nnx.extract(held, adaptation)[0], params, rtol=0, atol=0)
+
+
+def test_a_call_that_writes_nothing_is_taken_within_a_gradient():
+    model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    params = parameters(model)
+    adaptation = adapted(params, A.lora(rank=2))
+    held, before = inserted(model, adaptation)
+    got = jax.grad(lambda x: total(held(x)))(X)
+    close(
+        got, jax.grad(lambda x: total(before(lrx.effective(params, adaptation))(x)))(X), atol=1e-4
+    )
+
+
+class Attending(nnx.Module):
+    """Flax's attention, with kernels of three axes, and a cache."""
+
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.attention(x, decode=False)
+
+
+HEADS = lrx.MatrixView(rows=(0,), cols=(1, 2))
+ATTENTION = {
+    ".*/(query|key|value)/kernel": HEADS,
+    ".*/out/kernel": lrx.MatrixView(rows=(0, 1), cols=(2,)),
+}
+
+
+@pytest.mark.parametrize("family", ["lora", "dora"])
+def test_kernels_of_attention(family):
+    model = Attending(nnx.Rngs(0))
+    params = parameters(model)
+    adaptation = adapted(params, FAMILIES[family], views=lrx.Views(rules=ATTENTION))
+    assert len(adaptation.layout.sites) == 4
+    held, before = inserted(nnx.clone(model), adaptation)
+
+    def of(work, call):
+        loss = lambda train: total(call(work(params, adaptation.replace(train=train)))(X))  # noqa: E731
+        return jax.value_and_grad(loss)(adaptation.train)
+
+    got = of(lrx.attach, functools.partial(merged, model))
+    close(got, of(lrx.effective, before), rtol=1e-3, atol=1e-4)
+    close(total(held(X)), got[0])
+
+
+def test_the_former_merge():
+    """It warns, its call is right and is told what the one before wrote; more of it is an error."""
+    model = Writing(nnx.Rngs(0))
+    params = parameters(model)
+    adaptation = adapted(params, {"up/kernel": A.lora(rank=2)})
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+    with pytest.warns(DeprecationWarning, match=r"lrx.nnx.merge is deprecated.*lrx.adapted"):
+        got = lrx.nnx.merge(graphdef, lrx.attach(params, adaptation), rest)
+    with pytest.warns(DeprecationWarning, match="lrx.nnx.merge is deprecated"):
+        plain = lrx.nnx.merge(graphdef, lrx.effective(params, adaptation), rest)
+    assert type(plain) is Writing
+    streams = [nnx.Rngs(noise=3), nnx.Rngs(noise=3)]
+    for _ in range(2):
+        outputs = (one(X, rngs) for one, rngs in zip((got, plain), streams, strict=True))
+        close(*outputs, atol=1e-4)
+        streams = [nnx.Rngs(noise=4), nnx.Rngs(noise=4)]
+    with pytest.raises(AttributeError, match=r".twice of a model with kernel nodes.*lrx.adapted"):
+        got.twice(X)

@@ -1,4 +1,4 @@
-"""Layers of nnx derived and shared, uses that would pass adapters by, and what is refused."""
+"""Layers of nnx derived and shared, uses other than by a layer, and what is refused."""
 
 import functools
 
@@ -8,10 +8,11 @@ import pytest
 from flax import nnx
 
 import lowrank_jax as lrx
-from tests.adapters.linen_models import KEY, A, X, adapted, close, moved
+from tests.adapters.linen_models import KEY, A, X, adapted, close, moved, total
 from tests.adapters.nnx_models import inserted, merged, parameters, plainly
 
 IDS = jnp.array([[1, 2, 0], [8, 3, 3]])
+TRAINED = nnx.DiffState(0, lrx.nnx.AdapterParam)
 
 
 class Scaled(nnx.Embed):
@@ -26,13 +27,17 @@ def test_derived_classes():
     params = parameters(model)
     adaptation = adapted(params, {"embedding": A.lora(rank=2)})
     plain = lrx.effective(params, adaptation)["embedding"]
-    for made in (
-        merged(model, lrx.attach(params, adaptation)),
-        inserted(nnx.clone(model), adaptation)[0],
-    ):
-        assert isinstance(made, Scaled)
-        close(made(IDS), 3 * plain[IDS], atol=1e-5)
-        close(made.attend(X[..., :4]), X[..., :4] @ plain.T, atol=1e-5)
+    attached = lrx.attach(params, adaptation)
+    close(merged(model, attached)(IDS), 3 * plain[IDS], atol=1e-5)
+    graphdef = nnx.graphdef(model)
+    attend = lrx.adapted(lambda params, x: nnx.merge(graphdef, params).attend(x))
+    close(attend(attached, X[..., :4]), X[..., :4] @ plain.T, atol=1e-5)
+    held, _ = inserted(nnx.clone(model), adaptation)
+    assert isinstance(held, Scaled)
+    close(held(IDS), 3 * plain[IDS], atol=1e-5)
+    close(lrx.nnx.adapted(Scaled.attend)(held, X[..., :4]), X[..., :4] @ plain.T, atol=1e-5)
+    with pytest.raises(ValueError, match=r"'embedding': .*lrx.nnx.adapted\(nnx.Embed.attend\)"):
+        held.attend(X[..., :4])
     product = functools.partial(jax.lax.dot_general)
     general = nnx.LinearGeneral(8, 12, dot_general_cls=lambda: product, rngs=nnx.Rngs(0))
     params = parameters(general)
@@ -61,17 +66,26 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_use_that_passes_adapters_by_is_refused(use):
+def test_a_table_that_the_model_multiplies_by_itself(use):
     model = Tied(USES[use], nnx.Rngs(0))
     params = parameters(model)
     adaptation = adapted(params, {"embed/embedding": A.lora(rank=2)})
-    message = r"adapters of 'embed/embedding': the kernel is .*lrx.effective"
+    held, before = inserted(nnx.clone(model), adaptation)
+
+    def of(work, call):
+        loss = lambda train: total(call(work(params, adaptation.replace(train=train)))(IDS))  # noqa: E731
+        return jax.value_and_grad(loss)(adaptation.train)
+
+    expected = of(lrx.effective, before)
+    close(of(lrx.attach, functools.partial(merged, model)), expected, atol=1e-4)
+    close(total(held(IDS)), expected[0], atol=1e-4)
+    held_grads = nnx.grad(lambda model: total(model(IDS)), argnums=TRAINED)(held)
+    got = nnx.to_pure_dict(held_grads)["embed"]["embedding_adapters"][0]["trained"]
+    close(got, expected[1]["sites"]["embed/embedding"], atol=1e-4)
+    # outside of the call it passes them by
+    message = r"adapters of 'embed/embedding': the kernel is .*lrx.nnx.adapted"
     with pytest.raises(ValueError, match=message):
-        inserted(nnx.clone(model), adaptation)[0](IDS)
-    error, message = (AttributeError, "__matmul__") if use == "operand" else (ValueError, message)
-    with pytest.raises(error, match=message):
-        merged(model, lrx.attach(params, adaptation))(IDS)
-    held, _ = inserted(model, adaptation)
+        USES[use](jnp.ones((2, 3, 4)), held.embed.embedding)
     close(held.embed.embedding.get_value(), params["embed"]["embedding"], rtol=0, atol=0)
     held.embed.embedding[...] = jnp.ones((9, 4))
     close(
@@ -109,31 +123,44 @@ def own_einsum(*args, **kwargs):
     return jnp.einsum(*args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    "path, message, when_merged",
-    [
-        ("own", "'own': it belongs to Held, which multiplies in its own way.*lrx.effective", None),
-        ("mixed/kernel", "mixed has its own einsum, .*own_einsum.*cannot be adapted", None),
-        ("grouped/kernel", "grouped: a convolution with feature_group_count=2", None),
-        (
-            "back/kernel",
-            "'back/kernel': it belongs to ConvTranspose",
-            "back: kernel of nnx.ConvTranspose is adapted",
-        ),
-    ],
-)
-def test_what_cannot_be_adapted_is_refused(path, message, when_merged):
+WINDOW = lrx.MatrixView(rows=(0, 1), cols=(2,))
+INPUTS = {"own": jnp.ones((2, 6)), "mixed": jnp.ones((2, 4))}
+
+
+@pytest.mark.parametrize("path", ["own", "mixed/kernel", "back/kernel"])
+def test_any_parameter_can_be_adapted(path):
+    """A product of one's own, a layer with one, and a transposed convolution."""
     model = Held(nnx.Rngs(0))
     params = parameters(model)
-    folded = path in ("grouped/kernel", "back/kernel")
-    views = lrx.Views(rules={path: lrx.MatrixView(rows=(0, 1), cols=(2,))}) if folded else None
-    adaptation = lrx.adapt(params, {path: A.lora(rank=2)}, KEY, views=views)
+    views = lrx.Views(rules={path: WINDOW if path == "back/kernel" else lrx.MatrixView()})
+    adaptation = adapted(params, {path: A.lora(rank=2)}, views=views)
+    name = path.partition("/")[0]
+    x = INPUTS.get(name, X)
+    use = lambda model, x: x @ model.own if name == "own" else getattr(model, name)(x)  # noqa: E731
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+    run = lambda params, x: use(nnx.merge(graphdef, params, rest), x)  # noqa: E731
+    expected = run(lrx.effective(params, adaptation), x)
+    close(lrx.adapted(run)(lrx.attach(params, adaptation), x), expected, atol=1e-4)
+    lrx.nnx.insert(model, adaptation)
+    close(lrx.nnx.adapted(use)(model, x), expected, atol=1e-4)
+    assert (path + "_adapters") in {
+        "/".join(map(str, keys[:-3])) for keys, _ in nnx.to_flat_state(nnx.state(model))
+    }
+
+
+def test_what_cannot_be_adapted_is_refused():
+    model = Held(nnx.Rngs(0))
+    params = parameters(model)
+    views = lrx.Views(rules={"grouped/kernel": WINDOW})
+    adaptation = lrx.adapt(params, {"grouped/kernel": A.lora(rank=2)}, KEY, views=views)
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+    run = lambda params, x: nnx.merge(graphdef, params, rest).grouped(x)  # noqa: E731
+    message = r"adapters of 'grouped/kernel': conv_general_dilated at .*feature_group_count=2"
     with pytest.raises(ValueError, match=message):
-        lrx.nnx.insert(model, adaptation)
-    assert jax.tree.leaves(nnx.state(model, nnx.Param))  # nothing was changed
-    if path != "own":  # a module of one's own may call lrx.matmul
-        with pytest.raises(ValueError, match=when_merged or message):
-            merged(model, lrx.attach(params, adaptation))
+        lrx.adapted(run)(lrx.attach(params, adaptation), X)
+    lrx.nnx.insert(model, adaptation)
+    with pytest.raises(ValueError, match=message):
+        lrx.nnx.adapted(lambda model, x: model.grouped(x))(model, X)
 
 
 def test_errors():

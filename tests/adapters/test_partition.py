@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
-from lowrank_jax import join, partition
+from lowrank_jax.adapters import join, partition
 
 PARAMS = {
     "body": {"layer_0": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}},

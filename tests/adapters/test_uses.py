@@ -62,7 +62,7 @@ def bare(params, adaptation):
 
 def linen(params, adaptation, **options):
     apply = lambda params: Tied(**options).apply({"params": params}, IDS)  # noqa: E731
-    return lrx.linen.adapted(apply)(lrx.attach(params, adaptation))
+    return lrx.adapted(apply)(lrx.attach(params, adaptation))
 
 
 def nnx_merged(params, adaptation):
@@ -103,14 +103,11 @@ def test_a_use_that_is_not_named_sees_the_base(host, family):
         assert not np.allclose(found[1], both[1], atol=1e-2)
 
 
-def test_a_product_by_the_table_itself_sees_it_as_it_is():
-    wanted = untied(lrx.effective(PARAMS, made()), PARAMS)
-    for y, want in zip(linen(PARAMS, made(uses=EVERY), transposed=True), wanted, strict=True):
-        np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
-    with pytest.raises(
-        ValueError, match=r"adapters of 'embed/embedding': the product contracts axes \(1,\)"
-    ):
-        linen(PARAMS, made(), transposed=True)
+def test_a_product_by_the_table_itself_is_a_use_like_others():
+    effective = lrx.effective(PARAMS, made())
+    for uses, wanted in ((EVERY, untied(effective, PARAMS)), ({}, untied(effective, effective))):
+        for y, want in zip(linen(PARAMS, made(uses=uses), transposed=True), wanted, strict=True):
+            np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("coded", [False, True], ids=["plain", "quantised"])
@@ -189,7 +186,7 @@ def test_our_model_with_a_tied_head():
     model, other = (Llama(preset("nano", tied_head=tied, **shape)) for tied in (True, False))
     params = model.init(jax.random.key(0), IDS)["params"]
     params = params | {"embed": jax.tree.map(lambda x: 20 * x, params["embed"])}
-    logits = lrx.linen.adapted(lambda params: model.apply({"params": params}, IDS))
+    logits = lrx.adapted(lambda params: model.apply({"params": params}, IDS))
     effective = lrx.effective(params, made(params=params))
     for uses in ((), ("gather",), ("dot_general",)):
         table, head = (

@@ -34,7 +34,7 @@ def test_alternating_is_a_power_step_where_the_moment_is_the_projected_gradient(
     """The docstring's identity: `range(G qr((PᵀG)ᵀ)) = range(G GᵀP)`."""
     gradient = jnp.asarray(RNG.normal(size=(10, 16)), jnp.float32)
     basis = jnp.asarray(orthonormal(10, 3))
-    view = lrx.resolve(gradient, rank=3).projected[0]
+    view = lrx.resolution.resolve(gradient, rank=3).projected[0]
     alternating, power = lrx.projectors.alternating(rank=3), lrx.projectors.power(rank=3)
     inputs = lrx.projectors.RefreshInputs(
         target=gradient, momentum=basis.T @ gradient, step=jnp.asarray(5), key=jax.random.key(0)

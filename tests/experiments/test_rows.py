@@ -55,7 +55,7 @@ def plain_gradient(params, loss, x):
 
 def tapped_gradient(params, loss, x):
     tx = lrx.galore(1e-2, projector=lrx.projectors.alternating(rank=4), views=VIEWS)
-    step = lrx.train_step(lrx.linen.tapped(loss), tx)
+    step = lrx.train_step(loss, tx)
     return contracted(step, params, tx.init(params), x)
 
 
@@ -63,7 +63,7 @@ def adapted_gradient(params, loss, x):
     adaptation = lrx.adapt(
         params, {".*_proj/kernel": lrx.adapters.dora(rank=2)}, jax.random.key(1), views=VIEWS
     )
-    function = lrx.linen.adapted(loss)
+    function = lrx.adapted(loss)
     train = lambda train: function(lrx.attach(params, adaptation.replace(train=train)), x)  # noqa: E731
     return contracted(jax.grad(train), adaptation.train)
 

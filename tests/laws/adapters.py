@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lrx
-from lowrank_jax.adapters.hosts import Outside
 
 A = lrx.adapters
 LAYERS, BATCH = 3, 5
@@ -208,24 +207,16 @@ def off(adaptation: lrx.adapters.Adaptation) -> lrx.adapters.Adaptation:
 
 def model(tree: Any, x: jax.Array, *, scan: bool = True) -> jax.Array:
     """A dense layer and a stack, by `lax.scan` or unrolled."""
-    x, stack = jnp.tanh(lrx.matmul(x, tree["dense"]["kernel"])), scannable(tree["stack"]["kernel"])
+    x, stack = jnp.tanh(lrx.matmul(x, tree["dense"]["kernel"])), tree["stack"]["kernel"]
     if scan:
         return jax.lax.scan(lambda x, kernel: (jnp.tanh(lrx.matmul(x, kernel)), None), x, stack)[0]
     for number in range(LAYERS):
-        x = jnp.tanh(lrx.matmul(x, jax.tree.map(lambda leaf, i=number: leaf[i], stack)))
+        x = jnp.tanh(lrx.matmul(x, stack[number]))
     return x
 
 
-def scannable(kernel: Any) -> Any:
-    """A kernel whose shared arrays, which have no layer axis, stay outside of the scan."""
-    if not isinstance(kernel, lrx.adapters.AdaptedKernel):
-        return kernel
-    bound = tuple(dataclasses.replace(one, shared=Outside(one.shared)) for one in kernel.bound)
-    return dataclasses.replace(kernel, bound=bound)
-
-
 def attached(params, adaptation, x, **options):
-    return model(lrx.attach(params, adaptation), x, **options)
+    return lrx.adapted(model)(lrx.attach(params, adaptation), x, **options)
 
 
 def weighted(output: jax.Array) -> jax.Array:

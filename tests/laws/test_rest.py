@@ -69,7 +69,7 @@ def views_and_bases():
         return found
 
     views = {
-        name: lrx.resolve(W, rank=projector.rank_for, side="rows").projected[0]
+        name: lrx.resolution.resolve(W, rank=projector.rank_for, side="rows").projected[0]
         for name, (projector, _) in PROJECTORS.items()
     }
     return views, jax.jit(bases, compiler_options=FAST_COMPILE)(W, jax.random.key(3))
@@ -140,7 +140,7 @@ def test_a_gradient_that_lies_in_the_subspace_leaves_nothing():
     """One of rank 3 and a basis of rank 5: its rest is rounding."""
     gradient = W[:, :3] @ W[:3]
     projector = P.svd(rank=5)
-    view = lrx.resolve(W, rank=projector.rank_for, side="rows").projected[0]
+    view = lrx.resolution.resolve(W, rank=projector.rank_for, side="rows").projected[0]
     basis, _ = projector.refresh(view, None, (), lrx.projectors.RefreshInputs(target=gradient))
     low = projector.down(view, basis, gradient)
     _, combine = records(projector, view, basis, gradient, low, jnp.zeros_like(low))

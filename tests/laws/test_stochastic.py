@@ -49,7 +49,7 @@ def bare(key):
 
 
 def linen(key):
-    function = lrx.linen.adapted(
+    function = lrx.adapted(
         lambda params, *inputs: models.Every().apply({"params": params}, *inputs)
     )
     return function(lrx.attach(PARAMS, ADAPTATION, key=key), *models.every_input())

@@ -285,7 +285,9 @@ def test_a_side_that_keeps_the_divided_dimension_whole_sends_nothing_of_the_matr
     params = jax.eval_shape(
         llama.Llama(CONFIG).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
     )["params"]
-    sides = lrx.sides_for(params, meshes.shardings(params, axes.LLAMA, mesh), views=VIEWS)
+    sides = lrx.projection.sides_for(
+        params, meshes.shardings(params, axes.LLAMA, mesh), views=VIEWS
+    )
     assert dict(sides) == {
         f"layers/{block}/{name}/kernel": "rows" if name in ("o_proj", "down_proj") else "cols"
         for block, names in (("attention", "qkvo"), ("mlp", ("gate", "up", "down")))
@@ -330,7 +332,7 @@ def test_replicas_take_their_part_of_rows_and_gather_no_matrix(k):
 def test_replicas_take_their_part_of_columns_that_are_divided_without_sending_any():
     mesh = meshes.make_mesh(data=2, tensor=4)
     x = jax.device_put(jnp.ones((2, 16, 24)), jax.NamedSharding(mesh, jax.P(None, None, "tensor")))
-    view = lrx.resolve(
+    view = lrx.resolution.resolve(
         {"kernel": x}, lrx.Views(stacked=("kernel",)), rank=4, side="rows"
     ).projected[0]
 

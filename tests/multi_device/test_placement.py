@@ -179,7 +179,7 @@ def test_sides_keep_the_sharded_dimension_whole(spec, side):
     params = {"kernel": shape(16, 32)}
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     places = {"kernel": NamedSharding(mesh, spec)}
-    sides = lrx.sides_for(params, places)
+    sides = lrx.projection.sides_for(params, places)
     assert sides == (("kernel", side),)
     tx = lrx.dct_adamw(1e-3, rank=4, side=sides)
     assert lrx.projection.resolved_sides(optax.chain(optax.clip(1.0), tx), params) == sides
@@ -190,7 +190,7 @@ def test_sides_keep_the_sharded_dimension_whole(spec, side):
 
 def test_an_explicit_mesh_resolves_sharding_sides_by_itself_and_an_auto_mesh_asks_for_them():
     tx = lrx.galore(1e-2, rank=4, side="sharding", views=VIEWS)
-    with pytest.raises(ValueError, match="pass side=lrx.sides_for"):
+    with pytest.raises(ValueError, match="pass side=lrx.projection.sides_for"):
         tx.init(jax.tree.map(lambda x: jnp.zeros(x.shape), PARAMS))
     placed = jax.tree.map(
         lambda x, kind: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind),

@@ -230,11 +230,11 @@ def test_a_quantised_projected_step_is_that_of_one_device(spread):
 def test_sides_and_state_follow_codes_not_scales():
     mesh, own = meshes.make_mesh(fsdp=8), params("double")
     placed = meshes.shardings(own, TABLE, mesh)
-    assert lrx.sides_for(own, placed) == (
+    assert lrx.projection.sides_for(own, placed) == (
         ("down/kernel", "rows"),
         ("up/kernel", "cols"),
     )  # fsdp divides "embed"
-    tx = lrx.fused(lrx.galore(1e-2, rank=8, side=lrx.sides_for(own, placed)))
+    tx = lrx.fused(lrx.galore(1e-2, rank=8, side=lrx.projection.sides_for(own, placed)))
     moments = (
         lrx.state_shardings(tx, own, placed, spread=True)
         .projection.matrices["up"]["kernel"]

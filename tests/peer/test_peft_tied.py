@@ -80,7 +80,7 @@ def base(tmp_path_factory):
     causal().save_pretrained(folder)
     config, params = huggingface.load(folder, scan=True)
     assert config.tied_head and "lm_head" not in params
-    run = lrx.linen.adapted(lambda params: Llama(config).apply({"params": params}, TOKENS))
+    run = lrx.adapted(lambda params: Llama(config).apply({"params": params}, TOKENS))
     apply = jax.jit(lambda params, adaptation: run(lrx.attach(params, adaptation)), **FAST)
 
     def split(params, adaptation):

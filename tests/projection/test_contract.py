@@ -358,7 +358,7 @@ def test_what_a_switch_does_with_a_basis_is_what_its_projectors_do():
     hat = lrx.projectors.dct(rank=3)
     switch = lrx.projectors.switch(at=2, first=hat, then=hat)
     x = jax.random.normal(jax.random.key(0), (8, 12))
-    view = lrx.resolve({"kernel": x}, rank=switch.rank_for).projected[0]
+    view = lrx.resolution.resolve({"kernel": x}, rank=switch.rank_for).projected[0]
     basis, _ = hat.init(view, jax.random.key(0))
     low = hat.down(view, basis, x)
     for verb, given in {

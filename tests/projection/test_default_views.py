@@ -23,7 +23,7 @@ def shapes(module, *args):
 
 
 def views(tree, given=None):
-    report = lrx.resolve(tree, given, rank=lambda path, shrunk: 1)
+    report = lrx.resolution.resolve(tree, given, rank=lambda path, shrunk: 1)
     return {view.path: view.view for view in report.projected}
 
 
@@ -199,7 +199,7 @@ def test_the_remedy_keeps_the_rules_that_were_given():
         stacked="moe/.*",
     )
     with pytest.raises(ValueError, match="A proposal") as error:
-        lrx.resolve(HARD, given, rank=1)
+        lrx.resolution.resolve(HARD, given, rank=1)
     pasted = eval(remedy(error), {"lrx": lrx})
     assert pasted.rules[:2] == given.rules
     assert "mix/kernel" not in views(HARD, pasted)

@@ -26,16 +26,16 @@ RANDOM = lrx.projectors.random(rank=3, kind="orthonormal")
 
 
 def setup(model, views, side="paper", pure=True):
-    """(loss of lrx.nnx.merge, loss of nnx.merge, parameters, taps)."""
+    """(loss, parameters, taps)."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params = nnx.to_pure_dict(params) if pure else params
 
-    def loss_of(merge):
-        output = lambda params, x: merge(graphdef, params, rest)(x).astype(jnp.float32)  # noqa: E731
-        return lambda params, x: jnp.mean(jnp.square(output(params, x) - 1))
+    def loss(params, x):
+        output = nnx.merge(graphdef, params, rest)(x).astype(jnp.float32)
+        return jnp.mean(jnp.square(output - 1))
 
     taps = lrx.taps(lrx.scale_by_projection(RANDOM, views=views, side=side).init(params))
-    return loss_of(lrx.nnx.merge), loss_of(nnx.merge), params, taps
+    return loss, params, taps
 
 
 def run(function, *args):
@@ -44,9 +44,9 @@ def run(function, *args):
 
 def check(model, views, *, side="paper", pure=True, tolerance=1e-5):
     """Equal losses and plain gradients, and every tap the projection of the full gradient."""
-    tapped, plain, params, taps = setup(model, views, side, pure)
-    value, grads = run(lrx.projected_value_and_grad(tapped, taps), params, X)
-    expected, full = run(jax.value_and_grad(plain), params, X)
+    loss, params, taps = setup(model, views, side, pure)
+    value, grads = run(lrx.projected_value_and_grad(loss, taps), params, X)
+    expected, full = run(jax.value_and_grad(loss), params, X)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     is_projected = lambda leaf: isinstance(leaf, lrx.projection.Projected)  # noqa: E731
     seen = set()
@@ -194,33 +194,36 @@ class Custom(nnx.Module):
         return lrx.matmul(x, self.kernel[...])
 
 
+class Product(nnx.Module):
+    """A product of one's own, by jax."""
+
+    def __init__(self, rngs):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (8, 12)))
+
+    def __call__(self, x):
+        return x @ self.kernel
+
+
 class Adapted(nnx.LoRALinear):
     """A class derived from nnx.Linear."""
 
 
 def test_modules_of_ones_own():
     check(Custom(nnx.Rngs(0)), lrx.Views())
+    check(Product(nnx.Rngs(0)), lrx.Views())
     check(Adapted(8, 12, lora_rank=2, rngs=nnx.Rngs(0)), lrx.Views())
 
 
 def test_check_taps_and_a_training_step():
-    tapped, _, params, taps = setup(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), lrx.Views())
-    lrx.check_taps(tapped, taps, params, X)
+    loss, params, taps = setup(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), lrx.Views())
+    lrx.check_taps(loss, taps, params, X)
     tx = lrx.galore(
         1e-2, projector=RANDOM, refresh_schedule=lrx.refresh_schedules.every(period=9, when="after")
     )
-    new, state, _ = jax.jit(lrx.train_step(tapped, tx))(params, tx.init(params), X)
+    new, state, _ = jax.jit(lrx.train_step(loss, tx))(params, tx.init(params), X)
     assert jax.tree.structure(new) == jax.tree.structure(params)
     assert int(state.projection.skipped) == 0
     assert not np.allclose(new["kernel"], params["kernel"])
-
-
-@pytest.mark.slow
-def test_without_taps_merge_is_flax_own():
-    model = Stack(nnx.Rngs(0))
-    graphdef, state = nnx.split(model)
-    assert nnx.graphdef(lrx.nnx.merge(graphdef, state)) == graphdef
-    np.testing.assert_array_equal(lrx.nnx.merge(graphdef, state)(X), model(X))
 
 
 @pytest.mark.parametrize("pure", [True, False])
@@ -240,32 +243,31 @@ def test_quantised_kernels(pure):
     is_small = lambda x: hasattr(x, "dequantize")  # noqa: E731
     decoded = jax.tree.map(lambda x: x.dequantize() if is_small(x) else x, small, is_leaf=is_small)
     before = jax.tree.structure(small)
-    first, second = lrx.nnx.merge(graphdef, small), lrx.nnx.merge(graphdef, small)
-    assert nnx.graphdef(first) == nnx.graphdef(second)
-    np.testing.assert_allclose(first(X), nnx.merge(graphdef, decoded)(X), rtol=1e-4, atol=1e-5)
+    call = lrx.adapted(lambda state, x: nnx.merge(graphdef, state)(x))
+    np.testing.assert_allclose(call(small, X), call(decoded, X), rtol=1e-4, atol=1e-5)
     assert jax.tree.structure(small) == before
     if pure:
-        tapped, _, _, taps = setup(model, lrx.Views(rules=HEADS, stacked=(r"layers/.*",)))
+        loss, _, taps = setup(model, lrx.Views(rules=HEADS, stacked=(r"layers/.*",)))
         got, expected = (
-            run(lrx.projected_value_and_grad(tapped, taps), tree, X)[1] for tree in (small, decoded)
+            run(lrx.projected_value_and_grad(loss, taps), tree, X)[1] for tree in (small, decoded)
         )
         low = lambda grads: grads["layers"]["heads"]["kernel"].low  # noqa: E731
         np.testing.assert_allclose(low(got), low(expected), rtol=1e-4, atol=1e-6)
 
 
 def own_product(*args, **kwargs):
-    return jax.lax.dot_general(*args, **kwargs)
+    return 2 * jax.lax.dot_general(*args, **kwargs)
 
 
-def test_a_custom_product_takes_quantised_kernels_and_no_taps():
-    tapped, plain, params, taps = setup(
-        nnx.Linear(8, 12, dot_general=own_product, rngs=nnx.Rngs(0)), lrx.Views()
-    )
-    with pytest.raises(ValueError, match=r"Linear has its own dot_general, .*own_product"):
-        lrx.projected_value_and_grad(tapped, taps)(params, X)
+def test_a_custom_product_takes_quantised_kernels_and_taps():
+    model = nnx.Linear(8, 12, dot_general=own_product, rngs=nnx.Rngs(0))
+    check(model, lrx.Views())
+    loss, params, _ = setup(model, lrx.Views())
     small = params | {"kernel": linalg.quantize_blocks(params["kernel"], "linear")}
     np.testing.assert_allclose(
-        tapped(small, X), plain(params | {"kernel": small["kernel"].dequantize()}, X), rtol=1e-6
+        lrx.adapted(loss)(small, X),
+        loss(params | {"kernel": small["kernel"].dequantize()}, X),
+        rtol=1e-6,
     )
 
 
@@ -277,20 +279,51 @@ class Convolved(nnx.Module):
         return self.conv(x)
 
 
+class Tied(nnx.Module):
+    """Soft look-ups by x, and a head that is the same table."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(9, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.embed.attend(self.embed(jnp.argmax(x, -1)))
+
+
+class Attending(nnx.Module):
+    """Flax's attention, with kernels of three axes."""
+
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.attention(x)
+
+
+@pytest.mark.parametrize(
+    "make, rules",
+    [
+        (Convolved, ((r"conv/kernel", lrx.MatrixView(rows=(0, 1), cols=(2,))),)),
+        (Tied, ((r"embed/embedding", lrx.MatrixView()),)),
+        (
+            Attending,
+            ((r".*/(query|key|value)/kernel", HEADS[0][1]), (r".*/out/kernel", HEADS[1][1])),
+        ),
+    ],
+    ids=["convolution", "tied embedding", "attention"],
+)
+def test_layers_that_multiply_in_other_ways(make, rules):
+    taps = check(make(nnx.Rngs(0)), lrx.Views(rules=rules))
+    assert len(taps.taps) == (4 if make is Attending else 1)
+
+
 def test_what_cannot_be_tapped_is_refused():
-    views = lrx.Views(rules=((r"conv/kernel", lrx.MatrixView(rows=(0, 1), cols=(2,))),))
-    tapped, plain, params, taps = setup(Convolved(nnx.Rngs(0)), views)
-    with pytest.raises(ValueError, match="conv: kernel of nnx.Conv is tapped or quantised"):
-        lrx.projected_value_and_grad(tapped, taps)(params, X)
-    with pytest.raises(TypeError):  # flax's own merge does not know a Tapped
-        lrx.projected_value_and_grad(plain, taps)(params, X)
-    tapped, _, params, taps = setup(Custom(nnx.Rngs(0)), lrx.Views())
-    with pytest.raises(ValueError, match="no product uses the taps"):
+    _, params, taps = setup(Custom(nnx.Rngs(0)), lrx.Views())
+    with pytest.raises(ValueError, match=r"tap 'kernel': no product of the function uses"):
         lrx.projected_value_and_grad(lambda params, x: jnp.sum(x), taps)(params, X)
     graphdef = nnx.graphdef(Custom(nnx.Rngs(0)))
-    sliced = lambda params, x: jnp.sum(lrx.nnx.merge(graphdef, params).kernel[0])  # noqa: E731
-    with pytest.raises(TypeError, match="as a whole only"):
-        lrx.projected_value_and_grad(sliced, taps)(params, X)
+    row = lambda params, x: jnp.sum(nnx.merge(graphdef, params).kernel[0] * x[0, 0, 0])  # noqa: E731
+    with pytest.raises(ValueError, match=r"tap 'kernel': .* at .*test_nnx.py.*weight_decay"):
+        lrx.projected_value_and_grad(row, taps)(params, X)
 
 
 def test_a_flax_without_nnx_is_named(monkeypatch):

@@ -197,7 +197,7 @@ def test_shardings_of_a_state_of_variables():
     placed = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), params)
     found = lrx.state_shardings(GALORE, params, placed)
     assert jax.tree.structure(found) == jax.tree.structure(GALORE.init(params))
-    assert lrx.sides_for(params, placed, views=VIEWS) == lrx.projection.resolved_sides(
+    assert lrx.projection.sides_for(params, placed, views=VIEWS) == lrx.projection.resolved_sides(
         GALORE, params
     )
 
@@ -215,13 +215,14 @@ def test_adapters_of_variables_are_those_of_arrays():
         }
         adaptation = lrx.adapt(params, rules, jax.random.key(0), views=VIEWS, bias="adapted")
         adaptation = adaptation.replace(train=jax.tree.map(lambda x: x + 0.1, adaptation.train))
-        attached = lrx.nnx.merge(graphdef, lrx.attach(params, adaptation), rest)
-        plain = nnx.merge(graphdef, lrx.effective(params, adaptation), rest)
-        np.testing.assert_allclose(loss(attached), loss(plain), rtol=1e-5)
-        values.append(float(loss(plain)))
+        of = lambda params: loss(nnx.merge(graphdef, params, rest))  # noqa: E731
+        plain = of(lrx.effective(params, adaptation))
+        attached = lrx.adapted(of)(lrx.attach(params, adaptation))
+        np.testing.assert_allclose(attached, plain, rtol=1e-5)
+        values.append(float(plain))
         merged = lrx.merge(params, adaptation)
         unmerged = lrx.adapters.unmerge(merged, adaptation, base=params)
-        kept = lrx.join(*lrx.partition(params, (r"up/.*",)))
+        kept = lrx.adapters.join(*lrx.adapters.partition(params, (r"up/.*",)))
         absorbed, _ = lrx.adapters.absorb(params, adaptation)
         for tree in (merged, unmerged, kept, absorbed):
             assert jax.tree.structure(tree) == jax.tree.structure(params)

@@ -23,7 +23,7 @@ PROJECTORS = {
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_columns_of_zeros_change_no_basis_of_rows(name):
     projector, gradient = PROJECTORS[name], jax.random.normal(jax.random.key(0), (2, 8, 13))
-    view = lrx.resolve(gradient, lrx.Views(stacked=(".*",)), rank=3).projected[0]
+    view = lrx.resolution.resolve(gradient, lrx.Views(stacked=(".*",)), rank=3).projected[0]
     keys = jax.random.split(jax.random.key(1), 2)
     assert projector.of_rows
     for step in (0, 1):

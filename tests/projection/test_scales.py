@@ -11,7 +11,9 @@ S = lrx.scales
 
 def view_of(shape, **rule):
     rules = (("kernel", lrx.MatrixView(**rule)),)
-    return lrx.resolve({"kernel": jnp.ones(shape)}, lrx.Views(rules=rules), rank=2).projected[0]
+    return lrx.resolution.resolve(
+        {"kernel": jnp.ones(shape)}, lrx.Views(rules=rules), rank=2
+    ).projected[0]
 
 
 @pytest.mark.parametrize(

@@ -385,7 +385,9 @@ def test_a_rank_may_depend_on_both_dimensions():
     for side in ("rows", "cols"):
         tx = lrx.scale_by_projection(HalfOfTheShorter(rank=1), side=side)
         assert tx.init(params).matrices["kernel"].view.rank == 4
-    report = lrx.resolve(params, rank=lambda path, shrunk: shrunk // 4)  # as much as it takes
+    report = lrx.resolution.resolve(
+        params, rank=lambda path, shrunk: shrunk // 4
+    )  # as much as it takes
     assert report.projected[0].rank == 2
 
 

@@ -50,12 +50,14 @@ def test_matrices_are_numpys_transpose_and_reshape(view, shape, matrices):
     ],
 )  # fmt: skip
 def test_side(shape, side, tie, shrinks):
-    report = lrx.resolve(
+    report = lrx.resolution.resolve(
         {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}, rank=2, side=side, tie=tie
     )
     assert report.sides == (("kernel", shrinks),)
     assert (
-        lrx.resolve({"kernel": jnp.ones(shape)}, rank=2, side=report.sides, tie="rows").sides
+        lrx.resolution.resolve(
+            {"kernel": jnp.ones(shape)}, rank=2, side=report.sides, tie="rows"
+        ).sides
         == report.sides
     )
 
@@ -75,27 +77,29 @@ def test_the_first_rule_that_matches_wins_and_defaults_leave_out_what_the_papers
         (r"(skip|out)/.*", lrx.MatrixView()),
     )
     views = lrx.Views(rules=rules[:2])
-    report = lrx.resolve(params, views, rank=2)
+    report = lrx.resolution.resolve(params, views, rank=2)
     assert [view.path for view in report.projected] == ["mlp/kernel", "out/w"]
     assert "2 of 8 leaves projected: 48 of" in str(report)
-    assert lrx.resolve(params, lrx.Views(rules=dict(rules[:2])), rank=2) == report
+    assert lrx.resolution.resolve(params, lrx.Views(rules=dict(rules[:2])), rank=2) == report
     with pytest.raises(ValueError, match="matches no leaf"):  # shadowed by the rules before it
-        lrx.resolve(params, lrx.Views(rules=rules), rank=2)
-    assert lrx.resolve((jnp.ones((4, 8)), jnp.ones(3)), rank=2).projected[0].path == "0"
-    assert lrx.resolve(jnp.ones((4, 8)), rank=2).projected[0].path == ""
+        lrx.resolution.resolve(params, lrx.Views(rules=rules), rank=2)
+    assert lrx.resolution.resolve((jnp.ones((4, 8)), jnp.ones(3)), rank=2).projected[0].path == "0"
+    assert lrx.resolution.resolve(jnp.ones((4, 8)), rank=2).projected[0].path == ""
 
 
 def test_stacks_are_named_or_boxed_never_guessed():
     stack = jnp.ones((3, 4, 8))
     with pytest.raises(ValueError, match=r"views=lrx.Views\(stacked=\('layers/.\*',\)\)"):
-        lrx.resolve({"layers": {"kernel": stack}}, rank=2)
-    named = lrx.resolve({"layers": {"kernel": stack}}, lrx.Views(stacked="layers/.*"), rank=2)
-    boxed = lrx.resolve(
+        lrx.resolution.resolve({"layers": {"kernel": stack}}, rank=2)
+    named = lrx.resolution.resolve(
+        {"layers": {"kernel": stack}}, lrx.Views(stacked="layers/.*"), rank=2
+    )
+    boxed = lrx.resolution.resolve(
         {"layers": {"kernel": nn.Partitioned(stack, ("layers", "embed", "mlp"))}}, rank=2
     )
     assert named.projected == boxed.projected
     assert named.projected[0].oriented == (3, 4, 8)
-    bias = lrx.resolve(
+    bias = lrx.resolution.resolve(
         {"layers": {"kernel": stack, "bias": jnp.ones((3, 8))}},
         lrx.Views(stacked="layers/.*"),
         rank=2,
@@ -106,18 +110,24 @@ def test_stacks_are_named_or_boxed_never_guessed():
 def test_masked_leaves_are_absent_and_excuse_only_rules_that_match_them():
     params = {"a": {"kernel": optax.MaskedNode()}, "b": {"kernel": jnp.ones((4, 8))}}
     assert (
-        len(lrx.resolve(params, lrx.Views(rules=(("a/.*", lrx.MatrixView()),)), rank=2).projected)
+        len(
+            lrx.resolution.resolve(
+                params, lrx.Views(rules=(("a/.*", lrx.MatrixView()),)), rank=2
+            ).projected
+        )
         == 1
     )
     with pytest.raises(ValueError, match="'c/.*' matches no leaf"):
-        lrx.resolve(params, lrx.Views(rules=(("c/.*", lrx.MatrixView()),)), rank=2)
+        lrx.resolution.resolve(params, lrx.Views(rules=(("c/.*", lrx.MatrixView()),)), rank=2)
     below = {
         "a": optax.MaskedNode(),
         "b": {"kernel": jnp.ones((4, 8))},
     }  # a mask may take whole subtrees
     assert (
         len(
-            lrx.resolve(below, lrx.Views(rules=(("a/kernel", lrx.MatrixView()),)), rank=2).projected
+            lrx.resolution.resolve(
+                below, lrx.Views(rules=(("a/kernel", lrx.MatrixView()),)), rank=2
+            ).projected
         )
         == 1
     )
@@ -125,10 +135,12 @@ def test_masked_leaves_are_absent_and_excuse_only_rules_that_match_them():
         with pytest.raises(
             ValueError, match="matches no leaf .* leave it out of the views of this optimizer"
         ):
-            lrx.resolve(below, lrx.Views(rules=((pattern, lrx.MatrixView()),)), rank=2)
+            lrx.resolution.resolve(below, lrx.Views(rules=((pattern, lrx.MatrixView()),)), rank=2)
     all_masked = {"a": {"kernel": optax.MaskedNode()}}
     assert (
-        lrx.resolve(all_masked, lrx.Views(rules=(("c/.*", lrx.MatrixView()),)), rank=2).projected
+        lrx.resolution.resolve(
+            all_masked, lrx.Views(rules=(("c/.*", lrx.MatrixView()),)), rank=2
+        ).projected
         == ()
     )
 
@@ -230,7 +242,7 @@ def test_a_tree_without_matrices_is_trained_as_by_the_inner_optimizer():
 
 
 def test_no_entries_are_no_matrix():
-    report = lrx.resolve(
+    report = lrx.resolution.resolve(
         {"kernel": jnp.ones((0, 4)), "stack": {"kernel": jnp.ones((0, 4, 4))}},
         lrx.Views(stacked="stack/.*"),
         rank=2,

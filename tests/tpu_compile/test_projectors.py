@@ -13,7 +13,7 @@ SMALL = ["dct3", "dct2", "random gaussian", "random orthonormal", "random struct
 @pytest.mark.parametrize("name", SMALL)
 def test_a_refresh_is_a_small_program(topology, name):
     projector = tpu_programs.projectors(workload.rank("60M"))[name]
-    view = lrx.resolve(
+    view = lrx.resolution.resolve(
         {"kernel": jax.ShapeDtypeStruct((8, 512, 1376), jnp.float32)},
         lrx.Views(stacked=("kernel",)),
         rank=projector.rank_for,

@@ -36,7 +36,7 @@ def rooms() -> dict[str, types.ModuleType]:
 ROOMS = rooms()
 
 # One function by the names of its two uses.
-SAME = [["lrx.linen.adapted", "lrx.linen.tapped"]]
+SAME = [["lrx.adapted", "lrx.tapped"]]
 
 
 def test_the_top_is_what_the_workspace_lists():

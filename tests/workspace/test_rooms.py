@@ -18,7 +18,7 @@ TIERS = (
     ("version", "deprecations", "reprs", "typing", "codes", "trees", "checks", "serialization"),
     ("sharding", "rows"),
     ("matrices",),
-    ("kernel_node", "default_views", "resolution", "partition"),
+    ("kernel_node", "default_views", "resolution"),
     ("linalg",),
     ("kernels",),
     ("quantized", "functions", "optim"),

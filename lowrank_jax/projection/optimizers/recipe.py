@@ -160,7 +160,7 @@ class CommonOptions(TypedDict, total=False):
     target: Target | None  # what is projected
     residual: Residual | None  # what becomes of the rest
     sampler: Sampler | None  # which layers are active
-    side: Any  # which dimension is shrunk, see `lrx.resolve`
+    side: Any  # which dimension is shrunk, see `lrx.resolution.resolve`
     tie: str | None  # and which of a square
     views: Views | None  # which leaves are matrices
     plain: Any  # the inner transformation of leaves that are not projected

@@ -64,7 +64,7 @@ def test_a_step_known_while_tracing_leaves_one_projector_in_the_program(problem)
     first, then = lrx.projectors.svd(rank=2), lrx.projectors.random(rank=2, kind="orthonormal")
     switch = lrx.projectors.switch(at=3, first=first, then=then)
     g = jnp.asarray(problem[1][0], jnp.float32)
-    view = lrx.resolve(g, rank=switch.rank_for).projected[0]
+    view = lrx.resolution.resolve(g, rank=switch.rank_for).projected[0]
     key = jax.random.key(1)
     basis, memory = switch.init(view, key)
 

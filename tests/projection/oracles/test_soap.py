@@ -168,7 +168,7 @@ def test_a_matrix_that_starts_again_beside_others():
     shape = (2, 5, 5)
     grads = jnp.asarray(drawn(9, *shape), jnp.float32)
     inner = lrx.inner.soap(**COMMON)
-    view = lrx.resolve(jnp.zeros(shape), lrx.Views(stacked=(".*",)), rank=5).projected[0]
+    view = lrx.resolution.resolve(jnp.zeros(shape), lrx.Views(stacked=(".*",)), rank=5).projected[0]
     state = inner.init(jnp.zeros(shape), view)
     single = [inner.init(jnp.zeros(shape[1:])) for _ in range(2)]
     update, update_stack = (

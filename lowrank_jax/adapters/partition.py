@@ -1,8 +1,8 @@
 """A tree of parameters in two: what trains as it is, and the rest; for partial fine-tuning without
 adapters.
 
-    selected, rest = lrx.partition(params, (r"head/.*", r".*/norm/scale"))
-    gradients = jax.grad(lambda selected: objective(lrx.join(selected, rest), batch))(selected)
+    selected, rest = lrx.adapters.partition(params, (r"head/.*", r".*/norm/scale"))
+    gradients = jax.grad(lambda selected: objective(lrx.adapters.join(selected, rest), batch))(selected)
 
 Both trees have the structure of the whole, with `optax.MaskedNode` where a leaf is in the other: a
 node without leaves, so that jit, grad and every optax transformation see what is there and nothing
