@@ -17,9 +17,11 @@ TPU := $(CPU) ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTN
 	TPU_ACCELERATOR_TYPE=v5litepod-4
 # what each test costs; `python -m tests.durations` prints it
 SPENT := --cpu-seconds=.pytest_cache/cpu_seconds
-ONE_PROCESS := not multi_device and not multi_process and not tpu_compile and not cuda_compile and not peer
+ONE_PROCESS := not multi_device and not multi_process and not tpu_compile and not cuda_compile and not peer and not zoo
 
-.PHONY: help train finetune test test-fast test-full test-multi test-tpu test-cuda test-peer lint study evidence report clean
+# A stamp of an environment that was not finished is none.
+.DELETE_ON_ERROR:
+.PHONY: help train finetune test test-fast test-full test-multi test-tpu test-cuda test-peer test-zoo lint study evidence report clean
 
 help:
 	@echo "make train      pre-train a small LLaMA with dct_adamw on embedded text; writes a checkpoint and a report"
@@ -31,6 +33,7 @@ help:
 	@echo "make report     one page from finished runs: make report RUNS='runs/a runs/b'"
 	@echo "make test-tpu   compile for TPUs that are not there (libtpu); make test-peer: compare with PyTorch"
 	@echo "make test-cuda  compile kernels for GPUs that are not there (jax-cuda13-plugin)"
+	@echo "make test-zoo   models of other packages (tunix, gemma, equinox, haiku, flaxmodels)"
 
 # $(call environment,DIRECTORY,EXTRAS)
 define environment
@@ -50,6 +53,11 @@ endef
 	$(call environment,.venv-cuda,experiments$(comma)test$(comma)cuda)
 .venv-peer/installed: setup.cfg pyproject.toml
 	$(call environment,.venv-peer,experiments$(comma)test$(comma)peer)
+# Some packages of the zoo ask for far more than their models import: these come without what they ask for.
+ZOO_ALONE := gemma==3.3.0 kauldron==1.4.2
+.venv-zoo/installed: setup.cfg pyproject.toml Makefile
+	$(call environment,.venv-zoo,test$(comma)zoo)
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(ZOO_ALONE)
 comma := ,
 
 train: .venv/installed
@@ -99,5 +107,9 @@ test-cuda: .venv-cuda/installed
 test-peer: .venv-peer/installed
 	$(CPU) .venv-peer/bin/python -m pytest -q -m peer tests/peer
 
+test-zoo: .venv-zoo/installed
+	.venv-zoo/bin/python -c 'import tunix'  # without it the tests would skip
+	$(ONE) .venv-zoo/bin/python -m pytest -q -m zoo tests/zoo
+
 clean:
-	rm -rf .venv .venv-tpu .venv-cuda .venv-peer *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-tpu .venv-cuda .venv-peer .venv-zoo *.egg-info .pytest_cache .mypy_cache .ruff_cache

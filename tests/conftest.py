@@ -13,7 +13,7 @@ import pytest
 from tests.durations import pytest_addoption, pytest_configure  # noqa: F401
 
 TESTS = Path(__file__).parent
-TIERS = ("multi_device", "multi_process", "tpu_compile", "cuda_compile", "peer")
+TIERS = ("multi_device", "multi_process", "tpu_compile", "cuda_compile", "peer", "zoo")
 
 
 def pytest_collection_modifyitems(items):
