@@ -232,7 +232,7 @@ def _views_of(views: Views, paths: Iterable[str]) -> Views:
         return any(re.fullmatch(pattern, path) for path in paths)
 
     rules = tuple(rule for rule in views.rules if is_used(rule[0]))
-    return Views(rules=rules, stacked=tuple(filter(is_used, views.stacked)))
+    return dataclasses.replace(views, rules=rules, stacked=tuple(filter(is_used, views.stacked)))
 
 
 def _understood(config: Mapping[str, Any], file: pathlib.Path) -> Family:

@@ -179,6 +179,7 @@ class Tree:
       leads: `{path: sizes of the batch axes}`.
       places: `{torch's name: place}`, in the order of the tree.
       convolutions: patterns.
+      claimed: paths of leaves that `views` say are matrices, whatever their names.
     """
 
     params: Pytree
@@ -187,11 +188,12 @@ class Tree:
     leads: dict[str, Shape]
     places: dict[str, Place]
     convolutions: tuple[str, ...]
+    claimed: set[str]
 
     @classmethod
     def of(cls, params: Pytree, names: Names, views: Views, convolutions: Sequence[str]) -> Tree:
         """ValueError where two leaves have one name, or from `names`."""
-        tree = cls(params, {}, {}, {}, {}, tuple(convolutions))
+        tree = cls(params, {}, {}, {}, {}, tuple(convolutions), set())
         for path, node, axes in leaves_with_metadata(params):
             shape, layered = tuple(node.shape), is_stacked(path, axes, views)
             rules = [
@@ -199,8 +201,13 @@ class Tree:
                 for pattern, view in views.rules
                 if view is not None and re.fullmatch(pattern, path)
             ]
+            inferred = None if views.inferred is None else views.inferred.at(path, shape).view
             view = rules[0] if rules else DENSE if len(shape) - layered == 2 else None
             view = view.stacked() if view is not None and layered else view
+            if not rules and inferred is not None:
+                view = inferred  # of the whole leaf, layers and all
+            if rules or inferred is not None:
+                tree.claimed.add(path)
             lead = shape[:1] if layered else ()
             if view is not None:
                 lead = tuple(shape[axis] for axis in view.batch)
@@ -256,10 +263,9 @@ class Tree:
 
     def is_matrix(self, place: Place) -> bool:
         """Whether the parameter is one that an adapter may sit on."""
-        return (
-            place.leaf in MATRICES
-            and len(self.leaves[place.path].shape) > len(self.leads[place.path]) + 1
-        )
+        return (place.leaf in MATRICES or place.path in self.claimed) and len(
+            self.leaves[place.path].shape
+        ) > len(self.leads[place.path]) + 1
 
     def shape(self, place: Place) -> Shape:
         """Of the torch parameter."""
