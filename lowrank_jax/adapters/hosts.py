@@ -20,7 +20,7 @@ from lowrank_jax.adapters.base import Adapter, Site, dropout
 from lowrank_jax.functions.adapted import adapted
 from lowrank_jax.kernel_node import KernelNode, Op, Stack, parts_of, product, with_parts_of
 from lowrank_jax.matrices import MatrixView
-from lowrank_jax.quantized import decoding, dense, undecoded
+from lowrank_jax.quantized import QuantizedKernel, decoding, dense, undecoded
 from lowrank_jax.reprs import Short
 from lowrank_jax.serialization import serializable
 from lowrank_jax.trees import is_quantized
@@ -317,7 +317,9 @@ class AdaptedKernel(KernelNode):
 def decoded(op: Op) -> tuple[Op, Stack]:
     """A product with codes as one with their value, but where a kernel multiplies by the codes."""
     assert op.stack is not None
-    if not is_quantized(op.stack.base) or (op.plain and undecoded(op.stack.base) is not None):
+    base = op.stack.base
+    codes = base.codes if isinstance(base, QuantizedKernel) else base
+    if not is_quantized(codes) or (op.plain and undecoded(codes) is not None):
         return op, op.stack
     made = op.stack.make(op.stack.rest, ((), op.stack.leaf()))
     assert made.stack is not None
