@@ -106,17 +106,21 @@ class Stack:
 
     def each(self, function: Callable) -> Callable:
         """`function(x, trees of a matrix...)` over the batch."""
+        return over_matrices(function, self.mapped)
 
-        def map_over(inner: Callable, mapped: bool) -> Callable:
-            def run(x, *trees):
-                axes = (0 if mapped else None, *[0] * len(trees))
-                return jax.vmap(inner, in_axes=axes)(x, *trees)
 
-            return run
+def over_matrices(function: Callable, mapped: tuple[bool, ...]) -> Callable:
+    """`function(x, trees of a matrix...)` over batch axes; of each, whether x has it."""
 
-        for mapped in reversed(self.mapped):
-            function = map_over(function, mapped)
-        return function
+    def over(inner: Callable, has: bool) -> Callable:
+        def run(x, *trees):
+            return jax.vmap(inner, in_axes=(0 if has else None, *[0] * len(trees)))(x, *trees)
+
+        return run
+
+    for has in reversed(mapped):
+        function = over(function, has)
+    return function
 
 
 @dataclasses.dataclass(frozen=True)

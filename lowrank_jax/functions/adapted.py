@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from lowrank_jax.functions.errors import ReadError
+from lowrank_jax import sharding
+from lowrank_jax.functions.errors import Here, ReadError
 from lowrank_jax.functions.flow import Flow, is_flow
 from lowrank_jax.functions.reader import Reader
 from lowrank_jax.kernel_node import KernelNode
@@ -71,7 +72,12 @@ def adapted(
     >>> run(adaptation.train, jnp.ones((2, 4))).shape
     (2, 5)
     """
-    if hasattr(function, "_reads_nodes"):
+    if getattr(function, "_reads_nodes", None) is function:
+        if aux or dense or partial:
+            raise ValueError(
+                "function is lrx.adapted already, and its options are those that it was given; give "
+                f"aux={aux}, dense={dense!r}, partial={partial} there"
+            )
         return function
     patterns = (dense,) if isinstance(dense, str) else tuple(dense)
     kept: dict[Any, Any] = {}
@@ -87,7 +93,7 @@ def adapted(
             return (result, {}) if aux else result
         given = [Flow.of(leaf, _path(keys)) if is_special(leaf) else leaf for keys, leaf in paths]
         program = _program(function, treedef, given, kept)
-        reader = Reader(dense=patterns, kept=program.kept)
+        reader = Reader(dense=patterns, kept=program.kept, outer=(Here.now(),))
         values = [one for one in given if _is_array(one)]
         made = reader.read(program.jaxpr, program.consts, values)
         if not partial:
@@ -105,7 +111,8 @@ def adapted(
             )
         return result
 
-    run._reads_nodes = True  # type: ignore[attr-defined]
+    # itself, since wrappers such as jax.jit copy a function's attributes
+    run._reads_nodes = run  # type: ignore[attr-defined]
     return run
 
 
@@ -184,7 +191,7 @@ def _program(function: Any, treedef: Any, given: list[Any], kept: dict[Any, Any]
         if _is_array(one) else _Static(v)
         for one, v in zip(given, values, strict=True)
     )  # fmt: skip
-    key = (treedef, kinds, jax.sharding.get_abstract_mesh(), jax.config.read("jax_enable_x64"))
+    key = (treedef, kinds, _context())
     try:
         hash(key)
     except TypeError:
@@ -197,6 +204,17 @@ def _program(function: Any, treedef: Any, given: list[Any], kept: dict[Any, Any]
             kept.pop(next(iter(kept)))
         kept[key] = program
     return program
+
+
+def _context() -> tuple[Any, ...]:
+    """What a trace depends on beside its arguments."""
+    config: Any = jax.config
+    names = ("enable_x64", "default_matmul_precision", "numpy_dtype_promotion")
+    return (
+        jax.sharding.get_abstract_mesh(),
+        sharding.context_key(),
+        *(getattr(config, f"jax_{name}") for name in names),
+    )
 
 
 class _Static:

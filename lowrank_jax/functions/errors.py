@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
 from typing import Any
 
 from jax.extend import source_info_util
 
+# Nothing in this room is a user's line: products and traces are made here on their behalf.
+source_info_util.register_exclusion(str(pathlib.Path(__file__).parent))
+
 
 class ReadError(ValueError):
     """A program reads a kernel node in a way that its semantics do not cover."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """Where a function is called that was adapted: what lies outside of all its equations, as of
+    `lrx.einsum`, which the user calls."""
+
+    source_info: Any
+
+    @classmethod
+    def now(cls) -> Here:
+        return cls(source_info_util.current())
 
 
 def line_of(*equations: Any) -> str:

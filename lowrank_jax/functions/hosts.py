@@ -25,7 +25,7 @@ from lowrank_jax import sharding
 from lowrank_jax.functions.axes import Axes, Digit, Digits, arrange, names, size_of
 from lowrank_jax.functions.equations import bind
 from lowrank_jax.functions.errors import ReadError
-from lowrank_jax.kernel_node import Op, Stack, parts_of, product, with_parts_of
+from lowrank_jax.kernel_node import Op, Stack, over_matrices, parts_of, product, with_parts_of
 from lowrank_jax.quantized import as_node
 from lowrank_jax.rows import platform
 from lowrank_jax.typing import Kernel, Pytree
@@ -39,7 +39,7 @@ class Host:
 
     Attributes:
       eqn: of the program.
-      place: which of its operands is the kernel, and `input` which is x.
+      place: which of its operands is the kernel.
       axes: of the kernel as the equation sees it.
       dtype: of the kernel there.
       line: where it stands.
@@ -139,7 +139,7 @@ class Host:
 
     def contract(self, x: Any, factor: jax.Array, rest: Pytree) -> jax.Array:
         del rest
-        return self.each(self.contract_one)(self.inputs(x), factor)
+        return over_matrices(self.contract_one, self.mapped)(self.inputs(x), factor)
 
     def expand(self, low: jax.Array, factor: jax.Array, rest: Pytree) -> jax.Array:
         del rest
@@ -148,23 +148,12 @@ class Host:
             run = jax.vmap(run)
         return self.result(run(low, factor)).astype(self.y.dtype)
 
-    def each(self, function: Callable) -> Callable:
-        """`function(x, arrays of a matrix...)` over the batch."""
-        for mapped in reversed(self.mapped):
-            function = functools.partial(_mapped, function, mapped)
-        return function
-
     # --- what a node sees
 
     def op(self, base: Kernel, array: jax.Array | None, rest: Pytree) -> Op:
         """The equation with `base` in the kernel's place, as a node that lies on it is told."""
         make = functools.partial(_op, self, tuple(rest))
         return make((base, array))
-
-
-def _mapped(function, mapped, x, *arrays):
-    axes = (0 if mapped else None, *[0] * len(arrays))
-    return jax.vmap(function, in_axes=axes)(x, *arrays)
 
 
 def times(host: Host, kernel: Kernel, array: jax.Array | None, rest: Pytree, x: Any) -> Any:

@@ -172,9 +172,9 @@ def convert(eqn: Any, flow: Flow) -> Outputs:
 
 def stop_gradient(eqn: Any, flow: Flow) -> Outputs:
     """Of the node's arrays as of the kernel: what is stopped is the effective kernel."""
-    stop = lambda x: jax.lax.stop_gradient(x)  # noqa: E731
     made = _moved(eqn, flow, flow.axes)
-    return [dataclasses.replace(made, node=jax.tree.map(stop, made.node), stopped=True)]
+    node = jax.lax.stop_gradient(made.node)
+    return [dataclasses.replace(made, node=node, stopped=True)]
 
 
 def through(eqn: Any, *operands: Any) -> Outputs:

@@ -12,6 +12,7 @@ the rank `r` and the shrunk dimension of a basis are unsharded.
 from lowrank_jax.sharding.auto import all_axes, constrained, for_product, matrix_spec, unshard_rows
 from lowrank_jax.sharding.context import (
     Spec,
+    context_key,
     current_mesh,
     current_partition_specs,
     current_rows,
@@ -56,6 +57,7 @@ __all__ = [
     "batch_axes",
     "codes_of",
     "constrained",
+    "context_key",
     "current_mesh",
     "current_partition_specs",
     "current_rows",

@@ -27,6 +27,13 @@ current_rows: contextvars.ContextVar[Spec | None] = contextvars.ContextVar(
 )
 
 
+def context_key() -> tuple[Any, ...]:
+    """What `meshes.use` says here, to be compared: programs traced under another are other ones."""
+    specs = current_partition_specs.get()
+    named = None if specs is None else tuple(sorted(specs.items(), key=lambda item: item[0]))
+    return current_mesh.get(), current_rows.get(), named
+
+
 def divides() -> bool:
     """Whether the program is traced for several devices of an auto mesh, inside `meshes.use`."""
     mesh = current_mesh.get()

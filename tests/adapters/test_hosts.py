@@ -249,9 +249,12 @@ def test_products_of_other_axes_than_the_views():
         lrx.Views(rules={"out": lrx.MatrixView(rows=(1, 0), cols=(2,))}),
     )
     made = moved(lrx.adapt(params, {"out": A.lora(rank=2)}, KEY, views=views), 3)
-    x = normal((2, 5, 4))
-    found = A.conv(x, lrx.attach(params, made)["out"], convolve)
-    wanted = convolve(x, lrx.effective(params, made)["out"])
+    x, layout = normal((2, 5, 4)), ("NWC", "WIO", "NWC")
+    in_one = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
+        x, k, (1,), "SAME", dimension_numbers=layout
+    )
+    found = A.conv(x, lrx.attach(params, made)["out"], in_one)
+    wanted = in_one(x, lrx.effective(params, made)["out"])
     np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 

@@ -184,7 +184,45 @@ def test_without_nodes_it_is_the_function_itself():
         jax.make_jaxpr(f)(w, *case.args) for f in (case.function, lrx.adapted(case.function))
     )
     assert str(plain) == str(read)
-    assert lrx.adapted(lrx.adapted(case.function)) is not case.function
+
+
+def test_adapted_twice_is_adapted_once_and_keeps_the_options_of_that():
+    case = CASES["matmul"]
+    params, adaptation = start(case, "lora")
+    node = lrx.attach(params, adaptation)
+    once = lrx.adapted(lambda params, x: case.function(params["w"], x))
+    assert lrx.adapted(once) is once
+    with pytest.raises(ValueError, match="lrx.adapted already.*aux=True"):
+        lrx.adapted(once, aux=True)
+
+    # what wraps it, and copies its attributes, is another function
+    @functools.wraps(once)
+    def doubled(params, x):
+        return 2 * once(params, x) + jnp.sum(x @ params["w"])
+
+    want = 2 * once(node, *case.args) + jnp.sum(once(node, *case.args))
+    np.testing.assert_allclose(lrx.adapted(doubled)(node, *case.args), want, rtol=1e-5)
+
+
+def test_a_program_is_traced_again_where_a_mesh_or_the_precision_is_another():
+    case = CASES["matmul"]
+    params, adaptation = start(case, "lora")
+    node, traced = lrx.attach(params, adaptation), []
+
+    def function(params, x):
+        traced.append(1)
+        return x @ params["w"]
+
+    run = lrx.adapted(function)
+    run(node, *case.args), run(node, *case.args)
+    assert len(traced) == 1
+    with jax.default_matmul_precision("float32"):
+        run(node, *case.args)
+    assert len(traced) == 2
+    mesh = lrx.meshes.make_mesh(devices=jax.devices()[:1])
+    with lrx.meshes.use(mesh):
+        run(node, *case.args)
+    assert len(traced) == 3
 
 
 # a scan that is run step by step stacks what it hands back
