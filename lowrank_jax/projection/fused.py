@@ -36,9 +36,11 @@ IMPLEMENTATIONS = ("xla", "pallas")
 
 
 @deprecations.options("lrx.projection.Fused")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Fused(Short):
     """The fused form of a recipe.
+
+    Equal to itself alone: a mask in it may be a dict, and `jax.jit(form.step)` hashes it.
 
     Attributes:
       recipe: projection, learning rate and decay.

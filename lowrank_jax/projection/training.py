@@ -107,9 +107,11 @@ def train_step(
     return _Step(gradients, form, mode, with_norm)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Step:
     """One training step by a gradient mode.
+
+    Equal to itself alone: a mask in it may be a dict, which `jax.jit` could not hash.
 
     Attributes:
       gradients: the ways to take gradients.
@@ -168,7 +170,7 @@ class _Step:
         return *self.form.step(params, grads, state, **options), measured
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Gradients:
     """The ways to take a gradient that a step chooses from, all `(params, state, args)`."""
 

@@ -336,3 +336,18 @@ def test_decay_of_the_layerwise_form_follows_the_schedule_and_the_mask():
             own, state, _ = step(own, state, jnp.ones((3, 4)))
         found.append(own)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *found)
+
+
+def test_what_is_jitted_may_hold_a_mask_of_dicts():
+    """`jax.jit` hashes the callable it is given, and with it all that a dataclass's equality reads."""
+    params, mask = {"kernel": jnp.ones((4, 4))}, {"kernel": True}
+    tx = lrx.galore(0.1, rank=2, mask=mask)
+    form = lrx.fused(tx)
+    loss = lambda params, x: jnp.mean(lrx.matmul(x, params["kernel"]) ** 2)  # noqa: E731
+    state = jax.jit(tx.init)(params)
+    jax.jit(form.init)(params)
+    jax.jit(tx.update)(params, state, params)
+    jax.jit(form.step)(params, params, state)
+    jax.jit(lrx.train_step(loss, form))(params, state, jnp.ones((3, 4)))
+    tapped = lrx.projected_value_and_grad(loss, lrx.taps(state))
+    jax.jit(tapped)(params, jnp.ones((3, 4)))
