@@ -56,6 +56,7 @@ from lowrank_jax.projection.optimizers.lisa import lisa
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.soap import soap
+from lowrank_jax.projection.optimizers.subtrack import subtrack
 from lowrank_jax.projection.optimizers.trion import trion
 from lowrank_jax.projection.partition_specs import state_shardings
 from lowrank_jax.projection.taps import check_taps, projected_value_and_grad, taps
@@ -124,6 +125,7 @@ __all__ = [
     "scales",
     "soap",
     "state_shardings",
+    "subtrack",
     "surgery",
     "tapped",
     "taps",

@@ -340,6 +340,7 @@ METHODS: dict[str, Method] = _table(
             studied=(Studied(title="LDAdam", learning_rate=3e-3),),
         ),
         Method(name="fira", build=lrx.fira, decomposes=True),
+        Method(name="subtrack", build=lrx.subtrack, decomposes=True),
         Method(
             name="online_subspace_descent",
             build=lrx.online_subspace_descent,

@@ -155,6 +155,7 @@ METHODS = (
     _named(lrx.golore, "golore", rank=4, refresh_every=2, random_from=3, seeded=True, gradients="full at a refresh"),
     _named(lrx.fira, "fira", rank=4, refresh_every=2),
     _named(lrx.fira, "fira-paper", rank=4, refresh_every=2, form="paper", limiter=None),
+    _named(lrx.subtrack, "subtrack", rank=4, refresh_every=2, step_size=0.01, elsewhere={"step_size": 0.01}),
     # a scale that does not tell inputs from outputs, for the law of transposition
     _named(lrx.dion, "dion", rank=4, scale=lrx.scales.rms(0.2), due=ALL, seeded=True),
     _named(lrx.trion, "trion", rank=4, kind=3, scale=lrx.scales.rms(0.2), due=ALL),

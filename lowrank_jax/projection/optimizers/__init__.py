@@ -14,6 +14,7 @@ from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
 from lowrank_jax.projection.optimizers.soap import soap
+from lowrank_jax.projection.optimizers.subtrack import subtrack
 from lowrank_jax.projection.optimizers.trion import trion
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "muon",
     "online_subspace_descent",
     "soap",
+    "subtrack",
     "trion",
 ]

@@ -8,6 +8,7 @@ from lowrank_jax.projection.projectors.base import Projector, StoredProjector
 from lowrank_jax.projection.projectors.columns import columns
 from lowrank_jax.projection.projectors.dct import dct, dct2, dct3
 from lowrank_jax.projection.projectors.given import given
+from lowrank_jax.projection.projectors.grassmann import grassmann
 from lowrank_jax.projection.projectors.hadamard import hadamard
 from lowrank_jax.projection.projectors.identity import identity
 from lowrank_jax.projection.projectors.online_pca import online_pca
@@ -28,6 +29,7 @@ __all__ = [
     "dct2",
     "dct3",
     "given",
+    "grassmann",
     "hadamard",
     "identity",
     "online_pca",
