@@ -156,6 +156,9 @@ METHODS = (
     _named(lrx.fira, "fira", rank=4, refresh_every=2),
     _named(lrx.fira, "fira-paper", rank=4, refresh_every=2, form="paper", limiter=None),
     _named(lrx.subtrack, "subtrack", rank=4, refresh_every=2, step_size=0.01, elsewhere={"step_size": 0.01}),
+    # gradients of other tests have fewer directions than a matrix has, and the others are not determined
+    _named(lrx.conda, "conda", refresh_every=2, gradients="full at a refresh",
+           elsewhere={"projector": P.svd(rank=2, momentum=0.9)}),
     # a scale that does not tell inputs from outputs, for the law of transposition
     _named(lrx.dion, "dion", rank=4, scale=lrx.scales.rms(0.2), due=ALL, seeded=True),
     _named(lrx.trion, "trion", rank=4, kind=3, scale=lrx.scales.rms(0.2), due=ALL),

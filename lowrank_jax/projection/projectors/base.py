@@ -268,6 +268,12 @@ def thin_product(x: jax.Array, basis: jax.Array) -> jax.Array:
     return low.astype(x.dtype)
 
 
+def mixed(columns: jax.Array, momentum: jax.Array, target: jax.Array, share: Scalar) -> jax.Array:
+    """`share P m + (1 - share) G`, of a momentum in the basis `P (..., s, r)` and the target."""
+    whole = jnp.einsum("...sr,...rk->...sk", columns, momentum)
+    return share * whole + (1 - share) * target
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BasisProjector(Projector):
     """Projectors whose basis is, or is regenerated as, a matrix `P (..., s, r)`."""

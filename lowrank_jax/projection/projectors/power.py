@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax.numpy as jnp
-
 from lowrank_jax import linalg
 from lowrank_jax.checks import check_number
-from lowrank_jax.projection.projectors.base import StoredProjector
+from lowrank_jax.projection.projectors.base import StoredProjector, mixed
 from lowrank_jax.projection.projectors.random import structured
 from lowrank_jax.projection.projectors.svd import singular_vectors
 
@@ -68,8 +66,7 @@ class Power(StoredProjector):
     def refresh(self, view, basis, memory, inputs):
         columns, target = self.columns(view, basis), inputs.target
         if self.mix is not None:
-            momentum = jnp.einsum("...sr,...rk->...sk", columns, inputs.momentum)
-            target = self.mix * momentum + (1 - self.mix) * target
+            target = mixed(columns, inputs.momentum, target, self.mix)
         for _ in range(self.iterations):
             columns = linalg.power_step(target, columns)
         return self.store(view, columns), memory

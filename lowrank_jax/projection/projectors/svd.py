@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import linalg, sharding
+from lowrank_jax.checks import check_number
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.projection.projectors.base import StoredProjector, thin_product
+from lowrank_jax.optim.inner import debias
+from lowrank_jax.projection.projectors.base import StoredProjector, mixed, thin_product
 from lowrank_jax.projection.transports import DenseChange
+from lowrank_jax.typing import Scalar
 
 
 def singular_vectors(view: ResolvedView, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -38,14 +41,35 @@ class Svd(StoredProjector):
 
     Exact and slow: on CPU an SVD costs some forty normal steps, on TPU minutes of compilation;
     `power`, `randomized` and `dct` are the fast alternatives.
+
+    Args:
+      momentum: None, or the decay b1 of the first moment, whose singular vectors are taken then, as
+        it is after this step: of `b1 up(m) + (1 - b1) G` (Conda).
     """
 
+    momentum: Scalar | None = None
     of_range: ClassVar[bool] = True
-    reads: ClassVar[frozenset[str]] = frozenset({"target"})
     decomposes: ClassVar[bool] = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(
+            "svd: momentum", self.momentum, at_least=0, below=1, otherwise="None for the gradient"
+        )
+
+    @property
+    def reads(self):
+        of_moment = set() if self.momentum is None else {"momentum", "step"}
+        return frozenset({"target"} | of_moment)
+
     def refresh(self, view, basis, memory, inputs):
-        left, _ = singular_vectors(view, inputs.target)
+        target = inputs.target
+        if self.momentum is not None:
+            # m̂ has (1 - b1^t) in front, and the average to come (1 - b1^(t + 1))
+            seen = debias(self.momentum, inputs.step)
+            share = self.momentum * seen / debias(self.momentum, inputs.step + 1)
+            target = mixed(self.columns(view, basis), inputs.momentum, target, share)
+        left, _ = singular_vectors(view, target)
         return self.store(view, left), memory
 
 
