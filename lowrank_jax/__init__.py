@@ -45,6 +45,7 @@ from lowrank_jax.projection.fused import fused
 from lowrank_jax.projection.layerwise import layerwise_step
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
 from lowrank_jax.projection.optimizers.badam import badam
+from lowrank_jax.projection.optimizers.coap import coap
 from lowrank_jax.projection.optimizers.conda import conda
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
 from lowrank_jax.projection.optimizers.dion import dion
@@ -86,6 +87,7 @@ __all__ = [
     "attach",
     "badam",
     "check_taps",
+    "coap",
     "conda",
     "dct_adamw",
     "dion",

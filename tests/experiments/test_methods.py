@@ -18,6 +18,7 @@ from experiments.harness.methods import METHODS, PROJECTORS
 from experiments.settings import configuration
 from experiments.settings.configuration import OptimizerConfig, ScheduleConfig
 from experiments.settings.sections import ConfigurationError
+from lowrank_jax.projection.projectors.correlated import Correlated
 from lowrank_jax.projection.projectors.grassmann import Grassmann
 from lowrank_jax.projection.projectors.online_pca import OnlinePca
 from lowrank_jax.projection.projectors.power import Power
@@ -58,7 +59,7 @@ def projector_of(**settings):
 def takes_singular_vectors(projector):
     if isinstance(projector, Switch):
         return takes_singular_vectors(projector.first) or takes_singular_vectors(projector.then)
-    return isinstance(projector, Grassmann | Svd | TwoSidedSvd) or (
+    return isinstance(projector, Correlated | Grassmann | Svd | TwoSidedSvd) or (
         isinstance(projector, Power | OnlinePca) and projector.first == "svd"
     )
 

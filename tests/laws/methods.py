@@ -159,6 +159,7 @@ METHODS = (
     # gradients of other tests have fewer directions than a matrix has, and the others are not determined
     _named(lrx.conda, "conda", refresh_every=2, gradients="full at a refresh",
            elsewhere={"projector": P.svd(rank=2, momentum=0.9)}),
+    _named(lrx.coap, "coap", rank=4, refresh_every=1, due=ALL, recalibrate_every=3, seeded=True),
     # a scale that does not tell inputs from outputs, for the law of transposition
     _named(lrx.dion, "dion", rank=4, scale=lrx.scales.rms(0.2), due=ALL, seeded=True),
     _named(lrx.trion, "trion", rank=4, kind=3, scale=lrx.scales.rms(0.2), due=ALL),

@@ -44,9 +44,11 @@ def _reference(method, name, layer):
     view = whole.view if layer is None else whole.view.layer()
     state = _layer(parts_of(whole), layer)
     param = _layer(m.params_like()[name]["kernel"], layer)
+    refreshes = 0
     for step in range(STEPS):
         inputs = lrx.projectors.RefreshInputs(
             step=jnp.asarray(step),
+            refreshes=jnp.asarray(refreshes),
             key=slots.keys(view, step, jnp.asarray(layer or 0)),
             param=view.orient(param),
             learning_rate=None if recipe is None else at_step(recipe.learning_rate, step),
@@ -54,6 +56,7 @@ def _reference(method, name, layer):
         gradient = view.orient(_layer(m.at(m.gradients(), step)[name]["kernel"], layer))
         is_due = _is_due(slots, whole.view, layer, step, state["refresh_schedule"])
         update, state = reference.step(slots, view, state, gradient, inputs, due=is_due)
+        refreshes += bool(is_due)
         update = view.restore(update)
         if recipe is not None:
             decay = (

@@ -51,6 +51,7 @@ def projectors():
         "randomized": (p.randomized(**rank), lambda s, k, r: 4 * s * r),
         "power": (p.power(**rank), lambda s, k, r: 4 * s * r),
         "grassmann": (p.grassmann(**rank), lambda s, k, r: 4 * s * r),
+        "correlated": (p.correlated(**rank), lambda s, k, r: 4 * s * r),
         "online pca": (p.online_pca(**rank), lambda s, k, r: 4 * s * r + 4 + 8 * s * r),
         "online pca by sgd": (p.online_pca(optimizer="sgd", **rank), lambda s, k, r: 4 * s * r),
         "dct2": (p.dct2(**rank), lambda s, k, r: 4 * r),

@@ -2,6 +2,7 @@
 
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
 from lowrank_jax.projection.optimizers.badam import badam
+from lowrank_jax.projection.optimizers.coap import coap
 from lowrank_jax.projection.optimizers.conda import conda
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
 from lowrank_jax.projection.optimizers.dion import dion
@@ -24,6 +25,7 @@ __all__ = [
     "apollo",
     "apollo_mini",
     "badam",
+    "coap",
     "conda",
     "dct_adamw",
     "dion",

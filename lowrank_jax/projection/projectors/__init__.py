@@ -6,6 +6,7 @@ import functools
 from lowrank_jax.projection.projectors.alternating import alternating
 from lowrank_jax.projection.projectors.base import Projector, StoredProjector
 from lowrank_jax.projection.projectors.columns import columns
+from lowrank_jax.projection.projectors.correlated import correlated
 from lowrank_jax.projection.projectors.dct import dct, dct2, dct3
 from lowrank_jax.projection.projectors.given import given
 from lowrank_jax.projection.projectors.grassmann import grassmann
@@ -25,6 +26,7 @@ __all__ = [
     "StoredProjector",
     "alternating",
     "columns",
+    "correlated",
     "dct",
     "dct2",
     "dct3",
