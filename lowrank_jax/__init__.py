@@ -55,6 +55,7 @@ from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.golore import golore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
 from lowrank_jax.projection.optimizers.lisa import lisa
+from lowrank_jax.projection.optimizers.lotus import lotus
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.soap import soap
@@ -110,6 +111,7 @@ __all__ = [
     "linen",
     "lisa",
     "lora_plus",
+    "lotus",
     "matmul",
     "memory",
     "merge",

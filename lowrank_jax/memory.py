@@ -125,8 +125,10 @@ def _state_bytes(projection: Projection, params: Pytree) -> dict[str, int]:
     rows["plain"] = _inner_bytes(projection.plain, _plain_leaves(report, params))
     # the state of a refresh schedule, of each layer or of all
     schedule = projection.refresh_schedule
-    batches = [view.batch for view in report.projected] if schedule.per_layer else [()]
-    schedules = [jax.eval_shape(functools.partial(schedule.init, batch)) for batch in batches]
+    shapes: list[Any] = [((), ())]
+    if schedule.per_layer:
+        shapes = [(view.batch, projection.projector.low_shape(view)) for view in report.projected]
+    schedules = [jax.eval_shape(functools.partial(schedule.state_for, *shape)) for shape in shapes]
     # five counts and numbers of 4 bytes, see `ProjectionState`
     return rows | {"scalars": 20 + _bytes(schedules) + maps}
 

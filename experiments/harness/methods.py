@@ -343,6 +343,7 @@ METHODS: dict[str, Method] = _table(
         Method(name="subtrack", build=lrx.subtrack, decomposes=True),
         Method(name="conda", build=lrx.conda, decomposes=True),
         Method(name="coap", build=lrx.coap, decomposes=True),
+        Method(name="lotus", build=lrx.lotus),
         Method(
             name="online_subspace_descent",
             build=lrx.online_subspace_descent,

@@ -406,7 +406,9 @@ def _check_transport(leaf: Leaf, basis: Pytree) -> None:
 def _check_schedule(leaf: Leaf) -> None:
     schedule, view = leaf.config.refresh_schedule, leaf.view
     batch = view.batch if schedule.per_layer else ()
-    state, step = jax.eval_shape(lambda: schedule.init(batch)), Struct((), jnp.int32)
+    low_shape = leaf.low.shape[len(view.batch) :]
+    state = jax.eval_shape(lambda: schedule.state_for(batch, low_shape))
+    step = Struct((), jnp.int32)
     due = Verb("refresh_schedule", schedule, "due")
     found = due(lambda *xs: jnp.asarray(schedule.due(*xs)), state, step)
     if found.dtype != jnp.bool_ or found.shape not in ((), batch):
@@ -421,5 +423,6 @@ def _check_schedule(leaf: Leaf) -> None:
     advance = Verb(
         "refresh_schedule", schedule, "advance", "captured is None unless reads names 'captured'"
     )
-    found = advance(lambda s, n, x: schedule.advance(s, step=n, captured=x), state, step, number)
+    given = {"captured": number} | ({"low": leaf.low} if "low" in schedule.reads else {})
+    found = advance(lambda s, n, xs: schedule.advance(s, step=n, **xs), state, step, given)
     advance.like(found, state, "the state")

@@ -42,7 +42,8 @@ def fresh_state(config: Projection, view: ResolvedView) -> MatrixState:
     memory = jax.tree.map(functools.partial(_of_batch, view), memory)
     inner, target, residual = on_own_matrices(own, config, view, {"layers": layers})
     schedule = config.refresh_schedule
-    scheduled = schedule.init(view.batch) if schedule.per_layer else ()
+    low_shape = config.projector.low_shape(view)
+    scheduled = schedule.state_for(view.batch, low_shape) if schedule.per_layer else ()
     return MatrixState(
         basis=basis,
         memory=memory,
@@ -230,7 +231,7 @@ class MatrixStep:
         has_state = jax.tree.leaves(self.parts["refresh_schedule"])
         if self.config.refresh_schedule.per_layer and has_state:
             trees = {name: self.parts[name] for name in ("basis", "refresh_schedule")}
-            trees["matrix"] = self.matrix
+            trees |= {"matrix": self.matrix, "low": self.low}
             moved = on_own_matrices(advance, self.config, self.view, trees, ok, now)
             self.parts["refresh_schedule"] = moved
 
@@ -399,6 +400,9 @@ def advance(
     captured: jax.Array | None = None
     if "captured" in schedule.reads:
         captured = config.projector.measure(view, trees["basis"], trees["matrix"])
-    advanced = schedule.advance(state, step=now.step, captured=captured)
+    read: Trees = {}
+    if "low" in schedule.reads:
+        read = laid(config, view, {"low": trees["low"]}, {"low": "unsharded"})
+    advanced = schedule.advance(state, step=now.step, captured=captured, **read)
     moved = like(advanced, state)
     return moved if ok is None else select(ok, moved, state)

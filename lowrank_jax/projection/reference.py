@@ -69,7 +69,7 @@ def step(
     state |= {"inner": inner, "target": target, "residual": residual, "memory": memory}
     if due and not starts and when == "after":
         state = refresh(slots, view, state, inputs)
-    return update, state | {"refresh_schedule": _advanced(slots, view, state, inputs)}
+    return update, state | {"refresh_schedule": _advanced(slots, view, state, R, inputs)}
 
 
 def refresh(slots: Projection, view: ResolvedView, state: State, inputs: RefreshInputs) -> State:
@@ -107,7 +107,9 @@ def _clip(slots: Projection, kept: jax.Array) -> Any:
     return jnp.minimum(1.0, slots.clip_norm / jnp.maximum(jnp.linalg.norm(kept), 1e-30))
 
 
-def _advanced(slots: Projection, view: ResolvedView, state: State, inputs: RefreshInputs) -> Pytree:
+def _advanced(
+    slots: Projection, view: ResolvedView, state: State, low: jax.Array, inputs: RefreshInputs
+) -> Pytree:
     """The state of a schedule by layers after the step."""
     schedule, own = slots.refresh_schedule, state["refresh_schedule"]
     if not schedule.per_layer:
@@ -115,7 +117,8 @@ def _advanced(slots: Projection, view: ResolvedView, state: State, inputs: Refre
     captured: jax.Array | None = None
     if "captured" in schedule.reads:
         captured = slots.projector.measure(view, state["basis"], jnp.asarray(inputs.target))
-    return schedule.advance(own, step=jnp.asarray(inputs.step), captured=captured)
+    read = {"low": low} if "low" in schedule.reads else {}
+    return schedule.advance(own, step=jnp.asarray(inputs.step), captured=captured, **read)
 
 
 def _seen_by(

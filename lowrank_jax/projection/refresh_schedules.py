@@ -34,8 +34,9 @@ class RefreshSchedule(Short):
       when: "before" the update, as in the papers (the step that pays for the refresh uses it), or
         "after" it (the new basis serves from the next step on).
       per_layer: it decides layer by layer.
-      reads: which of "change" and "captured" it needs, of a schedule that is `per_layer`. With
-        "captured" every step takes the full gradient.
+      reads: which of "change", "captured" and "low" it needs, of a schedule that is `per_layer`.
+        With "captured" every step takes the full gradient; with "low" `init` is given the shape of
+        a low-rank object, and `advance` each step's.
       first: it is due at step 0, so that no step is made with a basis that saw no data.
 
     Subclasses implement `due`; those with a state `init`, and `refreshed` or `advance`:
@@ -81,9 +82,18 @@ class RefreshSchedule(Short):
         """Whether each step moves a slice of the layers, see `slice`."""
         return type(self).slice is not RefreshSchedule.slice
 
-    def init(self, batch: Shape) -> Pytree:
-        """The state before the first step: of shapes `(batch...)` in front, () for the tree."""
+    def init(self, batch: Shape, low: Shape = ()) -> Pytree:
+        """The state before the first step: of shapes `(batch...)` in front, () for the tree.
+
+        Args:
+          batch: batch axes of the leaf.
+          low: shape of a low-rank object without them, where `reads` has "low".
+        """
         return ()
+
+    def state_for(self, batch: Shape, low: Shape) -> Pytree:
+        """`init`, given what it reads."""
+        return self.init(batch, low) if "low" in self.reads else self.init(batch)
 
     def due(self, state: Pytree, step: Scalar) -> Scalar:
         """Does the basis move at this 0-based step? A scalar, `(batch...)` where `per_layer`, or a
@@ -101,7 +111,14 @@ class RefreshSchedule(Short):
         """
         return state
 
-    def advance(self, state: Pytree, *, step: Scalar, captured: jax.Array | None = None) -> Pytree:
+    def advance(
+        self,
+        state: Pytree,
+        *,
+        step: Scalar,
+        captured: jax.Array | None = None,
+        low: jax.Array | None = None,
+    ) -> Pytree:
         """The state after any accepted step.
 
         Args:
@@ -109,6 +126,7 @@ class RefreshSchedule(Short):
           step: int32 (), accepted steps before this one.
           captured: `(batch...)` where `reads` has "captured": the share of the target's energy that
             the basis of this step sees.
+          low: `(batch..., r, k)` where `reads` has "low", of this step; not passed otherwise.
         """
         return state
 
@@ -296,10 +314,76 @@ class Lazy(RefreshSchedule):
         return {"next": step + period, "refreshes": seen + 1, "period": period, "queue": queue}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Displacement(RefreshSchedule):
+    """Each matrix moves when its low-rank gradient turns too little, and so no longer learns in this
+    subspace (Lotus).
+
+    With unit directions `d = R / |R|` of the low-rank objects, `d_0` the one of a basis' first step
+    and T its number of steps and one, every `gap` steps (`T mod gap = 0`)
+
+        the basis moves at the next step  where  |d - d_0| / T < threshold
+
+    State: two int32 and `r k` float32 for each matrix.
+
+    Args:
+      gap: steps between two looks, the paper's eta, 50 (25 to 100).
+      threshold: the paper's gamma, .01 (.005 to .02).
+
+    Raises:
+      ValueError: for gap < 2, at which every step moves, or a negative threshold.
+
+    >>> schedule, found = Displacement(gap=4, threshold=0.2), []
+    >>> state, low = schedule.init((), (1, 2)), jnp.array([[3.0, 0.0]])
+    >>> for step in range(12):  # a direction that never turns
+    ...     if schedule.due(state, step):
+    ...         found.append(step)
+    ...         state = schedule.refreshed(state, step=step)
+    ...     state = schedule.advance(state, step=step, low=low)
+    >>> found
+    [0, 3, 6, 9]
+    """
+
+    gap: Scalar = 50
+    threshold: Scalar = 0.01
+    per_layer: ClassVar[bool] = True
+    reads: ClassVar[frozenset[str]] = frozenset({"low"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_integer("displacement: gap", self.gap, at_least=2)
+        check_number("displacement: threshold", self.threshold, at_least=0)
+
+    def init(self, batch, low=()):
+        count = jnp.zeros(batch, jnp.int32)
+        return {"due": count + 1, "count": count, "first": jnp.zeros((*batch, *low))}
+
+    def due(self, state, step):
+        return state["due"] > 0
+
+    def refreshed(self, state, *, step, change=None):
+        # a basis that moved after the update has its first step yet to come
+        count = jnp.full_like(state["count"], 1 if self.when == "before" else 0)
+        return state | {"due": jnp.zeros_like(count), "count": count}
+
+    def advance(self, state, *, step, captured=None, low=None):
+        size = jnp.linalg.norm(low, axis=(-2, -1), keepdims=True)
+        direction = low / jnp.where(size > 0, size, 1)
+        is_first = (state["count"] == 1)[..., None, None]
+        first = jnp.where(is_first, direction, state["first"])
+        # T of the basis, and how far its direction went in a step
+        count = state["count"] + 1
+        average = jnp.linalg.norm(direction - first, axis=(-2, -1)) / count
+        looks = (count > 1) & (count % self.gap == 0)
+        due = looks & (average < self.threshold)
+        return {"due": due.astype(jnp.int32), "count": count, "first": first}
+
+
 def _check_period(period) -> None:
     check_integer("period", period, at_least=1)
 
 
+displacement = Displacement
 every = Every
 every_step = EveryStep
 lazy = Lazy
@@ -308,5 +392,5 @@ staggered = Staggered
 
 __getattr__ = deprecations.names("lowrank_jax.refresh_schedules")
 
-__all__ = ["RefreshSchedule", "every", "every_step", "lazy", "never", "staggered"]
+__all__ = ["RefreshSchedule", "displacement", "every", "every_step", "lazy", "never", "staggered"]
 __dir__ = functools.partial(sorted, __all__)

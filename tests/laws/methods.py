@@ -160,6 +160,8 @@ METHODS = (
     _named(lrx.conda, "conda", refresh_every=2, gradients="full at a refresh",
            elsewhere={"projector": P.svd(rank=2, momentum=0.9)}),
     _named(lrx.coap, "coap", rank=4, refresh_every=1, due=ALL, recalibrate_every=3, seeded=True),
+    # any direction is near enough: a basis moves at every look
+    _named(lrx.lotus, "lotus", rank=4, gap=3, threshold=1.0, seeded=True, gradients="full at a refresh"),
     # a scale that does not tell inputs from outputs, for the law of transposition
     _named(lrx.dion, "dion", rank=4, scale=lrx.scales.rms(0.2), due=ALL, seeded=True),
     _named(lrx.trion, "trion", rank=4, kind=3, scale=lrx.scales.rms(0.2), due=ALL),
