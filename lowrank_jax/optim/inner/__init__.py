@@ -7,6 +7,7 @@ import functools
 
 from lowrank_jax.optim.inner.adam import Adam, AdamState, debias
 from lowrank_jax.optim.inner.base import Inner, first_moment, map_moments
+from lowrank_jax.optim.inner.factored_momentum import FactoredMomentumState, factored_momentum
 from lowrank_jax.optim.inner.from_optax import FromOptax, as_inner
 from lowrank_jax.optim.inner.moments import Moment, register_moments
 from lowrank_jax.optim.inner.newton_schulz import NewtonSchulz, NewtonSchulzState, Orthogonal
@@ -22,6 +23,7 @@ stored8 = Stored8
 
 __all__ = [
     "AdamState",
+    "FactoredMomentumState",
     "Inner",
     "Moment",
     "NewtonSchulzState",
@@ -29,6 +31,7 @@ __all__ = [
     "adam",
     "as_inner",
     "debias",
+    "factored_momentum",
     "first_moment",
     "from_optax",
     "map_moments",

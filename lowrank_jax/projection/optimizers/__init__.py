@@ -13,6 +13,7 @@ from lowrank_jax.projection.optimizers.golore import golore
 from lowrank_jax.projection.optimizers.ldadam import ldadam
 from lowrank_jax.projection.optimizers.lisa import lisa
 from lowrank_jax.projection.optimizers.lotus import lotus
+from lowrank_jax.projection.optimizers.mofasgd import mofasgd
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
@@ -37,6 +38,7 @@ __all__ = [
     "ldadam",
     "lisa",
     "lotus",
+    "mofasgd",
     "muon",
     "online_subspace_descent",
     "soap",
