@@ -345,6 +345,7 @@ METHODS: dict[str, Method] = _table(
         Method(name="coap", build=lrx.coap, decomposes=True),
         Method(name="lotus", build=lrx.lotus),
         Method(name="mofasgd", build=lrx.mofasgd, decomposes=True),
+        Method(name="racs", build=lrx.racs),
         Method(
             name="online_subspace_descent",
             build=lrx.online_subspace_descent,

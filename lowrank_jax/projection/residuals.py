@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from lowrank_jax import deprecations
 from lowrank_jax.checks import check_number
 from lowrank_jax.matrices import ResolvedView
-from lowrank_jax.projection.limiter import TINY, limited, norms
+from lowrank_jax.optim.limiter import TINY, limited, norms
 from lowrank_jax.projection.targets import Moved
 from lowrank_jax.reprs import Short, show
 from lowrank_jax.trees import bytes_of

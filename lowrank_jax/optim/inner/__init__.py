@@ -11,6 +11,7 @@ from lowrank_jax.optim.inner.factored_momentum import FactoredMomentumState, fac
 from lowrank_jax.optim.inner.from_optax import FromOptax, as_inner
 from lowrank_jax.optim.inner.moments import Moment, register_moments
 from lowrank_jax.optim.inner.newton_schulz import NewtonSchulz, NewtonSchulzState, Orthogonal
+from lowrank_jax.optim.inner.row_column_scaled import RowColumnScaledState, row_column_scaled
 from lowrank_jax.optim.inner.soap import Soap, SoapState
 from lowrank_jax.optim.inner.stored8 import Stored8
 
@@ -27,6 +28,7 @@ __all__ = [
     "Inner",
     "Moment",
     "NewtonSchulzState",
+    "RowColumnScaledState",
     "SoapState",
     "adam",
     "as_inner",
@@ -38,6 +40,7 @@ __all__ = [
     "newton_schulz",
     "orthogonal",
     "register_moments",
+    "row_column_scaled",
     "soap",
     "stored8",
 ]

@@ -16,6 +16,7 @@ from lowrank_jax.projection.optimizers.lotus import lotus
 from lowrank_jax.projection.optimizers.mofasgd import mofasgd
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
+from lowrank_jax.projection.optimizers.racs import racs
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
 from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.optimizers.subtrack import subtrack
@@ -41,6 +42,7 @@ __all__ = [
     "mofasgd",
     "muon",
     "online_subspace_descent",
+    "racs",
     "soap",
     "subtrack",
     "trion",

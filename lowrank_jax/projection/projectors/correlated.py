@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import linalg
 from lowrank_jax.checks import check_integer, check_number
-from lowrank_jax.projection.limiter import TINY
+from lowrank_jax.optim.limiter import TINY
 from lowrank_jax.projection.projectors.base import StoredProjector
 from lowrank_jax.projection.projectors.random import normal
 from lowrank_jax.typing import Scalar

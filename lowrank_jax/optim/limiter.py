@@ -11,7 +11,7 @@ TINY = 1e-8
 
 
 def limited(x: jax.Array, previous: jax.Array, growth: Scalar) -> tuple[jax.Array, jax.Array]:
-    """`x` shrunk so that `|x| <= growth |previous|`, and its norm for the next step (Fira, APOLLO).
+    """`x` shrunk so that `|x| <= growth |previous|`, and its norm for the next step (Fira, APOLLO, RACS).
 
     A previous norm of zero does not limit, so that one zero gradient at the start does not silence
     a matrix; a norm that overflows is not remembered, so that it limits nothing that comes later.
@@ -19,7 +19,7 @@ def limited(x: jax.Array, previous: jax.Array, growth: Scalar) -> tuple[jax.Arra
     Args:
       x: `(batch..., s, k)`.
       previous: `(batch...)`, the norm that this returned a step ago; zeros at the start.
-      growth: the largest factor in a step, 1.01 in both papers.
+      growth: the largest factor in a step, 1.01 in these papers.
     """
     norm = norms(x, (-2, -1))[..., 0, 0]
     excess = jnp.maximum(norm / (previous + TINY), growth) / growth
