@@ -43,6 +43,7 @@ from lowrank_jax.projection import (
 )
 from lowrank_jax.projection.fused import fused
 from lowrank_jax.projection.layerwise import layerwise_step
+from lowrank_jax.projection.optimizers.alice import alice
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
 from lowrank_jax.projection.optimizers.badam import badam
 from lowrank_jax.projection.optimizers.coap import coap
@@ -82,6 +83,7 @@ __all__ = [
     "adapt",
     "adapted",
     "adapters",
+    "alice",
     "altlora",
     "altlora_plus",
     "apollo",

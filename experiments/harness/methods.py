@@ -346,6 +346,7 @@ METHODS: dict[str, Method] = _table(
         Method(name="lotus", build=lrx.lotus),
         Method(name="mofasgd", build=lrx.mofasgd, decomposes=True),
         Method(name="racs", build=lrx.racs),
+        Method(name="alice", build=lrx.alice, decomposes=True),
         Method(
             name="online_subspace_descent",
             build=lrx.online_subspace_descent,

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import deprecations
+from lowrank_jax import deprecations, sharding
 from lowrank_jax.checks import check_number
 from lowrank_jax.matrices import ResolvedView
+from lowrank_jax.optim.inner.adam import average
 from lowrank_jax.optim.limiter import TINY, limited, norms
 from lowrank_jax.projection.targets import Moved
 from lowrank_jax.reprs import Short, show
@@ -263,6 +265,54 @@ class NormScaled(Rescaled):
         return c.step() + times(c.inner_scale, update), state
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compensated(Residual):
+    """`up(u) + scale C`: the rest, whose columns are divided by the roots of their average energy
+    (Alice).
+
+        p <- b p + (1 - b) 1ᵀ(G - up(g))²        one number for each index of the kept dimension
+        C = sqrt(s - r) (G - up(g)) diag(p)^-1/2,  its norm limited
+
+    What is no more than rounding counts as nothing.
+
+    Args:
+      scale: factor on C beside the method's own; alpha_c.
+      b: decay of the energies, without bias correction.
+      limiter: largest growth of the norm in a step, 1.01, or None.
+    """
+
+    scale: Scalar = 0.4
+    b: Scalar = 0.9
+    limiter: Scalar | None = 1.01
+    reads_target = True
+    channels = True
+
+    def __post_init__(self):
+        check_number("compensated: scale", self.scale)
+        check_number("compensated: b", self.b, at_least=0, below=1)
+        check_number(
+            "compensated: limiter", self.limiter, at_least=1, otherwise="None for no limit"
+        )
+
+    def init(self, view):
+        spec = None if view.spec is None else (*view.spec[:-2], view.spec[-1])
+        energy = sharding.zeros((*view.batch, view.kept), jnp.float32, spec)
+        return {"energy": energy, "norm": jnp.zeros(view.batch, jnp.float32)}
+
+    def combine(self, c):
+        rest = c.rest()
+        rest = jnp.where(jnp.abs(rest) > c.rounding(), rest, 0)
+        energy = average(c.state["energy"], jnp.sum(jnp.square(rest), axis=-2), self.b)
+        root = jnp.sqrt(jnp.where(energy > 0, energy, 1))[..., None, :]
+        compensation = math.sqrt(c.view.shrunk - c.view.rank) * rest / root
+        norm = c.state["norm"]
+        if self.limiter is not None:
+            compensation, norm = limited(compensation, norm, self.limiter)
+        state = {"energy": energy, "norm": norm}
+        return c.step() + c.scale * self.scale * compensation, state
+
+
+compensated = Compensated
 discard = Discard
 sign = Sign
 sgd = Sgd
@@ -274,6 +324,7 @@ __all__ = [
     "Combine",
     "Rescaled",
     "Residual",
+    "compensated",
     "discard",
     "gradient_rescale",
     "limited",

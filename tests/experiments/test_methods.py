@@ -24,6 +24,7 @@ from lowrank_jax.projection.projectors.online_pca import OnlinePca
 from lowrank_jax.projection.projectors.power import Power
 from lowrank_jax.projection.projectors.svd import Svd, TwoSidedSvd
 from lowrank_jax.projection.projectors.switch import Switch
+from lowrank_jax.projection.projectors.switching import Switching
 from tests.experiments import runs
 from tests.experiments.commands import ENVIRONMENT
 
@@ -59,7 +60,7 @@ def projector_of(**settings):
 def takes_singular_vectors(projector):
     if isinstance(projector, Switch):
         return takes_singular_vectors(projector.first) or takes_singular_vectors(projector.then)
-    return isinstance(projector, Correlated | Grassmann | Svd | TwoSidedSvd) or (
+    return isinstance(projector, Correlated | Grassmann | Svd | Switching | TwoSidedSvd) or (
         isinstance(projector, Power | OnlinePca) and projector.first == "svd"
     )
 

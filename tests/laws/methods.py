@@ -164,6 +164,7 @@ METHODS = (
     _named(lrx.lotus, "lotus", rank=4, gap=3, threshold=1.0, seeded=True, gradients="full at a refresh"),
     _named(lrx.mofasgd, "mofasgd", rank=3, due=(), gradients="taps"),
     _named(lrx.racs, "racs", due=(), gradients="taps"),
+    _named(lrx.alice, "alice", rank=4, refresh_every=3, leading=2, due=(0, 2, 5), seeded=True),
     # a scale that does not tell inputs from outputs, for the law of transposition
     _named(lrx.dion, "dion", rank=4, scale=lrx.scales.rms(0.2), due=ALL, seeded=True),
     _named(lrx.trion, "trion", rank=4, kind=3, scale=lrx.scales.rms(0.2), due=ALL),

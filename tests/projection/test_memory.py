@@ -52,6 +52,8 @@ def projectors():
         "power": (p.power(**rank), lambda s, k, r: 4 * s * r),
         "grassmann": (p.grassmann(**rank), lambda s, k, r: 4 * s * r),
         "correlated": (p.correlated(**rank), lambda s, k, r: 4 * s * r),
+        "switching": (p.switching(**rank), lambda s, k, r: 4 * s * r + 4 * r * r),
+        "switching-0": (p.switching(b=0.0, **rank), lambda s, k, r: 4 * s * r),
         "online pca": (p.online_pca(**rank), lambda s, k, r: 4 * s * r + 4 + 8 * s * r),
         "online pca by sgd": (p.online_pca(optimizer="sgd", **rank), lambda s, k, r: 4 * s * r),
         "dct2": (p.dct2(**rank), lambda s, k, r: 4 * r),

@@ -64,6 +64,7 @@ class Adam(Inner):
 
     Args:
       b1, b2, eps: decay rates and the epsilon of the convention.
+      bias_correction: without it the scale is 1 and the epsilon as written (Alice).
       mu_dtype, nu_dtype: dtypes of the stored moments; the arithmetic is float32.
 
     Raises:
@@ -80,6 +81,7 @@ class Adam(Inner):
     b2: Scalar = 0.999
     eps: Scalar = 1e-8
     convention: str = "torch"
+    bias_correction: bool = True
     mu_dtype: jnp.dtype = jnp.float32
     nu_dtype: jnp.dtype = jnp.float32
     splits = True
@@ -130,6 +132,8 @@ class Adam(Inner):
 
     def corrections(self, count: jax.Array) -> tuple[Scalar, jax.Array]:
         """`(eps, scale)` of the update that makes the count this one."""
+        if not self.bias_correction:
+            return self.eps, jnp.ones(count.shape, jnp.float32)
         correction = jnp.sqrt(debias(self.b2, count))
         eps = self.eps * (correction if self.convention == "torch" else 1)
         return eps, correction / debias(self.b1, count)

@@ -1,5 +1,6 @@
 """Named optimizers: frozen recipes with their papers' defaults and no logic of their own, a paper a file."""
 
+from lowrank_jax.projection.optimizers.alice import alice
 from lowrank_jax.projection.optimizers.apollo import apollo, apollo_mini
 from lowrank_jax.projection.optimizers.badam import badam
 from lowrank_jax.projection.optimizers.coap import coap
@@ -25,6 +26,7 @@ from lowrank_jax.projection.optimizers.trion import trion
 __all__ = [
     "Recipe",
     "RecipeState",
+    "alice",
     "apollo",
     "apollo_mini",
     "badam",

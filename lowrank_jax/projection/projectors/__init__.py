@@ -18,6 +18,7 @@ from lowrank_jax.projection.projectors.random import random
 from lowrank_jax.projection.projectors.randomized import randomized
 from lowrank_jax.projection.projectors.svd import svd, svd_two_sided
 from lowrank_jax.projection.projectors.switch import switch
+from lowrank_jax.projection.projectors.switching import switching
 from lowrank_jax.projection.state import RefreshInputs
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "svd",
     "svd_two_sided",
     "switch",
+    "switching",
 ]
 __dir__ = functools.partial(sorted, __all__)
