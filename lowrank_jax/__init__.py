@@ -60,6 +60,7 @@ from lowrank_jax.projection.optimizers.lotus import lotus
 from lowrank_jax.projection.optimizers.mofasgd import mofasgd
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
+from lowrank_jax.projection.optimizers.q_galore import q_galore
 from lowrank_jax.projection.optimizers.racs import racs
 from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.optimizers.subtrack import subtrack
@@ -127,6 +128,7 @@ __all__ = [
     "projected_value_and_grad",
     "projection",
     "projectors",
+    "q_galore",
     "racs",
     "refresh_schedules",
     "residuals",

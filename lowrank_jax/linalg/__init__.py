@@ -25,6 +25,7 @@ import functools
 
 from lowrank_jax.codes import Codes
 from lowrank_jax.linalg._lapack import eigh, solve
+from lowrank_jax.linalg.affine import Affine4, quantize_affine
 from lowrank_jax.linalg.cayley import cayley
 from lowrank_jax.linalg.decompositions import (
     canonical_signs,
@@ -73,6 +74,7 @@ from lowrank_jax.linalg.transforms import (
 )
 
 __all__ = [
+    "Affine4",
     "Codes",
     "NormalFloat4",
     "QuantizedBlocks",
@@ -97,6 +99,7 @@ __all__ = [
     "power_step",
     "principal_angles",
     "qr_orthonormal",
+    "quantize_affine",
     "quantize_blocks",
     "quantize_nf4",
     "random_rows",

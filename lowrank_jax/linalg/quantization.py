@@ -102,7 +102,7 @@ class QuantizedBlocks(Codes):
         else:
             decode = _on_tpu(_decode, dynamic_code.decode, self.code == "signed")
             value = decode(self.codes.astype(jnp.int32))
-        value_by_block = _spread(self.scales, self.shape[-1], self.block)
+        value_by_block = spread(self.scales, self.shape[-1], self.block)
         return (value * value_by_block).astype(dtype)
 
     def requantize(self, value: Array, key: Array | None = None) -> "QuantizedBlocks":
@@ -149,7 +149,7 @@ def _lookup(table: np.ndarray, index: Array) -> Array:
     return rows.get(mode="promise_in_bounds", out_sharding=place)
 
 
-def _spread(scales: Array, size: int, block: int) -> Array:
+def spread(scales: Array, size: int, block: int) -> Array:
     """Each block's scale at each of its entries."""
     if scales.shape[-1] == 1:
         return scales
@@ -248,7 +248,7 @@ def quantize_blocks(
     x = x.astype(jnp.float32)
     scales = _largest(x, block)
     nonzero = jnp.where(scales > 0, scales, 1)
-    unit = x / _spread(nonzero, x.shape[-1], block)
+    unit = x / spread(nonzero, x.shape[-1], block)
     if code != "linear":
         encode = _on_tpu(_encode, dynamic_code.encode, code == "signed")
         codes = encode(x, unit).astype(jnp.uint8)

@@ -153,6 +153,9 @@ METHODS = (
     _named(lrx.soap, "soap", due=(), idle=1, refresh_every=2, max_precond_dim=8, eps=1e-2,
            plain=lrx.inner.soap(max_precond_dim=8, eps=1e-2), gradients="taps", elsewhere={"first": "identity"}),
     _named(lrx.golore, "golore", rank=4, refresh_every=2, random_from=3, seeded=True, gradients="full at a refresh"),
+    # any direction is near enough: the period doubles at the second refresh
+    _named(lrx.q_galore, "q_galore", rank=4, refresh_every=2, threshold=0.0, queue=1, due=(0, 2), eps=1e-3,
+           gradients="full at a refresh", tolerance=2e-3),
     _named(lrx.fira, "fira", rank=4, refresh_every=2),
     _named(lrx.fira, "fira-paper", rank=4, refresh_every=2, form="paper", limiter=None),
     _named(lrx.subtrack, "subtrack", rank=4, refresh_every=2, step_size=0.01, elsewhere={"step_size": 0.01}),

@@ -66,6 +66,7 @@ ROWS = {
     "sketch": (galore(P.randomized(rank=3, iterations=0), every(period=3, **AFTER)), "sketch at a refresh"),
     "bf16 basis": (galore(P.svd(rank=3, dtype=jnp.bfloat16), every(period=3)), "full at a refresh"),
     "int8 basis": (galore(P.svd(rank=3, dtype=jnp.int8), every(period=3)), "full at a refresh"),
+    "int4 basis": (galore(P.svd(rank=3, dtype=jnp.int4), every(period=3)), "full at a refresh"),
     "no guard": (galore(P.svd(rank=3), every(period=3), guard=False), "full at a refresh"),
     "masked decay": (galore(P.svd(rank=3), every(period=3), mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
                      "full at a refresh"),

@@ -46,6 +46,7 @@ def projectors():
         ),
         "svd": (p.svd(**rank), lambda s, k, r: 4 * s * r),
         "svd bf16": (p.svd(dtype=jnp.bfloat16, **rank), lambda s, k, r: 2 * s * r),
+        "svd int4": (p.svd(dtype=jnp.int4, **rank), lambda s, k, r: s * (r // 2 + 8)),
         "svd fraction": (p.svd(rank=0.25), lambda s, k, r: 4 * s * r),
         "svd two-sided": (p.svd_two_sided(**rank), lambda s, k, r: 4 * (s + k) * r),
         "randomized": (p.randomized(**rank), lambda s, k, r: 4 * s * r),
@@ -148,10 +149,11 @@ def test_every_named_optimizer_costs_what_its_formula_says(name):
     assert sum(row["bytes_measured"] for row in rows[2:]) == sum(
         leaf.size * leaf.dtype.itemsize for leaf in state
     )
-    # of a schedule by layers: two int32 and a low-rank object for each matrix
-    scheduled = sum(count * (8 + 4 * RANK * k) for count, _, k in MATRICES)
-    of_schedule = scheduled if name == "lotus" else 0
-    assert by_component(rows, "bytes_formula")["scalars"] == 24 + of_schedule
+    # of a schedule by layers: two int32 and a low-rank object for each matrix, or three int32 and
+    # one cosine
+    of_matrix = {"lotus": lambda k: 8 + 4 * RANK * k, "q_galore": lambda k: 16}
+    scheduled = sum(count * of_matrix.get(name, lambda k: 0)(k) for count, _, k in MATRICES)
+    assert by_component(rows, "bytes_formula")["scalars"] == 24 + scheduled
 
 
 def test_a_compiled_update_takes_parameters_gradients_and_state():

@@ -17,6 +17,7 @@ from lowrank_jax.projection.optimizers.lotus import lotus
 from lowrank_jax.projection.optimizers.mofasgd import mofasgd
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
+from lowrank_jax.projection.optimizers.q_galore import q_galore
 from lowrank_jax.projection.optimizers.racs import racs
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
 from lowrank_jax.projection.optimizers.soap import soap
@@ -44,6 +45,7 @@ __all__ = [
     "mofasgd",
     "muon",
     "online_subspace_descent",
+    "q_galore",
     "racs",
     "soap",
     "subtrack",

@@ -314,7 +314,8 @@ class StoredProjector(BasisProjector):
     """Projectors that store `P (..., s, r)`.
 
     Args:
-      dtype: of the stored basis, float32, bfloat16 or int8 (block-wise); it is computed in float32.
+      dtype: of the stored basis, float32, bfloat16, or int8 or int4 (block-wise); it is computed in
+        float32.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -328,13 +329,16 @@ class StoredProjector(BasisProjector):
         return self.store(view, jnp.broadcast_to(eye, shape)), ()
 
     def store(self, view: ResolvedView, matrix: jax.Array) -> Pytree:
-        """The basis as it is kept: in `dtype`, or for int8 as codes with one scale for each 256
-        entries of a row."""
+        """The basis as it is kept: in `dtype`, or as codes in blocks of 256 entries of a row, of
+        int8 with a scale, of int4 with a step and an offset."""
         spec = sharding.unsharded_spec(view.spec)
+        matrix = sharding.reshard(matrix, spec)
+        stored: Pytree = matrix.astype(self.dtype)
         if jnp.dtype(self.dtype) == jnp.int8:
-            codes = linalg.quantize_blocks(matrix, "linear")
-            return jax.tree.map(lambda x: sharding.reshard(x, spec), codes)
-        return sharding.reshard(matrix.astype(self.dtype), spec)
+            stored = linalg.quantize_blocks(matrix, "linear")
+        if jnp.dtype(self.dtype) == jnp.int4:
+            stored = linalg.quantize_affine(matrix)
+        return jax.tree.map(lambda x: sharding.reshard(x, spec), stored)
 
     def columns(self, view, basis):
         return basis.dequantize() if is_quantized(basis) else basis.astype(jnp.float32)
@@ -344,9 +348,11 @@ class StoredProjector(BasisProjector):
 
     def matrix_bytes(self, view: ResolvedView, rows: int) -> int:
         """Formula of a stored `(rows, r)`, over all matrices of the leaf; int8 adds 4 bytes for
-        each block."""
-        scales = 4 * -(-view.rank // 256) if jnp.dtype(self.dtype) == jnp.int8 else 0
-        return count(view) * rows * (view.rank * jnp.dtype(self.dtype).itemsize + scales)
+        each block, and int4, two of which are a byte, 8."""
+        r, dtype = view.rank, jnp.dtype(self.dtype)
+        in_block = {jnp.dtype(jnp.int8): 4, jnp.dtype(jnp.int4): 8}.get(dtype, 0)
+        in_row = -(-r // 2) if dtype == jnp.int4 else r * dtype.itemsize
+        return count(view) * rows * (in_row + in_block * -(-r // 256))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
