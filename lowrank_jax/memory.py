@@ -4,7 +4,7 @@ compiler lays them out.
 State of one projected leaf of `L` matrices that shrinks s and keeps k, at rank r:
 
     basis      projector.basis_bytes(view)     L s r words if stored; 4 L r for indices, 8 L for keys; and its memory
-    moments    L inner.state_bytes([(r, k)])   two moments of r k elements and a 4-byte step count, for `inner.adam`
+    moments    L inner.matrix_bytes((r, k), view)   two moments of r k elements and a 4-byte count, for `inner.adam`
     residual   residual and target             L s k words of error or momentum, 4 L of norms, or nothing
     plain      plain.state_bytes(shapes)       of the leaves that are not projected, as one group
     scalars    20 (+ 4)                        format version, step, skipped, partly skipped, refreshes (and a rate's
@@ -62,10 +62,10 @@ def _inner_bytes(inner: Inner, leaves: list[jax.ShapeDtypeStruct]) -> int:
 
 def _matrix_bytes(projection: Projection, view: ResolvedView) -> dict[str, int]:
     projector = projection.projector
-    low = jax.ShapeDtypeStruct(projector.low_shape(view), "float32")
+    of_matrix = projection.inner.matrix_bytes(projector.low_shape(view), view.matrix)
     return {
         "basis": projector.basis_bytes(view) + projector.memory_bytes(view),
-        "moments": count(view) * _inner_bytes(projection.inner, [low]),
+        "moments": count(view) * of_matrix,
         "residual": projection.residual.state_bytes(view) + projection.target.state_bytes(view),
     }
 

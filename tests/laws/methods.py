@@ -130,6 +130,8 @@ METHODS = (
     _galore("galore-randomized", projector=P.randomized(rank=4), seeded=True),
     _galore("galore-dct", projector=P.dct(rank=4)),
     _galore("galore-svd-bf16", projector=P.svd(rank=4, dtype=jnp.bfloat16), inner=_low_bits, tolerance=2e-3),
+    _galore("galore-adafactor", rank=4, inner=lrx.inner.adafactor(b1=0.9)),
+    _galore("galore-adam_mini", rank=4, inner=lrx.inner.adam_mini(eps=1e-6, convention="hf")),
     _named(lrx.dct_adamw, "dct_adamw", rank=4, due=ALL),
     _named(lrx.dct_adamw, "dct_adamw-dct2", rank=4, kind=2, norm="l2", refresh_every=3, due=(0, 2, 5)),
     _named(lrx.dct_adamw, "dct_adamw-ef", rank=4, error_feedback=True, refresh_every=3, due=(0, 2, 5)),

@@ -57,6 +57,7 @@ ROWS = {
     "masked decay": galore(P.svd(rank=3), every(period=3), weight_decay=0.5,
                            mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)),
     "stored": galore(P.svd(rank=3), every(period=3), inner=lrx.inner.stored8(minimum=0), plain=lrx.inner.adam()),
+    "adafactor": galore(P.svd(rank=3), every(period=3), inner=lrx.inner.adafactor(), plain=lrx.inner.adam()),
     "identity, slices": galore(P.identity(), lrx.refresh_schedules.staggered(period=2),
                                transport=lrx.transports.reset()),
 }  # fmt: skip

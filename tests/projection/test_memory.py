@@ -103,6 +103,7 @@ SLOTS = {
     "bf16 moments": {"inner": lrx.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16)},
     "one bf16 moment": {"inner": lrx.inner.adam(mu_dtype=jnp.bfloat16)},
     "8 bits": {"inner": lrx.inner.stored8(minimum=16, block=5)},
+    "8 bits of adam-mini": {"inner": lrx.inner.stored8(inner=lrx.inner.adam_mini(), minimum=16)},
     "soap": {"inner": lrx.inner.soap(max_precond_dim=20)},
     "newton-schulz": {"inner": lrx.inner.newton_schulz(), "plain": lrx.inner.adam()},
     "lion": {"inner": optax.scale_by_lion()},

@@ -5,7 +5,9 @@
 
 import functools
 
+from lowrank_jax.optim.inner.adafactor import Adafactor, AdafactorState
 from lowrank_jax.optim.inner.adam import Adam, AdamState, debias
+from lowrank_jax.optim.inner.adam_mini import AdamMini
 from lowrank_jax.optim.inner.base import Inner, first_moment, map_moments
 from lowrank_jax.optim.inner.factored_momentum import FactoredMomentumState, factored_momentum
 from lowrank_jax.optim.inner.from_optax import FromOptax, as_inner
@@ -15,7 +17,9 @@ from lowrank_jax.optim.inner.row_column_scaled import RowColumnScaledState, row_
 from lowrank_jax.optim.inner.soap import Soap, SoapState
 from lowrank_jax.optim.inner.stored8 import Stored8
 
+adafactor = Adafactor
 adam = Adam
+adam_mini = AdamMini
 from_optax = FromOptax
 newton_schulz = NewtonSchulz
 orthogonal = Orthogonal
@@ -23,6 +27,7 @@ soap = Soap
 stored8 = Stored8
 
 __all__ = [
+    "AdafactorState",
     "AdamState",
     "FactoredMomentumState",
     "Inner",
@@ -30,7 +35,9 @@ __all__ = [
     "NewtonSchulzState",
     "RowColumnScaledState",
     "SoapState",
+    "adafactor",
     "adam",
+    "adam_mini",
     "as_inner",
     "debias",
     "factored_momentum",

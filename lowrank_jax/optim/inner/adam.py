@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax.checks import check_number, is_number
+from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.optim.inner.base import Inner, size_of
 from lowrank_jax.optim.inner.moments import register_moments
 from lowrank_jax.reprs import show
@@ -98,11 +99,11 @@ class Adam(Inner):
 
     def init(self, tree, view=None):
         mu = jax.tree.map(lambda x: jnp.zeros_like(x, self.mu_dtype), tree)
-        nu = jax.tree.map(lambda x: jnp.zeros_like(x, self.nu_dtype), tree)
+        nu = jax.tree.map(lambda x: self.second_like(x, view), tree)
         return AdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(self, grads, state, *, view=None, params=None, ok=None, **extra):
-        del view, params, extra
+        del params, extra
 
         def moved(old, new, decay):
             value = average(old, new, decay)
@@ -114,7 +115,7 @@ class Adam(Inner):
 
         # v <- b2 v + (1 - b2) g²
         def second(v, g):
-            return moved(v, jnp.square(g.astype(jnp.float32)), self.b2)
+            return moved(v, self.squares(g, view), self.b2)
 
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(first, state.mu, grads)
@@ -122,13 +123,32 @@ class Adam(Inner):
 
         # the bias correction is in the scale, and for "torch" in the epsilon
         eps, scale = self.corrections(count)
-        direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+
+        def divided(m, v):
+            return m / (jnp.sqrt(self.spread(v, m, view)) + eps)
+
+        direction = jax.tree.map(divided, mu, nu)
 
         # rounded after the direction was made of them
         mu = jax.tree.map(lambda m: m.astype(self.mu_dtype), mu)
         nu = jax.tree.map(lambda v: v.astype(self.nu_dtype), nu)
         kept = count if ok is None else jnp.where(ok, count, state.count)
         return direction, scale, AdamState(kept, mu, nu)
+
+    def second_like(self, x: jax.Array, view: ResolvedView | None) -> jax.Array:
+        """A second moment of zeros for an array of gradients."""
+        del view
+        return jnp.zeros_like(x, self.nu_dtype)
+
+    def squares(self, g: jax.Array, view: ResolvedView | None) -> jax.Array:
+        """What the second moment averages, float32."""
+        del view
+        return jnp.square(g.astype(jnp.float32))
+
+    def spread(self, v: jax.Array, like: jax.Array, view: ResolvedView | None) -> jax.Array:
+        """The second moment of each entry of `like`."""
+        del like, view
+        return v
 
     def corrections(self, count: jax.Array) -> tuple[Scalar, jax.Array]:
         """`(eps, scale)` of the update that makes the count this one."""

@@ -38,6 +38,7 @@ class Inner(Short):
         moments(state) -> [Moment]           of a decoded state; by default the registered ones
         decoded(state), encoded(state)       storage: what is computed with, what is kept
         state_bytes(shapes) -> int           formula of the state of leaves of these shapes
+        matrix_bytes(shape, view) -> int     and of one matrix, where its view matters
 
     `view` is the view of the matrix (`None` for plain leaves), which knows its fan-in, fan-out and
     the axes behind them: the gradient is `(r, k)`, the leaf's own size is in the view. `params` is
@@ -133,6 +134,11 @@ class Inner(Short):
         groups = [leaves] if self.trees else leaves
         states = [jax.eval_shape(self.init, group) for group in groups]
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states))
+
+    def matrix_bytes(self, shape: Shape, view: ResolvedView) -> int:
+        """Bytes of the state of one matrix; a class whose state depends on the view says so here."""
+        del view
+        return self.state_bytes([shape])
 
     def init_group(self, tree: Pytree) -> Pytree:
         """The state of the leaves that are not projected; `()` where one without `trees` has none.

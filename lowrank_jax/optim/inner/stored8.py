@@ -94,6 +94,11 @@ class Stored8(Inner):
         stored = jax.tree.map(stored_like, state, after, is_leaf=self.stored)
         return direction, scale, stored
 
+    def matrix_bytes(self, shape, view):
+        low = jax.ShapeDtypeStruct(shape, "float32")
+        state = jax.eval_shape(lambda x: self.init(x, view), low)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
     def decays(self):
         return self.inner.decays()
 

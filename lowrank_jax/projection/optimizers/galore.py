@@ -57,6 +57,10 @@ def galore(
         full gradient; give a `refresh_schedule` for another choice.
       **common: `mask` of `apply_learning_rate`; the other options of `scale_by_projection`.
 
+    GaLore's 8-bit recipe is `inner=lrx.inner.stored8()` (its scripts' Adam in 8 bits), its Adafactor
+    `inner=lrx.inner.adafactor()`, and its layer-wise one `lrx.layerwise_step` with either of them, where
+    plain leaves of a stack have Adam, `plain=lrx.inner.adam()`.
+
     The official code infers the side from the low-rank tensor's shape when it projects back and
     fails for "reverse_std" at large ranks; here the side is fixed at `init`.
 
@@ -68,6 +72,12 @@ def galore(
     >>> updates, state = jax.jit(tx.update)(params, state, params)
     >>> state.projection.matrices["kernel"]
     MatrixState('kernel', rank=4, shrinks=rows, basis=[(8, 4)], 644 bytes)
+    >>> eight_bits = lrx.galore(1e-2, rank=4, inner=lrx.inner.stored8(minimum=0)).init(params)
+    >>> factored = lrx.galore(1e-2, rank=4, inner=lrx.inner.adafactor()).init(params)
+    >>> [
+    ...     x.projection.matrices["kernel"].inner.nu for x in (eight_bits, factored)
+    ... ]  # doctest: +ELLIPSIS
+    [QuantizedBlocks(codes=uint8[4,16], ...), RowsAndColumns(rows=..., columns=...)]
     >>> lrx.galore(
     ...     1e-2, projector=lrx.projectors.alternating(rank=4)
     ... ).projection.refresh_schedule.when
