@@ -51,6 +51,7 @@ from lowrank_jax.projection.optimizers.conda import conda
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
 from lowrank_jax.projection.optimizers.dion import dion
 from lowrank_jax.projection.optimizers.fira import fira
+from lowrank_jax.projection.optimizers.flora import flora
 from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.golore import golore
@@ -103,6 +104,7 @@ __all__ = [
     "explain",
     "factorized",
     "fira",
+    "flora",
     "frugal",
     "functions",
     "fused",

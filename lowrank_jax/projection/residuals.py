@@ -157,7 +157,26 @@ class Sign(Residual):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sgd(Sign):
-    """`up(u) + scale (G - up(g))`: plain SGD on the rest (FRUGAL's `sgd`)."""
+    """`up(u) + scale (G - up(g))`: plain SGD on the rest (FRUGAL's `sgd`).
+
+    Args:
+      scale: of the rest.
+      rms: largest root mean square of the update of a matrix, subspace and rest together, which is
+        shrunk to it (Flora); None for no limit.
+    """
+
+    rms: Scalar | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("sgd: rms", self.rms, above=0, otherwise="None for no limit")
+
+    def combine(self, c):
+        update, state = super().combine(c)
+        if self.rms is None:
+            return update, state
+        size = norms(update, (-2, -1)) / math.sqrt(c.view.shrunk * c.view.kept)
+        return update / jnp.maximum(1, size / self.rms), state
 
     def _rule(self, c):
         return c.rest()

@@ -209,10 +209,56 @@ class Momentum(Stored):
         return (self.mu * k.target + (1 - self.mu) * k.rest()).astype(self.dtype)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preconditioned(Target):
+    """Projects what an inner transformation of its own makes of the whole gradient (Flora).
+
+    `K = scale direction` of `inner` on `G (s, k)`, whose state lies beside the low-rank one: an inner
+    transformation that keeps little, such as `lrx.inner.adafactor()`, is what this is for.
+
+    Args:
+      inner: of one matrix, without parameters or a view.
+
+    >>> import lowrank_jax as lrx
+    >>> Preconditioned(inner=lrx.inner.adafactor()).reads_gradient
+    True
+    """
+
+    inner: inner_lib.Inner
+    reads_gradient = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "inner", inner_lib.as_inner(self.inner))
+        if self.inner.reads_params or self.inner.batched:
+            raise ValueError(
+                f"preconditioned: inner={self.inner!r} must work on one matrix of gradients, without "
+                "its parameter; take lrx.inner.adafactor() or lrx.inner.adam()"
+            )
+
+    def init(self, view):
+        whole = sharding.zeros(view.oriented, jnp.float32, view.spec)
+        return _each_matrix(self.inner.init, len(view.batch))(whole)
+
+    def take(self, state, gradient):
+        def one(g, state):
+            direction, scale, state = self.inner.update(g, state)
+            return scale * direction, state
+
+        return _each_matrix(one, gradient.ndim - 2)(gradient, state)
+
+
+def _each_matrix(function: Callable[..., Pytree], axes: int) -> Callable[..., Pytree]:
+    """A function of one matrix, vmapped over axes in front."""
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function
+
+
 gradient = Gradient
 error_feedback = ErrorFeedback
 ldadam_error_feedback = LDAdamErrorFeedback
 momentum = Momentum
+preconditioned = Preconditioned
 
 __all__ = [
     "Kept",
@@ -222,5 +268,6 @@ __all__ = [
     "gradient",
     "ldadam_error_feedback",
     "momentum",
+    "preconditioned",
 ]
 __dir__ = functools.partial(sorted, __all__)

@@ -62,7 +62,7 @@ class Adafactor(Inner):
       b1: decay of the first moment, or None for none (GaLore's scripts).
       power: of the second moment's decay, .8.
       eps: added to squares, 1e-30.
-      clip: largest root mean square of U, 1.
+      clip: largest root mean square of U, 1, or None for no limit.
 
     Raises:
       ValueError: for b1 outside [0, 1), or a power, eps or clip that is not positive.
@@ -79,13 +79,14 @@ class Adafactor(Inner):
     b1: Scalar | None = None
     power: Scalar = 0.8
     eps: Scalar = 1e-30
-    clip: Scalar = 1.0
+    clip: Scalar | None = 1.0
     trees = True
 
     def __post_init__(self):
         check_number("adafactor: b1", self.b1, at_least=0, below=1, otherwise="None for no moment")
-        for name in ("power", "eps", "clip"):
+        for name in ("power", "eps"):
             check_number(f"adafactor: {name}", getattr(self, name), above=0)
+        check_number("adafactor: clip", self.clip, above=0, otherwise="None for no limit")
 
     def init(self, tree, view=None):
         def second(x):
@@ -115,6 +116,8 @@ class Adafactor(Inner):
                 u = u * jax.lax.rsqrt(nu.columns)[..., None, :]
             else:
                 u = u * jax.lax.rsqrt(nu)
+            if self.clip is None:
+                return u
             size = jnp.sqrt(jnp.mean(jnp.square(u)))
             return u / jnp.maximum(1, size / self.clip)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax.optim.inner.base import Inner
+from lowrank_jax.typing import Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class FromOptax(Inner):
 
     transformation: optax.GradientTransformation
     params: bool = False
-    decay: tuple[tuple[str, float], ...] = ()
+    decay: tuple[tuple[str, Scalar], ...] = ()
     trees = True
     takes_extra = True
 

@@ -50,6 +50,7 @@ register_moments(
 )
 register_moments(optax.ScaleByLionState, {"mu": "first"}, "count")
 register_moments(optax.TraceState, {"trace": "first"})
+register_moments(optax.EmaState, {"ema": "first"}, "count")
 register_moments(optax.ScaleByRmsState, {"nu": "second"})
 register_moments(
     optax.FactoredState, {"v_row": "factored", "v_col": "factored", "v": "second"}, "count"

@@ -8,6 +8,7 @@ from lowrank_jax.projection.optimizers.conda import conda
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
 from lowrank_jax.projection.optimizers.dion import dion
 from lowrank_jax.projection.optimizers.fira import fira
+from lowrank_jax.projection.optimizers.flora import flora
 from lowrank_jax.projection.optimizers.frugal import frugal
 from lowrank_jax.projection.optimizers.galore import galore
 from lowrank_jax.projection.optimizers.golore import golore
@@ -36,6 +37,7 @@ __all__ = [
     "dct_adamw",
     "dion",
     "fira",
+    "flora",
     "frugal",
     "galore",
     "golore",
