@@ -80,7 +80,8 @@ def test_gradients_are_summed_in_the_subspace_of_a_cycle():
         packs = sum(p.T @ (one.T @ np.cos(one @ w)) for one in batches) / 4
         np.testing.assert_allclose(low, packs, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(updates["kernel"], p @ packs, rtol=1e-3, atol=1e-5)
-    assert not np.allclose(bases[0], bases[1])
+    # what is drawn at the first step is what was there
+    assert not np.allclose(bases[1], bases[2])
 
 
 @pytest.mark.parametrize(
