@@ -323,6 +323,7 @@ METHODS: dict[str, Method] = _table(
             studied=(Studied(title="DCT-AdamW", learning_rate=3e-3),),
         ),
         Method(name="golore", build=lrx.golore, decomposes=True),
+        Method(name="natural_galore", build=lrx.natural_galore, decomposes=True),
         Method(name="flora", build=lrx.flora),
         Method(name="q_galore", build=lrx.q_galore, decomposes=True),
         Method(name="lisa", build=lrx.lisa, refuses=_SAMPLES_LAYERS),

@@ -155,6 +155,8 @@ METHODS = (
     _named(lrx.soap, "soap", due=(), idle=1, refresh_every=2, max_precond_dim=8, eps=1e-2,
            plain=lrx.inner.soap(max_precond_dim=8, eps=1e-2), gradients="taps", elsewhere={"first": "identity"}),
     _named(lrx.golore, "golore", rank=4, refresh_every=2, random_from=3, seeded=True, gradients="full at a refresh"),
+    _named(lrx.natural_galore, "natural_galore", rank=4, refresh_every=2, history=2, damping=0.1,
+           gradients="full at a refresh"),
     _named(lrx.flora, "flora", rank=4, refresh_every=2, seeded=True),
     # any direction is near enough: the period doubles at the second refresh
     _named(lrx.q_galore, "q_galore", rank=4, refresh_every=2, threshold=0.0, queue=1, due=(0, 2), eps=1e-3,

@@ -97,7 +97,7 @@ def _injected(method, **options):
 
         return optax.inject_hyperparams(chained, **options)(learning_rate=0.1)
     # a mask that is a function would be called with the step's count, as of optax's own optimizers
-    fixed = {"rank", "kind", "steps", "leading", "max_precond_dim", "mask", "queue"}
+    fixed = {"rank", "kind", "steps", "leading", "max_precond_dim", "mask", "queue", "history"}
     static = fixed & inspect.signature(method.factory).parameters.keys()
     return optax.inject_hyperparams(method.factory, static_args=static, **options)(**method.options)
 

@@ -10,6 +10,10 @@ from lowrank_jax.optim.inner.adam import Adam, AdamState, debias
 from lowrank_jax.optim.inner.adam_mini import AdamMini
 from lowrank_jax.optim.inner.base import Inner, first_moment, map_moments
 from lowrank_jax.optim.inner.factored_momentum import FactoredMomentumState, factored_momentum
+from lowrank_jax.optim.inner.fisher_preconditioned import (
+    FisherPreconditionedState,
+    fisher_preconditioned,
+)
 from lowrank_jax.optim.inner.from_optax import FromOptax, as_inner
 from lowrank_jax.optim.inner.moments import Moment, register_moments
 from lowrank_jax.optim.inner.newton_schulz import NewtonSchulz, NewtonSchulzState, Orthogonal
@@ -30,6 +34,7 @@ __all__ = [
     "AdafactorState",
     "AdamState",
     "FactoredMomentumState",
+    "FisherPreconditionedState",
     "Inner",
     "Moment",
     "NewtonSchulzState",
@@ -42,6 +47,7 @@ __all__ = [
     "debias",
     "factored_momentum",
     "first_moment",
+    "fisher_preconditioned",
     "from_optax",
     "map_moments",
     "newton_schulz",

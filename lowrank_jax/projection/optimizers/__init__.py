@@ -17,6 +17,7 @@ from lowrank_jax.projection.optimizers.lisa import lisa
 from lowrank_jax.projection.optimizers.lotus import lotus
 from lowrank_jax.projection.optimizers.mofasgd import mofasgd
 from lowrank_jax.projection.optimizers.muon import muon
+from lowrank_jax.projection.optimizers.natural_galore import natural_galore
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.q_galore import q_galore
 from lowrank_jax.projection.optimizers.racs import racs
@@ -46,6 +47,7 @@ __all__ = [
     "lotus",
     "mofasgd",
     "muon",
+    "natural_galore",
     "online_subspace_descent",
     "q_galore",
     "racs",
