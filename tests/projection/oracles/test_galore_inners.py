@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
+from tests.projection.oracles.codes import dynamic
 
 STEPS, RATE, SCALE, RANK, EVERY, DECAY = 7, 0.02, 0.25, 3, 3, 0.1
 
@@ -46,6 +47,22 @@ def adam_mini(blocks, b1=0.8, b2=0.95, eps=1e-3):
     return direction
 
 
+def eight_bits(block, b1=0.9, b2=0.999, eps=1e-8):
+    """Adam whose moments are rounded to their codes after every step."""
+    m = v = 0.0
+    t = 0
+
+    def direction(g):
+        nonlocal m, v, t
+        t += 1
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        step = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+        m, v = dynamic(m, block, signed=True), dynamic(v, block, signed=False)
+        return step
+
+    return direction
+
+
 def galore(w, grads, direction):
     """The weight `(s, k)` after all steps, s the smaller."""
     for t, g in enumerate(grads):
@@ -74,6 +91,7 @@ def problem(shape):
 A = lrx.inner
 MINI = {"b1": 0.8, "b2": 0.95, "eps": 1e-3}
 INNERS = {
+    "8 bits": (A.stored8(minimum=0, block=4), lambda flipped: eight_bits(4)),
     "adafactor": (A.adafactor(), lambda flipped: adafactor(None, 0.8, 1.0)),
     "adafactor with a moment": (
         A.adafactor(b1=0.9, power=0.5, clip=0.7),

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lowrank_jax as lrx
+from tests.projection.oracles.codes import dynamic
 
 STEPS, RATE, SCALE, RANK, B1, B2, EPS, DECAY = 14, 0.02, 0.25, 3, 0.9, 0.95, 1e-8, 0.1
 QUEUE, THRESHOLD, FACTOR, PERIOD, BLOCK = 2, 0.6, 3, 1, 5
@@ -17,25 +18,6 @@ def affine(x):
     low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
     step = (high - low) / 15
     return low + step * np.round((x - low) / step)
-
-
-def dynamic(x, signed):
-    """The nearest value of the dynamic code to each entry, over the largest of its block of a row."""
-    book = [0.0, 1.0]
-    for i in range(7):
-        edges = np.linspace(0.1, 1, 2**i + 1 if signed else 2 ** (i + 1) + 1)
-        middles = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)
-        book += [*middles, *(-middles)] if signed else [*middles]
-    book = np.sort(book)
-    found = np.zeros_like(x)
-    for i, row in enumerate(x):
-        for start in range(0, row.size, BLOCK):
-            own = slice(start, start + BLOCK)
-            size = np.abs(row[own]).max()
-            place = np.argmin(np.abs(book[:, None] - row[own] / size), axis=0)
-            place -= (row[own] < 0) & (book[place] >= 0)  # a sign is never lost
-            found[i, own] = size * book[place]
-    return found
 
 
 def q_galore(w, grads):
@@ -56,7 +38,7 @@ def q_galore(w, grads):
         unbiased = m / (1 - B1 ** (t + 1)), v / (1 - B2 ** (t + 1))
         w = w - RATE * SCALE * p @ (unbiased[0] / (np.sqrt(unbiased[1]) + EPS))
         w = w - RATE * DECAY * w
-        m, v = dynamic(m, signed=True), dynamic(v, signed=False)
+        m, v = dynamic(m, BLOCK, signed=True), dynamic(v, BLOCK, signed=False)
     return w, moved
 
 
