@@ -33,11 +33,16 @@ def _shown(value: Any) -> str:
 
 
 def one_of(field: str, value: Any, choices: Iterable[str]) -> None:
-    """ConfigurationError unless `value` is among `choices`; names one it begins, or the nearest."""
+    """ConfigurationError unless `value` is among `choices`.
+
+    Names a choice that `value` begins, else the longest of which it holds all words, else the
+    nearest in spelling.
+    """
     choices = [*choices]
     text = value if isinstance(value, str) else _shown(value)
     begun = [choice for choice in choices if text and choice.startswith(text)]
-    near = begun or difflib.get_close_matches(text, choices, n=1)
+    held = [choice for choice in choices if f"_{choice}_" in f"_{text}_"]
+    near = begun or sorted(held, key=len)[-1:] or difflib.get_close_matches(text, choices, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     require(value in choices, field, value, f"{hint}Choose one of {', '.join(choices)}")
 
