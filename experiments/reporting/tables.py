@@ -416,6 +416,30 @@ def collectives(result: dict) -> str:
     return markdown(["projector", "rank", *layouts, "least"], rows) + "\n\n" + note
 
 
+def any_function(result: dict) -> str:
+    """What each program costs beside the plain one, and how far its gradients are off."""
+    kinds = ("adapted", "effective", "tapped")
+    figures = {"flops": "operations", "bytes": "bytes moved", "temporary_bytes": "temporaries"}
+    header = ["model", *(f"{figure}: {', '.join(kinds)}" for figure in figures.values())]
+    header += ["tracing, ms: plain, adapted, tapped", "error: adapted", "error: tapped"]
+    lines = []
+    for row in result["rows"]:
+        plain = row["plain"]
+        ratios = [
+            ", ".join(f"{row[kind][name] / plain[name]:.2f}" for kind in kinds) for name in figures
+        ]
+        traced = (row[kind]["tracing_seconds"] for kind in ("plain", "adapted", "tapped"))
+        tracing = ", ".join(milliseconds(seconds) for seconds in traced)
+        errors = [f"{row[kind]:.1e}" for kind in ("adapted_error", "tapped_error")]
+        lines.append([row["model"], *ratios, tracing, *errors])
+    versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
+    note = (
+        f"`{result['command']}` with {versions}: rank {result['rank']}; operations, bytes and "
+        "temporaries over those of the plain program, which has all gradients."
+    )
+    return markdown(header, lines) + "\n\n" + note
+
+
 def headlines(*results: dict) -> str:
     """Six results in short, each with its aim; the whole tables are in docs/results."""
     study, step, optimizer, peer, memory, plans = results
@@ -525,6 +549,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "plans": plans,
     "kernels": kernels,
     "collectives": collectives,
+    "any_function": any_function,
 }
 
 

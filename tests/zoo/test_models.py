@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("tunix", reason="needs the packages of the zoo: run `make test-zoo`")
 
 import lowrank_jax as lrx
-from tests.zoo.models import MODELS
+from experiments.models.foreign import MODELS
 
 FAMILIES = {"lora": lrx.adapters.lora(rank=2), "dora": lrx.adapters.dora(rank=2)}
 OPTIMIZERS = {

@@ -53,11 +53,11 @@ class Foreign:
 
     def rules(self, everything: bool = False) -> Views:
         """Those of what is adapted, or of `everything`; other leaves are no matrices."""
-        found = {}
+        found: list[tuple[str, MatrixView | None]] = []
         for path, view in self.table(self.views).items():
             left_out = not everything and re.fullmatch(self.left_out, path)
-            found[re.escape(path)] = None if left_out else view
-        return Views(rules=found)
+            found.append((re.escape(path), None if left_out else view))
+        return Views(rules=tuple(found))
 
     def table(self, views: dict[str, MatrixView]) -> dict[str, MatrixView | None]:
         """The view of every leaf; None where it is no matrix."""
@@ -69,7 +69,7 @@ class Foreign:
         }
 
     def loss(self, params: Any, batch: Any) -> jax.Array:
-        """Of the next token, or of the first class."""
+        """Cross-entropy of the logits."""
         return cross_entropy(self.logits(params, batch), batch)
 
 
@@ -79,6 +79,7 @@ def as_one(view: MatrixView) -> MatrixView:
 
 
 def cross_entropy(logits: jax.Array, batch: Any) -> jax.Array:
+    """Of the next token where the batch is tokens, else of labels that count up."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     if batch.dtype == jnp.int32:
         chosen = jnp.take_along_axis(log_p[:, :-1], batch[:, 1:, None], axis=-1)
@@ -100,7 +101,7 @@ def tunix(module: str, make: str, **options: Any) -> Foreign:
     library = __import__(f"tunix.models.{module}.model", fromlist=["model"])
     config = library.ModelConfig(**SIZES | options)
     model = getattr(library, make)(config, rngs=nnx.Rngs(0))
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    graph, params, *rest = nnx.split(model, nnx.Param, ...)
     # experts and Gemma's stacked k and v are parameters there, not modules
     name = None if module == "gemma3" or "num_experts" in options else torch_name
     batch, length = TOKENS.shape
@@ -108,7 +109,7 @@ def tunix(module: str, make: str, **options: Any) -> Foreign:
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
 
     def logits(params, tokens):
-        return nnx.merge(graph, params, rest)(tokens, positions, None, causal)[0]
+        return nnx.merge(graph, params, *rest)(tokens, positions, None, causal)[0]
 
     fused = {".*/kv_einsum/w": as_one(KV)}
     return Foreign(logits, nnx.to_pure_dict(params), TOKENS, TUNIX, fused, hugging_face=name)
@@ -164,7 +165,10 @@ def gemma(**options: Any) -> Foreign:
     params = model.init(jax.random.key(0), TOKENS)["params"]
     swapped = options["transpose_gating_einsum"]
     gating = MatrixView(batch=(0,), rows=(2,), cols=(1,)) if swapped else STACK
-    logits = lambda params, tokens: model.apply({"params": params}, tokens)  # noqa: E731
+
+    def logits(params: Any, tokens: Any) -> Any:
+        return model.apply({"params": params}, tokens)
+
     views = GEMMA | {r".*/mlp/gating_einsum": gating}
     fused = {path: as_one(view) for path, view in views.items() if view.batch}
     return Foreign(logits, params, TOKENS, views, fused)
