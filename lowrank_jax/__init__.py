@@ -64,6 +64,7 @@ from lowrank_jax.projection.optimizers.natural_galore import natural_galore
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.q_galore import q_galore
 from lowrank_jax.projection.optimizers.racs import racs
+from lowrank_jax.projection.optimizers.rso import rso
 from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.optimizers.subtrack import subtrack
 from lowrank_jax.projection.optimizers.trion import trion
@@ -137,6 +138,7 @@ __all__ = [
     "refresh_schedules",
     "residuals",
     "resolution",
+    "rso",
     "samplers",
     "scale_by_projection",
     "scaled_adamw",

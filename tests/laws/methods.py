@@ -158,6 +158,7 @@ METHODS = (
     _named(lrx.natural_galore, "natural_galore", rank=4, refresh_every=2, history=2, damping=0.1,
            gradients="full at a refresh"),
     _named(lrx.flora, "flora", rank=4, refresh_every=2, seeded=True),
+    _named(lrx.rso, "rso", rank=4, refresh_every=2, due=(1, 3, 5), eps=1e-3, seeded=True, gradients="taps"),
     # any direction is near enough: the period doubles at the second refresh
     _named(lrx.q_galore, "q_galore", rank=4, refresh_every=2, threshold=0.0, queue=1, due=(0, 2), eps=1e-3,
            gradients="full at a refresh", tolerance=2e-3),

@@ -22,6 +22,7 @@ from lowrank_jax.projection.optimizers.online_subspace_descent import online_sub
 from lowrank_jax.projection.optimizers.q_galore import q_galore
 from lowrank_jax.projection.optimizers.racs import racs
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
+from lowrank_jax.projection.optimizers.rso import rso
 from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.optimizers.subtrack import subtrack
 from lowrank_jax.projection.optimizers.trion import trion
@@ -51,6 +52,7 @@ __all__ = [
     "online_subspace_descent",
     "q_galore",
     "racs",
+    "rso",
     "soap",
     "subtrack",
     "trion",
