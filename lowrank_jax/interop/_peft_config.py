@@ -51,6 +51,7 @@ TARGETING = frozenset(
         "layers_to_transform",
         "modules_to_save",
         "target_modules",
+        "target_parameters",
     }
 )
 _NAMES = (str, [str], None)
@@ -61,6 +62,7 @@ _SIZE = (int, None)
 SHAPE = {
     "peft_type": str,
     "target_modules?": _NAMES,
+    "target_parameters?": ([str], None),
     "exclude_modules?": _NAMES,
     "modules_to_save?": ([str], None),
     "layers_to_transform?": (int, [int], None),
@@ -146,6 +148,15 @@ def matches(targets: Any, module: str) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in targets or ())
 
 
+def parameter_of(module: str) -> str:
+    """The parameter that a matrix of experts is part of; the name itself of any other module.
+
+    >>> parameter_of("mlp.experts.down_proj[3]"), parameter_of("self_attn.q_proj")
+    ('mlp.experts.down_proj', 'self_attn.q_proj')
+    """
+    return re.sub(r"\[\d+\]$", "", module)
+
+
 def is_whole(config: Mapping[str, Any], module: str) -> bool:
     """Whether `modules_to_save` takes a module, by itself or by one that it is part of."""
     parts = module.split(".")
@@ -157,7 +168,9 @@ def is_whole(config: Mapping[str, Any], module: str) -> bool:
 
 def is_targeted(config: Mapping[str, Any], module: str, is_linear: bool) -> bool:
     """Whether an adapter sits on a module."""
-    targets = config["target_modules"]
+    targets: Any = config.get("target_modules")
+    if parameter_of(module) != module:
+        return matches(config.get("target_parameters"), parameter_of(module))
     if matches(config.get("exclude_modules"), module) or is_whole(config, module):
         return False
     if isinstance(targets, str):
@@ -191,7 +204,7 @@ def targeted(
       ValueError: `target_modules` is empty or takes none of them, with the nearest.
     """
     targets = config.get("target_modules")
-    if not targets:
+    if not targets and not config.get("target_parameters"):
         raise ValueError(
             f"target_modules={targets!r} in {NAME}: write the names of the adapted modules there"
         )
@@ -205,7 +218,7 @@ def targeted(
             if module in present or module.rsplit(".", 1)[-1] not in HEADS
         ]
     if not found:
-        wanted = [targets] if isinstance(targets, str) else sorted(targets)
+        wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
         ends = [*dict.fromkeys(module.rsplit(".", 1)[-1] for module in modules), *modules]
         near = dict.fromkeys(
             name for target in wanted for name in difflib.get_close_matches(target, ends, n=1)
@@ -220,11 +233,12 @@ def targeted(
 
 def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches a module, as PEFT reads `rank_pattern` and its
-    like.
+    like; of a matrix of experts, one that matches its parameter.
 
     >>> by_pattern({"layers.0.q": 4, "v": 2}, "model.layers.0.q", 8), by_pattern({"v": 2}, "k", 8)
     (4, 8)
     """
+    module = parameter_of(module)
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -234,6 +248,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
 def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """`{pattern: value}` for the modules that differ from the default, read back by
     `by_pattern`."""
+    values = {parameter_of(module): value for module, value in values.items()}
     found = {f"^{module}": value for module, value in values.items() if value != default}
     if any(by_pattern(found, module, default) != value for module, value in values.items()):
         found = {

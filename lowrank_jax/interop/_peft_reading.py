@@ -16,7 +16,7 @@ import numpy as np
 from lowrank_jax.adapters.base import Adapter, Arrays, Site
 from lowrank_jax.adapters.rules import Layout, Matrices, Selection
 from lowrank_jax.adapters.tree import matrices_of
-from lowrank_jax.interop import _peft_config, _peft_tied, _peft_whole, safetensors
+from lowrank_jax.interop import _peft_config, _peft_parameters, _peft_tied, _peft_whole, safetensors
 from lowrank_jax.interop._peft_config import PREFIX
 from lowrank_jax.interop._peft_families import FAMILIES
 from lowrank_jax.interop._peft_family import Family, Shared
@@ -44,14 +44,19 @@ class Source:
     family: Family
     config: dict[str, Any]
     tree: Tree
-    tensors: safetensors.Reader
+    tensors: safetensors.Reader | _peft_parameters.Opened
     hosts: dict[str, Host]
     whole: _peft_whole.Found
     tied: _peft_tied.Tied
 
     @classmethod
     def open(
-        cls, folder: pathlib.Path, tree: Tree, ignore: Collection[str], head: str | None
+        cls,
+        folder: pathlib.Path,
+        tree: Tree,
+        ignore: Collection[str],
+        head: str | None,
+        order: Sequence[str] | None,
     ) -> Source:
         """With everything checked; the errors are those of `peft.load`."""
         config = {
@@ -78,7 +83,7 @@ class Source:
                 else ""
             )
             raise FileNotFoundError(f"{folder / TENSORS} does not exist{hint}")
-        tensors = safetensors.read(folder / TENSORS)
+        tensors = _peft_parameters.opened(config, tree, safetensors.read(folder / TENSORS), order)
         tied = _peft_tied.find(config, family, tree, head, tensors)
         hosts = _targets(family, config, tree, tensors)
         whole = _peft_whole.find(config, family.bias, tree, hosts, tensors)

@@ -56,7 +56,8 @@ class Place:
     """Where one torch parameter is placed.
 
     Attributes:
-      name: torch's, "model.layers.3.self_attn.q_proj.weight".
+      name: torch's, "model.layers.3.self_attn.q_proj.weight"; "mlp.experts.down_proj[3]" of one
+        matrix of a parameter that holds several.
       path: of the leaf.
       index: along the flattened batch axes of the leaf; None for a leaf without.
     """
@@ -67,7 +68,8 @@ class Place:
 
     @property
     def module(self) -> str:
-        return self.name.rpartition(".")[0]
+        """The torch module; of a matrix of experts, which has none of its own, its name."""
+        return self.name if self.name.endswith("]") else self.name.rpartition(".")[0]
 
     @property
     def leaf(self) -> str:

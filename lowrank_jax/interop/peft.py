@@ -50,6 +50,7 @@ from lowrank_jax.adapters.base import Adapter, Arrays
 from lowrank_jax.checks import as_python
 from lowrank_jax.interop import (
     _peft_config,
+    _peft_parameters,
     _peft_tied,
     _peft_whole,
     _peft_writing,
@@ -88,14 +89,18 @@ def load(
       params: the base, as for `lrx.adapt`.
       names: `(path, index) -> torch's name` of a leaf's parameter,
         "model.layers.3.self_attn.q_proj.weight"; the index counts along the batch axes of a stack
-        and is None for other leaves. `lrx.interop.llama.torch_name` for the LLaMA family, scanned
+        and is None for other leaves. A matrix of a parameter that holds all experts of a layer is
+        "model.layers.3.mlp.experts.down_proj[7]", which PEFT adapts by `target_parameters`.
+        `lrx.interop.llama.torch_name` for the LLaMA family, scanned
         or not; by default that of a linen tree, with dots for slashes.
       views: which axes are inputs, outputs and layers, as for `lrx.adapt`.
       convolutions: patterns of kernels `(window, c_in, c_out)` of one-dimensional convolutions,
         which look like a projection `(heads, head_dim, d)`. Those with more window axes need no
         word.
       order: for a Uni-LoRA without saved indices, the adapted modules in the order of torch's
-        `named_modules()`; known where names is that of the LLaMA family.
+        `named_modules()`; known where names is that of the LLaMA family. Of several adapted
+        parameters of a module of experts their names, as torch makes them; known of transformers'
+        gate_up_proj and down_proj.
       ignore: fields of the configuration to pass over, such as a dropout that we do not have.
       head: torch's name of the output layer. A tree with a table and no kernel of that name, nor of
         one called score, classifier or head, is one whose table the output layer shares, but for
@@ -124,7 +129,9 @@ def load(
     True
     """
     tree = Tree.of(params, names, views or Views(), convolutions)
-    source = Source.open(pathlib.Path(folder), tree, ignore, head)
+    source = Source.open(pathlib.Path(folder), tree, ignore, head, order)
+    experts = {_peft_config.parameter_of(module) for module in source.hosts} - {*source.hosts}
+    order = [module for module in order or () if module not in experts] or None
     in_order = lambda: _order(order, names, source.hosts)  # noqa: E731
     shared = source.family.shared(source.config, source.hosts, source.tensors, in_order)
     known = order is not None or names is llama.torch_name
@@ -173,7 +180,7 @@ def save(
       adaptation: of one method.
       params: the base; of its values only those of modules that are trained in part are read.
       names, views, convolutions: as for `load`.
-      order: with `save_indices=False`, as for `load`.
+      order: with `save_indices=False`, and of parameters of experts, as for `load`.
       head: as for `load`. A table that the output layer shares, with an adapter that both see, or
         trained in full, is written with `ensure_weight_tying` and the tensors of both.
       config: further fields: base_model_name_or_path, revision, task_type, inference_mode,
@@ -217,7 +224,12 @@ def save(
 
     fields = family.fields(list(made.adapters.values()), config)
     fields |= family.sizes(made.sizes, made.alphas)
-    targets = _peft_config.target_modules(list(hosts), tree.modules)
+    experts = [module for module in hosts if _peft_config.parameter_of(module) != module]
+    if experts:
+        tensors = _peft_parameters.closed(tensors, tree, experts, order)
+        fields |= {_peft_parameters.FIELD: _peft_parameters.targets(experts, tree)}
+    modules = [module for module in hosts if module not in experts]
+    targets = _peft_config.target_modules(modules, tree.modules)
     if made.tied:
         targets = _peft_tied.ties(targets)
     if made.tied or tied_in_full:

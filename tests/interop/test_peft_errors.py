@@ -46,10 +46,10 @@ LOADS = {
     "shapes": refused(r"lora_A.weight is \(3, 4\), not \(2, 4\); ", tensors=plain_lora(rank=3)),
     "method": refused("peft_type='IA3' is not supported; known are LORA, HIRA", {"peft_type": "IA3"}),
     "fields": refused(
-        r"layer_replication=\[\[0, 2\]\]; lora_bias=True; target_parameters=\['w'\]; use_new=1\. "
+        r"layer_replication=\[\[0, 2\]\]; lora_bias=True; use_new=1\. "
         r"ignore=",
         LORA
-        | {"lora_bias": True, "layer_replication": [[0, 2]], "target_parameters": ["w"], "use_new": 1}
+        | {"lora_bias": True, "layer_replication": [[0, 2]], "use_new": 1}
         | {"eva_config": {"rho": 1}},
     ),
     "base of corda": refused("init_lora_weights='corda' .*path_initial_model", LORA | {"init_lora_weights": "corda"}),
