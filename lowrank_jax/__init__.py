@@ -35,6 +35,7 @@ from lowrank_jax.optim.learning_rate import apply_learning_rate
 from lowrank_jax.optim.pair_optimizers import altlora, altlora_plus, lora_plus, scaled_adamw
 from lowrank_jax.projection import (
     projectors,
+    rank_schedules,
     refresh_schedules,
     residuals,
     samplers,
@@ -135,6 +136,7 @@ __all__ = [
     "projectors",
     "q_galore",
     "racs",
+    "rank_schedules",
     "refresh_schedules",
     "residuals",
     "resolution",

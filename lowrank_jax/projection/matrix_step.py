@@ -25,6 +25,7 @@ from lowrank_jax.projection.residuals import Combine
 from lowrank_jax.projection.slots import Projection
 from lowrank_jax.projection.state import MatrixState, Now, Projected, parts_of
 from lowrank_jax.projection.targets import Kept
+from lowrank_jax.projection.transports import check_registered
 from lowrank_jax.trees import dequantized
 
 
@@ -79,6 +80,9 @@ def check_slots(config: Projection, matrix: MatrixState) -> None:
     config.transport.check(config.inner, state)
     config.target.check(config.inner, state, matrix.view, low_shape)
     config.residual.check(config.inner, state, matrix.view, low_shape)
+    if config.projector.masks:
+        name = f"projector {type(config.projector).__name__}"
+        check_registered(name, config.inner, state, "one such as lrx.inner.adam")
     if "momentum" in config.projector.reads:
         inner_lib.first_moment(config.inner, state)
 

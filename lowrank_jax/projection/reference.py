@@ -84,6 +84,8 @@ def refresh(slots: Projection, view: ResolvedView, state: State, inputs: Refresh
     change = p.overlap(view, old, new)
     fresh = slots.inner.decoded(slots.inner.init(jnp.zeros(p.low_shape(view)), view))
     after = slots.transport.move(slots.inner, before, fresh, change)
+    if p.masks:
+        after = inner_lib.of_served(slots.inner, after, p.served(view, new))
     state = state | {"basis": new, "memory": memory, "inner": slots.inner.encoded(after)}
     if slots.follows_basis:
         first, m = inner_lib.first_moment(slots.inner, before)

@@ -3,7 +3,7 @@
     inputs         = what the projector reads, of the step and of the state
     P_new, memory  = projector.refresh(P, memory, inputs)
     C              = P_newᵀ P                       overlap of both bases
-    moments        = transport(moments, C)
+    moments        = transport(moments, C)          and zero in the places of vectors that are zero
     target, rule   = moved(...)                     states that follow the basis
 
 All of it is pure functions of one stack `(batch..., ...)`. Conditions stand here, on scalars, and
@@ -88,7 +88,7 @@ def movable(config: Projection, trees: Trees) -> Trees:
     moving = {
         "basis": True,
         "memory": True,
-        "inner": config.transport.moves,
+        "inner": config.transport.moves or config.projector.masks,
         "target": config.target.follows_basis,
         "residual": config.residual.follows_basis,
         "refresh_schedule": config.refresh_schedule.per_layer,
@@ -226,6 +226,9 @@ def _moved_state(
         fresh = config.inner.decoded(fresh_inner(config, view))
         after = transport.move(config.inner, before, fresh, change)
         after = like(after, before)
+    if projector.masks:
+        served = projector.served(view, new)
+        after = inner_lib.of_served(config.inner, after, served)
     found = {"inner": config.inner.encoded(after)}
 
     if config.follows_basis:

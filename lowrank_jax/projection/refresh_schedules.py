@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -181,6 +182,47 @@ class Every(RefreshSchedule):
         period = jnp.asarray(self.period, jnp.int32)
         due = jnp.mod(step, period) == jnp.mod(jnp.asarray(self.phase, jnp.int32), period)
         return due | (step == 0) if self.first else due
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piecewise(RefreshSchedule):
+    """`every` with a period that changes with the step: subspaces turn fast at first and slowly
+    later.
+
+    From step `begin_i` on, until the next begin, due when `(step - begin_i) mod T_i = 0`, so that
+    every change of the period is a refresh.
+
+    Args:
+      periods: `((begin, T), ...)` or a dict, begins ascending from 0, in accepted steps.
+
+    Raises:
+      ValueError: for begins that do not ascend from 0, or a period < 1.
+
+    >>> schedule = Piecewise(periods={0: 2, 5: 4})
+    >>> [step for step in range(14) if schedule.due((), step)]
+    [0, 2, 4, 5, 9, 13]
+    """
+
+    periods: tuple[tuple[Scalar, Scalar], ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        pairs = self.periods.items() if isinstance(self.periods, Mapping) else self.periods
+        object.__setattr__(self, "periods", tuple(tuple(pair) for pair in pairs))
+        begins = [begin for begin, _ in self.periods]
+        if not begins or begins[0] != 0 or begins != sorted(set(begins)):
+            raise ValueError(
+                f"piecewise: periods={self.periods} must begin at step 0 and ascend, such as "
+                "((0, 50), (1000, 200))"
+            )
+        for _, period in self.periods:
+            _check_period(period)
+
+    def due(self, state, step):
+        begins, periods = (jnp.asarray(x, jnp.int32) for x in zip(*self.periods, strict=True))
+        # the last piece that has begun
+        own = jnp.sum(begins <= step) - 1
+        return jnp.mod(step - begins[own], periods[own]) == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -388,9 +430,19 @@ every = Every
 every_step = EveryStep
 lazy = Lazy
 never = Never
+piecewise = Piecewise
 staggered = Staggered
 
 __getattr__ = deprecations.names("lowrank_jax.refresh_schedules")
 
-__all__ = ["RefreshSchedule", "displacement", "every", "every_step", "lazy", "never", "staggered"]
+__all__ = [
+    "RefreshSchedule",
+    "displacement",
+    "every",
+    "every_step",
+    "lazy",
+    "never",
+    "piecewise",
+    "staggered",
+]
 __dir__ = functools.partial(sorted, __all__)

@@ -113,6 +113,12 @@ class Projection(Short):
                 f"refresh_schedule {type(schedule).__name__}: per_layer decides layer by layer, and "
                 "slice gives each step its layers; implement one of them"
             )
+        if projector.of_layers and self.sampler.samples:
+            raise ValueError(
+                f"projector {name.__name__}: the layers of a stack differ by their numbers, and "
+                f"{type(self.sampler).__name__} moves them from slot to slot; take another rank "
+                "schedule, or no sampler"
+            )
         if self.clip_norm is not None and self.target.accumulates:
             raise ValueError(
                 f"clip_norm={self.clip_norm}: {type(self.target).__name__} sums gradients up, and "

@@ -145,7 +145,7 @@ class Reset(Transport):
 
     def check(self, inner, state):
         if not self.count:
-            _check_registered("reset(count=False)", inner, state)
+            check_registered("transport reset(count=False)", inner, state)
 
     def move(self, inner, state, fresh, change):
         if self.count:
@@ -165,7 +165,7 @@ class Rotate(Transport):
     second: bool = True
 
     def check(self, inner, state):
-        _check_registered("rotate", inner, state)
+        check_registered("transport rotate", inner, state)
 
     def move(self, inner, state, fresh, change):
         def rotate(moment, value):
@@ -187,7 +187,7 @@ class LDAdam(Transport):
     """
 
     def check(self, inner, state):
-        _check_registered("ldadam", inner, state)
+        check_registered("transport ldadam", inner, state)
         inner_lib.first_moment(inner, state)
         seconds = [moment for moment in inner.moments(state) if moment.kind == "second"]
         if len(seconds) != 1 or seconds[0].decay is None or seconds[0].count is None:
@@ -219,16 +219,20 @@ class LDAdam(Transport):
         return inner_lib.map_moments(inner, state, moved)
 
 
-def _check_registered(name: str, inner: Inner, state: Pytree) -> None:
+def check_registered(
+    name: str,
+    inner: Inner,
+    state: Pytree,
+    remedy: str = "transports.keep() or reset(), or lrx.inner.register_moments",
+) -> None:
     """ValueError if the state has a non-scalar leaf that the moments protocol does not know."""
     known = {moment.path: moment.kind for moment in inner.moments(state)}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         kind = known.get(tuple(path))
         if leaf.ndim and kind in (None, "factored", "other"):
             raise ValueError(
-                f"transport {name} does not know how to move {jax.tree_util.keystr(path)} "
-                f"({kind or 'unregistered'}) of {type(inner).__name__}; use transports.keep() or "
-                "reset(), or lrx.inner.register_moments"
+                f"{name} does not know how to move {jax.tree_util.keystr(path)} "
+                f"({kind or 'unregistered'}) of {type(inner).__name__}; use {remedy}"
             )
 
 

@@ -103,7 +103,7 @@ def _custom(name, projector, **given):
 
 
 P, C, T, R = lrx.projectors, lrx.refresh_schedules, lrx.transports, lrx.residuals
-G = lrx.targets
+G, K = lrx.targets, lrx.rank_schedules
 ALL = tuple(range(STEPS))
 _galore = functools.partial(_named, lrx.galore, refresh_every=2)
 _frugal = functools.partial(_named, lrx.frugal, refresh_every=2)
@@ -192,6 +192,8 @@ METHODS = (
     _custom("staggered", P.svd(rank=4), refresh_schedule=C.staggered(period=2), transport=T.rotate(), due=ALL),
     # any direction is near enough: the period doubles at the second refresh
     _custom("lazy", P.svd(rank=4), refresh_schedule=C.lazy(period=2, threshold=0.0, queue=1), due=(0, 2)),
+    _custom("ranked-energy", P.ranked(projector=P.dct(rank=4), schedule=K.energy(share=0.5)), due=(0, 2, 3),
+            refresh_schedule=C.piecewise(periods={0: 2, 3: 4})),
     _custom("never", P.dct2(rank=4), refresh_schedule=C.never(), due=(0,), plain=optax.scale_by_rms()),
     _custom("after", P.svd(rank=4), refresh_schedule=C.every(period=2, phase=1, when="after"),
             inner=optax.scale_by_rms(), transport=T.rotate(), due=(0, 1, 3, 5)),

@@ -47,6 +47,7 @@ def galore(projector, refresh_schedule, **options):
 
 every, staggered = lrx.refresh_schedules.every, lrx.refresh_schedules.staggered
 P = lrx.projectors
+BY_LAYER = lrx.rank_schedules.by_layer(shares=(1, 1, 0.3))
 ROWS = {
     "svd": (galore(P.svd(rank=3), every(period=3)), "full at a refresh"),
     "svd after": (galore(P.svd(rank=3), every(period=3, **AFTER)), "full at a refresh"),
@@ -59,6 +60,7 @@ ROWS = {
     "columns after": (galore(P.columns(rank=3), every(period=3, **AFTER)), "taps"),
     "gaussian after": (galore(P.random(rank=3), every(period=2, **AFTER)), "taps"),
     "gaussian staggered": (galore(P.random(rank=3), staggered(period=2, **AFTER)), "taps"),
+    "ranked after": (galore(P.ranked(projector=P.random(rank=3), schedule=BY_LAYER), every(period=2, **AFTER)), "taps"),
     "identity": (galore(P.identity(), every(period=2)), "taps"),
     "alternating": (galore(P.alternating(rank=3), every(period=3, **AFTER)), "sketch at a refresh"),
     "alternating staggered": (galore(P.alternating(rank=3), staggered(period=3, **AFTER)), "sketch at a refresh"),

@@ -34,6 +34,7 @@ STACK = lrx.projection.Stack(
 )  # fmt: skip
 AFTER = {"when": "after"}
 every, P = lrx.refresh_schedules.every, lrx.projectors
+BY_LAYER = lrx.rank_schedules.by_layer(shares=(1, 1, 0.3))
 
 
 def galore(projector, refresh_schedule, **options):
@@ -53,6 +54,7 @@ ROWS = {
     "svd reset": galore(P.svd(rank=3), every(period=2), transport=lrx.transports.reset()),
     "svd staggered": galore(P.svd(rank=3), lrx.refresh_schedules.staggered(period=2)),
     "random after": galore(P.random(rank=3), every(period=2, **AFTER), clip_norm=0.5),
+    "ranked": galore(P.ranked(projector=P.dct(rank=3), schedule=BY_LAYER), every(period=2)),
     "alternating": galore(P.alternating(rank=3), every(period=3, **AFTER)),
     "masked decay": galore(P.svd(rank=3), every(period=3), weight_decay=0.5,
                            mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)),

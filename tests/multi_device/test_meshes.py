@@ -24,6 +24,18 @@ GALORE = {
     "hadamard": {"projector": lrx.projectors.hadamard(rank=4)},
     "structured": {"projector": lrx.projectors.random(rank=4, kind="structured")},
     "orthonormal": {"projector": lrx.projectors.random(rank=4, kind="orthonormal")},
+    "ranked": {
+        "projector": lrx.projectors.ranked(
+            projector=lrx.projectors.dct(rank=4), schedule=lrx.rank_schedules.energy(share=0.4)
+        ),
+        "refresh_schedule": lrx.refresh_schedules.piecewise(periods={0: 2}),
+    },
+    "ranked by layer": {
+        "projector": lrx.projectors.ranked(
+            projector=lrx.projectors.power(rank=4),
+            schedule=lrx.rank_schedules.by_layer(shares=(1, 0.5)),
+        ),
+    },
     "staggered": {
         "projector": lrx.projectors.dct(rank=4),
         "refresh_schedule": lrx.refresh_schedules.staggered(period=2),

@@ -49,6 +49,16 @@ def projectors():
         "svd int4": (p.svd(dtype=jnp.int4, **rank), lambda s, k, r: s * (r // 2 + 8)),
         "svd fraction": (p.svd(rank=0.25), lambda s, k, r: 4 * s * r),
         "svd two-sided": (p.svd_two_sided(**rank), lambda s, k, r: 4 * (s + k) * r),
+        "ranked": (
+            p.ranked(projector=p.svd(**rank), schedule=lrx.rank_schedules.energy(share=0.9)),
+            lambda s, k, r: 4 * s * r + r,
+        ),
+        "ranked by layer": (
+            p.ranked(
+                projector=p.dct(**rank), schedule=lrx.rank_schedules.by_layer(shares=(1, 0.5))
+            ),
+            lambda s, k, r: 4 * r + r + 4,
+        ),
         "randomized": (p.randomized(**rank), lambda s, k, r: 4 * s * r),
         "power": (p.power(**rank), lambda s, k, r: 4 * s * r),
         "grassmann": (p.grassmann(**rank), lambda s, k, r: 4 * s * r),

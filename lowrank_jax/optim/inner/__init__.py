@@ -8,7 +8,7 @@ import functools
 from lowrank_jax.optim.inner.adafactor import Adafactor, AdafactorState
 from lowrank_jax.optim.inner.adam import Adam, AdamState, debias
 from lowrank_jax.optim.inner.adam_mini import AdamMini
-from lowrank_jax.optim.inner.base import Inner, first_moment, map_moments
+from lowrank_jax.optim.inner.base import Inner, first_moment, map_moments, of_served
 from lowrank_jax.optim.inner.factored_momentum import FactoredMomentumState, factored_momentum
 from lowrank_jax.optim.inner.fisher_preconditioned import (
     FisherPreconditionedState,
@@ -51,6 +51,7 @@ __all__ = [
     "from_optax",
     "map_moments",
     "newton_schulz",
+    "of_served",
     "orthogonal",
     "register_moments",
     "row_column_scaled",

@@ -270,6 +270,16 @@ def map_moments(
     return jax.tree_util.tree_map_with_path(visit, state)
 
 
+def of_served(inner: Inner, state: Pytree, served: jax.Array) -> Pytree:
+    """A decoded `state` whose moments `(batch..., r, k)` are zero in the rows that are not `served
+    (batch..., r)`."""
+
+    def zeroed(moment, value):
+        return jnp.where(served[..., None], value, 0)
+
+    return map_moments(inner, state, zeroed)
+
+
 def first_moment(inner: Inner, state: Pytree) -> tuple[Moment, jax.Array]:
     """The one first moment inside a decoded state, for rules that need it.
 

@@ -16,6 +16,7 @@ from lowrank_jax.projection.projectors.online_pca import online_pca
 from lowrank_jax.projection.projectors.power import power
 from lowrank_jax.projection.projectors.random import random
 from lowrank_jax.projection.projectors.randomized import randomized
+from lowrank_jax.projection.projectors.ranked import ranked
 from lowrank_jax.projection.projectors.svd import svd, svd_two_sided
 from lowrank_jax.projection.projectors.switch import switch
 from lowrank_jax.projection.projectors.switching import switching
@@ -39,6 +40,7 @@ __all__ = [
     "power",
     "random",
     "randomized",
+    "ranked",
     "svd",
     "svd_two_sided",
     "switch",

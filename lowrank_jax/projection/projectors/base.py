@@ -17,6 +17,7 @@
     sketch_basis(view, basis, memory, inputs) -> (batch..., k, q)   of projectors that read a "sketch"
     overlap(view, old, new) -> change              what transports apply to moments
     measure(view, basis, x) -> (...)               captured energy, between 0 and 1
+    served(view, basis) -> bool (batch..., r)      of projectors that mask: which vectors serve
 
 The basis is what a projection needs, and what taps carry; what a projector remembers beside it for
 its next refresh (a momentum of the basis, a warm start, a covariance) is its memory, `()` for most.
@@ -70,8 +71,10 @@ class Projector(Short):
     whether the first basis is made by `start` before the first update even where refreshes come
     after it (`starts_before`; the first refresh is then that of the second step),
     whether bases are orthonormal, whether they lie in the range of a gradient (`of_range`), so that
-    r is at most k, and whether a refresh depends on `G Gᵀ` or norms of rows alone (`of_rows`): it
-    then may get a gradient with columns of zeros beside its own, which on a mesh make k divisible.
+    r is at most k, whether a refresh depends on `G Gᵀ` or norms of rows alone (`of_rows`): it
+    then may get a gradient with columns of zeros beside its own, which on a mesh make k divisible,
+    whether vectors of a basis may be zero, so that moments in their places are kept zero (`masks`),
+    and whether the layers of a stack differ by their numbers (`of_layers`).
 
     Raises:
       ValueError: for a rank that is traced, not positive, or larger than the shrunk dimension; it
@@ -87,6 +90,8 @@ class Projector(Short):
     orthonormal: ClassVar[bool] = True
     of_rows: ClassVar[bool] = False
     of_range: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
+    of_layers: ClassVar[bool] = False
 
     def __post_init__(self):
         if isinstance(self.rank, Mapping):
@@ -211,6 +216,10 @@ class Projector(Short):
 
     def overlap(self, view: ResolvedView, old: Pytree, new: Pytree) -> Change:
         raise TypeError(f"{type(self).__name__} does not implement overlap")
+
+    def served(self, view: ResolvedView, basis: Pytree) -> jax.Array:
+        """Which vectors of the basis serve, bool `(batch..., r)`, of a projector that `masks`."""
+        raise TypeError(f"{type(self).__name__} does not implement served")
 
     def low_shape(self, view: ResolvedView) -> tuple[int, ...]:
         """Shape of the low-rank object of one matrix, without batch axes."""

@@ -41,13 +41,15 @@ class Wrapped(Projector):
     reads, sees = _union("reads"), _union("sees")
     moves, starts, remembers = _any("moves"), _any("starts"), _any("remembers")
     decomposes, of_range = _any("decomposes"), _any("of_range")
+    masks, of_layers = _any("masks"), _any("of_layers")
     orthonormal, of_rows = _all("orthonormal"), _all("of_rows")
     starts_before = property(lambda self: self.parts[0].starts_before)
 
     rank_for, structure = _shared("rank_for"), _shared("structure")
     down, up, thin = _shared("down"), _shared("up"), _shared("thin")
     rest, rounding, measure = _shared("rest"), _shared("rounding"), _shared("measure")
-    overlap, basis_bytes = _shared("overlap"), _shared("basis_bytes")
+    overlap, served = _shared("overlap"), _shared("served")
+    basis_bytes = _shared("basis_bytes")
     low_shape, low_spec = _shared("low_shape"), _shared("low_spec")
 
     @property
