@@ -69,6 +69,7 @@ from lowrank_jax.projection.optimizers.rso import rso
 from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.optimizers.subtrack import subtrack
 from lowrank_jax.projection.optimizers.trion import trion
+from lowrank_jax.projection.optimizers.tsr_adam import tsr_adam
 from lowrank_jax.projection.partition_specs import state_shardings
 from lowrank_jax.projection.taps import check_taps, projected_value_and_grad, taps
 from lowrank_jax.projection.training import train_step
@@ -156,6 +157,7 @@ __all__ = [
     "train_step",
     "transports",
     "trion",
+    "tsr_adam",
 ]
 
 __getattr__ = deprecations.names(__name__, lazy=LAZY)

@@ -59,6 +59,7 @@ def projectors():
             ),
             lambda s, k, r: 4 * r + r + 4,
         ),
+        "randomized two-sided": (p.randomized_two_sided(**rank), lambda s, k, r: 4 * (s + k) * r),
         "randomized": (p.randomized(**rank), lambda s, k, r: 4 * s * r),
         "power": (p.power(**rank), lambda s, k, r: 4 * s * r),
         "grassmann": (p.grassmann(**rank), lambda s, k, r: 4 * s * r),
@@ -83,7 +84,9 @@ def projectors():
 
 
 def low_elements(name, s, k):
-    return {"identity": s * k, "svd two-sided": RANK * RANK}.get(name, RANK * k)
+    if name.endswith("two-sided"):
+        return RANK * RANK
+    return s * k if name == "identity" else RANK * k
 
 
 def by_component(rows, column):

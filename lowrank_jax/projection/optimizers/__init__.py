@@ -26,6 +26,7 @@ from lowrank_jax.projection.optimizers.rso import rso
 from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.optimizers.subtrack import subtrack
 from lowrank_jax.projection.optimizers.trion import trion
+from lowrank_jax.projection.optimizers.tsr_adam import tsr_adam
 
 __all__ = [
     "Recipe",
@@ -56,4 +57,5 @@ __all__ = [
     "soap",
     "subtrack",
     "trion",
+    "tsr_adam",
 ]

@@ -16,6 +16,7 @@ from lowrank_jax.projection.projectors.online_pca import online_pca
 from lowrank_jax.projection.projectors.power import power
 from lowrank_jax.projection.projectors.random import random
 from lowrank_jax.projection.projectors.randomized import randomized
+from lowrank_jax.projection.projectors.randomized_two_sided import randomized_two_sided
 from lowrank_jax.projection.projectors.ranked import ranked
 from lowrank_jax.projection.projectors.svd import svd, svd_two_sided
 from lowrank_jax.projection.projectors.switch import switch
@@ -40,6 +41,7 @@ __all__ = [
     "power",
     "random",
     "randomized",
+    "randomized_two_sided",
     "ranked",
     "svd",
     "svd_two_sided",
