@@ -250,8 +250,9 @@ class _Products:
         """Whether the basis multiplies this side."""
         one = jax.eval_shape(lambda basis: jax.tree.map(self._first, basis), basis)
         x = jax.ShapeDtypeStruct((1, self.view.size_of(side)), jnp.float32)
-        thin = jax.eval_shape(lambda x, basis: self.thin(x, basis, side), x, one)
-        return thin.shape != x.shape
+        thin = jax.make_jaxpr(lambda x, basis: self.thin(x, basis, side))(x, one).jaxpr
+        # a basis of full rank changes no shape: what counts is whether x comes back as it was
+        return thin.outvars[0] is not thin.invars[0]
 
     def saved(self, x: Any, basis: Any) -> Any:
         """What the forward pass keeps: x times the basis, or x."""

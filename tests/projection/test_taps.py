@@ -54,6 +54,7 @@ def loss(params, x):
 VALUE_AND_GRAD = jax.jit(jax.value_and_grad(loss))
 PROJECTORS = {
     "svd": lrx.projectors.svd(rank=3),
+    "svd of full rank": lrx.projectors.svd(rank=1.0),
     "svd_two_sided": lrx.projectors.svd_two_sided(rank=3),
     "dct": lrx.projectors.dct(rank=3),
     "columns": lrx.projectors.columns(rank=3),
@@ -74,7 +75,12 @@ CASES = [(name, "paper") for name in PROJECTORS] + [
 
 @pytest.mark.parametrize(
     "name, side",
-    [c if c[0] in ("svd", "columns") else pytest.param(*c, marks=pytest.mark.slow) for c in CASES],
+    [
+        c
+        if c[0] in ("svd", "svd of full rank", "columns")
+        else pytest.param(*c, marks=pytest.mark.slow)
+        for c in CASES
+    ],
 )
 def test_cotangent_of_a_tap_is_the_projected_gradient(name, side):
     projector = PROJECTORS[name]
