@@ -68,6 +68,7 @@ from lowrank_jax.projection.optimizers.racs import racs
 from lowrank_jax.projection.optimizers.rso import rso
 from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.optimizers.subtrack import subtrack
+from lowrank_jax.projection.optimizers.tensor_galore import tensor_galore
 from lowrank_jax.projection.optimizers.trion import trion
 from lowrank_jax.projection.optimizers.tsr_adam import tsr_adam
 from lowrank_jax.projection.partition_specs import state_shardings
@@ -153,6 +154,7 @@ __all__ = [
     "tapped",
     "taps",
     "targets",
+    "tensor_galore",
     "to_lora",
     "train_step",
     "transports",

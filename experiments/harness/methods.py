@@ -326,6 +326,7 @@ METHODS: dict[str, Method] = _table(
         Method(name="natural_galore", build=lrx.natural_galore, decomposes=True),
         Method(name="flora", build=lrx.flora),
         Method(name="rso", build=lrx.rso),
+        Method(name="tensor_galore", build=lrx.tensor_galore, decomposes=True),
         Method(name="tsr_adam", build=lrx.tsr_adam, decomposes=True),
         Method(name="q_galore", build=lrx.q_galore, decomposes=True),
         Method(name="lisa", build=lrx.lisa, refuses=_SAMPLES_LAYERS),

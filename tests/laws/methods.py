@@ -109,6 +109,7 @@ _galore = functools.partial(_named, lrx.galore, refresh_every=2)
 _frugal = functools.partial(_named, lrx.frugal, refresh_every=2)
 _apollo = functools.partial(_named, lrx.apollo, refresh_every=2, seeded=True)
 _tsr = functools.partial(P.randomized_two_sided, iterations=0)
+_tucker = functools.partial(P.tucker, iterations=0)
 _low_bits = lrx.inner.adam(mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16)
 _decayed_trace = lrx.inner.from_optax(optax.trace(0.9), decay=(("first", 0.9),))
 _factored = lrx.inner.from_optax(optax.scale_by_factored_rms(), params=True)
@@ -162,6 +163,8 @@ METHODS = (
     # R is diagonal: a small eps amplifies rounding
     _named(lrx.tsr_adam, "tsr_adam", projector=_tsr(rank=4), refresh_every=4, due=(0, 4), eps=1e-2, seeded=True,
            gradients="full at a refresh", elsewhere={"projector": _tsr(rank=0.3), "eps": 1e-2}),
+    _named(lrx.tensor_galore, "tensor_galore", projector=_tucker(rank=4), refresh_every=4, due=(0, 4),
+           eps=1e-2, gradients="full at a refresh", elsewhere={"projector": _tucker(rank=0.3), "eps": 1e-2}),
     _named(lrx.rso, "rso", rank=4, refresh_every=2, due=(1, 3, 5), eps=1e-3, seeded=True, gradients="taps"),
     # any direction is near enough: the period doubles at the second refresh
     _named(lrx.q_galore, "q_galore", rank=4, refresh_every=2, threshold=0.0, queue=1, due=(0, 2), eps=1e-3,

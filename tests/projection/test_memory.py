@@ -60,6 +60,7 @@ def projectors():
             lambda s, k, r: 4 * r + r + 4,
         ),
         "randomized two-sided": (p.randomized_two_sided(**rank), lambda s, k, r: 4 * (s + k) * r),
+        "tucker, two-sided": (p.tucker(**rank), lambda s, k, r: 4 * (s + k) * r),
         "randomized": (p.randomized(**rank), lambda s, k, r: 4 * s * r),
         "power": (p.power(**rank), lambda s, k, r: 4 * s * r),
         "grassmann": (p.grassmann(**rank), lambda s, k, r: 4 * s * r),

@@ -25,6 +25,7 @@ from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
 from lowrank_jax.projection.optimizers.rso import rso
 from lowrank_jax.projection.optimizers.soap import soap
 from lowrank_jax.projection.optimizers.subtrack import subtrack
+from lowrank_jax.projection.optimizers.tensor_galore import tensor_galore
 from lowrank_jax.projection.optimizers.trion import trion
 from lowrank_jax.projection.optimizers.tsr_adam import tsr_adam
 
@@ -56,6 +57,7 @@ __all__ = [
     "rso",
     "soap",
     "subtrack",
+    "tensor_galore",
     "trion",
     "tsr_adam",
 ]

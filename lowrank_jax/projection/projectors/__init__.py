@@ -21,6 +21,7 @@ from lowrank_jax.projection.projectors.ranked import ranked
 from lowrank_jax.projection.projectors.svd import svd, svd_two_sided
 from lowrank_jax.projection.projectors.switch import switch
 from lowrank_jax.projection.projectors.switching import switching
+from lowrank_jax.projection.projectors.tucker import tucker
 from lowrank_jax.projection.state import RefreshInputs
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
     "svd_two_sided",
     "switch",
     "switching",
+    "tucker",
 ]
 __dir__ = functools.partial(sorted, __all__)

@@ -103,17 +103,21 @@ class Projector(Short):
     def _round(self, size: float) -> int:
         return round(size)
 
+    def rank_at(self, path: str) -> Scalar:
+        """The rank as it is given for a leaf: an integer or a fraction."""
+        if not isinstance(self.rank, tuple):
+            return self.rank
+        matching = [value for pattern, value in self.rank if re.fullmatch(pattern, path)]
+        if not matching:
+            raise ValueError(
+                f"rank: no pattern matches {path!r}; add ('.*', rank) as the last rule"
+            )
+        return matching[0]
+
     def rank_for(self, path: str, shrunk: int, kept: int) -> int:
         """r for a leaf whose matrices are `(shrunk, kept)`. Fractions are of `shrunk` and round half
         to even, as FRUGAL's code does; coordinate selections round down."""
-        rank = self.rank
-        if isinstance(rank, tuple):
-            matching = [value for pattern, value in rank if re.fullmatch(pattern, path)]
-            if not matching:
-                raise ValueError(
-                    f"rank: no pattern matches {path!r}; add ('.*', rank) as the last rule"
-                )
-            rank = matching[0]
+        rank = self.rank_at(path)
         if is_integer(rank):
             rank = int(rank)
         else:

@@ -45,7 +45,8 @@ class Wrapped(Projector):
     orthonormal, of_rows = _all("orthonormal"), _all("of_rows")
     starts_before = property(lambda self: self.parts[0].starts_before)
 
-    rank_for, structure = _shared("rank_for"), _shared("structure")
+    rank_at, rank_for = _shared("rank_at"), _shared("rank_for")
+    structure = _shared("structure")
     down, up, thin = _shared("down"), _shared("up"), _shared("thin")
     rest, rounding, measure = _shared("rest"), _shared("rounding"), _shared("measure")
     overlap, served = _shared("overlap"), _shared("served")
