@@ -55,6 +55,10 @@ VALUE_AND_GRAD = jax.jit(jax.value_and_grad(loss))
 PROJECTORS = {
     "svd": lrx.projectors.svd(rank=3),
     "svd of full rank": lrx.projectors.svd(rank=1.0),
+    "tucker": lrx.projectors.tucker(rank=2, iterations=0),
+    "ranked": lrx.projectors.ranked(
+        projector=lrx.projectors.dct(rank=3), schedule=lrx.rank_schedules.by_layer(shares=(1, 0.4))
+    ),
     "svd_two_sided": lrx.projectors.svd_two_sided(rank=3),
     "dct": lrx.projectors.dct(rank=3),
     "columns": lrx.projectors.columns(rank=3),
