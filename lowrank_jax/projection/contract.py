@@ -20,7 +20,7 @@ from lowrank_jax.projection.batches import layer_numbers
 from lowrank_jax.projection.projectors.base import Projector
 from lowrank_jax.projection.residuals import Combine
 from lowrank_jax.projection.slots import Projection
-from lowrank_jax.projection.state import READABLE, RefreshInputs
+from lowrank_jax.projection.state import READABLE, RefreshInputs, sketch_of
 from lowrank_jax.projection.targets import Kept, Moved
 from lowrank_jax.typing import Pytree, Shape
 
@@ -214,9 +214,11 @@ def _check_moves(leaf: Leaf, basis: Pytree, memory: Pytree) -> None:
             return projector.sketch_basis(view, basis, memory, inputs)
 
         found = sketch_basis(contracted, basis, memory, early)
-        width = found.shape[-1] if isinstance(found, Struct) and found.ndim else view.rank
-        sketch_basis.shape(found, (*view.batch, view.kept, width), what="a matrix of k rows")
-        given["sketch"] = Struct((*view.batch, view.shrunk, width), jnp.float32)
+        parts = found if isinstance(found, tuple) and len(found) == 2 else (found,)
+        for part, size, name in zip(parts, (view.kept, view.shrunk), "ks", strict=False):
+            width = part.shape[-1] if isinstance(part, Struct) and part.ndim else view.rank
+            sketch_basis.shape(part, (*view.batch, size, width), what=f"a matrix of {name} rows")
+        given["sketch"] = jax.eval_shape(sketch_of, leaf.matrix, found)
     if projector.starts:  # otherwise a first basis is a refresh of the one that init made
         start = Verb("projector", projector, "start")
         found = start(lambda g: projector.start(view, inputs_for(start, g, projector)), given)

@@ -378,8 +378,10 @@ class _Layerwise:
             # as without a refresh, in the structure of one with it
             grads, d_vectors, d_inputs = low()
             pairs = zip(grads, jax.eval_shape(sketched)[0], strict=True)
-            zeros = [(grad.low, shape.sketch) for grad, shape in pairs]
-            grads = [Projected(low, jnp.zeros(x.shape, x.dtype)) for low, x in zeros]
+            zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
+            grads = [
+                Projected(grad.low, jax.tree.map(zeros, shape.sketch)) for grad, shape in pairs
+            ]
             return grads, d_vectors, d_inputs
 
         if plan != "full at a refresh":

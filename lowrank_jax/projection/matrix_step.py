@@ -23,7 +23,14 @@ from lowrank_jax.projection.placement import Trees, laid, like, on_own_matrices,
 from lowrank_jax.projection.refresh import fresh_inner, project, refresh, refresh_inputs, start
 from lowrank_jax.projection.residuals import Combine
 from lowrank_jax.projection.slots import Projection
-from lowrank_jax.projection.state import MatrixState, Now, Projected, parts_of
+from lowrank_jax.projection.state import (
+    MatrixState,
+    Now,
+    Projected,
+    Sketch,
+    parts_of,
+    sketch_of,
+)
 from lowrank_jax.projection.targets import Kept
 from lowrank_jax.projection.transports import check_registered
 from lowrank_jax.trees import dequantized
@@ -140,12 +147,12 @@ class MatrixStep:
             return
 
         def product():
-            # (batch..., s, k) times (batch..., k, q)
+            # (batch..., s, k) times (batch..., k, q), or thin products of both sides
             basis = sketch_basis(self.config, self.view, self.old, now, self.layers)
-            made = self.matrix @ basis
-            return sharding.reshard(made, sharding.unsharded_spec(self.view.spec))
+            made, spec = sketch_of(self.matrix, basis), sharding.unsharded_spec(self.view.spec)
+            return jax.tree.map(lambda x: sharding.reshard(x, spec), made)
 
-        nothing = sharding.zeros_like(jax.eval_shape(product))
+        nothing = jax.tree.map(sharding.zeros_like, jax.eval_shape(product))
         if due is True:
             self.sketch = product()
         else:
@@ -246,7 +253,7 @@ class MatrixStep:
 
 def _checked(
     config: Projection, view: ResolvedView, grad: Projected
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, Sketch | None]:
     """`(low, sketch)` of a projected gradient; ValueError where it cannot serve."""
     if config.reads_gradient:
         target, residual = type(config.target).__name__, type(config.residual).__name__
@@ -274,9 +281,9 @@ def sketch_basis(
     state: MatrixState,
     now: Now,
     layers: jax.Array,
-) -> jax.Array:
-    """`(batch..., k, q)`: what a refresh by a sketch contracts the kept side of the gradient
-    with."""
+) -> Sketch:
+    """`(batch..., k, q)`: what a refresh by a sketch contracts the kept side of the gradient with;
+    or a pair, for both sides."""
     trees = parts_of(state) | {"layers": layers}
     inputs = refresh_inputs(config, view, trees, now)
     return config.projector.sketch_basis(view, state.basis, state.memory, inputs)

@@ -20,6 +20,7 @@ from lowrank_jax import sharding
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection import layout
 from lowrank_jax.projection.slots import Projection
+from lowrank_jax.projection.state import Sketch
 from lowrank_jax.typing import Pytree
 
 Trees = dict[str, Pytree]
@@ -31,9 +32,14 @@ def _rows(config: Projection, view: ResolvedView, x: jax.Array) -> jax.Array:
     return layout.rows(view, x, pad=config.projector.of_rows)
 
 
-def _sketch(config: Projection, view: ResolvedView, x: jax.Array) -> jax.Array:
-    """A sketch `(s, q)`, divided along s: Gram matrices do the rest."""
-    return layout.divided(view, sharding.reshard(x, sharding.unsharded_spec(view.spec)), -2)
+def _sketch(config: Projection, view: ResolvedView, x: Sketch) -> Sketch:
+    """A sketch `(s, q)`, divided along s, and of a pair `(q, k)` along k: Gram matrices do the
+    rest."""
+    spec = sharding.unsharded_spec(view.spec)
+    if not isinstance(x, tuple):
+        return layout.divided(view, sharding.reshard(x, spec), -2)
+    right, left = (sharding.reshard(own, spec) for own in x)
+    return layout.divided(view, right, -2), layout.divided(view, left, -1)
 
 
 def _unsharded(config: Projection, view: ResolvedView, x: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from lowrank_jax.optim import inner as inner_lib
 from lowrank_jax.optim import scales
 from lowrank_jax.projection.residuals import Combine
 from lowrank_jax.projection.slots import Projection
-from lowrank_jax.projection.state import RefreshInputs
+from lowrank_jax.projection.state import RefreshInputs, sketch_of
 from lowrank_jax.projection.targets import Kept, Moved
 from lowrank_jax.typing import Pytree
 
@@ -137,5 +137,5 @@ def _seen_by(
         found = dataclasses.replace(found, momentum=unbiased)
     if "sketch" in p.reads:
         contracted = p.sketch_basis(view, basis, state["memory"], found)
-        found = dataclasses.replace(found, sketch=target @ contracted)
+        found = dataclasses.replace(found, sketch=sketch_of(target, contracted))
     return found

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lowrank_jax import deprecations
 from lowrank_jax.matrices import ResolvedView
@@ -14,6 +15,9 @@ from lowrank_jax.optim.surgery import register_fields
 from lowrank_jax.reprs import Short, show
 from lowrank_jax.serialization import serializable
 from lowrank_jax.typing import Pytree, Scalar
+
+Sketch = jax.Array | tuple[jax.Array, jax.Array]
+"""What a refresh is told of a matrix by thin products: of its kept side, or of both."""
 
 FORMAT_VERSION = 3  # 2: refreshes; 3: memory, target, refresh_schedule, sampler, partly_skipped
 
@@ -133,7 +137,8 @@ class Projected(Short):
 
     Attributes:
       low: `(batch..., r, k)` float32, `PᵀG` of the oriented gradient.
-      sketch: `(batch..., s, q)` float32, `G Q`, or None.
+      sketch: `(batch..., s, q)` float32, `G Q`, or None; of a sketch of both sides a pair of it and
+        `(batch..., q', k)`.
 
     >>> import jax, jax.numpy as jnp
     >>> import lowrank_jax as lrx
@@ -142,7 +147,7 @@ class Projected(Short):
     """
 
     low: jax.Array
-    sketch: jax.Array | None = None
+    sketch: Sketch | None = None
 
 
 class Now(NamedTuple):
@@ -182,7 +187,8 @@ class RefreshInputs(Short):
       momentum: `(batch..., r, k)`, debiased first moment in the old basis, before this step's
         update.
       param: `(batch..., s, k)`, the oriented parameter.
-      sketch: `(batch..., s, q)`, the target times the projector's `sketch_basis (batch..., k, q)`.
+      sketch: `(batch..., s, q)`, the target times the projector's `sketch_basis (batch..., k, q)`; of
+        a pair of sketch bases a pair, `sketch_of(target, sketch_basis)`.
       low: `(batch..., r, k)`, this step's low-rank object in the old basis.
       learning_rate: of this step.
       refreshes: int32 (), refreshes of the tree before this one.
@@ -206,12 +212,20 @@ class RefreshInputs(Short):
     target: jax.Array | None = None
     momentum: jax.Array | None = None
     param: jax.Array | None = None
-    sketch: jax.Array | None = None
+    sketch: Sketch | None = None
     low: jax.Array | None = None
     learning_rate: Scalar | None = None
     refreshes: Scalar | None = None
     step: Scalar | None = None
     key: jax.Array | None = None
+
+
+def sketch_of(target: jax.Array, basis: Sketch) -> Sketch:
+    """`G Q (batch..., s, q)` of `G (batch..., s, k)`; of a pair `(Q, S)` also `SᵀG (batch..., q', k)`."""
+    if not isinstance(basis, tuple):
+        return target @ basis
+    right, left = basis
+    return target @ right, jnp.swapaxes(left, -1, -2) @ target
 
 
 READABLE = frozenset(field.name for field in dataclasses.fields(RefreshInputs))

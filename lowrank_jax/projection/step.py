@@ -31,6 +31,7 @@ from lowrank_jax.projection.state import (
     Projected,
     ProjectionState,
     Rebased,
+    Sketch,
     matrix_states,
 )
 from lowrank_jax.trees import is_quantized, pure
@@ -382,7 +383,7 @@ def _scheduled(config: Projection, state: ProjectionState) -> Any:
 
 def sketch_bases(
     config: Projection, state: ProjectionState, learning_rate: Any = None
-) -> dict[str, jax.Array]:
+) -> dict[str, Sketch]:
     """`{path: (batch..., k, q)}`: what a refresh through taps contracts the gradients with, for
     `lrx.taps`."""
     now = now_of(config, state, learning_rate)

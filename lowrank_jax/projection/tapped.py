@@ -29,6 +29,7 @@ from lowrank_jax.kernel_node import KernelNode, Op, Stack, parts_of, with_parts_
 from lowrank_jax.matrices import MatrixView, ResolvedView
 from lowrank_jax.projection.batches import each
 from lowrank_jax.projection.projectors.base import thin_product
+from lowrank_jax.projection.state import Sketch, sketch_of
 from lowrank_jax.rows import fold_rows
 from lowrank_jax.serialization import serializable
 from lowrank_jax.typing import DTypeLike, Kernel, Pytree
@@ -46,15 +47,16 @@ class Tap:
       low: zeros like the low-rank object, float32; its cotangent is the projected gradient. None
         before it is placed.
       sketch_basis: `(batch..., k, q)`, or None: at a refresh, what the kept side is contracted
-        with.
-      sketch: zeros `(batch..., s, q)`, or None; its cotangent is `G sketch_basis`.
+        with; or a pair, the second of which `(batch..., s, q')` contracts the shrunk one.
+      sketch: zeros `(batch..., s, q)`, or None; its cotangent is `G sketch_basis`. Of a pair also
+        `(batch..., q', k)`.
       view, projector: static structure, as in `MatrixState`.
     """
 
     basis: Pytree
     low: jax.Array | None
-    sketch_basis: jax.Array | None
-    sketch: jax.Array | None
+    sketch_basis: Sketch | None
+    sketch: Sketch | None
     view: ResolvedView = dataclasses.field(metadata={"static": True})
     projector: Any = dataclasses.field(metadata={"static": True})
 
@@ -63,7 +65,7 @@ class Tap:
         low, sketch = self.zeros(None)
         return dataclasses.replace(self, low=low, sketch=sketch)
 
-    def zeros(self, kernel: Kernel) -> tuple[jax.Array, jax.Array | None]:
+    def zeros(self, kernel: Kernel) -> tuple[jax.Array, Sketch | None]:
         """`(low, sketch)`, the points at which the gradient is taken; on an explicit mesh divided
         as the kernel is."""
         view = self.view if kernel is None else self.view.lying(getattr(kernel, "value", kernel))
@@ -74,10 +76,14 @@ class Tap:
         low = sharding.vary(sharding.zeros(shape, jnp.float32, spec), names)
         if self.sketch_basis is None:
             return low, None
-        shape = (*view.batch, view.shrunk, self.sketch_basis.shape[-1])
-        return low, sharding.vary(
-            sharding.zeros(shape, jnp.float32, sharding.unsharded_spec(view.spec)), names
-        )
+        whole = jax.ShapeDtypeStruct(view.oriented, jnp.float32)
+        spec = sharding.unsharded_spec(view.spec)
+
+        def zeros(made):
+            return sharding.vary(sharding.zeros(made.shape, jnp.float32, spec), names)
+
+        shapes = jax.eval_shape(sketch_of, whole, self.sketch_basis)
+        return low, jax.tree.map(zeros, shapes)
 
 
 @serializable
@@ -180,12 +186,20 @@ def _forward(make, view, projector, x, kernel, basis, sketch_basis, low, sketch)
     base, array, rest = kernel
     op = make(rest, (base, array))
     thin = _Products.low(op, view, projector).saved(x, basis)
-    rows = None if sketch_basis is None else _Products.sketch(op, view).saved(x, sketch_basis)
+    rows = [
+        _Products.sketch(op, view, side).saved(x, own)
+        for side, own in _contracted_sides(view, sketch_basis)
+    ]
     shape = jax.eval_shape(lambda: x)  # with its sharding, and with what it varies over
-    static = _Static(
-        shape, *(None if leaf is None else jax.typeof(leaf).sharding for leaf in (low, sketch))
-    )
+    places = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(sketch)]
+    static = _Static(shape, jax.typeof(low).sharding, tuple(places))
     return _own(make, x, kernel), (thin, rows, kernel, basis, sketch_basis, static)
+
+
+def _contracted_sides(view: ResolvedView, sketch_basis: Sketch | None) -> list[tuple[str, Any]]:
+    """`[(side, what contracts it), ...]` of a sketch basis: the kept side first."""
+    kept = "cols" if view.side == "rows" else "rows"
+    return list(zip((kept, view.side), jax.tree.leaves(sketch_basis), strict=False))
 
 
 @jax.tree_util.register_static
@@ -196,12 +210,13 @@ class _Static:
 
     x: jax.ShapeDtypeStruct
     low: Any
-    sketch: Any
+    sketch: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Products:
-    """The thin products of one cotangent of a tap: `PᵀG`, `(G Q)ᵀ`, `Pᵀ G Q`, or the sketch `G S`.
+    """The thin products of one cotangent of a tap: `PᵀG`, `(G Q)ᵀ`, `Pᵀ G Q`, or the sketch `G S`
+    or `SᵀG`.
 
     With `G = XᵀdY` a basis multiplies X, dY or both. A product whose input holds features is
     multiplied by `projector.thin`, whose basis may be indices. Any other is linear in a factor,
@@ -224,10 +239,10 @@ class _Products:
         return cls(op, view, lambda x, basis, side: projector.thin(view, basis, x, side))
 
     @classmethod
-    def sketch(cls, op: Op, view: ResolvedView) -> _Products:
-        """`(s, q)`: the kept side is contracted."""
+    def sketch(cls, op: Op, view: ResolvedView, contracted: str) -> _Products:
+        """`(s, q)` or `(q, k)`: one side is contracted."""
         return cls(
-            op, view, lambda x, basis, side: x if side == view.side else thin_product(x, basis)
+            op, view, lambda x, basis, side: thin_product(x, basis) if side == contracted else x
         )
 
     @property
@@ -350,9 +365,12 @@ def _backward(make, view, projector, residuals, dy):
         else:
             (dx,) = jax.linear_transpose(own, static.x)(dy)
     d_low = _Products.low(op, view, projector).gradient(thin, dy, basis, static.low)
-    d_sketch = None
-    if sketch_basis is not None:
-        d_sketch = _Products.sketch(op, view).gradient(rows, dy, sketch_basis, static.sketch)
+    sides = _contracted_sides(view, sketch_basis)
+    sketches = [
+        _Products.sketch(op, view, side).gradient(saved, dy, own, place)
+        for (side, own), saved, place in zip(sides, rows, static.sketch, strict=True)
+    ]
+    d_sketch = jax.tree.unflatten(jax.tree.structure(sketch_basis), sketches)
     return dx, None, None, None, d_low, d_sketch
 
 

@@ -23,7 +23,7 @@ from flax.core import meta
 
 from lowrank_jax import sharding
 from lowrank_jax.functions.adapted import adapted
-from lowrank_jax.projection.state import Projected, ProjectionState, matrix_states
+from lowrank_jax.projection.state import Projected, ProjectionState, Sketch, matrix_states
 from lowrank_jax.projection.tapped import Tap, Tapped
 from lowrank_jax.serialization import serializable
 from lowrank_jax.trees import dequantized, is_node, nodes_with_keys, path_of
@@ -73,7 +73,7 @@ def projection_states(opt_state: Any) -> list[ProjectionState]:
     return found
 
 
-def taps(opt_state: Any, sketches: dict[str, jax.Array] | None = None) -> Taps:
+def taps(opt_state: Any, sketches: dict[str, Sketch] | None = None) -> Taps:
     """The taps of every projected kernel, found by type anywhere in a nested optimizer state.
 
     Args:

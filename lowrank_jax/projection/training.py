@@ -211,7 +211,7 @@ class _Gradients:
 def _with_zero_sketch(grad: Pytree, shape: Pytree) -> Pytree:
     if not is_projected(grad):
         return grad
-    return Projected(grad.low, sharding.zeros_like(shape.sketch))
+    return Projected(grad.low, jax.tree.map(sharding.zeros_like, shape.sketch))
 
 
 def _value_and_grad(loss: Callable[..., Any], accumulate: int, has_aux: bool) -> Callable[..., Any]:

@@ -63,6 +63,8 @@ ROWS = {
     "ranked after": (galore(P.ranked(projector=P.random(rank=3), schedule=BY_LAYER), every(period=2, **AFTER)), "taps"),
     "identity": (galore(P.identity(), every(period=2)), "taps"),
     "alternating": (galore(P.alternating(rank=3), every(period=3, **AFTER)), "sketch at a refresh"),
+    "alternating two-sided": (galore(P.alternating_two_sided(rank=3), every(period=3, **AFTER), eps=1e-2),
+                              "sketch at a refresh"),
     "alternating staggered": (galore(P.alternating(rank=3), staggered(period=3, **AFTER)), "sketch at a refresh"),
     "alternating before": (galore(P.alternating(rank=3), every(period=3)), "full at a refresh"),
     "sketch": (galore(P.randomized(rank=3, iterations=0), every(period=3, **AFTER)), "sketch at a refresh"),

@@ -56,6 +56,7 @@ ROWS = {
     "random after": galore(P.random(rank=3), every(period=2, **AFTER), clip_norm=0.5),
     "ranked": galore(P.ranked(projector=P.dct(rank=3), schedule=BY_LAYER), every(period=2)),
     "alternating": galore(P.alternating(rank=3), every(period=3, **AFTER)),
+    "alternating two-sided": galore(P.alternating_two_sided(rank=3), every(period=3, **AFTER), eps=1e-2),
     "masked decay": galore(P.svd(rank=3), every(period=3), weight_decay=0.5,
                            mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)),
     "stored": galore(P.svd(rank=3), every(period=3), inner=lrx.inner.stored8(minimum=0), plain=lrx.inner.adam()),

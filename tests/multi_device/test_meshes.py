@@ -24,6 +24,10 @@ GALORE = {
     "hadamard": {"projector": lrx.projectors.hadamard(rank=4)},
     "structured": {"projector": lrx.projectors.random(rank=4, kind="structured")},
     "orthonormal": {"projector": lrx.projectors.random(rank=4, kind="orthonormal")},
+    "alternating two-sided": {
+        "projector": lrx.projectors.alternating_two_sided(rank=4),
+        "eps": 1e-2,
+    },
     "ranked": {
         "projector": lrx.projectors.ranked(
             projector=lrx.projectors.dct(rank=4), schedule=lrx.rank_schedules.energy(share=0.4)

@@ -88,15 +88,19 @@ def reduced(compiled):
     return {tuple(int(n) for n in shape.split(",") if n) for shape in shapes}
 
 
-def test_reductions_carry_low_rank_gradients():
+@pytest.mark.parametrize(
+    "projector",
+    [
+        lrx.projectors.random(rank=RANK, kind="orthonormal"),
+        # a refresh too: of both sides by thin products
+        lrx.projectors.alternating_two_sided(rank=RANK),
+    ],
+    ids=["random", "two-sided"],
+)
+def test_reductions_carry_low_rank_gradients(projector):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     whole, rows = NamedSharding(mesh, Spec()), NamedSharding(mesh, Spec("data"))
-    tx = lrx.galore(
-        1e-2,
-        projector=lrx.projectors.random(rank=RANK, kind="orthonormal"),
-        refresh_schedule=AFTER,
-        views=VIEWS,
-    )
+    tx = lrx.galore(1e-2, projector=projector, refresh_schedule=AFTER, views=VIEWS)
     shapes = {}
     for backprop in ("projected", "full"):
         step = lrx.train_step(loss, tx, backprop=backprop)

@@ -40,6 +40,9 @@ OPTIMIZERS = {
         refresh_schedule=lrx.refresh_schedules.staggered(period=2),
     ),
     "sketch": galore(projector=lrx.projectors.alternating(rank=4), refresh_schedule=AFTER),
+    "sketch of both sides": galore(
+        projector=lrx.projectors.alternating_two_sided(rank=4), refresh_schedule=AFTER, eps=1e-2
+    ),
     "random": galore(projector=lrx.projectors.random(rank=4), refresh_schedule=AFTER),
     "frugal": lrx.frugal(1e-2, projection="columns", refresh_every=2, views=VIEWS),
 }

@@ -20,6 +20,10 @@ class Svd(type(lrx.projectors.svd(rank=2))):
     """A projector to get wrong."""
 
 
+class Both(lrx.projectors.alternating_two_sided):
+    """A projector that reads a sketch of both sides, to get wrong."""
+
+
 class Rule(lrx.residuals.Residual):
     """A residual rule to get wrong."""
 
@@ -119,6 +123,17 @@ WRONG = {
         Svd,
         {"refresh": lambda self, view, basis, memory, i: (basis.astype(jnp.int32), memory)},
         r"Svd.refresh returned \(int32.*as init makes it",
+    ),
+    "sketch-pair": Wrong(
+        "projector",
+        Both,
+        {
+            "sketch_basis": lambda self, view, basis, memory, inputs: (
+                basis[1],
+                basis[1][..., :1, :],
+            )
+        },
+        "Both.sketch_basis returned.*return a matrix of s rows",
     ),
     "start": Wrong(
         "projector",

@@ -61,6 +61,10 @@ def projectors():
         ),
         "randomized two-sided": (p.randomized_two_sided(**rank), lambda s, k, r: 4 * (s + k) * r),
         "tucker, two-sided": (p.tucker(**rank), lambda s, k, r: 4 * (s + k) * r),
+        "alternating two-sided": (
+            p.alternating_two_sided(**rank),
+            lambda s, k, r: 4 * (s + k) * r,
+        ),
         "randomized": (p.randomized(**rank), lambda s, k, r: 4 * s * r),
         "power": (p.power(**rank), lambda s, k, r: 4 * s * r),
         "grassmann": (p.grassmann(**rank), lambda s, k, r: 4 * s * r),

@@ -37,8 +37,9 @@ def tsr_adam(
 
     Paper: https://arxiv.org/abs/2602.08007, by its abstract; the rule is that of its code
     (DKmiyan/TSR-Adam). The abstract has refreshes without a synchronised full gradient. Its code
-    decomposes the gradient that PyTorch has summed up already, and so does this: a refresh reads the
-    full gradient, all steps between read the core alone.
+    decomposes the gradient that PyTorch has summed up already, and so does this by default. With
+    `projector=lrx.projectors.alternating_two_sided(rank=rank)` a refresh is two thin products, of
+    which devices sum up `(s + k) r` numbers of a matrix, after the step.
 
     Args:
       learning_rate: number or schedule; .01 in all scripts.

@@ -4,6 +4,7 @@ functions."""
 import functools
 
 from lowrank_jax.projection.projectors.alternating import alternating
+from lowrank_jax.projection.projectors.alternating_two_sided import alternating_two_sided
 from lowrank_jax.projection.projectors.base import Projector, StoredProjector
 from lowrank_jax.projection.projectors.columns import columns
 from lowrank_jax.projection.projectors.correlated import correlated
@@ -29,6 +30,7 @@ __all__ = [
     "RefreshInputs",
     "StoredProjector",
     "alternating",
+    "alternating_two_sided",
     "columns",
     "correlated",
     "dct",

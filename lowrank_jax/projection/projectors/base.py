@@ -14,7 +14,9 @@
                                                            a product, so that
                                                    thin(X)ᵀ thin(dY) is the low-rank object of the
                                                    gradient XᵀdY
-    sketch_basis(view, basis, memory, inputs) -> (batch..., k, q)   of projectors that read a "sketch"
+    sketch_basis(view, basis, memory, inputs) -> (batch..., k, q)   of projectors that read a "sketch",
+                                                   or a pair of it and (batch..., s, q') for both
+                                                   sides
     overlap(view, old, new) -> change              what transports apply to moments
     measure(view, basis, x) -> (...)               captured energy, between 0 and 1
     served(view, basis) -> bool (batch..., r)      of projectors that mask: which vectors serve
@@ -46,7 +48,7 @@ from lowrank_jax import linalg, sharding
 from lowrank_jax.checks import is_integer, is_number
 from lowrank_jax.matrices import ResolvedView
 from lowrank_jax.projection.batches import count
-from lowrank_jax.projection.state import RefreshInputs
+from lowrank_jax.projection.state import RefreshInputs, Sketch
 from lowrank_jax.projection.transports import Change, DenseChange, IndexChange
 from lowrank_jax.reprs import Short
 from lowrank_jax.rows import over_rows
@@ -210,7 +212,7 @@ class Projector(Short):
 
     def sketch_basis(
         self, view: ResolvedView, basis: Pytree, memory: Pytree, inputs: RefreshInputs
-    ) -> jax.Array:
+    ) -> Sketch:
         raise TypeError(f"{type(self).__name__} reads no sketch")
 
     def structure(self) -> Projector:

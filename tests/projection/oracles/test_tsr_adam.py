@@ -97,6 +97,90 @@ def test_with_power_enough_it_is_the_singular_vectors():
         np.testing.assert_allclose(own, exact, atol=1e-4)
 
 
+def along(new, old):
+    return new * np.where(np.sum(new * old, axis=0) < 0, -1, 1)
+
+
+def tsr_by_sketches(w, grads, bases, drawn, b1, b2, eps, scale):
+    """The weight after all steps, whose bases move after a step, by two thin products."""
+    m = n = np.zeros((RANK, RANK))
+    u, v = bases
+    for t, g in enumerate(grads):
+        core = u.T @ g @ v
+        m, n = b1 * m + (1 - b1) * core, b2 * n + (1 - b2) * core**2
+        rate = RATE * np.sqrt(1 - b2 ** (t + 1)) / (1 - b1 ** (t + 1))
+        w = w - rate * scale * u @ (m / (np.sqrt(n) + eps)) @ v.T
+        if t % EVERY == 0:
+            left, right = drawn if t == 0 else (u, v)
+            u, v = (
+                along(np.linalg.qr(g @ right)[0], u),
+                along(np.linalg.qr(g.T @ left)[0], v),
+            )
+    return w
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (2, 9, 14)])
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_refresh_by_thin_products_is_numpys(shape, projected):
+    """Of full gradients and of taps: the loss is linear, so that G is what is given."""
+    generator = np.random.default_rng(0)
+    weight, grads = generator.normal(size=shape), generator.normal(size=(STEPS, *shape))
+    views = lrx.Views(stacked=("kernel",) if len(shape) == 3 else ())
+    projector = lrx.projectors.alternating_two_sided(rank=RANK)
+    tx = lrx.tsr_adam(RATE, projector=projector, refresh_every=EVERY, views=views, eps=OWN["eps"])
+    assert lrx.projection.gradient_mode(tx.projection) == "sketch at a refresh"
+
+    def loss(params, grad):
+        kernel = params["kernel"]
+        eye = jnp.eye(kernel.shape[-2])
+        if kernel.ndim == 2:
+            return jnp.sum(lrx.matmul(eye, kernel) * grad)
+        products = jax.lax.scan(lambda _, one: (None, lrx.matmul(eye, one)), None, kernel)[1]
+        return jnp.sum(products * grad)
+
+    params = {"kernel": jnp.asarray(weight, jnp.float32)}
+    if projected:
+        state = lrx.fused(tx).init(params)
+        step = jax.jit(lrx.train_step(loss, tx))
+    else:
+        state, update = tx.init(params), jax.jit(tx.update)
+    matrix = state.projection.matrices["kernel"]
+    view, bases = matrix.view, [np.asarray(side, np.float64) for side in matrix.basis]
+    keys = tx.projection.keys(view, 0, layer_numbers(view))
+    drawn = np.asarray(normal(keys, (view.shrunk + view.kept, RANK)), np.float64)
+    for grad in grads:
+        grad = jnp.asarray(grad, jnp.float32)
+        if projected:
+            params, state, _ = step(params, state, grad)
+        else:
+            updates, state = update({"kernel": grad}, state, params)
+            params = optax.apply_updates(params, updates)
+    flip = np.transpose if view.side == "cols" else lambda x: x
+    stack = lambda x: x if len(shape) == 3 else x[None]  # noqa: E731
+    numbers = {name: OWN[name] for name in ("b1", "b2", "eps", "scale")}
+    for layer, w in enumerate(stack(weight)):
+        own = [flip(g) for g in stack(np.moveaxis(grads, 0, -3))[layer]]
+        pair = stack(drawn)[layer][: view.shrunk], stack(drawn)[layer][view.shrunk :]
+        of_layer = [stack(side)[layer] for side in bases]
+        want = tsr_by_sketches(flip(w), own, of_layer, pair, **numbers)
+        got = flip(stack(np.asarray(params["kernel"]))[layer])
+        np.testing.assert_allclose(got - flip(w), want - flip(w), rtol=1e-3, atol=5e-5)
+
+
+def test_sketches_of_both_sides_find_the_singular_vectors():
+    x = jnp.asarray(np.diag(0.5 ** np.arange(9.0)) @ np.eye(9, 14), jnp.float32)
+    tx = lrx.scale_by_projection(
+        lrx.projectors.alternating_two_sided(rank=3),
+        refresh_schedule=lrx.refresh_schedules.every_step(),
+    )
+    state, update = tx.init(x), jax.jit(tx.update)
+    for _ in range(30):
+        _, state = update(x, state)
+    left, right = state.matrices.basis
+    np.testing.assert_allclose(np.abs(left), np.eye(9, 3), atol=1e-3)
+    np.testing.assert_allclose(np.abs(right), np.eye(14, 3), atol=1e-3)
+
+
 def test_its_adam_is_that_of_its_code():
     adam = lrx.tsr_adam(1e-2, rank=2).projection.inner
     assert (adam.b1, adam.b2, adam.eps, adam.convention) == (0.9, 0.999, 1e-6, "hf")
