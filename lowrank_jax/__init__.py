@@ -62,6 +62,7 @@ from lowrank_jax.projection.optimizers.lotus import lotus
 from lowrank_jax.projection.optimizers.mofasgd import mofasgd
 from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.natural_galore import natural_galore
+from lowrank_jax.projection.optimizers.normuon import normuon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
 from lowrank_jax.projection.optimizers.q_galore import q_galore
 from lowrank_jax.projection.optimizers.racs import racs
@@ -132,6 +133,7 @@ __all__ = [
     "muon",
     "natural_galore",
     "nnx",
+    "normuon",
     "online_subspace_descent",
     "projected_value_and_grad",
     "projection",

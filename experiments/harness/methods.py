@@ -366,6 +366,7 @@ METHODS: dict[str, Method] = _table(
         ),
         Method(name="apollo_mini", build=_apollo_mini, own_rank=1, advice={}),
         Method(name="muon", build=lrx.muon),
+        Method(name="normuon", build=lrx.normuon),
         # eigenvectors at the first step, QR of square matrices at every refresh
         Method(name="soap", build=lrx.soap, decomposes=True),
         Method(name="lora_plus", build=lrx.lora_plus, kind=PAIRS, programs=("finetune",)),

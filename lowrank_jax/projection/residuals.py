@@ -331,11 +331,67 @@ class Compensated(Residual):
         return c.step() + c.scale * self.scale * compensation, state
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeuronNormalized(Residual):
+    """`up(u)` with each output over the root of its average energy, the norm of the whole set
+    afterwards (NorMuon); the rest is dropped.
+
+    With `O = up(d)` and j an output that the basis reaches (all others keep their energy),
+
+        v_j <- b v_j + (1 - b) mean_i(O_ij²),   D_ij = O_ij / (sqrt(v_j) + eps)
+        U = |O| D / |D|                         rms None
+        U = rms sqrt(s k) D / |D|               otherwise
+
+    times the inner scale and the method's own. State: one float32 for each output.
+
+    Args:
+      b: decay of the energies, without bias correction.
+      eps: added to their roots.
+      rms: root mean square of the update, or None for the norm that it had before.
+
+    Raises:
+      ValueError: for a decay outside [0, 1), a negative eps, an rms that is not positive.
+    """
+
+    b: Scalar = 0.95
+    eps: Scalar = 1e-8
+    rms: Scalar | None = None
+
+    def __post_init__(self):
+        name = "neuron_normalized"
+        check_number(f"{name}: b", self.b, at_least=0, below=1)
+        check_number(f"{name}: eps", self.eps, at_least=0)
+        check_number(f"{name}: rms", self.rms, above=0, otherwise="None for the norm it had")
+
+    def init(self, view):
+        # outputs are what is kept where inputs are shrunk
+        place = -1 if view.side == "rows" else -2
+        spec = None if view.spec is None else (*view.spec[:-2], view.spec[place])
+        return sharding.zeros((*view.batch, view.size_of("cols")), jnp.float32, spec)
+
+    def combine(self, c):
+        inputs = -2 if c.view.side == "rows" else -1
+        step = c.lift(c.direction)
+        reached = jnp.any(c.lift(jnp.ones_like(c.direction)) != 0, axis=inputs)
+        energy = average(c.state, jnp.mean(jnp.square(step), axis=inputs), self.b)
+        energy = jnp.where(reached, energy, c.state)
+        root = jnp.expand_dims(jnp.sqrt(energy) + self.eps, inputs)
+        # outputs that never moved have no energy, and stay
+        normalized = jnp.where(step == 0, 0, step / jnp.where(root > 0, root, 1))
+        size = norms(step, (-2, -1))
+        if self.rms is not None:
+            size = jnp.full_like(size, self.rms * math.sqrt(c.view.shrunk * c.view.kept))
+        found = norms(normalized, (-2, -1))
+        update = normalized * (size / jnp.where(found > 0, found, 1))
+        return times(c.inner_scale * c.scale, update), energy
+
+
 compensated = Compensated
 discard = Discard
 sign = Sign
 sgd = Sgd
 gradient_rescale = GradientRescale
+neuron_normalized = NeuronNormalized
 norm_scaled = NormScaled
 __getattr__ = deprecations.names("lowrank_jax.residuals")  # targets that were residual rules
 
@@ -347,6 +403,7 @@ __all__ = [
     "discard",
     "gradient_rescale",
     "limited",
+    "neuron_normalized",
     "norm_scaled",
     "sgd",
     "sign",

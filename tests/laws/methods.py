@@ -153,6 +153,7 @@ METHODS = (
     _apollo("apollo-tensor", projector=P.svd(rank=4), axis="tensor", limiter=None),
     _named(lrx.apollo_mini, "apollo_mini", refresh_every=2, seeded=True),
     _named(lrx.muon, "muon", due=(), gradients="taps", scale=lrx.scales.rms()),  # fans are swapped in a transpose
+    _named(lrx.normuon, "normuon", due=(), gradients="taps"),
     # plain leaves too, and a side that is too long for a basis; a small eps amplifies rounding
     _named(lrx.soap, "soap", due=(), idle=1, refresh_every=2, max_precond_dim=8, eps=1e-2,
            plain=lrx.inner.soap(max_precond_dim=8, eps=1e-2), gradients="taps", elsewhere={"first": "identity"}),

@@ -56,7 +56,9 @@ def test_a_stack_is_its_layers_one_by_one(method):
 
 def _knows_outputs(method):
     """Whether a step tells inputs from outputs, which a transpose swaps."""
-    return isinstance(method.options.get("inner"), lrx.inner.adam_mini)
+    slots = lrx.projection.projection_of(method.build())
+    own = isinstance(slots.residual, lrx.residuals.neuron_normalized)
+    return own or isinstance(slots.inner, lrx.inner.adam_mini)
 
 
 @m.every_method(unless=_knows_outputs)
