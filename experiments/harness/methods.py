@@ -332,6 +332,7 @@ METHODS: dict[str, Method] = _table(
         Method(name="lisa", build=lrx.lisa, refuses=_SAMPLES_LAYERS),
         Method(name="badam", build=lrx.badam, refuses=_SAMPLES_LAYERS),
         Method(name="dion", build=lrx.dion, refuses=_KEEPS_SUMS),
+        Method(name="dion2", build=lrx.dion2, refuses=_KEEPS_SUMS),
         Method(name="trion", build=lrx.trion, refuses=_KEEPS_SUMS),
         Method(
             name="frugal",

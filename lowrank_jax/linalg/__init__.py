@@ -37,6 +37,8 @@ from lowrank_jax.linalg.decompositions import (
 )
 from lowrank_jax.linalg.normal_float import NormalFloat4, normal_float_book, quantize_nf4
 from lowrank_jax.linalg.orthogonal import (
+    MUON,
+    POLAR_EXPRESS,
     cholesky_qr2,
     newton_schulz,
     orthonormalize,
@@ -74,6 +76,8 @@ from lowrank_jax.linalg.transforms import (
 )
 
 __all__ = [
+    "MUON",
+    "POLAR_EXPRESS",
     "Affine4",
     "Codes",
     "NormalFloat4",

@@ -18,7 +18,16 @@ from jax import lax
 from lowrank_jax import sharding
 from lowrank_jax.linalg import _lapack
 from lowrank_jax.linalg._common import Array, as_matrix, product, transpose
-from lowrank_jax.typing import ArrayLike, DTypeLike
+from lowrank_jax.typing import ArrayLike, DTypeLike, Scalar
+
+MUON = (3.4445, -4.7750, 2.0315)
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 
 
 def _as_tall(x: ArrayLike) -> Array:
@@ -153,16 +162,19 @@ def orthonormalize(x: ArrayLike) -> Array:
 def newton_schulz(
     x: ArrayLike,
     steps: int = 5,
-    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+    coefficients: tuple[float, float, float] | tuple[tuple[float, float, float], ...] = MUON,
     eps: float = 1e-8,
     compute_dtype: Any = None,
+    margin: Scalar = 1.0,
 ) -> Array:
     """Muon's Newton-Schulz iteration: singular values of x (..., m, n) moved towards 1, singular
     vectors kept.
 
-    Y = x / (||x||_F + eps), then ``steps`` times Y <- a Y + (b A + c A A) Y with A = Y Y^T, on the
+    Y = x / (margin ||x||_F + eps), then ``steps`` times Y <- a Y + (b A + c A A) Y with A = Y Y^T, on the
     orientation with fewer rows. Steps and coefficients are Muon's (Jordan et al. 2024): steep at 0,
-    hence values end in about [0.7, 1.2], not at 1; (1.5, -0.5, 0) converges to 1, slowly.
+    hence values end in about [0.7, 1.2], not at 1; (1.5, -0.5, 0) converges to 1, slowly. Triples in
+    ``coefficients`` are one a step, the last of them for what steps remain: ``POLAR_EXPRESS`` (Amsel
+    et al. 2025) ends nearer to 1, and wants ``margin=1.02``.
     ``compute_dtype`` (default: float32, float64 for a float64 x) sets the dtype of the iteration,
     bfloat16 in the original; the result is cast back by the package's rule. In a lower dtype every
     operation rounds, inside and outside of jit alike, as in PyTorch: x itself, its norm, both
@@ -178,14 +190,15 @@ def newton_schulz(
     x = as_matrix(x)
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1; Muon uses 5")
-    a, b, c = coefficients
+    by_step: Any = coefficients if isinstance(coefficients[0], tuple) else (coefficients,)
     tall = x.shape[-2] > x.shape[-1]
     y = transpose(x) if tall else x
     rounded, times = _arithmetic(x.dtype, compute_dtype)
     y = rounded(y)
     norm = rounded(jnp.linalg.norm(y, axis=(-2, -1), keepdims=True))
-    y = rounded(y / rounded(norm + eps))
-    for _ in range(steps):
+    y = rounded(y / rounded(margin * norm + eps))
+    for step in range(steps):
+        a, b, c = by_step[min(step, len(by_step) - 1)]
         gram = times(y, transpose(y))
         quartic = rounded(c * times(gram, gram))
         polynomial = rounded(rounded(b * gram) + quartic)

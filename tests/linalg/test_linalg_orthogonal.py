@@ -164,6 +164,16 @@ def test_newton_schulz_options():
     x = normal(4, 6).astype(np.float32)
     cubic = linalg.newton_schulz(x, 40, (1.5, -0.5, 0.0))
     assert orthogonality_error(cubic.T) < 1e-5
+    # one triple a step, and the last of them for the rest
+    nearest = np.linalg.svd(x, full_matrices=False)
+    polar = linalg.newton_schulz(x, 8, linalg.POLAR_EXPRESS, margin=1.02)
+    assert np.abs(polar - nearest[0] @ nearest[2]).max() < 0.1
+    by_step = linalg.newton_schulz(x, 3, (MUON, (1.5, -0.5, 0.0)), margin=1.1, eps=0.0)
+    start = linalg.newton_schulz(x, 1, MUON, margin=1.1, eps=0.0)
+    want = linalg.newton_schulz(
+        start, 2, (1.5, -0.5, 0.0), margin=1 / np.linalg.norm(start), eps=0.0
+    )
+    np.testing.assert_allclose(by_step, want, atol=1e-5)
     low = linalg.newton_schulz(x, compute_dtype=jnp.bfloat16)
     full = linalg.newton_schulz(x)
     assert low.dtype == jnp.float32

@@ -17,8 +17,6 @@ from lowrank_jax.optim.inner.moments import register_moments
 from lowrank_jax.reprs import show
 from lowrank_jax.typing import Pytree, Scalar
 
-MUON = (3.4445, -4.7750, 2.0315)
-
 
 class NewtonSchulzState(NamedTuple):
     """State of `newton_schulz`: the momentum, shaped like the low-rank object."""
@@ -43,8 +41,9 @@ class Orthogonal(Inner):
 
     Args:
       steps, coefficients: of the iteration, 5 and (3.4445, -4.7750, 2.0315) in Muon's code (Jordan
-        et al. 2024).
+        et al. 2024). Triples are one a step: `lrx.linalg.POLAR_EXPRESS`.
       eps: added to the norm that the iteration divides by; 1e-7 there, 1e-8 in microsoft/dion.
+      margin: factor on that norm before, 1; 1.02 with `POLAR_EXPRESS`.
       compute_dtype: of the iteration and its input: float32 (None), or bfloat16 as on GPUs in both
         codes.
       scale: factor on the direction, a number or one of `lrx.scales`: `fan_ratio()`, `rms(0.2)`.
@@ -62,8 +61,9 @@ class Orthogonal(Inner):
     """
 
     steps: int = 5
-    coefficients: tuple[float, float, float] = MUON
+    coefficients: tuple[float, float, float] | tuple[tuple[float, float, float], ...] = linalg.MUON
     eps: float = 1e-7
+    margin: Scalar = 1.0
     compute_dtype: jnp.dtype | str | None = None
     scale: Scalar | scales.Scale = 1.0
     splits = True
@@ -73,6 +73,7 @@ class Orthogonal(Inner):
 
     def __post_init__(self):
         check_number(f"{self.name}: eps", self.eps, at_least=0)
+        check_number(f"{self.name}: margin", self.margin, above=0)
         scales.check_factor(f"{self.name}: scale", self.scale, or_scale=True)
         check_static(f"{self.name}: steps", self.steps)
         check_integer(f"{self.name}: steps", self.steps, at_least=1)
@@ -107,7 +108,7 @@ class Orthogonal(Inner):
         # a Gram matrix adds up over a whole dimension
         unsharded = sharding.reshard(x, sharding.unsharded_spec(own))
         options = self.steps, self.coefficients, self.eps, self.compute_dtype
-        made = linalg.newton_schulz(unsharded, *options)
+        made = linalg.newton_schulz(unsharded, *options, margin=self.margin)
         return sharding.reshard(made, own)
 
 

@@ -7,6 +7,7 @@ from lowrank_jax.projection.optimizers.coap import coap
 from lowrank_jax.projection.optimizers.conda import conda
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
 from lowrank_jax.projection.optimizers.dion import dion
+from lowrank_jax.projection.optimizers.dion2 import dion2
 from lowrank_jax.projection.optimizers.fira import fira
 from lowrank_jax.projection.optimizers.flora import flora
 from lowrank_jax.projection.optimizers.frugal import frugal
@@ -41,6 +42,7 @@ __all__ = [
     "conda",
     "dct_adamw",
     "dion",
+    "dion2",
     "fira",
     "flora",
     "frugal",

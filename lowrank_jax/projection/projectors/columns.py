@@ -23,12 +23,14 @@ class Columns(IndexProjector):
         or given indices; given ones that are past the shrunk dimension are left out, and `rank` is
         their number.
       rank: fractions round down, as in FRUGAL's code.
+      round_up: fractions round up, as in Dion2's.
 
     Raises:
       ValueError: for an unknown selection, or given indices that are negative or repeat.
     """
 
     select: Any = "random"
+    round_up: bool = False
     of_rows: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -60,7 +62,7 @@ class Columns(IndexProjector):
         return isinstance(self.select, str)
 
     def _round(self, size):
-        return math.floor(size)
+        return math.ceil(size) if self.round_up else math.floor(size)
 
     def rank_for(self, path, shrunk, kept):
         if isinstance(self.select, str):
