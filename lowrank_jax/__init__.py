@@ -52,6 +52,7 @@ from lowrank_jax.projection.optimizers.conda import conda
 from lowrank_jax.projection.optimizers.dct_adamw import dct_adamw
 from lowrank_jax.projection.optimizers.dion import dion
 from lowrank_jax.projection.optimizers.dion2 import dion2
+from lowrank_jax.projection.optimizers.dion3 import dion3
 from lowrank_jax.projection.optimizers.fira import fira
 from lowrank_jax.projection.optimizers.flora import flora
 from lowrank_jax.projection.optimizers.frugal import frugal
@@ -106,6 +107,7 @@ __all__ = [
     "dct_adamw",
     "dion",
     "dion2",
+    "dion3",
     "dot_general",
     "effective",
     "einsum",

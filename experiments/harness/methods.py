@@ -333,6 +333,7 @@ METHODS: dict[str, Method] = _table(
         Method(name="badam", build=lrx.badam, refuses=_SAMPLES_LAYERS),
         Method(name="dion", build=lrx.dion, refuses=_KEEPS_SUMS),
         Method(name="dion2", build=lrx.dion2, refuses=_KEEPS_SUMS),
+        Method(name="dion3", build=lrx.dion3, refuses=_KEEPS_SUMS),
         Method(name="trion", build=lrx.trion, refuses=_KEEPS_SUMS),
         Method(
             name="frugal",

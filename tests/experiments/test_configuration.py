@@ -177,7 +177,8 @@ def test_every_optimizer_is_built_and_projects_the_blocks_alone(name):
     optimizer = optimizers.build(config, lambda step: 0.1, stacked=stacked, seed=0)
     state = jax.eval_shape(optimizer.init, params)
     if method.projects:
-        side = {"dion": "cols"}.get(name, "rows")  # its bases are of outputs, whatever the shape
+        # bases of outputs, whatever the shape
+        side = "cols" if name in ("dion", "dion3") else "rows"
         # Muon and SOAP project nothing away, and the rank of MoFaSGD is its momentum's
         rank = 4 if method.takes("rank") and name != "mofasgd" else 8
         assert optimizers.sides(state) == {"layers/mlp/up_proj/kernel": (side, rank)}

@@ -185,6 +185,7 @@ METHODS = (
     # a scale that does not tell inputs from outputs, for the law of transposition
     _named(lrx.dion, "dion", rank=4, scale=lrx.scales.rms(0.2), due=ALL, seeded=True),
     _named(lrx.dion2, "dion2", scale=lrx.scales.rms(0.2), due=ALL),
+    _named(lrx.dion3, "dion3", due=ALL),
     _named(lrx.trion, "trion", rank=4, kind=3, scale=lrx.scales.rms(0.2), due=ALL),
     _named(lrx.online_subspace_descent, "online_subspace_descent", rank=4, refresh_every=10, due=ALL, peak_rate=0.1,
            elsewhere={"peak_rate": 1e-2, "refresh_every": 5}),
