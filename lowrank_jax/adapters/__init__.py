@@ -27,6 +27,7 @@ from lowrank_jax.adapters.families.rand_lora import rand_lora
 from lowrank_jax.adapters.families.shira import shira
 from lowrank_jax.adapters.families.uni_lora import uni_lora
 from lowrank_jax.adapters.families.vera import vera
+from lowrank_jax.adapters.federated import fed_svd
 from lowrank_jax.adapters.hosts import AdaptedKernel, Bound, attend, conv, embed
 from lowrank_jax.adapters.named import (
     at_rank,
@@ -71,6 +72,7 @@ __all__ = [
     "dora",
     "dylora",
     "embed",
+    "fed_svd",
     "fourierft",
     "gaussian",
     "hira",
