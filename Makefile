@@ -17,13 +17,15 @@ ONE := $(CPU) XLA_FLAGS="$(QUICK)"
 EIGHT := $(CPU) XLA_FLAGS="$(QUICK) --xla_force_host_platform_device_count=8"
 TPU := $(CPU) ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 \
 	TPU_ACCELERATOR_TYPE=v5litepod-4
+# tests that share programs and fixtures in one process, see tests/conftest.py
+SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 # what each test costs; `python -m tests.durations` prints it
 SPENT := --cpu-seconds=.pytest_cache/cpu_seconds
 ONE_PROCESS := not multi_device and not multi_process and not tpu_compile and not cuda_compile and not peer and not zoo
 
 # A stamp of an environment that was not finished is none.
 .DELETE_ON_ERROR:
-.PHONY: help train finetune test test-fast test-full test-multi test-tpu test-cuda test-peer test-zoo test-newest lint study evidence report clean
+.PHONY: help train finetune test test-fast test-full test-multi test-tpu test-cuda test-peer test-zoo test-newest lint compare study evidence report clean
 
 help:
 	@echo "make train      pre-train a small LLaMA with dct_adamw on embedded text; writes a checkpoint and a report"
@@ -31,7 +33,7 @@ help:
 	@echo "make test       lint, types, doctests, fast and slow tests, tests on eight fake devices (20 minutes on 2 cores)"
 	@echo "make test-fast  doctests and fast tests (3 minutes on 2 cores)"
 	@echo "make lint       ruff (rules and format) and mypy"
-	@echo "make study      the study behind docs/results/study.md (about 2 hours on 2 cores; may be interrupted and resumed)"
+	@echo "make compare    the study of all optimizers, docs/results/compare.md (hours on 2 cores; may be interrupted and resumed)"
 	@echo "make report     one page from finished runs: make report RUNS='runs/a runs/b'"
 	@echo "make test-tpu   compile for TPUs that are not there (libtpu); make test-peer: compare with PyTorch"
 	@echo "make test-cuda  compile kernels for GPUs that are not there (jax-cuda13-plugin)"
@@ -79,10 +81,11 @@ finetune: .venv/installed
 report: .venv/installed
 	$(BIN)/python -m experiments.report $(RUNS) --output=runs/report.html
 
-study: .venv/installed
+compare: .venv/installed
 	$(BIN)/python -m experiments.study --time
 
-# the old name, until the next minor version
+# the old names, until the next minor version
+study: compare
 evidence: .venv/installed
 	$(BIN)/python -m experiments.evidence --time
 
@@ -92,14 +95,14 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 test-fast: .venv/installed
-	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and $(ONE_PROCESS)"
+	$(ONE) $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and $(ONE_PROCESS)"
 
 test-full: .venv/installed
-	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SPENT)/one_process.json -m "$(ONE_PROCESS)"
+	$(ONE) $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(SPENT)/one_process.json -m "$(ONE_PROCESS)"
 
 test-multi: .venv/installed
-	$(EIGHT) $(BIN)/python -m pytest -q -n $(JOBS) $(SPENT)/eight_devices.json -m multi_device tests
-	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SPENT)/processes.json -m multi_process tests/multi_process
+	$(EIGHT) $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(SPENT)/eight_devices.json -m multi_device tests
+	$(ONE) $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(SPENT)/processes.json -m multi_process tests/multi_process
 
 test: lint
 	$(MAKE) test-full
@@ -127,7 +130,7 @@ test-newest:
 else
 test-newest: .venv-newest/installed
 	.venv-newest/bin/python -c 'import sys, jax, flax; print("Python", sys.version.split()[0], "jax", jax.__version__, "flax", flax.__version__)'
-	$(CPU) XLA_FLAGS="$(ONE_MODULE)" .venv-newest/bin/python -m pytest -q -n $(JOBS) -m "not slow and $(ONE_PROCESS)"
+	$(CPU) XLA_FLAGS="$(ONE_MODULE)" .venv-newest/bin/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and $(ONE_PROCESS)"
 endif
 
 clean:

@@ -1,8 +1,8 @@
-"""The study behind docs/results/study.md: the same runs of every method, one core each.
+"""The study behind docs/results/compare.md: the same runs of every optimizer, one core each.
 
     python -m experiments.study --time
 
-It may be stopped, and goes on where it was. Results go to `experiments/results/study.json`.
+It may be stopped, and goes on where it was. Results go to `experiments/results/compare.json`.
 """
 
 import sys

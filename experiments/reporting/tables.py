@@ -76,26 +76,33 @@ def study(result: dict) -> str:
                 verdict,
                 mebibytes(row["state_bytes"]),
                 milliseconds(row["step_seconds"]),
+                *([mebibytes(row["reduced_bytes"])] if "reduced_bytes" in row else []),
             ]
         )
     header = ["optimizer", "best lr", "seeds", "validation loss", "max - min", "against AdamW"]
     header += ["state, MiB", "step, ms"]
+    header += ["reduced, MiB"] if rows and "reduced_bytes" in rows[0] else []
     note = (
         f"`{result['command']}`: {result['preset']} preset, rank {result['rank']}, "
         f"{result['steps']} updates of {result['tokens_per_update']} tokens, {result['runs']} runs "
         f"in {result['spent_hours']:g} of {result['budget_hours']:g} hours, {result['device']}. A "
         "difference inside AdamW's spread is a tie."
     )
-    diverged = result.get("diverged") or []
-    return (
-        markdown(header, lines)
-        + "\n\n"
-        + note
-        + (f" Diverged: {', '.join(diverged)}." if diverged else "")
-    )
+    diverged, missing = ", ".join(result.get("diverged") or []), result.get("missing")
+    note += f" Diverged: {diverged}." if diverged else ""
+    note += f" Not run yet: {missing}." if missing else ""
+    return markdown(header, lines) + "\n\n" + note
+
+
+def compare(result: dict) -> str:
+    """The study of all optimizers, the lowest loss first."""
+    by_loss = lambda row: (not math.isfinite(row["validation_loss"]), row["validation_loss"])  # noqa: E731
+    return study(result | {"rows": sorted(result["rows"], key=by_loss)})
 
 
 def _verdict(row: dict, reference: dict) -> str:
+    if not (row["complete"] and reference["complete"]):
+        return "open"
     difference = row["validation_loss"] - reference["validation_loss"]
     if not math.isfinite(difference):
         return "diverged"
@@ -538,6 +545,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "methods": methods,
     "adapters": adapters,
     "study": study,
+    "compare": compare,
     "train": train,
     "optimizer_step": optimizer_step,
     "training_step_60M": training_step,

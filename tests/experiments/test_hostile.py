@@ -435,7 +435,7 @@ def studied(generator, folder, target):
             f"--known={generator.choice([known, folder, '/dev/null'])}",
         ],
         "refresh_schedule": lambda: [f"--root={spoilt(generator, target, 'spent_hours')}", results],
-        "times": lambda: [f"--root={spoilt(generator, target, 'step_seconds.json')}", results],
+        "times": lambda: [f"--root={spoilt(generator, target, 'steps.json')}", results],
         "flags": lambda: [root, results, generator.choice(["--nonsense", "more", "--run"])],
     }
     return kinds[generator.choice([*kinds])]()

@@ -48,7 +48,7 @@ TIERS = (
     ("finetuning",),
     ("reporting.markdown", "reporting.figures", "reporting.page"),
     ("planning", "benchmarks"),
-    ("reporting.tables",),
+    ("reporting.tables", "reporting.pareto"),
     # what the training commands share, and the commands
     ("harness.command",),
     ("pretrain", "finetune", "plan", "report", "export", "study", "evidence"),
