@@ -150,6 +150,7 @@ METHODS = (
     _named(lrx.ldadam, "ldadam", rank=4, due=ALL, fast=True),
     _named(lrx.ldadam, "ldadam-no-ef", rank=4, error_feedback=False, first="range", due=ALL, seeded=True),
     _apollo("apollo", rank=4),
+    _named(lrx.apollo, "apollo-svd", refresh_every=2, projection="svd"),  # rank by its default
     _apollo("apollo-tensor", projector=P.svd(rank=4), axis="tensor", limiter=None),
     _named(lrx.apollo_mini, "apollo_mini", refresh_every=2, seeded=True),
     _named(lrx.muon, "muon", due=(), gradients="taps", scale=lrx.scales.rms()),  # fans are swapped in a transpose

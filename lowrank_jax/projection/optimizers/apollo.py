@@ -11,6 +11,10 @@ from lowrank_jax.projection.optimizers.recipe import CommonOptions, named, proje
 from lowrank_jax.projection.transformation import ProjectionTransformation
 from lowrank_jax.typing import Rank, Scalar
 
+BASES = {"random": projectors.random, "svd": projectors.svd}
+"""The projector by the name that the official code gives its kind of basis."""
+HALF_RANK = 0.125
+
 
 @named
 def apollo(
@@ -21,6 +25,7 @@ def apollo(
     scale: Scalar = 1.0,
     axis: str = "channel",
     limiter: Scalar | None = 1.01,
+    projection: str = "random",
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-6,
@@ -31,32 +36,47 @@ def apollo(
     """APOLLO (Zhu et al., MLSys 2025): a low-rank Adam only estimates how far to go along the raw
     gradient.
 
-    `R = PᵀG` with Gaussian P, N Adam's uncorrected direction on R,
+    `R = PᵀG` with Gaussian P `(s, r)`, N Adam's uncorrected direction on R,
     `S = sqrt(scale) G |N| / (|R| + 1e-8)` for each channel, norm growth limited,
     `W <- W - lr c_t S`, then decay. State of a leaf that keeps k: `2 r k` moments, one norm and an
-    8-byte key (the official code stores P).
+    8-byte key (the official code stores P); with `projection="svd"` P, `s r`, in place of the key.
 
     Args:
       learning_rate: number or schedule; .01 in the paper.
-      rank: a quarter of the width in the paper (an eighth for its half-rank variant).
+      rank: None is an eighth of the shrunk dimension, the paper's half-rank variant; its other rows
+        have a quarter.
       refresh_every: T, 200.
       scale: 1; the update carries its square root. APOLLO-Mini: 128.
       axis: "channel", or "tensor" for one factor a matrix (Mini).
       limiter: 1.01, or None.
+      projection: "random" (Gaussian), or "svd" for the paper's "APOLLO w. SVD", whose P holds the
+        leading singular vectors of the gradient and takes one decomposition a refresh.
       b1, b2, eps, weight_decay: Adam's in the "hf" convention, decay after the step.
-      projector: in place of `random(kind="gaussian")`, for instance `lrx.projectors.svd(rank=128)`.
+      projector: in place of `projection` and `rank`, for instance `lrx.projectors.power(rank=128)`.
       **common: see `galore`.
 
-    P is not orthonormal, as in the paper. Defaults are facts from the official code, whose licence
-    (CC-BY-NC) allows no more; nothing else of it is used.
+    A Gaussian P is not orthonormal, as in the paper (https://arxiv.org/abs/2412.05270). Defaults are
+    facts from the official code, whose licence (CC-BY-NC) allows no more; nothing else of it is
+    used.
 
     >>> import lowrank_jax as lrx
     >>> lrx.apollo(1e-2, rank=1, axis="tensor", scale=4.0).projection.residual
     GradientRescale(axis='tensor', scale=2.0)
+    >>> lrx.apollo(1e-2, projection="svd").projection.projector
+    Svd(rank=0.125)
     """
     check_number("apollo: scale", scale, at_least=0)
+    if projection not in BASES:
+        raise ValueError(f"apollo: projection={projection!r} must be one of {[*BASES]}")
+    if projector is not None and projection != "random":
+        raise ValueError(
+            f"apollo: projection={projection!r} and projector={projector} both fix the basis; give "
+            "one of them"
+        )
+    if rank is None and projector is None:
+        rank = HALF_RANK
     slots = {
-        "projector": projector_of(projectors.random, rank, projector),
+        "projector": projector_of(BASES[projection], rank, projector),
         "inner": inner.adam(b1=b1, b2=b2, eps=eps, convention="hf"),
         "refresh_schedule": refresh_schedules.every(period=refresh_every),
         "residual": residuals.gradient_rescale(axis=axis, scale=scale**0.5, limiter=limiter),
@@ -73,6 +93,7 @@ def apollo_mini(
     scale: Scalar = 128.0,
     axis: str = "tensor",
     limiter: Scalar | None = 1.01,
+    projection: str = "random",
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-6,
@@ -94,6 +115,7 @@ def apollo_mini(
         scale=scale,
         axis=axis,
         limiter=limiter,
+        projection=projection,
         b1=b1,
         b2=b2,
         eps=eps,
