@@ -32,6 +32,7 @@ OPTIONS = {
     "golore": {"scale": 1.0},
     "frugal": {"rank": 2, "weight_decay": 0.0},
     "muon": {"weight_decay": 0.0},
+    "normuon": {"weight_decay": 0.0},
     "soap": {"weight_decay": 0.0},
 }
 ROWS = {
