@@ -66,6 +66,7 @@ from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.natural_galore import natural_galore
 from lowrank_jax.projection.optimizers.normuon import normuon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
+from lowrank_jax.projection.optimizers.owlore import owlore
 from lowrank_jax.projection.optimizers.q_galore import q_galore
 from lowrank_jax.projection.optimizers.racs import racs
 from lowrank_jax.projection.optimizers.rso import rso
@@ -139,6 +140,7 @@ __all__ = [
     "nnx",
     "normuon",
     "online_subspace_descent",
+    "owlore",
     "projected_value_and_grad",
     "projection",
     "projectors",

@@ -367,6 +367,15 @@ METHODS: dict[str, Method] = _table(
             studied=(Studied(title="LISA", learning_rate=0.003),),
         ),
         Method(
+            name="owlore",
+            build=lrx.owlore,
+            decomposes=True,
+            refuses=_SAMPLES_LAYERS,
+            studied=(
+                Studied(title="OwLore", learning_rate=0.01, settings={"options": "active=2"}),
+            ),
+        ),
+        Method(
             name="badam",
             build=lrx.badam,
             refuses=_SAMPLES_LAYERS,

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax.checks import check_integer, is_integer
 from lowrank_jax.matrices import ResolvedView
@@ -159,28 +162,96 @@ class Lisa(Sampler):
     Args:
       active: the paper's gamma, a Python integer, since it fixes shapes.
       period: the paper's K, in accepted steps.
+      weights: of each layer, such as `outlier_ratios`: how likely it is to be drawn next, beside
+        those that are left. None draws all alike.
 
     >>> sampler = Lisa(active=2, period=20)
     >>> sampler.draw(0, 8, jax.random.key(0)).shape
     (2,)
+    >>> sampler = Lisa(active=2, weights=(0.0, 2.0, 1.0))  # layer 0 never moves
+    >>> sampler.draw(0, 3, jax.random.key(0)).tolist()
+    [1, 2]
     """
 
     active: int = 2
     period: Scalar = 20
+    weights: Sequence[float] | None = None
 
     def __post_init__(self):
         _check_active(self.active)
         check_integer("period", self.period, at_least=1)
+        if self.weights is not None:
+            # hashable, and the same for equal numbers of any kind
+            object.__setattr__(self, "weights", _checked_weights(self.weights, self.active))
 
     def slots(self, total):
+        if self.weights is not None and len(self.weights) != total:
+            raise ValueError(
+                f"lisa: weights are of {len(self.weights)} layers, and the tree has matrices of "
+                f"{total}: give one number a layer"
+            )
         return min(self.active, total)
 
     def begun(self, step):
         return step // self.period, step % self.period
 
     def draw(self, number, total, key):
-        order = jax.random.permutation(jax.random.fold_in(key, number), total)
-        return jnp.sort(order[: self.slots(total)]).astype(jnp.int32)
+        slots, key = self.slots(total), jax.random.fold_in(key, number)
+        if self.weights is None:
+            order = jax.random.permutation(key, total)
+        else:
+            # the largest of log w + Gumbel noise are a draw without replacement, by weight
+            noise = jax.random.gumbel(key, (total,))
+            order = jnp.argsort(-(jnp.log(jnp.asarray(self.weights)) + noise))
+        return jnp.sort(order[:slots]).astype(jnp.int32)
+
+
+def _checked_weights(weights: Any, active: int) -> tuple[float, ...]:
+    found = tuple(float(weight) for weight in np.asarray(weights).reshape(-1))
+    if any(not 0 <= weight < math.inf for weight in found):
+        raise ValueError(f"lisa: weights={found}: give finite numbers of at least 0")
+    positive = sum(weight > 0 for weight in found)
+    if positive < min(active, len(found)):
+        raise ValueError(
+            f"lisa: weights={found} are above 0 for {positive} layers, and active={active} are "
+            "drawn: give fewer slots, or weights to more layers"
+        )
+    return found
+
+
+def outlier_ratios(
+    kernels: Mapping[str, jax.Array], input_norms: Mapping[str, jax.Array], threshold: Scalar = 13.0
+) -> jax.Array:
+    """OwLore's weights of layers: the share of entries that are outliers, `(L,)`.
+
+    With `A = |W_ij| |X_i|`, of the inputs' i-th feature over a batch, all matrices of a layer taken
+    together,
+
+        D_l = #{A > threshold mean_l(A)} / #A
+
+    as the paper defines it (https://arxiv.org/abs/2405.18380); there is no official code that
+    computes it.
+
+    Args:
+      kernels: by any name `(L, n, m)`, inputs before outputs.
+      input_norms: by the same names `(L, n)`, the l2 norm of each input feature.
+      threshold: M, 13 in the paper.
+
+    >>> kernels = {"up": jnp.ones((2, 3, 4)).at[1, 0, 0].set(100.0)}
+    >>> outlier_ratios(kernels, {"up": jnp.ones((2, 3))}, threshold=5.0).tolist()
+    [0.0, 0.0833]
+    """
+    if kernels.keys() != input_norms.keys():
+        raise ValueError(
+            f"outlier_ratios: kernels of {sorted(kernels)} and norms of {sorted(input_norms)}: give "
+            "both of every matrix"
+        )
+    scores = [
+        jnp.reshape(jnp.abs(kernels[name]) * input_norms[name][..., None], (len(kernels[name]), -1))
+        for name in kernels
+    ]
+    pooled = jnp.concatenate(scores, axis=1)  # (L, entries of a layer)
+    return jnp.mean(pooled > threshold * jnp.mean(pooled, axis=1, keepdims=True), axis=1)
 
 
 ORDERS = ("ascending", "descending", "random")
@@ -241,5 +312,5 @@ all = All
 badam = Badam
 lisa = Lisa
 
-__all__ = ["Sampler", "all", "badam", "lisa"]
+__all__ = ["Sampler", "all", "badam", "lisa", "outlier_ratios"]
 __dir__ = functools.partial(sorted, __all__)

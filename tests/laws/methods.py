@@ -225,6 +225,15 @@ SAMPLED = {
     "lisa": functools.partial(lrx.lisa, active=2, period=3, weight_decay=0.1),
     "badam": functools.partial(lrx.badam, period=2, order="ascending", weight_decay=0.1),
     "badam-random": functools.partial(lrx.badam, period=2, order="random", phase=1),
+    "owlore": functools.partial(
+        lrx.owlore,
+        rank=3,
+        active=2,
+        period=3,
+        refresh_every=2,
+        weights=(0.5, 0.1, 0.3, 0.2),
+        weight_decay=0.1,
+    ),
     # GaLore on the active layers: its bases are made at a draw, and again two steps later
     "galore": functools.partial(
         lrx.galore,

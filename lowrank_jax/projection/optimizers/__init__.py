@@ -22,6 +22,7 @@ from lowrank_jax.projection.optimizers.muon import muon
 from lowrank_jax.projection.optimizers.natural_galore import natural_galore
 from lowrank_jax.projection.optimizers.normuon import normuon
 from lowrank_jax.projection.optimizers.online_subspace_descent import online_subspace_descent
+from lowrank_jax.projection.optimizers.owlore import owlore
 from lowrank_jax.projection.optimizers.q_galore import q_galore
 from lowrank_jax.projection.optimizers.racs import racs
 from lowrank_jax.projection.optimizers.recipe import Recipe, RecipeState
@@ -58,6 +59,7 @@ __all__ = [
     "natural_galore",
     "normuon",
     "online_subspace_descent",
+    "owlore",
     "q_galore",
     "racs",
     "rso",
