@@ -48,7 +48,7 @@ def pytest_collection_finish():
     """Programs are made of many small objects that live on: the collector looks at them less often."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
+    gc.set_threshold(50_000, 10, 10)
 
 
 def pytest_runtest_setup(item):
