@@ -45,10 +45,13 @@ def _group(item) -> str:
 
 
 def pytest_collection_finish():
-    """Programs are made of many small objects that live on: the collector looks at them less often."""
+    """The collected tests live on: the garbage collector need not look at them again.
+
+    It must look at what tests leave behind as often as ever: jax keeps the compiled programs of a
+    few thousand functions at most, and forgets those of living ones for the sake of dead ones.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 10, 10)
 
 
 def pytest_runtest_setup(item):
