@@ -17,8 +17,6 @@ ONE := $(CPU) XLA_FLAGS="$(QUICK)"
 EIGHT := $(CPU) XLA_FLAGS="$(QUICK) --xla_force_host_platform_device_count=8"
 TPU := $(CPU) ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 \
 	TPU_ACCELERATOR_TYPE=v5litepod-4
-# tests that share programs and fixtures in one process, see tests/conftest.py
-SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 # what each test costs; `python -m tests.durations` prints it
 SPENT := --cpu-seconds=.pytest_cache/cpu_seconds
 ONE_PROCESS := not multi_device and not multi_process and not tpu_compile and not cuda_compile and not peer and not zoo
@@ -95,14 +93,14 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 test-fast: .venv/installed
-	$(ONE) $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and $(ONE_PROCESS)"
+	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and $(ONE_PROCESS)"
 
 test-full: .venv/installed
-	$(ONE) $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(SPENT)/one_process.json -m "$(ONE_PROCESS)"
+	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SPENT)/one_process.json -m "$(ONE_PROCESS)"
 
 test-multi: .venv/installed
-	$(EIGHT) $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(SPENT)/eight_devices.json -m multi_device tests
-	$(ONE) $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(SPENT)/processes.json -m multi_process tests/multi_process
+	$(EIGHT) $(BIN)/python -m pytest -q -n $(JOBS) $(SPENT)/eight_devices.json -m multi_device tests
+	$(ONE) $(BIN)/python -m pytest -q -n $(JOBS) $(SPENT)/processes.json -m multi_process tests/multi_process
 
 test: lint
 	$(MAKE) test-full
@@ -130,7 +128,7 @@ test-newest:
 else
 test-newest: .venv-newest/installed
 	.venv-newest/bin/python -c 'import sys, jax, flax; print("Python", sys.version.split()[0], "jax", jax.__version__, "flax", flax.__version__)'
-	$(CPU) XLA_FLAGS="$(ONE_MODULE)" .venv-newest/bin/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and $(ONE_PROCESS)"
+	$(CPU) XLA_FLAGS="$(ONE_MODULE)" .venv-newest/bin/python -m pytest -q -n $(JOBS) -m "not slow and $(ONE_PROCESS)"
 endif
 
 clean:
