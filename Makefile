@@ -28,7 +28,7 @@ ONE_PROCESS := not multi_device and not multi_process and not tpu_compile and no
 help:
 	@echo "make train      pre-train a small LLaMA with dct_adamw on embedded text; writes a checkpoint and a report"
 	@echo "make finetune   LoRA of that model on documentation texts (trains it first if it is not there)"
-	@echo "make test       lint, types, doctests, fast and slow tests, tests on eight fake devices (20 minutes on 2 cores)"
+	@echo "make test       lint, types, doctests, fast and slow tests, tests on eight fake devices (40 minutes on 2 cores)"
 	@echo "make test-fast  doctests and fast tests (3 minutes on 2 cores)"
 	@echo "make lint       ruff (rules and format) and mypy"
 	@echo "make compare    the study of all optimizers, docs/results/compare.md (hours on 2 cores; may be interrupted and resumed)"

@@ -130,12 +130,14 @@ def projected(taps: Any, gradients: Any) -> dict[str, jax.Array]:
 def measure(name: str, repetitions: int) -> dict[str, Any]:
     """The row of a model: its four programs and the two errors."""
     given = case(name)
+    # taps of a random basis, which needs no gradient to be made
     projector = lrx.projectors.random(rank=RANK)
     state = lrx.scale_by_projection(projector, views=given.tapped).init(given.params)
     taps = lrx.taps(state)
     row: dict[str, Any] = {"model": name}
     gradients: dict[str, Any] = {}
     for kind, (function, first) in programs(given, taps).items():
+        # compiled once: its costs are read, and its gradients compared
         compiled = jax.jit(function).lower(first, given.batch).compile()
         costs: Any = compiled.cost_analysis()
         memory: Any = compiled.memory_analysis()
@@ -147,6 +149,7 @@ def measure(name: str, repetitions: int) -> dict[str, Any]:
             "temporary_bytes": memory.temp_size_in_bytes,
             "tracing_seconds": seconds,
         }
+    # the low-rank gradients stand in the tree in the order of the sorted paths
     low = [
         x.low for x in jax.tree.leaves(gradients["tapped"], is_leaf=is_projected) if is_projected(x)
     ]
