@@ -90,6 +90,22 @@ def split(eqn: Any, flow: Flow) -> Outputs:
     ]
 
 
+def unstack(eqn: Any, flow: Flow) -> Outputs:
+    """Single indices of an axis, which is dropped: how jax 0.12 iterates over an array."""
+    axis = eqn.params["axis"]
+    count = flow.shape[axis]
+    arrays = [None] * count if flow.array is None else bind(eqn, [flow.array])
+    made = []
+    for place, array in enumerate(arrays):
+        piece = cut(flow, axis, place, 1)
+        taken = piece.axes.value[axis]
+        piece = dataclasses.replace(piece, array=array, axes=piece.axes.squeeze((axis,)))
+        for digit in taken:
+            piece = piece.indexed(digit, 0) if piece.place(digit) >= 0 else piece
+        made.append(piece)
+    return made
+
+
 def cut(flow: Flow, axis: int, start: Any, size: int) -> Flow:
     """A flow whose array has been cut along an axis already."""
     if size == flow.shape[axis]:
@@ -113,7 +129,7 @@ def cut(flow: Flow, axis: int, start: Any, size: int) -> Flow:
 
 def cuts_a_matrix(eqn: Any, flow: Flow) -> bool:
     """Whether a step leaves rows or columns out."""
-    if eqn.primitive.name == "split":
+    if eqn.primitive.name in ("split", "unstack"):
         return any(flow.place(digit) < 0 for digit in flow.axes.value[eqn.params["axis"]])
     shape = eqn.outvars[0].aval.shape
     changed = (axis for axis, size in enumerate(flow.shape) if size != shape[axis])
@@ -224,6 +240,7 @@ Rule = Callable[..., Outputs | None]
 
 RULES: dict[str, Rule] = {
     "transpose": transpose,
+    "unstack": unstack,
     "reshape": reshape,
     "squeeze": squeeze,
     "broadcast_in_dim": broadcast_in_dim,
@@ -242,4 +259,4 @@ RULES: dict[str, Rule] = {
         through,
     ),
 }  # fmt: skip
-CUTS = ("slice", "dynamic_slice", "split")
+CUTS = ("slice", "dynamic_slice", "split", "unstack")
