@@ -145,4 +145,5 @@ def test_the_rules_are_of_primitives_that_exist():
         "custom_vjp_call_jaxpr", "custom_vjp_call", "custom_jvp_call", "pallas_call", "pcast",
         "pvary", "copy", "copy_p", "name", "reshard", "optimization_barrier", "stop_gradient",
         "sharding_constraint", "split", "ragged_dot_general", "ragged_dot", "device_put",
+        "unstack",
     }, unknown  # fmt: skip
